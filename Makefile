@@ -1,0 +1,37 @@
+# Two commands do everything, on a fresh machine too: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SETUP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format schemas bench clean
+
+demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy-VQA)
+	$(BIN)/cachekd demo
+
+test: $(SETUP)            ## the fast tests
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: $(SETUP)       ## the tests that take longer; CI runs them as well
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+lint: $(SETUP)            ## what CI checks besides the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+schemas: $(SETUP)         ## write the JSON Schemas from the pydantic models
+	$(BIN)/python schemas/generate.py
+
+# The constraints keep pip on the versions that were tested (and torch on its CPU wheel here).
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

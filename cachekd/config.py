@@ -1,0 +1,106 @@
+"""What the stages can be told. Small, closed models: an unknown name is an error, not a silent default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cachekd.errors import CachekdError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DumpConfig(_Config):
+    """Stage one."""
+
+    teacher: str = Field(description="model folder or hub name")
+    data: Path = Field(description="LLaVA .json/.jsonl, a .tar, or a folder of tars")
+    out: Path = Field(description="the cache's folder; must not exist, or be empty")
+    top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
+    top_p: float = Field(0.99, gt=0, lt=1, description="keep at least this share of the probability mass")
+    window: int = Field(128, ge=2, description="Kneedle looks at this many of the largest logits")
+    min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
+    batch_size: int = Field(16, ge=1, description="samples per teacher forward")
+    dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
+
+
+class TrainConfig(_Config):
+    """Stage two."""
+
+    student: str = Field(description="model folder or hub name")
+    data: Path = Field(description="the data set that was dumped, or a part of it")
+    out: Path = Field(description="the run's folder; must not exist, or be empty")
+    teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
+    cache: Path | None = Field(None, description="what `cachekd dump` wrote; needed for L_Align and L_VSD")
+    lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
+    lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
+    temperature: float = Field(3.0, gt=0, description="of DBiLD")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    batch_size: int = Field(16, ge=1, description="samples per device and step")
+    gradient_accumulation: int = Field(1, ge=1, description="steps whose gradients are added up")
+    learning_rate: float = Field(2e-5, gt=0, description="AdamW's peak, cosine to zero")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clip; 0: none")
+    seed: int = Field(0, ge=0, description="of data order and dropout")
+    dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
+    logging_steps: int = Field(10, ge=1, description="steps between log entries")
+    workers: int = Field(0, ge=0, description="processes that read and encode samples")
+
+    @property
+    def distils(self) -> bool:
+        """Whether any teacher term is on; otherwise this is plain cross-entropy training."""
+        return self.lambda_align > 0 or self.lambda_vsd > 0
+
+
+def read_config(path: Path | None, model: type[_Config], options: dict[str, Any]) -> Any:
+    """A config from a YAML file, with options (those that are not None) overriding it.
+
+    Raises:
+        CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
+        if not isinstance(values, dict):
+            raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
+    values |= {name: value for name, value in options.items() if value is not None}
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        names = ", ".join(model.model_fields)
+        unknown = first["type"] == "extra_forbidden"
+        raise CachekdError(
+            f"unknown setting {name!r}" if unknown else f"setting {name!r}: {first['msg'].lower()}",
+            where=str(path) if path is not None and name not in options else "the command line",
+            expected=f"one of {names}" if unknown else None,
+            found=None if first["type"] == "missing" else first.get("input"),
+        ) from None
+
+
+def require_new_folder(path: Path, what: str) -> None:
+    """Refuse to write into a folder that holds something.
+
+    Raises:
+        CachekdError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CachekdError(
+            f"the folder for the {what} already holds something",
+            where=str(path),
+            expected="a new or empty folder: nothing is ever overwritten",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
+            fix="choose another --out, or remove the folder",
+        )

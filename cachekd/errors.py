@@ -1,0 +1,24 @@
+"""The one exception that users are meant to see."""
+
+
+class CachekdError(Exception):
+    """Bad input or a stale cache: what is wrong, where, expected against found, and what to do next.
+
+    The CLI prints it without a traceback and exits with code 2.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        self.problem, self.where, self.expected, self.found, self.fix = problem, where, expected, found, fix
+        lines = [problem]
+        for label, value in (("where", where), ("expected", expected), ("found", found), ("try", fix)):
+            if value is not None:
+                lines.append(f"  {label}: {value}")
+        super().__init__("\n".join(lines))

@@ -1,0 +1,190 @@
+"""Does the student answer, and how close is it to the teacher?
+
+Each question is asked alone, with its images and without the conversation around it, whose answers could give
+this one away. One forward with the true answer in place tells everything: greedy decoding would produce an
+answer exactly if, at each of its tokens and at its end, that token is the most probable one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cachekd.losses import forward_kl_loss
+from cachekd.samples import (
+    Encoded,
+    Sample,
+    SampleEncoder,
+    Samples,
+    collate,
+    open_samples,
+    predicting_positions,
+)
+from cachekd.targets import DenseTargets
+from cachekd.vlm import check_tokenizers, default_device, default_dtype, load_model, load_processor, logits_at
+
+MAX_TYPES = 12
+Progress = Callable[[int, int], None]  # samples and questions done since the last call
+
+
+@dataclass
+class Score:
+    """One model on one data set.
+
+    Attributes:
+        path: the model.
+        exact_match: share of questions whose greedy answer is the true one.
+        by_type: the same per question type, the first two words of the question.
+        top1_agreement: share of answer tokens where model and teacher prefer the same one.
+        kl: KL(teacher || model) in nats, mean over the answer tokens.
+    """
+
+    path: str
+    exact_match: float
+    by_type: dict[str, float]
+    top1_agreement: float | None = None
+    kl: float | None = None
+
+
+@dataclass
+class Evaluation:
+    """Models on one data set, the teacher first if there is one."""
+
+    data: str
+    questions: int
+    types: dict[str, int]
+    teacher: Score | None
+    models: list[Score] = field(default_factory=list)
+
+
+def evaluate(
+    models: list[str],
+    data: Path,
+    *,
+    teacher: str | None = None,
+    batch_size: int = 128,
+    progress: Progress = lambda samples, questions: None,
+) -> Evaluation:
+    """Score models, and their agreement with a teacher, on every question of a data set.
+
+    Raises:
+        CachekdError: bad input, or models whose tokenizers differ.
+    """
+    device = default_device()
+    paths = [*([teacher] if teacher else []), *models]
+    processors = [load_processor(path) for path in paths]
+    for processor in processors[1:]:
+        check_tokenizers(processors[0].tokenizer, processor.tokenizer)
+    samples = open_samples(data)
+    loaded = [load_model(path, dtype=default_dtype(device), device=device) for path in paths]
+
+    types, hits = _Counts(), [_Counts() for _ in paths]
+    agreed, divergence, tokens = [0.0] * len(paths), [0.0] * len(paths), 0
+    seen: set[str] = set()
+    for questions, batch, supervised in _batches(samples, SampleEncoder(processors[0]), batch_size, device):
+        answers, owner = batch["input_ids"][supervised], supervised.nonzero()[:, 0]
+        kinds = [question_type(question) for question in questions]
+        types.add(kinds, [1.0] * len(kinds))
+        reference: Tensor | None = None
+        for index, model in enumerate(loaded):
+            logits = _logits(model, batch, supervised, len(processors[0].tokenizer))
+            hits[index].add(kinds, _all_correct(logits, answers, owner, len(questions)))
+            if teacher and index == 0:
+                reference = logits
+            elif reference is not None:
+                agreed[index] += float((logits.argmax(-1) == reference.argmax(-1)).sum())
+                targets = DenseTargets(reference, answers)
+                divergence[index] += float(forward_kl_loss(logits, targets, temperature=1.0, reduction="sum"))
+        tokens += len(answers)
+        progress(len({question.key for question in questions} - seen), len(questions))
+        seen |= {question.key for question in questions}
+
+    scores = [
+        Score(path, count.total() / types.total(), count.shares(types))
+        for path, count in zip(paths, hits, strict=True)
+    ]
+    if teacher:
+        for index, score in enumerate(scores[1:], 1):
+            score.top1_agreement, score.kl = agreed[index] / tokens, divergence[index] / tokens
+    first = 1 if teacher else 0
+    return Evaluation(
+        data=str(data),
+        questions=int(types.total()),
+        types={name: int(value) for name, value in types.values.items()},
+        teacher=scores[0] if teacher else None,
+        models=scores[first:],
+    )
+
+
+def ask_alone(sample: Sample) -> list[Sample]:
+    """One sample per question: its system turn, the images and the question, nothing of what came before."""
+    images = [{"type": "image"}] * len(sample.images)
+    system = [message for message in sample.messages if message["role"] == "system"]
+    asked = []
+    for user, answer in sample.questions:
+        text = [part for part in user["content"] if part["type"] == "text"]
+        # An image may stand anywhere in its own question; asked later, the images come first.
+        own = user["content"] if len(text) + len(images) == len(user["content"]) else [*images, *text]
+        turns = [
+            *system,
+            {"role": "user", "content": own},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        asked.append(replace(sample, messages=tuple(turns)))
+    return asked
+
+
+def question_type(sample: Sample) -> str:
+    """The first two words of the question."""
+    text = " ".join(part["text"] for part in sample.questions[0][0]["content"] if part["type"] == "text")
+    return " ".join(text.lower().split()[:2])
+
+
+class _Counts:
+    """Sums per question type."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = defaultdict(float)
+
+    def add(self, kinds: list[str], values: list[float]) -> None:
+        for kind, value in zip(kinds, values, strict=True):
+            self.values[kind] += value
+
+    def total(self) -> float:
+        return sum(self.values.values())
+
+    def shares(self, of: _Counts) -> dict[str, float]:
+        """Per type, the most frequent ones first."""
+        common = sorted(of.values, key=lambda kind: -of.values[kind])[:MAX_TYPES]
+        return {kind: self.values[kind] / of.values[kind] for kind in common}
+
+
+def _batches(
+    samples: Samples, encoder: SampleEncoder, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[Sample], dict[str, Tensor], Tensor]]:
+    pad = encoder.processor.tokenizer.pad_token_id
+    waiting: list[tuple[Sample, Encoded]] = []
+    for index in range(len(samples)):
+        waiting += [(question, encoder(question)) for question in ask_alone(samples[index])]
+        while len(waiting) >= batch_size or (waiting and index == len(samples) - 1):
+            now, waiting = waiting[:batch_size], waiting[batch_size:]
+            batch = collate([encoded for _, encoded in now], pad)
+            batch = {name: value.to(device) for name, value in batch.items()}
+            supervised = batch.pop("supervised")
+            yield [question for question, _ in now], batch, supervised
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, batch: dict[str, Tensor], supervised: Tensor, vocab_size: int) -> Tensor:
+    return logits_at(model, batch, predicting_positions(supervised))[:, :vocab_size].float()
+
+
+def _all_correct(logits: Tensor, answers: Tensor, owner: Tensor, questions: int) -> list[float]:
+    """Per question, 1.0 where every answer token is the most probable one."""
+    wrong = (logits.argmax(-1) != answers).float()
+    return (torch.zeros(questions, device=wrong.device).index_add(0, owner, wrong) == 0).float().tolist()

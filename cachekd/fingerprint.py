@@ -1,0 +1,59 @@
+"""Fingerprints: what a cache depends on, as sha256 over canonical JSON.
+
+A cache is stale as soon as one of these changes, so each covers what changes the numbers and nothing else
+(not the folder a tokenizer was loaded from, not its padding side).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Vocabulary, merges, splitting rules and added tokens; padding and truncation state left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow tokenizer, written in Python
+        return _sha256([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map])
+    state = json.loads(backend.to_str())
+    state["padding"] = state["truncation"] = None
+    return _sha256(state)
+
+
+def template_fingerprint(template: str) -> str:
+    """The chat template's text."""
+    return _sha256(template)
+
+
+def image_processor_fingerprint(processor: Any) -> str:
+    """The image processor's settings and real class, and what the processor makes of a grid of patches."""
+    images = processor.image_processor
+    settings = {key: value for key, value in images.to_dict().items() if not key.startswith("_")}
+    grid = {name: getattr(processor, name, None) for name in ("patch_size", "num_additional_image_tokens")}
+    strategy = getattr(processor, "vision_feature_select_strategy", None)
+    return _sha256([type(images).__name__, settings, grid, strategy])
+
+
+def weights_fingerprint(files: list[Path]) -> str:
+    """sha256 over the bytes of the weight files, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computed the numbers."""
+    return {name: version(name) for name in _VERSIONS}

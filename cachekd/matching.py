@@ -1,0 +1,67 @@
+"""Does a cache match what is about to be trained? Stale is worse than slow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachekd.cache import CachedTargets, LogitCache
+from cachekd.errors import CachekdError
+from cachekd.fingerprint import template_fingerprint, tokenizer_fingerprint
+from cachekd.samples import Encoded, SampleEncoder, Samples
+
+
+def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: SampleEncoder) -> None:
+    """Refuse a cache of another tokenizer, chat template or data set.
+
+    Raises:
+        CachekdError: what differs, and how.
+    """
+    stored = cache.manifest.fingerprints
+    found = {
+        "tokenizer": (stored.tokenizer, tokenizer_fingerprint(processor.tokenizer)),
+        "chat template": (stored.chat_template, template_fingerprint(encoder.template)),
+    }
+    for name, (theirs, ours) in found.items():
+        if theirs != ours:
+            raise CachekdError(
+                f"the cache was made with a different {name} than the student's",
+                where=f"{cache.path} and {processor.tokenizer.name_or_path}",
+                expected=f"sha256 {theirs[:16]}...",
+                found=f"sha256 {ours[:16]}...",
+                fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
+            )
+    missing = [key for key in samples.keys if key not in cache]
+    if missing:
+        raise CachekdError(
+            "the cache lacks samples of the data set",
+            where=str(cache.path),
+            expected=f"all {len(samples):,} samples",
+            found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
+            fix="run `cachekd dump` over this data set",
+        )
+
+
+def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) -> None:
+    """Refuse a sample that changed since the dump.
+
+    Raises:
+        CachekdError: its answer tokens, messages or pixels differ; the sample is named.
+    """
+    ours, theirs = encoded.token_ids.tolist(), targets.token_ids.tolist()
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        raise CachekdError(
+            "the answer tokens differ from the cache's",
+            where=f"sample {encoded.key!r} of {cache.path}",
+            expected=f"{len(theirs)} tokens" + ("" if at is None else f", number {at} is {theirs[at]}"),
+            found=f"{len(ours)} tokens" + ("" if at is None else f", number {at} is {ours[at]}"),
+            fix="the data changed since the dump: run `cachekd dump` again",
+        )
+    if encoded.content_hash != cache.sample_hash(encoded.key):
+        raise CachekdError(
+            "the sample's text or image differs from the one that the teacher saw",
+            where=f"sample {encoded.key!r} of {cache.path}",
+            expected=f"content hash {cache.sample_hash(encoded.key).hex()}",
+            found=encoded.content_hash.hex(),
+            fix="the data changed since the dump: run `cachekd dump` again",
+        )

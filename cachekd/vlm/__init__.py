@@ -1,0 +1,33 @@
+"""The V | P | L split of vision-language models, and the switch."""
+
+from cachekd.vlm.compat import check_switch, check_tokenizers
+from cachekd.vlm.load import (
+    default_device,
+    default_dtype,
+    load_config,
+    load_model,
+    load_processor,
+    load_without_tower,
+    weights_files,
+)
+from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
+from cachekd.vlm.switch import SwitchedTeacher
+
+__all__ = [
+    "SwitchedTeacher",
+    "capture_vision",
+    "check_switch",
+    "check_tokenizers",
+    "decode",
+    "default_device",
+    "default_dtype",
+    "encode",
+    "hidden_and_logits_at",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "load_without_tower",
+    "logits_at",
+    "project",
+    "weights_files",
+]

@@ -1,0 +1,121 @@
+"""Load VLMs and processors, with messages for people where transformers raises from deep inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from cachekd.errors import CachekdError
+from cachekd.vlm.families import vision_tower_name
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU (where half precision is slow and less exact)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_config(path: str) -> Any:
+    """A supported VLM's configuration.
+
+    Raises:
+        CachekdError: there is no model at `path`, or its family is not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CachekdError(
+            "no model can be loaded",
+            where=str(path),
+            expected="a folder in Hugging Face format (config.json, model.safetensors) or a hub name",
+            found=str(error).splitlines()[0],
+        ) from None
+    config.name_or_path = str(path)
+    vision_tower_name(config)
+    return config
+
+
+def load_processor(path: str) -> Any:
+    """A VLM's processor: image processor, tokenizer and chat template."""
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CachekdError(
+            "no processor can be loaded",
+            where=str(path),
+            expected="processor_config.json and tokenizer files beside the model",
+            found=str(error).splitlines()[0],
+        ) from None
+    if not hasattr(processor, "tokenizer"):
+        raise CachekdError(
+            "the processor has no tokenizer and image processor",
+            where=str(path),
+            found=type(processor).__name__,
+            fix="save the model's AutoProcessor into its folder",
+        )
+    return processor
+
+
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A whole VLM in eval mode."""
+    config = load_config(path)
+    model = _from_pretrained(AutoModelForImageTextToText, path, config=config, dtype=dtype)
+    return model.to(device).eval()
+
+
+class _NoTower(nn.Module):
+    """Stands where the teacher's vision encoder would be."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
+
+
+def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read."""
+    config = load_config(path)
+    name = vision_tower_name(config)
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+    class Towerless(whole):
+        _keys_to_ignore_on_load_unexpected = [rf"(^|\.){name}\."]  # noqa: RUF012
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            setattr(self.model, name, _NoTower(config.vision_config))
+
+    # transformers renames a checkpoint's weights only for classes that it knows as its own.
+    Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__
+    model = _from_pretrained(Towerless, path, config=config, dtype=dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> nn.Module:
+    """Load weights, and refuse a checkpoint that leaves some of them at random values."""
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise CachekdError(
+            "the checkpoint does not fit its configuration, and some weights would be random",
+            where=str(path),
+            expected="every weight of the model",
+            found=f"{len(missing)} missing or of another shape: {', '.join(missing[:3])}",
+        )
+    return model
+
+
+def weights_files(path: str) -> list[Path]:
+    """The safetensors files of a local model folder, sorted; none for a hub name."""
+    return sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []

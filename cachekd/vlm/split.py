@@ -1,0 +1,154 @@
+"""A VLM taken apart at its seams: vision encoder, projector, language model.
+
+The split never calls a submodule of the family's own code by hand, except the vision encoder itself. The
+projection is the model's own `get_image_features` around a *replayed* encoder output, and the language model
+is the model's own forward with `mm_encoder_outputs` in place of pixels: selection of layers, dropping of class
+tokens, splicing, positions, masks and logit scaling all stay the family's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from cachekd.vlm.families import vision_tower, vision_tower_name
+
+# Inputs that only the vision encoder reads: the language model's forward must not see them again.
+PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")
+
+
+class VisionCapture:
+    """Holds the raw output of the vision encoder's last forward."""
+
+    output: ModelOutput | None = None
+
+
+@contextmanager
+def capture_vision(model: nn.Module) -> Iterator[VisionCapture]:
+    """Record V's output while the model runs its own forward, so that V runs once (and DDP sees it run).
+
+    The output is a shallow copy: some families overwrite fields of the original.
+    """
+    capture = VisionCapture()
+
+    def record(_module: nn.Module, _args: Any, output: ModelOutput) -> None:
+        capture.output = copy.copy(output)
+
+    handle = vision_tower(model).register_forward_hook(record)
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelOutput:
+    """V alone: the vision encoder's raw output for a batch's pixels.
+
+    Args:
+        inputs: a batch with `pixel_values` and whatever else the family's `get_image_features` takes.
+    """
+    with capture_vision(model) as capture:
+        model.get_image_features(**image_inputs(model, inputs), return_dict=True)
+    assert capture.output is not None  # the family runs its encoder, or the hook's tower is not the encoder
+    return capture.output
+
+
+class _Replay(nn.Module):
+    """Stands where a vision encoder was and returns an output that is already there."""
+
+    def __init__(self, tower: nn.Module, output: ModelOutput) -> None:
+        super().__init__()
+        self.config, self._output = getattr(tower, "config", None), output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> ModelOutput:
+        return copy.copy(self._output)
+
+
+def project(model: nn.Module, vision_output: ModelOutput, inputs: Mapping[str, Tensor]) -> ModelOutput:
+    """P alone: the model's own image features, from any encoder's raw output.
+
+    Args:
+        model: the VLM whose projector is used; it is not changed.
+        vision_output: what `encode` or `capture_vision` gave, in the width that this projector takes.
+        inputs: the batch; pixels are passed on but not looked at.
+
+    Returns:
+        the family's output with `pooler_output`: features per image, ready for `mm_encoder_outputs`.
+    """
+    name = vision_tower_name(model.config)
+    inner = copy.copy(model.model)
+    replay = _Replay(getattr(inner, name), cast_output(vision_output, model.dtype))
+    # nn.Module.__setattr__ would write into the dictionary that the copy still shares with the model.
+    inner.__dict__["_modules"] = {**model.model._modules, name: replay}
+    return inner.get_image_features(**image_inputs(model, inputs), return_dict=True)
+
+
+def decode(
+    model: nn.Module, image_features: ModelOutput, inputs: Mapping[str, Tensor], positions: Tensor
+) -> Tensor:
+    """L alone: logits from ready image features.
+
+    Args:
+        image_features: from `project`.
+        inputs: the batch.
+        positions: [B, S] bool, where logits are wanted.
+
+    Returns:
+        [N, V] logits at the N positions, in row-major order.
+    """
+    text = text_inputs(inputs)
+    output = model(
+        **text, mm_encoder_outputs={"image": image_features}, logits_to_keep=positions, use_cache=False
+    )
+    return output.logits.flatten(0, -2)
+
+
+def logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """The whole forward: [N, V] logits at `positions` [B, S] bool; the head runs there and nowhere else."""
+    return model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
+
+
+def hidden_and_logits_at(
+    model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Like `logits_at`, with the final hidden states (after the last norm) that the head read: [N, d], [N, V]."""
+    states: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _module, args: states.append(args[0]))
+    try:
+        logits = logits_at(model, inputs, positions)
+    finally:
+        handle.remove()
+    return states[-1].flatten(0, -2), logits
+
+
+def image_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the model's `get_image_features` takes."""
+    names = inspect.signature(model.get_image_features).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def text_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that goes into the language model once the image features are there."""
+    return {name: value for name, value in inputs.items() if name not in PIXEL_INPUTS}
+
+
+def cast_output(output: ModelOutput, dtype: torch.dtype) -> ModelOutput:
+    """A shallow copy of an encoder's output with its floating-point tensors in `dtype` (gradients flow)."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        return tuple(cast(item) for item in value) if isinstance(value, tuple | list) else value
+
+    copied = copy.copy(output)
+    for name, value in output.items():
+        copied[name] = cast(value)
+    return copied

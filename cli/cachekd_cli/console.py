@@ -1,0 +1,95 @@
+"""What the commands share: the console, progress bars, tables, and quiet libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cachekd.errors import CachekdError
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def print_error(error: CachekdError) -> None:
+    """The problem in red, the details under it."""
+    problem, *details = str(error).split("\n")
+    errors.print(f"[bold red]error:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    for line in details:
+        errors.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """For scripts: the only thing on stdout."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+class RateColumn(ProgressColumn):
+    """Units per second, where a task's field `per_second` counts something other than its steps."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.finished_time if task.finished else task.elapsed
+        done = task.fields.get("units", task.completed)
+        rate = done / elapsed if elapsed else 0.0
+        return Text(f"{rate:,.0f} {self.unit}/s", style="progress.data.speed")
+
+
+def progress_bar(unit: str) -> Progress:
+    """A bar with count, rate in `unit` and ETA, on stderr, so that `--json` stays clean."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        RateColumn(unit),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+    )
+
+
+def sample_progress(bar: Progress, description: str, total: int) -> Callable[[int, int], None]:
+    """A task that counts samples and whose rate counts units; returns what advances it by (samples, units)."""
+    task = bar.add_task(description, total=total, units=0, note="")
+
+    def advance(samples: int, units: int) -> None:
+        bar.update(task, advance=samples, units=bar.tasks[task].fields["units"] + units)
+
+    return advance
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    result = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        result.add_row(*(escape(str(cell)) for cell in row))
+    return result
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to our own bars and messages."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

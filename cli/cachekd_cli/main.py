@@ -1,0 +1,38 @@
+"""The app: one file per command, imported light; torch is loaded only when a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from cachekd.errors import CachekdError
+from cachekd_cli import demo, dump, evaluate, report, train
+from cachekd_cli.console import print_error
+
+app = typer.Typer(
+    name="cachekd",
+    help="Offline logit caching for Switch-KD: distil a large vision-language model into a small one.",
+    epilog="Start with: cachekd demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("dump")(dump.dump_command)
+app.command("train")(train.train_command)
+app.command("eval")(evaluate.eval_command)
+app.command("report")(report.report_command)
+app.command("demo")(demo.demo_command)
+
+
+def main() -> None:
+    """Entry point: a CachekdError is a message and exit code 2, never a traceback."""
+    try:
+        app()
+    except CachekdError as error:
+        print_error(error)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Train the demo's teacher on easy-VQA, reproducibly, on a CPU.
+
+    python examples/easy_vqa/train_teacher.py --out examples/easy_vqa/teacher
+
+Two stages, both on the training split alone. First the vision tower learns to name shape and colour, which
+it reads off the questions and answers; augmented with flips, scaling, shifts and exchanged colour channels,
+because a ViT this small does not learn shapes from 4,000 plain images. Then the whole model learns to answer:
+in half of the batches a question sees the image and itself alone (earlier answers would give this one away,
+and nothing would be learned from the image), in the other half the conversation so far, as it will be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from data import COLORS, SHAPES, conversation, image_paths, questions_by_image  # isort: skip
+from models import VISION_WIDTH, make_model, make_processor  # isort: skip
+
+Pairs = list[tuple[str, str]]
+IGNORE = -100
+
+
+def load_pixels() -> Tensor:
+    """[4000, 3, 64, 64] float in [-1, 1], as the processor normalises."""
+    paths = image_paths("train")
+    arrays = [np.asarray(Image.open(paths[i]).convert("RGB")) for i in sorted(paths)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def names_in(pairs: Pairs, names: tuple[str, ...]) -> int:
+    """The one shape (or colour) that a what-question or its answer names; IGNORE if none does."""
+    words = " ".join(f"{q} {a}" for q, a in pairs if q.startswith("what")).replace("?", "").split()
+    return next((names.index(word) for word in words if word in names), IGNORE)
+
+
+def augment(pixels: Tensor, *, channels: bool) -> tuple[Tensor, Tensor]:
+    """Flip, scale, stretch and shift; with `channels`, exchange colour channels in 40 % of the images.
+
+    Returns:
+        the images, and [B] bool: whose colours no longer hold.
+    """
+    count = len(pixels)
+    scale = torch.empty(count, 2).uniform_(0.75, 1.35) * torch.empty(count, 1).uniform_(0.85, 1.2)
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0] = ((torch.rand(count) < 0.5) * 2 - 1) / scale[:, 0]
+    affine[:, 1, 1] = 1 / scale[:, 1]
+    affine[:, :, 2] = torch.empty(count, 2).uniform_(-0.25, 0.25)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    exchanged = (torch.rand(count) < 0.4) & channels
+    orders = torch.tensor([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    order = orders[torch.randint(0, len(orders), (count,))][:, :, None, None].expand_as(pixels)
+    return torch.where(exchanged[:, None, None, None], pixels.gather(1, order), pixels), exchanged
+
+
+def optimise(
+    modules: nn.Module,
+    batches: Iterator[Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    steps: int,
+    lr: float,
+    name: str,
+) -> None:
+    """AdamW under a cosine; prints the mean loss twenty times on the way."""
+    weights = [p for p in modules.parameters() if p.ndim > 1]
+    others = [p for p in modules.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+    warmup = lambda step: min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)
+    started, total, every = time.time(), 0.0, max(1, steps // 20)
+    for step in range(1, steps + 1):
+        loss = loss_of(next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if step % every == 0:
+            print(
+                f"{name} {step}/{steps}  loss {total / every:.4f}  {time.time() - started:.0f} s", flush=True
+            )
+            total = 0.0
+
+
+def shuffled(count: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches of indices, epoch after epoch."""
+    while True:
+        order = torch.randperm(count)
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
+
+
+def train_tower(
+    model: LlavaForConditionalGeneration, pixels: Tensor, questions: list[Pairs], epochs: int
+) -> None:
+    """Stage 1: the vision tower names shape and colour from its mean patch feature."""
+    shapes = torch.tensor([names_in(pairs, SHAPES) for pairs in questions])
+    colors = torch.tensor([names_in(pairs, COLORS) for pairs in questions])
+    tower = model.model.vision_tower
+    head = nn.Sequential(nn.LayerNorm(VISION_WIDTH), nn.Linear(VISION_WIDTH, len(SHAPES) + len(COLORS)))
+
+    def loss_of(batch: Tensor) -> Tensor:
+        images, exchanged = augment(pixels[batch], channels=True)
+        features = tower(pixel_values=images, output_hidden_states=True).hidden_states[-1][:, 1:]
+        logits = head(features.mean(1))
+        color = colors[batch].masked_fill(exchanged, IGNORE)
+        shape_loss = F.cross_entropy(logits[:, : len(SHAPES)], shapes[batch])
+        return shape_loss + F.cross_entropy(logits[:, len(SHAPES) :], color)
+
+    steps = epochs * len(pixels) // 64
+    optimise(nn.ModuleList([tower, head]), shuffled(len(pixels), 64), loss_of, steps, 1e-3, "tower")
+
+
+class QuestionPacker:
+    """Packs an image's questions behind one copy of the image.
+
+    Alone, question tokens attend causally to the image and to their own question, and positions restart
+    after the image, so that every question sits where it would sit if nothing else were asked. Otherwise
+    the row is an ordinary conversation.
+    """
+
+    def __init__(self, processor: LlavaProcessor) -> None:
+        self.processor = processor
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}]}], tokenize=False
+        ).removesuffix("<|end|>")
+        blank = Image.new("RGB", (64, 64))
+        self.prefix = [int(token) for token in processor(text=[text], images=[blank])["input_ids"][0]]
+        self.user = processor.tokenizer.convert_tokens_to_ids("<|user|>")
+
+    @cache  # noqa: B019  (107 questions, one packer)
+    def tokens(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text)["input_ids"]
+
+    def __call__(self, batch: list[Pairs], *, alone: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """input_ids [B, S], position_ids [B, S], additive attention mask [B, 1, S, S], labels [B, S]."""
+        rows = [self._row(pairs, alone=alone) for pairs in batch]
+        size = max(len(row[0]) for row in rows)
+        fills = (self.processor.tokenizer.pad_token_id, 0, -1, IGNORE)
+        ids, positions, owner, labels = (
+            torch.tensor([row[i] + [fill] * (size - len(row[i])) for row in rows])
+            for i, fill in enumerate(fills)
+        )
+        same = (owner[:, :, None] == owner[:, None, :]) | (owner[:, None, :] == 0)
+        visible = torch.ones(size, size, dtype=torch.bool).tril() & same
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None]
+        return ids, positions, mask, labels
+
+    def _row(self, pairs: Pairs, *, alone: bool) -> tuple[list[int], list[int], list[int], list[int]]:
+        start = len(self.prefix)
+        ids, positions, owner = list(self.prefix), list(range(start)), [0] * start
+        labels = [IGNORE] * start
+        for number, (question, answer) in enumerate(pairs, 1):
+            asked, said = self.tokens(f"{question}<|end|><|assistant|>"), self.tokens(f"{answer}<|end|>")
+            asked = asked if alone or number == 1 else [self.user, *asked]
+            first = start if alone else len(ids)
+            ids += asked + said
+            positions += range(first, first + len(asked) + len(said))
+            owner += [number if alone else 0] * (len(asked) + len(said))
+            labels += [IGNORE] * (len(asked) - 1) + said + [IGNORE]  # already shifted
+        return ids, positions, owner, labels
+
+
+def train_answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pixels: Tensor,
+    questions: list[Pairs],
+    epochs: int,
+) -> None:
+    """Stage 2: the whole model answers up to six questions per image."""
+    pack = QuestionPacker(processor)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        pairs = [random.sample(questions[i], min(6, len(questions[i]))) for i in batch.tolist()]
+        ids, positions, mask, labels = pack(pairs, alone=random.random() < 0.5)
+        images, _ = augment(pixels[batch], channels=False)
+        answers = labels != IGNORE
+        output = model(
+            input_ids=ids,
+            pixel_values=images,
+            attention_mask=mask,
+            position_ids=positions,
+            logits_to_keep=answers,
+        )
+        return F.cross_entropy(output.logits.flatten(0, -2), labels[answers])
+
+    steps = epochs * len(pixels) // 32
+    optimise(model, shuffled(len(pixels), 32), loss_of, steps, 1e-3, "answers")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
+    parser.add_argument("--tower-epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+
+    grouped = questions_by_image("train")
+    questions = [grouped[i] for i in sorted(grouped)]
+    texts = [
+        f"{turn['value']}".replace("<image>\n", "") for pairs in questions for turn in conversation(pairs)
+    ]
+    processor = make_processor(texts)
+    model = make_model(processor, vision_layers=4, text_layers=4, text_width=192)
+    pixels = load_pixels()
+    train_tower(model, pixels, questions, options.tower_epochs)
+    train_answers(model, processor, pixels, questions, options.epochs)
+    model.half().save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"saved {options.out}; its accuracy: cachekd eval --model {options.out} --data <test tar>")
+
+
+if __name__ == "__main__":
+    main()
