@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+from cachekd.losses.kneedle import leading_window
 
 
 class TeacherTargets(Protocol):
@@ -15,28 +16,33 @@ class TeacherTargets(Protocol):
     `DenseTargets` serves a live teacher, `cachekd.cache.CachedTargets` a cache. The losses see only this.
     """
 
-    token_ids: Tensor  # [N] int64, the answer tokens themselves
-    vocab_size: int
+    token_ids: Tensor
+    """[N] int64, the answer tokens themselves."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that `gather` takes: 0 to vocab_size - 1."""
+        ...
 
     def __len__(self) -> int:
         """The number N of answer tokens."""
         ...
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's own selection for the teacher-led half of DBiLD.
+        """The teacher's own selection, for the teacher-led half of DBiLD.
 
         Args:
-            window: Kneedle looks at the `window` largest logits.
+            window: Kneedle sees the `window` largest logits.
             min_k: the least k.
 
         Returns:
-            ids [N, K] int64 and logprobs [N, K] float32 in descending order, and k [N] int64: row i holds
-            k[i] valid entries and padding after them (K = max k; padded ids are 0).
+            ids [N, K] int64 and logprobs [N, K] float32 in descending order, and k [N] int64: row i holds k[i]
+            valid entries; what follows them is padding (K = max k).
         """
         ...
 
     def gather(self, ids: Tensor) -> Tensor:
-        """The teacher's logprobs [N, k] float32 at `ids` [N, k] int64."""
+        """The teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf where the teacher says never."""
         ...
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -44,7 +50,6 @@ class TeacherTargets(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class DenseTargets:
     """A live teacher's logits.
 
@@ -53,19 +58,27 @@ class DenseTargets:
         token_ids: [N] int64, the answer tokens; the argmax of `logits` where they are not given.
     """
 
-    logits: Tensor
-    token_ids: Tensor = None  # type: ignore[assignment]  # set in __post_init__
-
-    def __post_init__(self) -> None:
-        logits = self.logits.detach().float()
-        object.__setattr__(self, "logits", logits)
-        object.__setattr__(self, "_logprobs", logits.log_softmax(-1))
-        if self.token_ids is None:
-            object.__setattr__(self, "token_ids", logits.argmax(-1))
+    def __init__(self, logits: Tensor, token_ids: Tensor | None = None) -> None:
+        logits = logits.detach()
+        self.logprobs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+        self.token_ids = logits.argmax(-1) if token_ids is None else token_ids
 
     @property
     def vocab_size(self) -> int:
-        return self.logits.shape[-1]
+        return self.logprobs.shape[-1]
 
     def __len__(self) -> int:
-        return self.logits.shape[0]
+        return len(self.logprobs)
+
+    def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `TeacherTargets.leading`."""
+        return leading_window(self.logprobs, window, min_k)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """See `TeacherTargets.gather`."""
+        return self.logprobs.gather(-1, ids)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DenseTargets:
+        """See `TeacherTargets.to`."""
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.logprobs, self.token_ids))
+        return DenseTargets(*moved)

@@ -103,7 +103,7 @@ def open_cache(
         raise CachekdError(
             "L_Align and L_VSD need the teacher's cached logits",
             where="setting 'cache'",
-            fix="pass --cache (write one with `cachekd dump`), or --lambda-align 0 --lambda-vsd 0 for plain CE",
+            fix="pass --cache (`cachekd dump` writes one), or --lambda-align 0 --lambda-vsd 0 for plain CE",
         )
     cache = LogitCache(config.cache)
     check_cache(cache, samples, processor, encoder)

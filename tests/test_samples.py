@@ -239,9 +239,9 @@ def test_a_bad_json_file_is_named(tmp_path: Path, text, message):
 
 def test_a_bad_tar_is_named(tmp_path: Path):
     good = tar_members(2)
+    write_tar(tmp_path / "a" / "0.tar", good)
+    write_tar(tmp_path / "a" / "1.tar", tar_members(1))
     with pytest.raises(CachekdError, match="appears twice") as caught:
-        write_tar(tmp_path / "a" / "0.tar", good)
-        write_tar(tmp_path / "a" / "1.tar", tar_members(1))
         open_samples(tmp_path / "a")
     assert "0.tar" in str(caught.value)
     assert "1.tar" in str(caught.value)

@@ -27,7 +27,8 @@ MARKED_TEMPLATE = (
     "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}"
     "<|assistant|>\n{% generation %}{{ m['content'][0]['text'] }}<|end|>\n{% endgeneration %}"
     "{%- else -%}<|{{ m['role'] }}|>\n"
-    "{%- for p in m['content'] -%}{{ '<image>' if p['type'] == 'image' else p['text'] }}{%- endfor -%}<|end|>\n"
+    "{%- for p in m['content'] -%}{{ '<image>' if p['type'] == 'image' else p['text'] }}{%- endfor -%}"
+    "<|end|>\n"
     "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}<|assistant|>\n{%- endif -%}"
 )
 # jinja's "-%}" would eat the newlines that a template author wrote; keep them as text.

@@ -116,7 +116,7 @@ def _changed_text(sample: Sample, position: int) -> CachekdError:
 
 
 def _find(ids: list[int], run: list[int], start: int, *, last: bool) -> int:
-    """Where `run` begins in `ids` after `start`: at the very end if it is the last run; `len(ids)` if nowhere."""
+    """Where `run` begins in `ids` after `start`: at the end if it is the last one; `len(ids)` if nowhere."""
     if last:
         return max(start, len(ids) - len(run))
     starts = range(start, len(ids) - len(run) + 1)

@@ -1,9 +1,9 @@
 """A VLM taken apart at its seams: vision encoder, projector, language model.
 
-The split never calls a submodule of the family's own code by hand, except the vision encoder itself. The
-projection is the model's own `get_image_features` around a *replayed* encoder output, and the language model
-is the model's own forward with `mm_encoder_outputs` in place of pixels: selection of layers, dropping of class
-tokens, splicing, positions, masks and logit scaling all stay the family's.
+The split calls no submodule by hand. The projection is the model's own `get_image_features` around a
+*replayed* encoder output; the language model is the model's own forward with `mm_encoder_outputs` in place
+of pixels. So selection of layers, dropping of class tokens, splicing, positions, masks and logit scaling
+stay the family's.
 """
 
 from __future__ import annotations
@@ -118,7 +118,11 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor)
 def hidden_and_logits_at(
     model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Like `logits_at`, with the final hidden states (after the last norm) that the head read: [N, d], [N, V]."""
+    """Like `logits_at`, after the final hidden states (after the last norm) that the head read.
+
+    Returns:
+        hidden [N, d] and logits [N, V].
+    """
     states: list[Tensor] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _module, args: states.append(args[0]))

@@ -68,7 +68,7 @@ def progress_bar(unit: str) -> Progress:
 
 
 def sample_progress(bar: Progress, description: str, total: int) -> Callable[[int, int], None]:
-    """A task that counts samples and whose rate counts units; returns what advances it by (samples, units)."""
+    """A task that counts samples, with a rate in units; returns what advances it by (samples, units)."""
     task = bar.add_task(description, total=total, units=0, note="")
 
     def advance(samples: int, units: int) -> None:

@@ -1,4 +1,4 @@
-"""The demo's models: tiny LLaVAs in ordinary Hugging Face format, with a tokenizer learned from the questions."""
+"""The demo's models: tiny LLaVAs in Hugging Face format, with a tokenizer learned from the questions."""
 
 from __future__ import annotations
 

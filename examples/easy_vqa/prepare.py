@@ -34,9 +34,7 @@ def main() -> None:
     student = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
     student.save_pretrained(options.out / "student")
     processor.save_pretrained(options.out / "student")
-    print(
-        f"{train:,} training questions, {test:,} test questions; student: {student.num_parameters():,} parameters"
-    )
+    print(f"questions: {train:,} training, {test:,} test; student: {student.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":

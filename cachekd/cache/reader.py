@@ -1,0 +1,158 @@
+"""Read a cache: any sample by its key, whichever shard it is in."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from cachekd.cache.manifest import Manifest, ShardInfo
+from cachekd.cache.records import TokenTargets, offsets
+from cachekd.cache.shard import Shard, read_shard
+from cachekd.cache.targets import CachedTargets
+from cachekd.cache.writer import SHARD_FOLDER
+from cachekd.errors import CachekdError
+
+_KEPT_SHARDS = 2  # decoded shards in memory; training shuffles over more only at the price of re-reading
+
+
+class LogitCache:
+    """A cache of teacher logits; a mapping from sample keys to `CachedTargets`.
+
+    Files are opened per read, so a LogitCache can be pickled and used in forked workers.
+
+    Args:
+        path: the cache's folder.
+
+    Raises:
+        CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        self._decoded: OrderedDict[int, Shard] = OrderedDict()
+        self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
+        for number, info in enumerate(self.manifest.shards):
+            self._check_size(info)
+            for position, key in enumerate(self._shard(number).keys):
+                self._places[key] = (number, position)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __getitem__(self, key: str) -> CachedTargets:
+        """The targets of one sample.
+
+        Raises:
+            CachekdError: no such key, or its shard is damaged.
+        """
+        number, position = self._place(key)
+        shard = self._shard(number)
+        first, last = shard.sample_offsets[position : position + 2]
+        return CachedTargets.from_records(
+            _cut(shard.targets, int(first), int(last)),
+            vocab_size=self.manifest.teacher.vocab_size,
+            window=self.manifest.codec.window,
+            min_k=self.manifest.codec.min_k,
+        )
+
+    def sample_hash(self, key: str) -> bytes:
+        """The 16-byte content hash of the sample that the teacher saw."""
+        number, position = self._place(key)
+        return self._shard(number).hashes[position].tobytes()
+
+    def histogram(self) -> dict[str, dict[int, int]]:
+        """How many tokens have each stored k, and each of Kneedle's k."""
+        counts: dict[str, Counter[int]] = {"k": Counter(), "knee": Counter()}
+        for number in range(len(self.manifest.shards)):
+            targets = self._shard(number).targets
+            for name, counter in counts.items():
+                values, found = np.unique(getattr(targets, name), return_counts=True)
+                counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+        return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+
+    def verify(self) -> None:
+        """Compare every shard with its sha256 in the manifest.
+
+        Raises:
+            CachekdError: the first shard that differs.
+        """
+        for info in self.manifest.shards:
+            found = hashlib.sha256((self.path / SHARD_FOLDER / info.name).read_bytes()).hexdigest()
+            if found != info.sha256:
+                raise CachekdError(
+                    "a shard differs from what was written",
+                    where=str(self.path / SHARD_FOLDER / info.name),
+                    expected=f"sha256 {info.sha256}",
+                    found=found,
+                    fix="fetch it again, or run `cachekd dump` again into a new folder",
+                )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_decoded": OrderedDict()}
+
+    def _place(self, key: str) -> tuple[int, int]:
+        if key not in self._places:
+            near = difflib.get_close_matches(str(key), self._places, n=3)
+            raise CachekdError(
+                f"the cache has no sample {key!r}",
+                where=str(self.path),
+                expected=f"one of its {len(self):,} keys" + (f", such as {', '.join(near)}" if near else ""),
+                fix="run `cachekd dump` over this data set",
+            )
+        return self._places[key]
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._decoded:
+            info = self.manifest.shards[number]
+            shard = read_shard(self.path / SHARD_FOLDER / info.name, self.manifest.codec.logprob_step)
+            if (len(shard.keys), len(shard.targets)) != (info.samples, info.tokens):
+                raise CachekdError(
+                    "a shard is not the one that the manifest lists",
+                    where=str(self.path / SHARD_FOLDER / info.name),
+                    expected=f"{info.samples} samples with {info.tokens} tokens",
+                    found=f"{len(shard.keys)} samples with {len(shard.targets)} tokens",
+                )
+            self._decoded[number] = shard
+            while len(self._decoded) > _KEPT_SHARDS:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(number)
+        return self._decoded[number]
+
+    def _check_size(self, info: ShardInfo) -> None:
+        path = self.path / SHARD_FOLDER / info.name
+        found = path.stat().st_size if path.exists() else None
+        if found != info.bytes:
+            raise CachekdError(
+                "a shard is missing" if found is None else "a shard was cut short or changed",
+                where=str(path),
+                expected=f"{info.bytes:,} bytes",
+                found="no file" if found is None else f"{found:,} bytes",
+                fix="fetch it again, or run `cachekd dump` again into a new folder",
+            )
+
+
+def _cut(targets: TokenTargets, first: int, last: int) -> TokenTargets:
+    """Tokens [first, last)."""
+    starts = offsets(targets.k)
+    entries = slice(int(starts[first]), int(starts[last]))
+    tokens = slice(first, last)
+    return TokenTargets(
+        targets.token_ids[tokens],
+        targets.k[tokens],
+        targets.knee[tokens],
+        targets.ids[entries],
+        targets.logprobs[entries],
+        targets.tail_logmass[tokens],
+    )

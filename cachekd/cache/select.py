@@ -1,0 +1,80 @@
+"""How many logprobs a token deserves, and which: on the teacher's device, before anything is copied."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachekd.cache.records import TokenTargets
+from cachekd.errors import CachekdError
+from cachekd.losses.kneedle import kneedle_k
+
+
+def select_topk(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    top_k: int = 128,
+    top_p: float = 0.99,
+    window: int = 128,
+    min_k: int = 2,
+) -> TokenTargets:
+    """Keep each token's most probable ids: k = min(top_k, max(Kneedle's k, min_k, ids that hold top_p)).
+
+    Logprobs are normalised over all V ids, so the mass of what is not kept is known. Where `top_k` is below
+    Kneedle's k, the cap wins and the stored knee is the cap: the teacher-led loss then sees `top_k` ids.
+
+    Args:
+        logits: [N, V] float, unnormalised, on any device.
+        token_ids: [N] int, the answer tokens.
+        top_k: most entries per token.
+        top_p: share of the mass to reach, if `top_k` allows it.
+        window: Kneedle sees this many of the largest logits.
+        min_k: least entries per token.
+
+    Raises:
+        CachekdError: a row has NaN, +inf, or no finite logit.
+    """
+    _check_finite(logits)
+    everything = logits.float().log_softmax(-1)
+    width = min(max(top_k, window), logits.shape[-1])
+    logprobs, ids = everything.topk(width, dim=-1)  # [N, width], descending
+    finite = logprobs.isfinite().sum(-1)
+    knee = kneedle_k(logprobs[:, :window])
+    # The entry that reaches top_p is the last one whose predecessors hold less than it.
+    reach = ((logprobs.exp().cumsum(-1) - logprobs.exp()) < top_p).sum(-1)
+    wanted = torch.maximum(torch.maximum(knee, reach), torch.full_like(knee, min_k))
+    k = torch.minimum(wanted, finite).clamp(max=top_k)
+    kept = torch.arange(width, device=k.device) < k[:, None]
+    # Summed over what is left, not 1 - kept: the tail of a confident teacher is far below float32's epsilon.
+    tail = everything.scatter(-1, ids, logprobs.masked_fill(kept, float("-inf"))).logsumexp(-1)
+    return _to_numpy(logprobs, ids, kept, k, torch.minimum(knee, k), tail, token_ids)
+
+
+def _to_numpy(
+    logprobs: Tensor, ids: Tensor, kept: Tensor, k: Tensor, knee: Tensor, tail: Tensor, token_ids: Tensor
+) -> TokenTargets:
+    def array(tensor: Tensor, dtype: type) -> np.ndarray:
+        return tensor.cpu().numpy().astype(dtype)
+
+    return TokenTargets(
+        token_ids=array(token_ids, np.uint32),
+        k=array(k, np.uint16),
+        knee=array(knee, np.uint16),
+        ids=array(ids[kept], np.uint32),
+        logprobs=array(logprobs[kept], np.float32),
+        tail_logmass=array(tail, np.float32),
+    )
+
+
+def _check_finite(logits: Tensor) -> None:
+    broken = logits.isnan().any(-1) | (logits.amax(-1).isinf())
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        raise CachekdError(
+            "the teacher's logits are not finite",
+            where=f"answer token {row} of the batch, {int(broken.sum())} in all",
+            expected="at least one finite logit, no NaN and no +inf",
+            fix="run the teacher in float32 or bfloat16: --dtype float32",
+        )

@@ -1,0 +1,144 @@
+"""A cache's side of `TeacherTargets`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachekd.cache.records import TokenTargets
+from cachekd.errors import CachekdError
+
+_NOWHERE = torch.iinfo(torch.int64).max  # an id that no token has
+
+
+@dataclass(frozen=True)
+class UniformTail:
+    """Spreads the mass that is not kept evenly over the ids that are not kept.
+
+    Attributes:
+        logprob: [N] float32, of each such id.
+    """
+
+    logprob: Tensor
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """[N, k] float32 at `ids` [N, k], none of which is kept."""
+        return self.logprob[:, None].expand(ids.shape)
+
+
+@dataclass(frozen=True)
+class CachedTargets:
+    """The teacher at N answer tokens, rebuilt from a cache (see `cachekd.targets.TeacherTargets`).
+
+    Attributes:
+        token_ids: [N] int64.
+        ids: [N, K] int64, kept ids in descending probability, then padding.
+        logprobs: [N, K] float32 at `ids`; -inf in the padding.
+        k: [N] int64, how many are kept.
+        knee: [N] int64, Kneedle's k on the teacher's full logits.
+        tail: the model of what is not kept.
+        vocab_size, window, min_k: from the manifest.
+    """
+
+    token_ids: Tensor
+    ids: Tensor
+    logprobs: Tensor
+    k: Tensor
+    knee: Tensor
+    tail: UniformTail
+    vocab_size: int
+    window: int
+    min_k: int
+
+    @classmethod
+    def from_records(
+        cls, records: TokenTargets, *, vocab_size: int, window: int, min_k: int
+    ) -> CachedTargets:
+        """Pad flat records to rows."""
+        k = records.k.astype(np.int64)
+        width = int(k.max(initial=1))
+        kept = np.arange(width) < k[:, None]
+        ids = np.full(kept.shape, _NOWHERE, np.int64)
+        logprobs = np.full(kept.shape, -np.inf, np.float32)
+        ids[kept], logprobs[kept] = records.ids, records.logprobs
+        others = np.log(np.maximum(vocab_size - k, 1))
+        tail = torch.from_numpy((records.tail_logmass - others).astype(np.float32))
+        per_token = (records.token_ids.astype(np.int64), ids, logprobs, k, records.knee.astype(np.int64))
+        tensors = (torch.from_numpy(array) for array in per_token)
+        return cls(*tensors, UniformTail(tail), vocab_size, window, min_k)
+
+    @classmethod
+    def cat(cls, parts: Sequence[CachedTargets]) -> CachedTargets:
+        """The parts' tokens, one after the other; all from one cache."""
+        width = max(part.ids.shape[1] for part in parts)
+
+        def rows(name: str, fill: float) -> Tensor:
+            padded = [
+                torch.nn.functional.pad(getattr(part, name), (0, width - part.ids.shape[1]), value=fill)
+                for part in parts
+            ]
+            return torch.cat(padded)
+
+        return replace(
+            parts[0],
+            token_ids=torch.cat([part.token_ids for part in parts]),
+            ids=rows("ids", _NOWHERE),
+            logprobs=rows("logprobs", float("-inf")),
+            k=torch.cat([part.k for part in parts]),
+            knee=torch.cat([part.knee for part in parts]),
+            tail=UniformTail(torch.cat([part.tail.logprob for part in parts])),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The teacher's own selection, exactly as at the dump.
+
+        Kneedle on a truncated list would find another knee, so the one that was found on the full logits is
+        stored, and only the window that it was found in will do.
+
+        Raises:
+            CachekdError: another window, or a larger min_k than was kept.
+        """
+        if min(window, self.vocab_size) != min(self.window, self.vocab_size) or min_k > self.min_k:
+            raise CachekdError(
+                "the cache was made with other Kneedle settings",
+                expected=f"window {self.window} and min_k up to {self.min_k}",
+                found=f"window {window} and min_k {min_k}",
+                fix="use the cache's settings, or dump again with --window and --min-k",
+            )
+        k = torch.minimum(self.knee.clamp(min=min_k), self.k)
+        longest = max(1, int(k.max())) if len(k) else 1
+        return self.ids[:, :longest].clamp(max=self.vocab_size - 1), self.logprobs[:, :longest], k
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Logprobs [N, k] float32 at `ids` [N, k] int64: kept ones as stored, others from the tail.
+
+        Raises:
+            CachekdError: an id outside the vocabulary.
+        """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise CachekdError(
+                "ids outside the teacher's vocabulary",
+                expected=f"0 to {self.vocab_size - 1}",
+                found=f"{int(ids.min())} to {int(ids.max())}",
+                fix="slice a padded vocabulary: student_logits[:, : targets.vocab_size]",
+            )
+        ordered, order = self.ids.sort(-1)
+        place = torch.searchsorted(ordered, ids.contiguous()).clamp(max=ordered.shape[1] - 1)
+        kept = ordered.gather(-1, place) == ids
+        stored = self.logprobs.gather(-1, order.gather(-1, place))
+        return torch.where(kept, stored, self.tail.gather(ids))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CachedTargets:
+        """A copy on `device`."""
+        names = ("token_ids", "ids", "logprobs", "k", "knee")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(
+            self, **moved, tail=UniformTail(self.tail.logprob.to(device, non_blocking=non_blocking))
+        )

@@ -1,0 +1,127 @@
+"""DBiLD: dynamic bidirectional logit differences, in O(k) instead of O(k^2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from cachekd.errors import CachekdError
+from cachekd.losses.kneedle import leading_window
+from cachekd.losses.reduce import Reduction, reduce
+
+if TYPE_CHECKING:
+    from cachekd.targets import TeacherTargets
+
+Direction = Literal["both", "teacher", "student"]
+
+# Stands for -inf where a number is needed: e**FLOOR is 0 at any temperature up to 1e3.
+FLOOR = -1e5
+_MASKED = -1e30
+
+
+def dbild_loss(
+    student_logits: Tensor,
+    targets: TeacherTargets,
+    *,
+    temperature: float = 3.0,
+    window: int = 128,
+    min_k: int = 2,
+    direction: Direction = "both",
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """L_DBiLD = L_t + L_s (Switch-KD, equations 4-9): the teacher-led and the student-led half.
+
+    Each half lets one side lead: Kneedle on its `window` largest logits chooses k per token, and its top-k ids
+    are compared on both sides. The comparison is over differences, so logits and logprobs do equally well.
+
+    Args:
+        student_logits: [N, V] float, unnormalised; computed in float32 whatever the autocast.
+        targets: the teacher at the same N tokens, live or cached, over the same V ids.
+        temperature: tau, divides the differences.
+        window: the most ids that Kneedle considers.
+        min_k: the least k.
+        direction: which halves to add up.
+        reduction: "none" gives [N]; "mean" over no tokens is 0.
+
+    Raises:
+        CachekdError: shapes that do not match, or a setting out of range.
+    """
+    _check(student_logits, targets, temperature, window, min_k, direction)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+        loss = logits.new_zeros(len(logits)) + logits[:, :0].sum(-1)  # has a gradient, even over no tokens
+        if direction in ("both", "teacher"):
+            ids, led, k = targets.leading(window, min_k)
+            loss = loss + pairwise_reverse_kl(logits.gather(-1, ids), led.to(logits), k, temperature)
+        if direction in ("both", "student"):
+            ids, _, k = leading_window(logits.detach(), window, min_k)
+            followed = targets.gather(ids).to(logits)
+            loss = loss + pairwise_reverse_kl(logits.gather(-1, ids), followed, k, temperature)
+    return reduce(loss, reduction)
+
+
+def pairwise_reverse_kl(student: Tensor, teacher: Tensor, k: Tensor, temperature: float) -> Tensor:
+    """KL(p_S || p_T), p the softmax over all differences d_ij = (z_i - z_j) / tau with i < j < k.
+
+    The k (k - 1) / 2 pairs are never formed. With a_i = exp(s_i / tau) and b_j = exp(-s_j / tau) the student's
+    partition function is Z_S = sum_j b_j A_(j-1), A the cumulative sum of a; the probability that a pair has i
+    on its left is row_i = a_i (sum of b_j over j > i) / Z_S, on its right col_i = b_i A_(i-1) / Z_S. The
+    log-ratio of a pair is e_i - e_j - log Z_S + log Z_T with e = (s - t) / tau, so
+
+        KL = sum_i (row_i - col_i) e_i - log Z_S + log Z_T.
+
+    All sums run in log space.
+
+    Args:
+        student: [N, K] float, in the leader's order.
+        teacher: [N, K] float, at the same ids.
+        k: [N] int64, valid entries per row; rows with fewer than two give 0.
+        temperature: tau.
+
+    Returns:
+        [N], at least 0 up to rounding, differentiable in `student`.
+    """
+    valid = torch.arange(student.shape[-1], device=student.device) < k[:, None]
+    s, t = (_centred(z, valid) / temperature for z in (student, teacher))
+    log_row, log_col, log_z_student = _pair_sums(s, valid)
+    log_z_teacher = _pair_sums(t, valid)[2]
+    row, col = ((log_sum - log_z_student[:, None]).exp() for log_sum in (log_row, log_col))
+    kl = ((row - col) * (s - t)).sum(-1) - log_z_student + log_z_teacher
+    return torch.where(k >= 2, kl, 0.0)
+
+
+def _centred(z: Tensor, valid: Tensor) -> Tensor:
+    """Differences are what counts: subtract the leader's first, for precision; -inf becomes the floor."""
+    z = z.masked_fill(~valid, 0.0)
+    z = z - z[:, :1].detach().nan_to_num(neginf=0.0)
+    return z.clamp(min=FLOOR).masked_fill(~valid, 0.0)
+
+
+def _pair_sums(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log of a_i sum_(j>i) b_j and of b_i sum_(j<i) a_j, each [N, K], and of their total over pairs, [N]."""
+    log_a, log_b = z.masked_fill(~valid, _MASKED), (-z).masked_fill(~valid, _MASKED)
+    edge = torch.full_like(z[:, :1], _MASKED)
+    before = torch.cat([edge, log_a.logcumsumexp(-1)[:, :-1]], -1)
+    after = torch.cat([log_b.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:], edge], -1)
+    log_col = log_b + before
+    return log_a + after, log_col, log_col.logsumexp(-1)
+
+
+def _check(
+    logits: Tensor, targets: TeacherTargets, temperature: float, window: int, min_k: int, direction: str
+) -> None:
+    if logits.shape != (len(targets), targets.vocab_size):
+        raise CachekdError(
+            "the student's logits do not match the teacher's targets",
+            expected=f"[{len(targets)}, {targets.vocab_size}]: tokens, vocabulary",
+            found=list(logits.shape),
+            fix="slice a padded vocabulary: student_logits[:, : targets.vocab_size]",
+        )
+    if not temperature > 0:
+        raise CachekdError("the temperature must be positive", found=temperature)
+    if not 2 <= min_k <= window:
+        raise CachekdError("min_k must be at least 2 and at most the window", found=f"{min_k=}, {window=}")
+    if direction not in ("both", "teacher", "student"):
+        raise CachekdError("unknown direction", expected="both, teacher or student", found=direction)

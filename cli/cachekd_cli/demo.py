@@ -1,0 +1,113 @@
+"""`cachekd demo`: the whole job on real data, on a CPU, in a few minutes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import cachekd
+from cachekd.errors import CachekdError
+from cachekd_cli.console import console, quiet_libraries, table
+
+EXAMPLE = Path(cachekd.__file__).parents[1] / "examples" / "easy_vqa"
+
+
+def demo_command(
+    out: Annotated[Path, typer.Option(help="A new folder; with a number added where it exists.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the student's initial weights and the data order.")] = 0,
+) -> None:
+    """Dump, train, evaluate and report on easy-VQA: a CE-only student against a Switch-KD student.
+
+    Both students start from the same weights and see the same data in the same order, for the same steps.
+
+    Example: cachekd demo --seed 1
+    """
+    from cachekd.report import write_report
+
+    from cachekd.config import DumpConfig, TrainConfig, read_config
+    from cachekd_cli import dump, evaluate, train
+
+    check_example()
+    quiet_libraries()
+    out = unused(out)
+    teacher, student, data = str(EXAMPLE / "teacher"), str(out / "student"), out / "train"
+    stages = Stages()
+
+    with stages.run("prepare", f"python examples/easy_vqa/prepare.py --out {out} --seed {seed}"):
+        prepare = [sys.executable, str(EXAMPLE / "prepare.py"), "--out", str(out), "--seed", str(seed)]
+        subprocess.run(prepare, check=True)
+    with stages.run("dump", f"cachekd dump --teacher {teacher} --data {data} --out {out / 'cache'}"):
+        settings = {"teacher": teacher, "data": data, "out": out / "cache", "batch_size": 64}
+        dump.print_summary(dump.run_dump(read_config(None, DumpConfig, settings)))
+    common = {"student": student, "data": data, "seed": seed}
+    runs = {
+        "ce": {"lambda_align": 0.0, "lambda_vsd": 0.0},
+        "switch-kd": {"teacher": teacher, "cache": out / "cache"},
+    }
+    for name, options in runs.items():
+        settings = {**common, **options, "out": out / name}
+        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+        with stages.run(f"train {name}", f"cachekd train --config {EXAMPLE / 'recipe.yaml'} {words}"):
+            config = read_config(EXAMPLE / "recipe.yaml", TrainConfig, settings)
+            train.print_summary(train.run_train(config, description=name))
+    paths = [str(out / name) for name in runs]
+    with stages.run("eval", f"cachekd eval {' '.join(paths)} --data {out / 'test'} --teacher {teacher}"):
+        result = evaluate.run_eval(paths, out / "test", teacher)
+        evaluate.save_in_runs(result)
+        evaluate.print_tables(result)
+    switch_kd, ce = out / "switch-kd", out / "ce"
+    with stages.run("report", f"cachekd report {switch_kd} --baseline {ce}"):
+        page = write_report(switch_kd, [ce])
+    stages.print()
+    console.print(f"report: {page.resolve()}", highlight=False, soft_wrap=True)
+
+
+def check_example() -> None:
+    """The demo's files are in the repository, not in the installed package."""
+    if not (EXAMPLE / "teacher" / "config.json").exists():
+        raise CachekdError(
+            "the demo's files are not here",
+            where=str(EXAMPLE),
+            expected="a clone of the repository, installed with `make demo` or `pip install -e '.[demo]'`",
+        )
+    try:
+        import easy_vqa  # noqa: F401
+    except ImportError:
+        raise CachekdError("the demo's data is not installed", fix="pip install 'cachekd[demo]'") from None
+
+
+def unused(out: Path) -> Path:
+    """`out`, or `out-2`, `out-3`, ...: earlier demos stay as they are."""
+    candidates = [out, *(out.with_name(f"{out.name}-{number}") for number in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+class Stages:
+    """Announces each stage with the command that does the same, and remembers how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def run(self, name: str, command: str) -> Iterator[None]:
+        """Time the block."""
+        console.rule(f"[bold]{name}", align="left")
+        console.print(f"$ {command}", style="dim", highlight=False, soft_wrap=True)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def print(self) -> None:
+        """A table of wall times."""
+        total = sum(self.seconds.values())
+        rows = [(name, f"{seconds:.1f} s") for name, seconds in [*self.seconds.items(), ("total", total)]]
+        console.print(table("wall time", ("stage", "time"), rows))

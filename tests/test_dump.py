@@ -1,0 +1,135 @@
+"""Stage one: the cache holds what the teacher says, in every sample, whatever the batching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_vlm, tiny_processor
+
+from cachekd.cache import LogitCache
+from cachekd.config import DumpConfig
+from cachekd.dump import dump
+from cachekd.errors import CachekdError
+from cachekd.losses import dbild_loss
+from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.targets import DenseTargets
+from cachekd.vlm import load_model, load_processor, logits_at
+
+
+def live_logits(teacher_path: Path, data_path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each sample by itself, unpadded: logits over the tokenizer's tokens, and the answer tokens."""
+    processor = load_processor(str(teacher_path))
+    model = load_model(str(teacher_path), dtype=torch.float32, device=torch.device("cpu"))
+    encoder, samples = SampleEncoder(processor), open_samples(data_path)
+    live = {}
+    for index in range(len(samples)):
+        encoded = encoder(samples[index])
+        batch = collate([encoded], 0)
+        positions = predicting_positions(batch.pop("supervised"))
+        with torch.no_grad():
+            logits = logits_at(model, batch, positions)[:, : len(processor.tokenizer)]
+        live[encoded.key] = (logits, encoded.token_ids)
+    return live
+
+
+def test_cached_targets_are_the_live_teachers(cache_path, teacher_path, data_path):
+    cache = LogitCache(cache_path)
+    live = live_logits(teacher_path, data_path)
+    assert list(cache) == list(live)
+    step = cache.manifest.codec.logprob_step
+    for key, (logits, token_ids) in live.items():
+        targets = cache[key]
+        assert torch.equal(targets.token_ids, token_ids)
+        ids, logprobs, k = targets.leading(cache.manifest.codec.window, cache.manifest.codec.min_k)
+        dense = DenseTargets(logits, token_ids)
+        valid = torch.arange(ids.shape[1]) < k[:, None]
+        error = (dense.gather(ids) - logprobs).masked_fill(~valid, 0.0).abs()
+        # One step, and what rounding the log of the tail mass does to the kept mass.
+        tail = 1 - logprobs.masked_fill(~valid, float("-inf")).exp().sum(-1, keepdim=True)
+        assert (error <= step + 0.07 * tail / (1 - tail)).all()
+
+
+def test_the_manifest_says_where_the_logits_come_from(cache_path, teacher_path, data_path):
+    manifest = LogitCache(cache_path).manifest
+    assert manifest.teacher.name == str(teacher_path)
+    assert manifest.teacher.model_type == "llava"
+    assert manifest.teacher.vocab_size == len(load_processor(str(teacher_path)).tokenizer)
+    assert len(manifest.teacher.weights_sha256) == 64
+    assert manifest.data.samples == manifest.samples == 12
+    assert manifest.tokens == sum(
+        len(targets.token_ids) for targets in map(LogitCache(cache_path).__getitem__, LogitCache(cache_path))
+    )
+    assert {"torch", "transformers", "tokenizers"} <= set(manifest.versions)
+
+
+def test_batch_size_changes_no_bit_that_matters(tmp_path, cache_path, teacher_path, data_path):
+    config = DumpConfig(teacher=str(teacher_path), data=data_path, out=tmp_path / "one", batch_size=1)
+    dump(config)
+    one, four = LogitCache(tmp_path / "one"), LogitCache(cache_path)
+    assert list(one) == list(four)
+    ids = torch.arange(one.manifest.teacher.vocab_size)[None]
+    for key in one:
+        everything = ids.expand(len(one[key].token_ids), -1)
+        a, b = one[key].gather(everything), four[key].gather(everything)
+        # Padding changes the last bits of the logits, which can move a value by one quantisation step.
+        assert (a - b).abs().max() <= 2 * one.manifest.codec.logprob_step
+
+
+def test_top_k_of_the_whole_vocabulary_equals_live(tmp_path, teacher_path, data_path):
+    vocab_size = len(load_processor(str(teacher_path)).tokenizer)
+    dump(
+        DumpConfig(
+            teacher=str(teacher_path), data=data_path, out=tmp_path / "all", top_k=vocab_size, top_p=0.999999
+        )
+    )
+    cache = LogitCache(tmp_path / "all")
+    generator = torch.Generator().manual_seed(0)
+    for key, (logits, token_ids) in live_logits(teacher_path, data_path).items():
+        student = logits + torch.randn(logits.shape, generator=generator)
+        live = dbild_loss(student, DenseTargets(logits, token_ids))
+        cached = dbild_loss(student, cache[key])
+        torch.testing.assert_close(cached, live, rtol=0.02, atol=1e-3)
+
+
+def test_an_existing_folder_is_left_alone(cache_path, teacher_path, data_path):
+    before = {path: path.read_bytes() for path in cache_path.rglob("*") if path.is_file()}
+    with pytest.raises(CachekdError, match="already holds something"):
+        dump(DumpConfig(teacher=str(teacher_path), data=data_path, out=cache_path))
+    assert {path: path.read_bytes() for path in cache_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_bad_sample_in_the_middle_leaves_nothing(tmp_path, teacher_path, data_path):
+    from tiny import tar_members, write_tar
+
+    members = tar_members(70)
+    members[-2] = (members[-2][0], b"not a png")
+    write_tar(tmp_path / "data" / "0.tar", members)
+    with pytest.raises(CachekdError, match="image cannot be read"):
+        dump(
+            DumpConfig(teacher=str(teacher_path), data=tmp_path / "data", out=tmp_path / "out", batch_size=1)
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_progress_counts_every_sample_and_token(tmp_path, teacher_path, data_path):
+    counted = []
+    config = DumpConfig(teacher=str(teacher_path), data=data_path, out=tmp_path / "c", batch_size=5)
+    summary = dump(config, lambda samples, tokens: counted.append((samples, tokens)))
+    assert sum(samples for samples, _ in counted) == summary.samples == 12
+    assert sum(tokens for _, tokens in counted) == summary.tokens
+    assert summary.bytes == sum(path.stat().st_size for path in (tmp_path / "c" / "shards").glob("*.zip"))
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_is_cut(tmp_path, data_path):
+    path = save_vlm(tmp_path / "padded", tiny_processor(), vocab_size=400, seed=1)
+    dump(DumpConfig(teacher=str(path), data=data_path, out=tmp_path / "c"))
+    cache = LogitCache(tmp_path / "c")
+    size = len(load_processor(str(path)).tokenizer)
+    assert cache.manifest.teacher.vocab_size == size < 400
+    targets = cache[next(iter(cache))]
+    everything = torch.arange(size).expand(len(targets.token_ids), -1)
+    torch.testing.assert_close(
+        targets.gather(everything).exp().sum(-1), torch.ones(len(targets.token_ids)), atol=1e-4, rtol=0
+    )
