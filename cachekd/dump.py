@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from cachekd.cache import (
     CodecSettings,
@@ -98,14 +98,14 @@ def dump(config: DumpConfig, progress: Progress = lambda samples, tokens: None) 
         out=config.out,
         samples=manifest.samples,
         tokens=manifest.tokens,
-        bytes=manifest.bytes,
+        bytes=manifest.size,
         mean_k=manifest.entries / manifest.tokens,
         seconds=seconds,
     )
 
 
 def describe(
-    config: DumpConfig, teacher: nn.Module, processor: Any, encoder: SampleEncoder, samples: Samples
+    config: DumpConfig, teacher: PreTrainedModel, processor: Any, encoder: SampleEncoder, samples: Samples
 ) -> dict[str, Any]:
     """Everything the manifest says about where the logits come from."""
     files = weights_files(config.teacher)
@@ -132,7 +132,7 @@ def describe(
     }
 
 
-def vocabulary_size(model: nn.Module, processor: Any) -> int:
+def vocabulary_size(model: PreTrainedModel, processor: Any) -> int:
     """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
     return min(len(processor.tokenizer), model.get_output_embeddings().weight.shape[0])
 
@@ -145,7 +145,7 @@ def _groups(samples: Samples, encoder: SampleEncoder, batch_size: int) -> Iterat
 
 @torch.inference_mode()
 def _targets_of(
-    group: list[Encoded], teacher: nn.Module, processor: Any, config: DumpConfig
+    group: list[Encoded], teacher: PreTrainedModel, processor: Any, config: DumpConfig
 ) -> Iterator[tuple[Encoded, TokenTargets]]:
     """The teacher's targets of each sample, in the group's order; batched by length."""
     by_length = sorted(range(len(group)), key=lambda i: len(group[i]))

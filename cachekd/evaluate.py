@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from cachekd.losses import forward_kl_loss
 from cachekd.samples import (
@@ -180,7 +181,7 @@ def _batches(
 
 
 @torch.inference_mode()
-def _logits(model: nn.Module, batch: dict[str, Tensor], supervised: Tensor, vocab_size: int) -> Tensor:
+def _logits(model: PreTrainedModel, batch: dict[str, Tensor], supervised: Tensor, vocab_size: int) -> Tensor:
     return logits_at(model, batch, predicting_positions(supervised))[:, :vocab_size].float()
 
 

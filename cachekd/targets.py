@@ -16,8 +16,10 @@ class TeacherTargets(Protocol):
     `DenseTargets` serves a live teacher, `cachekd.cache.CachedTargets` a cache. The losses see only this.
     """
 
-    token_ids: Tensor
-    """[N] int64, the answer tokens themselves."""
+    @property
+    def token_ids(self) -> Tensor:
+        """[N] int64, the answer tokens themselves."""
+        ...
 
     @property
     def vocab_size(self) -> int:
@@ -36,8 +38,8 @@ class TeacherTargets(Protocol):
             min_k: the least k.
 
         Returns:
-            ids [N, K] int64 and logprobs [N, K] float32 in descending order, and k [N] int64: row i holds k[i]
-            valid entries; what follows them is padding (K = max k).
+            ids [N, K] int64 and logprobs [N, K] float32 in descending order, and k [N] int64: row i holds
+            k[i] valid entries; what follows them is padding (K = max k).
         """
         ...
 

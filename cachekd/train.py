@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.config import TrainConfig, require_new_folder
 from cachekd.errors import CachekdError
+from cachekd.files import RUN_FILE
 from cachekd.fingerprint import library_versions
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.matching import check_cache, check_sample
@@ -36,7 +38,6 @@ from cachekd.vlm import (
 )
 
 IGNORE = -100
-RUN_FILE = "cachekd_run.json"
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def training_arguments(config: TrainConfig, out: Path, device: torch.device) -> 
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,
+        dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=True,  # a vision_feature_layer of -2 leaves the last layer unused
     )
 
@@ -218,6 +220,7 @@ class SwitchKDTrainer(Trainer):
             data_collator=lambda items: collate_with_targets(items, pad_token_id),
             callbacks=callbacks,
         )
+        self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
         self.teacher = teacher
@@ -322,6 +325,7 @@ def write_run(
         "config": config.model_dump(mode="json"),
         "versions": library_versions(),
         "cache": None if cache is None else cache.manifest.model_dump(mode="json"),
+        "k_histogram": None if cache is None else cache.histogram(),
         "seconds": seconds,
         "steps": trainer.state.global_step,
         "log": trainer.state.log_history,

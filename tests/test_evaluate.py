@@ -10,11 +10,25 @@ from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluate import ask_alone, evaluate, question_type
 from cachekd.samples import SampleEncoder, open_samples, sample_from_llava
-from cachekd.samples.encode import with_images
 from cachekd.train import train
 from cachekd.vlm import load_model, load_processor
 
 CPU = torch.device("cpu")
+
+
+def with_images(sample):
+    """The messages with the images themselves in their image parts, as processors take them."""
+    images = iter(sample.images)
+    return [
+        {
+            **message,
+            "content": [
+                {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in sample.messages
+    ]
 
 
 @pytest.fixture(scope="module")

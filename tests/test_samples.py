@@ -290,7 +290,7 @@ def test_marks_around_nothing_are_refused():
     empty = MARKED_TEMPLATE.replace("{{ m['content'][0]['text'] }}<|end|>", "")
     empty += "{# answers left out #}"
     sample = sample_from_llava("k", conversation(0, 1), (noise_image(0),), origin="test")
-    with pytest.raises(CachekdError, match="do not match the answers"):
+    with pytest.raises(CachekdError, match="does not match the answers"):
         SampleEncoder(tiny_processor(template=empty))(sample)
 
 

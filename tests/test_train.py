@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.files import RUN_FILE
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.samples import SampleEncoder, open_samples, predicting_positions
 from cachekd.train import (
-    RUN_FILE,
     SwitchKDTrainer,
     TrainingSamples,
     collate_with_targets,

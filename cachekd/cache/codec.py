@@ -1,9 +1,9 @@
 """Logprobs to small integers and back.
 
-A logprob is stored as q = round(-logprob / step). Absolute values are quantised, then each token's run of them
-is written as its first value and the gaps that follow, which are small and never negative, so errors do not
-drift. The mass that is not kept has one byte of its own: without it, the rounding of a confident teacher's
-largest logprob would swamp its tail.
+A logprob is stored as q = round(-logprob / step). Absolute values are quantised, so errors do not drift; then
+each token's run of them is written as its first value and the gaps that follow, small and never negative. The
+mass that is not kept has one byte of its own: without it, the rounding of a confident teacher's largest
+logprob would swamp its tail.
 """
 
 from __future__ import annotations

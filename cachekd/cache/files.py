@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, flush it to the disk, then rename: a crash leaves the old file or none."""
+    """Write beside `path`, flush to the disk, then rename: a crash leaves the old file or none."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as stream:

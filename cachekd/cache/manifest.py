@@ -73,7 +73,7 @@ class ShardInfo(_Part):
 class Manifest(_Part):
     """manifest.json, written last: a shard that it does not list does not exist."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     teacher: TeacherInfo
     fingerprints: Fingerprints
     data: DataInfo
@@ -94,7 +94,8 @@ class Manifest(_Part):
         return sum(shard.entries for shard in self.shards)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
+        """Bytes of the shards."""
         return sum(shard.bytes for shard in self.shards)
 
     def to_json(self) -> bytes:

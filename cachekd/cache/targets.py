@@ -12,7 +12,7 @@ from torch import Tensor
 from cachekd.cache.records import TokenTargets
 from cachekd.errors import CachekdError
 
-_NOWHERE = torch.iinfo(torch.int64).max  # an id that no token has
+_NOWHERE = 2**31 - 1  # an id that no token has
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,17 @@ class CachedTargets:
         ids[kept], logprobs[kept] = records.ids, records.logprobs
         others = np.log(np.maximum(vocab_size - k, 1))
         tail = torch.from_numpy((records.tail_logmass - others).astype(np.float32))
-        per_token = (records.token_ids.astype(np.int64), ids, logprobs, k, records.knee.astype(np.int64))
-        tensors = (torch.from_numpy(array) for array in per_token)
-        return cls(*tensors, UniformTail(tail), vocab_size, window, min_k)
+        return cls(
+            token_ids=torch.from_numpy(records.token_ids.astype(np.int64)),
+            ids=torch.from_numpy(ids),
+            logprobs=torch.from_numpy(logprobs),
+            k=torch.from_numpy(k),
+            knee=torch.from_numpy(records.knee.astype(np.int64)),
+            tail=UniformTail(tail),
+            vocab_size=vocab_size,
+            window=window,
+            min_k=min_k,
+        )
 
     @classmethod
     def cat(cls, parts: Sequence[CachedTargets]) -> CachedTargets:

@@ -28,8 +28,8 @@ SHARD_FOLDER = "shards"
 class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
-    Use it as a context manager: on success the manifest is written, on an exception everything that was written
-    is removed, so that a folder holds a whole cache or none.
+    Use it as a context manager: on success the manifest is written, on an exception all that was written is
+    removed, so that a folder holds a whole cache or none.
 
     Args:
         path: the cache's folder; new or empty.

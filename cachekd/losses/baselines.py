@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachekd.errors import CachekdError
+from cachekd.losses.dbild import FLOOR
 from cachekd.losses.reduce import Reduction, reduce
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def bild_loss(
 
 def _pair_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     left, right = torch.triu_indices(teacher.shape[-1], teacher.shape[-1], 1, device=teacher.device)
-    pairs = [((z[:, left] - z[:, right]) / temperature).log_softmax(-1) for z in (teacher, student)]
+    finite = [z.clamp(min=FLOOR) for z in (teacher, student)]
+    pairs = [((z[:, left] - z[:, right]) / temperature).log_softmax(-1) for z in finite]
     return _kl(*pairs)
 
 

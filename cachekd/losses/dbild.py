@@ -31,10 +31,10 @@ def dbild_loss(
     direction: Direction = "both",
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """L_DBiLD = L_t + L_s (Switch-KD, equations 4-9): the teacher-led and the student-led half.
+    """L_t + L_s (Switch-KD, equations 4-9): the teacher-led and the student-led half.
 
-    Each half lets one side lead: Kneedle on its `window` largest logits chooses k per token, and its top-k ids
-    are compared on both sides. The comparison is over differences, so logits and logprobs do equally well.
+    Each half lets one side lead: Kneedle on its `window` largest logits chooses k per token, and its top-k
+    ids are compared on both sides. Only differences count, so logits and logprobs do equally well.
 
     Args:
         student_logits: [N, V] float, unnormalised; computed in float32 whatever the autocast.
@@ -65,10 +65,10 @@ def dbild_loss(
 def pairwise_reverse_kl(student: Tensor, teacher: Tensor, k: Tensor, temperature: float) -> Tensor:
     """KL(p_S || p_T), p the softmax over all differences d_ij = (z_i - z_j) / tau with i < j < k.
 
-    The k (k - 1) / 2 pairs are never formed. With a_i = exp(s_i / tau) and b_j = exp(-s_j / tau) the student's
-    partition function is Z_S = sum_j b_j A_(j-1), A the cumulative sum of a; the probability that a pair has i
-    on its left is row_i = a_i (sum of b_j over j > i) / Z_S, on its right col_i = b_i A_(i-1) / Z_S. The
-    log-ratio of a pair is e_i - e_j - log Z_S + log Z_T with e = (s - t) / tau, so
+    The k (k - 1) / 2 pairs are never formed. With a_i = exp(s_i / tau) and b_j = exp(-s_j / tau) the
+    student's partition function is Z_S = sum_j b_j A_(j-1), A the cumulative sum of a. A pair has i on its
+    left with probability row_i = a_i (sum of b_j over j > i) / Z_S, on its right with col_i = b_i A_(i-1) /
+    Z_S. The log-ratio of a pair is e_i - e_j - log Z_S + log Z_T with e = (s - t) / tau, so
 
         KL = sum_i (row_i - col_i) e_i - log Z_S + log Z_T.
 

@@ -10,7 +10,7 @@ def kneedle_k(sorted_logits: Tensor) -> Tensor:
     """Kneedle on each row: where the sorted curve lies farthest below its chord (Switch-KD, Figure 2).
 
     Both axes are normalised to [0, 1] over the row's finite prefix; the knee is argmax_i (1 - x_i) - y_i, the
-    first such index. A curve that is nowhere below its chord (flat, or concave) has its knee at the first entry.
+    first such index. A curve that is nowhere below its chord (flat, or concave) has it at the first entry.
 
     Args:
         sorted_logits: [N, C] float, descending; -inf entries at the end do not count.

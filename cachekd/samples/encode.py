@@ -12,13 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.errors import CachekdError
 from cachekd.samples.sample import Sample
-from cachekd.samples.supervision import (
-    answer_spans,
-    drop_trailing_space,
-    expand_mask,
-    has_generation_marks,
-    spans_to_mask,
-)
+from cachekd.samples.supervision import answer_spans, expand_mask, spans_to_mask
 
 
 @dataclass(frozen=True)
@@ -58,73 +52,31 @@ class SampleEncoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
-        if not self.template:
+        template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
+        if not template:
             raise CachekdError(
                 "the processor has no chat template, so the answers cannot be located",
                 where=str(processor.tokenizer.name_or_path),
                 fix="save one as chat_template.jinja beside the processor's files",
             )
-        self._marked = has_generation_marks(self.template)
+        self.template: str = template
 
     def __call__(self, sample: Sample) -> Encoded:
         """Encode one sample.
 
         Raises:
-            CachekdError: an answer could not be located, or no token is supervised.
+            CachekdError: an answer could not be located.
         """
-        encode = self._by_generation_marks if self._marked else self._by_prefixes
-        inputs, mask = encode(sample)
-        supervised = drop_trailing_space(mask, inputs["input_ids"], self.processor.tokenizer)
-        runs = int((supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])).sum())
-        if runs != len(sample.questions):
-            raise CachekdError(
-                "the supervised tokens do not match the answers",
-                where=f"sample {sample.key!r} in {sample.origin}",
-                expected=f"{len(sample.questions)} answer(s)",
-                found=f"{runs} supervised span(s)",
-                fix="check the {% generation %} marks of the chat template",
-            )
-        return Encoded(sample.key, sample.content_hash, inputs, supervised)
-
-    def _by_generation_marks(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
-        batch = self.processor.apply_chat_template(
-            with_images(sample),
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-        )
-        mask = torch.as_tensor(batch.pop("assistant_masks")).flatten().bool()
-        return _unbatched(batch), mask
-
-    def _by_prefixes(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
-        text, spans = answer_spans(self.processor, sample)
         tokenizer = self.processor.tokenizer
+        text, spans = answer_spans(self.processor, self.template, sample)
         plain_ids, mask = spans_to_mask(tokenizer, text, spans, sample)
-        inputs = _unbatched(
-            self.processor(
-                text=[text], images=list(sample.images), return_tensors="pt", add_special_tokens=False
-            )
+        batch = self.processor(
+            text=[text], images=list(sample.images), return_tensors="pt", add_special_tokens=False
         )
+        inputs = _unbatched(batch)
         image_token_id = tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        expanded = expand_mask(plain_ids, mask, inputs["input_ids"].tolist(), image_token_id, sample)
-        return inputs, torch.tensor(expanded)
-
-
-def with_images(sample: Sample) -> list[dict[str, Any]]:
-    """The messages with the images themselves in their image parts, as processors take them."""
-    images = iter(sample.images)
-    return [
-        {
-            **message,
-            "content": [
-                {"type": "image", "image": next(images)} if part["type"] == "image" else part
-                for part in message["content"]
-            ],
-        }
-        for message in sample.messages
-    ]
+        supervised = expand_mask(plain_ids, mask, inputs["input_ids"].tolist(), image_token_id, sample)
+        return Encoded(sample.key, sample.content_hash, inputs, torch.tensor(supervised))
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

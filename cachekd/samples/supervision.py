@@ -1,8 +1,9 @@
 """Which tokens are the assistant's: the supervised mask, from the processor's own chat template.
 
 A template with `{% generation %}` marks the answers itself. For any other, transformers would return an
-all-zero mask; here the conversation is rendered turn by turn instead, and the character spans that each
-assistant turn adds are mapped to tokens.
+all-zero mask; here the conversation is rendered turn by turn instead, and each assistant turn's span is what
+it adds. Either way the spans are characters of the rendered text, mapped to tokens by their offsets. (The
+processor's own `return_assistant_tokens_mask` gives the same for marked templates, in quadratic time.)
 """
 
 from __future__ import annotations
@@ -10,38 +11,63 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
-from torch import Tensor
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from cachekd.errors import CachekdError
 from cachekd.samples.sample import Sample
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
-
-def has_generation_marks(template: str) -> bool:
-    """Whether a chat template marks the assistant's tokens with `{% generation %}`."""
-    return _GENERATION.search(template) is not None
+Spans = list[tuple[int, int]]  # characters [start, end)
 
 
-def answer_spans(processor: Any, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation and find what each assistant turn adds to it.
+def answer_spans(processor: Any, template: str, sample: Sample) -> tuple[str, Spans]:
+    """Render a conversation and find the answers in it.
 
     Returns:
-        The rendered text and, for each assistant turn, the characters [start, end) of the answer with its
-        end-of-turn token and without the white space that follows.
+        The rendered text and each answer's span, with its end-of-turn token and without the white space that
+        follows.
 
     Raises:
-        CachekdError: a prefix of the conversation does not render to a prefix of the text.
+        CachekdError: the spans are not one per answer.
     """
-    messages = list(sample.messages)
-    whole = processor.apply_chat_template(messages, tokenize=False)
+    find = _marked_spans if _GENERATION.search(template) else _added_spans
+    text, spans = find(processor, template, sample)
+    spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+    if len(spans) != len(sample.questions) or any(start >= end for start, end in spans):
+        raise CachekdError(
+            "the supervised text does not match the answers",
+            where=f"sample {sample.key!r} in {sample.origin}",
+            expected=f"{len(sample.questions)} answer(s)",
+            found=[text[start:end] for start, end in spans],
+            fix="check the {% generation %} marks of the chat template",
+        )
+    return text, spans
+
+
+def _marked_spans(processor: Any, template: str, sample: Sample) -> tuple[str, Spans]:
+    texts, spans = render_jinja_template(
+        conversations=[list(sample.messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **processor.tokenizer.special_tokens_map,
+    )
+    return texts[0], spans[0]
+
+
+def _added_spans(processor: Any, template: str, sample: Sample) -> tuple[str, Spans]:
+    def render(count: int, prompt: bool = False) -> str:
+        turns = list(sample.messages[:count])
+        return processor.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+
+    whole = render(len(sample.messages))
     spans = []
-    for turn, message in enumerate(messages):
+    for turn, message in enumerate(sample.messages):
         if message["role"] != "assistant":
             continue
-        before = processor.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        after = processor.apply_chat_template(messages[: turn + 1], tokenize=False)
+        before, after = render(turn, prompt=True), render(turn + 1)
         if not (after.startswith(before) and whole.startswith(after.rstrip())):
             raise CachekdError(
                 "the chat template renders earlier turns differently when later ones follow, "
@@ -49,13 +75,11 @@ def answer_spans(processor: Any, sample: Sample) -> tuple[str, list[tuple[int, i
                 where=f"turn {turn} of sample {sample.key!r} in {sample.origin}",
                 fix="add {% generation %} ... {% endgeneration %} around the answers in the chat template",
             )
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((len(before), len(after)))
     return whole, spans
 
 
-def spans_to_mask(
-    tokenizer: Any, text: str, spans: list[tuple[int, int]], sample: Sample
-) -> tuple[list[int], list[bool]]:
+def spans_to_mask(tokenizer: Any, text: str, spans: Spans, sample: Sample) -> tuple[list[int], list[bool]]:
     """Map character spans to tokens.
 
     Returns:
@@ -121,19 +145,3 @@ def _find(ids: list[int], run: list[int], start: int, *, last: bool) -> int:
         return max(start, len(ids) - len(run))
     starts = range(start, len(ids) - len(run) + 1)
     return next((i for i in starts if ids[i : i + len(run)] == run), len(ids))
-
-
-def drop_trailing_space(mask: Tensor, input_ids: Tensor, tokenizer: Any) -> Tensor:
-    """Unmark white-space tokens at the end of each supervised run: templates end a turn with a newline.
-
-    Args:
-        mask: [L] bool.
-        input_ids: [L] int64.
-    """
-    mask = mask.clone()
-    ends = (mask & ~torch.cat([mask[1:], mask.new_zeros(1)])).nonzero().flatten().tolist()
-    for end in ends:
-        while end >= 0 and mask[end] and not tokenizer.decode(input_ids[end : end + 1]).strip():
-            mask[end] = False
-            end -= 1
-    return mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from cachekd.errors import CachekdError
 
@@ -30,6 +31,6 @@ def vision_tower_name(config: Any) -> str:
     return VISION_TOWER[config.model_type]
 
 
-def vision_tower(model: nn.Module) -> nn.Module:
+def vision_tower(model: PreTrainedModel) -> nn.Module:
     """The vision encoder of a VLM (the outer, `...ForConditionalGeneration` model)."""
     return getattr(model.model, vision_tower_name(model.config))

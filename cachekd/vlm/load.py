@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from cachekd.errors import CachekdError
@@ -65,7 +65,7 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """A whole VLM in eval mode."""
     config = load_config(path)
     model = _from_pretrained(AutoModelForImageTextToText, path, config=config, dtype=dtype)
@@ -83,7 +83,7 @@ class _NoTower(nn.Module):
         raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
 
 
-def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read."""
     config = load_config(path)
     name = vision_tower_name(config)
@@ -102,7 +102,7 @@ def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -
     return model.to(device).eval().requires_grad_(False)
 
 
-def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> nn.Module:
+def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
     """Load weights, and refuse a checkpoint that leaves some of them at random values."""
     model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
     if info["missing_keys"] or info["mismatched_keys"]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.vlm.families import vision_tower, vision_tower_name
@@ -31,7 +32,7 @@ class VisionCapture:
 
 
 @contextmanager
-def capture_vision(model: nn.Module) -> Iterator[VisionCapture]:
+def capture_vision(model: PreTrainedModel) -> Iterator[VisionCapture]:
     """Record V's output while the model runs its own forward, so that V runs once (and DDP sees it run).
 
     The output is a shallow copy: some families overwrite fields of the original.
@@ -48,7 +49,7 @@ def capture_vision(model: nn.Module) -> Iterator[VisionCapture]:
         handle.remove()
 
 
-def encode(model: nn.Module, inputs: Mapping[str, Tensor]) -> ModelOutput:
+def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ModelOutput:
     """V alone: the vision encoder's raw output for a batch's pixels.
 
     Args:
@@ -71,7 +72,7 @@ class _Replay(nn.Module):
         return copy.copy(self._output)
 
 
-def project(model: nn.Module, vision_output: ModelOutput, inputs: Mapping[str, Tensor]) -> ModelOutput:
+def project(model: PreTrainedModel, vision_output: ModelOutput, inputs: Mapping[str, Tensor]) -> ModelOutput:
     """P alone: the model's own image features, from any encoder's raw output.
 
     Args:
@@ -91,7 +92,7 @@ def project(model: nn.Module, vision_output: ModelOutput, inputs: Mapping[str, T
 
 
 def decode(
-    model: nn.Module, image_features: ModelOutput, inputs: Mapping[str, Tensor], positions: Tensor
+    model: PreTrainedModel, image_features: ModelOutput, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> Tensor:
     """L alone: logits from ready image features.
 
@@ -110,13 +111,13 @@ def decode(
     return output.logits.flatten(0, -2)
 
 
-def logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """The whole forward: [N, V] logits at `positions` [B, S] bool; the head runs there and nowhere else."""
     return model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
 
 
 def hidden_and_logits_at(
-    model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Like `logits_at`, after the final hidden states (after the last norm) that the head read.
 
@@ -133,7 +134,7 @@ def hidden_and_logits_at(
     return states[-1].flatten(0, -2), logits
 
 
-def image_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model's `get_image_features` takes."""
     names = inspect.signature(model.get_image_features).parameters
     return {name: value for name, value in inputs.items() if name in names}

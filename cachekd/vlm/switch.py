@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.vlm.load import load_without_tower
@@ -22,7 +23,7 @@ class SwitchedTeacher:
         model: the teacher; its parameters stop requiring gradients. Its vision encoder is not used.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
 
     @classmethod

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,9 +31,8 @@ def demo_command(
 
     Example: cachekd demo --seed 1
     """
-    from cachekd.report import write_report
-
     from cachekd.config import DumpConfig, TrainConfig, read_config
+    from cachekd.report import write_report
     from cachekd_cli import dump, evaluate, train
 
     check_example()
@@ -48,8 +47,8 @@ def demo_command(
     with stages.run("dump", f"cachekd dump --teacher {teacher} --data {data} --out {out / 'cache'}"):
         settings = {"teacher": teacher, "data": data, "out": out / "cache", "batch_size": 64}
         dump.print_summary(dump.run_dump(read_config(None, DumpConfig, settings)))
-    common = {"student": student, "data": data, "seed": seed}
-    runs = {
+    common: dict[str, Any] = {"student": student, "data": data, "seed": seed}
+    runs: dict[str, dict[str, Any]] = {
         "ce": {"lambda_align": 0.0, "lambda_vsd": 0.0},
         "switch-kd": {"teacher": teacher, "cache": out / "cache"},
     }

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
 
 if TYPE_CHECKING:
     from cachekd.evaluate import Evaluation
-
-EVAL_FILE = "cachekd_eval.json"
 
 
 def eval_command(
@@ -56,8 +55,6 @@ def run_eval(models: list[str], data: Path, teacher: str | None, batch_size: int
 
 def save_in_runs(result: Evaluation) -> None:
     """Leave each run its score beside the teacher's."""
-    from cachekd.train import RUN_FILE
-
     for score in result.models:
         if (Path(score.path) / RUN_FILE).exists():
             kept = {**asdict(result), "models": [asdict(score)]}

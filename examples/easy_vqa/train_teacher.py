@@ -205,7 +205,7 @@ def train_answers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--tower-epochs", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=6)

@@ -1,0 +1,5 @@
+"""What a run's folder holds beside the model."""
+
+RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
+EVAL_FILE = "cachekd_eval.json"  # scores of the run and its teacher
+REPORT_FILE = "report.html"

@@ -1,0 +1,255 @@
+"""One self-contained HTML page about a run: is the student good, how did it get there, on what cache."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+from cachekd.cache import Manifest
+from cachekd.errors import CachekdError
+from cachekd.files import EVAL_FILE, REPORT_FILE, RUN_FILE
+
+TERMS = {"ce": "L_CE", "align": "L_Align", "vsd": "L_VSD"}
+_COLORS = {"run": "#2563eb", "teacher": "#0f766e", "other": "#9ca3af"}
+_STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "cachekd",  # the same page for the same run
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#6b7280",
+    "text.color": "#6b7280",
+    "axes.labelcolor": "#6b7280",
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder's name, cachekd_run.json, and cachekd_eval.json if it was evaluated."""
+
+    name: str
+    record: dict[str, Any]
+    evaluation: dict[str, Any] | None
+
+    @property
+    def score(self) -> dict[str, Any] | None:
+        return self.evaluation["models"][0] if self.evaluation else None
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """The log's entries of optimizer steps, without the summary at its end."""
+        return [entry for entry in self.record["log"] if "loss" in entry]
+
+
+def read_run(folder: Path) -> Run:
+    """Read what `cachekd train` and `cachekd eval` left in a run's folder.
+
+    Raises:
+        CachekdError: the folder is not a run.
+    """
+    path = folder / RUN_FILE
+    if not path.exists():
+        raise CachekdError(
+            "this is not a run", where=str(folder), expected=RUN_FILE, fix="run `cachekd train`"
+        )
+    evaluated = folder / EVAL_FILE
+    evaluation = json.loads(evaluated.read_text()) if evaluated.exists() else None
+    return Run(folder.name, json.loads(path.read_text()), evaluation)
+
+
+def write_report(folder: Path, baselines: list[Path], out: Path | None = None) -> Path:
+    """Write the page, by default into the run's folder; returns where it is.
+
+    Raises:
+        CachekdError: one of the folders is not a run.
+    """
+    page = build_report(read_run(folder), [read_run(baseline) for baseline in baselines])
+    out = out or folder / REPORT_FILE
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def build_report(run: Run, baselines: list[Run]) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cachekd", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["zip"] = zip
+    with matplotlib.rc_context(_STYLE):
+        plots = {
+            "accuracy": accuracy_plot(run, baselines),
+            "terms": terms_plot(run, baselines),
+            "optimizer": optimizer_plot(run),
+            "k": k_plot(run),
+        }
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        verdict=verdict(run, baselines),
+        plots=plots,
+        scores=_scores(run, baselines),
+        types=_types(run, baselines),
+        shares=_shares(run),
+        cache=_cache_rows(run),
+        config=run.record["config"],
+        versions=run.record["versions"],
+    )
+
+
+def verdict(run: Run, baselines: list[Run]) -> str:
+    """One sentence from the numbers, whichever way they go."""
+    if run.score is None or run.evaluation is None:
+        return f"{run.name} has not been evaluated: run `cachekd eval` on it."
+    exact = run.score["exact_match"]
+    words = [f"{run.name} answers {100 * exact:.1f} % of the questions exactly"]
+    for other in baselines:
+        if other.score:
+            words.append(f"{100 * (exact - other.score['exact_match']):+.1f} points against {other.name}")
+    if run.evaluation["teacher"]:
+        teacher = run.evaluation["teacher"]["exact_match"]
+        words.append(f"{100 * (exact - teacher):+.1f} points against its teacher's {100 * teacher:.1f} %")
+    return ", ".join(words) + "."
+
+
+def accuracy_plot(run: Run, baselines: list[Run]) -> str | None:
+    """Bars: teacher, this run, baselines."""
+    rows = [row for row in _scores(run, baselines) if row["exact_match"] is not None]
+    if not rows:
+        return None
+    figure, axes = pyplot.subplots(figsize=(6.4, 0.5 + 0.42 * len(rows)))
+    values = [100 * row["exact_match"] for row in rows]
+    bars = axes.barh([row["name"] for row in rows], values, color=[_COLORS[row["kind"]] for row in rows])
+    axes.bar_label(bars, fmt="%.1f %%", padding=3, color="#6b7280")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 112), xlabel="exact match, %")
+    return _svg(figure)
+
+
+def terms_plot(run: Run, baselines: list[Run]) -> str:
+    """Each term over the steps, with the baselines' in grey."""
+    names = [name for name in TERMS if any(name in entry for entry in run.steps)]
+    figure, grid = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.3), squeeze=False)
+    for axes, name in zip(grid[0], names, strict=True):
+        for one, color in [*((other, _COLORS["other"]) for other in baselines), (run, _COLORS["run"])]:
+            points = [(entry["step"], entry[name]) for entry in one.steps if name in entry]
+            axes.plot(*zip(*points, strict=True), color=color, label=one.name) if points else None
+        axes.set(title=TERMS[name], xlabel="step", yscale="log")
+    if baselines:
+        grid[0][0].legend(frameon=False)
+    return _svg(figure)
+
+
+def optimizer_plot(run: Run) -> str:
+    """Gradient norm and learning rate over the steps."""
+    figure, grid = pyplot.subplots(1, 2, figsize=(6.2, 1.9))
+    for axes, name in zip(grid, ("grad_norm", "learning_rate"), strict=True):
+        points = [(entry["step"], entry[name]) for entry in run.steps if name in entry]
+        axes.plot(*zip(*points, strict=True), color=_COLORS["run"]) if points else None
+        axes.set(title=name.replace("_", " "), xlabel="step")
+    return _svg(figure)
+
+
+def k_plot(run: Run) -> str | None:
+    """How many logprobs the cache keeps per token, and how many Kneedle asked for."""
+    histogram = run.record["k_histogram"]
+    if not histogram:
+        return None
+    figure, axes = pyplot.subplots(figsize=(6.2, 2.1))
+    for name, label, color in (("k", "stored k", _COLORS["other"]), ("knee", "Kneedle's k", _COLORS["run"])):
+        values = [int(k) for k in histogram[name]]
+        bins = [edge - 0.5 for edge in range(1, max(map(int, histogram["k"])) + 2)]
+        style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.6, "color": color, "label": label}
+        axes.hist(values, bins=bins, weights=list(histogram[name].values()), **style)
+    axes.set(xlabel="k", ylabel="answer tokens")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _scores(run: Run, baselines: list[Run]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {"name": one.name, "kind": kind, "score": one.score} for one, kind in _with_kinds(run, baselines)
+    ]
+    if run.evaluation and run.evaluation["teacher"]:
+        rows.insert(0, {"name": "teacher", "kind": "teacher", "score": run.evaluation["teacher"]})
+    return [
+        {**row, **{key: (row["score"] or {}).get(key) for key in ("exact_match", "top1_agreement", "kl")}}
+        for row in rows
+    ]
+
+
+def _with_kinds(run: Run, baselines: list[Run]) -> list[tuple[Run, str]]:
+    return [(run, "run"), *((other, "other") for other in baselines)]
+
+
+def _types(run: Run, baselines: list[Run]) -> list[dict[str, Any]]:
+    if run.evaluation is None:
+        return []
+    scored = [row for row in _scores(run, baselines) if row["score"]]
+    return [
+        {"type": kind, "count": count, "shares": [row["score"]["by_type"].get(kind) for row in scored]}
+        for kind, count in sorted(run.evaluation["types"].items(), key=lambda item: -item[1])
+    ]
+
+
+def _shares(run: Run) -> list[dict[str, Any]]:
+    """Each term's weighted value at the first and the last log entry, and its share of the loss there.
+
+    A term that is orders of magnitude below the others does nothing; this is where it shows.
+    """
+    weights = {
+        "ce": 1.0,
+        "align": run.record["config"]["lambda_align"],
+        "vsd": run.record["config"]["lambda_vsd"],
+    }
+    rows = []
+    for name, label in TERMS.items():
+        ends = [entry for entry in (run.steps[:1] + run.steps[-1:]) if name in entry]
+        if ends:
+            values = [weights[name] * entry[name] for entry in ends]
+            totals = [sum(weights[term] * entry[term] for term in TERMS if term in entry) for entry in ends]
+            shares = [value / total if total else 0.0 for value, total in zip(values, totals, strict=True)]
+            rows.append({"term": label, "weight": weights[name], "values": values, "shares": shares})
+    return rows
+
+
+def _cache_rows(run: Run) -> dict[str, str]:
+    if run.record["cache"] is None:
+        return {}
+    manifest = Manifest.model_validate(run.record["cache"])
+    prints = manifest.fingerprints
+    return {
+        "teacher": f"{manifest.teacher.name} ({manifest.teacher.model_type}, {manifest.teacher.dtype})",
+        "samples": f"{manifest.samples:,}",
+        "answer tokens": f"{manifest.tokens:,}",
+        "bytes per token": f"{manifest.size / manifest.tokens:.1f}",
+        "mean k": f"{manifest.entries / manifest.tokens:.1f}",
+        "size": f"{manifest.size / 1e6:.2f} MB in {len(manifest.shards)} shard(s)",
+        "codec": ", ".join(f"{name} {value}" for name, value in manifest.codec.model_dump().items()),
+        "tokenizer": prints.tokenizer[:16],
+        "chat template": prints.chat_template[:16],
+        "image processor": prints.image_processor[:16],
+        "weights": manifest.teacher.weights_sha256[:16],
+    }
+
+
+def _svg(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    return stream.getvalue()[stream.getvalue().index("<svg") :]
