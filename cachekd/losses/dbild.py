@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cachekd.errors import CachekdError
@@ -85,10 +86,11 @@ def pairwise_reverse_kl(student: Tensor, teacher: Tensor, k: Tensor, temperature
     """
     valid = torch.arange(student.shape[-1], device=student.device) < k[:, None]
     s, t = (_centred(z, valid) / temperature for z in (student, teacher))
-    log_row, log_col, log_z_student = _pair_sums(s, valid)
-    log_z_teacher = _pair_sums(t, valid)[2]
-    row, col = ((log_sum - log_z_student[:, None]).exp() for log_sum in (log_row, log_col))
-    kl = ((row - col) * (s - t)).sum(-1) - log_z_student + log_z_teacher
+    log_col = _log_right_of_all(s, valid)
+    log_z = log_col.logsumexp(-1, keepdim=True)
+    row, col = (_log_left_of_all(s, valid) - log_z).exp(), (log_col - log_z).exp()
+    log_z_teacher = _log_right_of_all(t, valid).logsumexp(-1)
+    kl = ((row - col) * (s - t)).sum(-1) - log_z[:, 0] + log_z_teacher
     return torch.where(k >= 2, kl, 0.0)
 
 
@@ -99,14 +101,17 @@ def _centred(z: Tensor, valid: Tensor) -> Tensor:
     return z.clamp(min=FLOOR).masked_fill(~valid, 0.0)
 
 
-def _pair_sums(z: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log of a_i sum_(j>i) b_j and of b_i sum_(j<i) a_j, each [N, K], and of their total over pairs, [N]."""
-    log_a, log_b = z.masked_fill(~valid, _MASKED), (-z).masked_fill(~valid, _MASKED)
-    edge = torch.full_like(z[:, :1], _MASKED)
-    before = torch.cat([edge, log_a.logcumsumexp(-1)[:, :-1]], -1)
-    after = torch.cat([log_b.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:], edge], -1)
-    log_col = log_b + before
-    return log_a + after, log_col, log_col.logsumexp(-1)
+def _log_left_of_all(z: Tensor, valid: Tensor) -> Tensor:
+    """log of a_i times the sum of b_j over j > i, [N, K]; summed over i it is the partition function."""
+    log_b = (-z).masked_fill(~valid, _MASKED)
+    after = log_b.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]
+    return z.masked_fill(~valid, _MASKED) + F.pad(after, (0, 1), value=_MASKED)
+
+
+def _log_right_of_all(z: Tensor, valid: Tensor) -> Tensor:
+    """log of b_i times the sum of a_j over j < i, [N, K]; its sum is the same."""
+    before = z.masked_fill(~valid, _MASKED).logcumsumexp(-1)[:, :-1]
+    return (-z).masked_fill(~valid, _MASKED) + F.pad(before, (1, 0), value=_MASKED)
 
 
 def _check(

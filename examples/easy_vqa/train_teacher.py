@@ -4,7 +4,7 @@
 
 Two stages, both on the training split alone. First the vision tower learns to name shape and colour, which
 it reads off the questions and answers; augmented with flips, scaling, shifts and exchanged colour channels,
-because a ViT this small does not learn shapes from 4,000 plain images. Then the whole model learns to answer:
+because a ViT this small does not learn shapes from 4,000 plain images. Then the whole model learns to answer;
 in half of the batches a question sees the image and itself alone (earlier answers would give this one away,
 and nothing would be learned from the image), in the other half the conversation so far, as it will be used.
 """
@@ -176,6 +176,22 @@ class QuestionPacker:
         return ids, positions, owner, labels
 
 
+def choose(pairs: Pairs, count: int) -> Pairs:
+    """Up to `count` questions in random order, the telling ones with four times the chance of the others.
+
+    Seven in eight questions about a colour name another one than the image's, and their answer can be had
+    without looking. Drawn evenly, the model rests at that for many epochs.
+    """
+
+    def draw(pair: tuple[str, str]) -> float:
+        question, answer = pair
+        negated = " not " in question or " no " in question
+        telling = answer == ("no" if negated else "yes")
+        return random.random() ** (1 / (4 if telling else 1))  # Efraimidis and Spirakis
+
+    return sorted(pairs, key=draw, reverse=True)[:count]
+
+
 def train_answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -187,7 +203,7 @@ def train_answers(
     pack = QuestionPacker(processor)
 
     def loss_of(batch: Tensor) -> Tensor:
-        pairs = [random.sample(questions[i], min(6, len(questions[i]))) for i in batch.tolist()]
+        pairs = [choose(questions[i], 6) for i in batch.tolist()]
         ids, positions, mask, labels = pack(pairs, alone=random.random() < 0.5)
         images, _ = augment(pixels[batch], channels=False)
         answers = labels != IGNORE

@@ -1,0 +1,521 @@
+"""The format: what goes in comes out, the same bytes every time, and damage is seen."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cachekd.cache import (
+    CachedTargets,
+    CodecSettings,
+    DataInfo,
+    Fingerprints,
+    LogitCache,
+    LogitCacheWriter,
+    Manifest,
+    TeacherInfo,
+    TokenTargets,
+    select_topk,
+)
+from cachekd.cache.codec import decode_logprobs, decode_tail, encode_logprobs, encode_tail
+from cachekd.cache.shard import make_shard, pack_shard, read_shard
+from cachekd.errors import CachekdError
+from cachekd.losses import dbild_loss, kneedle_k
+from cachekd.targets import DenseTargets
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB = 97
+
+
+def logits_of(rows: int, seed: int, vocab: int = VOCAB, scale: float = 4.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def header(**codec) -> dict:
+    return {
+        "teacher": TeacherInfo(
+            name="golden/teacher",
+            model_type="llava",
+            dtype="float32",
+            vocab_size=VOCAB,
+            weights_sha256="0" * 64,
+        ),
+        "fingerprints": Fingerprints(
+            tokenizer="a", chat_template="b", image_processor="c", image_token="<image>"
+        ),
+        "data": DataInfo(path="data", samples=4, sha256="d"),
+        "codec": CodecSettings(**{"top_k": 32, "top_p": 0.99, "window": 64, "min_k": 2} | codec),
+        "versions": {"cachekd": "0"},
+    }
+
+
+def sample(index: int, **select) -> tuple[str, TokenTargets, bytes]:
+    rows = 1 + index % 3
+    options = {"top_k": 32, "window": 64} | select
+    targets = select_topk(logits_of(rows, index), torch.arange(rows) + index, **options)
+    return f"sample/{index:03d} é", targets, bytes([index % 256]) * 16
+
+
+def write_cache(path: Path, count: int = 4, **options) -> Path:
+    with LogitCacheWriter(path, **header(), **options) as writer:
+        for index in range(count):
+            writer.add(*sample(index))
+    return path
+
+
+# ---- selection
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(2, 60),
+    top_k=st.integers(2, 70),
+    window=st.integers(2, 70),
+    min_k=st.integers(2, 5),
+    top_p=st.floats(0.05, 0.9999),
+    scale=st.floats(0.0, 30.0),
+    seed=st.integers(0, 1000),
+)
+def test_selection_equals_its_definition(rows, vocab, top_k, window, min_k, top_p, scale, seed):
+    logits = logits_of(rows, seed, vocab, scale)
+    if vocab > 4:
+        logits[0, 1] = float("-inf")
+    chosen = select_topk(logits, torch.zeros(rows), top_k=top_k, window=window, min_k=min_k, top_p=top_p)
+    start = 0
+    for row in range(rows):
+        logprobs = logits[row].double().log_softmax(-1)
+        ordered = logprobs.sort(descending=True).values
+        knee = int(kneedle_k(logits[row].sort(descending=True).values[None, :window]))
+        reach = next(
+            (i + 1 for i in range(vocab) if float(ordered[: i + 1].exp().sum()) >= top_p - 1e-6), vocab
+        )
+        reach_above = next(
+            (i + 1 for i in range(vocab) if float(ordered[: i + 1].exp().sum()) > top_p + 1e-6), vocab
+        )
+        finite = int(ordered.isfinite().sum())
+        low, high = (min(top_k, finite, max(knee, min_k, least)) for least in (reach, reach_above))
+        k = int(chosen.k[row])
+        assert low <= k <= max(high, low)
+        assert chosen.knee[row] == min(knee, k)
+        ids = chosen.ids[start : start + k].astype(int)
+        assert len(set(ids.tolist())) == k
+        kept = chosen.logprobs[start : start + k]
+        np.testing.assert_allclose(kept, ordered[:k], atol=1e-4)
+        np.testing.assert_allclose(kept, logprobs[ids], atol=1e-4)
+        rest = logprobs.clone()
+        rest[ids] = float("-inf")
+        np.testing.assert_allclose(chosen.tail_logmass[row], rest.logsumexp(-1), atol=1e-3)
+        start += k
+    assert start == len(chosen.ids)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_logits_are_refused(bad):
+    logits = logits_of(3, 0)
+    logits[1, 5] = bad
+    with pytest.raises(CachekdError, match="not finite") as caught:
+        select_topk(logits, torch.zeros(3))
+    assert "answer token 1" in str(caught.value)
+    with pytest.raises(CachekdError, match="not finite"):
+        select_topk(torch.full((1, 5), float("-inf")), torch.zeros(1))
+
+
+def test_splitting_and_joining_records_is_lossless():
+    parts = [sample(index)[1] for index in range(5)]
+    again = TokenTargets.concatenate(parts).split([len(part) for part in parts])
+    for part, back in zip(parts, again, strict=True):
+        for name in vars(part):
+            assert np.array_equal(getattr(part, name), getattr(back, name))
+
+
+# ---- codec
+
+
+runs = st.lists(st.lists(st.floats(-300, 0, width=32), max_size=20), max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(runs=runs, step=st.sampled_from([1 / 32, 0.1, 1 / 128]))
+def test_gaps_give_back_the_quantised_values(runs, step):
+    runs = [sorted(run, reverse=True) for run in runs]
+    k = np.array([len(run) for run in runs], dtype=np.uint16)
+    values = np.array([value for run in runs for value in run], dtype=np.float32)
+    gaps = encode_logprobs(values, k, step)
+    assert gaps.dtype == np.uint16
+    start = 0
+    for run in runs:
+        quantised = np.cumsum(gaps[start : start + len(run)].astype(np.int64))
+        expected = np.minimum(np.rint(-np.array(run, dtype=np.float32).astype(np.float64) / step), 65535)
+        assert np.array_equal(quantised, expected)
+        start += len(run)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.floats(0.0, 40.0),
+    k=st.integers(1, VOCAB),
+    step=st.sampled_from([1 / 32, 0.1]),
+)
+def test_decoded_logprobs_are_within_the_stated_bound_and_normalised(seed, scale, k, step):
+    logprobs = logits_of(4, seed, scale=scale).double().log_softmax(-1).sort(descending=True).values.numpy()
+    kept, rest = logprobs[:, :k], logprobs[:, k:]
+    tail = np.array([np.logaddexp.reduce(row) if len(row) else -np.inf for row in rest], dtype=np.float32)
+    counts = np.full(4, k)
+    stored_tail = decode_tail(encode_tail(tail))
+    decoded = decode_logprobs(
+        encode_logprobs(kept.ravel().astype(np.float32), counts, step), counts, stored_tail, step
+    )
+    decoded = decoded.reshape(4, k)
+    assert np.isfinite(decoded).all()
+    mass = np.minimum(np.exp(tail.astype(np.float64)), 1 - 1e-9)
+    bound = step + 0.0625 * mass / (1 - mass) * 1.1 + 1e-5
+    error = np.abs(decoded - kept)
+    usable = (
+        mass < 0.9
+    )  # with nearly everything in the tail, the kept mass is what the tail's rounding leaves
+    assert (error[usable] <= bound[usable, None]).all()
+    total = np.exp(decoded.astype(np.float64)).sum(1) + np.exp(stored_tail.astype(np.float64))
+    np.testing.assert_allclose(total[usable], 1.0, atol=1e-5)
+
+
+@given(st.lists(st.floats(-31, 0, width=32), min_size=1, max_size=20))
+def test_tail_mass_is_kept_to_half_a_step(values):
+    values = np.array(values, dtype=np.float32)
+    assert np.abs(decode_tail(encode_tail(values)) - values).max() <= 0.0625
+    assert np.isneginf(decode_tail(encode_tail(np.array([-np.inf], dtype=np.float32)))).all()
+
+
+# ---- targets
+
+
+def slow_gather(records: TokenTargets, ids: np.ndarray, vocab: int) -> np.ndarray:
+    """A dictionary per token."""
+    rows, start = [], 0
+    for row, k in enumerate(records.k.astype(int)):
+        stored = dict(
+            zip(records.ids[start : start + k].tolist(), records.logprobs[start : start + k], strict=True)
+        )
+        with np.errstate(divide="ignore"):
+            other = records.tail_logmass[row] - np.log(max(vocab - k, 1))
+        rows.append([stored.get(int(i), other) for i in ids[row]])
+        start += k
+    return np.array(rows, dtype=np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 6), top_k=st.integers(2, VOCAB), columns=st.integers(1, 30), seed=st.integers(0, 999)
+)
+def test_gather_equals_a_dictionary(rows, top_k, columns, seed):
+    records = select_topk(logits_of(rows, seed), torch.zeros(rows), top_k=top_k, top_p=0.9999)
+    targets = CachedTargets.from_records(records, vocab_size=VOCAB, window=128, min_k=2)
+    ids = torch.randint(0, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    np.testing.assert_allclose(
+        targets.gather(ids).numpy(), slow_gather(records, ids.numpy(), VOCAB), atol=1e-5
+    )
+
+
+def test_cat_equals_one_by_one():
+    parts = [
+        CachedTargets.from_records(sample(i, top_k=4 + 5 * i)[1], vocab_size=VOCAB, window=64, min_k=2)
+        for i in range(4)
+    ]
+    together = CachedTargets.cat(parts)
+    everything = torch.arange(VOCAB)
+    assert torch.equal(
+        together.gather(everything.expand(len(together), -1)),
+        torch.cat([part.gather(everything.expand(len(part), -1)) for part in parts]),
+    )
+    ids, logprobs, k = together.leading(64, 2)
+    assert int(ids.max()) < VOCAB
+    start = 0
+    for part in parts:
+        part_ids, part_logprobs, part_k = part.leading(64, 2)
+        for row in range(len(part)):
+            count = int(part_k[row])
+            assert int(k[start + row]) == count
+            assert torch.equal(ids[start + row, :count], part_ids[row, :count])
+            assert torch.equal(logprobs[start + row, :count], part_logprobs[row, :count])
+        start += len(part)
+
+
+def test_leading_is_the_live_teachers_selection():
+    logits = logits_of(20, 3)
+    records = select_topk(logits, torch.zeros(20), top_k=VOCAB, window=64)
+    cached = CachedTargets.from_records(records, vocab_size=VOCAB, window=64, min_k=2)
+    (ids, logprobs, k), (live_ids, live_logprobs, live_k) = (
+        cached.leading(64, 2),
+        DenseTargets(logits).leading(64, 2),
+    )
+    assert torch.equal(k, live_k)
+    valid = torch.arange(ids.shape[1]) < k[:, None]
+    assert torch.equal(ids[valid], live_ids[valid])
+    torch.testing.assert_close(logprobs[valid], live_logprobs[valid], atol=1e-5, rtol=0)
+
+
+def test_cached_dbild_is_live_dbild_when_nothing_is_left_out(tmp_path):
+    """One loss, one code path: with every logprob kept, value and gradient differ by quantisation only."""
+    logits, student = logits_of(30, 5), logits_of(30, 6).requires_grad_()
+    options = header(top_k=VOCAB, logprob_step=1e-3)
+    with LogitCacheWriter(tmp_path / "c", **options) as writer:
+        writer.add("a", select_topk(logits, torch.zeros(30), top_k=VOCAB, window=64, min_k=VOCAB), bytes(16))
+    results = []
+    for targets in (DenseTargets(logits), LogitCache(tmp_path / "c")["a"]):
+        loss = dbild_loss(student, targets, window=64, reduction="none")
+        results.append((loss, torch.autograd.grad(loss.sum(), student)[0]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-3, rtol=2e-3)
+
+
+def test_other_kneedle_settings_and_ids_are_refused():
+    targets = CachedTargets.from_records(sample(1)[1], vocab_size=VOCAB, window=64, min_k=2)
+    for window, min_k in ((32, 2), (64, 3)):
+        with pytest.raises(CachekdError, match="other Kneedle settings"):
+            targets.leading(window, min_k)
+    for bad in (VOCAB, -1):
+        with pytest.raises(CachekdError, match="outside the teacher's vocabulary"):
+            targets.gather(torch.full((len(targets), 1), bad))
+
+
+# ---- writer, reader
+
+
+def test_what_is_written_is_read(tmp_path):
+    cache = LogitCache(write_cache(tmp_path / "c", 10, shard_tokens=5))
+    assert len(cache.manifest.shards) > 2
+    assert len(cache) == 10
+    assert list(cache) == [sample(i)[0] for i in range(10)]
+    for index in reversed(range(10)):
+        key, records, content = sample(index)
+        assert key in cache
+        assert cache.sample_hash(key) == content
+        targets = cache[key]
+        assert targets.token_ids.tolist() == records.token_ids.tolist()
+        kept = targets.ids[targets.logprobs.isfinite()]
+        assert kept.tolist() == records.ids.tolist()
+        assert (
+            targets.logprobs[targets.logprobs.isfinite()] - torch.from_numpy(records.logprobs)
+        ).abs().max() < 0.04
+    cache.verify()
+    counts = cache.histogram()
+    assert sum(counts["k"].values()) == cache.manifest.tokens
+    assert sum(k * count for k, count in counts["k"].items()) == cache.manifest.entries
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        path = write_cache(tmp_path / name, 6, shard_tokens=4)
+        files.append(
+            {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+        )
+    assert files[0] == files[1]
+
+
+def test_golden_files_are_read_and_written_as_ever(tmp_path):
+    """tests/golden is format version 1, for ever: today's reader reads it, today's writer writes it."""
+    path = write_cache(tmp_path / "c")
+    for name in ("manifest.json", "shards/00000.json", "shards/00000.zarr.zip"):
+        assert (path / name).read_bytes() == (GOLDEN / name).read_bytes(), name
+    golden = LogitCache(GOLDEN)
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    for key, rows in expected.items():
+        targets = golden[key]
+        assert targets.token_ids.tolist() == [row["token_id"] for row in rows]
+        for index, row in enumerate(rows):
+            count = len(row["ids"])
+            assert targets.ids[index, :count].tolist() == row["ids"]
+            assert targets.logprobs[index, :count].tolist() == pytest.approx(row["logprobs"], abs=1e-5)
+            assert int(targets.knee[index]) == row["knee"]
+            assert float(targets.tail.logprob[index]) == pytest.approx(row["other"], abs=1e-5)
+
+
+def test_any_zarr_reader_opens_a_shard(tmp_path):
+    path = write_cache(tmp_path / "c") / "shards" / "00000.zarr.zip"
+    with zarr.storage.ZipStore(path, mode="r") as store:
+        group = zarr.open_group(store, mode="r")
+        assert group["token_ids"][:].tolist() == [
+            t for i in range(4) for t in sample(i)[1].token_ids.tolist()
+        ]
+        assert bytes(group["sample_keys"][:]).decode().split("\n") == [sample(i)[0] for i in range(4)]
+        assert int(group["k"][:].sum()) == len(group["topk_ids"][:])
+
+
+def test_reading_works_in_other_processes(tmp_path):
+    cache = LogitCache(write_cache(tmp_path / "c", 6, shard_tokens=4))
+    copy = pickle.loads(pickle.dumps(cache))
+    keys = list(cache)
+    assert torch.equal(copy[keys[3]].logprobs, cache[keys[3]].logprobs)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        shapes = pool.map(_shape, [(cache, key) for key in keys])
+    assert shapes == [tuple(cache[key].ids.shape) for key in keys]
+
+
+def _shape(job: tuple[LogitCache, str]) -> tuple[int, ...]:
+    cache, key = job
+    return tuple(cache[key].ids.numpy().shape)
+
+
+def test_a_missing_key_is_named_with_its_neighbours(tmp_path):
+    cache = LogitCache(write_cache(tmp_path / "c"))
+    with pytest.raises(CachekdError, match="no sample 'sample/0000 é'") as caught:
+        cache["sample/0000 é"]
+    assert "sample/000 é" in str(caught.value)
+
+
+# ---- what can go wrong
+
+
+def test_nothing_is_overwritten(tmp_path):
+    path = write_cache(tmp_path / "c")
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    with pytest.raises(CachekdError, match="already holds something"):
+        LogitCacheWriter(path, **header())
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_failure_leaves_nothing(tmp_path, made):
+    path = tmp_path / "c"
+    if not made:
+        path.mkdir()
+    with pytest.raises(ZeroDivisionError), LogitCacheWriter(path, **header(), shard_tokens=1) as writer:  # noqa: PT012
+        writer.add(*sample(0))
+        raise ZeroDivisionError
+    assert path.exists() != made
+    assert not list(tmp_path.glob("c/*"))
+
+
+def test_bad_samples_and_empty_caches_are_refused(tmp_path):
+    with LogitCacheWriter(tmp_path / "a", **header()) as writer:
+        writer.add(*sample(0))
+        with pytest.raises(CachekdError, match="appears twice"):
+            writer.add(*sample(0))
+    shutil.rmtree(tmp_path / "a")
+    with (
+        pytest.raises(CachekdError, match="at least one sample"),
+        LogitCacheWriter(tmp_path / "b", **header()),
+    ):
+        pass
+    for changes in ({"key": "a\nb"}, {"content_hash": b"short"}):
+        values = dict(zip(("key", "targets", "content_hash"), sample(0), strict=True)) | changes
+        with LogitCacheWriter(tmp_path / "c", **header()) as writer:
+            with pytest.raises(CachekdError, match="cannot be stored"):
+                writer.add(**values)
+            writer.add(*sample(0))
+        shutil.rmtree(tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
+    """A changed byte either raises or leaves every value as it was; never another value in silence."""
+    path = write_cache(tmp_path / "c", 6) / "shards" / "00000.zarr.zip"
+    content, step = path.read_bytes(), 1 / 32
+    truth = read_shard(path, step)
+    seen = 0
+    for position in range(0, len(content), max(1, len(content) // 250)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :])
+        try:
+            shard = read_shard(path, step)
+        except CachekdError:
+            seen += 1
+            continue
+        assert shard.keys == truth.keys
+        for name in vars(truth.targets):
+            assert np.array_equal(getattr(shard.targets, name), getattr(truth.targets, name))
+    assert seen > 100
+
+
+def test_lost_chunks_arrays_and_ends_are_seen(tmp_path):
+    path = write_cache(tmp_path / "c") / "shards" / "00000.zarr.zip"
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for lost in members:
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                if name != lost:
+                    archive.writestr(name, data)
+        with pytest.raises(CachekdError, match="damaged"):
+            read_shard(path, 1 / 32)
+    path.write_bytes(content[:-100])
+    with pytest.raises(CachekdError, match="damaged"):
+        read_shard(path, 1 / 32)
+
+
+def test_damage_to_a_cache_is_named(tmp_path):
+    path = write_cache(tmp_path / "c", 6, shard_tokens=4)
+    shard = path / "shards" / "00001.zarr.zip"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(CachekdError, match="cut short"):
+        LogitCache(path)
+    shard.unlink()
+    with pytest.raises(CachekdError, match="missing"):
+        LogitCache(path)
+    other = (path / "shards" / "00000.zarr.zip").read_bytes()
+    shard.write_bytes(content)
+    cache = LogitCache(path)
+    shard.write_bytes(other)
+    with pytest.raises(CachekdError, match="differs from what was written"):
+        cache.verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "newer cachekd"),
+        (lambda text: text.replace('"codec"', '"kodec"'), "cannot be read"),
+        (lambda text: "[]", "cannot be read"),
+    ],
+)
+def test_a_bad_manifest_is_explained(tmp_path, change, message):
+    path = write_cache(tmp_path / "c") / "manifest.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(CachekdError, match=message) as caught:
+        LogitCache(tmp_path / "c")
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_without_manifest_is_no_cache(tmp_path):
+    (write_cache(tmp_path / "c") / "manifest.json").unlink()
+    with pytest.raises(CachekdError, match="did not finish"):
+        LogitCache(tmp_path / "c")
+    with pytest.raises(CachekdError, match="not a cache"):
+        LogitCache(tmp_path / "nothing")
+
+
+def test_schemas_are_in_step():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "schemas" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name in generate.SCHEMAS:
+        assert (ROOT / "schemas" / f"{name}.schema.json").read_text() == generate.schema_text(name), (
+            "make schemas"
+        )
+    assert Manifest.model_validate_json((GOLDEN / "manifest.json").read_text()).tokens == 7
+
+
+def test_packing_is_exact_at_the_edges():
+    """One token, one entry; every id of the vocabulary; logprobs far below what a step can hold."""
+    for logits, top_k in ((torch.tensor([[0.0, -5000.0]]), 2), (logits_of(2, 1), VOCAB)):
+        records = select_topk(logits, torch.zeros(len(logits)), top_k=top_k, top_p=0.9999999)
+        shard = make_shard([("a", bytes(16), records)])
+        packed = pack_shard(shard, 1 / 32)
+        assert packed == pack_shard(shard, 1 / 32)
