@@ -3,8 +3,8 @@
     python benchmarks/dbild.py
     python benchmarks/dbild.py --device cuda --tokens 4000 --json
 
-Both do the same job: k ids per token, reverse KL; their values are compared before anything is timed. Memory is
-the peak of what tensors hold beyond the inputs, counted by the profiler on a CPU and by the allocator on a GPU.
+Both do the same job (k ids per token, reverse KL); their values are compared before anything is timed. Memory
+is the peak of what tensors hold beyond the inputs: by the profiler on a CPU, by the allocator on a GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def peak_megabytes(loss: Loss, student: Tensor, teacher: Tensor) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step(loss, student, teacher)
     held = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

@@ -12,6 +12,7 @@ and nothing would be learned from the image), in the other half the conversation
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import time
@@ -176,12 +177,20 @@ class QuestionPacker:
         return ids, positions, owner, labels
 
 
-def choose(pairs: Pairs, count: int) -> Pairs:
-    """Up to `count` questions in random order, the telling ones with four times the chance of the others.
+def choose(pairs: Pairs, count: int, colors: set[str]) -> Pairs:
+    """Up to `count` questions; of the yes-no questions about a colour, those that `colors` allows.
 
-    Seven in eight questions about a colour name another one than the image's, and their answer can be had
-    without looking. Drawn evenly, the model rests at that for many epochs.
+    Left to itself the model answers them from how often each answer is right (a question names another colour
+    than the image's seven times in eight) and rests there. So the telling ones have four times the chance of
+    the others, and the number of colours grows: comparing is learned on few, and then carried over.
     """
+    own = names_in(pairs, COLORS)
+
+    def allowed(question: str) -> bool:
+        named = [color for color in COLORS if color in question]
+        if question.startswith("what") or not named:
+            return True
+        return own != IGNORE and COLORS[own] in colors and named[0] in colors
 
     def draw(pair: tuple[str, str]) -> float:
         question, answer = pair
@@ -189,7 +198,7 @@ def choose(pairs: Pairs, count: int) -> Pairs:
         telling = answer == ("no" if negated else "yes")
         return random.random() ** (1 / (4 if telling else 1))  # Efraimidis and Spirakis
 
-    return sorted(pairs, key=draw, reverse=True)[:count]
+    return sorted((pair for pair in pairs if allowed(pair[0])), key=draw, reverse=True)[:count]
 
 
 def train_answers(
@@ -201,9 +210,12 @@ def train_answers(
 ) -> None:
     """Stage 2: the whole model answers up to six questions per image."""
     pack = QuestionPacker(processor)
+    steps = epochs * len(pixels) // 32
+    done = itertools.count()
 
     def loss_of(batch: Tensor) -> Tensor:
-        pairs = [choose(questions[i], 6) for i in batch.tolist()]
+        known = 3 + 10 * next(done) // steps  # all eight from the middle on
+        pairs = [choose(questions[i], 6, set(COLORS[:known])) for i in batch.tolist()]
         ids, positions, mask, labels = pack(pairs, alone=random.random() < 0.5)
         images, _ = augment(pixels[batch], channels=False)
         answers = labels != IGNORE
@@ -216,7 +228,6 @@ def train_answers(
         )
         return F.cross_entropy(output.logits.flatten(0, -2), labels[answers])
 
-    steps = epochs * len(pixels) // 32
     optimise(model, shuffled(len(pixels), 32), loss_of, steps, 1e-3, "answers")
 
 
