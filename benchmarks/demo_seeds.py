@@ -3,7 +3,7 @@
     python benchmarks/demo_seeds.py --seeds 5
 
 For every seed a CE-only and a Switch-KD student start from the same weights and see the same data in the same
-same order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}.
+order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ METHODS: dict[str, dict[str, float]] = {
 def run_seed(work: Path, seed: int, methods: list[str], options: argparse.Namespace) -> dict[str, float]:
     """Test accuracy per method, and the teacher's."""
     prepared = work / f"seed-{seed}"
-    images = ["--images", str(options.images), "--test-images", str(options.test_images)]
-    turns = ["--turns", str(options.turns)] if options.turns else []
+    sizes = {"images": options.images, "test-images": options.test_images, "turns": options.turns}
+    amounts = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     prepare = [sys.executable, str(EXAMPLE / "prepare.py"), "--out", str(prepared), "--seed", str(seed)]
-    subprocess.run([*prepare, *images, *turns], check=True, capture_output=True)
+    subprocess.run([*prepare, *amounts], check=True, capture_output=True)
     teacher, cache = str(EXAMPLE / "teacher"), work / "cache"
     if not cache.exists():  # the data is the same for every seed
         settings = {"teacher": teacher, "data": prepared / "train", "out": cache, "batch_size": 64}
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--methods", default="ce,switch_kd", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--test-images", type=int, default=1000)
-    parser.add_argument("--turns", type=int, default=None)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -301,3 +301,30 @@ def test_a_token_across_the_border_of_an_answer_is_refused():
     sample = sample_from_llava("k", turns, (noise_image(0),), origin="test")
     with pytest.raises(CachekdError, match="crosses the border"):
         SampleEncoder(processor)(sample)
+
+
+def test_the_mask_is_what_transformers_own_return_assistant_tokens_mask_gives():
+    processor = tiny_processor(template=MARKED_TEMPLATE)
+    sample = sample_from_llava("k", conversation(2, turns=2), (noise_image(0),), origin="test")
+    encoded = SampleEncoder(processor)(sample)
+    messages = [dict(message) for message in sample.messages]
+    for message in messages:
+        content = [dict(part) for part in message["content"]]
+        message["content"] = [
+            {**part, "image": sample.images[0]} if part["type"] == "image" else part for part in content
+        ]
+    theirs = processor.apply_chat_template(
+        [messages],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+    )
+    assert theirs["input_ids"][0].tolist() == encoded.inputs["input_ids"].tolist()
+    mask = torch.as_tensor(theirs["assistant_masks"][0]).bool()
+    assert mask.any()
+    # Theirs also has the line break after the end-of-turn token, where the marks include it.
+    ours = encoded.supervised
+    assert (mask | ~ours).all()
+    extra = encoded.inputs["input_ids"][mask & ~ours].tolist()
+    assert all(processor.tokenizer.decode([token]).isspace() for token in extra)

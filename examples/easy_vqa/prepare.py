@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1000, help="training images")
     parser.add_argument(
-        "--turns", type=int, default=None, help="questions per training image; all without it"
+        "--turns", type=int, default=3, help="questions per training image; of more, earlier answers tell"
     )
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0, help="of the student's initial weights")

@@ -2,11 +2,18 @@
 
     python examples/easy_vqa/train_teacher.py --out examples/easy_vqa/teacher
 
-Two stages, both on the training split alone. First the vision tower learns to name shape and colour, which
-it reads off the questions and answers; augmented with flips, scaling, shifts and exchanged colour channels,
-because a ViT this small does not learn shapes from 4,000 plain images. Then the whole model learns to answer;
-in half of the batches a question sees the image and itself alone (earlier answers would give this one away,
-and nothing would be learned from the image), in the other half the conversation so far, as it will be used.
+As with large VLMs, from parts that can already do something, all from the training split alone:
+
+1. The vision tower learns to name shape and colour, which it reads off the questions and answers; augmented
+   with flips, scaling, shifts and exchanged colour channels, because a ViT this small does not learn shapes
+   from 4,000 plain images.
+2. The language model learns to answer from captions: words for shape and colour sit where the image would.
+   Negated questions come later. (Asked "is there not a red shape?" from the start it learns nothing: the
+   answer is the parity of "not" and "red", and no part of it helps by itself.)
+3. The projector learns to put the image where the words were; the rest is frozen.
+4. Everything learns to answer. In half of the batches a question sees the image and itself alone (earlier
+   answers would give this one away, and nothing would be learned from the image), in the other half the
+   conversation so far, as it will be used.
 """
 
 from __future__ import annotations
@@ -17,7 +24,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -177,28 +184,53 @@ class QuestionPacker:
         return ids, positions, owner, labels
 
 
-def choose(pairs: Pairs, count: int, colors: set[str]) -> Pairs:
-    """Up to `count` questions; of the yes-no questions about a colour, those that `colors` allows.
+def negated(question: str) -> bool:
+    return " not " in question or " no " in question
 
-    Left to itself the model answers them from how often each answer is right (a question names another colour
-    than the image's seven times in eight) and rests there. So the telling ones have four times the chance of
-    the others, and the number of colours grows: comparing is learned on few, and then carried over.
+
+def choose(pairs: Pairs, count: int, telling: float) -> Pairs:
+    """Draw up to `count` questions, `telling` times as often those that name what is there.
+
+    Seven times in eight a question names another colour than the image's. Left to itself a model answers
+    from that, and rests there.
     """
-    own = names_in(pairs, COLORS)
-
-    def allowed(question: str) -> bool:
-        named = [color for color in COLORS if color in question]
-        if question.startswith("what") or not named:
-            return True
-        return own != IGNORE and COLORS[own] in colors and named[0] in colors
 
     def draw(pair: tuple[str, str]) -> float:
         question, answer = pair
-        negated = " not " in question or " no " in question
-        telling = answer == ("no" if negated else "yes")
-        return random.random() ** (1 / (4 if telling else 1))  # Efraimidis and Spirakis
+        names_it = answer == ("no" if negated(question) else "yes")
+        return random.random() ** (1 / (telling if names_it else 1))  # Efraimidis and Spirakis
 
-    return sorted((pair for pair in pairs if allowed(pair[0])), key=draw, reverse=True)[:count]
+    return sorted(pairs, key=draw, reverse=True)[:count]
+
+
+def train_language(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, questions: list[Pairs], epochs: int
+) -> None:
+    """Stage 2: the language model answers from captions."""
+    pack = QuestionPacker(processor)
+    # Only images whose shape and colour the questions give away have a caption.
+    captions = [
+        (pack.tokens(f" {SHAPES[shape]}")[0], pack.tokens(f" {COLORS[color]}")[0], pairs)
+        for pairs in questions
+        if (shape := names_in(pairs, SHAPES)) != IGNORE and (color := names_in(pairs, COLORS)) != IGNORE
+    ]
+    language, steps = model.model.language_model, epochs * len(captions) // 32
+    done = itertools.count()
+
+    def loss_of(batch: Tensor) -> Tensor:
+        affirmative = next(done) < steps // 2
+        chosen = [captions[i] for i in batch.tolist()]
+        asked = [[p for p in pairs if not (affirmative and negated(p[0]))] for _, _, pairs in chosen]
+        ids, positions, mask, labels = pack([choose(pairs, 6, telling=7) for pairs in asked], alone=True)
+        seats = (ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
+        for row, (shape, color, _) in zip(ids, chosen, strict=True):
+            taken = random.sample(seats, random.randint(2, len(seats)))
+            row[taken[::2]], row[taken[1::2]] = shape, color
+        answers = labels != IGNORE
+        hidden = language(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        return F.cross_entropy(model.lm_head(hidden[answers]), labels[answers])
+
+    optimise(language, shuffled(len(captions), 32), loss_of, steps, 1e-3, "language")
 
 
 def train_answers(
@@ -207,15 +239,16 @@ def train_answers(
     pixels: Tensor,
     questions: list[Pairs],
     epochs: int,
+    *,
+    part: nn.Module,
+    lr: float,
+    name: str,
 ) -> None:
-    """Stage 2: the whole model answers up to six questions per image."""
+    """Stages 3 and 4: `part` of the model learns to answer up to six questions per image."""
     pack = QuestionPacker(processor)
-    steps = epochs * len(pixels) // 32
-    done = itertools.count()
 
     def loss_of(batch: Tensor) -> Tensor:
-        known = 3 + 10 * next(done) // steps  # all eight from the middle on
-        pairs = [choose(questions[i], 6, set(COLORS[:known])) for i in batch.tolist()]
+        pairs = [choose(questions[i], 6, telling=4) for i in batch.tolist()]
         ids, positions, mask, labels = pack(pairs, alone=random.random() < 0.5)
         images, _ = augment(pixels[batch], channels=False)
         answers = labels != IGNORE
@@ -228,15 +261,19 @@ def train_answers(
         )
         return F.cross_entropy(output.logits.flatten(0, -2), labels[answers])
 
-    optimise(model, shuffled(len(pixels), 32), loss_of, steps, 1e-3, "answers")
+    model.requires_grad_(False)
+    part.requires_grad_(True)
+    optimise(part, shuffled(len(pixels), 32), loss_of, epochs * len(pixels) // 32, lr, name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--tower-epochs", type=int, default=100)
+    parser.add_argument("--language-epochs", type=int, default=7)
+    parser.add_argument("--projector-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="other counts round differently")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -251,7 +288,11 @@ def main() -> None:
     model = make_model(processor, vision_layers=4, text_layers=4, text_width=192)
     pixels = load_pixels()
     train_tower(model, pixels, questions, options.tower_epochs)
-    train_answers(model, processor, pixels, questions, options.epochs)
+    train_language(model, processor, questions, options.language_epochs)
+    answers = partial(train_answers, model, processor, pixels, questions)
+    projector = model.model.multi_modal_projector
+    answers(options.projector_epochs, part=projector, lr=2e-3, name="projector")
+    answers(options.epochs, part=model, lr=1e-3, name="answers")
     model.half().save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"saved {options.out}; its accuracy: cachekd eval --model {options.out} --data <test tar>")
