@@ -188,17 +188,18 @@ def negated(question: str) -> bool:
     return " not " in question or " no " in question
 
 
-def choose(pairs: Pairs, count: int, telling: float) -> Pairs:
-    """Draw up to `count` questions, `telling` times as often those that name what is there.
+def choose(pairs: Pairs, count: int) -> Pairs:
+    """Draw up to `count` questions; of the yes-no ones, those that name what is there as often as the others.
 
-    Seven times in eight a question names another colour than the image's. Left to itself a model answers
-    from that, and rests there.
+    In the data seven colours in eight, and two shapes in three, are not the image's. Left to itself a model
+    answers from that, and rests there.
     """
 
     def draw(pair: tuple[str, str]) -> float:
         question, answer = pair
         names_it = answer == ("no" if negated(question) else "yes")
-        return random.random() ** (1 / (telling if names_it else 1))  # Efraimidis and Spirakis
+        names = COLORS if any(color in question for color in COLORS) else SHAPES
+        return random.random() ** (1 / (len(names) - 1 if names_it else 1))  # Efraimidis and Spirakis
 
     return sorted(pairs, key=draw, reverse=True)[:count]
 
@@ -221,7 +222,7 @@ def train_language(
         affirmative = next(done) < steps // 2
         chosen = [captions[i] for i in batch.tolist()]
         asked = [[p for p in pairs if not (affirmative and negated(p[0]))] for _, _, pairs in chosen]
-        ids, positions, mask, labels = pack([choose(pairs, 6, telling=7) for pairs in asked], alone=True)
+        ids, positions, mask, labels = pack([choose(pairs, 6) for pairs in asked], alone=True)
         seats = (ids[0] == model.config.image_token_id).nonzero()[:, 0].tolist()
         for row, (shape, color, _) in zip(ids, chosen, strict=True):
             taken = random.sample(seats, random.randint(2, len(seats)))
@@ -248,7 +249,7 @@ def train_answers(
     pack = QuestionPacker(processor)
 
     def loss_of(batch: Tensor) -> Tensor:
-        pairs = [choose(questions[i], 6, telling=4) for i in batch.tolist()]
+        pairs = [choose(questions[i], 6) for i in batch.tolist()]
         ids, positions, mask, labels = pack(pairs, alone=random.random() < 0.5)
         images, _ = augment(pixels[batch], channels=False)
         answers = labels != IGNORE
@@ -270,7 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--tower-epochs", type=int, default=100)
-    parser.add_argument("--language-epochs", type=int, default=7)
+    parser.add_argument("--language-epochs", type=int, default=10)
     parser.add_argument("--projector-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1, help="other counts round differently")
