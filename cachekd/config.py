@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,7 +25,15 @@ class DumpConfig(_Config):
     data: Path = Field(description="LLaVA .json/.jsonl, a .tar, or a folder of tars")
     out: Path = Field(description="the cache's folder; must not exist, or be empty")
     top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
-    top_p: float = Field(0.99, gt=0, lt=1, description="keep at least this share of the probability mass")
+    top_p: float | None = Field(
+        None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
+    )
+    tail: str = Field(
+        DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
+    )
+    calibration_tokens: int = Field(
+        CALIBRATION_TOKENS, ge=1, description="answer tokens that the tail sketch is fitted on"
+    )
     window: int = Field(128, ge=2, description="Kneedle looks at this many of the largest logits")
     min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
     batch_size: int = Field(16, ge=1, description="samples per teacher forward")

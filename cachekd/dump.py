@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache import (
     CodecSettings,
     DataInfo,
+    Fidelity,
     Fingerprints,
     LogitCacheWriter,
+    OutputHead,
+    TailSetting,
+    TailStates,
     TeacherInfo,
     TokenTargets,
     select_topk,
 )
+from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig, require_new_folder
 from cachekd.fingerprint import (
     image_processor_fingerprint,
@@ -33,10 +39,11 @@ from cachekd.samples.open import keys_hash
 from cachekd.vlm import (
     default_device,
     default_dtype,
+    hidden_and_logits_at,
     load_config,
     load_model,
     load_processor,
-    logits_at,
+    output_head,
     weights_files,
 )
 
@@ -52,7 +59,9 @@ class DumpSummary:
 
     Attributes:
         samples, tokens: how many; tokens are answer tokens.
-        bytes: of the shards on disk.
+        bytes: of the shards on disk; the tail sketch's own file is apart.
+        sketch_bytes: of that file.
+        fidelity: the cache against the live teacher at a sample of the tokens; None without a sketch.
         mean_k: logprobs kept per token.
         seconds: wall time of the teacher's pass.
     """
@@ -61,6 +70,8 @@ class DumpSummary:
     samples: int
     tokens: int
     bytes: int
+    sketch_bytes: int
+    fidelity: Fidelity | None
     mean_k: float
     seconds: float
 
@@ -85,12 +96,19 @@ def dump(config: DumpConfig, progress: Progress = lambda samples, tokens: None) 
     encoder(samples[0])  # refuse an unusable template or data set before the teacher is loaded
     teacher = load_model(config.teacher, dtype=dtype, device=device)
 
+    about = describe(config, teacher, processor, encoder, samples)
+    head = _head_of(teacher, processor, encoder(samples[0])) if about["codec"].tail != "none" else None
+
     started = time.perf_counter()
-    with LogitCacheWriter(config.out, **describe(config, teacher, processor, encoder, samples)) as writer:
+    with LogitCacheWriter(
+        config.out, **about, head=head, calibration_tokens=config.calibration_tokens
+    ) as writer:
         for group in _groups(samples, encoder, config.batch_size):
-            for encoded, targets in _targets_of(group, teacher, processor, config):
-                writer.add(encoded.key, targets, encoded.content_hash)
-                progress(1, len(targets.token_ids))
+            for encoded, targets, states in _targets_of(
+                group, teacher, processor, about["codec"], config.batch_size
+            ):
+                writer.add(encoded.key, targets, encoded.content_hash, states)
+                progress(1, len(targets))
     seconds = time.perf_counter() - started
 
     manifest = writer.manifest
@@ -99,6 +117,8 @@ def dump(config: DumpConfig, progress: Progress = lambda samples, tokens: None) 
         samples=manifest.samples,
         tokens=manifest.tokens,
         bytes=manifest.size,
+        sketch_bytes=manifest.sketch.bytes if manifest.sketch else 0,
+        fidelity=manifest.fidelity,
         mean_k=manifest.entries / manifest.tokens,
         seconds=seconds,
     )
@@ -126,7 +146,11 @@ def describe(
         ),
         "data": DataInfo(path=str(config.data), samples=len(samples), sha256=keys_hash(samples)),
         "codec": CodecSettings(
-            top_k=config.top_k, top_p=config.top_p, window=config.window, min_k=config.min_k
+            top_k=config.top_k,
+            top_p=default_top_p(TailSetting.parse(config.tail)) if config.top_p is None else config.top_p,
+            window=config.window,
+            min_k=config.min_k,
+            tail=config.tail,
         ),
         "versions": library_versions(),
     }
@@ -145,26 +169,41 @@ def _groups(samples: Samples, encoder: SampleEncoder, batch_size: int) -> Iterat
 
 @torch.inference_mode()
 def _targets_of(
-    group: list[Encoded], teacher: PreTrainedModel, processor: Any, config: DumpConfig
-) -> Iterator[tuple[Encoded, TokenTargets]]:
+    group: list[Encoded], teacher: PreTrainedModel, processor: Any, codec: CodecSettings, batch_size: int
+) -> Iterator[tuple[Encoded, TokenTargets, TailStates]]:
     """The teacher's targets of each sample, in the group's order; batched by length."""
     by_length = sorted(range(len(group)), key=lambda i: len(group[i]))
-    found: dict[int, TokenTargets] = {}
-    for start in range(0, len(group), config.batch_size):
-        chosen = by_length[start : start + config.batch_size]
-        batch = collate([group[i] for i in chosen], processor.tokenizer.pad_token_id)
-        batch = {name: value.to(teacher.device) for name, value in batch.items()}
-        supervised = batch.pop("supervised")
-        logits = logits_at(teacher, batch, predicting_positions(supervised))
+    vocabulary = vocabulary_size(teacher, processor)
+    found: dict[int, tuple[TokenTargets, TailStates]] = {}
+    for start in range(0, len(group), batch_size):
+        chosen = by_length[start : start + batch_size]
+        hidden, logits, token_ids, counts = _run([group[i] for i in chosen], teacher, processor)
         targets = select_topk(
-            logits[:, : vocabulary_size(teacher, processor)],
-            batch["input_ids"][supervised],
-            top_k=config.top_k,
-            top_p=config.top_p,
-            window=config.window,
-            min_k=config.min_k,
+            logits[:, :vocabulary],
+            token_ids,
+            top_k=codec.top_k,
+            top_p=codec.top_p,
+            window=codec.window,
+            min_k=codec.min_k,
         )
-        counts = supervised.sum(1).tolist()
-        for i, part in zip(chosen, targets.split(counts), strict=True):
-            found[i] = part
-    return ((group[i], found[i]) for i in range(len(group)))
+        normaliser = logits[:, :vocabulary].float().logsumexp(-1)
+        states = map(TailStates, hidden.split(counts), normaliser.split(counts))
+        found |= zip(chosen, zip(targets.split(counts), states, strict=True), strict=True)
+    return ((group[i], *found[i]) for i in range(len(group)))
+
+
+def _run(
+    chosen: list[Encoded], teacher: PreTrainedModel, processor: Any
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Hidden states [N, d], logits [N, V] and ids [N] at a batch's answer tokens, and how many each has."""
+    batch = collate(chosen, processor.tokenizer.pad_token_id)
+    batch = {name: value.to(teacher.device) for name, value in batch.items()}
+    supervised = batch.pop("supervised")
+    hidden, logits = hidden_and_logits_at(teacher, batch, predicting_positions(supervised))
+    return hidden, logits, batch["input_ids"][supervised], supervised.sum(1).tolist()
+
+
+@torch.inference_mode()
+def _head_of(teacher: PreTrainedModel, processor: Any, first: Encoded) -> OutputHead:
+    hidden, logits, _, _ = _run([first], teacher, processor)
+    return output_head(teacher, hidden, logits, vocabulary_size(teacher, processor))

@@ -1,16 +1,22 @@
 """The cache on disk: manifest, shards, codec, writer, reader. Knows nothing of models or transformers."""
 
+from cachekd.cache.fit import OutputHead
 from cachekd.cache.manifest import (
     CodecSettings,
     DataInfo,
+    Fidelity,
     Fingerprints,
     Manifest,
     ShardInfo,
+    SketchInfo,
     TeacherInfo,
 )
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.records import TokenTargets
+from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
+from cachekd.cache.roundtrip import roundtrip
 from cachekd.cache.select import select_topk
+from cachekd.cache.sketch import SketchTail, TailSketch
+from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets, UniformTail
 from cachekd.cache.writer import LogitCacheWriter
 
@@ -18,13 +24,22 @@ __all__ = [
     "CachedTargets",
     "CodecSettings",
     "DataInfo",
+    "Fidelity",
     "Fingerprints",
     "LogitCache",
     "LogitCacheWriter",
     "Manifest",
+    "OutputHead",
     "ShardInfo",
+    "SketchCodes",
+    "SketchInfo",
+    "SketchTail",
+    "TailSetting",
+    "TailSketch",
+    "TailStates",
     "TeacherInfo",
     "TokenTargets",
     "UniformTail",
+    "roundtrip",
     "select_topk",
 ]

@@ -52,11 +52,32 @@ class CodecSettings(_Part):
     """How a token's distribution is kept."""
 
     top_k: int = Field(ge=2, le=65535, description="most logprobs per token")
-    top_p: float = Field(gt=0, lt=1, description="share of the mass to reach if top_k allows")
+    top_p: float = Field(ge=0, lt=1, description="share of the mass to reach if top_k allows")
     window: int = Field(ge=2, description="Kneedle saw this many of the largest logits")
     min_k: int = Field(ge=2, description="least logprobs per token")
-    logprob_step: float = Field(1 / 32, gt=0, description="nats per quantisation step")
-    tail: Literal["uniform"] = Field("uniform", description="the model of logprobs that are not stored")
+    logprob_step: float = Field(1 / 16, gt=0, description="nats per quantisation step")
+    tail: str = Field(
+        "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"
+    )
+
+
+class SketchInfo(_Part):
+    """sketch.zarr.zip: what all tokens share of the tail sketch."""
+
+    axes: int = Field(gt=0, description="C, coordinates per token")
+    step: float = Field(gt=0, description="nats per step of the codes")
+    calibration_tokens: int = Field(gt=0, description="answer tokens that it was fitted on")
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class Fidelity(_Part):
+    """The cache, read back, against the live teacher at a sample of its answer tokens."""
+
+    tokens: int = Field(gt=0)
+    kl: float = Field(description="KL(live || rebuilt), nats; mean")
+    max_error: float = Field(ge=0, description="nats, the largest at an id that is kept")
+    cosine: float = Field(description="of DBiLD's gradients for a perturbed student, live and cached; mean")
 
 
 class ShardInfo(_Part):
@@ -78,6 +99,8 @@ class Manifest(_Part):
     fingerprints: Fingerprints
     data: DataInfo
     codec: CodecSettings
+    sketch: SketchInfo | None = Field(None, description="null in a cache without a tail sketch")
+    fidelity: Fidelity | None = Field(None, description="null where it was not measured")
     versions: dict[str, str] = Field(description="of the libraries that computed the logits")
     shards: list[ShardInfo]
 

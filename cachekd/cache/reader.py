@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cachekd.cache.manifest import Manifest, ShardInfo
-from cachekd.cache.records import TokenTargets, offsets
+from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.shard import Shard, read_shard
+from cachekd.cache.sketch import SKETCH_FILE, TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.cache.writer import SHARD_FOLDER
 from cachekd.errors import CachekdError
@@ -37,8 +37,8 @@ class LogitCache:
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
-        for number, info in enumerate(self.manifest.shards):
-            self._check_size(info)
+        self._check_sizes()
+        for number in range(len(self.manifest.shards)):
             for position, key in enumerate(self._shard(number).keys):
                 self._places[key] = (number, position)
 
@@ -61,11 +61,17 @@ class LogitCache:
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
         return CachedTargets.from_records(
-            _cut(shard.targets, int(first), int(last)),
+            shard.targets.cut(int(first), int(last)),
             vocab_size=self.manifest.teacher.vocab_size,
             window=self.manifest.codec.window,
             min_k=self.manifest.codec.min_k,
+            sketch=self.sketch,
         )
+
+    @property
+    def sketch(self) -> TailSketch | None:
+        """What all tokens share of the tail sketch; None in a cache without one."""
+        return read_sketch(self.path / SKETCH_FILE) if self.manifest.sketch is not None else None
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
@@ -83,21 +89,27 @@ class LogitCache:
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
     def verify(self) -> None:
-        """Compare every shard with its sha256 in the manifest.
+        """Compare every file with its sha256 in the manifest.
 
         Raises:
-            CachekdError: the first shard that differs.
+            CachekdError: the first file that differs.
         """
-        for info in self.manifest.shards:
-            found = hashlib.sha256((self.path / SHARD_FOLDER / info.name).read_bytes()).hexdigest()
+        for path, info in self._files():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
             if found != info.sha256:
                 raise CachekdError(
-                    "a shard differs from what was written",
-                    where=str(self.path / SHARD_FOLDER / info.name),
+                    "a file differs from what was written",
+                    where=str(path),
                     expected=f"sha256 {info.sha256}",
                     found=found,
                     fix="fetch it again, or run `cachekd dump` again into a new folder",
                 )
+
+    def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
+        """Everything that the manifest lists."""
+        shards = [(self.path / SHARD_FOLDER / info.name, info) for info in self.manifest.shards]
+        sketch = self.manifest.sketch
+        return [*shards, *([(self.path / SKETCH_FILE, sketch)] if sketch is not None else [])]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": OrderedDict()}
@@ -116,7 +128,11 @@ class LogitCache:
     def _shard(self, number: int) -> Shard:
         if number not in self._decoded:
             info = self.manifest.shards[number]
-            shard = read_shard(self.path / SHARD_FOLDER / info.name, self.manifest.codec.logprob_step)
+            shard = read_shard(
+                self.path / SHARD_FOLDER / info.name,
+                self.manifest.codec.logprob_step,
+                sketch=self.manifest.sketch is not None,
+            )
             if (len(shard.keys), len(shard.targets)) != (info.samples, info.tokens):
                 raise CachekdError(
                     "a shard is not the one that the manifest lists",
@@ -130,29 +146,14 @@ class LogitCache:
         self._decoded.move_to_end(number)
         return self._decoded[number]
 
-    def _check_size(self, info: ShardInfo) -> None:
-        path = self.path / SHARD_FOLDER / info.name
-        found = path.stat().st_size if path.exists() else None
-        if found != info.bytes:
-            raise CachekdError(
-                "a shard is missing" if found is None else "a shard was cut short or changed",
-                where=str(path),
-                expected=f"{info.bytes:,} bytes",
-                found="no file" if found is None else f"{found:,} bytes",
-                fix="fetch it again, or run `cachekd dump` again into a new folder",
-            )
-
-
-def _cut(targets: TokenTargets, first: int, last: int) -> TokenTargets:
-    """Tokens [first, last)."""
-    starts = offsets(targets.k)
-    entries = slice(int(starts[first]), int(starts[last]))
-    tokens = slice(first, last)
-    return TokenTargets(
-        targets.token_ids[tokens],
-        targets.k[tokens],
-        targets.knee[tokens],
-        targets.ids[entries],
-        targets.logprobs[entries],
-        targets.tail_logmass[tokens],
-    )
+    def _check_sizes(self) -> None:
+        for path, info in self._files():
+            found = path.stat().st_size if path.exists() else None
+            if found != info.bytes:
+                raise CachekdError(
+                    "a file is missing" if found is None else "a file was cut short or changed",
+                    where=str(path),
+                    expected=f"{info.bytes:,} bytes",
+                    found="no file" if found is None else f"{found:,} bytes",
+                    fix="fetch it again, or run `cachekd dump` again into a new folder",
+                )

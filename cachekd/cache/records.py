@@ -4,9 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TailStates:
+    """What a tail sketch is made from, at N answer tokens.
+
+    Attributes:
+        hidden: [N, d] float, the final hidden states as the head reads them.
+        log_normaliser: [N] float, logsumexp of the logits over the vocabulary.
+    """
+
+    hidden: Tensor
+    log_normaliser: Tensor
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @staticmethod
+    def concatenate(parts: Sequence[TailStates]) -> TailStates:
+        """The parts' tokens, one after the other."""
+        return TailStates(
+            torch.cat([part.hidden for part in parts]), torch.cat([part.log_normaliser for part in parts])
+        )
+
+
+@dataclass(frozen=True)
+class SketchCodes:
+    """The quantised final hidden states of N answer tokens (see `cachekd.cache.sketch`).
+
+    Attributes:
+        coordinates: [N, C] int16, steps along each of the sketch's axes.
+        shift: [N] int16, steps of what turns its logits into logprobs.
+    """
+
+    coordinates: NDArray[np.int16]
+    shift: NDArray[np.int16]
 
 
 @dataclass(frozen=True)
@@ -20,6 +59,7 @@ class TokenTargets:
         ids: [sum k] uint32, each token's entries in descending probability.
         logprobs: [sum k] float32, normalised over the whole vocabulary.
         tail_logmass: [N] float32, log of the probability that is not kept; -inf where nothing is left.
+        sketch: of all the other logprobs; None in a cache without one.
     """
 
     token_ids: NDArray[np.uint32]
@@ -28,26 +68,58 @@ class TokenTargets:
     ids: NDArray[np.uint32]
     logprobs: NDArray[np.float32]
     tail_logmass: NDArray[np.float32]
+    sketch: SketchCodes | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def cut(self, first: int, last: int) -> TokenTargets:
+        """Tokens [first, last)."""
+        starts = offsets(self.k)
+        return self._cut(slice(first, last), slice(int(starts[first]), int(starts[last])))
+
     def split(self, counts: Sequence[int]) -> list[TokenTargets]:
         """Cut into runs of `counts` tokens, for example one per sample of a batch."""
-        tokens = np.cumsum(counts)[:-1]
-        entries = offsets(self.k)[tokens]
-        per_token = (np.split(a, tokens) for a in (self.token_ids, self.k, self.knee, self.tail_logmass))
-        per_entry = (np.split(a, entries) for a in (self.ids, self.logprobs))
+        tokens, starts = offsets(np.asarray(counts)), offsets(self.k)
         return [
-            TokenTargets(token_ids, k, knee, ids, logprobs, tail)
-            for token_ids, k, knee, tail, ids, logprobs in zip(*per_token, *per_entry, strict=True)
+            self._cut(slice(int(first), int(last)), slice(int(starts[first]), int(starts[last])))
+            for first, last in pairwise(tokens)
         ]
+
+    def _cut(self, tokens: slice, entries: slice) -> TokenTargets:
+        sketch = self.sketch and SketchCodes(self.sketch.coordinates[tokens], self.sketch.shift[tokens])
+        return TokenTargets(
+            self.token_ids[tokens],
+            self.k[tokens],
+            self.knee[tokens],
+            self.ids[entries],
+            self.logprobs[entries],
+            self.tail_logmass[tokens],
+            sketch,
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[TokenTargets]) -> TokenTargets:
-        """The parts' tokens, one after the other."""
-        names = ("token_ids", "k", "knee", "ids", "logprobs", "tail_logmass")
-        return TokenTargets(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        """The parts' tokens, one after the other; all with a sketch, or none."""
+
+        def joined(name: str) -> NDArray:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        sketches = [part.sketch for part in parts if part.sketch is not None]
+        return TokenTargets(
+            token_ids=joined("token_ids"),
+            k=joined("k"),
+            knee=joined("knee"),
+            ids=joined("ids"),
+            logprobs=joined("logprobs"),
+            tail_logmass=joined("tail_logmass"),
+            sketch=SketchCodes(
+                np.concatenate([codes.coordinates for codes in sketches]),
+                np.concatenate([codes.shift for codes in sketches]),
+            )
+            if sketches
+            else None,
+        )
 
 
 def offsets(counts: NDArray) -> NDArray[np.int64]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache.records import TokenTargets
+from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import kneedle_k
 
@@ -50,6 +51,11 @@ def select_topk(
     # Summed over what is left, not 1 - kept: the tail of a confident teacher is far below float32's epsilon.
     tail = everything.scatter(-1, ids, logprobs.masked_fill(kept, float("-inf"))).logsumexp(-1)
     return _to_numpy(logprobs, ids, kept, k, torch.minimum(knee, k), tail, token_ids)
+
+
+def default_top_p(tail: TailSetting) -> float:
+    """The share of the mass to reach: with a sketch of the rest, Kneedle's k alone decides."""
+    return 0.0 if tail.sketch else 0.99
 
 
 def _to_numpy(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache.records import TokenTargets
+from cachekd.cache.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
 
 _NOWHERE = 2**31 - 1  # an id that no token has
@@ -25,9 +26,25 @@ class UniformTail:
 
     logprob: Tensor
 
+    def everywhere(self, vocab_size: int) -> Tensor:
+        """[N, V] float32."""
+        return self.logprob[:, None].repeat(1, vocab_size)
+
     def gather(self, ids: Tensor) -> Tensor:
         """[N, k] float32 at `ids` [N, k], none of which is kept."""
         return self.logprob[:, None].expand(ids.shape)
+
+    def select(self, rows: Tensor) -> UniformTail:
+        """Some tokens."""
+        return UniformTail(self.logprob[rows])
+
+    def cat(self, others: list[UniformTail]) -> UniformTail:
+        """This and others, one after the other."""
+        return UniformTail(torch.cat([part.logprob for part in (self, *others)]))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> UniformTail:
+        """A copy on `device`."""
+        return UniformTail(self.logprob.to(device, non_blocking=non_blocking))
 
 
 @dataclass(frozen=True)
@@ -49,31 +66,45 @@ class CachedTargets:
     logprobs: Tensor
     k: Tensor
     knee: Tensor
-    tail: UniformTail
+    tail: UniformTail | SketchTail
     vocab_size: int
     window: int
     min_k: int
 
     @classmethod
     def from_records(
-        cls, records: TokenTargets, *, vocab_size: int, window: int, min_k: int
+        cls,
+        records: TokenTargets,
+        *,
+        vocab_size: int,
+        window: int,
+        min_k: int,
+        sketch: TailSketch | None = None,
     ) -> CachedTargets:
-        """Pad flat records to rows."""
+        """Pad flat records to rows.
+
+        Args:
+            sketch: of the same cache, where the records have codes.
+        """
         k = records.k.astype(np.int64)
         width = int(k.max(initial=1))
         kept = np.arange(width) < k[:, None]
         ids = np.full(kept.shape, _NOWHERE, np.int64)
         logprobs = np.full(kept.shape, -np.inf, np.float32)
         ids[kept], logprobs[kept] = records.ids, records.logprobs
-        others = np.log(np.maximum(vocab_size - k, 1))
-        tail = torch.from_numpy((records.tail_logmass - others).astype(np.float32))
+        tail: UniformTail | SketchTail
+        if sketch is not None and records.sketch is not None:
+            tail = SketchTail.from_codes(sketch, records.sketch)
+        else:
+            others = np.log(np.maximum(vocab_size - k, 1))
+            tail = UniformTail(torch.from_numpy((records.tail_logmass - others).astype(np.float32)))
         return cls(
             token_ids=torch.from_numpy(records.token_ids.astype(np.int64)),
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),
             k=torch.from_numpy(k),
             knee=torch.from_numpy(records.knee.astype(np.int64)),
-            tail=UniformTail(tail),
+            tail=tail,
             vocab_size=vocab_size,
             window=window,
             min_k=min_k,
@@ -98,11 +129,18 @@ class CachedTargets:
             logprobs=rows("logprobs", float("-inf")),
             k=torch.cat([part.k for part in parts]),
             knee=torch.cat([part.knee for part in parts]),
-            tail=UniformTail(torch.cat([part.tail.logprob for part in parts])),
+            tail=parts[0].tail.cat([part.tail for part in parts[1:]]),  # type: ignore[misc]
         )
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def select(self, rows: Tensor) -> CachedTargets:
+        """Some tokens, by their indices [M] int64."""
+        names = ("token_ids", "ids", "logprobs", "k", "knee")
+        return replace(
+            self, **{name: getattr(self, name)[rows] for name in names}, tail=self.tail.select(rows)
+        )
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's own selection, exactly as at the dump.
@@ -143,10 +181,15 @@ class CachedTargets:
         stored = self.logprobs.gather(-1, order.gather(-1, place))
         return torch.where(kept, stored, self.tail.gather(ids))
 
+    def everywhere(self) -> Tensor:
+        """[N, V] float32: `gather` at every id, at the price of a matrix product."""
+        tail = self.tail.everywhere(self.vocab_size)
+        # Padding has an id beyond the vocabulary; it goes into a column that is cut off.
+        wide = torch.nn.functional.pad(tail, (0, 1))
+        return wide.scatter(-1, self.ids.clamp(max=self.vocab_size), self.logprobs)[:, :-1]
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CachedTargets:
         """A copy on `device`."""
         names = ("token_ids", "ids", "logprobs", "k", "knee")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return replace(
-            self, **moved, tail=UniformTail(self.tail.logprob.to(device, non_blocking=non_blocking))
-        )
+        return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))

@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+from torch import Tensor
+
+from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.files import commit
+from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
     DataInfo,
+    Fidelity,
     Fingerprints,
     Manifest,
     ShardInfo,
+    SketchInfo,
     TeacherInfo,
 )
-from cachekd.cache.records import TokenTargets
-from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.cache.records import TailStates, TokenTargets
+from cachekd.cache.shard import make_shard, pack_shard, read_shard
+from cachekd.cache.sketch import SKETCH_FILE, read_sketch
+from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
+from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
+ENCODED_TOKENS = 4_096  # coded at a time
+PROBES, PROBE_STRIDE = 128, 61  # tokens per shard that are compared with the live teacher, one in so many
+
+
+@dataclass(frozen=True)
+class _Uncoded:
+    key: str
+    content_hash: bytes
+    targets: TokenTargets
+    states: TailStates | None
+
+
+@dataclass(frozen=True)
+class _Coded:
+    key: str
+    content_hash: bytes
+    targets: TokenTargets
 
 
 class LogitCacheWriter:
@@ -31,13 +59,19 @@ class LogitCacheWriter:
     Use it as a context manager: on success the manifest is written, on an exception all that was written is
     removed, so that a folder holds a whole cache or none.
 
+    The first `calibration_tokens` answer tokens wait in memory until the tail sketch has been fitted on them
+    (all of them, if the cache is smaller).
+
     Args:
         path: the cache's folder; new or empty.
         teacher, fingerprints, data, codec, versions: what the manifest says.
-        shard_tokens: answer tokens per shard, about; some 20 MB at 100 bytes per token.
+        head: the teacher's output head; a tail sketch needs it.
+        encoder: a sketch that is fitted already; without one it is fitted here.
+        shard_tokens: answer tokens per shard, about; some 7 MB at 110 bytes per token.
+        calibration_tokens: answer tokens that the sketch is fitted on.
 
     Raises:
-        CachekdError: the folder holds something already.
+        CachekdError: the folder holds something already, or a tail sketch is wanted and there is no head.
     """
 
     manifest: Manifest
@@ -52,7 +86,10 @@ class LogitCacheWriter:
         data: DataInfo,
         codec: CodecSettings,
         versions: dict[str, str],
-        shard_tokens: int = 200_000,
+        head: OutputHead | None = None,
+        encoder: SketchEncoder | None = None,
+        shard_tokens: int = 65_536,
+        calibration_tokens: int = CALIBRATION_TOKENS,
     ) -> None:
         self.path = Path(path)
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -69,21 +106,39 @@ class LogitCacheWriter:
             "codec": codec,
             "versions": versions,
         }
-        self._step, self._shard_tokens = codec.logprob_step, shard_tokens
-        self._waiting: list[tuple[str, bytes, TokenTargets]] = []
+        self._codec, self._teacher, self._shard_tokens = codec, teacher, shard_tokens
+        self._tail = TailSetting.parse(codec.tail)
+        if self._tail.sketch and head is None and encoder is None:
+            raise CachekdError(
+                "a tail sketch needs the teacher's output head",
+                where=f"setting 'tail': {codec.tail}",
+                fix="pass head= or encoder=, or use --tail none",
+            )
+        self._head, self._calibration_tokens = head, calibration_tokens
+        self._encoder = encoder
+        self._sketch: SketchInfo | None = None
+        self._uncoded: list[_Uncoded] = []
+        self._uncoded_tokens = 0
+        self._probes: dict[int, list[tuple[int, Tensor]]] = {}  # shard -> token in it, hidden state
+        self._waiting: list[_Coded] = []
         self._waiting_tokens = 0
         self._seen: dict[str, int] = {}
         self._shards: list[ShardInfo] = []
         self._made_folder = not self.path.exists()
         (self.path / SHARD_FOLDER).mkdir(parents=True)
+        if encoder is not None:
+            self._commit_sketch(encoder)
 
-    def add(self, key: str, targets: TokenTargets, content_hash: bytes) -> None:
+    def add(
+        self, key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None = None
+    ) -> None:
         """Add one sample.
 
         Args:
             key: unique in the cache.
             targets: of its answer tokens, at least one.
             content_hash: 16 bytes that change with the sample.
+            states: at the same tokens; a tail sketch needs them.
 
         Raises:
             CachekdError: the key came before or has a line break, or there is no answer token.
@@ -101,11 +156,18 @@ class LogitCacheWriter:
                 expected="a key without line breaks, a 16-byte hash and at least one answer token",
                 found=f"{len(content_hash)} bytes and {len(targets)} tokens",
             )
+        if self._tail.sketch and (states is None or len(states) != len(targets)):
+            raise CachekdError(
+                "a tail sketch needs the teacher's hidden states",
+                where=f"sample {key!r}",
+                expected=f"states of {len(targets)} tokens",
+                found="none" if states is None else len(states),
+            )
         self._seen[key] = len(self._seen)
-        self._waiting.append((key, content_hash, targets))
-        self._waiting_tokens += len(targets)
-        if self._waiting_tokens >= self._shard_tokens:
-            self._flush()
+        self._uncoded.append(_Uncoded(key, content_hash, targets, states))
+        self._uncoded_tokens += len(targets)
+        if self._uncoded_tokens >= (ENCODED_TOKENS if self._encoder else self._calibration_tokens):
+            self._encode()
 
     def close(self) -> None:
         """Write what is waiting, then the manifest.
@@ -115,8 +177,16 @@ class LogitCacheWriter:
         """
         if not self._seen:
             raise CachekdError("a cache needs at least one sample", where=str(self.path), found=0)
+        self._encode()
         self._flush()
-        manifest = Manifest.model_validate({**self._header, "shards": self._shards})
+        manifest = Manifest.model_validate(
+            {
+                **self._header,
+                "sketch": self._sketch,
+                "fidelity": self._measure(),
+                "shards": self._shards,
+            }
+        )
         commit(self.path / MANIFEST_FILE, manifest.to_json())
         self.manifest = manifest
 
@@ -135,11 +205,46 @@ class LogitCacheWriter:
         if kind is not None:
             self._remove()
 
+    def _encode(self) -> None:
+        """Code the tails of what has come since the last time, in one go; the first time, fit the sketch."""
+        samples, self._uncoded, self._uncoded_tokens = self._uncoded, [], 0
+        counts = [len(sample.targets) for sample in samples]
+        targets = [sample.targets for sample in samples]
+        if self._tail.sketch and samples:
+            states = TailStates.concatenate([s.states for s in samples if s.states is not None])
+            together = TokenTargets.concatenate(targets)
+            if self._encoder is None:
+                self._fit(states, together)
+            assert self._encoder is not None
+            targets = replace(together, sketch=self._encoder.encode(states)).split(counts)
+        for sample, coded in zip(samples, targets, strict=True):
+            self._waiting.append(_Coded(sample.key, sample.content_hash, coded))
+            self._probe(sample, self._waiting_tokens)
+            self._waiting_tokens += len(coded)
+            if self._waiting_tokens >= self._shard_tokens:
+                self._flush()
+
+    def _fit(self, states: TailStates, targets: TokenTargets) -> None:
+        assert self._head is not None
+        self._encoder = fit_sketch(self._head, states, targets, self._tail)
+        self._commit_sketch(self._encoder)
+
+    def _commit_sketch(self, encoder: SketchEncoder) -> None:
+        content = encoder.sketch.pack()
+        commit(self.path / SKETCH_FILE, content)
+        self._sketch = SketchInfo(
+            axes=encoder.sketch.axes,
+            step=encoder.step,
+            calibration_tokens=encoder.calibration_tokens,
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+
     def _flush(self) -> None:
         if not self._waiting:
             return
-        shard = make_shard(self._waiting)
-        content = pack_shard(shard, self._step)
+        shard = make_shard([(s.key, s.content_hash, s.targets) for s in self._waiting])
+        content = pack_shard(shard, self._codec.logprob_step)
         number = len(self._shards)
         info = ShardInfo(
             name=f"{number:05d}.zarr.zip",
@@ -156,7 +261,40 @@ class LogitCacheWriter:
         self._shards.append(info)
         self._waiting, self._waiting_tokens = [], 0
 
+    def _probe(self, sample: _Uncoded, first: int) -> None:
+        """Remember a few of a shard's hidden states, to compare what is read back with the live teacher."""
+        if sample.states is None:
+            return
+        probes = self._probes.setdefault(len(self._shards), [])
+        for token in range(len(sample.targets)):
+            if len(probes) < PROBES and (first + token) % PROBE_STRIDE == 0:
+                probes.append((first + token, sample.states.hidden[token].clone()))
+
+    def _measure(self) -> Fidelity | None:
+        """Read the probes of some shards back from the disk."""
+        if self._head is None or not self._probes:
+            return None
+        shards = sorted(self._probes)
+        shards = [shards[i] for i in sorted({0, len(shards) // 2, len(shards) - 1})]
+        sketch = read_sketch(self.path / SKETCH_FILE) if self._sketch is not None else None
+        parts, hidden = [], []
+        for number in shards:
+            path = self.path / SHARD_FOLDER / self._shards[number].name
+            shard = read_shard(path, self._codec.logprob_step, sketch=sketch is not None)
+            for token, state in self._probes[number]:
+                parts.append(shard.targets.cut(token, token + 1))
+                hidden.append(state)
+        targets = CachedTargets.from_records(
+            TokenTargets.concatenate(parts),
+            vocab_size=self._teacher.vocab_size,
+            window=self._codec.window,
+            min_k=self._codec.min_k,
+            sketch=sketch,
+        )
+        return measure_fidelity(self._head.logits(torch.stack(hidden)).cpu(), targets)
+
     def _remove(self) -> None:
         shutil.rmtree(self.path / SHARD_FOLDER, ignore_errors=True)
+        (self.path / SKETCH_FILE).unlink(missing_ok=True)
         if self._made_folder:
             shutil.rmtree(self.path, ignore_errors=True)

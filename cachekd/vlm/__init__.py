@@ -1,6 +1,7 @@
 """The V | P | L split of vision-language models, and the switch."""
 
 from cachekd.vlm.compat import check_switch, check_tokenizers
+from cachekd.vlm.head import output_head
 from cachekd.vlm.load import (
     default_device,
     default_dtype,
@@ -28,6 +29,7 @@ __all__ = [
     "load_processor",
     "load_without_tower",
     "logits_at",
+    "output_head",
     "project",
     "weights_files",
 ]

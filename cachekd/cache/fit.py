@@ -1,0 +1,279 @@
+"""Fitting the tail sketch: transform coding of the teacher's final hidden state in the metric of its logits.
+
+With W [V, d] the output head and w_j how often id j is among a token's most probable (sum 1):
+
+- A shift that all logits share means nothing: W is used less its w-mean, A = W - w.W.
+- An error e in h costs e'Me in logits squared, averaged over the ids that matter: M = A' diag(w) A.
+- In y = R' M^(1/2) (h - mean), with R the eigenvectors of M^(1/2) Cov(h) M^(1/2), the axes are uncorrelated
+  and an error costs the same along each. So each is quantised with the same step (reverse water-filling);
+  codes along small axes round to zero and cost nothing, and axes that are always zero are dropped.
+- logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
+  rounding stay far below the codes'.
+
+Docs: docs/what-the-cache-keeps.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
+from cachekd.cache.sketch import CENTROIDS, SHIFT_STEP, TailSketch
+from cachekd.cache.tail import TailSetting
+from cachekd.errors import CachekdError
+
+WINDOW = 128  # ids per token that count as probable
+ROWS = 8192  # of W at a time
+SAMPLED = 1024  # calibration tokens whose whole logits are looked at
+LEAST_USE = 0.01  # an axis is kept if this share of its codes is not zero
+BASIS_FINENESS = 8  # the basis' rounding adds 1 / FINENESS**2 to the codes' noise
+INT16 = 2**15 - 1
+FINEST = 2**14  # steps to the farthest calibration token: other tokens may lie twice as far
+CODER_OVERHEAD = 1.03  # PCodec over the order-0 entropy
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How a teacher's logits follow from its final hidden state: cap(weight . h + bias).
+
+    Attributes:
+        weight: [V, d] float, scaled by whatever the model scales its logits by; no padding rows.
+        bias: [V] float, or None.
+        softcap: see `TailSketch`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 from [N, d]."""
+        logits = hidden.to(self.weight) @ self.weight.T
+        logits = (logits if self.bias is None else logits + self.bias).float()
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+@dataclass(frozen=True)
+class SketchEncoder:
+    """Turns hidden states into codes.
+
+    Attributes:
+        sketch: what undoes it.
+        step: nats.
+        mean: [d] float32, of the calibration tokens.
+        analysis: [C, d] float32, code steps per hidden unit.
+        common: [d] float32 and a number: the part of the logits that is the same for every id.
+        calibration_tokens: that it was fitted on.
+    """
+
+    sketch: TailSketch
+    step: float
+    mean: Tensor
+    analysis: Tensor
+    common: tuple[Tensor, float]
+    calibration_tokens: int
+
+    def encode(self, states: TailStates) -> SketchCodes:
+        """Codes of N tokens; on the device of `states`, returned on the CPU."""
+        device = states.hidden.device
+        hidden = states.hidden.float()
+        coordinates = (hidden - self.mean.to(device)) @ self.analysis.to(device).T
+        direction, constant = self.common
+        shift = (states.log_normaliser.float() - hidden @ direction.to(device) - constant) / SHIFT_STEP
+        return SketchCodes(_to_int16(coordinates), _to_int16(shift))
+
+
+@torch.no_grad()
+def fit_sketch(
+    head: OutputHead, states: TailStates, targets: TokenTargets, tail: TailSetting
+) -> SketchEncoder:
+    """Fit the sketch on calibration tokens.
+
+    Few tokens, fewer than dimensions, or constant states are no error: the axes that they span are kept.
+
+    Args:
+        head: the teacher's.
+        states: at the calibration tokens, on the head's device.
+        targets: what is kept of the same tokens besides.
+        tail: the step, or the budget from which it is found.
+
+    Raises:
+        CachekdError: states that are not finite or do not fit the head.
+    """
+    hidden = states.hidden.float()
+    _check(head, hidden)
+    weights = _id_weights(head, hidden)
+    # Below a cap a common shift is not free.
+    common = torch.zeros_like(hidden[0])
+    if head.softcap is None:
+        for rows, weight in zip(_rows(head), weights.split(ROWS), strict=True):
+            common += weight @ rows
+    root, inverse_root = _metric_roots(head, weights, common)
+
+    step = tail.step
+    if tail.bytes is not None:
+        step = _step_for(tail.bytes, hidden, root)
+    elif step is None:  # exact: the noise of all axes together is given
+        step = tail.noise * (12 / hidden.shape[1]) ** 0.5
+
+    mean, axes = _axes(hidden, root)
+    y = ((hidden - mean).double() @ root @ axes).float()
+    step = max(step, float(y.abs().max()) / FINEST)
+    codes = (y / step).round()
+    use = (codes != 0).float().mean(0) >= LEAST_USE
+    use[y.var(0, correction=0).argmax()] = True  # at least one
+    y, codes, axes = y[:, use], codes[:, use], axes[:, use]
+
+    deviation = y.std(0, correction=0).clamp(min=step * 1e-3)
+    synthesis = ((inverse_root @ axes) * deviation).float()  # [d, C]
+    basis = torch.cat([(rows - common) @ synthesis for rows in _rows(head)])
+    basis_step = max(step / BASIS_FINENESS, float(basis.abs().max()) / INT16)
+    constant = 0.0
+    offset = torch.cat([(rows - common) @ mean for rows in _rows(head)])
+    if head.bias is not None:
+        constant = float(weights @ head.bias.float()) if head.softcap is None else 0.0
+        offset = offset + head.bias.float() - constant
+    sketch = TailSketch(
+        codes=_to_steps(basis, basis_step).cpu(),
+        basis_step=basis_step,
+        offset=offset.cpu(),
+        unit=(step / deviation).cpu(),
+        centroids=_centroids(y / deviation, codes, step / deviation).cpu(),
+        softcap=head.softcap,
+    )
+    analysis = ((root @ axes).T / step).float()
+    encoder = SketchEncoder(
+        sketch, step, mean.cpu(), analysis.cpu(), (common.cpu(), constant), calibration_tokens=len(hidden)
+    )
+    surplus = _mass_surplus(encoder, states, targets)
+    return replace(encoder, common=(common.cpu(), constant - surplus))
+
+
+def _id_weights(head: OutputHead, hidden: Tensor) -> Tensor:
+    """[V], how often each id is among the WINDOW most probable; half a count for those that never are."""
+    counts = torch.full((len(head.weight),), 0.5, device=hidden.device)
+    for some in _sampled(hidden).split(256):
+        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1).indices.flatten()
+        counts += torch.bincount(top, minlength=len(counts))
+    return counts / counts.sum()
+
+
+def _metric_roots(head: OutputHead, weights: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    """M^(1/2) and its pseudo-inverse, [d, d] float64."""
+    metric = torch.zeros(len(common), len(common), dtype=torch.float64, device=common.device)
+    for rows, weight in zip(_rows(head), weights.split(ROWS), strict=True):
+        centred = rows - common
+        metric += ((centred * weight[:, None]).T @ centred).double()
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp(min=0).sqrt()
+    keep = values > values[-1] * 1e-10
+    inverse = torch.where(keep, 1 / root.clamp(min=1e-30), 0.0)
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def _axes(hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean [d] float32 and the axes [d, d] float64, by descending variance of the logits along them."""
+    mean = hidden.mean(0)
+    spread = (hidden - mean).double() @ root
+    covariance = spread.T @ spread / max(1, len(hidden))
+    return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)
+
+
+def _step_for(budget: float, hidden: Tensor, root: Tensor) -> float:
+    """The step at which codes cost `budget` bytes per token.
+
+    Measured on a quarter of the tokens that the axes have not seen: on those that they have, codes are
+    cheaper than they will be.
+    """
+    count = max(1, len(hidden) // 4)
+    mean, axes = _axes(hidden[count:] if len(hidden) > 1 else hidden, root)
+    y = ((hidden[:count] - mean).double() @ root @ axes).float().cpu().numpy()
+    low, high = 1e-4, 1e2
+    for _ in range(40):
+        step = (low * high) ** 0.5
+        low, high = (step, high) if _code_bytes(y, step) > budget else (low, step)
+    return high
+
+
+def _code_bytes(y: np.ndarray, step: float) -> float:
+    """Order-0 entropy of the codes, axis by axis; bytes per token with the coder's overhead."""
+    codes = np.clip(np.rint(y / step), -(2**15), 2**15 - 1).astype(np.int64)
+    low, width = codes.min(), int(codes.max() - codes.min()) + 1
+    bits = 0.0
+    for column in codes.T:
+        counts = np.bincount(column - low, minlength=width)
+        share = counts[counts > 0] / len(codes)
+        bits -= float((share * np.log2(share)).sum())
+    return bits / 8 * CODER_OVERHEAD
+
+
+def _centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
+    """[CENTROIDS, C], the mean of what was coded as 1, 2; the middle where too few were."""
+    rows = []
+    for magnitude in range(1, CENTROIDS + 1):
+        chosen = codes.abs() == magnitude
+        mean = (y.abs() * chosen).sum(0) / chosen.sum(0).clamp(min=1)
+        rows.append(torch.where(chosen.sum(0) >= 16, mean, magnitude * unit))
+    return torch.stack(rows)
+
+
+def _mass_surplus(encoder: SketchEncoder, states: TailStates, targets: TokenTargets) -> float:
+    """By how many nats the rebuilt tails are too heavy, on average.
+
+    Rounding moves every logit, and the exponential of that is not right on average.
+    """
+    chosen = _sample_indices(len(states))
+    codes = encoder.encode(TailStates(states.hidden[chosen], states.log_normaliser[chosen]))
+    device = states.hidden.device
+    sketch, surplus = encoder.sketch.to(device), []
+    for places in np.split(np.arange(len(chosen)), range(64, len(chosen), 64)):
+        coordinates = torch.from_numpy(codes.coordinates[places]).to(device)
+        shift = torch.from_numpy(codes.shift[places] * SHIFT_STEP).to(device)
+        logprobs = sketch.all_logits(coordinates) - shift[:, None]
+        for row, token in zip(logprobs, chosen[places].tolist(), strict=True):
+            kept = targets.cut(token, token + 1)
+            if kept.tail_logmass[0] > -12:  # something is left that matters
+                row[torch.from_numpy(kept.ids.astype(np.int64)).to(device)] = float("-inf")
+                surplus.append(float(row.logsumexp(-1)) - float(kept.tail_logmass[0]))
+    return float(np.mean(surplus)) if surplus else 0.0
+
+
+def _sample_indices(count: int) -> Tensor:
+    """Up to SAMPLED tokens, evenly spread."""
+    return torch.linspace(0, count - 1, min(SAMPLED, count)).long()
+
+
+def _sampled(hidden: Tensor) -> Tensor:
+    return hidden[_sample_indices(len(hidden)).to(hidden.device)]
+
+
+def _rows(head: OutputHead) -> Iterator[Tensor]:
+    return (rows.float() for rows in head.weight.split(ROWS))
+
+
+def _to_steps(values: Tensor, step: float) -> Tensor:
+    return (values / step).round().clamp(-INT16, INT16).to(torch.int16)
+
+
+def _to_int16(values: Tensor) -> np.ndarray:
+    return _to_steps(values, 1.0).cpu().numpy()
+
+
+def _check(head: OutputHead, hidden: Tensor) -> None:
+    if hidden.ndim != 2 or hidden.shape[1] != head.weight.shape[1] or not len(hidden):
+        raise CachekdError(
+            "the hidden states do not fit the output head",
+            expected=f"[N, {head.weight.shape[1]}], N at least 1",
+            found=list(hidden.shape),
+        )
+    if not hidden.isfinite().all():
+        raise CachekdError(
+            "the teacher's hidden states are not finite",
+            found=f"{int((~hidden.isfinite().all(-1)).sum())} of {len(hidden)} tokens",
+            fix="run the teacher in float32 or bfloat16: --dtype float32",
+        )

@@ -1,0 +1,102 @@
+"""Try the codec on a model's own states, in three lines."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachekd.cache.fit import OutputHead, fit_sketch
+from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, TeacherInfo
+from cachekd.cache.reader import LogitCache
+from cachekd.cache.records import TailStates, TokenTargets
+from cachekd.cache.select import default_top_p, select_topk
+from cachekd.cache.tail import DEFAULT_TAIL, TailSetting
+from cachekd.cache.targets import CachedTargets
+from cachekd.cache.writer import LogitCacheWriter
+
+ROWS = 256  # tokens whose whole logits are in memory
+
+
+@torch.no_grad()
+def roundtrip(
+    hidden: Tensor,
+    lm_head: Tensor | OutputHead,
+    token_ids: Tensor,
+    *,
+    top_k: int = 128,
+    tail: str = DEFAULT_TAIL,
+    calibration: Tensor | None = None,
+    top_p: float | None = None,
+    window: int = 128,
+    logprob_step: float = 1 / 16,
+) -> tuple[CachedTargets, int]:
+    """Write a temporary cache and read it back.
+
+    Args:
+        hidden: [N, d] float, final hidden states, as the head reads them.
+        lm_head: [V, d] float, or an `OutputHead`.
+        token_ids: [N] int, the answer tokens.
+        top_k, tail, top_p, window, logprob_step: as for `cachekd dump`.
+        calibration: [n, d] float, states that the tail sketch is fitted on; without them the first 16,384 of
+            `hidden`, as in a dump.
+
+    Returns:
+        the targets, and the bytes of their shards on disk. The sketch's own file is apart from that:
+        `len(targets.tail.sketch.pack())`.
+
+    Raises:
+        CachekdError: shapes that do not match, or states that are not finite.
+    """
+    head = lm_head if isinstance(lm_head, OutputHead) else OutputHead(lm_head)
+    setting = TailSetting.parse(tail)
+    codec = CodecSettings(
+        top_k=top_k,
+        top_p=default_top_p(setting) if top_p is None else top_p,
+        window=window,
+        min_k=2,
+        logprob_step=logprob_step,
+        tail=tail,
+    )
+    encoder = None
+    if setting.sketch and calibration is not None:
+        placeholder = torch.zeros(len(calibration), dtype=torch.long)
+        encoder = fit_sketch(head, *select_states(head, calibration, placeholder, codec), setting)
+    states, targets = select_states(head, hidden, token_ids, codec)
+    with tempfile.TemporaryDirectory() as folder:
+        with LogitCacheWriter(
+            Path(folder) / "cache", **states_header(codec, len(head.weight)), head=head, encoder=encoder
+        ) as writer:
+            writer.add("states", targets, bytes(16), states)
+        return LogitCache(writer.path)["states"], writer.manifest.size
+
+
+def states_header(codec: CodecSettings, vocab_size: int) -> dict[str, Any]:
+    """What a `LogitCacheWriter` wants to know, for states of which nothing is known."""
+    nothing = dict.fromkeys(("tokenizer", "chat_template", "image_processor", "image_token"), "")
+    return {
+        "teacher": TeacherInfo(name="", model_type="", dtype="", vocab_size=vocab_size, weights_sha256=""),
+        "fingerprints": Fingerprints(**nothing),
+        "data": DataInfo(path="", samples=1, sha256=""),
+        "codec": codec,
+        "versions": {},
+    }
+
+
+def select_states(
+    head: OutputHead, hidden: Tensor, token_ids: Tensor, codec: CodecSettings
+) -> tuple[TailStates, TokenTargets]:
+    """What a dump would pass on for the sketch of these states, and what it would keep."""
+    parts, normalisers = [], []
+    for some, ids in zip(hidden.split(ROWS), token_ids.split(ROWS), strict=True):
+        logits = head.logits(some)
+        normalisers.append(logits.logsumexp(-1))
+        parts.append(
+            select_topk(
+                logits, ids, top_k=codec.top_k, top_p=codec.top_p, window=codec.window, min_k=codec.min_k
+            )
+        )
+    return TailStates(hidden, torch.cat(normalisers)), TokenTargets.concatenate(parts)

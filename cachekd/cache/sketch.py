@@ -1,0 +1,201 @@
+"""The tail sketch as a cache carries it: every logprob of the teacher, approximately, from a few small codes.
+
+A teacher's logits are linear in its final hidden state h, so a cache that keeps h roughly keeps all of them
+roughly. `fit.py` says which C axes are kept and how; here is what undoes it:
+
+    logit_j = offset_j + basis_j . y      with y_c from the code along axis c
+    logprob_j = cap(logit_j) - shift      with the shift stored per token
+
+No teacher weights are needed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachekd.cache.arrays import damaged, pack_arrays, read_arrays
+from cachekd.cache.records import SketchCodes
+
+SKETCH_FILE = "sketch.zarr.zip"
+SHIFT_STEP = 1 / 32  # nats
+CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
+
+_FORMAT = {"format": "cachekd-sketch", "format_version": 1}
+_ARRAYS = ("basis", "basis_step", "offset", "unit", "centroids", "softcap")
+# Elements of `basis` looked up at a time: what stays in a CPU's cache, and what a GPU is busy with.
+_LOOKUP = {"cpu": 2**21, "cuda": 2**28}
+
+
+@dataclass(frozen=True)
+class TailSketch:
+    """The part that all tokens share.
+
+    Attributes:
+        codes: [V, C] int16, the basis in steps of `basis_step`: logits per unit of each axis, an axis' unit
+            being its standard deviation on the calibration tokens.
+        basis_step: nats.
+        offset: [V] float32, logits at the mean.
+        unit: [C] float32, units per code step.
+        centroids: [CENTROIDS, C] float32, where codes of magnitude 1, 2 are rebuilt; in units.
+        softcap: logits are softcap * tanh(logit / softcap); None if they are not capped.
+        path: the file it came from, from which other processes read it.
+    """
+
+    codes: Tensor
+    basis_step: float
+    offset: Tensor
+    unit: Tensor
+    centroids: Tensor
+    softcap: float | None
+    path: Path | None = None
+    _basis: list[Tensor] = field(default_factory=list, repr=False, compare=False)
+    _copies: dict[torch.device, TailSketch] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def axes(self) -> int:
+        """C."""
+        return self.codes.shape[1]
+
+    @property
+    def basis(self) -> Tensor:
+        """[V, C] float16, made once: half the memory of float32, and that is what `gather` waits for."""
+        if not self._basis:
+            self._basis.append((self.codes.float() * self.basis_step).half())
+        return self._basis[0]
+
+    def to(self, device: torch.device | str) -> TailSketch:
+        """On `device`; made once for each."""
+        device = torch.device(device)
+        if device == self.offset.device:
+            return self
+        if device not in self._copies:
+            names = ("codes", "offset", "unit", "centroids")
+            moved = {name: getattr(self, name).to(device) for name in names}
+            self._copies[device] = replace(self, **moved, _basis=[], _copies={})
+        return self._copies[device]
+
+    def rebuild(self, coordinates: Tensor) -> Tensor:
+        """[N, C] integer codes to [N, C] float32, in units."""
+        size = coordinates.abs()
+        value = size * self.unit
+        for magnitude, centroid in enumerate(self.centroids, 1):
+            value = torch.where(size == magnitude, centroid, value)
+        return value.copysign(coordinates)
+
+    def logits(self, coordinates: Tensor, ids: Tensor) -> Tensor:
+        """[N, K] float32, the rebuilt logits at `ids` [N, K] from codes [N, C]."""
+        y, basis = self.rebuild(coordinates).to(self.basis.dtype), self.basis
+        rows = max(1, _LOOKUP.get(ids.device.type, 2**28) // max(1, ids.shape[1] * self.axes))
+        parts = [
+            torch.bmm(basis[some.flatten()].view(*some.shape, -1), of[:, :, None])[:, :, 0]
+            for some, of in zip(ids.split(rows), y.split(rows), strict=True)
+        ]
+        return self._capped(torch.cat(parts).float() + self.offset[ids])
+
+    def all_logits(self, coordinates: Tensor) -> Tensor:
+        """[N, V] float32, at every id."""
+        return self._capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+    def pack(self) -> bytes:
+        """The file's bytes."""
+        arrays = {
+            "basis": np.ascontiguousarray(self.codes.T.cpu().numpy()).astype("<i2"),
+            "basis_step": np.array([self.basis_step], "<f8"),
+            "offset": self.offset.cpu().numpy().astype("<f4"),
+            "unit": self.unit.cpu().numpy().astype("<f4"),
+            "centroids": self.centroids.cpu().numpy().astype("<f4"),
+            "softcap": np.array([] if self.softcap is None else [self.softcap], "<f8"),
+        }
+        return pack_arrays(arrays, _FORMAT)
+
+    def __reduce__(self) -> tuple:
+        # To another process goes the way to the file, not some hundred megabytes with every batch.
+        return read_sketch, (self.path,)
+
+
+@functools.lru_cache(maxsize=4)
+def read_sketch(path: Path) -> TailSketch:
+    """Read a cache's sketch; once per process.
+
+    Raises:
+        CachekdError: it is missing or damaged.
+    """
+    arrays = read_arrays(path, _ARRAYS, _FORMAT)
+    basis, unit = arrays["basis"], arrays["unit"]
+    expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise damaged(path, f"{name}: {arrays[name].shape}, expected {shape}")
+    return TailSketch(
+        codes=torch.from_numpy(np.ascontiguousarray(basis.T)),
+        basis_step=float(arrays["basis_step"][0]),
+        offset=torch.from_numpy(arrays["offset"]),
+        unit=torch.from_numpy(unit),
+        centroids=torch.from_numpy(arrays["centroids"]),
+        softcap=float(arrays["softcap"][0]) if len(arrays["softcap"]) else None,
+        path=path,
+    )
+
+
+@dataclass(frozen=True)
+class SketchTail:
+    """The sketch of N tokens, as the tail of their `CachedTargets`.
+
+    Attributes:
+        sketch: the part that all tokens share.
+        coordinates: [N, C] int16.
+        shift: [N] float32, nats.
+    """
+
+    sketch: TailSketch
+    coordinates: Tensor
+    shift: Tensor
+
+    @classmethod
+    def from_codes(cls, sketch: TailSketch, codes: SketchCodes) -> SketchTail:
+        """From a shard's arrays."""
+        shift: NDArray[np.float32] = codes.shift.astype(np.float32) * np.float32(SHIFT_STEP)
+        return cls(sketch, torch.from_numpy(codes.coordinates), torch.from_numpy(shift))
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Logprobs [N, K] float32 at `ids` [N, K]."""
+        return self.sketch.logits(self.coordinates, ids) - self.shift[:, None]
+
+    def everywhere(self, vocab_size: int) -> Tensor:
+        """Logprobs [N, V] float32, V the sketch's own."""
+        return self.sketch.all_logits(self.coordinates) - self.shift[:, None]
+
+    def select(self, rows: Tensor) -> SketchTail:
+        """Some tokens."""
+        return SketchTail(self.sketch, self.coordinates[rows], self.shift[rows])
+
+    def cat(self, others: list[SketchTail]) -> SketchTail:
+        """This and others of the same sketch, one after the other."""
+        parts = [self, *others]
+        return SketchTail(
+            self.sketch,
+            torch.cat([part.coordinates for part in parts]),
+            torch.cat([part.shift for part in parts]),
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SketchTail:
+        """A copy on `device`."""
+        return SketchTail(
+            self.sketch.to(device),
+            self.coordinates.to(device, non_blocking=non_blocking),
+            self.shift.to(device, non_blocking=non_blocking),
+        )

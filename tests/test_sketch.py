@@ -1,0 +1,450 @@
+"""The tail sketch: what it keeps, what it costs, and everything it must survive."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cache import header
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from cachekd.cache import (
+    CachedTargets,
+    LogitCache,
+    LogitCacheWriter,
+    OutputHead,
+    SketchTail,
+    TailSetting,
+    TailSketch,
+    TailStates,
+    roundtrip,
+    select_topk,
+)
+from cachekd.cache.fidelity import gradient_cosine, loss_and_gradient
+from cachekd.cache.fit import SketchEncoder, fit_sketch
+from cachekd.cache.sketch import SHIFT_STEP
+from cachekd.errors import CachekdError
+from cachekd.targets import DenseTargets
+from cachekd.vlm import output_head
+
+GOLDEN = Path(__file__).parent / "golden_sketch"
+
+
+def model_states(tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states with a falling spectrum and a mean, and a head: [N, d], [V, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) * torch.logspace(0.3, -1.2, width)[:, None]
+    hidden = torch.randn(tokens, width, generator=generator) @ mixing
+    hidden += torch.randn(width, generator=generator)
+    return hidden, torch.randn(vocab, width, generator=generator) / 2
+
+
+def token_ids(count: int) -> torch.Tensor:
+    return torch.arange(count) % 7
+
+
+def true_logprobs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ head.double().T).log_softmax(-1).float()
+
+
+# ---- what it keeps
+
+
+def test_a_fine_step_gives_back_every_logprob():
+    hidden, head = model_states(300, 16, 200)
+    targets, _ = roundtrip(hidden, head, token_ids(300), tail="step=0.001", logprob_step=1e-3)
+    error = (targets.everywhere() - true_logprobs(hidden, head)).abs().max()
+    assert error <= 0.03  # half a step of the shift, the basis' float16
+
+
+def test_axes_and_codes_equal_their_definition():
+    """Slowly, in float64, from the equations of fit.py's docstring."""
+    hidden, head = model_states(400, 6, 50)
+    step = 0.2
+    counts = torch.full((50,), 0.5).double()
+    top = (hidden @ head.T).topk(50).indices  # fewer ids than the window: all of them
+    counts += torch.bincount(top.flatten(), minlength=50)
+    weights = counts / counts.sum()
+    rows = head.double() - weights @ head.double()
+    metric = sum(w * torch.outer(row, row) for w, row in zip(weights, rows, strict=True))
+    values, vectors = torch.linalg.eigh(metric)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    centred = (hidden - hidden.mean(0)).double()
+    _, axes = torch.linalg.eigh(root @ (centred.T @ centred / 400) @ root)
+    y = (centred @ root @ axes).flip(1)
+
+    records = select_topk(hidden @ head.T, token_ids(400), top_p=0.0)
+    states = TailStates(hidden, (hidden @ head.T).logsumexp(-1))
+    encoder = fit_sketch(OutputHead(head), states, records, TailSetting.parse(f"step={step}"))
+    codes = torch.from_numpy(encoder.encode(states).coordinates)
+    assert codes.shape[1] == encoder.sketch.axes <= 6
+    for axis in range(codes.shape[1]):  # an axis' sign is free
+        exact = y[:, axis] / step
+        both = [(codes[:, axis] * sign - exact).abs().max() for sign in (1, -1)]
+        assert min(both) <= 0.5 + 1e-3
+    # An error of the codes costs the same in logits along every axis: metric-orthonormal.
+    unit = encoder.sketch.basis.float() * encoder.sketch.unit / step
+    gram = (unit.double() * weights[:, None]).T @ unit.double()
+    torch.testing.assert_close(gram, torch.eye(len(gram)).double(), atol=0.05, rtol=0)
+
+
+def test_finer_steps_cost_more_and_keep_more():
+    hidden, head = model_states(2000, 24, 300)
+    truth = true_logprobs(hidden, head)
+    seen = []
+    for step in (1.0, 0.3, 0.1, 0.03):
+        targets, size = roundtrip(hidden, head, token_ids(2000), tail=f"step={step}", logprob_step=1e-3)
+        rebuilt = targets.everywhere().log_softmax(-1)
+        seen.append((size, float((truth.exp() * (truth - rebuilt)).sum(-1).mean())))
+    sizes, kls = zip(*seen, strict=True)
+    assert sorted(sizes) == list(sizes)
+    assert sorted(kls, reverse=True) == list(kls)
+    # The noise of a uniform quantiser: a third of the step, a tenth of the KL, once all axes are in use.
+    assert kls[3] < kls[2] / 5
+
+
+def test_exact_is_the_live_teacher_to_the_loss():
+    hidden, head = model_states(600, 48, 400)
+    targets, _ = roundtrip(hidden, head, token_ids(600), tail="exact")
+    generator = torch.Generator().manual_seed(1)
+    student = hidden @ head.T + torch.randn(600, 400, generator=generator)
+    live = loss_and_gradient(student, DenseTargets(hidden @ head.T), window=128, min_k=2)
+    cached = loss_and_gradient(student, targets, window=128, min_k=2)
+    assert gradient_cosine(live[1], cached[1]).mean() >= 0.998
+    assert abs(cached[0].mean() / live[0].mean() - 1) < 0.01
+
+
+@pytest.mark.parametrize("budget", [6.0, 12.0, 20.0])
+def test_a_budget_in_bytes_is_kept(budget, tmp_path):
+    hidden, head = model_states(16_000, 24, 100)
+    records = select_topk(hidden @ head.T, token_ids(16_000), top_p=0.0)
+    states = TailStates(hidden, (hidden @ head.T).logsumexp(-1))
+    encoder = fit_sketch(OutputHead(head), states, records, TailSetting.parse(f"bytes={budget}"))
+    options = header() | {"codec": header(tail=f"bytes={budget}")["codec"]}
+    with LogitCacheWriter(tmp_path / "c", **options, encoder=encoder) as writer:
+        writer.add("a", records, bytes(16), states)
+    with zipfile.ZipFile(tmp_path / "c" / "shards" / "00000.zarr.zip") as archive:
+        size = sum(i.file_size for i in archive.infolist() if i.filename.startswith("sketch_coordinates/c"))
+    assert size / 16_000 == pytest.approx(budget, rel=0.05)
+
+
+# ---- any model
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 30),
+    width=st.integers(1, 12),
+    vocab=st.integers(2, 60),
+    top_k=st.integers(2, 70),
+    tail=st.sampled_from(["none", "exact", "bytes=4", "step=0.5", "step=30"]),
+    scale=st.sampled_from([0.0, 1e-4, 1.0, 50.0]),
+    seed=st.integers(0, 1000),
+)
+def test_round_trips_hold_for_any_shape(tokens, width, vocab, top_k, tail, scale, seed):
+    hidden, head = model_states(tokens, width, vocab, seed)
+    hidden = hidden * scale
+    targets, size = roundtrip(hidden, head, token_ids(tokens), top_k=top_k, tail=tail)
+    assert size > 0
+    assert torch.equal(targets.token_ids, token_ids(tokens))
+    everything = targets.everywhere()
+    assert everything.shape == (tokens, vocab)
+    assert not everything.isnan().any()
+    truth = true_logprobs(hidden, head)
+    kept = targets.logprobs.isfinite()
+    stored = truth.gather(1, targets.ids.clamp(max=vocab - 1))
+    assert ((stored - targets.logprobs)[kept].abs() <= 1 / 16 + 1 / 64 + 1e-3 + 1e-5 * scale).all()
+    ids = torch.randint(0, vocab, (tokens, 5), generator=torch.Generator().manual_seed(seed))
+    gathered = targets.gather(ids)
+    torch.testing.assert_close(gathered, everything.gather(1, ids), atol=0.05 + 1e-3 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "case", ["constant", "one token", "fewer tokens than dimensions", "one dimension varies"]
+)
+def test_degenerate_calibration_is_no_error(case):
+    hidden, head = model_states(40, 24, 90)
+    calibration = {
+        "constant": hidden[:1].expand(500, -1),
+        "one token": hidden[:1],
+        "fewer tokens than dimensions": hidden[:5],
+        "one dimension varies": hidden.mean(0) + torch.eye(24)[0] * torch.linspace(-1, 1, 200)[:, None],
+    }[case]
+    for tail in ("exact", "bytes=8"):
+        targets, _ = roundtrip(hidden, head, token_ids(40), tail=tail, calibration=calibration)
+        assert not targets.everywhere().isnan().any()
+        ids, logprobs, k = targets.leading(128, 2)
+        kept = torch.arange(ids.shape[1]) < k[:, None]
+        truth = true_logprobs(hidden, head).gather(1, ids)
+        assert (truth - logprobs)[kept].abs().max() <= 1 / 16 + 1 / 64 + 1e-3
+
+
+TINY = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPTJ = {
+    "vocab_size": 120,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "rotary_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "tied embeddings": (LlamaForCausalLM, LlamaConfig, {**TINY, "tie_word_embeddings": True}),
+    "soft cap": (Gemma2ForCausalLM, Gemma2Config, {**TINY, "final_logit_softcapping": 2.0}),
+    "logit scale": (CohereForCausalLM, CohereConfig, {**TINY, "logit_scale": 0.25}),
+    "logits divided": (GraniteForCausalLM, GraniteConfig, {**TINY, "logits_scaling": 8.0}),
+    "bias": (GPTJForCausalLM, GPTJConfig, GPTJ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_of_all_kinds_are_rebuilt(name, dtype):
+    model_class, config_class, options = MODELS[name]
+    torch.manual_seed(0)
+    model = model_class(config_class(**options)).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=0.7)
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            model.get_output_embeddings().bias.normal_()
+    model = model.to(dtype)
+    states: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: states.append(args[0]))
+    ids = torch.randint(3, 120, (8, 25), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.flatten(0, 1)
+    hidden, vocab = states[0].flatten(0, 1), 110  # the last ten rows are padding
+    head = output_head(model, hidden, logits, vocab)
+    assert head.softcap == (2.0 if name == "soft cap" else None)
+    assert (head.bias is not None) == (name == "bias")
+    truth = logits[:, :vocab].float().log_softmax(-1)
+    assert (head.logits(hidden).log_softmax(-1) - truth).abs().max() < (
+        1e-4 if dtype == torch.float32 else 0.3
+    )
+    targets, _ = roundtrip(hidden, head, ids.flatten(), tail="step=0.01", top_k=8)
+    error = (targets.everywhere() - truth).abs()
+    assert error.mean() < (0.05 if dtype == torch.float32 else 0.1)
+    assert targets.vocab_size == vocab
+
+
+def test_a_head_that_is_none_is_refused():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**TINY))
+    hidden = torch.randn(9, 32)
+    with pytest.raises(CachekdError, match="do not follow from its final hidden state") as caught:
+        output_head(model, hidden, torch.randn(9, 120), 120)
+    assert "--tail none" in str(caught.value)
+
+
+# ---- on disk
+
+
+def hand_made() -> tuple[SketchEncoder, list[tuple]]:
+    """A sketch in whole numbers, which no two machines compute differently, and samples for it."""
+    codes = (torch.arange(97 * 3).reshape(97, 3) * 7 % 41 - 20).short()
+    sketch = TailSketch(
+        codes=codes,
+        basis_step=1 / 64,
+        offset=torch.arange(97).float() / -32,
+        unit=torch.tensor([0.25, 0.5, 1.0]),
+        centroids=torch.tensor([[0.25, 0.5, 1.0], [0.5, 1.0, 2.0]]),
+        softcap=None,
+    )
+    encoder = SketchEncoder(
+        sketch, 0.5, torch.zeros(3), torch.eye(3), (torch.tensor([0.0, 0.0, 1.0]), 0.5), calibration_tokens=5
+    )
+    samples = []
+    for index in range(4):
+        rows = 1 + index % 3
+        logits = (torch.arange(rows * 97).reshape(rows, 97) * (13 + index) % 101).float() / -8
+        states = TailStates(
+            (torch.arange(rows * 3).reshape(rows, 3) % 5 - 2).float(), torch.arange(rows).float() / 4
+        )
+        targets = select_topk(logits, torch.arange(rows) + index, top_k=16, window=64, top_p=0.0)
+        samples.append((f"sample/{index}", targets, bytes([index]) * 16, states))
+    return encoder, samples
+
+
+def write_sketched(path: Path) -> Path:
+    encoder, samples = hand_made()
+    options = header(top_k=16, top_p=0.0, tail="step=0.5")
+    with LogitCacheWriter(path, **options, encoder=encoder, shard_tokens=4) as writer:
+        for sample in samples:
+            writer.add(*sample)
+    return path
+
+
+FILES = ("manifest.json", "sketch.zarr.zip", "shards/00000.zarr.zip", "shards/00001.zarr.zip")
+
+
+def test_golden_sketches_are_read_and_written_as_ever(tmp_path):
+    """Format version 1, for ever: today's reader reads it, today's writer writes it."""
+    path = write_sketched(tmp_path / "c")
+    for name in FILES:
+        assert (path / name).read_bytes() == (GOLDEN / name).read_bytes(), name
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    golden = LogitCache(GOLDEN)
+    ids = torch.tensor(expected["ids"])
+    for key, rows in expected["logprobs"].items():
+        gathered = golden[key].gather(ids.expand(len(rows), -1))
+        torch.testing.assert_close(gathered, torch.tensor(rows), atol=1e-3, rtol=0)
+
+
+def test_gather_equals_the_equations(tmp_path):
+    cache = LogitCache(write_sketched(tmp_path / "c"))
+    encoder, samples = hand_made()
+    for key, records, _, states in samples:
+        targets = cache[key]
+        coordinates = states.hidden.round().clamp(-99, 99)  # the analysis is the identity
+        y = coordinates * torch.tensor([0.25, 0.5, 1.0])
+        shift = ((states.log_normaliser - states.hidden[:, 2] - 0.5) / SHIFT_STEP).round() * SHIFT_STEP
+        logits = encoder.sketch.offset + y @ (encoder.sketch.codes.float() / 64).T
+        expected = logits - shift[:, None]
+        start = 0
+        for row, k in enumerate(records.k.astype(int)):
+            ids = torch.from_numpy(records.ids[start : start + k].astype(np.int64))
+            others = [i for i in range(97) if i not in ids.tolist()]
+            torch.testing.assert_close(
+                targets.everywhere()[row, others], expected[row, others], atol=1e-2, rtol=0
+            )
+            start += k
+        everything = torch.arange(97).expand(len(targets), -1)
+        torch.testing.assert_close(targets.gather(everything), targets.everywhere(), atol=1e-2, rtol=0)
+
+
+def test_fitting_twice_gives_the_same_bytes(tmp_path):
+    hidden, head = model_states(200, 16, 60)
+    files = []
+    for name in ("a", "b"):
+        records = select_topk(hidden @ head.T, token_ids(200), top_p=0.0)
+        states = TailStates(hidden, (hidden @ head.T).logsumexp(-1))
+        options = header(tail="bytes=8") | {
+            "teacher": header()["teacher"].model_copy(update={"vocab_size": 60})
+        }
+        with LogitCacheWriter(
+            tmp_path / name, **options, head=OutputHead(head), calibration_tokens=64
+        ) as writer:
+            for index, (part, rows) in enumerate(
+                zip(records.split([20] * 10), hidden.split(20), strict=True)
+            ):
+                normaliser = states.log_normaliser[20 * index : 20 * index + 20]
+                writer.add(str(index), part, bytes(16), TailStates(rows, normaliser))
+        files.append({p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
+    assert files[0] == files[1]
+    manifest = LogitCache(tmp_path / "a").manifest
+    assert manifest.sketch.calibration_tokens == 80  # the sample that reaches 64 is whole
+    assert manifest.fidelity.max_error <= 1 / 16 + 1 / 64 + 1e-3
+    assert 0.5 < manifest.fidelity.cosine <= 1
+    assert 0 <= manifest.fidelity.kl < 1
+
+
+def test_arrays_open_with_zarr_and_numcodecs_alone(tmp_path):
+    path = write_sketched(tmp_path / "c")
+    _, samples = hand_made()
+    with zarr.storage.ZipStore(path / "shards" / "00000.zarr.zip", mode="r") as store:
+        group = zarr.open_group(store, mode="r")
+        assert group["sketch_coordinates"].shape[0] == 3
+        count = group["sketch_coordinates"].shape[1]
+        states = torch.cat([states.hidden for *_, states in samples])[:count]
+        assert group["sketch_coordinates"][:].T.tolist() == states.int().tolist()
+    with zarr.storage.ZipStore(path / "sketch.zarr.zip", mode="r") as store:
+        assert zarr.open_group(store, mode="r")["basis"].shape == (3, 97)
+
+
+def test_targets_travel_to_other_processes_without_their_basis(tmp_path):
+    cache = LogitCache(write_sketched(tmp_path / "c"))
+    targets = cache["sample/2"]
+    assert isinstance(targets.tail, SketchTail)
+    sent = pickle.dumps(targets)
+    assert len(sent) < 20_000
+    again: CachedTargets = pickle.loads(sent)
+    torch.testing.assert_close(again.everywhere(), targets.everywhere())
+    together = CachedTargets.cat([cache[key] for key in cache])
+    torch.testing.assert_close(together.everywhere()[3:6], targets.everywhere())
+
+
+# ---- what can go wrong
+
+
+def test_damage_to_the_sketch_is_seen(tmp_path):
+    path = write_sketched(tmp_path / "c")
+    file = path / "sketch.zarr.zip"
+    content = file.read_bytes()
+    truth = LogitCache(path)["sample/1"].everywhere()
+    for position in range(0, len(content), len(content) // 60):
+        shutil.copytree(path, tmp_path / str(position))
+        other = tmp_path / str(position)
+        (other / "sketch.zarr.zip").write_bytes(
+            content[:position] + bytes([content[position] ^ 0x10]) + content[position + 1 :]
+        )
+        with pytest.raises(CachekdError, match="differs from what was written"):
+            LogitCache(other).verify()
+        try:
+            found = LogitCache(other)["sample/1"].everywhere()
+        except CachekdError:
+            continue
+        assert torch.equal(found, truth)
+    file.write_bytes(content[:-5])
+    with pytest.raises(CachekdError, match="was cut short"):
+        LogitCache(path)
+    file.unlink()
+    with pytest.raises(CachekdError, match="is missing"):
+        LogitCache(path)
+
+
+@pytest.mark.parametrize("text", ["", "bytes", "bytes=", "bytes=-3", "bytes=0", "64", "exactly", "step=x"])
+def test_unknown_tails_are_explained(text):
+    with pytest.raises(CachekdError, match="unknown tail") as caught:
+        TailSetting.parse(text)
+    assert "bytes=64" in str(caught.value)
+
+
+def test_a_sketch_without_what_it_needs_is_refused(tmp_path):
+    hidden, head = model_states(5, 4, 97)
+    records = select_topk(hidden @ head.T, token_ids(5), top_k=32, window=64)
+    with pytest.raises(CachekdError, match="needs the teacher's output head"):
+        LogitCacheWriter(tmp_path / "a", **header(tail="exact"))
+    with (
+        pytest.raises(CachekdError, match="needs the teacher's hidden states"),
+        LogitCacheWriter(tmp_path / "b", **header(tail="exact"), head=OutputHead(head)) as writer,
+    ):
+        writer.add("a", records, bytes(16))
+    with pytest.raises(CachekdError, match="do not fit the output head"):
+        roundtrip(hidden, head, token_ids(5), calibration=hidden[:0])
+    broken = hidden.clone()
+    broken[2, 1] = float("nan")
+    with pytest.raises(CachekdError, match="not finite"):
+        fit_sketch(OutputHead(head), TailStates(broken, broken.sum(1)), records, TailSetting.parse("exact"))
+    assert not list(tmp_path.rglob("*.zip"))
