@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
-from cachekd.cache.shard import Shard, read_shard
+from cachekd.cache.shard import Shard, read_keys, read_shard
 from cachekd.cache.sketch import SKETCH_FILE, TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.cache.writer import SHARD_FOLDER
 from cachekd.errors import CachekdError
 
-_KEPT_SHARDS = 2  # decoded shards in memory; training shuffles over more only at the price of re-reading
+_KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
 
 
 class LogitCache:
@@ -39,7 +39,8 @@ class LogitCache:
         self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
         self._check_sizes()
         for number in range(len(self.manifest.shards)):
-            for position, key in enumerate(self._shard(number).keys):
+            path = self.path / SHARD_FOLDER / self.manifest.shards[number].name
+            for position, key in enumerate(read_keys(path)):
                 self._places[key] = (number, position)
 
     def __len__(self) -> int:
@@ -105,6 +106,9 @@ class LogitCache:
                     fix="fetch it again, or run `cachekd dump` again into a new folder",
                 )
 
+    def _kept_bytes(self) -> int:
+        return sum(shard.targets.nbytes for shard in self._decoded.values())
+
     def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
         """Everything that the manifest lists."""
         shards = [(self.path / SHARD_FOLDER / info.name, info) for info in self.manifest.shards]
@@ -141,7 +145,7 @@ class LogitCache:
                     found=f"{len(shard.keys)} samples with {len(shard.targets)} tokens",
                 )
             self._decoded[number] = shard
-            while len(self._decoded) > _KEPT_SHARDS:
+            while len(self._decoded) > 1 and self._kept_bytes() > _KEPT_BYTES:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(number)
         return self._decoded[number]

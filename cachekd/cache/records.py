@@ -73,6 +73,15 @@ class TokenTargets:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays."""
+        arrays: list[NDArray] = [self.token_ids, self.k, self.knee, self.ids, self.logprobs]
+        arrays.append(self.tail_logmass)
+        if self.sketch is not None:
+            arrays += [self.sketch.coordinates, self.sketch.shift]
+        return sum(array.nbytes for array in arrays)
+
     def cut(self, first: int, last: int) -> TokenTargets:
         """Tokens [first, last)."""
         starts = offsets(self.k)

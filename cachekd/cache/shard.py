@@ -112,9 +112,22 @@ def read_shard(path: Path, step: float, *, sketch: bool = False) -> Shard:
         raise damaged(path, str(error)) from None
 
 
+def read_keys(path: Path) -> list[str]:
+    """A shard's sample keys, in order, and nothing else of it.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    return _keys(read_arrays(path, ["sample_keys"], _FORMAT)["sample_keys"])
+
+
+def _keys(characters: NDArray) -> list[str]:
+    return characters.tobytes().decode().split("\n")
+
+
 def _assemble(arrays: dict[str, NDArray], step: float) -> Shard:
     starts, k = arrays["sample_offsets"].astype(np.int64), arrays["k"]
-    keys = arrays["sample_keys"].tobytes().decode().split("\n")
+    keys = _keys(arrays["sample_keys"])
     tokens, entries = len(arrays["token_ids"]), int(k.sum(dtype=np.int64))
     lengths = {
         "sample_offsets": (len(starts), len(keys) + 1),
