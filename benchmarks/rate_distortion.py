@@ -41,14 +41,12 @@ from cachekd.cache import (
 from cachekd.cache.fidelity import gradient_cosine, kl_to_rebuilt, loss_and_gradient
 from cachekd.cache.fit import fit_sketch
 from cachekd.cache.roundtrip import select_states, states_header
-from cachekd.cache.select import default_top_p
 from cachekd.targets import DenseTargets
 
 from smollm2 import BLOCK, CONTEXT, States, load_states  # isort: skip
 
 WINDOW, MIN_K, LOOKED_UP, ROWS = 128, 2, 64, 64
 TAILS = ("bytes=32", "bytes=48", "bytes=64", "bytes=96", "bytes=120", "bytes=180", "bytes=240", "exact")
-BUDGETS = {114: (0.965, 0.955, 0.09), 170: (0.985, 0.98, 0.045), 312: (0.995, 0.995, 0.012)}
 
 
 @dataclass
@@ -112,8 +110,9 @@ def naive(states: States, ids: Tensor, k: int, *, zstd: bool, folder: Path) -> t
 def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tuple[Row, CachedTargets]:
     """A cache, a block of text per sample."""
     setting, head = TailSetting.parse(tail), OutputHead(states.head)
-    top_p = default_top_p(setting)
-    codec = CodecSettings(top_k=top_k, top_p=top_p, window=WINDOW, min_k=MIN_K, tail=tail)
+    # Without a sketch all of top_k are kept, whatever the mass: the best that these bytes can do.
+    min_k = MIN_K if setting.sketch else top_k
+    codec = CodecSettings(top_k=top_k, top_p=0.0, window=WINDOW, min_k=min_k, tail=tail)
     encoder, size = None, 0
     if setting.sketch:
         nothing = torch.zeros(len(states.calibration), dtype=torch.long)

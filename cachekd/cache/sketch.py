@@ -97,8 +97,9 @@ class TailSketch:
         """[N, K] float32, the rebuilt logits at `ids` [N, K] from codes [N, C]."""
         y, basis = self.rebuild(coordinates).to(self.basis.dtype), self.basis
         rows = max(1, _LOOKUP.get(ids.device.type, 2**28) // max(1, ids.shape[1] * self.axes))
+        # index_select is twice as fast as basis[ids] on a CPU.
         parts = [
-            torch.bmm(basis[some.flatten()].view(*some.shape, -1), of[:, :, None])[:, :, 0]
+            torch.bmm(basis.index_select(0, some.flatten()).view(*some.shape, -1), of[:, :, None])[:, :, 0]
             for some, of in zip(ids.split(rows), y.split(rows), strict=True)
         ]
         return self._capped(torch.cat(parts).float() + self.offset[ids])
@@ -127,13 +128,21 @@ class TailSketch:
         return read_sketch, (self.path,)
 
 
-@functools.lru_cache(maxsize=4)
 def read_sketch(path: Path) -> TailSketch:
-    """Read a cache's sketch; once per process.
+    """Read a cache's sketch; once per process, while the file stays the same.
 
     Raises:
         CachekdError: it is missing or damaged.
     """
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise damaged(path, str(error)) from None
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, _changed: int, _size: int) -> TailSketch:
     arrays = read_arrays(path, _ARRAYS, _FORMAT)
     basis, unit = arrays["basis"], arrays["unit"]
     expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
