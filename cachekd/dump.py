@@ -87,6 +87,7 @@ def dump(config: DumpConfig, progress: Progress = lambda samples, tokens: None) 
         CachekdError: bad input; nothing is left behind at `config.out`.
     """
     require_new_folder(config.out, "cache")
+    TailSetting.parse(config.tail)  # refuse an unknown one before anything is loaded
     samples = open_samples(config.data)
     device = default_device()
     dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)

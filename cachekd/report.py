@@ -241,11 +241,25 @@ def _cache_rows(run: Run) -> dict[str, str]:
         "mean k": f"{manifest.entries / manifest.tokens:.1f}",
         "size": f"{manifest.size / 1e6:.2f} MB in {len(manifest.shards)} shard(s)",
         "codec": ", ".join(f"{name} {value}" for name, value in manifest.codec.model_dump().items()),
+        **_sketch_rows(manifest),
         "tokenizer": prints.tokenizer[:16],
         "chat template": prints.chat_template[:16],
         "image processor": prints.image_processor[:16],
         "weights": manifest.teacher.weights_sha256[:16],
     }
+
+
+def _sketch_rows(manifest: Manifest) -> dict[str, str]:
+    sketch, fidelity = manifest.sketch, manifest.fidelity
+    rows = {}
+    if sketch is not None:
+        rows["tail sketch"] = f"{sketch.axes} axes, step {sketch.step:.4g} nats, {sketch.bytes / 1e6:.2f} MB"
+    if fidelity is not None:
+        rows["against the live teacher"] = (
+            f"KL {fidelity.kl:.4g} nats, gradient cosine {fidelity.cosine:.4f}, "
+            f"largest error of a kept logprob {fidelity.max_error:.3f} ({fidelity.tokens} tokens)"
+        )
+    return rows
 
 
 def _svg(figure: Any) -> str:

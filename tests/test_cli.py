@@ -47,6 +47,7 @@ def test_the_whole_run(tmp_path, teacher_path, student_path, data_path):
     summary = json.loads(done.stdout)
     assert summary["samples"] == 12
     assert summary["bytes_per_token"] > 0
+    assert summary["fidelity"]["cosine"] > 0.95
     recipe = tmp_path / "run.yaml"
     recipe.write_text(f"student: {student_path}\ndata: {data_path}\nlearning_rate: 1e-3\nepochs: 9\n")
     options = ("--config", recipe, "--epochs", 1, "--batch-size", 6)
@@ -118,6 +119,13 @@ def test_an_error_is_a_message_on_stderr_and_exit_code_2(tmp_path, teacher_path)
     assert "error: the conversation has no assistant turn" in done.stderr
     assert "expected:" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_unknown_tail_is_refused_before_anything_is_read(tmp_path, data_path):
+    arguments = ["dump", "--teacher", "no/such/model", "--data", str(data_path), "--tail", "bytes"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
+    assert "unknown tail 'bytes'" in str(result.exception)
     assert not (tmp_path / "cache").exists()
 
 
