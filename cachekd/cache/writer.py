@@ -9,10 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
-from torch import Tensor
-
-from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.files import commit
 from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
 from cachekd.cache.manifest import (
@@ -26,16 +22,15 @@ from cachekd.cache.manifest import (
     SketchInfo,
     TeacherInfo,
 )
+from cachekd.cache.probes import Probes
 from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.shard import make_shard, pack_shard, read_shard
+from cachekd.cache.shard import make_shard, pack_shard
 from cachekd.cache.sketch import SKETCH_FILE, read_sketch
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
-from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
 ENCODED_TOKENS = 4_096  # coded at a time
-PROBES, PROBE_STRIDE = 128, 61  # tokens per shard that are compared with the live teacher, one in so many
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ class LogitCacheWriter:
         self._sketch: SketchInfo | None = None
         self._uncoded: list[_Uncoded] = []
         self._uncoded_tokens = 0
-        self._probes: dict[int, list[tuple[int, Tensor]]] = {}  # shard -> token in it, hidden state
+        self._probes = Probes()
         self._waiting: list[_Coded] = []
         self._waiting_tokens = 0
         self._seen: dict[str, int] = {}
@@ -219,7 +214,7 @@ class LogitCacheWriter:
             targets = replace(together, sketch=self._encoder.encode(states)).split(counts)
         for sample, coded in zip(samples, targets, strict=True):
             self._waiting.append(_Coded(sample.key, sample.content_hash, coded))
-            self._probe(sample, self._waiting_tokens)
+            self._probes.offer(len(self._shards), self._waiting_tokens, sample.states)
             self._waiting_tokens += len(coded)
             if self._waiting_tokens >= self._shard_tokens:
                 self._flush()
@@ -261,37 +256,10 @@ class LogitCacheWriter:
         self._shards.append(info)
         self._waiting, self._waiting_tokens = [], 0
 
-    def _probe(self, sample: _Uncoded, first: int) -> None:
-        """Remember a few of a shard's hidden states, to compare what is read back with the live teacher."""
-        if sample.states is None:
-            return
-        probes = self._probes.setdefault(len(self._shards), [])
-        for token in range(len(sample.targets)):
-            if len(probes) < PROBES and (first + token) % PROBE_STRIDE == 0:
-                probes.append((first + token, sample.states.hidden[token].clone()))
-
     def _measure(self) -> Fidelity | None:
-        """Read the probes of some shards back from the disk."""
-        if self._head is None or not self._probes:
-            return None
-        shards = sorted(self._probes)
-        shards = [shards[i] for i in sorted({0, len(shards) // 2, len(shards) - 1})]
+        shards = [self.path / SHARD_FOLDER / info.name for info in self._shards]
         sketch = read_sketch(self.path / SKETCH_FILE) if self._sketch is not None else None
-        parts, hidden = [], []
-        for number in shards:
-            path = self.path / SHARD_FOLDER / self._shards[number].name
-            shard = read_shard(path, self._codec.logprob_step, sketch=sketch is not None)
-            for token, state in self._probes[number]:
-                parts.append(shard.targets.cut(token, token + 1))
-                hidden.append(state)
-        targets = CachedTargets.from_records(
-            TokenTargets.concatenate(parts),
-            vocab_size=self._teacher.vocab_size,
-            window=self._codec.window,
-            min_k=self._codec.min_k,
-            sketch=sketch,
-        )
-        return measure_fidelity(self._head.logits(torch.stack(hidden)).cpu(), targets)
+        return self._probes.measure(shards, self._codec, self._teacher.vocab_size, self._head, sketch)
 
     def _remove(self) -> None:
         shutil.rmtree(self.path / SHARD_FOLDER, ignore_errors=True)
