@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format schemas bench clean
+.PHONY: demo test test-slow lint format schemas clean
 
 demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy-VQA)
 	$(BIN)/cachekd demo

@@ -1,0 +1,65 @@
+"""The benchmarks run, on states small enough for a test, and say what the docs say they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_sketch import model_states
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import rate_distortion
+
+    return rate_distortion
+
+
+def small_states(benchmark):
+    tokens = 2 * (benchmark.BLOCK - benchmark.CONTEXT)
+    hidden, head = model_states(tokens + 900, 24, 300)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(tokens, 24, generator=generator) * hidden.std(0)
+    students = {"far": hidden[:tokens] + noise, "near": hidden[:tokens] + noise / 3}
+    return benchmark.States(hidden[tokens:], hidden[:tokens], students, torch.arange(tokens) % 300, head)
+
+
+def test_rate_distortion_rows(benchmark, tmp_path):
+    states = small_states(benchmark)
+    ids = benchmark.other_ids(states)
+    rows = [benchmark.naive(states, ids, 32, zstd=zstd, folder=tmp_path) for zstd in (False, True)]
+    for number, (tail, top_k) in enumerate((("none", 32), ("bytes=6", 128), ("exact", 128))):
+        (tmp_path / str(number)).mkdir()
+        rows.append(benchmark.ours(states, ids, tail, top_k, tmp_path / str(number)))
+    benchmark.score(rows, states)
+    raw, packed, uniform, sketch, exact = (row for row, _ in rows)
+    assert raw.bytes_per_token == 6 * 32
+    assert packed.bytes_per_token < raw.bytes_per_token
+    assert packed.kl == raw.kl
+    assert uniform.kl == pytest.approx(raw.kl, rel=0.2)  # the same ids, other rounding
+    assert exact.kl < sketch.kl < uniform.kl
+    assert exact.cosine_near > sketch.cosine_near > uniform.cosine_near
+    assert exact.cosine_far > 0.99
+    for row, targets in rows:
+        assert row.encode_tokens_per_s > 0
+        assert row.decode_tokens_per_s > 0
+        assert len(targets) == len(states.teacher)
+    benchmark.plot([row for row, _ in rows], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_dbild_benchmark_prints_its_rows():
+    command = [sys.executable, str(BENCHMARKS / "dbild.py"), "--tokens", "20", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    assert [row["k"] for row in rows] == [8, 16, 32, 64, 128, 256]
+    assert set(rows[0]) >= {"pairwise_ms", "ours_ms", "pairwise_mb", "ours_mb"}
+    assert rows[-1]["ours_mb"] < rows[-1]["pairwise_mb"] / 10
