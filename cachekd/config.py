@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
@@ -38,6 +38,13 @@ class DumpConfig(_Config):
     min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
     batch_size: int = Field(16, ge=1, description="samples per teacher forward")
     dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
+
+    @field_validator("min_k")
+    @classmethod
+    def _fits_the_window(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("window", value):
+            raise ValueError(f"larger than the window, {info.data['window']}")
+        return value
 
 
 class TrainConfig(_Config):

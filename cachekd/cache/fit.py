@@ -6,8 +6,8 @@ With W [V, d] the output head and w_j how often id j is among a token's most pro
 - An error e in h costs e'Me in logits squared, averaged over the ids that matter: M = A' diag(w) A.
 - In y = R' M^(1/2) (h - mean), with R the eigenvectors of M^(1/2) Cov(h) M^(1/2), the axes are uncorrelated
   and an error costs the same along each. So each is quantised with the same step (reverse water-filling).
-  Codes along small axes round to zero; axes where nearly all do are dropped, which costs as much as it saves
-  in bytes, but makes the look-up faster and the basis smaller.
+  Codes along small axes round to zero; axes whose loss costs hardly more than their rounding are dropped,
+  which is even in bytes, but makes the look-up faster and the basis smaller.
 - logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
   rounding stay far below the codes'.
 
@@ -31,7 +31,7 @@ from cachekd.errors import CachekdError
 WINDOW = 128  # ids per token that count as probable
 ROWS = 8192  # of W at a time
 SAMPLED = 1024  # calibration tokens whose whole logits are looked at
-LEAST_USE = 0.2  # an axis is kept if this share of its codes is not zero
+LEAST_POWER = 0.2  # an axis is kept if its mean square is this many steps squared
 BASIS_FINENESS = 8  # the basis' rounding adds 1 / FINENESS**2 to the codes' noise
 INT16 = 2**15 - 1
 FINEST = 2**14  # steps to the farthest calibration token: other tokens may lie twice as far
@@ -106,6 +106,7 @@ def fit_sketch(
     Raises:
         CachekdError: states that are not finite or do not fit the head.
     """
+    states = TailStates(*(t.to(head.weight.device) for t in (states.hidden, states.log_normaliser)))
     hidden = states.hidden.float()
     _check(head, hidden)
     weights = _id_weights(head, hidden)
@@ -126,11 +127,10 @@ def fit_sketch(
     y = ((hidden - mean).double() @ root @ axes).float()
     step = max(step, float(y.abs().max()) / FINEST)
     codes = (y / step).round()
-    use = (codes != 0).float().mean(0) >= LEAST_USE
-    use[y.var(0, correction=0).argmax()] = True  # at least one
+    use = _worth_keeping(y, step)
     y, codes, axes = y[:, use], codes[:, use], axes[:, use]
 
-    deviation = y.std(0, correction=0).clamp(min=step * 1e-3)
+    deviation = y.std(0, correction=0).clamp(min=step / 10)
     synthesis = ((inverse_root @ axes) * deviation).float()  # [d, C]
     basis = torch.cat([(rows - common) @ synthesis for rows in _rows(head)])
     basis_step = max(step / BASIS_FINENESS, float(basis.abs().max()) / INT16)
@@ -152,6 +152,7 @@ def fit_sketch(
         sketch, step, mean.cpu(), analysis.cpu(), (common.cpu(), constant), calibration_tokens=len(hidden)
     )
     surplus = _mass_surplus(encoder, states, targets)
+    encoder.sketch.forget_copies()  # coding needs none, and a GPU has better use for the memory
     return replace(encoder, common=(common.cpu(), constant - surplus))
 
 
@@ -185,19 +186,32 @@ def _axes(hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)
 
 
+def _worth_keeping(y: Tensor, step: float) -> Tensor:
+    """[d] bool: the axes of `y` [N, d] whose loss would cost more than rounding does; at least one.
+
+    By their power, not by how often they are in use: what is rare and large must not be lost.
+    """
+    power = y.square().mean(0)
+    use = power >= LEAST_POWER * step**2
+    use[power.argmax()] = True
+    return use
+
+
 def _step_for(budget: float, hidden: Tensor, root: Tensor) -> float:
     """The step at which codes cost `budget` bytes per token.
 
     Measured on a quarter of the tokens that the axes have not seen: on those that they have, codes are
-    cheaper than they will be.
+    cheaper than they will be. The quarter is every fourth run of tokens, so that it has some of everything.
     """
-    count = max(1, len(hidden) // 4)
-    mean, axes = _axes(hidden[count:] if len(hidden) > 1 else hidden, root)
-    y = ((hidden[:count] - mean).double() @ root @ axes).float().cpu().numpy()
+    tokens = torch.arange(len(hidden), device=hidden.device)
+    apart = (tokens // min(64, max(1, len(hidden) // 4))) % 4 == 3 if len(hidden) >= 4 else tokens >= 0
+    mean, axes = _axes(hidden[~apart] if len(hidden) >= 4 else hidden, root)
+    y = ((hidden[apart] - mean).double() @ root @ axes).float()
     low, high = 1e-4, 1e2
     for _ in range(40):
         step = (low * high) ** 0.5
-        low, high = (step, high) if _code_bytes(y, step) > budget else (low, step)
+        cost = _code_bytes(y[:, _worth_keeping(y, step)].cpu().numpy(), step)
+        low, high = (step, high) if cost > budget else (low, step)
     return high
 
 
@@ -206,7 +220,7 @@ def _code_bytes(y: np.ndarray, step: float) -> float:
     codes = np.clip(np.rint(y / step), -(2**15), 2**15 - 1).astype(np.int64)
     low, width = codes.min(), int(codes.max() - codes.min()) + 1
     bits = 0.0
-    for column in codes.T[(codes != 0).mean(0) >= LEAST_USE]:
+    for column in codes.T:
         counts = np.bincount(column - low, minlength=width)
         share = counts[counts > 0] / len(codes)
         bits -= float((share * np.log2(share)).sum())
@@ -271,6 +285,12 @@ def _check(head: OutputHead, hidden: Tensor) -> None:
             "the hidden states do not fit the output head",
             expected=f"[N, {head.weight.shape[1]}], N at least 1",
             found=list(hidden.shape),
+        )
+    if head.bias is not None and not head.bias.isfinite().all():
+        raise CachekdError(
+            "the output head's bias is not finite",
+            found=f"{int((~head.bias.isfinite()).sum())} of {len(head.bias)} ids",
+            fix="use --tail none",
         )
     if not hidden.isfinite().all():
         raise CachekdError(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cachekd.errors import CachekdError
 
@@ -60,6 +60,12 @@ class CodecSettings(_Part):
         "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"
     )
 
+    @model_validator(mode="after")
+    def _min_k_fits_the_window(self) -> Self:
+        if self.min_k > self.window:
+            raise ValueError(f"min_k {self.min_k} is larger than the window {self.window}")
+        return self
+
 
 class SketchInfo(_Part):
     """sketch.zarr.zip: what all tokens share of the tail sketch."""
@@ -75,9 +81,12 @@ class Fidelity(_Part):
     """The cache, read back, against the live teacher at a sample of its answer tokens."""
 
     tokens: int = Field(gt=0)
-    kl: float = Field(description="KL(live || rebuilt), nats; mean")
-    max_error: float = Field(ge=0, description="nats, the largest at an id that is kept")
-    cosine: float = Field(description="of DBiLD's gradients for a perturbed student, live and cached; mean")
+    kl: float = Field(allow_inf_nan=False, description="KL(live || rebuilt), nats; mean")
+    max_error: float = Field(ge=0, allow_inf_nan=False, description="nats, the largest at an id that is kept")
+    cosine: float = Field(
+        allow_inf_nan=False,
+        description="of DBiLD's gradients for a perturbed student, live and cached; mean",
+    )
 
 
 class ShardInfo(_Part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,25 +16,25 @@ from cachekd.cache.shard import read_shard
 from cachekd.cache.sketch import TailSketch
 from cachekd.cache.targets import CachedTargets
 
-MOST, STRIDE = 128, 61  # tokens per shard, one in so many
+MOST = 256  # tokens, evenly spread over the whole cache
 
 
 class Probes:
-    """A sample of the tokens of the first and of the latest shard."""
+    """A sample of a cache's tokens: one in 1, 2, 4, ... as the cache grows."""
 
     def __init__(self) -> None:
-        self._states: dict[int, list[tuple[int, Tensor]]] = {}  # shard -> token in it, hidden state [d]
+        self._kept: list[tuple[int, int, Tensor]] = []  # shard, token in it, hidden state [d]
+        self._seen, self._stride = 0, 1
 
     def offer(self, shard: int, first: int, states: TailStates | None) -> None:
         """Remember some of a sample's tokens; its first one is token `first` of the shard."""
         if states is None:
             return
-        if shard not in self._states:
-            self._states = {number: kept for number, kept in self._states.items() if number == 0}
-        kept = self._states.setdefault(shard, [])
-        for token, hidden in enumerate(states.hidden, first):
-            if len(kept) < MOST and token % STRIDE == 0:
-                kept.append((token, hidden.cpu().clone()))
+        for token in range(-self._seen % self._stride, len(states), self._stride):
+            self._kept.append((shard, first + token, states.hidden[token].cpu().clone()))
+        self._seen += len(states)
+        while len(self._kept) > MOST:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
     def measure(
         self,
@@ -51,13 +52,13 @@ class Probes:
         Returns:
             None where there is no head, or no state was offered.
         """
-        if head is None or not self._states:
+        if head is None or not self._kept:
             return None
-        parts, hidden = [], []
-        for number, kept in sorted(self._states.items()):
+        parts = []
+        for number, some in groupby(self._kept, key=lambda probe: probe[0]):
             shard = read_shard(shards[number], codec.logprob_step, sketch=sketch is not None)
-            parts += [shard.targets.cut(token, token + 1) for token, _ in kept]
-            hidden += [state for _, state in kept]
+            parts += [shard.targets.cut(token, token + 1) for _, token, _ in some]
+        hidden = torch.stack([state for *_, state in self._kept])
         targets = CachedTargets.from_records(
             TokenTargets.concatenate(parts),
             vocab_size=vocab_size,
@@ -65,4 +66,4 @@ class Probes:
             min_k=codec.min_k,
             sketch=sketch,
         )
-        return measure_fidelity(head.logits(torch.stack(hidden).to(head.weight.device)).cpu(), targets)
+        return measure_fidelity(head.logits(hidden.to(head.weight.device)).cpu(), targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, Teache
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.select import default_top_p, select_topk
+from cachekd.cache.sketch import SketchTail
 from cachekd.cache.tail import DEFAULT_TAIL, TailSetting
 from cachekd.cache.targets import CachedTargets
 from cachekd.cache.writer import LogitCacheWriter
@@ -71,7 +73,10 @@ def roundtrip(
             Path(folder) / "cache", **states_header(codec, len(head.weight)), head=head, encoder=encoder
         ) as writer:
             writer.add("states", targets, bytes(16), states)
-        return LogitCache(writer.path)["states"], writer.manifest.size
+        read = LogitCache(writer.path)["states"]
+    if isinstance(read.tail, SketchTail):  # its file is gone by now
+        read = replace(read, tail=replace(read.tail, sketch=replace(read.tail.sketch, path=None)))
+    return read, writer.manifest.size
 
 
 def states_header(codec: CodecSettings, vocab_size: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cachekd.cache.records import SketchCodes
 
 SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats
+FARTHEST = 6e4  # units; float16 ends at 65,504
 CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
 
 _FORMAT = {"format": "cachekd-sketch", "format_version": 1}
@@ -76,14 +77,18 @@ class TailSketch:
 
     def to(self, device: torch.device | str) -> TailSketch:
         """On `device`; made once for each."""
-        device = torch.device(device)
+        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         if device == self.offset.device:
             return self
         if device not in self._copies:
             names = ("codes", "offset", "unit", "centroids")
             moved = {name: getattr(self, name).to(device) for name in names}
-            self._copies[device] = replace(self, **moved, _basis=[], _copies={})
+            self._copies[device] = replace(self, **moved, path=None, _basis=[], _copies={})
         return self._copies[device]
+
+    def forget_copies(self) -> None:
+        """Let go of the copies on other devices."""
+        self._copies.clear()
 
     def rebuild(self, coordinates: Tensor) -> Tensor:
         """[N, C] integer codes to [N, C] float32, in units."""
@@ -95,11 +100,14 @@ class TailSketch:
 
     def logits(self, coordinates: Tensor, ids: Tensor) -> Tensor:
         """[N, K] float32, the rebuilt logits at `ids` [N, K] from codes [N, C]."""
-        y, basis = self.rebuild(coordinates).to(self.basis.dtype), self.basis
+        basis = self.basis
+        y = self.rebuild(coordinates).clamp(-FARTHEST, FARTHEST).to(basis.dtype)
         rows = max(1, _LOOKUP.get(ids.device.type, 2**28) // max(1, ids.shape[1] * self.axes))
         # index_select is twice as fast as basis[ids] on a CPU.
         parts = [
-            torch.bmm(basis.index_select(0, some.flatten()).view(*some.shape, -1), of[:, :, None])[:, :, 0]
+            torch.bmm(basis.index_select(0, some.flatten()).view(*some.shape, self.axes), of[:, :, None])[
+                :, :, 0
+            ]
             for some, of in zip(ids.split(rows), y.split(rows), strict=True)
         ]
         return self._capped(torch.cat(parts).float() + self.offset[ids])
@@ -125,7 +133,13 @@ class TailSketch:
 
     def __reduce__(self) -> tuple:
         # To another process goes the way to the file, not some hundred megabytes with every batch.
-        return read_sketch, (self.path,)
+        if self.path is not None:
+            return read_sketch, (self.path,)
+        names = ("codes", "basis_step", "offset", "unit", "centroids", "softcap")
+        return TailSketch, tuple(getattr(self, name) for name in names)
+
+    def __deepcopy__(self, _memo: dict) -> TailSketch:
+        return self  # nothing in it changes
 
 
 def read_sketch(path: Path) -> TailSketch:

@@ -94,6 +94,14 @@ class CachedTargets:
         ids[kept], logprobs[kept] = records.ids, records.logprobs
         tail: UniformTail | SketchTail
         if sketch is not None and records.sketch is not None:
+            shape = (vocab_size, records.sketch.coordinates.shape[1])
+            if shape != (sketch.vocab_size, sketch.axes):
+                raise CachekdError(
+                    "the tail sketch is not the one that the shards were coded with",
+                    where=str(sketch.path),
+                    expected=f"{shape[0]} ids, {shape[1]} axes",
+                    found=f"{sketch.vocab_size} ids, {sketch.axes} axes",
+                )
             tail = SketchTail.from_codes(sketch, records.sketch)
         else:
             others = np.log(np.maximum(vocab_size - k, 1))

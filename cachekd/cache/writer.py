@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cachekd.cache.files import commit
 from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
@@ -109,6 +109,18 @@ class LogitCacheWriter:
                 where=f"setting 'tail': {codec.tail}",
                 fix="pass head= or encoder=, or use --tail none",
             )
+        if encoder is not None and not self._tail.sketch:
+            raise CachekdError("a sketch is given, but the codec's tail is none", where=str(self.path))
+        rows = {len(head.weight)} if head is not None else set()
+        rows |= {encoder.sketch.vocab_size} if encoder is not None else set()
+        if rows - {teacher.vocab_size}:
+            raise CachekdError(
+                "the output head does not fit the vocabulary",
+                where=str(self.path),
+                expected=f"{teacher.vocab_size} rows",
+                found=", ".join(map(str, sorted(rows))),
+                fix="cut the rows that pad the head beyond the tokenizer's tokens",
+            )
         self._head, self._calibration_tokens = head, calibration_tokens
         self._encoder = encoder
         self._sketch: SketchInfo | None = None
@@ -121,8 +133,6 @@ class LogitCacheWriter:
         self._shards: list[ShardInfo] = []
         self._made_folder = not self.path.exists()
         (self.path / SHARD_FOLDER).mkdir(parents=True)
-        if encoder is not None:
-            self._commit_sketch(encoder)
 
     def add(
         self, key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None = None
@@ -174,18 +184,23 @@ class LogitCacheWriter:
             raise CachekdError("a cache needs at least one sample", where=str(self.path), found=0)
         self._encode()
         self._flush()
-        manifest = Manifest.model_validate(
-            {
-                **self._header,
-                "sketch": self._sketch,
-                "fidelity": self._measure(),
-                "shards": self._shards,
-            }
-        )
+        parts = {**self._header, "sketch": self._sketch, "shards": self._shards}
+        self._commit_manifest(parts)
+        # The cache is whole from here on; whatever goes wrong with measuring it must not take it away.
+        self._commit_manifest({**parts, "fidelity": self._measure()})
+
+    def _commit_manifest(self, parts: dict[str, Any]) -> None:
+        manifest = Manifest.model_validate(parts)
         commit(self.path / MANIFEST_FILE, manifest.to_json())
         self.manifest = manifest
 
     def __enter__(self) -> Self:
+        try:
+            if self._encoder is not None:
+                self._commit_sketch(self._encoder)
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(
@@ -194,11 +209,9 @@ class LogitCacheWriter:
         try:
             if kind is None:
                 self.close()
-        except BaseException:
-            self._remove()
-            raise
-        if kind is not None:
-            self._remove()
+        finally:
+            if not (self.path / MANIFEST_FILE).exists():
+                self._remove()
 
     def _encode(self) -> None:
         """Code the tails of what has come since the last time, in one go; the first time, fit the sketch."""
@@ -209,8 +222,10 @@ class LogitCacheWriter:
             states = TailStates.concatenate([s.states for s in samples if s.states is not None])
             together = TokenTargets.concatenate(targets)
             if self._encoder is None:
-                self._fit(states, together)
-            assert self._encoder is not None
+                assert self._head is not None  # as checked
+                self._encoder = fit_sketch(self._head, states, together, self._tail)
+            if self._sketch is None:
+                self._commit_sketch(self._encoder)
             targets = replace(together, sketch=self._encoder.encode(states)).split(counts)
         for sample, coded in zip(samples, targets, strict=True):
             self._waiting.append(_Coded(sample.key, sample.content_hash, coded))
@@ -218,11 +233,6 @@ class LogitCacheWriter:
             self._waiting_tokens += len(coded)
             if self._waiting_tokens >= self._shard_tokens:
                 self._flush()
-
-    def _fit(self, states: TailStates, targets: TokenTargets) -> None:
-        assert self._head is not None
-        self._encoder = fit_sketch(self._head, states, targets, self._tail)
-        self._commit_sketch(self._encoder)
 
     def _commit_sketch(self, encoder: SketchEncoder) -> None:
         content = encoder.sketch.pack()
