@@ -529,8 +529,8 @@ def test_a_sketch_without_what_it_needs_is_refused(tmp_path):
         LogitCacheWriter(tmp_path / "c", **header(), encoder=encoder)
     with pytest.raises(CachekdError, match="does not fit the vocabulary"):
         LogitCacheWriter(tmp_path / "d", **header(tail="exact"), head=OutputHead(head[:50]))
+    banned = torch.zeros(97).index_fill(0, torch.tensor([3]), float("-inf"))
     with pytest.raises(CachekdError, match="bias is not finite"):
-        banned = torch.zeros(97).index_fill(0, torch.tensor([3]), float("-inf"))
         roundtrip(hidden, OutputHead(head, banned), token_ids(5), tail="exact")
     assert not list(tmp_path.rglob("*.zip"))
 

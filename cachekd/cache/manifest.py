@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cachekd.errors import CachekdError
 
@@ -59,12 +59,6 @@ class CodecSettings(_Part):
     tail: str = Field(
         "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"
     )
-
-    @model_validator(mode="after")
-    def _min_k_fits_the_window(self) -> Self:
-        if self.min_k > self.window:
-            raise ValueError(f"min_k {self.min_k} is larger than the window {self.window}")
-        return self
 
 
 class SketchInfo(_Part):
