@@ -129,6 +129,13 @@ def test_an_unknown_tail_is_refused_before_anything_is_read(tmp_path, data_path)
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_min_k_beyond_the_window_is_refused(tmp_path, data_path):
+    arguments = ["dump", "--teacher", "no/such/model", "--data", str(data_path), "--min-k", "300"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
+    assert "'min_k'" in str(result.exception)
+    assert "larger than the window, 128" in str(result.exception)
+
+
 def test_a_text_only_sample_is_refused(tmp_path, teacher_path):
     record = {
         "id": "words",
