@@ -41,7 +41,7 @@ class Probes:
         shards: list[Path],
         codec: CodecSettings,
         vocab_size: int,
-        head: OutputHead | None,
+        head: OutputHead,
         sketch: TailSketch | None,
     ) -> Fidelity | None:
         """Read the tokens back from the disk, and compare them with the head's logits.
@@ -50,9 +50,9 @@ class Probes:
             shards: all shards' files, in order.
 
         Returns:
-            None where there is no head, or no state was offered.
+            None where no state was offered.
         """
-        if head is None or not self._kept:
+        if not self._kept:
             return None
         parts = []
         for number, some in groupby(self._kept, key=lambda probe: probe[0]):

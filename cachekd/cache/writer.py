@@ -267,6 +267,8 @@ class LogitCacheWriter:
         self._waiting, self._waiting_tokens = [], 0
 
     def _measure(self) -> Fidelity | None:
+        if self._head is None:
+            return None
         shards = [self.path / SHARD_FOLDER / info.name for info in self._shards]
         sketch = read_sketch(self.path / SKETCH_FILE) if self._sketch is not None else None
         return self._probes.measure(shards, self._codec, self._teacher.vocab_size, self._head, sketch)
