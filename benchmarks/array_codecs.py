@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cachekd.cache import CodecSettings, OutputHead, TailSetting
+from cachekd.cache import CodecSettings, OutputHead
 from cachekd.cache.codec import encode_logprobs, rank_ids
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.roundtrip import select_states
+from cachekd.cache.roundtrip import fit_states, select_states
 
 from smollm2 import load_states  # isort: skip
 
@@ -55,9 +54,7 @@ def arrays(tail: str, saved: Path | None) -> tuple[int, dict[str, NDArray]]:
     states = load_states(saved)
     head = OutputHead(states.head)
     codec = CodecSettings(top_k=128, top_p=0.0, window=128, min_k=2, tail=tail)
-    nothing = torch.zeros(len(states.calibration), dtype=torch.long)
-    calibration = select_states(head, states.calibration, nothing, codec)
-    encoder = fit_sketch(head, *calibration, TailSetting.parse(tail))
+    encoder = fit_states(head, states.calibration, codec)
     whole, records = select_states(head, states.teacher, states.token_ids, codec)
     ranked, ranks = rank_ids(records.ids)
     coordinates = np.ascontiguousarray(encoder.encode(whole).coordinates.T)

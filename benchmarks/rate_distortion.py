@@ -39,8 +39,7 @@ from cachekd.cache import (
     TokenTargets,
 )
 from cachekd.cache.fidelity import gradient_cosine, kl_to_rebuilt, loss_and_gradient
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.roundtrip import select_states, states_header
+from cachekd.cache.roundtrip import fit_states, select_states, states_header
 from cachekd.targets import DenseTargets
 
 from smollm2 import BLOCK, CONTEXT, States, load_states  # isort: skip
@@ -115,8 +114,7 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     codec = CodecSettings(top_k=top_k, top_p=0.0, window=WINDOW, min_k=min_k, tail=tail)
     encoder, size = None, 0
     if setting.sketch:
-        nothing = torch.zeros(len(states.calibration), dtype=torch.long)
-        encoder = fit_sketch(head, *select_states(head, states.calibration, nothing, codec), setting)
+        encoder = fit_states(head, states.calibration, codec)
         size = len(encoder.sketch.pack())
     whole, records = select_states(head, states.teacher, states.token_ids, codec)
     counts = [BLOCK - CONTEXT] * (len(records) // (BLOCK - CONTEXT))
@@ -134,7 +132,6 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     cache = LogitCache(path)
     if cache.sketch is not None:
         _ = cache.sketch.basis  # likewise read once
-    cache._decoded.clear()
     opened = time.perf_counter()
     parts = [cache[key] for key in cache]
     for part, wanted in zip(parts, ids.split(counts), strict=True):
@@ -198,7 +195,7 @@ def score(rows: list[tuple[Row, CachedTargets]], states: States) -> None:
 
 
 def print_table(rows: list[Row], console: Console) -> None:
-    """One line a setting; the basis as megabytes, and as bytes per token of a million."""
+    """One line a setting; the basis apart, in megabytes."""
     columns = (
         "setting",
         "B/token",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
-from cachekd.cache.sketch import CENTROIDS, SHIFT_STEP, TailSketch
+from cachekd.cache.sketch import CENTROIDS, SHIFT_STEP, SketchTail, TailSketch, capped
 from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 
@@ -55,8 +55,7 @@ class OutputHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, V] float32 from [N, d]."""
         logits = hidden.to(self.weight) @ self.weight.T
-        logits = (logits if self.bias is None else logits + self.bias).float()
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+        return capped((logits if self.bias is None else logits + self.bias).float(), self.softcap)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def fit_sketch(
 
     Args:
         head: the teacher's.
-        states: at the calibration tokens, on the head's device.
+        states: at the calibration tokens, on any device.
         targets: what is kept of the same tokens besides.
         tail: the step, or the budget from which it is found.
 
@@ -245,11 +244,9 @@ def _mass_surplus(encoder: SketchEncoder, states: TailStates, targets: TokenTarg
     chosen = _sample_indices(len(states))
     codes = encoder.encode(TailStates(states.hidden[chosen], states.log_normaliser[chosen]))
     device = states.hidden.device
-    sketch, surplus = encoder.sketch.to(device), []
-    for places in np.split(np.arange(len(chosen)), range(64, len(chosen), 64)):
-        coordinates = torch.from_numpy(codes.coordinates[places]).to(device)
-        shift = torch.from_numpy(codes.shift[places] * SHIFT_STEP).to(device)
-        logprobs = sketch.all_logits(coordinates) - shift[:, None]
+    tail, surplus = SketchTail.from_codes(encoder.sketch, codes).to(device), []
+    for places in torch.arange(len(chosen)).split(64):
+        logprobs = tail.select(places.to(device)).everywhere(encoder.sketch.vocab_size)
         for row, token in zip(logprobs, chosen[places].tolist(), strict=True):
             kept = targets.cut(token, token + 1)
             if kept.tail_logmass[0] > -12:  # something is left that matters

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekd.cache.fit import OutputHead, fit_sketch
+from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
 from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, TeacherInfo
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.records import TailStates, TokenTargets
@@ -65,8 +65,7 @@ def roundtrip(
     )
     encoder = None
     if setting.sketch and calibration is not None:
-        placeholder = torch.zeros(len(calibration), dtype=torch.long)
-        encoder = fit_sketch(head, *select_states(head, calibration, placeholder, codec), setting)
+        encoder = fit_states(head, calibration, codec)
     states, targets = select_states(head, hidden, token_ids, codec)
     with tempfile.TemporaryDirectory() as folder:
         with LogitCacheWriter(
@@ -77,6 +76,12 @@ def roundtrip(
     if isinstance(read.tail, SketchTail):  # its file is gone by now
         read = replace(read, tail=replace(read.tail, sketch=replace(read.tail.sketch, path=None)))
     return read, writer.manifest.size
+
+
+def fit_states(head: OutputHead, calibration: Tensor, codec: CodecSettings) -> SketchEncoder:
+    """The sketch that `codec.tail` asks for, fitted on [n, d] states alone."""
+    unknown = torch.zeros(len(calibration), dtype=torch.long)
+    return fit_sketch(head, *select_states(head, calibration, unknown, codec), TailSetting.parse(codec.tail))
 
 
 def states_header(codec: CodecSettings, vocab_size: int) -> dict[str, Any]:

@@ -34,6 +34,11 @@ _ARRAYS = ("basis", "basis_step", "offset", "unit", "centroids", "softcap")
 _LOOKUP = {"cpu": 2**21, "cuda": 2**28}
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap); the logits themselves without a cap."""
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
 @dataclass(frozen=True)
 class TailSketch:
     """The part that all tokens share.
@@ -110,14 +115,11 @@ class TailSketch:
             ]
             for some, of in zip(ids.split(rows), y.split(rows), strict=True)
         ]
-        return self._capped(torch.cat(parts).float() + self.offset[ids])
+        return capped(torch.cat(parts).float() + self.offset[ids], self.softcap)
 
     def all_logits(self, coordinates: Tensor) -> Tensor:
         """[N, V] float32, at every id."""
-        return self._capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset)
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+        return capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset, self.softcap)
 
     def pack(self) -> bytes:
         """The file's bytes."""

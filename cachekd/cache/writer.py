@@ -41,13 +41,6 @@ class _Uncoded:
     states: TailStates | None
 
 
-@dataclass(frozen=True)
-class _Coded:
-    key: str
-    content_hash: bytes
-    targets: TokenTargets
-
-
 class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
@@ -127,7 +120,7 @@ class LogitCacheWriter:
         self._uncoded: list[_Uncoded] = []
         self._uncoded_tokens = 0
         self._probes = Probes()
-        self._waiting: list[_Coded] = []
+        self._waiting: list[tuple[str, bytes, TokenTargets]] = []
         self._waiting_tokens = 0
         self._seen: dict[str, int] = {}
         self._shards: list[ShardInfo] = []
@@ -169,6 +162,8 @@ class LogitCacheWriter:
                 found="none" if states is None else len(states),
             )
         self._seen[key] = len(self._seen)
+        if self._head is None and not self._tail.sketch:
+            states = None  # of no use, and perhaps a GPU's memory
         self._uncoded.append(_Uncoded(key, content_hash, targets, states))
         self._uncoded_tokens += len(targets)
         if self._uncoded_tokens >= (ENCODED_TOKENS if self._encoder else self._calibration_tokens):
@@ -228,8 +223,9 @@ class LogitCacheWriter:
                 self._commit_sketch(self._encoder)
             targets = replace(together, sketch=self._encoder.encode(states)).split(counts)
         for sample, coded in zip(samples, targets, strict=True):
-            self._waiting.append(_Coded(sample.key, sample.content_hash, coded))
-            self._probes.offer(len(self._shards), self._waiting_tokens, sample.states)
+            self._waiting.append((sample.key, sample.content_hash, coded))
+            if self._head is not None:
+                self._probes.offer(len(self._shards), self._waiting_tokens, sample.states)
             self._waiting_tokens += len(coded)
             if self._waiting_tokens >= self._shard_tokens:
                 self._flush()
@@ -248,7 +244,7 @@ class LogitCacheWriter:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        shard = make_shard([(s.key, s.content_hash, s.targets) for s in self._waiting])
+        shard = make_shard(self._waiting)
         content = pack_shard(shard, self._codec.logprob_step)
         number = len(self._shards)
         info = ShardInfo(
