@@ -1,4 +1,9 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 
 class CachekdError(Exception):
@@ -22,3 +27,14 @@ class CachekdError(Exception):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the fields: worker processes send these, and Exception's own way knows the text only."""
+        rebuild = partial(
+            type(self), where=self.where, expected=self.expected, found=self.found, fix=self.fix
+        )
+        return rebuild, (self.problem,)
+
+
+class BadSample(CachekdError):
+    """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out."""
