@@ -1,8 +1,10 @@
 """Image-text conversations in, model inputs and a supervised mask out."""
 
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
-from cachekd.samples.open import Samples, open_samples
-from cachekd.samples.sample import Sample, sample_from_llava
+from cachekd.samples.open import open_samples
+from cachekd.samples.protocol import Samples
+from cachekd.samples.records import sample_from_llava, sample_from_record
+from cachekd.samples.sample import Sample
 
 __all__ = [
     "Encoded",
@@ -13,4 +15,5 @@ __all__ = [
     "open_samples",
     "predicting_positions",
     "sample_from_llava",
+    "sample_from_record",
 ]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.sample import Sample
 from cachekd.samples.supervision import answer_spans, expand_mask, spans_to_mask
 
@@ -65,8 +65,21 @@ class SampleEncoder:
         """Encode one sample.
 
         Raises:
-            CachekdError: an answer could not be located.
+            BadSample: an answer cannot be located, or the processor or the chat template raised.
+            CachekdError: the chat template does not let answers be located at all.
         """
+        try:
+            return self._encode(sample)
+        except (CachekdError, MemoryError):
+            raise
+        except Exception as error:  # jinja's, the tokenizer's, the image processor's: each has its own
+            raise BadSample(
+                "the processor cannot encode the sample",
+                where=sample.where,
+                found=f"{type(error).__name__}: {error}",
+            ) from error
+
+    def _encode(self, sample: Sample) -> Encoded:
         tokenizer = self.processor.tokenizer
         text, spans = answer_spans(self.processor, self.template, sample)
         plain_ids, mask = spans_to_mask(tokenizer, text, spans, sample)

@@ -2,80 +2,79 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from cachekd.errors import CachekdError
-from cachekd.samples.sample import Sample, sample_from_llava, upright_rgb
+from cachekd.samples.keys import unique_keys
+from cachekd.samples.map_function import MapFunction
+from cachekd.samples.records import sample_from_record
+from cachekd.samples.sample import Sample
 
 
 class LlavaJsonSamples:
-    """A map-style data set over a `.json` or `.jsonl` file; image paths are relative to the file's folder."""
+    """A map-style data set over a `.json` or `.jsonl` file; image paths are relative to the file's folder.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        map: applied to each entry, as a dict.
+
+    Raises:
+        CachekdError: the file cannot be read, is no list of objects, or has an absent or repeated id.
+    """
+
+    def __init__(self, path: Path, map: MapFunction | None = None) -> None:
+        self.path, self._map = path, map
         self._records = _read_records(path)
-        self.keys = _unique_ids(self._records, path)
+        self.keys = unique_keys((record.get("id") for record in self._records), str(path))
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        record, key = self._records[index], self.keys[index]
-        names = record.get("image", record.get("images")) or []
-        names = [names] if isinstance(names, str) else names
-        images = tuple(self._image(name, key) for name in names)
-        return sample_from_llava(key, record.get("conversations"), images, origin=str(self.path))
+        """Read one sample.
 
-    def _image(self, name: str, key: str) -> Image.Image:
-        path = self.path.parent / name
-        try:
-            with Image.open(path) as image:
-                return upright_rgb(image)
-        except FileNotFoundError:
-            problem, found = "an image is missing", "no such file"
-        except (UnidentifiedImageError, OSError) as error:
-            problem, found = "an image cannot be read", str(error)
-        raise CachekdError(
-            problem,
-            where=f"sample {key!r} in {self.path}",
-            expected=f"an image at {path}",
-            found=found,
-            fix="restore the file, or remove the sample from the JSON",
-        )
+        Raises:
+            BadSample: it cannot be used.
+            CachekdError: the data set's folder has gone.
+        """
+        record, key, origin = self._records[index], self.keys[index], str(self.path)
+        if not self.path.parent.exists():
+            raise CachekdError("the data set's folder has gone", where=str(self.path.parent))
+        if self._map is not None:
+            # A copy: a function may change what it gets, and a sample may be read again.
+            return sample_from_record(
+                key, self._map(copy.deepcopy(record), key, origin), origin=origin, folder=self.path.parent
+            )
+        return sample_from_record(key, record, origin=origin, folder=self.path.parent)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
+    where = str(path)
     try:
         text = path.read_text(encoding="utf-8")
-        lines = path.suffix == ".jsonl"
-        records = [json.loads(line) for line in text.splitlines() if line] if lines else json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CachekdError("the data file is not valid JSON", where=str(path), found=str(error)) from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        records: Any = []
+        if path.suffix == ".jsonl":
+            # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number} of {path}"
+                if line.strip():
+                    records.append(json.loads(line))
+        else:
+            records = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CachekdError("the data file is not valid JSON", where=where, found=str(error)) from None
+    except OSError as error:
+        raise CachekdError("the data file cannot be read", where=str(path), found=str(error)) from None
+    listed = isinstance(records, list)
+    odd = [item for item in records if not isinstance(item, dict)] if listed else [records]
+    if odd:
         raise CachekdError(
             "the data file has an unexpected form",
             where=str(path),
             expected='a list of {"id", "image", "conversations"} objects',
-            found=type(records).__name__,
+            found=("a list with " if listed else "") + type(odd[0]).__name__,
         )
     return records
-
-
-def _unique_ids(records: list[dict[str, Any]], path: Path) -> list[str]:
-    seen: dict[str, int] = {}
-    for position, record in enumerate(records):
-        if "id" not in record:
-            raise CachekdError('a sample has no "id"', where=f"entry {position} of {path}")
-        key = str(record["id"])
-        if key in seen:
-            raise CachekdError(
-                f"the key {key!r} appears twice",
-                where=f"entries {seen[key]} and {position} of {path}",
-                expected="keys that are unique in the data set: the cache is looked up by them",
-            )
-        seen[key] = position
-    return list(seen)

@@ -1,41 +1,113 @@
-"""Open a data set by its path."""
+"""Open a data set by what it is called."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from pathlib import Path
 
 from cachekd.errors import CachekdError
 from cachekd.samples.llava_json import LlavaJsonSamples
+from cachekd.samples.map_function import MapFunction, load_map
+from cachekd.samples.protocol import Samples
+from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
+from cachekd.samples.view import SamplesView
 from cachekd.samples.web_dataset import WebDatasetSamples
 
-Samples = LlavaJsonSamples | WebDatasetSamples
+FORMS = (
+    "a .json or .jsonl file in LLaVA's form; a .tar, a folder of them, or a pattern as in "
+    "'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
+    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
+)
+_OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)  # not the wildcard of "train-00?.tar"
+_TABLES = (".parquet", ".arrow")
+_FILES = (".json", ".jsonl", ".tar", ".gz", ".tgz", ".zip")  # of which "data/x.json" is no name on the hub
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
-def open_samples(path: str | Path) -> Samples:
-    """Open LLaVA-style JSON (`.json`, `.jsonl`) or WebDataset tars (one `.tar`, or a folder of them).
+def open_samples(
+    spec: str | Path, *, map: str | None = None, limit: int | None = None, shuffle_seed: int | None = None
+) -> Samples:
+    """Open a data set: LLaVA JSON, WebDataset tars or Hugging Face `datasets`.
+
+    Args:
+        spec: a `.json` or `.jsonl` file; a `.tar`, a folder of them, a glob or brace pattern, or a URL or
+            pattern of URLs that fsspec reads; a `save_to_disk` folder, parquet file, folder or glob, or
+            `org/name` of the hub, with `?name=`, `split=` and `revision=` joined by `&`.
+        map: `module:function`, called with each raw record (a JSON entry; a row, images undecoded; a tar's
+            `{"__key__", extension: bytes}`); returns what `sample_from_record` takes.
+        limit: keep the first so many, after shuffling.
+        shuffle_seed: shuffle by a permutation with this seed.
 
     Raises:
-        CachekdError: the path does not exist, holds none of these, or has no samples.
+        CachekdError: it does not exist, is none of these, is empty or inconsistent, or an option is bad.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CachekdError("the data set does not exist", where=str(path))
-    samples: Samples
-    if path.suffix in (".json", ".jsonl"):
-        samples = LlavaJsonSamples(path)
-    else:
-        tars = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
-        if not tars:
-            raise CachekdError(
-                "no data found",
-                where=str(path),
-                expected="a .json or .jsonl file in LLaVA's form, a .tar, or a folder of .tar files",
-            )
-        samples = WebDatasetSamples(tars)
+    function = None if map is None else load_map(map)
+    samples = _open(str(spec), function)
     if len(samples) == 0:
-        raise CachekdError("the data set is empty", where=str(path), expected="at least one sample", found=0)
-    return samples
+        raise CachekdError("the data set is empty", where=str(spec), expected="at least one sample", found=0)
+    if limit is None and shuffle_seed is None:
+        return samples
+    return SamplesView(samples, limit=limit, shuffle_seed=shuffle_seed)
+
+
+def _open(spec: str, map: MapFunction | None) -> Samples:
+    if is_remote(spec):
+        return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), map)
+    options = None if os.path.exists(spec) else _OPTIONS.fullmatch(spec)
+    name, query = (options[1], options[2]) if options else (spec, "")
+    path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long
+    tars = sorted(str(tar) for tar in path.glob("*.tar")) if exists and path.is_dir() else []
+    if _has_tables(path, tars) if exists else _names_tables(name):
+        return _open_hugging_face(name, query, map)
+    if query:
+        raise CachekdError(
+            "options are for Hugging Face data sets only", where=name, expected=FORMS, found=f"?{query}"
+        )
+    if path.suffix in (".json", ".jsonl") and exists:
+        return LlavaJsonSamples(path, map)
+    if tars or (is_tar(name) and (exists or _is_pattern(name))):
+        return WebDatasetSamples(tars or find_tars(name), map)
+    raise CachekdError(
+        "no data found" if exists else "the data set does not exist", where=name, expected=FORMS
+    )
+
+
+def _has_tables(path: Path, tars: list[str]) -> bool:
+    """Whether this file or folder is for `datasets`."""
+    if not path.is_dir():
+        return path.suffix in _TABLES
+    here = [file for suffix in _TABLES for file in path.glob(f"*{suffix}")]
+    if here and tars:
+        raise CachekdError(
+            "the folder holds both tars and tables",
+            where=str(path),
+            expected="one data set",
+            found=f"{Path(tars[0]).name} and {here[0].name}",
+            fix=f"name the files that are meant, as in '{path}/*.tar'",
+        )
+    if here or tars:
+        return bool(here)
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return saved or next(path.rglob("*.parquet"), None) is not None
+
+
+def _names_tables(name: str) -> bool:
+    """Whether what is not on the disk is a pattern of tables, or a name on the hub."""
+    return name.endswith(_TABLES) or (not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None)
+
+
+def _open_hugging_face(name: str, query: str, map: MapFunction | None) -> Samples:
+    # Here, because importing `datasets` takes seconds that the other forms need not wait for.
+    from cachekd.samples.hf_dataset import HfDatasetSamples
+    from cachekd.samples.hf_load import HfSpec
+
+    return HfDatasetSamples(HfSpec.parse(name, query), map)
+
+
+def _is_pattern(name: str) -> bool:
+    return any(character in name for character in "*?[{")
 
 
 def keys_hash(samples: Samples) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.sample import Sample
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -29,15 +29,16 @@ def answer_spans(processor: Any, template: str, sample: Sample) -> tuple[str, Sp
         follows.
 
     Raises:
-        CachekdError: the spans are not one per answer.
+        BadSample: the spans are not one per answer.
+        CachekdError: the template renders turns so that no sample's answers can be located.
     """
     find = _marked_spans if _GENERATION.search(template) else _added_spans
     text, spans = find(processor, template, sample)
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     if len(spans) != len(sample.questions) or any(start >= end for start, end in spans):
-        raise CachekdError(
+        raise BadSample(
             "the supervised text does not match the answers",
-            where=f"sample {sample.key!r} in {sample.origin}",
+            where=sample.where,
             expected=f"{len(sample.questions)} answer(s)",
             found=[text[start:end] for start, end in spans],
             fix="check the {% generation %} marks of the chat template",
@@ -72,7 +73,7 @@ def _added_spans(processor: Any, template: str, sample: Sample) -> tuple[str, Sp
             raise CachekdError(
                 "the chat template renders earlier turns differently when later ones follow, "
                 "so the answers cannot be located",
-                where=f"turn {turn} of sample {sample.key!r} in {sample.origin}",
+                where=f"turn {turn} of {sample.where}",
                 fix="add {% generation %} ... {% endgeneration %} around the answers in the chat template",
             )
         spans.append((len(before), len(after)))
@@ -86,7 +87,7 @@ def spans_to_mask(tokenizer: Any, text: str, spans: Spans, sample: Sample) -> tu
         token ids [L] of `text` and whether each lies in a span.
 
     Raises:
-        CachekdError: a token crosses the border of a span (an answer that begins with a space can merge
+        BadSample: a token crosses the border of a span (an answer that begins with a space can merge
             with the newline before it).
     """
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -95,9 +96,9 @@ def spans_to_mask(tokenizer: Any, text: str, spans: Spans, sample: Sample) -> tu
         for first, last in spans:
             if start < last and end > first:
                 if start < first or end > last:
-                    raise CachekdError(
+                    raise BadSample(
                         "a token crosses the border of an answer",
-                        where=f"{text[start:end]!r} in sample {sample.key!r} of {sample.origin}",
+                        where=f"{text[start:end]!r} in {sample.where}",
                         fix="strip white space from the ends of the answer",
                     )
                 mask[position] = True
@@ -112,7 +113,7 @@ def expand_mask(
     Everything between two image placeholders must reappear unchanged; what does not belongs to the images.
 
     Raises:
-        CachekdError: the processor changed the text around the images.
+        BadSample: the processor changed the text around the images.
     """
     expanded: list[bool] = []
     for index, (token, supervised) in enumerate(zip(plain_ids, mask, strict=True)):
@@ -131,10 +132,10 @@ def expand_mask(
     return expanded
 
 
-def _changed_text(sample: Sample, position: int) -> CachekdError:
-    return CachekdError(
+def _changed_text(sample: Sample, position: int) -> BadSample:
+    return BadSample(
         "the processor's token ids differ from the chat template's beyond the images",
-        where=f"sample {sample.key!r} in {sample.origin}, token {position}",
+        where=f"{sample.where}, token {position}",
         fix="add {% generation %} ... {% endgeneration %} around the answers in the chat template",
     )
 

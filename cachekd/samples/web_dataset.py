@@ -1,125 +1,104 @@
-"""WebDataset tars: `key.png` (or jpg, webp) beside `key.json` with `conversations`.
-
-The tars are indexed once (header by header, without reading the members), so that keys are known before
-anything runs, duplicates are found instead of passing in silence, and any sample is one seek away.
-"""
+"""WebDataset tars: `key.png` (or jpg, webp; `key.0.png`, `key.1.png` for several) beside `key.json`."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-from pathlib import Path
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import base_plus_ext
-
-from cachekd.errors import CachekdError
-from cachekd.samples.sample import Sample, sample_from_llava, upright_rgb
+from cachekd.errors import BadSample
+from cachekd.samples.map_function import MapFunction
+from cachekd.samples.records import sample_from_record
+from cachekd.samples.sample import Sample, sample_place
+from cachekd.samples.tar_index import index_tars
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-
-
-class _Member(NamedTuple):
-    tar: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        with self.tar.open("rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(self.size)
+_IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
 
 
 class WebDatasetSamples:
-    """A map-style data set over one or more tars, in the order of the tars and of their members."""
+    """A map-style data set over one or more tars, in the order of the tars and of their members.
 
-    def __init__(self, tars: list[Path]) -> None:
-        self._groups: dict[str, dict[str, _Member]] = {}
-        for tar in tars:
-            self._index(tar)
-        self.keys = list(self._groups)
+    It can be pickled, and read in forked and spawned workers. A worker of a `simplecache::` URL fetches its
+    own copy, unless FSSPEC_SIMPLECACHE_CACHE_STORAGE names a folder for all.
+
+    Args:
+        urls: the tars' paths or fsspec URLs.
+        map: applied to each sample as `{"__key__": key, extension: bytes, ...}`; without it, the sample is
+            its JSON with the image members as its images.
+
+    Raises:
+        CachekdError: a tar cannot be indexed (see `index_tars`).
+    """
+
+    def __init__(self, urls: Sequence[str], map: MapFunction | None = None) -> None:
+        self._index, self._map = index_tars(urls), map
+        self.keys = self._index.keys
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        key = self.keys[index]
-        members = self._groups[key]
-        image_extension = next((ext for ext in IMAGE_EXTENSIONS if ext in members), None)
-        missing = "json" if "json" not in members else None if image_extension else "image"
-        if missing:
-            raise CachekdError(
-                f"the sample has no {missing}",
-                where=f"sample {key!r} in {self._tar(key)}",
-                expected=f"{key}.json and one of {', '.join(f'{key}.{e}' for e in IMAGE_EXTENSIONS)}",
-                found=", ".join(f"{key}.{extension}" for extension in members),
-                fix="dots in names split the key from the extension: name files without them",
-            )
-        origin = str(self._tar(key))
-        record = _parse_json(members["json"], key, origin)
-        image = _parse_image(members[str(image_extension)], key, origin)
-        return sample_from_llava(key, record.get("conversations"), (image,), origin=origin)
+        """Read one sample.
 
-    def _tar(self, key: str) -> Path:
-        return next(iter(self._groups[key].values())).tar
-
-    def _index(self, path: Path) -> None:
-        try:
-            with tarfile.open(path) as tar:
-                for info in tar:
-                    if info.isfile():
-                        self._add(info, path)
-        except (tarfile.ReadError, EOFError) as error:
-            raise CachekdError(
-                "the tar cannot be read to its end",
-                where=str(path),
-                found=str(error),
-                fix="fetch or write it again: a truncated tar must not become a shorter data set",
-            ) from None
-
-    def _add(self, info: tarfile.TarInfo, path: Path) -> None:
-        key, extension = base_plus_ext(info.name)
-        if key is None:
-            raise CachekdError("a file in the tar has no extension", where=f"{info.name} in {path}")
-        members = self._groups.setdefault(key, {})
-        first = next(iter(members.values()), None)
-        if first is not None and (first.tar != path or extension in members):
-            raise CachekdError(
-                f"the key {key!r} appears twice",
-                where=f"{first.tar} and {path}",
-                expected="keys that are unique over all tars: the cache is looked up by them",
-                fix="rename one of them, for example by prefixing its source",
-            )
-        members[extension] = _Member(path, info.offset_data, info.size)
+        Raises:
+            BadSample: it cannot be used.
+            CachekdError: its tar has gone or changed.
+        """
+        key, origin = self.keys[index], self._index.url(index)
+        members = self._index.members(index)
+        if self._map is not None:
+            files = {extension: self._index.read(index, member) for extension, member in members.items()}
+            return sample_from_record(key, self._map({"__key__": key, **files}, key, origin), origin=origin)
+        images = _image_extensions(members, key, origin)
+        record = _parse_json(self._index.read(index, members["json"]), key, origin)
+        record = {name: value for name, value in record.items() if name not in ("image", "images")}
+        record["images"] = [self._index.read(index, members[extension]) for extension in images]
+        return sample_from_record(key, record, origin=origin)
 
 
-def _parse_json(member: _Member, key: str, origin: str) -> dict[str, Any]:
+def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:
+    """A sample's images: one without a number, or consecutive numbers."""
+    found = {extension: match[1] for extension in members if (match := _IMAGE.fullmatch(extension))}
+    missing = "json" if "json" not in members else "image" if not found else None
+    if missing:
+        raise BadSample(
+            f"the sample has no {missing}",
+            where=sample_place(key, origin),
+            expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS)} (or {key}.0.png, {key}.1.png)",
+            found=_names(key, members),
+            fix="dots in names split the key from the extension: name files without them",
+        )
+    if len(found) == 1:
+        return list(found)
+    ordered = sorted(found, key=lambda extension: int(found[extension] or -1))
+    numbers = [int(found[extension] or -1) for extension in ordered]
+    if numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] < 0:
+        raise BadSample(
+            "the sample's images have no clear order",
+            where=sample_place(key, origin),
+            expected=f"one image, or consecutive numbers: {_names(key, ('0.png', '1.png'))}",
+            found=_names(key, ordered),
+        )
+    return ordered
+
+
+def _names(key: str, extensions: Iterable[str]) -> str:
+    return ", ".join(f"{key}.{extension}" for extension in extensions)
+
+
+def _parse_json(content: bytes, key: str, origin: str) -> dict[str, Any]:
+    where = f"{key}.json in {origin}"
     try:
-        record = json.loads(member.read())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CachekdError(
-            "the sample's JSON is not valid", where=f"{key}.json in {origin}", found=str(error)
-        ) from None
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:  # ValueError: of JSON and of UTF-8
+        raise BadSample("the sample's JSON is not valid", where=where, found=str(error)) from None
     if not isinstance(record, dict):
-        raise CachekdError(
+        raise BadSample(
             "the sample's JSON has an unexpected form",
-            where=f"{key}.json in {origin}",
-            expected='an object with "conversations"',
+            where=where,
+            expected='an object with "conversations" or "messages"',
             found=type(record).__name__,
         )
     return record
-
-
-def _parse_image(member: _Member, key: str, origin: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(member.read())) as image:
-            return upright_rgb(image)
-    except (UnidentifiedImageError, OSError) as error:
-        raise CachekdError(
-            "an image cannot be read",
-            where=f"sample {key!r} in {origin}",
-            found=str(error),
-            fix="replace the image, or leave the sample out when the tar is written",
-        ) from None

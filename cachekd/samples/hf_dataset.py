@@ -1,0 +1,114 @@
+"""Hugging Face `datasets`: rows with `image` or `images`, and `messages` or `conversations`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from cachekd.errors import CachekdError
+from cachekd.samples.hf_load import HfSpec, load_split
+from cachekd.samples.keys import unique_keys
+from cachekd.samples.map_function import MapFunction
+from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS, sample_from_record
+from cachekd.samples.sample import Sample
+
+KEY_COLUMNS = ("id", "key", "__key__")
+
+
+class HfDatasetSamples:
+    """A map-style data set over one split. Images stay encoded until their sample is read.
+
+    The keys are the column `id`, `key` or `__key__` (the first there is), or else the row numbers.
+
+    Args:
+        spec: what to load.
+        map: applied to each row, as a dict whose images are `{"bytes", "path"}`.
+
+    Raises:
+        CachekdError: it cannot be loaded, lacks columns, or has an absent or repeated key.
+    """
+
+    def __init__(self, spec: HfSpec, map: MapFunction | None = None) -> None:
+        dataset = load_split(spec)
+        self._origin = spec.path if spec.split is None else f"{spec.path}?split={spec.split}"
+        self._folder = _folder(spec)
+        self._map = map
+        if map is None:
+            _require_columns(dataset, self._origin)
+        self._features = datasets.Features(
+            {name: _undecoded(feature) for name, feature in dataset.features.items()}
+        )
+        # Rows are taken as Arrow and read by the features without decoders: a broken image is then met by
+        # open_image like any other, and reading the keys does not open one.
+        self._rows = dataset.with_format("arrow")
+        self.keys = _keys(dataset, self._origin)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample.
+
+        Raises:
+            BadSample: it cannot be used.
+            CachekdError: the row cannot be read.
+        """
+        key = self.keys[index]
+        origin = f"{self._origin}, row {index}"
+        try:
+            row: Any = self._features.decode_example(self._rows[index].to_pylist()[0])
+        except MemoryError:
+            raise
+        except Exception as error:  # pyarrow's or the operating system's: the files have gone or changed
+            raise CachekdError(
+                "a row of the data set cannot be read", where=origin, found=f"{type(error).__name__}: {error}"
+            ) from error
+        if self._map is not None:
+            row = self._map(row, key, origin)
+        return sample_from_record(key, row, origin=origin, folder=self._folder)
+
+
+def _keys(dataset: datasets.Dataset, origin: str) -> list[str]:
+    column = next((name for name in KEY_COLUMNS if name in dataset.column_names), None)
+    if column is None:
+        return [f"{index:08d}" for index in range(len(dataset))]
+    values = dataset.with_format(None).select_columns([column])[:][column]
+    return unique_keys(values, origin, row="row", rows="rows")
+
+
+def _require_columns(dataset: datasets.Dataset, origin: str) -> None:
+    columns = dataset.column_names
+    if not (set(IMAGE_FIELDS) & set(columns) and set(TURN_FIELDS) & set(columns)):
+        raise CachekdError(
+            "the data set lacks columns",
+            where=origin,
+            expected=f"{' or '.join(IMAGE_FIELDS)}, and {' or '.join(TURN_FIELDS)}",
+            found=", ".join(columns),
+            fix="give --map module:function, which makes such a record of a row",
+        )
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature with the decoders of images, audio and video in it switched off."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return type(feature)(_undecoded(feature.feature), **_length(feature))
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    return dataclasses.replace(feature, decode=False) if hasattr(feature, "decode") else feature
+
+
+def _length(feature: Any) -> dict[str, int]:
+    return {"length": feature.length} if isinstance(feature, datasets.List) else {}
+
+
+def _folder(spec: HfSpec) -> Path | None:
+    """Where relative image paths start: beside the files, or in the current directory for the hub."""
+    path = Path(spec.path)
+    if path.is_dir():
+        return path
+    return path.parent if path.suffix else None

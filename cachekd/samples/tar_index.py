@@ -1,0 +1,179 @@
+"""Where every member of every tar lies: found header by header, kept in a few arrays.
+
+The index is what makes keys known before anything runs, duplicates found instead of passing in silence, and
+any sample one range read away. It takes some 50 bytes a sample besides the key.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from fsspec.core import url_to_fs
+from numpy.typing import NDArray
+from webdataset.tariterators import base_plus_ext
+
+from cachekd.errors import CachekdError
+from cachekd.samples.keys import require_text
+from cachekd.samples.tar_urls import named_errors
+
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """S samples with M members in all; the members of sample i are `starts[i]` to `starts[i + 1]`.
+
+    Attributes:
+        urls: of the tars.
+        extensions: that occur, in lower case and without the dot.
+        keys: S, in the order of the tars and of each key's first member.
+        tars: [S] uint32, into `urls`: a sample lies in one tar.
+        starts: [S + 1] int64, into the members.
+        kinds: [M] uint32, into `extensions`.
+        offsets: [M] int64, bytes.
+        sizes: [M] int64, bytes.
+    """
+
+    urls: tuple[str, ...]
+    extensions: tuple[str, ...]
+    keys: list[str]
+    tars: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    kinds: NDArray[np.uint32]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def url(self, sample: int) -> str:
+        """The tar that a sample lies in."""
+        return self.urls[self.tars[sample]]
+
+    def members(self, sample: int) -> dict[str, int]:
+        """A sample's extensions, in the tar's order, and the numbers of their members."""
+        first, end = int(self.starts[sample]), int(self.starts[sample + 1])
+        return {self.extensions[self.kinds[member]]: member for member in range(first, end)}
+
+    def read(self, sample: int, member: int) -> bytes:
+        """A member's bytes.
+
+        Raises:
+            CachekdError: the tar has gone, or changed, since it was indexed.
+        """
+        url, start, size = self.url(sample), int(self.offsets[member]), int(self.sizes[member])
+        if size == 0:
+            return b""  # an empty range means the whole file to some servers
+        with named_errors(url, "the tar cannot be read"):
+            # Looked up each time (20 us) and not kept: connections do not survive a fork or pickling.
+            fs, path = url_to_fs(url)
+            content = fs.cat_file(path, start=start, end=start + size)
+        if len(content) != size:
+            raise CachekdError(
+                "the tar has become shorter while it was read",
+                where=url,
+                expected=f"{size} bytes at {start}",
+                found=f"{len(content)} bytes",
+            )
+        return bytes(content)
+
+
+def index_tars(urls: Sequence[str]) -> TarIndex:
+    """Index tars.
+
+    Raises:
+        CachekdError: a tar cannot be read to its end, a key appears twice (in two tars, or with the same
+            extension in one), a member is no plain file, or has no extension.
+    """
+    samples: dict[str, int] = {}
+    extensions: dict[str, int] = {}
+    tars, owners, kinds = array("I"), array("q"), array("I")
+    offsets, sizes = array("q"), array("q")
+    for number, url in enumerate(urls):
+        names: set[str] = set()
+        for info in _files(url):
+            key, extension = _split_name(info.name, url)
+            sample = samples.setdefault(key, len(samples))
+            if sample == len(tars):
+                tars.append(number)
+            elif tars[sample] != number or f"{key}.{extension}" in names:
+                raise _twice(key, extension, urls[tars[sample]], url)
+            names.add(f"{key}.{extension}")
+            owners.append(sample)
+            kinds.append(extensions.setdefault(extension, len(extensions)))
+            offsets.append(info.offset_data)
+            sizes.append(info.size)
+    owner = np.frombuffer(owners, np.int64) if owners else np.zeros(0, np.int64)
+    order = np.argsort(owner, kind="stable")  # members of one key need not be neighbours
+    return TarIndex(
+        urls=tuple(urls),
+        extensions=tuple(extensions),
+        keys=list(samples),
+        tars=np.array(tars, np.uint32),
+        starts=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(samples)))]).astype(np.int64),
+        kinds=np.array(kinds, np.uint32)[order],
+        offsets=np.array(offsets, np.int64)[order],
+        sizes=np.array(sizes, np.int64)[order],
+    )
+
+
+def _files(url: str) -> Iterator[tarfile.TarInfo]:
+    with named_errors(url, "the tar cannot be read to its end"):
+        fs, path = url_to_fs(url)
+        try:
+            # "r:" and not "r": members are read in place, which a compressed tar does not allow.
+            with fs.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (info := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                    if not info.isdir():
+                        _require_plain(info, url)
+                        yield info
+                _require_end(stream, tar.offset)
+        except (tarfile.ReadError, EOFError) as error:
+            raise CachekdError(
+                "the tar cannot be read to its end",
+                where=url,
+                expected="an uncompressed tar, closed by a block of zeros",
+                found=str(error),
+                fix="fetch or write it again: a truncated tar must not become a shorter data set",
+            ) from None
+
+
+def _require_end(stream: BinaryIO, offset: int) -> None:
+    """tarfile stops without a word at a cut between members, at garbage, and where two tars were joined."""
+    stream.seek(offset)
+    if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end mark at byte {offset}")
+    while chunk := stream.read(_CHUNK):
+        if chunk.strip(tarfile.NUL):
+            raise tarfile.ReadError(f"data after the end mark at byte {offset}, as if two tars were joined")
+
+
+def _require_plain(info: tarfile.TarInfo, url: str) -> None:
+    if not info.isreg() or info.issparse():
+        raise CachekdError(
+            "a member of the tar is no plain file",
+            where=f"{info.name} in {url}",
+            expected="files and folders",
+            found="a link" if info.islnk() or info.issym() else "a sparse or special file",
+            fix="write the tar with --dereference --hard-dereference",
+        )
+
+
+def _split_name(name: str, url: str) -> tuple[str, str]:
+    key, extension = base_plus_ext(name)
+    if key is None:
+        raise CachekdError("a file in the tar has no extension", where=f"{name} in {url}")
+    require_text(name, url)
+    return key, extension.lower()  # as webdataset does: x.PNG is x.png
+
+
+def _twice(key: str, extension: str, first: str, second: str) -> CachekdError:
+    return CachekdError(
+        f"the key {key!r} appears twice",
+        where=f"{first} and {second}" if first != second else f"{key}.{extension}, both in {first}",
+        expected="keys that are unique over all tars: the cache is looked up by them",
+        fix="rename one of them, for example by prefixing its source",
+    )

@@ -1,0 +1,41 @@
+"""`--limit` and `--shuffle-seed`: a part of a data set, in another order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cachekd.errors import CachekdError
+from cachekd.samples.protocol import Samples
+from cachekd.samples.sample import Sample
+
+
+class SamplesView:
+    """The first `limit` samples of a data set after shuffling; its keys are in its own order.
+
+    Args:
+        samples: the data set.
+        limit: how many at most; None: all.
+        shuffle_seed: of the permutation; None: the data set's own order.
+
+    Raises:
+        CachekdError: `limit` is below 1, or the seed below 0.
+    """
+
+    def __init__(
+        self, samples: Samples, *, limit: int | None = None, shuffle_seed: int | None = None
+    ) -> None:
+        for name, value, least in (("limit", limit, 1), ("shuffle-seed", shuffle_seed, 0)):
+            if value is not None and value < least:
+                raise CachekdError(f"--{name} is too small", expected=f"at least {least}", found=value)
+        order = np.arange(len(samples))
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(samples))
+        self._samples, self._order = samples, order[:limit].copy()
+        self.keys = [samples.keys[index] for index in self._order]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read one sample; raises what the data set does."""
+        return self._samples[int(self._order[index])]
