@@ -3,6 +3,7 @@
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
 from cachekd.samples.open import open_samples
 from cachekd.samples.protocol import Samples
+from cachekd.samples.reader import read_encoded
 from cachekd.samples.records import sample_from_llava, sample_from_record
 from cachekd.samples.sample import Sample
 
@@ -14,6 +15,7 @@ __all__ = [
     "collate",
     "open_samples",
     "predicting_positions",
+    "read_encoded",
     "sample_from_llava",
     "sample_from_record",
 ]

@@ -1,0 +1,106 @@
+"""Encoded samples in a given order, read by worker processes if there are any."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cachekd.errors import BadSample, CachekdError
+from cachekd.samples.encode import Encoded, SampleEncoder
+from cachekd.samples.protocol import Samples
+
+_PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
+_AHEAD = 2
+
+
+def read_encoded(
+    samples: Samples, encoder: SampleEncoder, indices: Sequence[int], *, workers: int
+) -> Iterator[Encoded | BadSample]:
+    """Read and encode samples, in the order of `indices`.
+
+    Args:
+        samples: the data set.
+        encoder: makes model inputs.
+        indices: into `samples`.
+        workers: processes; 0: in this thread, each sample when it is asked for. Closing the iterator stops
+            them.
+
+    Yields:
+        For each index the encoded sample, or why it cannot be used.
+
+    Raises:
+        CachekdError: the data set cannot be read, or a worker process died.
+    """
+    read = _Reader(samples, encoder)
+    results = _from_workers(read, indices, workers) if workers > 0 else (read[index] for index in indices)
+    with closing(results):
+        for result in results:
+            if isinstance(result, CachekdError) and not isinstance(result, BadSample):
+                raise result
+            yield result
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Errors for people are values here: a DataLoader would wrap them into its own text and traceback."""
+
+    samples: Samples
+    encoder: SampleEncoder
+
+    def __getitem__(self, index: int) -> Encoded | CachekdError:
+        try:
+            return self.encoder(self.samples[index])
+        except CachekdError as error:
+            # A caller may keep many of these: without the frames, which hold images, of what led to them.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
+
+
+def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Generator[Encoded | CachekdError]:
+    messages = -(-len(indices) // _PER_MESSAGE)
+    loader: DataLoader[Any] = DataLoader(
+        read,  # type: ignore[arg-type]  # a map-style data set in all but its class
+        batch_size=_PER_MESSAGE,
+        sampler=indices,
+        num_workers=max(1, min(workers, messages)),
+        prefetch_factor=_AHEAD,
+        # Plain bytes: torch would send each tensor as a shared-memory segment with an open file descriptor
+        # on this side for as long as the tensor lives, and a long queue of samples runs out of them.
+        collate_fn=pickle.dumps,
+        generator=torch.Generator(),  # else the loader draws its seed from, and so changes, the global state
+    )
+    with _quiet_tokenizers():
+        batches: Any = iter(loader)  # starts the workers
+    try:
+        for message in batches:
+            yield from pickle.loads(message)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise CachekdError(
+            "a process that reads samples died",
+            found=str(error).splitlines()[0],
+            fix="fewer --workers need less memory; --workers 0 reads in the main process and shows the cause",
+        ) from error
+    finally:
+        # What dropping the iterator does; but a traceback may keep that alive for long.
+        batches._shutdown_workers()
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """The workers are the parallelism; without this each forked one prints a warning about deadlocks."""
+    given = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = given or "false"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
