@@ -130,8 +130,8 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
             writer.add(str(number), targets, bytes(16), TailStates(hidden, normaliser))
     encoded = time.perf_counter()
     cache = LogitCache(path)
-    if cache.sketch is not None:
-        _ = cache.sketch.basis  # likewise read once
+    if sketch := cache.sketch():
+        _ = sketch.basis  # likewise read once
     opened = time.perf_counter()
     parts = [cache[key] for key in cache]
     for part, wanted in zip(parts, ids.split(counts), strict=True):

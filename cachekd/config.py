@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
 
+DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -22,8 +32,17 @@ class DumpConfig(_Config):
     """Stage one."""
 
     teacher: str = Field(description="model folder or hub name")
-    data: Path = Field(description="LLaVA .json/.jsonl, a .tar, or a folder of tars")
-    out: Path = Field(description="the cache's folder; must not exist, or be empty")
+    data: DataSpec = Field(
+        description="LLaVA .json/.jsonl, WebDataset tars (folder, glob, {000..009}, URL), or a `datasets` "
+        "folder, parquet or hub name"
+    )
+    out: Path = Field(description="the cache's folder: new, empty, or a dump to go on with")
+    limit: int | None = Field(None, ge=1, description="only the first so many samples")
+    shuffle_seed: int | None = Field(None, ge=0, description="shuffle the samples first")
+    map: str | None = Field(None, description="module:function that makes a record of your own format")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a bad sample stops the dump, or is left out and named in skipped.jsonl"
+    )
     top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
@@ -31,13 +50,29 @@ class DumpConfig(_Config):
     tail: str = Field(
         DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
     )
+    disk_budget: ByteSize | None = Field(
+        None, gt=0, description="for the whole cache, such as 50GB: chooses top_k and tail"
+    )
     calibration_tokens: int = Field(
-        CALIBRATION_TOKENS, ge=1, description="answer tokens that the tail sketch is fitted on"
+        CALIBRATION_TOKENS, ge=1, description="answer tokens of the pilot, which the tail sketch is fitted on"
     )
     window: int = Field(128, ge=2, description="Kneedle looks at this many of the largest logits")
     min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
+    shard_samples: int | None = Field(
+        None, ge=1, description="samples per shard; by default what holds some 65,000 answer tokens"
+    )
     batch_size: int = Field(16, ge=1, description="samples per teacher forward")
+    workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
     dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
+    rank: int = Field(0, ge=0, description="of this process among those that share the work")
+    world_size: int = Field(1, ge=1, description="processes that share the work")
+
+    @field_validator("world_size")
+    @classmethod
+    def _has_the_rank(cls, value: int, info: ValidationInfo) -> int:
+        if value <= info.data.get("rank", 0):
+            raise ValueError(f"too small for rank {info.data['rank']}: ranks count from 0")
+        return value
 
     @field_validator("min_k")
     @classmethod
@@ -51,7 +86,8 @@ class TrainConfig(_Config):
     """Stage two."""
 
     student: str = Field(description="model folder or hub name")
-    data: Path = Field(description="the data set that was dumped, or a part of it")
+    data: DataSpec = Field(description="the data set that was dumped, or a part of it")
+    map: str | None = Field(None, description="as for the dump")
     out: Path = Field(description="the run's folder; must not exist, or be empty")
     teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
     cache: Path | None = Field(None, description="what `cachekd dump` wrote; needed for L_Align and L_VSD")

@@ -1,210 +1,210 @@
-"""Stage one: run the teacher once, keep its sparse logits at the answer tokens."""
+"""Stage one: run the teacher once, keep its sparse logits at the answer tokens.
+
+Start it again with the same settings and it goes on; start it several times, with ranks, and they share the
+work. What is on the disk, and in which order: `cachekd.cache.build`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from cachekd.cache import (
-    CodecSettings,
-    DataInfo,
-    Fidelity,
-    Fingerprints,
-    LogitCacheWriter,
-    OutputHead,
-    TailSetting,
-    TailStates,
-    TeacherInfo,
-    TokenTargets,
-    select_topk,
-)
-from cachekd.cache.select import default_top_p
-from cachekd.config import DumpConfig, require_new_folder
-from cachekd.fingerprint import (
-    image_processor_fingerprint,
-    library_versions,
-    template_fingerprint,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
-from cachekd.samples import Encoded, SampleEncoder, Samples, collate, open_samples, predicting_positions
-from cachekd.samples.open import keys_hash
-from cachekd.vlm import (
-    default_device,
-    default_dtype,
-    hidden_and_logits_at,
-    load_config,
-    load_model,
-    load_processor,
-    output_head,
-    weights_files,
-)
+from cachekd.cache import CodecSettings, Fidelity, TailSetting
+from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
+from cachekd.cache.manifest import ShardRecord
+from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.config import DumpConfig
+from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
+from cachekd.errors import BadSample
+from cachekd.make_shards import ALL_BAD, make_shards
+from cachekd.pilot import Estimate
+from cachekd.samples import Encoded, SampleEncoder, Samples, open_samples
+from cachekd.teacher import Teacher, load_encoder
+from cachekd.vlm import default_device, default_dtype
 
-# Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
-BATCHES_PER_SORT = 16
+Progress = Callable[[str, int | None, int, int], None]
+"""Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
 
-Progress = Callable[[int, int], None]  # samples and answer tokens done since the last call
+
+def no_progress(phase: str, total: int | None, samples: int, tokens: int) -> None:
+    """For those who do not watch."""
 
 
 @dataclass(frozen=True)
 class DumpSummary:
-    """What a dump did.
+    """What there is of a cache after a dump.
 
     Attributes:
-        samples, tokens: how many; tokens are answer tokens.
+        finished: whether the cache is complete; if not, other processes are at work, or have died.
+        shards, all_shards: how many are there, of how many.
+        samples, tokens: in them; tokens are answer tokens.
+        skipped: samples that were left out.
         bytes: of the shards on disk; the tail sketch's own file is apart.
         sketch_bytes: of that file.
         fidelity: the cache against the live teacher at a sample of the tokens; None without a sketch.
         mean_k: logprobs kept per token.
-        seconds: wall time of the teacher's pass.
+        new_tokens: of this process, in this run.
+        seconds: of the teacher's pass in this run.
     """
 
     out: Path
+    finished: bool
+    shards: int
+    all_shards: int
     samples: int
     tokens: int
+    skipped: int
     bytes: int
     sketch_bytes: int
     fidelity: Fidelity | None
     mean_k: float
+    new_tokens: int
     seconds: float
 
     @property
     def bytes_per_token(self) -> float:
-        return self.bytes / self.tokens
+        return self.bytes / max(1, self.tokens)
 
 
-def dump(config: DumpConfig, progress: Progress = lambda samples, tokens: None) -> DumpSummary:
-    """Cache a teacher's logits over a data set.
+def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
+    """Cache a teacher's logits over a data set, or go on with it.
 
     Raises:
-        CachekdError: bad input; nothing is left behind at `config.out`.
+        CachekdError: bad input, a folder with a dump of something else, or no room. What is finished stays.
     """
-    require_new_folder(config.out, "cache")
-    TailSetting.parse(config.tail)  # refuse an unknown one before anything is loaded
-    samples = open_samples(config.data)
+    earlier = find_plan(config.out)
+    samples, teacher = open_inputs(config)
+    started, new_tokens = time.perf_counter(), 0
+    pilot = None
+    if earlier is None:
+        pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
+        found = estimate_of(config, samples, teacher, pilot)
+        refuse_small_disk(config.out, found.size, "the whole cache")
+        plan = new_plan(config, samples, teacher, found)
+    else:
+        plan = same_plan(config, samples, teacher, earlier)
+        if TailSetting.parse(plan.codec.tail).sketch and not (config.out / SKETCH_FILE).exists():
+            pilot = pilot_of(config, samples, teacher, earlier, partial(progress, "pilot", None))
+
+    build = CacheBuild.start(config.out, plan)
+    known = pilot.reusable(build.plan) if pilot is not None else {}
+    teacher.codec = build.plan.codec
+    encoder = None
+    if TailSetting.parse(teacher.codec.tail).sketch:
+        encoder = build.encoder(lambda: pilot.fit(teacher))  # type: ignore[union-attr]  # it was run, as checked
+    else:
+        teacher.head = None
+
+    spans = build.plan.spans()
+    records = build.records(len(spans))
+    missing = [number for number in range(len(spans)) if number not in records]
+    size, done = sum(_shards(records, "bytes")), max(1, len(records))
+    refuse_small_disk(config.out, size * len(missing) // done, f"the other {len(missing)} shards")
+    mine = [number for number in missing if number % config.world_size == config.rank]
+    total = sum(spans[number][1] - spans[number][0] for number in mine)
+
+    def advance(samples: int, tokens: int) -> None:
+        nonlocal new_tokens
+        new_tokens += tokens
+        progress("dump", total, samples, tokens)
+
+    advance(0, 0)
+    make_shards(
+        build,
+        mine,
+        samples,
+        teacher,
+        encoder,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        on_error=config.on_error,
+        known=known,
+        progress=advance,
+    )
+    records = build.records(len(spans))
+    if len(records) == len(spans):
+        build.assemble(len(spans))
+    return _summary(build, records, len(spans), new_tokens, time.perf_counter() - started)
+
+
+def estimate_dump(config: DumpConfig, progress: Progress = no_progress) -> Estimate:
+    """What `dump` would cost; writes nothing.
+
+    Raises:
+        CachekdError: bad input.
+    """
+    samples, teacher = open_inputs(config)
+    pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
+    return estimate_of(config, samples, teacher, pilot)
+
+
+def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
+    """Data and teacher; whatever can be refused is refused before the weights are read.
+
+    Raises:
+        CachekdError: bad input.
+    """
+    codec = codec_of(config)
+    samples = open_samples(config.data, map=config.map, limit=config.limit, shuffle_seed=config.shuffle_seed)
+    return samples, open_teacher(config.teacher, samples, codec, config.dtype, on_error=config.on_error)
+
+
+def open_teacher(path: str, samples: Samples, codec: CodecSettings, dtype: str, *, on_error: str) -> Teacher:
+    """The teacher, tried on a sample.
+
+    Args:
+        dtype: of torch, or "auto".
+
+    Raises:
+        CachekdError: no such model or processor, or one that does not fit the data.
+    """
+    encoder = load_encoder(path)
+    example = _first_good(samples, encoder, on_error)
     device = default_device()
-    dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    load_config(config.teacher)  # refuse an unknown family before anything is loaded
-    processor = load_processor(config.teacher)
-    encoder = SampleEncoder(processor)
-    encoder(samples[0])  # refuse an unusable template or data set before the teacher is loaded
-    teacher = load_model(config.teacher, dtype=dtype, device=device)
+    kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    teacher = Teacher.load(path, encoder, codec, dtype=kind, device=device)
+    if TailSetting.parse(codec.tail).sketch:
+        teacher.find_head(example)
+    return teacher
 
-    about = describe(config, teacher, processor, encoder, samples)
-    head = _head_of(teacher, processor, encoder(samples[0])) if about["codec"].tail != "none" else None
 
-    started = time.perf_counter()
-    with LogitCacheWriter(
-        config.out, **about, head=head, calibration_tokens=config.calibration_tokens
-    ) as writer:
-        for group in _groups(samples, encoder, config.batch_size):
-            for encoded, targets, states in _targets_of(
-                group, teacher, processor, about["codec"], config.batch_size
-            ):
-                writer.add(encoded.key, targets, encoded.content_hash, states)
-                progress(1, len(targets))
-    seconds = time.perf_counter() - started
+def _first_good(samples: Samples, encoder: SampleEncoder, on_error: str) -> Encoded:
+    """A sample to try things on; an unusable template or data set shows here."""
+    for index in range(len(samples)):
+        try:
+            return encoder(samples[index])
+        except BadSample:
+            if on_error == "stop" or index + 1 >= min(len(samples), ALL_BAD):
+                raise
+    raise AssertionError("open_samples refuses an empty data set")
 
-    manifest = writer.manifest
+
+def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:
+    return [getattr(record.shard, name) for record in records.values() if record.shard is not None]
+
+
+def _summary(
+    build: CacheBuild, records: dict[int, ShardRecord], shards: int, new_tokens: int, seconds: float
+) -> DumpSummary:
+    sketch = build.sketch_info()
+    tokens = sum(_shards(records, "tokens"))
     return DumpSummary(
-        out=config.out,
-        samples=manifest.samples,
-        tokens=manifest.tokens,
-        bytes=manifest.size,
-        sketch_bytes=manifest.sketch.bytes if manifest.sketch else 0,
-        fidelity=manifest.fidelity,
-        mean_k=manifest.entries / manifest.tokens,
+        out=build.path,
+        finished=len(records) == shards,
+        shards=len(records),
+        all_shards=shards,
+        samples=sum(_shards(records, "samples")),
+        tokens=tokens,
+        skipped=sum(len(record.skipped) for record in records.values()),
+        bytes=sum(_shards(records, "bytes")),
+        sketch_bytes=sketch.bytes if sketch is not None else 0,
+        fidelity=mean_fidelity([record.shard for record in records.values() if record.shard is not None]),
+        mean_k=sum(_shards(records, "entries")) / max(1, tokens),
+        new_tokens=new_tokens,
         seconds=seconds,
     )
-
-
-def describe(
-    config: DumpConfig, teacher: PreTrainedModel, processor: Any, encoder: SampleEncoder, samples: Samples
-) -> dict[str, Any]:
-    """Everything the manifest says about where the logits come from."""
-    files = weights_files(config.teacher)
-    commit = getattr(teacher.config, "_commit_hash", None)
-    return {
-        "teacher": TeacherInfo(
-            name=config.teacher,
-            model_type=teacher.config.model_type,
-            dtype=str(teacher.dtype).removeprefix("torch."),
-            vocab_size=vocabulary_size(teacher, processor),
-            weights_sha256=weights_fingerprint(files) if files else f"hub:{commit}",
-        ),
-        "fingerprints": Fingerprints(
-            tokenizer=tokenizer_fingerprint(processor.tokenizer),
-            chat_template=template_fingerprint(encoder.template),
-            image_processor=image_processor_fingerprint(processor),
-            image_token=str(processor.image_token),
-        ),
-        "data": DataInfo(path=str(config.data), samples=len(samples), sha256=keys_hash(samples)),
-        "codec": CodecSettings(
-            top_k=config.top_k,
-            top_p=default_top_p(TailSetting.parse(config.tail)) if config.top_p is None else config.top_p,
-            window=config.window,
-            min_k=config.min_k,
-            tail=config.tail,
-        ),
-        "versions": library_versions(),
-    }
-
-
-def vocabulary_size(model: PreTrainedModel, processor: Any) -> int:
-    """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
-    return min(len(processor.tokenizer), model.get_output_embeddings().weight.shape[0])
-
-
-def _groups(samples: Samples, encoder: SampleEncoder, batch_size: int) -> Iterator[list[Encoded]]:
-    size = batch_size * BATCHES_PER_SORT
-    for start in range(0, len(samples), size):
-        yield [encoder(samples[i]) for i in range(start, min(start + size, len(samples)))]
-
-
-@torch.inference_mode()
-def _targets_of(
-    group: list[Encoded], teacher: PreTrainedModel, processor: Any, codec: CodecSettings, batch_size: int
-) -> Iterator[tuple[Encoded, TokenTargets, TailStates]]:
-    """The teacher's targets of each sample, in the group's order; batched by length."""
-    by_length = sorted(range(len(group)), key=lambda i: len(group[i]))
-    vocabulary = vocabulary_size(teacher, processor)
-    found: dict[int, tuple[TokenTargets, TailStates]] = {}
-    for start in range(0, len(group), batch_size):
-        chosen = by_length[start : start + batch_size]
-        hidden, logits, token_ids, counts = _run([group[i] for i in chosen], teacher, processor)
-        targets = select_topk(
-            logits[:, :vocabulary],
-            token_ids,
-            top_k=codec.top_k,
-            top_p=codec.top_p,
-            window=codec.window,
-            min_k=codec.min_k,
-        )
-        normaliser = logits[:, :vocabulary].float().logsumexp(-1)
-        states = map(TailStates, hidden.split(counts), normaliser.split(counts))
-        found |= zip(chosen, zip(targets.split(counts), states, strict=True), strict=True)
-    return ((group[i], *found[i]) for i in range(len(group)))
-
-
-def _run(
-    chosen: list[Encoded], teacher: PreTrainedModel, processor: Any
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Hidden states [N, d], logits [N, V] and ids [N] at a batch's answer tokens, and how many each has."""
-    batch = collate(chosen, processor.tokenizer.pad_token_id)
-    batch = {name: value.to(teacher.device) for name, value in batch.items()}
-    supervised = batch.pop("supervised")
-    hidden, logits = hidden_and_logits_at(teacher, batch, predicting_positions(supervised))
-    return hidden, logits, batch["input_ids"][supervised], supervised.sum(1).tolist()
-
-
-@torch.inference_mode()
-def _head_of(teacher: PreTrainedModel, processor: Any, first: Encoded) -> OutputHead:
-    hidden, logits, _, _ = _run([first], teacher, processor)
-    return output_head(teacher, hidden, logits, vocabulary_size(teacher, processor))

@@ -44,6 +44,21 @@ def image_processor_fingerprint(processor: Any) -> str:
     return _sha256([type(images).__name__, settings, grid, strategy])
 
 
+# Where a model was loaded from, by what, and how it computes: no part of what it is.
+_NOT_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
+
+
+def config_fingerprint(config: Any) -> str:
+    """The model's configuration; its dtype is apart."""
+
+    def stripped(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: stripped(part) for name, part in value.items() if name not in _NOT_THE_MODEL}
+
+    return _sha256(stripped(config.to_dict()))
+
+
 def weights_fingerprint(files: list[Path]) -> str:
     """sha256 over the bytes of the weight files, in order."""
     digest = hashlib.sha256()

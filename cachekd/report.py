@@ -250,10 +250,11 @@ def _cache_rows(run: Run) -> dict[str, str]:
 
 
 def _sketch_rows(manifest: Manifest) -> dict[str, str]:
-    sketch, fidelity = manifest.sketch, manifest.fidelity
+    fidelity = manifest.fidelity
     rows = {}
-    if sketch is not None:
-        rows["tail sketch"] = f"{sketch.axes} axes, step {sketch.step:.4g} nats, {sketch.bytes / 1e6:.2f} MB"
+    for number, sketch in enumerate(manifest.sketches, 1):
+        name = "tail sketch" if number == 1 else f"tail sketch {number}"
+        rows[name] = f"{sketch.axes} axes, step {sketch.step:.4g} nats, {sketch.bytes / 1e6:.2f} MB"
     if fidelity is not None:
         rows["against the live teacher"] = (
             f"KL {fidelity.kl:.4g} nats, gradient cosine {fidelity.cosine:.4f}, "

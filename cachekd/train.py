@@ -57,7 +57,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
         CachekdError: bad input or a stale cache; nothing is left behind at `config.out`.
     """
     require_new_folder(config.out, "run")
-    samples = open_samples(config.data)
+    samples = open_samples(config.data, map=config.map)
     load_config(config.student)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor)

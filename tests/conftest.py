@@ -37,5 +37,5 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, dat
     from cachekd.dump import dump
 
     out = tmp_path_factory.mktemp("caches") / "cache"
-    dump(DumpConfig(teacher=str(teacher_path), data=data_path, out=out, batch_size=4))
+    dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=out, batch_size=4))
     return out

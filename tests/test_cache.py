@@ -28,6 +28,7 @@ from cachekd.cache import (
     TeacherInfo,
     TokenTargets,
     select_topk,
+    verify_files,
 )
 from cachekd.cache.codec import (
     TAIL_STEP,
@@ -59,6 +60,7 @@ def header(**codec) -> dict:
             dtype="float32",
             vocab_size=VOCAB,
             weights_sha256="0" * 64,
+            config_sha256="1" * 64,
         ),
         "fingerprints": Fingerprints(
             tokenizer="a", chat_template="b", image_processor="c", image_token="<image>"
@@ -321,7 +323,7 @@ def test_what_is_written_is_read(tmp_path):
         assert (
             targets.logprobs[targets.logprobs.isfinite()] - torch.from_numpy(records.logprobs)
         ).abs().max() <= 1 / 16 + TAIL_STEP / 2
-    cache.verify()
+    assert verify_files(cache.path) == []
     counts = cache.histogram()
     assert sum(counts["k"].values()) == cache.manifest.tokens
     assert sum(k * count for k, count in counts["k"].items()) == cache.manifest.entries
@@ -340,7 +342,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
 def test_golden_files_are_read_and_written_as_ever(tmp_path):
     """tests/golden is format version 1, for ever: today's reader reads it, today's writer writes it."""
     path = write_cache(tmp_path / "c")
-    for name in ("manifest.json", "shards/00000.json", "shards/00000.zarr.zip"):
+    for name in ("manifest.json", "dump/plan.json", "dump/00000.json", "shards/00000.zarr.zip"):
         assert (path / name).read_bytes() == (GOLDEN / name).read_bytes(), name
     golden = LogitCache(GOLDEN)
     expected = json.loads((GOLDEN / "expected.json").read_text())
@@ -481,8 +483,11 @@ def test_damage_to_a_cache_is_named(tmp_path):
     shard.write_bytes(content)
     cache = LogitCache(path)
     shard.write_bytes(other)
-    with pytest.raises(CachekdError, match="differs from what was written"):
-        cache.verify()
+    findings = verify_files(path)
+    assert [(finding.path, finding.shard) for finding in findings] == [(shard, 1)]
+    assert "differs from what was written" in findings[0].problem
+    with pytest.raises(CachekdError, match="the shard is damaged"):
+        cache[sample(5)[0]]
 
 
 @pytest.mark.parametrize(
@@ -504,7 +509,7 @@ def test_a_bad_manifest_is_explained(tmp_path, change, message):
 
 def test_a_folder_without_manifest_is_no_cache(tmp_path):
     (write_cache(tmp_path / "c") / "manifest.json").unlink()
-    with pytest.raises(CachekdError, match="did not finish"):
+    with pytest.raises(CachekdError, match="this dump did not finish"):
         LogitCache(tmp_path / "c")
     with pytest.raises(CachekdError, match="not a cache"):
         LogitCache(tmp_path / "nothing")
@@ -525,6 +530,6 @@ def test_packing_is_exact_at_the_edges():
     """One token, one entry; every id of the vocabulary; logprobs far below what a step can hold."""
     for logits, top_k in ((torch.tensor([[0.0, -5000.0]]), 2), (logits_of(2, 1), VOCAB)):
         records = select_topk(logits, torch.zeros(len(logits)), top_k=top_k, top_p=0.9999999)
-        shard = make_shard([("a", bytes(16), records)])
+        shard = make_shard([("a", bytes(16), len(records))], records)
         packed = pack_shard(shard, 1 / 32)
         assert packed == pack_shard(shard, 1 / 32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_vlm, tiny_processor
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.cache.codec import TAIL_STEP
@@ -56,15 +56,15 @@ def test_the_manifest_says_where_the_logits_come_from(cache_path, teacher_path, 
     assert manifest.teacher.model_type == "llava"
     assert manifest.teacher.vocab_size == len(load_processor(str(teacher_path)).tokenizer)
     assert len(manifest.teacher.weights_sha256) == 64
-    assert manifest.data.samples == manifest.samples == 12
+    assert manifest.sources[0].data.samples == manifest.samples == 12
     assert manifest.tokens == sum(
         len(targets.token_ids) for targets in map(LogitCache(cache_path).__getitem__, LogitCache(cache_path))
     )
-    assert {"torch", "transformers", "tokenizers"} <= set(manifest.versions)
+    assert {"torch", "transformers", "tokenizers"} <= set(manifest.sources[0].versions)
 
 
 def test_batch_size_changes_no_bit_that_matters(tmp_path, cache_path, teacher_path, data_path):
-    config = DumpConfig(teacher=str(teacher_path), data=data_path, out=tmp_path / "one", batch_size=1)
+    config = DumpConfig(teacher=str(teacher_path), data=str(data_path), out=tmp_path / "one", batch_size=1)
     dump(config)
     one, four = LogitCache(tmp_path / "one"), LogitCache(cache_path)
     assert list(one) == list(four)
@@ -80,7 +80,11 @@ def test_top_k_of_the_whole_vocabulary_equals_live(tmp_path, teacher_path, data_
     vocab_size = len(load_processor(str(teacher_path)).tokenizer)
     dump(
         DumpConfig(
-            teacher=str(teacher_path), data=data_path, out=tmp_path / "all", top_k=vocab_size, top_p=0.999999
+            teacher=str(teacher_path),
+            data=str(data_path),
+            out=tmp_path / "all",
+            top_k=vocab_size,
+            top_p=0.999999,
         )
     )
     cache = LogitCache(tmp_path / "all")
@@ -92,30 +96,63 @@ def test_top_k_of_the_whole_vocabulary_equals_live(tmp_path, teacher_path, data_
         torch.testing.assert_close(cached, live, rtol=0.02, atol=1e-3)
 
 
-def test_an_existing_folder_is_left_alone(cache_path, teacher_path, data_path):
-    before = {path: path.read_bytes() for path in cache_path.rglob("*") if path.is_file()}
+def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_finished_cache_is_left_alone_by_the_same_command(cache_path, teacher_path, data_path):
+    before = everything(cache_path)
+    summary = dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=cache_path, batch_size=4))
+    assert summary.finished
+    assert summary.new_tokens == 0
+    assert everything(cache_path) == before
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path, teacher_path, data_path):
+    (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CachekdError, match="already holds something"):
-        dump(DumpConfig(teacher=str(teacher_path), data=data_path, out=cache_path))
-    assert {path: path.read_bytes() for path in cache_path.rglob("*") if path.is_file()} == before
+        dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=tmp_path))
+    assert list(everything(tmp_path)) == ["notes.txt"]
 
 
-def test_a_bad_sample_in_the_middle_leaves_nothing(tmp_path, teacher_path, data_path):
-    from tiny import tar_members, write_tar
-
+def test_a_bad_sample_stops_the_dump_and_what_is_finished_stays(tmp_path, teacher_path):
     members = tar_members(70)
-    members[-2] = (members[-2][0], b"not a png")
+    good = members[-2]
+    members[-2] = (good[0], b"not a png")
     write_tar(tmp_path / "data" / "0.tar", members)
+    config = DumpConfig(
+        teacher=str(teacher_path),
+        data=str(tmp_path / "data"),
+        out=tmp_path / "out",
+        batch_size=1,
+        shard_samples=20,
+        calibration_tokens=30,
+    )
     with pytest.raises(CachekdError, match="image cannot be read"):
-        dump(
-            DumpConfig(teacher=str(teacher_path), data=tmp_path / "data", out=tmp_path / "out", batch_size=1)
-        )
-    assert not (tmp_path / "out").exists()
+        dump(config)
+    assert len(list((tmp_path / "out" / "shards").glob("*.zip"))) == 3
+    finished = everything(tmp_path / "out" / "shards")
+    members[-2] = good
+    write_tar(tmp_path / "data" / "0.tar", members)
+    assert dump(config).samples == 70
+    again = everything(tmp_path / "out" / "shards")
+    assert {name: again[name] for name in finished} == finished
 
 
 def test_progress_counts_every_sample_and_token(tmp_path, teacher_path, data_path):
     counted = []
-    config = DumpConfig(teacher=str(teacher_path), data=data_path, out=tmp_path / "c", batch_size=5)
-    summary = dump(config, lambda samples, tokens: counted.append((samples, tokens)))
+    config = DumpConfig(teacher=str(teacher_path), data=str(data_path), out=tmp_path / "c", batch_size=5)
+
+    def progress(phase, total, samples, tokens):
+        if phase == "dump":
+            assert total == 12
+            counted.append((samples, tokens))
+
+    summary = dump(config, progress)
     assert sum(samples for samples, _ in counted) == summary.samples == 12
     assert sum(tokens for _, tokens in counted) == summary.tokens
     assert summary.bytes == sum(path.stat().st_size for path in (tmp_path / "c" / "shards").glob("*.zip"))
@@ -124,7 +161,7 @@ def test_progress_counts_every_sample_and_token(tmp_path, teacher_path, data_pat
 @pytest.mark.parametrize(("tail", "tolerance"), [("none", 1e-4), ("exact", 0.02)])
 def test_a_vocabulary_padded_beyond_the_tokenizer_is_cut(tmp_path, data_path, tail, tolerance):
     path = save_vlm(tmp_path / "padded", tiny_processor(), vocab_size=400, seed=1)
-    dump(DumpConfig(teacher=str(path), data=data_path, out=tmp_path / "c", tail=tail))
+    dump(DumpConfig(teacher=str(path), data=str(data_path), out=tmp_path / "c", tail=tail))
     cache = LogitCache(tmp_path / "c")
     size = len(load_processor(str(path)).tokenizer)
     assert cache.manifest.teacher.vocab_size == size < 400

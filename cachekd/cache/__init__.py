@@ -6,9 +6,12 @@ from cachekd.cache.manifest import (
     DataInfo,
     Fidelity,
     Fingerprints,
+    Geometry,
     Manifest,
+    Plan,
     ShardInfo,
     SketchInfo,
+    Source,
     TeacherInfo,
 )
 from cachekd.cache.reader import LogitCache
@@ -18,6 +21,7 @@ from cachekd.cache.select import select_topk
 from cachekd.cache.sketch import SketchTail, TailSketch
 from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets, UniformTail
+from cachekd.cache.verify import Finding, verify_files
 from cachekd.cache.writer import LogitCacheWriter
 
 __all__ = [
@@ -25,15 +29,19 @@ __all__ = [
     "CodecSettings",
     "DataInfo",
     "Fidelity",
+    "Finding",
     "Fingerprints",
+    "Geometry",
     "LogitCache",
     "LogitCacheWriter",
     "Manifest",
     "OutputHead",
+    "Plan",
     "ShardInfo",
     "SketchCodes",
     "SketchInfo",
     "SketchTail",
+    "Source",
     "TailSetting",
     "TailSketch",
     "TailStates",
@@ -42,4 +50,5 @@ __all__ = [
     "UniformTail",
     "roundtrip",
     "select_topk",
+    "verify_files",
 ]

@@ -18,13 +18,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cachekd.cache.arrays import pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
-from cachekd.cache.sketch import CENTROIDS, SHIFT_STEP, SketchTail, TailSketch, capped
+from cachekd.cache.sketch import (
+    CENTROIDS,
+    SHIFT_STEP,
+    SKETCH_FORMAT,
+    SketchTail,
+    TailSketch,
+    capped,
+    read_sketch,
+)
 from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 
@@ -69,6 +79,7 @@ class SketchEncoder:
         analysis: [C, d] float32, code steps per hidden unit.
         common: [d] float32 and a number: the part of the logits that is the same for every id.
         calibration_tokens: that it was fitted on.
+        code_bytes: per token, expected of the coordinates of tokens that the axes were not fitted on.
     """
 
     sketch: TailSketch
@@ -77,6 +88,7 @@ class SketchEncoder:
     analysis: Tensor
     common: tuple[Tensor, float]
     calibration_tokens: int
+    code_bytes: float
 
     def encode(self, states: TailStates) -> SketchCodes:
         """Codes of N tokens; on the device of `states`, returned on the CPU."""
@@ -86,6 +98,37 @@ class SketchEncoder:
         direction, constant = self.common
         shift = (states.log_normaliser.float() - hidden @ direction.to(device) - constant) / SHIFT_STEP
         return SketchCodes(_to_int16(coordinates), _to_int16(shift))
+
+    def pack(self) -> bytes:
+        """The bytes of a cache's sketch file: what undoes the codes, and what makes more of them."""
+        direction, constant = self.common
+        arrays = {
+            "analysis": self.analysis.cpu().numpy().astype("<f4"),
+            "mean": self.mean.cpu().numpy().astype("<f4"),
+            "common": direction.cpu().numpy().astype("<f4"),
+            "numbers": np.array([self.step, constant, self.calibration_tokens, self.code_bytes], "<f8"),
+        }
+        return pack_arrays({**self.sketch.arrays(), **arrays}, SKETCH_FORMAT)
+
+
+def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
+    """From a cache's sketch file.
+
+    Raises:
+        CachekdError: it is missing, damaged, or for reading only.
+    """
+    arrays = read_arrays(path, ("analysis", "mean", "common", "numbers"), SKETCH_FORMAT, sha256)
+    tensors = {name: torch.from_numpy(arrays[name].copy()) for name in ("analysis", "mean", "common")}
+    step, constant, tokens, code_bytes = arrays["numbers"].tolist()
+    return SketchEncoder(
+        sketch=read_sketch(path, sha256),
+        step=step,
+        mean=tensors["mean"],
+        analysis=tensors["analysis"],
+        common=(tensors["common"], constant),
+        calibration_tokens=int(tokens),
+        code_bytes=code_bytes,
+    )
 
 
 @torch.no_grad()
@@ -148,7 +191,13 @@ def fit_sketch(
     )
     analysis = ((root @ axes).T / step).float()
     encoder = SketchEncoder(
-        sketch, step, mean.cpu(), analysis.cpu(), (common.cpu(), constant), calibration_tokens=len(hidden)
+        sketch=sketch,
+        step=step,
+        mean=mean.cpu(),
+        analysis=analysis.cpu(),
+        common=(common.cpu(), constant),
+        calibration_tokens=len(hidden),
+        code_bytes=_code_bytes(_held_out(hidden, root), step),
     )
     surplus = _mass_surplus(encoder, states, targets)
     encoder.sketch.forget_copies()  # coding needs none, and a GPU has better use for the memory
@@ -196,27 +245,32 @@ def _worth_keeping(y: Tensor, step: float) -> Tensor:
     return use
 
 
-def _step_for(budget: float, hidden: Tensor, root: Tensor) -> float:
-    """The step at which codes cost `budget` bytes per token.
+def _held_out(hidden: Tensor, root: Tensor) -> Tensor:
+    """[N / 4, d]: a quarter of the tokens along axes that were fitted on the others.
 
-    Measured on a quarter of the tokens that the axes have not seen: on those that they have, codes are
-    cheaper than they will be. The quarter is every fourth run of tokens, so that it has some of everything.
+    On tokens that the axes have seen, codes are cheaper than they will be. The quarter is every fourth run of
+    tokens, so that it has some of everything.
     """
     tokens = torch.arange(len(hidden), device=hidden.device)
     apart = (tokens // min(64, max(1, len(hidden) // 4))) % 4 == 3 if len(hidden) >= 4 else tokens >= 0
     mean, axes = _axes(hidden[~apart] if len(hidden) >= 4 else hidden, root)
-    y = ((hidden[apart] - mean).double() @ root @ axes).float()
+    return ((hidden[apart] - mean).double() @ root @ axes).float()
+
+
+def _step_for(budget: float, hidden: Tensor, root: Tensor) -> float:
+    """The step at which codes cost `budget` bytes per token."""
+    y = _held_out(hidden, root)
     low, high = 1e-4, 1e2
     for _ in range(40):
         step = (low * high) ** 0.5
-        cost = _code_bytes(y[:, _worth_keeping(y, step)].cpu().numpy(), step)
-        low, high = (step, high) if cost > budget else (low, step)
+        low, high = (step, high) if _code_bytes(y, step) > budget else (low, step)
     return high
 
 
-def _code_bytes(y: np.ndarray, step: float) -> float:
-    """Order-0 entropy of the codes, axis by axis; bytes per token with the coder's overhead."""
-    codes = np.clip(np.rint(y / step), -(2**15), 2**15 - 1).astype(np.int64)
+def _code_bytes(y: Tensor, step: float) -> float:
+    """Order-0 entropy of the codes of `y` [N, d], axis by axis; bytes per token with the coder's overhead."""
+    kept = y[:, _worth_keeping(y, step)].cpu().numpy()
+    codes = np.clip(np.rint(kept / step), -(2**15), 2**15 - 1).astype(np.int64)
     low, width = codes.min(), int(codes.max() - codes.min()) + 1
     bits = 0.0
     for column in codes.T:

@@ -5,23 +5,20 @@ Nothing that is said here has to be said again: training reads window, codec and
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, model_validator
 
+from cachekd.cache.sealed import Part, Sealed, cannot_be_read, read_json
 from cachekd.errors import CachekdError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+PLAN_FILE = "dump/plan.json"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TeacherInfo(_Part):
+class TeacherInfo(Part):
     """The model whose logits these are."""
 
     name: str = Field(description="folder or hub name it was loaded from")
@@ -29,9 +26,10 @@ class TeacherInfo(_Part):
     dtype: str = Field(description="of its weights while it ran")
     vocab_size: int = Field(gt=0, description="ids 0 to vocab_size - 1 share the probability mass")
     weights_sha256: str = Field(description="over the weight files in order, or hub:commit")
+    config_sha256: str = Field(description="over its configuration")
 
 
-class Fingerprints(_Part):
+class Fingerprints(Part):
     """What turned samples into the teacher's inputs; sha256 each."""
 
     tokenizer: str
@@ -40,15 +38,38 @@ class Fingerprints(_Part):
     image_token: str = Field(description="the placeholder's text")
 
 
-class DataInfo(_Part):
-    """The data set that was dumped."""
+class DataInfo(Part):
+    """A data set as it was read."""
 
     path: str
-    samples: int = Field(ge=0)
+    samples: int = Field(ge=0, description="before bad ones were left out")
     sha256: str = Field(description="over the keys in order; the shards hold a hash of every sample")
+    limit: int | None = Field(None, description="only so many were taken")
+    shuffle_seed: int | None = Field(None, description="of the order; null: as it stands")
+    map: str | None = Field(None, description="module:function that made the records")
 
 
-class CodecSettings(_Part):
+class Geometry(Part):
+    """How a dump was cut up; with the same geometry a shard comes out the same, byte for byte."""
+
+    shard_samples: int = Field(gt=0, description="samples of the data set per shard")
+    group_samples: int = Field(gt=0, description="samples that were sorted by length together")
+    batch_size: int = Field(gt=0, description="samples per teacher forward")
+    calibration_tokens: int = Field(
+        gt=0, description="answer tokens that the tail sketch was to be fitted on"
+    )
+    disk_budget: int | None = Field(None, description="bytes, from which top_k and tail were chosen")
+
+
+class Source(Part):
+    """One dump. A merged cache has several."""
+
+    data: DataInfo
+    geometry: Geometry | None = Field(None, description="null where samples were added one by one")
+    versions: dict[str, str] = Field(description="of the libraries that computed the logits")
+
+
+class CodecSettings(Part):
     """How a token's distribution is kept."""
 
     top_k: int = Field(ge=2, le=65535, description="most logprobs per token")
@@ -61,17 +82,18 @@ class CodecSettings(_Part):
     )
 
 
-class SketchInfo(_Part):
-    """sketch.zarr.zip: what all tokens share of the tail sketch."""
+class SketchInfo(Part):
+    """sketch.zarr.zip: what tokens share of the tail sketch."""
 
+    name: str = Field("sketch.zarr.zip", pattern=r"^sketch(-[0-9]+)?\.zarr\.zip$")
     axes: int = Field(gt=0, description="C, coordinates per token")
-    step: float = Field(gt=0, description="nats per step of the codes")
+    step: float = Field(gt=0, allow_inf_nan=False, description="nats per step of the codes")
     calibration_tokens: int = Field(gt=0, description="answer tokens that it was fitted on")
     bytes: int = Field(gt=0)
     sha256: str
 
 
-class Fidelity(_Part):
+class Fidelity(Part):
     """The cache, read back, against the live teacher at a sample of its answer tokens."""
 
     tokens: int = Field(gt=0)
@@ -83,29 +105,92 @@ class Fidelity(_Part):
     )
 
 
-class ShardInfo(_Part):
+class ShardInfo(Part):
     """One file under shards/."""
 
-    name: str
+    name: str = Field(pattern=r"^[0-9]{5,9}\.zarr\.zip$")
+    source: int = Field(0, ge=0, description="index in `sources`")
+    sketch: int | None = Field(None, ge=0, description="index in `sketches`; null without a tail sketch")
+    span: tuple[int, int] | None = Field(
+        None, description="of the source's data set, first and last + 1; null where shards were cut"
+    )
     samples: int = Field(gt=0)
     tokens: int = Field(ge=0)
     entries: int = Field(ge=0, description="logprobs stored")
     bytes: int = Field(gt=0)
     sha256: str
+    fidelity: Fidelity | None = Field(None, description="null where it was not measured")
 
 
-class Manifest(_Part):
-    """manifest.json, written last: a shard that it does not list does not exist."""
+class SkippedInfo(Part):
+    """skipped.jsonl: {"key", "reason"} for each sample that was left out."""
+
+    samples: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class Header(Sealed):
+    """What all of a cache's logits have in common."""
 
     format_version: Literal[1] = 1
     teacher: TeacherInfo
     fingerprints: Fingerprints
-    data: DataInfo
     codec: CodecSettings
-    sketch: SketchInfo | None = Field(None, description="null in a cache without a tail sketch")
-    fidelity: Fidelity | None = Field(None, description="null where it was not measured")
-    versions: dict[str, str] = Field(description="of the libraries that computed the logits")
-    shards: list[ShardInfo]
+
+
+class Plan(Header):
+    """dump/plan.json: what a dump set out to do, written first, by whichever process was first."""
+
+    source: Source
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Of each shard, first and last + 1 sample of the data set.
+
+        Raises:
+            ValueError: samples were added one by one.
+        """
+        if self.source.geometry is None:
+            raise ValueError("this plan has no geometry")
+        count, size = self.source.data.samples, self.source.geometry.shard_samples
+        return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Skipped(Part):
+    """A sample that was left out."""
+
+    key: str
+    reason: str
+
+
+class ShardRecord(Sealed):
+    """dump/00000.json: a shard is finished once this is there."""
+
+    plan_sha256: str
+    shard: ShardInfo | None = Field(description="null where every sample was left out")
+    skipped: list[Skipped]
+
+
+class Manifest(Header):
+    """manifest.json, written last: a shard that it does not list does not exist."""
+
+    sources: list[Source] = Field(min_length=1)
+    sketches: list[SketchInfo] = Field(description="empty without a tail sketch; several in a merged cache")
+    fidelity: Fidelity | None = Field(None, description="of all shards; null where it was not measured")
+    skipped: SkippedInfo | None = Field(None, description="null where no sample was left out")
+    shards: list[ShardInfo] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _refers_to_what_is_there(self) -> Self:
+        for shard in self.shards:
+            if shard.source >= len(self.sources):
+                raise ValueError(f"shard {shard.name} is of source {shard.source}, which is not listed")
+            if shard.sketch not in (range(len(self.sketches)) if self.sketches else (None,)):
+                raise ValueError(f"shard {shard.name} has sketch {shard.sketch}, which is not listed")
+        for names in ([shard.name for shard in self.shards], [sketch.name for sketch in self.sketches]):
+            if len(names) != len(set(names)):
+                raise ValueError("a file is listed twice")
+        return self
 
     @property
     def samples(self) -> int:
@@ -124,9 +209,10 @@ class Manifest(_Part):
         """Bytes of the shards."""
         return sum(shard.bytes for shard in self.shards)
 
-    def to_json(self) -> bytes:
-        """As it stands in the file."""
-        return (self.model_dump_json(indent=2) + "\n").encode()
+    @property
+    def sketch_bytes(self) -> int:
+        """Bytes of the tail sketches."""
+        return sum(sketch.bytes for sketch in self.sketches)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -136,20 +222,9 @@ class Manifest(_Part):
             CachekdError: there is none, or it cannot be read by this version.
         """
         path = folder / MANIFEST_FILE
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CachekdError(
-                "this is not a cache, or its dump did not finish",
-                where=str(folder),
-                expected=MANIFEST_FILE,
-                found=", ".join(sorted(p.name for p in folder.iterdir())[:5])
-                if folder.is_dir()
-                else "no folder",
-                fix="run `cachekd dump` into a new folder",
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _damaged(path, str(error)) from None
+        if not path.is_file():
+            raise _not_a_cache(folder)
+        values = read_json(path)
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise CachekdError(
@@ -159,18 +234,23 @@ class Manifest(_Part):
                 found=version,
                 fix="pip install --upgrade cachekd",
             )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if version != FORMAT_VERSION:
+            raise cannot_be_read(path, f"format_version {version!r}")
+        return cls.parse(path, values)
 
 
-def _damaged(path: Path, found: str) -> CachekdError:
+def _not_a_cache(folder: Path) -> CachekdError:
+    if (folder / PLAN_FILE).is_file():
+        return CachekdError(
+            "this dump did not finish",
+            where=str(folder),
+            expected=MANIFEST_FILE,
+            fix="run the same `cachekd dump` again, it goes on where it stopped (see `cachekd status`)",
+        )
     return CachekdError(
-        "the manifest cannot be read",
-        where=str(path),
-        expected="what `cachekd dump` wrote (schemas/manifest.schema.json)",
-        found=found,
-        fix="restore it from where the cache came from, or dump again",
+        "this is not a cache",
+        where=str(folder),
+        expected=MANIFEST_FILE,
+        found=", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no folder",
+        fix="run `cachekd dump`",
     )

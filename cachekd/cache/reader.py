@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
+from cachekd.cache.records import TokenTargets
 from cachekd.cache.shard import Shard, read_keys, read_shard
-from cachekd.cache.sketch import SKETCH_FILE, TailSketch, read_sketch
+from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
-from cachekd.cache.writer import SHARD_FOLDER
 from cachekd.errors import CachekdError
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
@@ -61,23 +62,45 @@ class LogitCache:
         number, position = self._place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
+        return self._rebuilt(number, shard.targets.cut(int(first), int(last)))
+
+    def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
+        """All targets of a shard, and where each sample's start and the last one's end: [n + 1].
+
+        Raises:
+            CachekdError: it is damaged.
+        """
+        shard = self._shard(number)
+        return self._rebuilt(number, shard.targets), shard.sample_offsets
+
+    def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
         return CachedTargets.from_records(
-            shard.targets.cut(int(first), int(last)),
+            records,
             vocab_size=self.manifest.teacher.vocab_size,
             window=self.manifest.codec.window,
             min_k=self.manifest.codec.min_k,
-            sketch=self.sketch,
+            sketch=self.sketch(self.manifest.shards[number].sketch),
         )
 
-    @property
-    def sketch(self) -> TailSketch | None:
-        """What all tokens share of the tail sketch; None in a cache without one."""
-        return read_sketch(self.path / SKETCH_FILE) if self.manifest.sketch is not None else None
+    def sketch(self, number: int | None = 0) -> TailSketch | None:
+        """What tokens share of the tail sketch; None in a cache without one.
+
+        Args:
+            number: a merged cache has several.
+        """
+        if number is None or not self.manifest.sketches:
+            return None
+        info = self.manifest.sketches[number]
+        return read_sketch(self.path / info.name, info.sha256)
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
         number, position = self._place(key)
         return self._shard(number).hashes[position].tobytes()
+
+    def shard_of(self, key: str) -> int:
+        """The number of the shard that holds a sample."""
+        return self._place(key)[0]
 
     def histogram(self) -> dict[str, dict[int, int]]:
         """How many tokens have each stored k, and each of Kneedle's k."""
@@ -89,31 +112,13 @@ class LogitCache:
                 counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
-    def verify(self) -> None:
-        """Compare every file with its sha256 in the manifest.
-
-        Raises:
-            CachekdError: the first file that differs.
-        """
-        for path, info in self._files():
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-            if found != info.sha256:
-                raise CachekdError(
-                    "a file differs from what was written",
-                    where=str(path),
-                    expected=f"sha256 {info.sha256}",
-                    found=found,
-                    fix="fetch it again, or run `cachekd dump` again into a new folder",
-                )
-
     def _kept_bytes(self) -> int:
         return sum(shard.targets.nbytes for shard in self._decoded.values())
 
     def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
         """Everything that the manifest lists."""
         shards = [(self.path / SHARD_FOLDER / info.name, info) for info in self.manifest.shards]
-        sketch = self.manifest.sketch
-        return [*shards, *([(self.path / SKETCH_FILE, sketch)] if sketch is not None else [])]
+        return [*shards, *((self.path / sketch.name, sketch) for sketch in self.manifest.sketches)]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": OrderedDict()}
@@ -135,7 +140,8 @@ class LogitCache:
             shard = read_shard(
                 self.path / SHARD_FOLDER / info.name,
                 self.manifest.codec.logprob_step,
-                sketch=self.manifest.sketch is not None,
+                sketch=info.sketch is not None,
+                sha256=info.sha256,
             )
             if (len(shard.keys), len(shard.targets)) != (info.samples, info.tokens):
                 raise CachekdError(
@@ -159,5 +165,5 @@ class LogitCache:
                     where=str(path),
                     expected=f"{info.bytes:,} bytes",
                     found="no file" if found is None else f"{found:,} bytes",
-                    fix="fetch it again, or run `cachekd dump` again into a new folder",
+                    fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
                 )

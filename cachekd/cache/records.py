@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -86,6 +86,22 @@ class TokenTargets:
         """Tokens [first, last)."""
         starts = offsets(self.k)
         return self._cut(slice(first, last), slice(int(starts[first]), int(starts[last])))
+
+    def truncate(self, top_k: int) -> TokenTargets:
+        """Keep at most `top_k` entries of each token; the mass of the others goes to the tail."""
+        starts, k = offsets(self.k)[:-1], np.minimum(self.k, top_k)
+        place = np.arange(len(self.ids)) - np.repeat(starts, self.k)
+        kept = place < top_k
+        lost = np.full(len(self), -np.inf)
+        np.logaddexp.at(lost, np.repeat(np.arange(len(self)), self.k)[~kept], self.logprobs[~kept])
+        return replace(
+            self,
+            k=k,
+            knee=np.minimum(self.knee, k),
+            ids=self.ids[kept],
+            logprobs=self.logprobs[kept],
+            tail_logmass=np.logaddexp(self.tail_logmass, lost).astype(np.float32),
+        )
 
     def split(self, counts: Sequence[int]) -> list[TokenTargets]:
         """Cut into runs of `counts` tokens, for example one per sample of a batch."""

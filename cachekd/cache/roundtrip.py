@@ -74,7 +74,9 @@ def roundtrip(
             writer.add("states", targets, bytes(16), states)
         read = LogitCache(writer.path)["states"]
     if isinstance(read.tail, SketchTail):  # its file is gone by now
-        read = replace(read, tail=replace(read.tail, sketch=replace(read.tail.sketch, path=None)))
+        read = replace(
+            read, tail=replace(read.tail, sketch=replace(read.tail.sketch, path=None, sha256=None))
+        )
     return read, writer.manifest.size
 
 
@@ -88,7 +90,9 @@ def states_header(codec: CodecSettings, vocab_size: int) -> dict[str, Any]:
     """What a `LogitCacheWriter` wants to know, for states of which nothing is known."""
     nothing = dict.fromkeys(("tokenizer", "chat_template", "image_processor", "image_token"), "")
     return {
-        "teacher": TeacherInfo(name="", model_type="", dtype="", vocab_size=vocab_size, weights_sha256=""),
+        "teacher": TeacherInfo(
+            name="", model_type="", dtype="", vocab_size=vocab_size, weights_sha256="", config_sha256=""
+        ),
         "fingerprints": Fingerprints(**nothing),
         "data": DataInfo(path="", samples=1, sha256=""),
         "codec": codec,

@@ -20,6 +20,7 @@ Over n samples, N answer tokens, E entries, R different ids among them, and C ax
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +80,13 @@ def pack_shard(shard: Shard, step: float) -> bytes:
     ranked, ranks = rank_ids(targets.ids)
     arrays = {
         "sample_offsets": shard.sample_offsets.astype("<u4"),
-        "sample_keys": np.frombuffer("\n".join(shard.keys).encode(), dtype="u1"),
+        "sample_keys": _characters(shard.keys),
         "sample_hashes": shard.hashes,
         "token_ids": targets.token_ids.astype("<u4"),
         "k": targets.k.astype("<u2"),
         "beyond_knee": (targets.k - targets.knee).astype("<u2"),
         "tail": encode_tail(targets.tail_logmass, targets.logprobs, targets.k).astype("<i2"),
-        "ranked_ids": ranked.astype("<u4"),
-        "topk_ranks": ranks.astype("<u2" if len(ranked) <= 2**16 else "<u4"),
+        **_ids(ranked, ranks),
         "topk_gaps": encode_logprobs(targets.logprobs, targets.k, step).astype("<u2"),
     }
     if targets.sketch is not None:
@@ -95,21 +95,66 @@ def pack_shard(shard: Shard, step: float) -> bytes:
     return pack_arrays(arrays, _FORMAT)
 
 
-def read_shard(path: Path, step: float, *, sketch: bool = False) -> Shard:
+def read_shard(path: Path, step: float, *, sketch: bool = False, sha256: str | None = None) -> Shard:
     """Read and check a whole shard.
 
     Args:
         step: that it was packed with.
         sketch: whether it must have a tail sketch.
+        sha256: of the file, if it is known.
 
     Raises:
         CachekdError: it is not a shard, or is damaged: what failed, and where.
     """
-    arrays = read_arrays(path, [*_ARRAYS, *(_SKETCH_ARRAYS if sketch else ())], _FORMAT)
+    arrays = read_arrays(path, [*_ARRAYS, *(_SKETCH_ARRAYS if sketch else ())], _FORMAT, sha256)
     try:
         return _assemble(arrays, step)
     except (ValueError, IndexError) as error:
         raise damaged(path, str(error)) from None
+
+
+def cut_shard(
+    path: Path, samples: Sequence[int], *, sketch: bool, sha256: str | None = None
+) -> tuple[bytes, int, int]:
+    """Some of a shard's samples, in a file of their own; every code as it was.
+
+    Args:
+        samples: places in the shard, ascending.
+        sketch, sha256: as for `read_shard`.
+
+    Returns:
+        the file's bytes, and how many tokens and entries it has.
+    """
+    old = read_arrays(path, [*_ARRAYS, *(_SKETCH_ARRAYS if sketch else ())], _FORMAT, sha256)
+    starts = old["sample_offsets"].astype(np.int64)
+    counts = starts[1:] - starts[:-1]
+    wanted = np.zeros(len(counts), bool)
+    wanted[list(samples)] = True
+    tokens = np.repeat(wanted, counts)
+    entries = np.repeat(tokens, old["k"])
+    ranked, ranks = rank_ids(old["ranked_ids"][old["topk_ranks"]][entries])
+    keys = _keys(old["sample_keys"])
+    new = {
+        "sample_offsets": offsets(counts[wanted]).astype("<u4"),
+        "sample_keys": _characters([keys[place] for place in samples]),
+        "sample_hashes": old["sample_hashes"][wanted],
+        **{name: old[name][tokens] for name in ("token_ids", "k", "beyond_knee", "tail")},
+        **_ids(ranked, ranks),
+        "topk_gaps": old["topk_gaps"][entries],
+    }
+    if sketch:
+        new["sketch_coordinates"] = old["sketch_coordinates"][:, tokens]
+        new["sketch_shift"] = old["sketch_shift"][tokens]
+    return pack_arrays(new, _FORMAT), int(tokens.sum()), int(entries.sum())
+
+
+def _characters(keys: list[str]) -> NDArray[np.uint8]:
+    return np.frombuffer("\n".join(keys).encode(), dtype="u1")
+
+
+def _ids(ranked: NDArray[np.uint32], ranks: NDArray[np.int64]) -> dict[str, NDArray]:
+    narrow = len(ranked) <= 2**16
+    return {"ranked_ids": ranked.astype("<u4"), "topk_ranks": ranks.astype("<u2" if narrow else "<u4")}
 
 
 def read_keys(path: Path) -> list[str]:
@@ -164,11 +209,11 @@ def _assemble(arrays: dict[str, NDArray], step: float) -> Shard:
     return Shard(keys, arrays["sample_hashes"], starts, targets)
 
 
-def make_shard(samples: list[tuple[str, bytes, TokenTargets]]) -> Shard:
-    """Put (key, 16-byte hash, targets) of samples together."""
+def make_shard(samples: list[tuple[str, bytes, int]], targets: TokenTargets) -> Shard:
+    """From (key, 16-byte hash, number of tokens) of every sample, and the targets of all."""
     return Shard(
         keys=[key for key, _, _ in samples],
         hashes=np.frombuffer(b"".join(content for _, content, _ in samples), dtype="u1").reshape(-1, 16),
-        sample_offsets=offsets(np.array([len(targets) for _, _, targets in samples])),
-        targets=TokenTargets.concatenate([targets for _, _, targets in samples]),
+        sample_offsets=offsets(np.array([tokens for _, _, tokens in samples])),
+        targets=targets,
     )

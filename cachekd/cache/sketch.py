@@ -28,7 +28,7 @@ SHIFT_STEP = 1 / 32  # nats
 FARTHEST = 6e4  # units; float16 ends at 65,504
 CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
 
-_FORMAT = {"format": "cachekd-sketch", "format_version": 1}
+SKETCH_FORMAT = {"format": "cachekd-sketch", "format_version": 1}
 _ARRAYS = ("basis", "basis_step", "offset", "unit", "centroids", "softcap")
 # Elements of `basis` looked up at a time: what stays in a CPU's cache, and what a GPU is busy with.
 _LOOKUP = {"cpu": 2**21, "cuda": 2**28}
@@ -51,7 +51,7 @@ class TailSketch:
         unit: [C] float32, units per code step.
         centroids: [CENTROIDS, C] float32, where codes of magnitude 1, 2 are rebuilt; in units.
         softcap: logits are softcap * tanh(logit / softcap); None if they are not capped.
-        path: the file it came from, from which other processes read it.
+        path, sha256: the file it came from, from which other processes read it.
     """
 
     codes: Tensor
@@ -61,6 +61,7 @@ class TailSketch:
     centroids: Tensor
     softcap: float | None
     path: Path | None = None
+    sha256: str | None = None
     _basis: list[Tensor] = field(default_factory=list, repr=False, compare=False)
     _copies: dict[torch.device, TailSketch] = field(default_factory=dict, repr=False, compare=False)
 
@@ -121,9 +122,9 @@ class TailSketch:
         """[N, V] float32, at every id."""
         return capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset, self.softcap)
 
-    def pack(self) -> bytes:
-        """The file's bytes."""
-        arrays = {
+    def arrays(self) -> dict[str, NDArray]:
+        """What its file holds."""
+        return {
             "basis": np.ascontiguousarray(self.codes.T.cpu().numpy()).astype("<i2"),
             "basis_step": np.array([self.basis_step], "<f8"),
             "offset": self.offset.cpu().numpy().astype("<f4"),
@@ -131,12 +132,15 @@ class TailSketch:
             "centroids": self.centroids.cpu().numpy().astype("<f4"),
             "softcap": np.array([] if self.softcap is None else [self.softcap], "<f8"),
         }
-        return pack_arrays(arrays, _FORMAT)
+
+    def pack(self) -> bytes:
+        """The file's bytes, for reading only: a cache's own has what `SketchEncoder` adds."""
+        return pack_arrays(self.arrays(), SKETCH_FORMAT)
 
     def __reduce__(self) -> tuple:
         # To another process goes the way to the file, not some hundred megabytes with every batch.
         if self.path is not None:
-            return read_sketch, (self.path,)
+            return read_sketch, (self.path, self.sha256)
         names = ("codes", "basis_step", "offset", "unit", "centroids", "softcap")
         return TailSketch, tuple(getattr(self, name) for name in names)
 
@@ -144,8 +148,11 @@ class TailSketch:
         return self  # nothing in it changes
 
 
-def read_sketch(path: Path) -> TailSketch:
+def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
     """Read a cache's sketch; once per process, while the file stays the same.
+
+    Args:
+        sha256: of the file, if it is known.
 
     Raises:
         CachekdError: it is missing or damaged.
@@ -154,12 +161,12 @@ def read_sketch(path: Path) -> TailSketch:
         status = path.stat()
     except OSError as error:
         raise damaged(path, str(error)) from None
-    return _read(path, status.st_mtime_ns, status.st_size)
+    return _read(path, sha256, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, _changed: int, _size: int) -> TailSketch:
-    arrays = read_arrays(path, _ARRAYS, _FORMAT)
+def _read(path: Path, sha256: str | None, _changed: int, _size: int) -> TailSketch:
+    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256)
     basis, unit = arrays["basis"], arrays["unit"]
     expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
     for name, shape in expected.items():
@@ -173,6 +180,7 @@ def _read(path: Path, _changed: int, _size: int) -> TailSketch:
         centroids=torch.from_numpy(arrays["centroids"]),
         softcap=float(arrays["softcap"][0]) if len(arrays["softcap"]) else None,
         path=path,
+        sha256=sha256,
     )
 
 

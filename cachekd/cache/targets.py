@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachekd.cache.mixed import MixedTail, join_sketch_tails
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
@@ -66,7 +67,7 @@ class CachedTargets:
     logprobs: Tensor
     k: Tensor
     knee: Tensor
-    tail: UniformTail | SketchTail
+    tail: UniformTail | SketchTail | MixedTail
     vocab_size: int
     window: int
     min_k: int
@@ -137,7 +138,7 @@ class CachedTargets:
             logprobs=rows("logprobs", float("-inf")),
             k=torch.cat([part.k for part in parts]),
             knee=torch.cat([part.knee for part in parts]),
-            tail=parts[0].tail.cat([part.tail for part in parts[1:]]),  # type: ignore[misc]
+            tail=_join([part.tail for part in parts]),
         )
 
     def __len__(self) -> int:
@@ -201,3 +202,11 @@ class CachedTargets:
         names = ("token_ids", "ids", "logprobs", "k", "knee")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))
+
+
+def _join(tails: list[UniformTail | SketchTail | MixedTail]) -> UniformTail | SketchTail | MixedTail:
+    """One after the other; a cache has a sketch for all its tokens, or for none."""
+    uniform = [tail for tail in tails if isinstance(tail, UniformTail)]
+    if uniform:
+        return uniform[0].cat(uniform[1:])
+    return join_sketch_tails([tail for tail in tails if not isinstance(tail, UniformTail)])

@@ -1,43 +1,34 @@
-"""Write a cache: shard by shard, each whole on disk before the next, the manifest last."""
+"""Write a cache from samples that come one by one, for example from a teacher of your own."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self
 
-from cachekd.cache.files import commit
+from cachekd.cache.build import CacheBuild, find_plan
 from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
     DataInfo,
-    Fidelity,
     Fingerprints,
     Manifest,
-    ShardInfo,
-    SketchInfo,
+    Plan,
+    Source,
     TeacherInfo,
 )
-from cachekd.cache.probes import Probes
 from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.shard import make_shard, pack_shard
-from cachekd.cache.sketch import SKETCH_FILE, read_sketch
+from cachekd.cache.shard_writer import ShardWriter, check_sample
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
 from cachekd.errors import CachekdError
 
-SHARD_FOLDER = "shards"
-ENCODED_TOKENS = 4_096  # coded at a time
 
-
-@dataclass(frozen=True)
-class _Uncoded:
+class _Sample(NamedTuple):
     key: str
-    content_hash: bytes
     targets: TokenTargets
+    content_hash: bytes
     states: TailStates | None
 
 
@@ -45,7 +36,8 @@ class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
     Use it as a context manager: on success the manifest is written, on an exception all that was written is
-    removed, so that a folder holds a whole cache or none.
+    removed, so that a folder holds a whole cache or none. (`cachekd.dump` can be resumed; this cannot, since
+    it does not know what is to come.)
 
     The first `calibration_tokens` answer tokens wait in memory until the tail sketch has been fitted on them
     (all of them, if the cache is smaller).
@@ -80,52 +72,28 @@ class LogitCacheWriter:
         calibration_tokens: int = CALIBRATION_TOKENS,
     ) -> None:
         self.path = Path(path)
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if find_plan(self.path) is not None:
             raise CachekdError(
                 "the folder for the cache already holds something",
                 where=str(self.path),
-                expected="a new or empty folder: a cache is never overwritten",
+                expected="a new or empty folder",
                 fix="choose another folder, or remove this one",
             )
-        self._header = {
-            "teacher": teacher,
-            "fingerprints": fingerprints,
-            "data": data,
-            "codec": codec,
-            "versions": versions,
-        }
-        self._codec, self._teacher, self._shard_tokens = codec, teacher, shard_tokens
         self._tail = TailSetting.parse(codec.tail)
-        if self._tail.sketch and head is None and encoder is None:
-            raise CachekdError(
-                "a tail sketch needs the teacher's output head",
-                where=f"setting 'tail': {codec.tail}",
-                fix="pass head= or encoder=, or use --tail none",
-            )
-        if encoder is not None and not self._tail.sketch:
-            raise CachekdError("a sketch is given, but the codec's tail is none", where=str(self.path))
-        rows = {len(head.weight)} if head is not None else set()
-        rows |= {encoder.sketch.vocab_size} if encoder is not None else set()
-        if rows - {teacher.vocab_size}:
-            raise CachekdError(
-                "the output head does not fit the vocabulary",
-                where=str(self.path),
-                expected=f"{teacher.vocab_size} rows",
-                found=", ".join(map(str, sorted(rows))),
-                fix="cut the rows that pad the head beyond the tokenizer's tokens",
-            )
-        self._head, self._calibration_tokens = head, calibration_tokens
-        self._encoder = encoder
-        self._sketch: SketchInfo | None = None
-        self._uncoded: list[_Uncoded] = []
-        self._uncoded_tokens = 0
-        self._probes = Probes()
-        self._waiting: list[tuple[str, bytes, TokenTargets]] = []
-        self._waiting_tokens = 0
+        check_sketch_parts(self._tail, teacher.vocab_size, head, encoder, str(self.path))
+        self._head, self._encoder = head, encoder
+        self._shard_tokens, self._calibration_tokens = shard_tokens, calibration_tokens
+        self._waiting: list[_Sample] = []  # for the sketch
         self._seen: dict[str, int] = {}
-        self._shards: list[ShardInfo] = []
         self._made_folder = not self.path.exists()
-        (self.path / SHARD_FOLDER).mkdir(parents=True)
+        plan = Plan(
+            teacher=teacher,
+            fingerprints=fingerprints,
+            codec=codec,
+            source=Source(data=data, versions=versions),
+        )
+        self._build = CacheBuild.start(self.path, plan)
+        self._shards, self._shard = 0, None if self._tail.sketch else self._new_shard(0)
 
     def add(
         self, key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None = None
@@ -147,27 +115,15 @@ class LogitCacheWriter:
                 where=f"samples {self._seen[key]} and {len(self._seen)} of {self.path}",
                 expected="keys that are unique in the data set",
             )
-        if "\n" in key or len(content_hash) != 16 or len(targets) == 0:
-            raise CachekdError(
-                "the sample cannot be stored",
-                where=f"sample {key!r}",
-                expected="a key without line breaks, a 16-byte hash and at least one answer token",
-                found=f"{len(content_hash)} bytes and {len(targets)} tokens",
-            )
-        if self._tail.sketch and (states is None or len(states) != len(targets)):
-            raise CachekdError(
-                "a tail sketch needs the teacher's hidden states",
-                where=f"sample {key!r}",
-                expected=f"states of {len(targets)} tokens",
-                found="none" if states is None else len(states),
-            )
+        check_sample(key, targets, content_hash, states, needs_states=self._tail.sketch)
         self._seen[key] = len(self._seen)
-        if self._head is None and not self._tail.sketch:
-            states = None  # of no use, and perhaps a GPU's memory
-        self._uncoded.append(_Uncoded(key, content_hash, targets, states))
-        self._uncoded_tokens += len(targets)
-        if self._uncoded_tokens >= (ENCODED_TOKENS if self._encoder else self._calibration_tokens):
-            self._encode()
+        sample = _Sample(key, targets, content_hash, states)
+        if self._shard is not None:
+            self._pass_on(sample)
+            return
+        self._waiting.append(sample)
+        if sum(len(waiting.targets) for waiting in self._waiting) >= self._calibration_tokens:
+            self._start_sketch()
 
     def close(self) -> None:
         """Write what is waiting, then the manifest.
@@ -177,25 +133,15 @@ class LogitCacheWriter:
         """
         if not self._seen:
             raise CachekdError("a cache needs at least one sample", where=str(self.path), found=0)
-        self._encode()
-        self._flush()
-        parts = {**self._header, "sketch": self._sketch, "shards": self._shards}
-        self._commit_manifest(parts)
-        # The cache is whole from here on; whatever goes wrong with measuring it must not take it away.
-        self._commit_manifest({**parts, "fidelity": self._measure()})
-
-    def _commit_manifest(self, parts: dict[str, Any]) -> None:
-        manifest = Manifest.model_validate(parts)
-        commit(self.path / MANIFEST_FILE, manifest.to_json())
-        self.manifest = manifest
+        if self._shard is None:
+            self._start_sketch()
+        assert self._shard is not None
+        if self._shard.tokens:
+            self._shard.finish()
+            self._shards += 1
+        self.manifest = self._build.assemble(self._shards)
 
     def __enter__(self) -> Self:
-        try:
-            if self._encoder is not None:
-                self._commit_sketch(self._encoder)
-        except BaseException:
-            self._remove()
-            raise
         return self
 
     def __exit__(
@@ -206,71 +152,54 @@ class LogitCacheWriter:
                 self.close()
         finally:
             if not (self.path / MANIFEST_FILE).exists():
-                self._remove()
+                shutil.rmtree(self.path, ignore_errors=True)
+                if not self._made_folder:
+                    self.path.mkdir()
 
-    def _encode(self) -> None:
-        """Code the tails of what has come since the last time, in one go; the first time, fit the sketch."""
-        samples, self._uncoded, self._uncoded_tokens = self._uncoded, [], 0
-        counts = [len(sample.targets) for sample in samples]
-        targets = [sample.targets for sample in samples]
-        if self._tail.sketch and samples:
-            states = TailStates.concatenate([s.states for s in samples if s.states is not None])
-            together = TokenTargets.concatenate(targets)
-            if self._encoder is None:
-                assert self._head is not None  # as checked
-                self._encoder = fit_sketch(self._head, states, together, self._tail)
-            if self._sketch is None:
-                self._commit_sketch(self._encoder)
-            targets = replace(together, sketch=self._encoder.encode(states)).split(counts)
-        for sample, coded in zip(samples, targets, strict=True):
-            self._waiting.append((sample.key, sample.content_hash, coded))
-            if self._head is not None:
-                self._probes.offer(len(self._shards), self._waiting_tokens, sample.states)
-            self._waiting_tokens += len(coded)
-            if self._waiting_tokens >= self._shard_tokens:
-                self._flush()
+    def _start_sketch(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if self._encoder is None:
+            assert self._head is not None  # as checked
+            states = TailStates.concatenate([s.states for s in waiting if s.states is not None])
+            targets = TokenTargets.concatenate([sample.targets for sample in waiting])
+            self._encoder = fit_sketch(self._head, states, targets, self._tail)
+        encoder = self._encoder
+        self._encoder = self._build.encoder(lambda: encoder)
+        self._shard = self._new_shard(0)
+        for sample in waiting:
+            self._pass_on(sample)
 
-    def _commit_sketch(self, encoder: SketchEncoder) -> None:
-        content = encoder.sketch.pack()
-        commit(self.path / SKETCH_FILE, content)
-        self._sketch = SketchInfo(
-            axes=encoder.sketch.axes,
-            step=encoder.step,
-            calibration_tokens=encoder.calibration_tokens,
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
+    def _new_shard(self, number: int) -> ShardWriter:
+        return ShardWriter(self._build, number, encoder=self._encoder, head=self._head)
+
+    def _pass_on(self, sample: _Sample) -> None:
+        assert self._shard is not None
+        self._shard.add(*sample)
+        if self._shard.tokens >= self._shard_tokens:
+            self._shard.finish()
+            self._shards += 1
+            self._shard = self._new_shard(self._shards)
+
+
+def check_sketch_parts(
+    tail: TailSetting, vocab_size: int, head: OutputHead | None, encoder: SketchEncoder | None, where: str
+) -> None:
+    """Refuse a head or a sketch that is missing, needless, or of another vocabulary."""
+    if tail.sketch and head is None and encoder is None:
+        raise CachekdError(
+            "a tail sketch needs the teacher's output head",
+            where=where,
+            fix="pass head= or encoder=, or use --tail none",
         )
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        shard = make_shard(self._waiting)
-        content = pack_shard(shard, self._codec.logprob_step)
-        number = len(self._shards)
-        info = ShardInfo(
-            name=f"{number:05d}.zarr.zip",
-            samples=len(shard.keys),
-            tokens=len(shard.targets),
-            entries=len(shard.targets.ids),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
+    if encoder is not None and not tail.sketch:
+        raise CachekdError("a sketch is given, but the codec's tail is none", where=where)
+    rows = {len(head.weight)} if head is not None else set()
+    rows |= {encoder.sketch.vocab_size} if encoder is not None else set()
+    if rows - {vocab_size}:
+        raise CachekdError(
+            "the output head does not fit the vocabulary",
+            where=where,
+            expected=f"{vocab_size} rows",
+            found=", ".join(map(str, sorted(rows))),
+            fix="cut the rows that pad the head beyond the tokenizer's tokens",
         )
-        commit(self.path / SHARD_FOLDER / info.name, content)
-        # The sidecar is what a later run may believe of a shard when there is no manifest yet.
-        sidecar = info.model_dump_json(indent=2) + "\n"
-        commit(self.path / SHARD_FOLDER / f"{number:05d}.json", sidecar.encode())
-        self._shards.append(info)
-        self._waiting, self._waiting_tokens = [], 0
-
-    def _measure(self) -> Fidelity | None:
-        if self._head is None:
-            return None
-        shards = [self.path / SHARD_FOLDER / info.name for info in self._shards]
-        sketch = read_sketch(self.path / SKETCH_FILE) if self._sketch is not None else None
-        return self._probes.measure(shards, self._codec, self._teacher.vocab_size, self._head, sketch)
-
-    def _remove(self) -> None:
-        shutil.rmtree(self.path / SHARD_FOLDER, ignore_errors=True)
-        (self.path / SKETCH_FILE).unlink(missing_ok=True)
-        if self._made_folder:
-            shutil.rmtree(self.path, ignore_errors=True)

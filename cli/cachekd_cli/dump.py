@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import TaskID
 
-from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, table
+from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
     from cachekd.config import DumpConfig
     from cachekd.dump import DumpSummary
+    from cachekd.pilot import Estimate
 
 
 def dump_command(
     teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
-    data: Annotated[Path, typer.Option(help="LLaVA .json/.jsonl, a WebDataset .tar, or a folder of tars.")],
-    out: Annotated[Path, typer.Option(help="The cache's folder; must be new or empty.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="LLaVA .json/.jsonl; WebDataset tars: a folder, 'train-*.tar', 'train-{000..009}.tar', "
+            "s3://...; a `datasets` folder, .parquet or hub name, with '?split=train'."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The cache's folder: new, empty, or a dump to go on with.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
+    shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle the samples first.")] = None,
+    map_function: Annotated[
+        str | None, typer.Option("--map", help="module:function that makes a record of your own format.")
+    ] = None,
+    on_error: Annotated[
+        str, typer.Option(help="A bad sample: stop, or skip it and name it in skipped.jsonl.")
+    ] = "stop",
     top_k: Annotated[int, typer.Option(help="Most logprobs kept per answer token.")] = 128,
     top_p: Annotated[
         float | None,
@@ -27,16 +45,33 @@ def dump_command(
         str | None,
         typer.Option(help="Of the logprobs that are not kept: none, bytes=64 (a token), step=0.1 or exact."),
     ] = None,
+    disk_budget: Annotated[
+        str | None, typer.Option(help="For the whole cache, such as 50GB: chooses top-k and tail.")
+    ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Answer tokens that the tail sketch is fitted on; default 16384.")
+        int | None, typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on; 16384.")
     ] = None,
     window: Annotated[int, typer.Option(help="Kneedle looks at this many of the largest logits.")] = 128,
     min_k: Annotated[int, typer.Option(help="Least logprobs kept per answer token.")] = 2,
+    shard_samples: Annotated[
+        int | None, typer.Option(help="Samples per shard; default: some 65,000 answer tokens.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples per teacher forward.")] = 16,
+    workers: Annotated[int, typer.Option(help="Processes that read and encode samples; 0: a thread.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    rank: Annotated[
+        int | None, typer.Option(help="Of this process; default: from torchrun or accelerate, else 0.")
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(help="Processes that share the work.")] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Run a few batches, say what the whole will cost, and stop.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Run the teacher once over a data set and cache its logits at the answer tokens.
+
+    The same command again goes on where it stopped; nothing that is finished is made twice. Several processes
+    share the work: `accelerate launch -m cachekd_cli dump ...`, torchrun, or --rank and --world-size.
 
     Example: cachekd dump --teacher models/llava-7b --data data/train --out caches/llava-7b
     """
@@ -50,17 +85,37 @@ def dump_command(
             "teacher": teacher,
             "data": data,
             "out": out,
+            "limit": limit,
+            "shuffle_seed": shuffle_seed,
+            "map": map_function,
+            "on_error": on_error,
             "top_k": top_k,
             "top_p": top_p,
             "tail": tail,
+            "disk_budget": disk_budget,
             "calibration_tokens": calibration_tokens,
             "window": window,
             "min_k": min_k,
+            "shard_samples": shard_samples,
             "batch_size": batch_size,
+            "workers": workers,
             "dtype": dtype,
+            "rank": int(os.environ.get("RANK", 0)) if rank is None else rank,
+            "world_size": int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size,
         },
     )
-    summary = run_dump(config)
+    if estimate:
+        found = run_estimate(config)
+        if as_json:
+            print_json({**found.__dict__, "codec": found.codec.model_dump(), "size": found.size})
+        else:
+            print_estimate(found, config)
+        return
+    try:
+        summary = run_dump(config)
+    except KeyboardInterrupt as stop:
+        print_stopped(config.out)
+        raise typer.Exit(exit_code(stop)) from None
     if as_json:
         fidelity = summary.fidelity and summary.fidelity.model_dump()
         print_json({**summary.__dict__, "fidelity": fidelity, "bytes_per_token": summary.bytes_per_token})
@@ -69,28 +124,101 @@ def dump_command(
 
 
 def run_dump(config: DumpConfig) -> DumpSummary:
-    """Dump behind a progress bar."""
+    """Dump behind a progress bar; only the first of several processes shows one."""
     from cachekd.dump import dump
-    from cachekd.samples import open_samples
 
-    total = len(open_samples(config.data))
-    with progress_bar("tokens") as bar:
-        return dump(config, sample_progress(bar, "dump", total))
+    with DumpBar(hidden=config.rank > 0) as bar:
+        return dump(config, bar)
+
+
+def run_estimate(config: DumpConfig) -> Estimate:
+    """The pilot behind a progress bar."""
+    from cachekd.dump import estimate_dump
+
+    with DumpBar() as bar:
+        return estimate_dump(config, bar)
+
+
+class DumpBar:
+    """A line per phase: samples, tokens a second, ETA."""
+
+    def __init__(self, hidden: bool = False) -> None:
+        self.bar = progress_bar("tokens")
+        self.bar.disable = hidden
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> DumpBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, phase: str, total: int | None, samples: int, tokens: int) -> None:
+        """As `cachekd.dump.Progress`."""
+        if phase not in self.tasks:
+            for task in self.tasks.values():  # an earlier phase is over
+                self.bar.update(task, total=self.bar.tasks[task].completed)
+            self.tasks[phase] = self.bar.add_task(phase, total=total, units=0, note="")
+        task = self.tasks[phase]
+        self.bar.update(task, advance=samples, units=self.bar.tasks[task].fields["units"] + tokens)
+
+
+def print_stopped(out: Path) -> None:
+    """What there is, and how to go on."""
+    from cachekd.cache.manifest import PLAN_FILE
+    from cachekd.cache.status import dump_status
+
+    if not (out / PLAN_FILE).exists():
+        errors.print("stopped before anything was written", highlight=False)
+        return
+    status = dump_status(out)
+    errors.print(
+        f"stopped: {status.shards:,} of {status.all_shards:,} shards are finished and stay, the one that was "
+        "being made is discarded. Run the same command again to go on.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def print_summary(summary: DumpSummary) -> None:
     """The summary table."""
     rows = [
+        ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
         ("samples", f"{summary.samples:,}"),
+        *([("left out (skipped.jsonl)", f"{summary.skipped:,}")] if summary.skipped else []),
         ("answer tokens", f"{summary.tokens:,}"),
         ("bytes per token", f"{summary.bytes_per_token:.1f}"),
         ("mean k", f"{summary.mean_k:.1f}"),
         ("size", f"{summary.bytes / 1e6:.2f} MB"),
         *_sketch_rows(summary),
-        ("wall time", f"{summary.seconds:.1f} s"),
-        ("tokens/s", f"{summary.tokens / summary.seconds:,.0f}"),
+        ("wall time of this run", f"{summary.seconds:.1f} s"),
+        ("tokens/s of this run", f"{summary.new_tokens / max(1e-9, summary.seconds):,.0f}"),
     ]
     console.print(table(f"cache {summary.out}", ("", "value"), rows))
+    if not summary.finished:
+        console.print(
+            f"{summary.all_shards - summary.shards} shards are still to come from other processes. "
+            "If they have died, run the same command again: it goes on where they stopped.",
+            soft_wrap=True,
+        )
+
+
+def print_estimate(found: Estimate, config: DumpConfig) -> None:
+    """The estimate's table."""
+    hours = found.seconds / config.world_size / 3600
+    rows = [
+        ("samples", f"{found.samples:,}"),
+        ("answer tokens", f"{found.tokens:,} ± {found.tokens_error:,}"),
+        ("top-k, tail", f"{found.codec.top_k}, {found.codec.tail}"),
+        ("bytes per token", f"{found.bytes_per_token:.1f}"),
+        ("shards", f"{found.shard_bytes / 1e6:,.2f} MB"),
+        ("tail sketch", f"{found.sketch_bytes / 1e6:,.2f} MB"),
+        ("cache in all", f"{found.size / 1e6:,.2f} MB"),
+        ("time", f"{hours:,.2f} h" if hours >= 0.1 else f"{hours * 3600:,.0f} s"),
+        ("peak memory", f"{found.peak_memory / 2**30:,.2f} GiB"),
+    ]
+    console.print(table(f"estimate for {config.data}", ("", "value"), rows))
 
 
 def _sketch_rows(summary: DumpSummary) -> list[tuple[str, str]]:

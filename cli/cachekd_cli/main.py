@@ -7,8 +7,9 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, report, train
+from cachekd_cli import demo, dump, evaluate, merge, report, select, status, train, verify
 from cachekd_cli.console import print_error
+from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
     name="cachekd",
@@ -19,6 +20,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("dump")(dump.dump_command)
+app.command("status")(status.status_command)
+app.command("verify")(verify.verify_command)
+app.command("merge")(merge.merge_command)
+app.command("select")(select.select_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
@@ -27,6 +32,7 @@ app.command("demo")(demo.demo_command)
 
 def main() -> None:
     """Entry point: a CachekdError is a message and exit code 2, never a traceback."""
+    terminate_like_interrupt()
     try:
         app()
     except CachekdError as error:

@@ -1,0 +1,206 @@
+"""A cache in the making: by one process or by many that never talk to each other.
+
+On the disk, in this order, each file whole or not there (`cachekd.cache.files`):
+
+1. dump/plan.json: what is to be done. The first process to write it decides for all.
+2. sketch.zarr.zip: the same.
+3. shards/00000.zarr.zip, then dump/00000.json, its record: a shard without a record does not exist. Every
+   shard has one writer; writing it twice gives the same bytes.
+4. skipped.jsonl, then manifest.json, from the plan and the records alone, by every process that finds all
+   records there: again the same bytes.
+
+So a kill at any moment loses the shard that was being made, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from cachekd.cache.compare import facts, require_same
+from cachekd.cache.files import commit, commit_first, make_folder, remove_stale
+from cachekd.cache.fit import SketchEncoder, read_encoder
+from cachekd.cache.manifest import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    Fidelity,
+    Manifest,
+    Plan,
+    ShardInfo,
+    ShardRecord,
+    SketchInfo,
+    SkippedInfo,
+)
+from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.errors import CachekdError
+
+SHARD_FOLDER = "shards"
+RECORD_FOLDER = "dump"
+SKIPPED_FILE = "skipped.jsonl"
+
+
+def find_plan(path: Path) -> Plan | None:
+    """The plan of an earlier run in this folder; None if the folder is new or empty.
+
+    Raises:
+        CachekdError: the folder holds something else, or its plan is damaged.
+    """
+    if (path / PLAN_FILE).exists():
+        return Plan.read(path / PLAN_FILE)
+    ours = (path / RECORD_FOLDER, path / SHARD_FOLDER)
+    for folder in ours:
+        remove_stale(folder)
+    # A kill before the plan leaves our folders, empty.
+    if path.exists() and (
+        not path.is_dir() or any(p not in ours or any(p.iterdir()) for p in path.iterdir())
+    ):
+        raise CachekdError(
+            "the folder for the cache already holds something",
+            where=str(path),
+            expected="a new or empty folder, or a dump to go on with: nothing is ever overwritten",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
+            fix="choose another --out, or remove the folder",
+        )
+    return None
+
+
+class CacheBuild:
+    """The folder of a cache that is being written, and the plan that holds there. See `start`."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+
+    @classmethod
+    def start(cls, path: Path, plan: Plan) -> CacheBuild:
+        """Start a dump in a folder, or join one.
+
+        Args:
+            plan: what is to be done; if another process was faster, its plan holds.
+
+        Raises:
+            CachekdError: the folder cannot be written, or the plan that holds is for something else.
+        """
+        make_folder(path / RECORD_FOLDER)
+        make_folder(path / SHARD_FOLDER)
+        for folder in (path, path / RECORD_FOLDER, path / SHARD_FOLDER):
+            remove_stale(folder)
+        commit_first(path / PLAN_FILE, plan.to_json())
+        found = Plan.read(path / PLAN_FILE)
+        where = "the dump in this folder"
+        require_same(facts(found, found.source), facts(plan, plan.source), where, str(path))
+        return cls(path, found)
+
+    def encoder(self, fit: Callable[[], SketchEncoder]) -> SketchEncoder:
+        """The tail sketch that all processes use: the one that is there, or a new one.
+
+        Args:
+            fit: makes one.
+        """
+        path = self.path / SKETCH_FILE
+        if not path.exists():
+            commit_first(path, fit().pack())
+        return read_encoder(path)
+
+    def sketch_info(self) -> SketchInfo | None:
+        """What the manifest says of the tail sketch; None without one."""
+        path = self.path / SKETCH_FILE
+        if not path.exists():
+            return None
+        content, encoder = path.read_bytes(), read_encoder(path)
+        return SketchInfo(
+            axes=encoder.sketch.axes,
+            step=encoder.step,
+            calibration_tokens=encoder.calibration_tokens,
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+
+    def shard_path(self, number: int) -> Path:
+        """Where shard `number` is or will be."""
+        return self.path / SHARD_FOLDER / f"{number:05d}.zarr.zip"
+
+    def finish_shard(self, number: int, record: ShardRecord) -> None:
+        """Say that a shard is finished; its file is there."""
+        commit(self._record_path(number), record.to_json())
+
+    def record(self, number: int) -> ShardRecord | None:
+        """Of a finished shard; None if it is still to be made (or made again: a damaged record is none)."""
+        path = self._record_path(number)
+        if not path.exists():
+            return None
+        try:
+            record = ShardRecord.read(path)
+        except CachekdError:
+            return None
+        if record.plan_sha256 != self.plan.sha256:
+            return None
+        shard = self.shard_path(number)
+        if record.shard and not (shard.exists() and shard.stat().st_size == record.shard.bytes):
+            return None
+        return record
+
+    def records(self, count: int) -> dict[int, ShardRecord]:
+        """Of the finished ones among shards 0 to count - 1."""
+        found = {number: self.record(number) for number in range(count)}
+        return {number: record for number, record in found.items() if record is not None}
+
+    def assemble(self, count: int) -> Manifest:
+        """Write the manifest of `count` finished shards.
+
+        Raises:
+            CachekdError: no shard has any sample.
+        """
+        records = self.records(count)
+        if len(records) < count:
+            raise ValueError(f"{count - len(records)} shards are not finished")
+        shards = [record.shard for record in records.values() if record.shard is not None]
+        skipped = [sample for record in records.values() for sample in record.skipped]
+        if not shards:
+            raise CachekdError(
+                "a cache needs at least one sample",
+                where=str(self.path),
+                found=f"none, {len(skipped)} were left out" + (f": {skipped[0].reason}" if skipped else ""),
+            )
+        sketch = self.sketch_info()
+        manifest = Manifest(
+            teacher=self.plan.teacher,
+            fingerprints=self.plan.fingerprints,
+            codec=self.plan.codec,
+            sources=[self.plan.source],
+            sketches=[] if sketch is None else [sketch],
+            fidelity=mean_fidelity(shards),
+            skipped=write_skipped(self.path, [sample.model_dump() for sample in skipped]),
+            shards=shards,
+        )
+        path, content = self.path / MANIFEST_FILE, manifest.to_json()
+        if not path.exists() or path.read_bytes() != content:
+            commit(path, content)
+        return Manifest.load(self.path)
+
+    def _record_path(self, number: int) -> Path:
+        return self.path / RECORD_FOLDER / f"{number:05d}.json"
+
+
+def write_skipped(path: Path, skipped: list[dict[str, str]]) -> SkippedInfo | None:
+    """Write skipped.jsonl, if there is anything in it."""
+    if not skipped:
+        return None
+    content = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in skipped).encode()
+    commit(path / SKIPPED_FILE, content)
+    return SkippedInfo(samples=len(skipped), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def mean_fidelity(shards: list[ShardInfo]) -> Fidelity | None:
+    """Of all shards together, by their measured tokens; None where none was measured."""
+    parts = [shard.fidelity for shard in shards if shard.fidelity is not None]
+    if not parts:
+        return None
+    tokens = sum(part.tokens for part in parts)
+    return Fidelity(
+        tokens=tokens,
+        kl=round(sum(part.kl * part.tokens for part in parts) / tokens, 6),
+        max_error=max(part.max_error for part in parts),
+        cosine=round(sum(part.cosine * part.tokens for part in parts) / tokens, 6),
+    )

@@ -1,0 +1,61 @@
+"""What must be equal for logits to belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachekd.cache.manifest import Header, Source
+from cachekd.errors import CachekdError
+
+
+def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
+    """What a cache depends on, by names for people. Where things lie is not among it.
+
+    Args:
+        source: for going on with the very same dump: also its data and libraries.
+    """
+    teacher, prints, codec = header.teacher, header.fingerprints, header.codec
+    found: dict[str, Any] = {
+        "teacher's weights": teacher.weights_sha256,
+        "teacher's configuration": teacher.config_sha256,
+        "teacher's dtype": teacher.dtype,
+        "vocabulary size": teacher.vocab_size,
+        "tokenizer": prints.tokenizer,
+        "chat template": prints.chat_template,
+        "image processing": prints.image_processor,
+        "image token": prints.image_token,
+        **{f"setting {name}": value for name, value in codec.model_dump().items()},
+    }
+    if source is None:
+        return found
+    if source.geometry is not None:
+        if source.geometry.disk_budget is not None:  # it decides these
+            for name in ("top_k", "top_p", "tail"):
+                del found[f"setting {name}"]
+        found["setting disk_budget"] = source.geometry.disk_budget
+        found["setting calibration_tokens"] = source.geometry.calibration_tokens
+    data = source.data.model_dump(exclude={"path", "sha256"})
+    found |= {"data set": source.data.sha256, **{f"data set's {name}": data[name] for name in data}}
+    return found | {f"version of {name}": version for name, version in source.versions.items()}
+
+
+def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str) -> None:
+    """Compare `facts`.
+
+    Args:
+        what: was made with the old ones.
+        where: it is.
+
+    Raises:
+        CachekdError: they differ; in what, old and new.
+    """
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if names:
+        others = f" (and {len(names) - 1} more: {', '.join(names[1:6])})" if names[1:] else ""
+        raise CachekdError(
+            f"{what} was made with a different {names[0]}{others}",
+            where=where,
+            expected="; ".join(f"{name} {old.get(name)}" for name in names[:6]),
+            found="; ".join(f"{name} {new.get(name)}" for name in names[:6]),
+            fix="give it what it was made with, or dump into a new folder",
+        )

@@ -1,0 +1,77 @@
+"""Tails of a merged cache: a batch may hold samples of several dumps, each with a sketch of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cachekd.cache.sketch import SketchTail
+
+
+@dataclass(frozen=True)
+class MixedTail:
+    """N tokens of several sketches.
+
+    Attributes:
+        parts: the tokens of each sketch.
+        part: [N] int64, which of them a token is in.
+        place: [N] int64, and where.
+    """
+
+    parts: tuple[SketchTail, ...]
+    part: Tensor
+    place: Tensor
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Logprobs [N, K] float32 at `ids` [N, K]."""
+        found = torch.empty(ids.shape, device=ids.device)
+        for number, part in enumerate(self.parts):
+            rows = (self.part == number).nonzero()[:, 0]
+            found[rows] = part.select(self.place[rows]).gather(ids[rows])
+        return found
+
+    def everywhere(self, vocab_size: int) -> Tensor:
+        """Logprobs [N, V] float32."""
+        found = torch.empty(len(self.part), vocab_size, device=self.part.device)
+        for number, part in enumerate(self.parts):
+            rows = (self.part == number).nonzero()[:, 0]
+            found[rows] = part.select(self.place[rows]).everywhere(vocab_size)
+        return found
+
+    def select(self, rows: Tensor) -> MixedTail:
+        """Some tokens."""
+        return replace(self, part=self.part[rows], place=self.place[rows])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MixedTail:
+        """A copy on `device`."""
+        return MixedTail(
+            tuple(part.to(device, non_blocking=non_blocking) for part in self.parts),
+            self.part.to(device, non_blocking=non_blocking),
+            self.place.to(device, non_blocking=non_blocking),
+        )
+
+
+def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | MixedTail:
+    """The tails' tokens, one after the other; mixed only where there is more than one sketch."""
+    by_sketch: dict[int, list[SketchTail]] = {}
+    parts, places = [], []
+    for tail in tails:
+        pieces = tail.parts if isinstance(tail, MixedTail) else (tail,)
+        numbers, starts = [], []
+        for piece in pieces:
+            same = by_sketch.setdefault(id(piece.sketch), [])
+            numbers.append(list(by_sketch).index(id(piece.sketch)))
+            starts.append(sum(len(other.shift) for other in same))
+            same.append(piece)
+        if isinstance(tail, MixedTail):
+            part, place = tail.part, tail.place
+        else:
+            part = torch.zeros(len(tail.shift), dtype=torch.long, device=tail.shift.device)
+            place = torch.arange(len(tail.shift), device=tail.shift.device)
+        parts.append(torch.tensor(numbers, device=part.device)[part])
+        places.append(torch.tensor(starts, device=part.device)[part] + place)
+    joined = tuple(same[0].cat(same[1:]) for same in by_sketch.values())
+    return joined[0] if len(joined) == 1 else MixedTail(joined, torch.cat(parts), torch.cat(places))

@@ -1,0 +1,140 @@
+"""One shard in the making: coded as its samples come, written as a whole, read back, recorded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cachekd.cache.build import CacheBuild
+from cachekd.cache.files import commit
+from cachekd.cache.fit import OutputHead, SketchEncoder
+from cachekd.cache.manifest import Fidelity, ShardInfo, ShardRecord, Skipped
+from cachekd.cache.probes import Probes
+from cachekd.cache.records import TailStates, TokenTargets
+from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.errors import CachekdError
+
+ENCODED_TOKENS = 4_096  # coded at a time
+
+
+class ShardWriter:
+    """Takes a shard's samples in their order; `finish` commits it.
+
+    What it writes depends on the samples and on nothing before them, so a shard can be made again.
+
+    Args:
+        build: the cache.
+        number: of the shard.
+        span: of the data set that it covers; None where samples are added one by one.
+        encoder: the tail sketch; None without one.
+        head: the teacher's, to compare what is read back with it; None to leave that out.
+    """
+
+    def __init__(
+        self,
+        build: CacheBuild,
+        number: int,
+        span: tuple[int, int] | None = None,
+        *,
+        encoder: SketchEncoder | None = None,
+        head: OutputHead | None = None,
+    ) -> None:
+        self.build, self.number, self.span, self.tokens = build, number, span, 0
+        self._encoder, self._head = encoder, head
+        self._probes = Probes()
+        self._uncoded: list[tuple[TokenTargets, TailStates]] = []
+        self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
+        self._coded: list[TokenTargets] = []
+        self._skipped: list[Skipped] = []
+
+    def add(
+        self, key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None = None
+    ) -> None:
+        """Add one sample; for arguments and errors see `LogitCacheWriter.add`."""
+        check_sample(key, targets, content_hash, states, needs_states=self._encoder is not None)
+        self._samples.append((key, content_hash, len(targets)))
+        if self._head is not None and states is not None:
+            self._probes.offer(self.tokens, states)
+        self.tokens += len(targets)
+        if self._encoder is None or states is None:
+            self._coded.append(targets)
+            return
+        self._uncoded.append((targets, states))
+        if sum(len(targets) for targets, _ in self._uncoded) >= ENCODED_TOKENS:
+            self._encode()
+
+    def skip(self, key: str, reason: str) -> None:
+        """Record a sample that is left out."""
+        self._skipped.append(Skipped(key=key, reason=reason))
+
+    def finish(self) -> ShardRecord:
+        """Commit the shard, compare what is on the disk with the teacher, then commit the record."""
+        self._encode()
+        record = ShardRecord(
+            plan_sha256=str(self.build.plan.sha256),
+            shard=self._commit() if self._samples else None,
+            skipped=self._skipped,
+        )
+        self.build.finish_shard(self.number, record)
+        return record
+
+    def _encode(self) -> None:
+        """Code the tails of what has come since the last time, in one go."""
+        if self._encoder is None or not self._uncoded:
+            return
+        codes = self._encoder.encode(TailStates.concatenate([states for _, states in self._uncoded]))
+        targets = TokenTargets.concatenate([targets for targets, _ in self._uncoded])
+        self._coded.append(replace(targets, sketch=codes))
+        self._uncoded = []
+
+    def _commit(self) -> ShardInfo:
+        targets = TokenTargets.concatenate(self._coded)
+        shard = make_shard(self._samples, targets)
+        codec, path = self.build.plan.codec, self.build.shard_path(self.number)
+        content = pack_shard(shard, codec.logprob_step)
+        commit(path, content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        return ShardInfo(
+            name=path.name,
+            sketch=None if self._encoder is None else 0,
+            span=self.span,
+            samples=len(shard.keys),
+            tokens=len(targets),
+            entries=len(targets.ids),
+            bytes=len(content),
+            sha256=sha256,
+            fidelity=self._measure(path, sha256),
+        )
+
+    def _measure(self, path: Path, sha256: str) -> Fidelity | None:
+        if self._head is None:
+            return None
+        plan = self.build.plan
+        sketch = None if self._encoder is None else self._encoder.sketch
+        try:
+            return self._probes.measure(path, sha256, plan.codec, plan.teacher.vocab_size, self._head, sketch)
+        except (MemoryError, torch.OutOfMemoryError):  # no reason to lose a good shard
+            return None
+
+
+def check_sample(
+    key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None, *, needs_states: bool
+) -> None:
+    """Refuse a sample that the format cannot hold."""
+    if "\n" in key or len(content_hash) != 16 or len(targets) == 0:
+        raise CachekdError(
+            "the sample cannot be stored",
+            where=f"sample {key!r}",
+            expected="a key without line breaks, a 16-byte hash and at least one answer token",
+            found=f"{len(content_hash)} bytes and {len(targets)} tokens",
+        )
+    if needs_states and (states is None or len(states) != len(targets)):
+        raise CachekdError(
+            "a tail sketch needs the teacher's hidden states",
+            where=f"sample {key!r}",
+            expected=f"states of {len(targets)} tokens",
+            found="none" if states is None else len(states),
+        )

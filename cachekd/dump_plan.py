@@ -1,0 +1,149 @@
+"""What a dump sets out to do: its data, its teacher, how it is cut up, and whether there is room for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
+from cachekd.cache.compare import facts, require_same
+from cachekd.cache.select import default_top_p
+from cachekd.config import DumpConfig
+from cachekd.errors import CachekdError
+from cachekd.fingerprint import library_versions
+from cachekd.make_shards import groups_of
+from cachekd.pilot import Estimate, Pilot, estimate, fit_budget, run_pilot
+from cachekd.samples import Samples
+from cachekd.samples.open import keys_hash
+from cachekd.teacher import Teacher
+
+# Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
+BATCHES_PER_SORT = 8
+SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
+
+
+def codec_of(config: DumpConfig) -> CodecSettings:
+    """The settings that were asked for; a disk budget may choose others."""
+    tail = TailSetting.parse(config.tail)
+    return CodecSettings(
+        top_k=config.top_k,
+        top_p=default_top_p(tail) if config.top_p is None else config.top_p,
+        window=config.window,
+        min_k=config.min_k,
+        tail=config.tail,
+    )
+
+
+def pilot_of(
+    config: DumpConfig,
+    samples: Samples,
+    teacher: Teacher,
+    earlier: Plan | None,
+    progress: Callable[[int, int], None],
+) -> Pilot:
+    """Run the pilot of a new dump, or again that of an earlier one."""
+    geometry = earlier.source.geometry if earlier is not None else None
+    if geometry is None:
+        geometry = _geometry(config, config.shard_samples or config.batch_size * BATCHES_PER_SORT)
+    size = geometry.shard_samples
+    shards = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+    pilot = run_pilot(
+        teacher,
+        samples,
+        [group for shard in shards for group in groups_of(shard, geometry)],
+        batch_size=geometry.batch_size,
+        tokens=geometry.calibration_tokens,
+        progress=progress,
+    )
+    if pilot.bad and config.on_error == "stop":
+        raise pilot.bad[0]
+    return pilot
+
+
+def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: Pilot) -> Estimate:
+    """What the dump will cost, with the codec that a disk budget chooses."""
+    if config.disk_budget is None:
+        return estimate(pilot, teacher, len(samples), teacher.codec, config.workers)
+    return fit_budget(pilot, teacher, len(samples), teacher.codec, int(config.disk_budget), config.workers)
+
+
+def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> Plan:
+    """The plan of a dump that starts."""
+    group = config.batch_size * BATCHES_PER_SORT
+    groups = max(1, round(SHARD_TOKENS * found.samples / max(1, found.tokens) / group))
+    fair = -(-found.samples // (config.world_size * group))  # every process gets a shard, if groups suffice
+    geometry = _geometry(config, config.shard_samples or min(groups, fair) * group)
+    return _plan(config, samples, teacher, geometry, found.codec)
+
+
+def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: Plan) -> Plan:
+    """The plan of an earlier run, if this run would do the same.
+
+    Raises:
+        CachekdError: it would not: what differs, old and new.
+    """
+    assert earlier.source.geometry is not None
+    geometry = earlier.source.geometry.model_copy(
+        update={
+            "calibration_tokens": config.calibration_tokens,
+            "disk_budget": _bytes(config),
+            "shard_samples": config.shard_samples or earlier.source.geometry.shard_samples,
+        }
+    )
+    codec = teacher.codec if config.disk_budget is None else earlier.codec
+    plan = _plan(config, samples, teacher, geometry, codec)
+    where = str(config.out)
+    require_same(facts(earlier, earlier.source), facts(plan, plan.source), "the dump in this folder", where)
+    return earlier
+
+
+def refuse_small_disk(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start what cannot be finished.
+
+    Raises:
+        CachekdError: less than `needed` bytes are free.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CachekdError(
+            "the disk is too small",
+            where=str(place),
+            expected=f"{needed / 1e6:,.1f} MB for {what}",
+            found=f"{free / 1e6:,.1f} MB are free",
+            fix=f"free some space, choose another --out, or try --disk-budget {int(0.9 * free / 1e6)}MB",
+        )
+
+
+def _geometry(config: DumpConfig, shard_samples: int) -> Geometry:
+    return Geometry(
+        shard_samples=shard_samples,
+        group_samples=config.batch_size * BATCHES_PER_SORT,
+        batch_size=config.batch_size,
+        calibration_tokens=config.calibration_tokens,
+        disk_budget=_bytes(config),
+    )
+
+
+def _plan(
+    config: DumpConfig, samples: Samples, teacher: Teacher, geometry: Geometry, codec: CodecSettings
+) -> Plan:
+    data = DataInfo(
+        path=config.data,
+        samples=len(samples),
+        sha256=keys_hash(samples),
+        limit=config.limit,
+        shuffle_seed=config.shuffle_seed,
+        map=config.map,
+    )
+    return Plan(
+        teacher=teacher.info(),
+        fingerprints=teacher.fingerprints(),
+        codec=codec,
+        source=Source(data=data, geometry=geometry, versions=library_versions()),
+    )
+
+
+def _bytes(config: DumpConfig) -> int | None:
+    return None if config.disk_budget is None else int(config.disk_budget)

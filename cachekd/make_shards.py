@@ -1,0 +1,123 @@
+"""The loop of stage one: read, run the teacher, code, write; all at the same time, with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+from cachekd.cache.build import CacheBuild
+from cachekd.cache.fit import SketchEncoder
+from cachekd.cache.manifest import Geometry, ShardRecord
+from cachekd.cache.shard_writer import ShardWriter
+from cachekd.errors import BadSample, CachekdError
+from cachekd.prefetch import prefetched
+from cachekd.samples import Encoded, Samples
+from cachekd.samples.reader import read_encoded
+from cachekd.teacher import Answer, Teacher
+
+# A data folder that has gone makes every sample bad. Fewer than this in a group may be chance.
+ALL_BAD = 16
+
+Span = tuple[int, int]
+
+
+def make_shards(
+    build: CacheBuild,
+    numbers: Iterable[int],
+    samples: Samples,
+    teacher: Teacher,
+    encoder: SketchEncoder | None,
+    *,
+    batch_size: int,
+    workers: int,
+    on_error: str,
+    known: Mapping[str, Answer],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Make shards of the plan, one after the other.
+
+    A thread (or `workers` processes) reads up to a group of samples ahead; another thread packs and writes a
+    shard while the teacher is at the next.
+
+    Args:
+        numbers: of the shards.
+        known: answers that the pilot has already.
+        progress: is told of samples and answer tokens.
+
+    Raises:
+        CachekdError: a bad sample where `on_error` is "stop", data that vanished, a disk that is full.
+    """
+    numbers, geometry, spans = list(numbers), build.plan.source.geometry, build.plan.spans()
+    assert geometry is not None
+    pieces = {number: list(groups_of(spans[number], geometry)) for number in numbers}
+    unknown = (
+        index
+        for number in numbers
+        for piece in pieces[number]
+        if not _is_known(piece, samples, known)
+        for index in range(*piece)
+    )
+    read = read_encoded(samples, teacher.encoder, list(unknown), workers=workers)
+    stream = prefetched(read, geometry.group_samples)
+    finishing: Future[ShardRecord] | None = None
+    with ThreadPoolExecutor(1, "finish-shard") as background:
+        try:
+            for number in numbers:
+                writer = ShardWriter(build, number, spans[number], encoder=encoder, head=teacher.head)
+                for piece in pieces[number]:
+                    answers = _answers(piece, stream, samples, teacher, batch_size, known)
+                    for key, answer in zip(samples.keys[slice(*piece)], answers, strict=True):
+                        progress(1, _pass_on(key, answer, writer, on_error))
+                if finishing is not None:
+                    finishing.result()  # at most one shard waits: memory is bounded, errors are seen
+                finishing = background.submit(writer.finish)
+            if finishing is not None:
+                finishing.result()
+        finally:
+            stream.close()
+
+
+def groups_of(span: Span, geometry: Geometry) -> Iterator[Span]:
+    """A shard's samples, cut into what is sorted by length together."""
+    first, last = span
+    for start in range(first, last, geometry.group_samples):
+        yield start, min(start + geometry.group_samples, last)
+
+
+def _answers(
+    piece: Span,
+    stream: Iterator[Encoded | BadSample],
+    samples: Samples,
+    teacher: Teacher,
+    batch_size: int,
+    known: Mapping[str, Answer],
+) -> Iterator[Answer | BadSample]:
+    if _is_known(piece, samples, known):
+        return (known[key].to(teacher.model.device) for key in samples.keys[slice(*piece)])
+    group = list(islice(stream, piece[1] - piece[0]))
+    bad = [sample for sample in group if isinstance(sample, BadSample)]
+    if len(bad) == len(group) >= ALL_BAD:
+        raise CachekdError(
+            f"all of {len(group)} samples in a row are bad, so the data have probably gone",
+            where=f"samples {piece[0]:,} to {piece[1] - 1:,} of the data set",
+            found=f"{bad[0].problem} ({bad[0].where})",
+            fix="mend the data, then run the same command again: what is finished stays",
+        )
+    return teacher.answers(group, batch_size, known)
+
+
+def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:
+    return all(key in known for key in samples.keys[slice(*piece)])
+
+
+def _pass_on(key: str, answer: Answer | BadSample, writer: ShardWriter, on_error: str) -> int:
+    """Give an answer to the writer; returns its number of tokens."""
+    if isinstance(answer, Answer):
+        writer.add(answer.key, answer.targets, answer.content_hash, answer.states)
+        return len(answer.targets)
+    if on_error == "stop":
+        raise answer
+    found = "" if answer.found is None else f": {answer.found}"
+    writer.skip(key, f"{answer.problem}{found}")
+    return 0

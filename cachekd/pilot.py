@@ -1,0 +1,260 @@
+"""A few batches from all over the data set: to fit the tail sketch, and to know the cost beforehand."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from cachekd.cache import CodecSettings, Plan, TailSetting, TailStates, TokenTargets
+from cachekd.cache.fit import SketchEncoder, fit_sketch
+from cachekd.cache.select import default_top_p
+from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.errors import BadSample, CachekdError
+from cachekd.samples import Samples
+from cachekd.samples.reader import read_encoded
+from cachekd.teacher import Answer, Teacher, batches_of
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+SHIFT_BYTES = 1.5  # per token, of the sketch's shift
+LEAST_SKETCH = 8  # bytes per token; below that the same bytes do more in the top-k
+BUDGET_USED = 0.97  # the pilot may be off by a few percent
+TOP_KS = (128, 64, 32, 16, 8, 4)  # what a disk budget may choose from
+
+
+@dataclass
+class Pilot:
+    """What the pilot saw.
+
+    Attributes:
+        codec, batch_size: it was run with.
+        answers: of the samples that were run, by key, in the order of the data set.
+        tokens: answer tokens of every sample that was read, run or not.
+        bad: samples that could not be used.
+        run_seconds: of the teacher's forward and the selection.
+        read_seconds: of reading and encoding samples.
+    """
+
+    codec: CodecSettings
+    batch_size: int
+    answers: dict[str, Answer] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
+    run_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+    @property
+    def targets(self) -> TokenTargets:
+        """Of all answers."""
+        return TokenTargets.concatenate([answer.targets for answer in self.answers.values()])
+
+    def reusable(self, plan: Plan) -> dict[str, Answer]:
+        """The answers as the dump itself would find them: those of another codec or batching would differ."""
+        geometry, codec = plan.source.geometry, plan.codec
+        same = geometry is not None and geometry.batch_size == self.batch_size
+        same = same and (codec.top_k, codec.top_p) == (self.codec.top_k, self.codec.top_p)
+        return self.answers if same else {}
+
+    def fit(self, teacher: Teacher, codec: CodecSettings | None = None) -> SketchEncoder:
+        """The tail sketch, by the teacher's codec or another one."""
+        codec = codec or teacher.codec
+        assert teacher.head is not None
+        states = [answer.states for answer in self.answers.values() if answer.states is not None]
+        targets = self.targets.truncate(codec.top_k)
+        return fit_sketch(
+            teacher.head, TailStates.concatenate(states), targets, TailSetting.parse(codec.tail)
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the whole dump will be like.
+
+    Attributes:
+        tokens: answer tokens.
+        tokens_error: one standard error of that.
+        bytes_per_token: of the shards.
+        shard_bytes, sketch_bytes: on the disk.
+        seconds: with this process alone.
+        peak_memory: bytes; of the GPU if there is one, else of the process.
+    """
+
+    samples: int
+    tokens: int
+    tokens_error: int
+    bytes_per_token: float
+    shard_bytes: int
+    sketch_bytes: int
+    seconds: float
+    peak_memory: int
+    codec: CodecSettings
+
+    @property
+    def size(self) -> int:
+        """Bytes of the cache."""
+        return self.shard_bytes + self.sketch_bytes
+
+
+def run_pilot(
+    teacher: Teacher,
+    samples: Samples,
+    groups: list[tuple[int, int]],
+    *,
+    batch_size: int,
+    tokens: int,
+    progress: Callable[[int, int], None] = lambda samples, tokens: None,
+) -> Pilot:
+    """Run batches until `tokens` answer tokens are there, or the data set is at its end.
+
+    Samples are read group by group, groups evenly spread over the data set, and of each group as many batches
+    are run as make the pilot's tokens come from as many groups as possible. A batch is the very batch of the
+    dump, so what was run here need not be run again.
+
+    Raises:
+        CachekdError: no sample of the pilot can be used.
+    """
+    pilot, found, per_group = Pilot(teacher.codec, batch_size), 0, 0
+    for turn, number in enumerate(_spread(len(groups))):
+        started = time.perf_counter()
+        group = list(read_encoded(samples, teacher.encoder, range(*groups[number]), workers=0))
+        pilot.read_seconds += time.perf_counter() - started
+        pilot.bad += [sample for sample in group if isinstance(sample, BadSample)]
+        pilot.tokens += [len(sample.token_ids) for sample in group if not isinstance(sample, BadSample)]
+        batches = batches_of(group, batch_size)
+        if not batches:
+            continue
+        if not per_group:
+            wanted = tokens / (sum(pilot.tokens) / len(batches))
+            per_group = max(1, -int(-wanted // len(groups)))
+        for batch in _evenly(batches, min(per_group, len(batches)), turn):
+            started = time.perf_counter()
+            answers = teacher.run([sample for _, sample in batch])
+            pilot.run_seconds += time.perf_counter() - started
+            pilot.bad += [answer for answer in answers if isinstance(answer, BadSample)]
+            good = [answer for answer in answers if isinstance(answer, Answer)]
+            pilot.answers |= {answer.key: answer.to("cpu") for answer in good}
+            found += sum(len(answer.targets) for answer in good)
+            progress(len(batch), sum(len(answer.targets) for answer in good))
+        if found >= tokens:
+            break
+    if not pilot.answers:
+        raise CachekdError(
+            "no sample of the pilot can be used",
+            found=f"{len(pilot.bad)} bad samples, the first: {pilot.bad[0] if pilot.bad else 'none'}",
+        )
+    pilot.answers = {key: pilot.answers[key] for key in samples.keys if key in pilot.answers}
+    return pilot
+
+
+def estimate(
+    pilot: Pilot, teacher: Teacher, samples: int, codec: CodecSettings, workers: int = 0
+) -> Estimate:
+    """What dumping `samples` samples with `codec` will cost, if `workers` processes read them."""
+    encoder = pilot.fit(teacher, codec) if TailSetting.parse(codec.tail).sketch else None
+    counts = torch.tensor(pilot.tokens, dtype=torch.float64)
+    usable = samples * len(counts) / (len(counts) + len(pilot.bad))
+    error = float(counts.std(correction=0)) * (max(0.0, 1 - len(counts) / samples) / len(counts)) ** 0.5
+    per_token = _bytes_per_token(pilot, codec, encoder)
+    tokens = round(usable * float(counts.mean()))
+    run = pilot.run_seconds / len(pilot.answers)
+    read = pilot.read_seconds / (len(counts) + len(pilot.bad)) / max(1, workers)
+    return Estimate(
+        samples=samples,
+        tokens=tokens,
+        tokens_error=round(usable * error),
+        bytes_per_token=per_token,
+        shard_bytes=round(tokens * per_token),
+        sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
+        seconds=usable * max(run, read),  # they overlap
+        peak_memory=peak_memory(),
+        codec=codec,
+    )
+
+
+def fit_budget(
+    pilot: Pilot, teacher: Teacher, samples: int, codec: CodecSettings, budget: int, workers: int = 0
+) -> Estimate:
+    """The setting that makes the most of `budget` bytes for the whole cache.
+
+    The frontier that was measured (docs/what-the-cache-keeps.md): Kneedle's k and as fine a sketch as there
+    is room for; smaller k only where nothing else is left, no sketch where it would not pay for its basis.
+
+    Raises:
+        CachekdError: not even the smallest setting fits.
+    """
+    tightest, room = None, int(BUDGET_USED * budget)
+    cost = partial(estimate, pilot, teacher, samples, workers=workers)
+    choices = [top_k for top_k in TOP_KS if top_k <= codec.top_k] or [codec.top_k]
+    for top_k in choices if TailSetting.parse(codec.tail).sketch else ():
+        sketched = codec.model_copy(update={"top_k": top_k, "top_p": 0.0})
+        found = _finest(cost, sketched, room)
+        if found is not None:
+            return found
+    for top_k in choices:
+        plain = {"top_k": top_k, "tail": "none", "top_p": default_top_p(TailSetting(sketch=False))}
+        tightest = cost(codec.model_copy(update=plain))
+        if tightest.size <= room:
+            return tightest
+    assert tightest is not None
+    raise CachekdError(
+        "the disk budget is too small for this data set",
+        where="setting 'disk_budget'",
+        expected=f"at least {tightest.size / 1e6:,.1f} MB (top_k {tightest.codec.top_k}, no tail sketch)",
+        found=f"{budget / 1e6:,.1f} MB for {tightest.tokens:,} answer tokens",
+        fix="raise --disk-budget, or dump fewer samples with --limit",
+    )
+
+
+def _finest(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate | None:
+    """The finest sketch that fits; None if there is no room for LEAST_SKETCH bytes a token."""
+    best = cost(codec.model_copy(update={"tail": "exact"}))
+    if best.size <= budget:
+        return best
+    bare = cost(codec.model_copy(update={"tail": "none"}))
+    room = (budget - bare.size) / max(1, bare.tokens) - SHIFT_BYTES
+    for _ in range(4):  # the basis' own size depends on how fine it is
+        if room < LEAST_SKETCH:
+            return None
+        found = cost(codec.model_copy(update={"tail": f"bytes={room:.1f}"}))
+        if found.size <= budget:
+            return found
+        room -= (found.size - budget) / max(1, found.tokens) * 1.02
+    return None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that was in use so far, of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _bytes_per_token(pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None) -> float:
+    """Of a shard with the pilot's tokens; its codes as on tokens that the sketch has not seen."""
+    targets = pilot.targets.truncate(codec.top_k)
+    samples = [(key, bytes(16), len(answer.targets)) for key, answer in pilot.answers.items()]
+    plain = len(pack_shard(make_shard(samples, targets), codec.logprob_step)) / len(targets)
+    return plain if encoder is None else plain + encoder.code_bytes + SHIFT_BYTES
+
+
+def _spread(count: int) -> Iterator[int]:
+    """0 to count - 1, each once, at any time evenly spread."""
+    seen = set()
+    for turn in range(20 * count):
+        number = int(turn * GOLDEN_RATIO % 1 * count)
+        if number not in seen:
+            seen.add(number)
+            yield number
+    yield from (number for number in range(count) if number not in seen)
+
+
+def _evenly(batches: list, wanted: int, turn: int) -> list:
+    """`wanted` of the batches, short and long ones alike, others at every turn."""
+    offset = turn * GOLDEN_RATIO % 1
+    return [batches[int((place + offset) * len(batches) / wanted)] for place in range(wanted)]

@@ -1,0 +1,228 @@
+"""The teacher as stage one runs it: samples in, what is kept of its logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
+from cachekd.cache.select import select_topk
+from cachekd.errors import BadSample, CachekdError
+from cachekd.fingerprint import (
+    config_fingerprint,
+    image_processor_fingerprint,
+    template_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.vlm import (
+    hidden_and_logits_at,
+    load_config,
+    load_model,
+    load_processor,
+    output_head,
+    weights_files,
+)
+
+
+class Answer(NamedTuple):
+    """What the teacher says at a sample's N answer tokens.
+
+    Attributes:
+        states: for the tail sketch; None if it is not wanted.
+    """
+
+    key: str
+    content_hash: bytes
+    targets: TokenTargets
+    states: TailStates | None
+
+    def to(self, device: torch.device | str) -> Answer:
+        """With its states on `device`."""
+        if self.states is None:
+            return self
+        moved = TailStates(self.states.hidden.to(device), self.states.log_normaliser.to(device))
+        return self._replace(states=moved)
+
+
+@dataclass
+class Teacher:
+    """A frozen VLM with its processor.
+
+    Attributes:
+        path: folder or hub name it was loaded from.
+        codec: what is kept.
+        head: how its logits follow from its states; None without a tail sketch.
+    """
+
+    path: str
+    model: PreTrainedModel
+    processor: Any
+    encoder: SampleEncoder
+    codec: CodecSettings
+    head: OutputHead | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        encoder: SampleEncoder,
+        codec: CodecSettings,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Teacher:
+        """Load the whole model.
+
+        Raises:
+            CachekdError: there is none, its family is not supported, or weights are missing.
+        """
+        model = load_model(path, dtype=dtype, device=device)
+        return cls(path, model, encoder.processor, encoder, codec)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
+        return min(len(self.processor.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+
+    def find_head(self, example: Encoded) -> None:
+        """Measure the head on a sample.
+
+        Raises:
+            CachekdError: the logits do not follow from the states by a matrix, a scale and a cap.
+        """
+        hidden, logits, _, _ = self.forward([example])
+        self.head = output_head(self.model, hidden, logits, self.vocab_size)
+
+    def answers(
+        self, group: Sequence[Encoded | BadSample], batch_size: int, known: Mapping[str, Answer] = {}
+    ) -> Iterator[Answer | BadSample]:
+        """Run a group of samples, batched by length; results in the group's order.
+
+        Args:
+            known: answers from an earlier run of the same group.
+        """
+        found: dict[int, Answer | BadSample] = {
+            index: sample for index, sample in enumerate(group) if isinstance(sample, BadSample)
+        }
+        for batch in batches_of(group, batch_size):
+            samples = [sample for _, sample in batch]
+            if all(sample.key in known for sample in samples):
+                # On the device of new ones: from one device to another products differ in their last bits.
+                results: list[Answer | BadSample] = [
+                    known[sample.key].to(self.model.device) for sample in samples
+                ]
+            else:
+                results = self.run(samples)
+            found |= zip((index for index, _ in batch), results, strict=True)
+        return (found[index] for index in range(len(group)))
+
+    @torch.inference_mode()
+    def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
+        """One batch."""
+        hidden, logits, token_ids, counts = self.forward(samples)
+        logits = logits[:, : self.vocab_size]
+        try:
+            targets = self._select(logits, token_ids).split(counts)
+        except CachekdError:  # find the sample whose logits are not finite
+            return self._one_by_one(samples, hidden, logits, token_ids, counts)
+        return self._answers(samples, targets, hidden, logits, counts)
+
+    def _answers(
+        self,
+        samples: list[Encoded],
+        targets: list[TokenTargets],
+        hidden: Tensor,
+        logits: Tensor,
+        counts: list[int],
+    ) -> list[Answer | BadSample]:
+        states: list[TailStates | None] = [None] * len(samples)
+        if self.head is not None:
+            normalisers = logits.float().logsumexp(-1).split(counts)
+            states = [TailStates(*pair) for pair in zip(hidden.split(counts), normalisers, strict=True)]
+        return [
+            Answer(sample.key, sample.content_hash, target, state)
+            for sample, target, state in zip(samples, targets, states, strict=True)
+        ]
+
+    def _one_by_one(
+        self, samples: list[Encoded], hidden: Tensor, logits: Tensor, token_ids: Tensor, counts: list[int]
+    ) -> list[Answer | BadSample]:
+        results: list[Answer | BadSample] = []
+        parts = zip(hidden.split(counts), logits.split(counts), token_ids.split(counts), strict=True)
+        for sample, (states, some, ids) in zip(samples, parts, strict=True):
+            try:
+                results += self._answers([sample], [self._select(some, ids)], states, some, [len(ids)])
+            except CachekdError as error:
+                where = f"sample {sample.key!r}, {error.where}"
+                results.append(
+                    BadSample(
+                        error.problem, where=where, expected=error.expected, found=error.found, fix=error.fix
+                    )
+                )
+        return results
+
+    def _select(self, logits: Tensor, token_ids: Tensor) -> TokenTargets:
+        codec = self.codec
+        return select_topk(
+            logits,
+            token_ids,
+            top_k=codec.top_k,
+            top_p=codec.top_p,
+            window=codec.window,
+            min_k=codec.min_k,
+        )
+
+    @torch.inference_mode()
+    def forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Hidden states [N, d], logits [N, V] and ids [N] at the answer tokens, and how many each has."""
+        batch = collate(samples, self.processor.tokenizer.pad_token_id)
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        supervised = batch.pop("supervised")
+        hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
+        return hidden, logits, batch["input_ids"][supervised], supervised.sum(1).tolist()
+
+    def info(self) -> TeacherInfo:
+        """What the manifest says of it."""
+        files = weights_files(self.path)
+        commit = getattr(self.model.config, "_commit_hash", None)
+        return TeacherInfo(
+            name=self.path,
+            model_type=self.model.config.model_type,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            vocab_size=self.vocab_size,
+            weights_sha256=weights_fingerprint(files) if files else f"hub:{commit}",
+            config_sha256=config_fingerprint(self.model.config),
+        )
+
+    def fingerprints(self) -> Fingerprints:
+        """Of what turns samples into its inputs."""
+        return Fingerprints(
+            tokenizer=tokenizer_fingerprint(self.processor.tokenizer),
+            chat_template=template_fingerprint(self.encoder.template),
+            image_processor=image_processor_fingerprint(self.processor),
+            image_token=str(self.processor.image_token),
+        )
+
+
+def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[list[tuple[int, Encoded]]]:
+    """(place in the group, sample), cut into batches by length; bad samples are left out."""
+    usable = [(index, sample) for index, sample in enumerate(group) if not isinstance(sample, BadSample)]
+    usable.sort(key=lambda pair: len(pair[1]))
+    return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
+
+
+def load_encoder(path: str) -> SampleEncoder:
+    """What turns samples into the teacher's inputs; its configuration is checked before its weights are read.
+
+    Raises:
+        CachekdError: an unknown family, or no usable processor or chat template.
+    """
+    load_config(path)
+    return SampleEncoder(load_processor(path))

@@ -1,0 +1,37 @@
+"""`cachekd merge`: several caches of one teacher as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachekd_cli.console import console, print_json
+
+
+def merge_command(
+    caches: Annotated[list[Path], typer.Argument(help="Two or more caches.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new cache's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Join caches of the same teacher, inputs and settings; no shard is rewritten.
+
+    Files are hard links where the file system allows it, so that this costs no space.
+
+    Example: cachekd merge caches/part-a caches/part-b -o caches/all
+    """
+    from cachekd.cache.merge import merge_caches
+
+    manifest = merge_caches(caches, out)
+    if as_json:
+        print_json(
+            {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
+        )
+    else:
+        console.print(
+            f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
+            f"{len(manifest.shards):,} shards from {len(caches)} caches",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,41 @@
+"""`cachekd status`: how far a dump is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachekd_cli.console import console, print_json, table
+
+
+def status_command(
+    cache: Annotated[Path, typer.Argument(help="The folder of a cache or of a dump under way.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show how much of a dump is done, while it runs or after it was stopped.
+
+    Example: cachekd status caches/llava-7b
+    """
+    from cachekd.cache.status import dump_status
+
+    status = dump_status(cache)
+    if as_json:
+        print_json({**status.__dict__, "finished": status.finished})
+        return
+    rows = [
+        (
+            "shards",
+            f"{status.shards:,} of {status.all_shards:,} ({100 * status.shards / status.all_shards:.0f} %)",
+        ),
+        ("samples", f"{status.samples:,} of {status.all_samples:,}"),
+        ("left out", f"{status.skipped:,}"),
+        ("answer tokens", f"{status.tokens:,}"),
+        ("size", f"{status.bytes / 1e6:,.2f} MB"),
+        ("teacher", status.teacher),
+        ("data", status.data),
+    ]
+    console.print(table(f"{'cache' if status.finished else 'dump'} {cache}", ("", "value"), rows))
+    if not status.finished:
+        console.print("not finished: the same `cachekd dump` goes on with it", soft_wrap=True)
