@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
-from cachekd.cache.select import select_topk
+from cachekd.cache.select import select_and_normalise
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import (
     config_fingerprint,
@@ -129,26 +129,29 @@ class Teacher:
         hidden, logits, token_ids, counts = self.forward(samples)
         logits = logits[:, : self.vocab_size]
         try:
-            targets = self._select(logits, token_ids).split(counts)
+            return self._answers(samples, hidden, logits, token_ids, counts)
         except CachekdError:  # find the sample whose logits are not finite
             return self._one_by_one(samples, hidden, logits, token_ids, counts)
-        return self._answers(samples, targets, hidden, logits, counts)
 
     def _answers(
-        self,
-        samples: list[Encoded],
-        targets: list[TokenTargets],
-        hidden: Tensor,
-        logits: Tensor,
-        counts: list[int],
+        self, samples: list[Encoded], hidden: Tensor, logits: Tensor, token_ids: Tensor, counts: list[int]
     ) -> list[Answer | BadSample]:
+        codec = self.codec
+        targets, normaliser = select_and_normalise(
+            logits,
+            token_ids,
+            top_k=codec.top_k,
+            top_p=codec.top_p,
+            window=codec.window,
+            min_k=codec.min_k,
+        )
         states: list[TailStates | None] = [None] * len(samples)
         if self.head is not None:
-            normalisers = logits.float().logsumexp(-1).split(counts)
-            states = [TailStates(*pair) for pair in zip(hidden.split(counts), normalisers, strict=True)]
+            pairs = zip(hidden.split(counts), normaliser.split(counts), strict=True)
+            states = [TailStates(*pair) for pair in pairs]
         return [
             Answer(sample.key, sample.content_hash, target, state)
-            for sample, target, state in zip(samples, targets, states, strict=True)
+            for sample, target, state in zip(samples, targets.split(counts), states, strict=True)
         ]
 
     def _one_by_one(
@@ -158,7 +161,7 @@ class Teacher:
         parts = zip(hidden.split(counts), logits.split(counts), token_ids.split(counts), strict=True)
         for sample, (states, some, ids) in zip(samples, parts, strict=True):
             try:
-                results += self._answers([sample], [self._select(some, ids)], states, some, [len(ids)])
+                results += self._answers([sample], states, some, ids, [len(ids)])
             except CachekdError as error:
                 where = f"sample {sample.key!r}, {error.where}"
                 results.append(
@@ -167,17 +170,6 @@ class Teacher:
                     )
                 )
         return results
-
-    def _select(self, logits: Tensor, token_ids: Tensor) -> TokenTargets:
-        codec = self.codec
-        return select_topk(
-            logits,
-            token_ids,
-            top_k=codec.top_k,
-            top_p=codec.top_p,
-            window=codec.window,
-            min_k=codec.min_k,
-        )
 
     @torch.inference_mode()
     def forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:

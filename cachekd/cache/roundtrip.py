@@ -14,7 +14,7 @@ from cachekd.cache.fit import OutputHead, SketchEncoder, fit_sketch
 from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, TeacherInfo
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.select import default_top_p, select_topk
+from cachekd.cache.select import default_top_p, select_and_normalise
 from cachekd.cache.sketch import SketchTail
 from cachekd.cache.tail import DEFAULT_TAIL, TailSetting
 from cachekd.cache.targets import CachedTargets
@@ -106,11 +106,14 @@ def select_states(
     """What a dump would pass on for the sketch of these states, and what it would keep."""
     parts, normalisers = [], []
     for some, ids in zip(hidden.split(ROWS), token_ids.split(ROWS), strict=True):
-        logits = head.logits(some)
-        normalisers.append(logits.logsumexp(-1))
-        parts.append(
-            select_topk(
-                logits, ids, top_k=codec.top_k, top_p=codec.top_p, window=codec.window, min_k=codec.min_k
-            )
+        part, normaliser = select_and_normalise(
+            head.logits(some),
+            ids,
+            top_k=codec.top_k,
+            top_p=codec.top_p,
+            window=codec.window,
+            min_k=codec.min_k,
         )
+        parts.append(part)
+        normalisers.append(normaliser)
     return TailStates(hidden, torch.cat(normalisers)), TokenTargets.concatenate(parts)

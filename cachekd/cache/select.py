@@ -37,10 +37,23 @@ def select_topk(
     Raises:
         CachekdError: a row has NaN, +inf, or no finite logit.
     """
-    _check_finite(logits)
-    everything = logits.float().log_softmax(-1)
+    return select_and_normalise(logits, token_ids, top_k=top_k, top_p=top_p, window=window, min_k=min_k)[0]
+
+
+def select_and_normalise(
+    logits: Tensor, token_ids: Tensor, *, top_k: int, top_p: float, window: int, min_k: int
+) -> tuple[TokenTargets, Tensor]:
+    """`select_topk`, and on the way the log-normaliser: [N] float32, logsumexp of the logits.
+
+    One pass for the largest and one for the mass of all others: a dump pays this for every token.
+    """
     width = min(max(top_k, window), logits.shape[-1])
-    logprobs, ids = everything.topk(width, dim=-1)  # [N, width], descending
+    top, ids = logits.topk(width, dim=-1)  # [N, width], descending; NaN counts as the largest
+    _check_finite(top[:, 0])
+    top = top.float()
+    beyond = _mass_beyond(logits, top, ids)
+    normaliser = torch.logaddexp(beyond, top.logsumexp(-1))
+    logprobs = top - normaliser[:, None]
     finite = logprobs.isfinite().sum(-1)
     knee = kneedle_k(logprobs[:, :window])
     # The entry that reaches top_p is the last one whose predecessors hold less than it.
@@ -49,8 +62,18 @@ def select_topk(
     k = torch.minimum(wanted, finite).clamp(max=top_k)
     kept = torch.arange(width, device=k.device) < k[:, None]
     # Summed over what is left, not 1 - kept: the tail of a confident teacher is far below float32's epsilon.
-    tail = everything.scatter(-1, ids, logprobs.masked_fill(kept, float("-inf"))).logsumexp(-1)
-    return _to_numpy(logprobs, ids, kept, k, torch.minimum(knee, k), tail, token_ids)
+    left = logprobs.masked_fill(kept, float("-inf")).logsumexp(-1)
+    tail = torch.logaddexp(left, beyond - normaliser)
+    return _to_numpy(logprobs, ids, kept, k, torch.minimum(knee, k), tail, token_ids), normaliser
+
+
+def _mass_beyond(logits: Tensor, top: Tensor, ids: Tensor) -> Tensor:
+    """[N] float32, logsumexp of all logits but the top ones; -inf where there is none."""
+    rest = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    rest = rest.scatter_(-1, ids, float("-inf"))
+    least = top[:, -1:]  # nothing that is left is larger, so nothing overflows
+    least = least.masked_fill(least.isinf(), 0.0)
+    return rest.sub_(least).exp_().sum(-1).log() + least[:, 0]
 
 
 def default_top_p(tail: TailSetting) -> float:
@@ -74,8 +97,8 @@ def _to_numpy(
     )
 
 
-def _check_finite(logits: Tensor) -> None:
-    broken = logits.isnan().any(-1) | (logits.amax(-1).isinf())
+def _check_finite(largest: Tensor) -> None:
+    broken = ~largest.isfinite()
     if broken.any():
         row = int(broken.nonzero()[0])
         raise CachekdError(
