@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
@@ -13,14 +14,13 @@ from cachekd.config import DumpConfig
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import groups_of
-from cachekd.pilot import Estimate, Pilot, estimate, fit_budget, run_pilot
+from cachekd.pilot import SHARD_TOKENS, Estimate, Pilot, estimate, fit_budget, run_pilot
 from cachekd.samples import Samples
 from cachekd.samples.open import keys_hash
 from cachekd.teacher import Teacher
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8
-SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 
 
 def codec_of(config: DumpConfig) -> CodecSettings:
@@ -63,9 +63,17 @@ def pilot_of(
 
 def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: Pilot) -> Estimate:
     """What the dump will cost, with the codec that a disk budget chooses."""
+    cost = partial(
+        estimate,
+        pilot,
+        teacher,
+        samples=len(samples),
+        shard_samples=config.shard_samples,
+        workers=config.workers,
+    )
     if config.disk_budget is None:
-        return estimate(pilot, teacher, len(samples), teacher.codec, config.workers)
-    return fit_budget(pilot, teacher, len(samples), teacher.codec, int(config.disk_budget), config.workers)
+        return cost(teacher.codec)
+    return fit_budget(cost, teacher.codec, int(config.disk_budget))
 
 
 def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> Plan:

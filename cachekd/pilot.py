@@ -6,8 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,10 +20,11 @@ from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher, batches_of
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-SHIFT_BYTES = 1.5  # per token, of the sketch's shift
+SHIFT_BYTES = 1.5  # per token, about, of the sketch's shift
+SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 LEAST_SKETCH = 8  # bytes per token; below that the same bytes do more in the top-k
 BUDGET_USED = 0.97  # the pilot may be off by a few percent
-TOP_KS = (128, 64, 32, 16, 8, 4)  # what a disk budget may choose from
+LEAST_TOP_K = 4  # that a disk budget may choose
 
 
 @dataclass
@@ -52,6 +52,12 @@ class Pilot:
     def targets(self) -> TokenTargets:
         """Of all answers."""
         return TokenTargets.concatenate([answer.targets for answer in self.answers.values()])
+
+    @property
+    def states(self) -> TailStates:
+        """Of all answers."""
+        states = [answer.states for answer in self.answers.values() if answer.states is not None]
+        return TailStates.concatenate(states)
 
     def reusable(self, plan: Plan) -> dict[str, Answer]:
         """The answers as the dump itself would find them: those of another codec or batching would differ."""
@@ -152,23 +158,36 @@ def run_pilot(
 
 
 def estimate(
-    pilot: Pilot, teacher: Teacher, samples: int, codec: CodecSettings, workers: int = 0
+    pilot: Pilot,
+    teacher: Teacher,
+    codec: CodecSettings,
+    samples: int,
+    shard_samples: int | None = None,
+    workers: int = 0,
 ) -> Estimate:
-    """What dumping `samples` samples with `codec` will cost, if `workers` processes read them."""
+    """What a dump will cost.
+
+    Args:
+        codec: to be used; the pilot may have had a larger top_k.
+        samples: of the data set.
+        shard_samples: per shard; None for SHARD_TOKENS answer tokens.
+        workers: processes that read samples.
+    """
     encoder = pilot.fit(teacher, codec) if TailSetting.parse(codec.tail).sketch else None
     counts = torch.tensor(pilot.tokens, dtype=torch.float64)
     usable = samples * len(counts) / (len(counts) + len(pilot.bad))
     error = float(counts.std(correction=0)) * (max(0.0, 1 - len(counts) / samples) / len(counts)) ** 0.5
-    per_token = _bytes_per_token(pilot, codec, encoder)
     tokens = round(usable * float(counts.mean()))
+    shard_tokens = SHARD_TOKENS if shard_samples is None else shard_samples * float(counts.mean())
+    shard_bytes = _shard_bytes(pilot, codec, encoder, tokens, shard_tokens)
     run = pilot.run_seconds / len(pilot.answers)
     read = pilot.read_seconds / (len(counts) + len(pilot.bad)) / max(1, workers)
     return Estimate(
         samples=samples,
         tokens=tokens,
         tokens_error=round(usable * error),
-        bytes_per_token=per_token,
-        shard_bytes=round(tokens * per_token),
+        bytes_per_token=shard_bytes / tokens,
+        shard_bytes=round(shard_bytes),
         sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
         seconds=usable * max(run, read),  # they overlap
         peak_memory=peak_memory(),
@@ -176,10 +195,12 @@ def estimate(
     )
 
 
-def fit_budget(
-    pilot: Pilot, teacher: Teacher, samples: int, codec: CodecSettings, budget: int, workers: int = 0
-) -> Estimate:
+def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate:
     """The setting that makes the most of `budget` bytes for the whole cache.
+
+    Args:
+        cost: of a codec.
+        codec: what may not be changed, and the largest top_k.
 
     The frontier that was measured (docs/what-the-cache-keeps.md): Kneedle's k and as fine a sketch as there
     is room for; smaller k only where nothing else is left, no sketch where it would not pay for its basis.
@@ -187,27 +208,45 @@ def fit_budget(
     Raises:
         CachekdError: not even the smallest setting fits.
     """
-    tightest, room = None, int(BUDGET_USED * budget)
-    cost = partial(estimate, pilot, teacher, samples, workers=workers)
-    choices = [top_k for top_k in TOP_KS if top_k <= codec.top_k] or [codec.top_k]
-    for top_k in choices if TailSetting.parse(codec.tail).sketch else ():
-        sketched = codec.model_copy(update={"top_k": top_k, "top_p": 0.0})
-        found = _finest(cost, sketched, room)
-        if found is not None:
-            return found
-    for top_k in choices:
-        plain = {"top_k": top_k, "tail": "none", "top_p": default_top_p(TailSetting(sketch=False))}
-        tightest = cost(codec.model_copy(update=plain))
-        if tightest.size <= room:
-            return tightest
-    assert tightest is not None
+    room = int(BUDGET_USED * budget)
+    found = None
+    if TailSetting.parse(codec.tail).sketch:
+        found = _largest_top_k(
+            codec.top_k,
+            lambda top_k: _finest(cost, codec.model_copy(update={"top_k": top_k, "top_p": 0.0}), room),
+        )
+    plain = {"tail": "none", "top_p": default_top_p(TailSetting(sketch=False))}
+
+    def without_sketch(top_k: int) -> Estimate | None:
+        estimated = cost(codec.model_copy(update={**plain, "top_k": top_k}))
+        return estimated if estimated.size <= room else None
+
+    found = found or _largest_top_k(codec.top_k, without_sketch)
+    if found is not None:
+        return found
+    least = cost(codec.model_copy(update={**plain, "top_k": LEAST_TOP_K}))
     raise CachekdError(
         "the disk budget is too small for this data set",
         where="setting 'disk_budget'",
-        expected=f"at least {tightest.size / 1e6:,.1f} MB (top_k {tightest.codec.top_k}, no tail sketch)",
-        found=f"{budget / 1e6:,.1f} MB for {tightest.tokens:,} answer tokens",
+        expected=f"at least {least.size / BUDGET_USED / 1e6:,.2f} MB (top_k {LEAST_TOP_K}, no tail sketch)",
+        found=f"{budget / 1e6:,.2f} MB for {least.tokens:,} answer tokens",
         fix="raise --disk-budget, or dump fewer samples with --limit",
     )
+
+
+def _largest_top_k(most: int, try_it: Callable[[int], Estimate | None]) -> Estimate | None:
+    """By bisection: what fits at some top_k fits at smaller ones."""
+    if best := try_it(most):
+        return best
+    low, high = LEAST_TOP_K, most
+    best = try_it(low) if low < high else None
+    while best is not None and high - low > 1:
+        middle = (low + high) // 2
+        if found := try_it(middle):
+            best, low = found, middle
+        else:
+            high = middle
+    return best
 
 
 def _finest(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate | None:
@@ -235,12 +274,32 @@ def peak_memory() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _bytes_per_token(pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None) -> float:
-    """Of a shard with the pilot's tokens; its codes as on tokens that the sketch has not seen."""
+def _shard_bytes(
+    pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None, tokens: int, shard_tokens: float
+) -> float:
+    """Of `tokens` tokens in shards of `shard_tokens`.
+
+    Tables and rare ids weigh more in a small shard. So the pilot's own tokens are packed, as many as a shard
+    has if there are so many and half of that, and what lies beyond is on their line.
+    """
     targets = pilot.targets.truncate(codec.top_k)
-    samples = [(key, bytes(16), len(answer.targets)) for key, answer in pilot.answers.items()]
-    plain = len(pack_shard(make_shard(samples, targets), codec.logprob_step)) / len(targets)
-    return plain if encoder is None else plain + encoder.code_bytes + SHIFT_BYTES
+    samples = [(answer.key, answer.content_hash, len(answer.targets)) for answer in pilot.answers.values()]
+    counts = [tokens for _, _, tokens in samples]
+    if encoder is not None:
+        targets = replace(targets, sketch=encoder.encode(pilot.states))
+    sizes = []
+    whole = min(1.0, shard_tokens / len(targets))
+    for share in (whole / 2, whole):
+        # Every so manieth sample, so that both have some of everything.
+        chosen = _evenly(list(range(len(counts))), max(1, round(share * len(counts))), 0)
+        parts = targets.split(counts)
+        some = TokenTargets.concatenate([parts[index] for index in chosen])
+        shard = make_shard([samples[index] for index in chosen], some)
+        sizes.append((len(shard.targets), len(pack_shard(shard, codec.logprob_step))))
+    (less, small), (more, large) = sizes
+    rate = (large - small) / (more - less) if more > less else large / more
+    shards = max(1.0, tokens / shard_tokens)
+    return shards * (large - rate * more) + (rate + (encoder.surplus if encoder else 0.0)) * tokens
 
 
 def _spread(count: int) -> Iterator[int]:

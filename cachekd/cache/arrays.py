@@ -26,7 +26,6 @@ from zarr.storage import MemoryStore
 
 from cachekd.errors import CachekdError
 
-CHUNK = 128 * 1024
 _PAGE = 2**18  # PCodec's own limit for numbers that share a table
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 
@@ -112,13 +111,13 @@ def damaged(path: Path, found: str) -> CachekdError:
 
 
 def _write(group: zarr.Group, name: str, values: NDArray) -> None:
-    chunks: tuple[int, ...] = values.shape if values.ndim > 1 else (max(1, min(CHUNK, len(values))),)
-    chunks = tuple(max(1, size) for size in chunks)
+    # One chunk: a shard is read as a whole, and zarr would fill the last of several up, at a cost.
+    chunks = tuple(max(1, size) for size in values.shape)
     options: dict[str, Any]
     if values.dtype.itemsize > 1:
-        # A page is what shares a table: a row, so that each has its own. (Pages are of equal size.)
-        page = values.shape[1] if values.ndim > 1 else chunks[0]
-        codec = PCodec(level=8, equal_pages_up_to=min(page, _PAGE) or 1)
+        # A page is what shares a table: a row, so that each has its own; long ones are cut equally.
+        page = chunks[-1]
+        codec = PCodec(level=8, equal_pages_up_to=min(page, _PAGE))
         options = {"serializer": codec, "compressors": [Crc32cCodec()]}
     else:
         blosc = BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle", typesize=1)

@@ -79,7 +79,7 @@ class SketchEncoder:
         analysis: [C, d] float32, code steps per hidden unit.
         common: [d] float32 and a number: the part of the logits that is the same for every id.
         calibration_tokens: that it was fitted on.
-        code_bytes: per token, expected of the coordinates of tokens that the axes were not fitted on.
+        surplus: bytes per token by which codes of tokens that the axes were not fitted on cost more.
     """
 
     sketch: TailSketch
@@ -88,7 +88,7 @@ class SketchEncoder:
     analysis: Tensor
     common: tuple[Tensor, float]
     calibration_tokens: int
-    code_bytes: float
+    surplus: float
 
     def encode(self, states: TailStates) -> SketchCodes:
         """Codes of N tokens; on the device of `states`, returned on the CPU."""
@@ -106,7 +106,7 @@ class SketchEncoder:
             "analysis": self.analysis.cpu().numpy().astype("<f4"),
             "mean": self.mean.cpu().numpy().astype("<f4"),
             "common": direction.cpu().numpy().astype("<f4"),
-            "numbers": np.array([self.step, constant, self.calibration_tokens, self.code_bytes], "<f8"),
+            "numbers": np.array([self.step, constant, self.calibration_tokens, self.surplus], "<f8"),
         }
         return pack_arrays({**self.sketch.arrays(), **arrays}, SKETCH_FORMAT)
 
@@ -119,7 +119,7 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
     """
     arrays = read_arrays(path, ("analysis", "mean", "common", "numbers"), SKETCH_FORMAT, sha256)
     tensors = {name: torch.from_numpy(arrays[name].copy()) for name in ("analysis", "mean", "common")}
-    step, constant, tokens, code_bytes = arrays["numbers"].tolist()
+    step, constant, tokens, surplus = arrays["numbers"].tolist()
     return SketchEncoder(
         sketch=read_sketch(path, sha256),
         step=step,
@@ -127,7 +127,7 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
         analysis=tensors["analysis"],
         common=(tensors["common"], constant),
         calibration_tokens=int(tokens),
-        code_bytes=code_bytes,
+        surplus=surplus,
     )
 
 
@@ -168,6 +168,7 @@ def fit_sketch(
     mean, axes = _axes(hidden, root)
     y = ((hidden - mean).double() @ root @ axes).float()
     step = max(step, float(y.abs().max()) / FINEST)
+    surplus = _code_bytes(_held_out(hidden, root), step) - _code_bytes(y[_apart(hidden)], step)
     codes = (y / step).round()
     use = _worth_keeping(y, step)
     y, codes, axes = y[:, use], codes[:, use], axes[:, use]
@@ -197,7 +198,7 @@ def fit_sketch(
         analysis=analysis.cpu(),
         common=(common.cpu(), constant),
         calibration_tokens=len(hidden),
-        code_bytes=_code_bytes(_held_out(hidden, root), step),
+        surplus=surplus,
     )
     surplus = _mass_surplus(encoder, states, targets)
     encoder.sketch.forget_copies()  # coding needs none, and a GPU has better use for the memory
@@ -245,14 +246,18 @@ def _worth_keeping(y: Tensor, step: float) -> Tensor:
     return use
 
 
-def _held_out(hidden: Tensor, root: Tensor) -> Tensor:
-    """[N / 4, d]: a quarter of the tokens along axes that were fitted on the others.
-
-    On tokens that the axes have seen, codes are cheaper than they will be. The quarter is every fourth run of
-    tokens, so that it has some of everything.
-    """
+def _apart(hidden: Tensor) -> Tensor:
+    """[N] bool, a quarter of the tokens: every fourth run of them, so that it has some of everything."""
     tokens = torch.arange(len(hidden), device=hidden.device)
-    apart = (tokens // min(64, max(1, len(hidden) // 4))) % 4 == 3 if len(hidden) >= 4 else tokens >= 0
+    return (tokens // min(64, max(1, len(hidden) // 4))) % 4 == 3 if len(hidden) >= 4 else tokens >= 0
+
+
+def _held_out(hidden: Tensor, root: Tensor) -> Tensor:
+    """[N / 4, d]: that quarter along axes that were fitted on the others, as all tokens to come will be.
+
+    On tokens that the axes have seen, codes are cheaper.
+    """
+    apart = _apart(hidden)
     mean, axes = _axes(hidden[~apart] if len(hidden) >= 4 else hidden, root)
     return ((hidden[apart] - mean).double() @ root @ axes).float()
 
