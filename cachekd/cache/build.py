@@ -15,7 +15,7 @@ So a kill at any moment loses the shard that was being made, and nothing else.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,14 +31,14 @@ from cachekd.cache.manifest import (
     ShardInfo,
     ShardRecord,
     SketchInfo,
-    SkippedInfo,
 )
 from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.skipped import write_skipped
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
 RECORD_FOLDER = "dump"
-SKIPPED_FILE = "skipped.jsonl"
+RECORD_NAME = re.compile(r"[0-9]{5,9}")
 
 
 def find_plan(path: Path) -> Plan | None:
@@ -127,6 +127,14 @@ class CacheBuild:
 
     def record(self, number: int) -> ShardRecord | None:
         """Of a finished shard; None if it is still to be made (or made again: a damaged record is none)."""
+        record = self.noted(number)
+        shard = self.shard_path(number)
+        if record and record.shard and not (shard.exists() and shard.stat().st_size == record.shard.bytes):
+            return None
+        return record
+
+    def noted(self, number: int) -> ShardRecord | None:
+        """The record of a shard, whatever has become of the shard itself; None without a sound one."""
         path = self._record_path(number)
         if not path.exists():
             return None
@@ -134,12 +142,12 @@ class CacheBuild:
             record = ShardRecord.read(path)
         except CachekdError:
             return None
-        if record.plan_sha256 != self.plan.sha256:
-            return None
-        shard = self.shard_path(number)
-        if record.shard and not (shard.exists() and shard.stat().st_size == record.shard.bytes):
-            return None
-        return record
+        return record if record.plan_sha256 == self.plan.sha256 else None
+
+    def record_numbers(self) -> list[int]:
+        """Of which shards there are records, sound or not."""
+        names = (path.stem for path in (self.path / RECORD_FOLDER).glob("*.json"))
+        return sorted(int(name) for name in names if RECORD_NAME.fullmatch(name))
 
     def records(self, count: int) -> dict[int, ShardRecord]:
         """Of the finished ones among shards 0 to count - 1."""
@@ -155,6 +163,14 @@ class CacheBuild:
         records = self.records(count)
         if len(records) < count:
             raise ValueError(f"{count - len(records)} shards are not finished")
+        return self.write_manifest(records)
+
+    def write_manifest(self, records: dict[int, ShardRecord]) -> Manifest:
+        """Write the manifest from the records of all shards, in order.
+
+        Raises:
+            CachekdError: no shard has any sample.
+        """
         shards = [record.shard for record in records.values() if record.shard is not None]
         skipped = [sample for record in records.values() for sample in record.skipped]
         if not shards:
@@ -164,6 +180,8 @@ class CacheBuild:
                 found=f"none, {len(skipped)} were left out" + (f": {skipped[0].reason}" if skipped else ""),
             )
         sketch = self.sketch_info()
+        if sketch is None and any(shard.sketch is not None for shard in shards):
+            raise CachekdError("the tail sketch is missing", where=str(self.path / SKETCH_FILE))
         manifest = Manifest(
             teacher=self.plan.teacher,
             fingerprints=self.plan.fingerprints,
@@ -171,7 +189,7 @@ class CacheBuild:
             sources=[self.plan.source],
             sketches=[] if sketch is None else [sketch],
             fidelity=mean_fidelity(shards),
-            skipped=write_skipped(self.path, [sample.model_dump() for sample in skipped]),
+            skipped=write_skipped(self.path, skipped),
             shards=shards,
         )
         path, content = self.path / MANIFEST_FILE, manifest.to_json()
@@ -181,15 +199,6 @@ class CacheBuild:
 
     def _record_path(self, number: int) -> Path:
         return self.path / RECORD_FOLDER / f"{number:05d}.json"
-
-
-def write_skipped(path: Path, skipped: list[dict[str, str]]) -> SkippedInfo | None:
-    """Write skipped.jsonl, if there is anything in it."""
-    if not skipped:
-        return None
-    content = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in skipped).encode()
-    commit(path / SKIPPED_FILE, content)
-    return SkippedInfo(samples=len(skipped), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def mean_fidelity(shards: list[ShardInfo]) -> Fidelity | None:
