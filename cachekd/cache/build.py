@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import commit, commit_first, make_folder, remove_stale
 from cachekd.cache.fit import SketchEncoder, read_encoder
@@ -33,7 +35,7 @@ from cachekd.cache.manifest import (
     SketchInfo,
 )
 from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.cache.skipped import write_skipped
+from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
@@ -180,18 +182,25 @@ class CacheBuild:
                 found=f"none, {len(skipped)} were left out" + (f": {skipped[0].reason}" if skipped else ""),
             )
         sketch = self.sketch_info()
-        if sketch is None and any(shard.sketch is not None for shard in shards):
-            raise CachekdError("the tail sketch is missing", where=str(self.path / SKETCH_FILE))
-        manifest = Manifest(
-            teacher=self.plan.teacher,
-            fingerprints=self.plan.fingerprints,
-            codec=self.plan.codec,
-            sources=[self.plan.source],
-            sketches=[] if sketch is None else [sketch],
-            fidelity=mean_fidelity(shards),
-            skipped=write_skipped(self.path, skipped),
-            shards=shards,
-        )
+        try:
+            manifest = Manifest(
+                teacher=self.plan.teacher,
+                fingerprints=self.plan.fingerprints,
+                codec=self.plan.codec,
+                sources=[self.plan.source],
+                sketches=[] if sketch is None else [sketch],
+                fidelity=mean_fidelity(shards),
+                skipped=skipped_info(skipped),
+                shards=shards,
+            )
+        except ValidationError as error:
+            raise CachekdError(
+                "the records of the shards do not fit together",
+                where=str(self.path / RECORD_FOLDER),
+                found=error.errors()[0]["msg"],
+                fix="remove the folder, and dump again",
+            ) from None
+        write_skipped(self.path, skipped)
         path, content = self.path / MANIFEST_FILE, manifest.to_json()
         if not path.exists() or path.read_bytes() != content:
             commit(path, content)

@@ -14,7 +14,7 @@ from cachekd.cache.files import cannot_write, commit, make_folder, sync_folder
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo, Skipped, Source
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.shard import cut_shard
-from cachekd.cache.skipped import write_skipped
+from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
 
@@ -63,9 +63,10 @@ class DerivedCache:
             sources=self._sources,
             sketches=self._sketches,
             fidelity=mean_fidelity(self.shards),
-            skipped=write_skipped(self.folder, skipped),
+            skipped=skipped_info(skipped),
             shards=self.shards,
         )
+        write_skipped(self.folder, skipped)
         commit(self.folder / MANIFEST_FILE, manifest.to_json())
 
     def _shard_path(self, number: int) -> Path:

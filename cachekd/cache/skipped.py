@@ -20,13 +20,19 @@ def pack_skipped(skipped: Sequence[Skipped]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def write_skipped(path: Path, skipped: Sequence[Skipped]) -> SkippedInfo | None:
-    """Write it into a cache's folder, if there is anything in it; returns what the manifest says of it."""
+def skipped_info(skipped: Sequence[Skipped]) -> SkippedInfo | None:
+    """What the manifest says of the file; None where there is none."""
     if not skipped:
         return None
     content = pack_skipped(skipped)
-    commit(path / SKIPPED_FILE, content)
     return SkippedInfo(samples=len(skipped), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    """Write it into a cache's folder, if there is anything in it that is not there yet."""
+    file, content = path / SKIPPED_FILE, pack_skipped(skipped)
+    if skipped and not (file.exists() and file.read_bytes() == content):
+        commit(file, content)
 
 
 def read_skipped(path: Path, info: SkippedInfo | None) -> list[Skipped]:
