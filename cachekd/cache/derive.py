@@ -97,7 +97,7 @@ def new_cache(out: Path) -> Iterator[DerivedCache]:
     Raises:
         CachekdError: `out` holds something, or cannot be written.
     """
-    out = out.resolve()  # "." has no name, and a link to a folder cannot be replaced by one
+    out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CachekdError(
             "the folder for the cache already holds something",
@@ -112,10 +112,13 @@ def new_cache(out: Path) -> Iterator[DerivedCache]:
         yield DerivedCache(staging)
         try:
             sync_folder(staging / SHARD_FOLDER)
-            if out.exists():
-                out.rmdir()
-            staging.rename(out)
-            sync_folder(out.parent)
+            if out.exists():  # stays: it may be a mount, or where someone stands
+                for part in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+                    part.rename(out / part.name)
+                sync_folder(out)
+            else:
+                staging.rename(out)
+                sync_folder(out.parent)
         except OSError as error:
             raise cannot_write(out, error) from None
     finally:
