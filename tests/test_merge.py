@@ -150,7 +150,8 @@ def test_mixed_batches_travel_and_are_cut(merged, parts):
     expected = batch.everywhere()
     for other in (pickle.loads(pickle.dumps(batch)), batch.to("cpu"), CachedTargets.cat([batch])):
         assert_close(other.everywhere(), expected)
-    assert len(pickle.dumps(batch)) < 40_000  # codes, not the sketches themselves
+    basis = batch.tail.parts[0].sketch.codes.numpy().tobytes()
+    assert basis[:200] not in pickle.dumps(batch)  # the codes travel, not the sketches
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
     assert_close(batch.select(order).everywhere(), expected[order])
     assert batch.select(order[:0]).everywhere().shape == (0, batch.vocab_size)
