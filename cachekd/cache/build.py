@@ -182,6 +182,8 @@ class CacheBuild:
                 found=f"none, {len(skipped)} were left out" + (f": {skipped[0].reason}" if skipped else ""),
             )
         sketch = self.sketch_info()
+        if sketch is None and any(shard.sketch is not None for shard in shards):
+            raise CachekdError("the tail sketch is missing", where=str(self.path / SKETCH_FILE))
         try:
             manifest = Manifest(
                 teacher=self.plan.teacher,
