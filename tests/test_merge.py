@@ -252,6 +252,7 @@ def assert_refused(paths: list[Path], out: Path, *says: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_teacher_tokenizer_template_or_codec_is_refused(tmp_path, parts, teacher_path):
     first, out = parts[0], tmp_path / "out"
     ours = Manifest.load(first)
@@ -335,6 +336,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, parts, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "taken"]
 
 
+@pytest.mark.slow
 def test_damaged_skipped_is_refused_and_an_empty_folder_will_do(tmp_path, skipping_cache, parts, monkeypatch):
     broken = copied(skipping_cache, tmp_path / "broken")
     data_keys = set(LogitCache(parts[1]))

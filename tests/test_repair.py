@@ -85,9 +85,9 @@ def test_broken_shards_come_back_byte_by_byte(cache, teacher_path, broken_data, 
     "settings",
     [
         {"limit": 9, "tail": "none"},
-        {"shuffle_seed": 3},
+        pytest.param({"shuffle_seed": 3}, marks=pytest.mark.slow),
         {"limit": 14, "shuffle_seed": 5, "on_error": "skip", "workers": 1},
-        {"disk_budget": "60kB"},
+        pytest.param({"disk_budget": "60kB"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -444,6 +444,7 @@ def test_altered_sketch_codes_are_seen(skipping_cache, tmp_path, teacher_path, b
     assert found.max_code_error == 9
 
 
+@pytest.mark.slow
 def test_an_altered_sketch_is_no_encoder_of_these_codes(skipping_cache, tmp_path, teacher_path, broken_data):
     """The sketch's own file, packed again with another analysis matrix."""
     path = copied(skipping_cache, tmp_path / "c")
@@ -489,6 +490,7 @@ def test_changed_data_are_named(plain, tmp_path, teacher_path):
     assert (found.samples, found.all_samples, found.absent) == (11, 11, 1)
 
 
+@pytest.mark.slow
 def test_a_merged_cache_is_asked_for_what_the_data_hold(tmp_path, skipping_cache, teacher_path, broken_data):
     data = write_data(tmp_path / "d", 8, start=40)
     merge_caches([skipping_cache, dump_cache(tmp_path / "o", teacher_path, data)], tmp_path / "m")
@@ -497,6 +499,7 @@ def test_a_merged_cache_is_asked_for_what_the_data_hold(tmp_path, skipping_cache
     assert ask(tmp_path / "m", teacher_path, broken_data).mismatches == []
 
 
+@pytest.mark.slow
 def test_the_choice_is_random_and_can_be_repeated(plain, teacher_path, data_path, tmp_path):
     path = copied(plain, tmp_path / "c")
     repack(path, 1, other_ids)
@@ -505,7 +508,7 @@ def test_the_choice_is_random_and_can_be_repeated(plain, teacher_path, data_path
         return {mismatch.key for mismatch in ask(path, teacher_path, data_path, 5, **options).mismatches}
 
     assert named(seed=1) == named(seed=1)
-    assert len({frozenset(named(seed=seed)) for seed in range(4)}) > 1
+    assert len({frozenset(named(seed=seed)) for seed in range(3)}) > 1
 
 
 def test_what_cannot_be_asked_is_refused(plain, teacher_path, data_path, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,11 @@ def originals(tmp_path_factory, skipping_cache, teacher_path, data_path) -> dict
     return {"sketched": skipping_cache, "plain": plain, "odd": folder / "odd"}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "6")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(name=st.sampled_from(["sketched", "plain", "odd"]), bits=st.integers(1, 2**13 - 1))
 @example(name="sketched", bits=1)
 @example(name="sketched", bits=0b111111)  # the whole of a shard

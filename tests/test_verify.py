@@ -66,7 +66,7 @@ def test_flips_in_every_file_are_seen(cache):
     generator = random.Random(0)
     for name, content in files_of(cache).items():
         file = cache / name
-        for position in (0, -2, *(generator.randrange(len(content)) for _ in range(3))):
+        for position in (0, -2, generator.randrange(len(content))):
             flip(file, position, 1 << generator.randrange(8))
             assert is_seen(cache, file), (name, position)
             if name.startswith(("shards", "sketch")):
@@ -76,10 +76,11 @@ def test_flips_in_every_file_are_seen(cache):
     assert verify_files(cache) == []
 
 
-def test_every_flip_in_the_manifest_is_seen(cache):
-    """By what `verify` looks at first, in every byte of it."""
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_flip_in_the_manifest_is_seen(cache, stride):
+    """By what `verify` looks at first."""
     file, generator = cache / "manifest.json", random.Random(0)
-    for position in range(len(file.read_bytes())):
+    for position in range(0, len(file.read_bytes()), stride):
         content = flip(file, position, 1 << generator.randrange(8))
         try:
             Manifest.load(cache)
@@ -89,12 +90,14 @@ def test_every_flip_in_the_manifest_is_seen(cache):
         file.write_bytes(content)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0x80])
-def test_every_flip_in_plan_records_and_skipped_is_seen(cache, mask):
+@pytest.mark.parametrize(
+    ("mask", "stride"),
+    [(0x04, 29), *(pytest.param(mask, 1, marks=pytest.mark.slow) for mask in (0x01, 0x20, 0x80))],
+)
+def test_every_flip_in_plan_records_and_skipped_is_seen(cache, mask, stride):
     manifest = Manifest.load(cache)
     for file in [*(cache / "dump").iterdir(), cache / "skipped.jsonl"]:
-        for position in range(len(file.read_bytes())):
+        for position in range(0, len(file.read_bytes()), stride):
             content = flip(file, position, mask)
             try:
                 seen = {
@@ -106,8 +109,9 @@ def test_every_flip_in_plan_records_and_skipped_is_seen(cache, mask):
             file.write_bytes(content)
 
 
-def test_every_flip_in_a_binary_is_seen_by_a_reader(cache):
-    """A few hundred places, evenly spread, in each."""
+@pytest.mark.parametrize("places", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_flips_in_a_binary_are_seen_by_a_reader(cache, places):
+    """Evenly spread, in each."""
     opened, generator = LogitCache(cache), random.Random(0)
     reads = {"sketch.zarr.zip": lambda reader: reader.sketch(0)}
     for number, info in enumerate(opened.manifest.shards):
@@ -115,7 +119,7 @@ def test_every_flip_in_a_binary_is_seen_by_a_reader(cache):
     for name, read in reads.items():
         file = cache / name
         size = file.stat().st_size
-        for position in range(0, size, size // 300):
+        for position in range(0, size, size // places):
             content = flip(file, position, 1 << generator.randrange(8))
             with pytest.raises(CachekdError, match="damaged"):
                 read(pickle.loads(pickle.dumps(opened)))  # has decoded nothing yet
