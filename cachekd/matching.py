@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from cachekd.cache import CachedTargets, LogitCache
+from cachekd.cache.compare import require_same
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import template_fingerprint, tokenizer_fingerprint
+from cachekd.fingerprint import (
+    config_fingerprint,
+    image_processor_fingerprint,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
 from cachekd.samples import Encoded, SampleEncoder, Samples
+from cachekd.vlm import load_config, load_processor, weights_identity
 
 
 def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: SampleEncoder) -> None:
@@ -26,8 +33,8 @@ def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: Sa
             raise CachekdError(
                 f"the cache was made with a different {name} than the student's",
                 where=f"{cache.path} and {processor.tokenizer.name_or_path}",
-                expected=f"sha256 {theirs[:16]}...",
-                found=f"sha256 {ours[:16]}...",
+                expected=f"sha256 {theirs}",
+                found=f"sha256 {ours}",
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
     missing = [key for key in samples.keys if key not in cache]
@@ -39,6 +46,33 @@ def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: Sa
             found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
             fix="run `cachekd dump` over this data set",
         )
+
+
+def check_teacher(cache: LogitCache, path: str) -> None:
+    """Refuse a teacher whose logits are not those of the cache: the switched path would be told to be like
+    another model.
+
+    Args:
+        path: folder or hub name of the teacher that runs the switched path.
+
+    Raises:
+        CachekdError: weights, configuration or image processing differ; old and new.
+    """
+    stored, config = cache.manifest, load_config(path)
+    require_same(
+        {
+            "teacher's configuration": stored.teacher.config_sha256,
+            "image processing": stored.fingerprints.image_processor,
+            "teacher's weights": stored.teacher.weights_sha256,
+        },
+        {
+            "teacher's configuration": config_fingerprint(config),
+            "image processing": image_processor_fingerprint(load_processor(path)),
+            "teacher's weights": weights_identity(path, config),
+        },
+        f"the cache (of the teacher {stored.teacher.name})",
+        f"{cache.path} and {path}",
+    )
 
 
 def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from cachekd.cache import CachedTargets, LogitCache, SketchTail, TailStates
-from cachekd.cache.codec import TAIL_STEP
+from cachekd.against_live import code_bound, code_error, knee_error, order_error, value_bound, value_error
+from cachekd.cache import LogitCache, TailStates
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import Header
-from cachekd.errors import BadSample
+from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Samples
 from cachekd.teacher import Teacher
 
@@ -37,7 +36,9 @@ class Recheck:
 
     Attributes:
         samples: how many were asked again, of `all_samples`.
-        tokens: in them.
+        all_samples: of the cache that the data set holds.
+        absent: samples of the cache that the data set lacks, such as those of a merged cache's other sources.
+        tokens: answer tokens that were compared.
         max_error: of the kept logprobs, nats.
         bound: the codec's, and what the teacher's dtype adds.
         max_code_error: of the sketch's codes, steps; 0 without a sketch.
@@ -47,6 +48,7 @@ class Recheck:
 
     samples: int
     all_samples: int
+    absent: int
     tokens: int
     max_error: float
     bound: float
@@ -55,8 +57,11 @@ class Recheck:
     mismatches: list[Mismatch]
 
     def detection(self, share: float) -> float:
-        """With what probability at least one bad sample would have been met, if `share` of all were bad."""
-        bad = round(share * self.all_samples)
+        """With what probability at least one bad sample would have been met, if `share` of all were bad.
+
+        Of a small cache a share may be less than one sample; then it is one.
+        """
+        bad = max(1, round(share * self.all_samples))
         return 1 - comb(self.all_samples - bad, self.samples) / comb(self.all_samples, self.samples)
 
 
@@ -72,65 +77,97 @@ def recheck(
     """Run `count` random samples of the cache through the teacher, one by one, and compare.
 
     Raises:
-        CachekdError: the teacher, or what turns samples into its inputs, is not what the cache was made with.
+        CachekdError: the teacher, or what turns samples into its inputs, is not what the cache was made with;
+            or the data set has none of the cache's samples.
     """
     manifest = cache.manifest
     header = Header(teacher=teacher.info(), fingerprints=teacher.fingerprints(), codec=manifest.codec)
     require_same(facts(manifest), facts(header), "the cache", str(cache.path))
-    keys = list(cache)
-    chosen = np.random.default_rng(seed).permutation(len(keys))[:count]
     places = {key: index for index, key in enumerate(samples.keys)}
-    encoders = [read_encoder(cache.path / info.name, info.sha256) for info in manifest.sketches]
+    chosen, there = _choose(cache, places, count, seed)
     tolerance = TOLERANCE.get(manifest.teacher.dtype, 1.0)
-    bound = manifest.codec.logprob_step + TAIL_STEP / 2 + tolerance
-    code_bound = 1 + tolerance / min((encoder.step for encoder in encoders), default=1.0)
-    tokens, error, code_error, mismatches = 0, 0.0, 0.0, []
-    for key in (keys[index] for index in sorted(chosen.tolist())):
+    encoders = [read_encoder(cache.path / info.name, info.sha256) for info in manifest.sketches]
+    judge = _Judge(cache, teacher, encoders, tolerance)
+    mismatches = []
+    for key in chosen:
         progress(1)
-        if key not in places:
-            mismatches.append(Mismatch(key, "is not in the data set"))
-            continue
         try:
-            encoded = teacher.encoder(samples[places[key]])
+            problem = judge(teacher.encoder(samples[places[key]]))
         except BadSample as bad:
-            mismatches.append(Mismatch(key, bad.problem))
-            continue
-        if problem := _other_sample(cache, encoded):
+            problem = bad.problem
+        if problem is not None:
             mismatches.append(Mismatch(key, problem))
-            continue
-        shard = manifest.shards[cache.shard_of(key)]
-        encoder = None if shard.sketch is None else encoders[shard.sketch]
-        off, codes_off = _errors(cache[key], teacher, encoded, encoder)
-        tokens, error, code_error = tokens + len(cache[key]), max(error, off), max(code_error, codes_off)
-        if off > bound:
-            mismatches.append(
-                Mismatch(key, f"a kept logprob is off by {off:.3f} nats, the bound is {bound:.3f}")
-            )
-        elif codes_off > code_bound:
-            steps = f"{codes_off:.0f} steps, the bound is {code_bound:.1f}"
-            mismatches.append(Mismatch(key, f"the tail sketch is off by {steps}"))
-    return Recheck(len(chosen), len(keys), tokens, error, bound, code_error, code_bound, mismatches)
+    return Recheck(
+        samples=len(chosen),
+        all_samples=there,
+        absent=len(cache) - there,
+        tokens=judge.tokens,
+        max_error=judge.max_error,
+        bound=judge.bound,
+        max_code_error=judge.max_code_error,
+        code_bound=max((code_bound(encoder, tolerance) for encoder in encoders), default=1.0),
+        mismatches=mismatches,
+    )
 
 
-def _other_sample(cache: LogitCache, encoded: Encoded) -> str | None:
-    if encoded.token_ids.tolist() != cache[encoded.key].token_ids.tolist():
-        return "its answer tokens are others"
-    if encoded.content_hash != cache.sample_hash(encoded.key):
-        return "its text or images have changed"
-    return None
+def _choose(cache: LogitCache, places: dict[str, int], count: int, seed: int) -> tuple[list[str], int]:
+    """Keys to ask again, in the cache's order, and how many there are to choose from."""
+    if count < 1:
+        raise CachekdError("nothing would be asked again", expected="at least 1 sample", found=count)
+    keys = [key for key in cache if key in places]
+    if not keys:
+        raise CachekdError(
+            "the data set has none of the cache's samples",
+            where=str(cache.path),
+            expected=f"keys such as {next(iter(cache))!r}",
+            found=f"keys such as {next(iter(places), None)!r}",
+            fix="pass the data set that was dumped, read by the same --map",
+        )
+    chosen = np.random.default_rng(seed).permutation(len(keys))[:count]
+    return [keys[index] for index in sorted(chosen.tolist())], len(keys)
 
 
-def _errors(
-    cached: CachedTargets, teacher: Teacher, encoded: Encoded, encoder: SketchEncoder | None
-) -> tuple[float, float]:
-    """Largest error of a kept logprob, nats; of a code of the sketch, steps."""
-    hidden, logits, _, _ = teacher.forward([encoded])
-    logits = logits[:, : teacher.vocab_size].float().cpu()
-    kept = cached.logprobs.isfinite()
-    live = logits.log_softmax(-1).gather(-1, cached.ids.clamp(max=teacher.vocab_size - 1))
-    error = float((live - cached.logprobs)[kept].abs().max()) if kept.any() else 0.0
-    if encoder is None or not isinstance(cached.tail, SketchTail):
-        return error, 0.0
-    codes = encoder.encode(TailStates(hidden, logits.logsumexp(-1).to(hidden.device)))
-    off = torch.from_numpy(codes.coordinates).int() - cached.tail.coordinates.int()
-    return error, float(off.abs().max()) if off.numel() else 0.0
+class _Judge:
+    """Compares samples, and remembers the largest errors."""
+
+    def __init__(
+        self, cache: LogitCache, teacher: Teacher, encoders: Sequence[SketchEncoder], tolerance: float
+    ) -> None:
+        self.cache, self.teacher, self.encoders, self.tolerance = cache, teacher, encoders, tolerance
+        self.bound = value_bound(cache.manifest.codec, tolerance)
+        self.tokens, self.max_error, self.max_code_error = 0, 0.0, 0.0
+
+    def __call__(self, encoded: Encoded) -> str | None:
+        """What is wrong with a sample; None if nothing is."""
+        cached = self.cache[encoded.key]
+        if encoded.token_ids.tolist() != cached.token_ids.tolist():
+            return "its answer tokens are others"
+        if encoded.content_hash != self.cache.sample_hash(encoded.key):
+            return "its text or images have changed"
+        hidden, logits, _, _ = self.teacher.forward([encoded])
+        logits = logits[:, : self.teacher.vocab_size].float()
+        states = TailStates(hidden, logits.logsumexp(-1))
+        live = logits.log_softmax(-1).cpu()
+        if live.isnan().any():
+            return "the teacher's logits are not finite"
+        self.tokens += len(cached)
+        error = value_error(cached, live)
+        self.max_error = max(self.max_error, error)
+        if error > self.bound:
+            return f"a kept logprob, or their sum, is off by {error:.3f} nats, the bound is {self.bound:.3f}"
+        if order_error(cached, live) > 2 * self.tolerance:
+            return "an id is not kept that is more probable than one that is"
+        # Its score is made of three logprobs, and compared with another such score.
+        if knee_error(cached, live, self.cache.manifest.codec) > 8 * self.tolerance:
+            return "Kneedle's k is another"
+        shard = self.cache.manifest.shards[self.cache.shard_of(encoded.key)]
+        if shard.sketch is None:
+            return None
+        encoder = self.encoders[shard.sketch]
+        steps, bound = code_error(cached, states, encoder), code_bound(encoder, self.tolerance)
+        self.max_code_error = max(self.max_code_error, steps)
+        return (
+            f"the tail sketch is off by {steps:.0f} steps, the bound is {bound:.1f}"
+            if steps > bound
+            else None
+        )

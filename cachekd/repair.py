@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cachekd.cache import Finding, Manifest, Plan
-from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild, mean_fidelity, write_skipped
+from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild, mean_fidelity
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import commit
+from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.files import commit, make_folder
 from cachekd.cache.fit import read_encoder
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Header, ShardInfo, ShardRecord, Source
+from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Header, ShardInfo
+from cachekd.cache.sealed import is_canonical
+from cachekd.cache.skipped import SKIPPED_FILE, pack_skipped, read_skipped
 from cachekd.errors import CachekdError
+from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards
-from cachekd.samples import Samples
+from cachekd.samples import Samples, open_samples
 from cachekd.samples.open import keys_hash
 from cachekd.teacher import Teacher
 
@@ -27,95 +33,102 @@ def restore_manifest(path: Path) -> Manifest:
         CachekdError: they are not, or are damaged as well.
     """
     try:
-        plan = Plan.read(path / PLAN_FILE)
-        build = CacheBuild(path, plan)
-        count = (
-            len(plan.spans()) if plan.source.geometry else len(list((path / RECORD_FOLDER).glob("0*.json")))
-        )
-        if missing := [number for number in range(count) if build.record(number) is None]:
-            raise CachekdError(
-                f"{len(missing)} of {count} shards have no record", found=f"number {missing[0]} is the first"
-            )
-        return build.assemble(count)
+        build = CacheBuild(path, Plan.read(path / PLAN_FILE))
+        numbers = build.record_numbers()
+        count = build.plan.shards
+        if count is None:  # added one by one: the last record may be lost, but hardly with its shard
+            files = [int(file.name.split(".")[0]) for file in (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")]
+            count = 1 + max([*numbers, *files], default=-1)
+        records = {number: build.noted(number) for number in numbers}
+        sound = {number: record for number, record in records.items() if record is not None}
+        if len(sound) != count or max(sound, default=-1) + 1 != count:
+            raise CachekdError(f"{len(sound):,} of {count:,} shards have a sound record")
+        return build.write_manifest(sound)
     except CachekdError as error:
         raise CachekdError(
             "the manifest cannot be written again",
             where=str(path / MANIFEST_FILE),
             expected=f"the dump's plan and records in {path / RECORD_FOLDER}",
-            found=error.problem,
+            found=error.problem + (f" ({error.where})" if error.where else ""),
             fix="restore it from where the cache came from, or dump again",
         ) from None
 
 
-def repair(
-    path: Path,
-    findings: list[Finding],
-    teacher: Teacher,
-    samples: Samples,
-    *,
-    workers: int = 0,
-    progress: Callable[[int, int], None] = lambda samples, tokens: None,
-) -> list[str]:
-    """Recompute the shards of `findings`.
-
-    Args:
-        path: a cache whose manifest is sound.
-        samples: the data set of the shards' dump, opened with its limit, seed and map.
+def tidy(path: Path) -> list[str]:
+    """Mend what needs no teacher: a reformatted manifest, skipped.jsonl, and the plan and records of dump/.
 
     Returns:
         what was done, a line each.
 
     Raises:
-        CachekdError: teacher or data are not the cache's, or a file cannot be made again.
+        CachekdError: something is broken, and what it would be made from is broken too.
     """
-    manifest = Manifest.load(path)
-    header = Header(teacher=teacher.info(), fingerprints=teacher.fingerprints(), codec=manifest.codec)
-    require_same(facts(manifest), facts(header), "the cache", str(path))
-    teacher.codec = manifest.codec
-    broken = sorted({finding.shard for finding in findings if finding.shard is not None})
-    _refuse_what_cannot_be_made(path, findings, manifest)
-    source = _source_of(manifest, broken, samples, path)
-    done, shards = [], list(manifest.shards)
-    for number, made in _make_again(path, manifest, source, broken, teacher, samples, workers, progress):
-        same = made.sha256 == shards[number].sha256
-        shards[number] = made
-        done.append(
-            f"{made.name}: made again, " + ("the same bytes" if same else "with other bytes (see below)")
-        )
-    if shards != manifest.shards:
-        done.append("another machine or library rounds differently; the manifest has the new checksums")
-        changed = manifest.model_copy(update={"shards": shards, "fidelity": mean_fidelity(shards)})
-        commit(path / MANIFEST_FILE, changed.to_json())
-    return done
-
-
-def tidy(path: Path, findings: list[Finding]) -> list[str]:
-    """Mend what needs no teacher: a manifest that was reformatted, and damaged records of a finished dump."""
     done = []
     manifest = Manifest.load(path)
-    if any(finding.path.name == MANIFEST_FILE for finding in findings):
+    if not is_canonical(path / MANIFEST_FILE):
         commit(path / MANIFEST_FILE, manifest.to_json())
         done.append(f"{MANIFEST_FILE}: written again")
-    skipped = any(finding.path == path / "skipped.jsonl" for finding in findings)
-    if skipped:
-        records = [ShardRecord.read(file) for file in sorted((path / RECORD_FOLDER).glob("[0-9]*.json"))]
-        if (
-            write_skipped(path, [s.model_dump() for record in records for s in record.skipped])
-            != manifest.skipped
-        ):
+    try:
+        skipped = read_skipped(path, manifest.skipped)
+    except CachekdError as error:
+        _restore_skipped(path, manifest, error)
+        skipped = read_skipped(path, manifest.skipped)
+        done.append(f"{SKIPPED_FILE}: written again from the dump's records")
+    for file, problem, expected in wrong_files(path, manifest, skipped):
+        if expected is None:
             raise CachekdError(
-                "skipped.jsonl cannot be written again",
-                where=str(path),
-                fix="fetch it from where it came from",
+                f"{file.name} does not belong to this cache",
+                where=str(file),
+                found=problem,
+                fix=f"remove {file.parent}: a finished cache does not need it",
             )
-        done.append("skipped.jsonl: written again")
-    if any(finding.path.parent.name == RECORD_FOLDER for finding in findings):
-        shutil.rmtree(path / RECORD_FOLDER)  # the manifest says all that they said
-        done.append(f"{RECORD_FOLDER}/: removed, a finished cache does not need it")
+        commit(file, expected.to_json())
+        done.append(f"{file.parent.name}/{file.name}: written again from the manifest")
     return done
 
 
-def _refuse_what_cannot_be_made(path: Path, findings: list[Finding], manifest: Manifest) -> None:
+def find_source(
+    manifest: Manifest, findings: Sequence[Finding], data: str, map_function: str | None = None
+) -> tuple[int, Samples]:
+    """Which dump's broken shards can be made again from a data set.
+
+    Args:
+        findings: of `verify_files`.
+        data, map_function: as for the dump; limit and seed are the manifest's, and so is `map` if it is None.
+
+    Returns:
+        the dump's index in the manifest's sources, and the data set as that dump read it.
+
+    Raises:
+        CachekdError: none.
+    """
+    broken = sorted({manifest.shards[f.shard].source for f in findings if f.shard is not None})
+    for number in broken:
+        info = manifest.sources[number].data
+        samples = open_samples(
+            data, map=map_function or info.map, limit=info.limit, shuffle_seed=info.shuffle_seed
+        )
+        if keys_hash(samples) == info.sha256:
+            return number, samples
+    infos = [manifest.sources[number].data for number in broken]
+    raise CachekdError(
+        "the data set is not the one that the broken shards are of",
+        where=data,
+        expected=" or ".join(
+            f"{info.samples:,} samples with keys sha256 {info.sha256[:16]}... ({info.path})" for info in infos
+        ),
+        found=f"{len(samples):,} samples with keys sha256 {keys_hash(samples)[:16]}...",
+        fix="pass the data set that was dumped; a merged cache is repaired one source at a time",
+    )
+
+
+def refuse_what_cannot_be_made(path: Path, findings: Sequence[Finding]) -> None:
+    """Before a teacher is loaded in vain.
+
+    Raises:
+        CachekdError: a broken file cannot be made again from teacher and data.
+    """
+    manifest = Manifest.load(path)
     for finding in findings:
         if finding.path.name in {sketch.name for sketch in manifest.sketches}:
             raise CachekdError(
@@ -124,89 +137,178 @@ def _refuse_what_cannot_be_made(path: Path, findings: list[Finding], manifest: M
                 found=finding.problem,
                 fix="fetch it from where the cache came from, or dump again",
             )
-        if finding.shard is None and "as well" in finding.problem:
+        if finding.shard is None and finding.path.parent.name == SHARD_FOLDER:
             raise CachekdError(
-                finding.problem, where=str(finding.path), fix="take it out with `cachekd select`"
+                "the manifest does not fit a shard that is what was written",
+                where=str(finding.path),
+                found=finding.problem,
+                fix="dump again",
+            )
+        if finding.shard is not None and manifest.shards[finding.shard].span is None:
+            raise CachekdError(
+                "the shard was cut from another, or its samples were added one by one: it cannot be made "
+                "again from the data",
+                where=str(finding.path),
+                found=finding.problem,
+                fix="fetch it from where the cache came from, or make the cache again as it was made",
             )
 
 
-def _source_of(manifest: Manifest, broken: list[int], samples: Samples, path: Path) -> Source:
-    """The dump that the broken shards are of."""
-    digest = keys_hash(samples)
+def repair(
+    path: Path,
+    findings: Sequence[Finding],
+    source: int,
+    teacher: Teacher,
+    samples: Samples,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda samples, tokens: None,
+) -> list[str]:
+    """Recompute the broken shards of one dump.
+
+    Args:
+        path: a cache whose manifest is sound.
+        findings: of `verify_files`.
+        source, samples: of `find_source`.
+
+    Returns:
+        what was done, a line each.
+
+    Raises:
+        CachekdError: teacher or data are not the cache's, or a file cannot be made again.
+    """
+    refuse_what_cannot_be_made(path, findings)
+    manifest = Manifest.load(path)
+    header = Header(teacher=teacher.info(), fingerprints=teacher.fingerprints(), codec=manifest.codec)
+    require_same(facts(manifest), facts(header), "the cache", str(path))
+    teacher.codec = manifest.codec
+    broken = sorted({finding.shard for finding in findings if finding.shard is not None})
+    done, shards = [], list(manifest.shards)
     for number in broken:
-        info = manifest.shards[number]
-        source = manifest.sources[info.source]
-        if info.span is None or source.geometry is None:
-            raise CachekdError(
-                "the shard was cut from another, and cannot be made again from the data",
-                where=str(path / SHARD_FOLDER / info.name),
-                fix="run the `cachekd select` again that made this cache",
-            )
-        if source.data.sha256 != digest:
-            raise CachekdError(
-                "the data set is not the one that the shard is of",
-                where=str(path / SHARD_FOLDER / info.name),
-                expected=f"{source.data.samples:,} samples with keys sha256 {source.data.sha256[:16]} "
-                f"({source.data.path})",
-                found=f"{len(samples):,} samples with keys sha256 {digest[:16]}",
-                fix="pass the data set of that dump; a merged cache is repaired one source at a time",
-            )
-    return manifest.sources[manifest.shards[broken[0]].source] if broken else manifest.sources[0]
+        if shards[number].source != source:
+            continue
+        made = _make_again(path, manifest, number, teacher, samples, workers, progress)
+        if made.sha256 == shards[number].sha256:
+            done.append(f"{made.name}: made again, the same bytes")
+        else:
+            shards[number] = made
+            done.append(f"{made.name}: made again; {_why_other(manifest.sources[source].versions)}")
+    if shards != manifest.shards:
+        changed = manifest.model_copy(update={"shards": shards, "fidelity": mean_fidelity(shards)})
+        commit(path / MANIFEST_FILE, changed.to_json())
+        done += [f"{MANIFEST_FILE}: has the new checksums", *tidy(path)]
+    return done
 
 
 def _make_again(
     path: Path,
     manifest: Manifest,
-    source: Source,
-    broken: list[int],
+    number: int,
     teacher: Teacher,
     samples: Samples,
     workers: int,
     progress: Callable[[int, int], None],
-) -> Iterable[tuple[int, ShardInfo]]:
-    """Each broken shard in a build of its own, then put into its place."""
-    if not broken:
-        return
-    assert source.geometry is not None
-    header = manifest.model_dump(include=set(Header.model_fields) - {"sha256"})
-    plan = Plan.model_validate({**header, "source": source})
-    with tempfile.TemporaryDirectory(prefix=".repair-", dir=path) as folder:
-        build = CacheBuild.start(Path(folder), plan)
-        spans = build.plan.spans()
-        for number in broken:
-            old = manifest.shards[number]
-            encoder = None
-            if old.sketch is not None:
-                info = manifest.sketches[old.sketch]
-                encoder = read_encoder(path / info.name, info.sha256)
-            local = spans.index(tuple(old.span))  # type: ignore[arg-type]  # as checked
-            make_shards(
-                build,
-                [local],
-                samples,
-                teacher,
-                encoder,
-                batch_size=source.geometry.batch_size,
-                workers=workers,
-                on_error="skip",
-                known={},
-                progress=progress,
+) -> ShardInfo:
+    """A broken shard in a build of its own, then put into its place."""
+    old = manifest.shards[number]
+    source = manifest.sources[old.source]
+    header = {name: getattr(manifest, name) for name in Header.model_fields if name != "sha256"}
+    with _workshop(path) as folder:
+        build = CacheBuild.start(folder, Plan(**header, source=source))
+        local = _number_of(build.plan, old, path)
+        encoder = None
+        if old.sketch is not None:
+            info = manifest.sketches[old.sketch]
+            encoder = read_encoder(path / info.name, info.sha256)
+        assert source.geometry is not None  # as checked
+        make_shards(
+            build,
+            [local],
+            samples,
+            teacher,
+            encoder,
+            batch_size=source.geometry.batch_size,
+            workers=workers,
+            on_error="skip",
+            known={},
+            progress=progress,
+        )
+        record = build.record(local)
+        made = record.shard if record is not None else None
+        if made is None or made.samples != old.samples or made.samples_sha256 != old.samples_sha256:
+            bad = (
+                f"; {record.skipped[0].key!r}: {record.skipped[0].reason}"
+                if record and record.skipped
+                else ""
             )
-            record = build.record(local)
-            if record is None or record.shard is None or record.shard.samples != old.samples:
-                found = 0 if record is None or record.shard is None else record.shard.samples
-                raise CachekdError(
-                    "the data set has changed since the dump",
-                    where=str(path / SHARD_FOLDER / old.name),
-                    expected=f"{old.samples} usable samples",
-                    found=f"{found}"
-                    + (
-                        f"; {record.skipped[0].key!r}: {record.skipped[0].reason}"
-                        if record and record.skipped
-                        else ""
-                    ),
-                    fix="restore the data, or dump again",
-                )
-            commit(path / SHARD_FOLDER / old.name, build.shard_path(local).read_bytes())
-            keep = {"name": old.name, "source": old.source, "sketch": old.sketch}
-            yield number, record.shard.model_copy(update=keep)
+            raise CachekdError(
+                "the data set has changed since the dump",
+                where=f"samples {old.span} of the data set, for {path / SHARD_FOLDER / old.name}",
+                expected=f"{old.samples} usable samples with content sha256 {old.samples_sha256}",
+                found=f"{made.samples if made else 0} with {made.samples_sha256 if made else None}{bad}",
+                fix="restore the data, or dump again",
+            )
+        commit(path / SHARD_FOLDER / old.name, build.shard_path(local).read_bytes())
+    return made.model_copy(update={"name": old.name, "source": old.source, "sketch": old.sketch})
+
+
+def _number_of(plan: Plan, info: ShardInfo, path: Path) -> int:
+    """Which shard of its dump a shard was, before caches were merged."""
+    geometry = plan.source.geometry
+    first, last = info.span or (-1, -1)
+    number = first // geometry.shard_samples if geometry is not None else -1
+    if geometry is None or (
+        (first, last)
+        != (
+            number * geometry.shard_samples,
+            min((number + 1) * geometry.shard_samples, plan.source.data.samples),
+        )
+    ):
+        raise CachekdError(
+            "the manifest does not say which samples the shard is of",
+            where=str(path / SHARD_FOLDER / info.name),
+            expected=f"a span of {plan.source.data.path}",
+            found=info.span,
+            fix="dump again",
+        )
+    return number
+
+
+@contextmanager
+def _workshop(path: Path) -> Iterator[Path]:
+    """A folder inside the cache's, on the same disk, for as long as the block runs."""
+    folder = path / f".repair-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _why_other(versions: dict[str, str]) -> str:
+    """Why the same samples gave other bytes."""
+    changed = [
+        f"{name} {old} then, {new} now"
+        for name, new in library_versions().items()
+        if (old := versions.get(name)) != new
+    ]
+    return "its bytes differ: " + (", ".join(changed) or "another machine or device rounds otherwise")
+
+
+def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> None:
+    try:
+        build = CacheBuild(path, Plan.read(path / PLAN_FILE))
+        records = [build.noted(number) for number in build.record_numbers()]
+        content = pack_skipped([sample for record in records if record for sample in record.skipped])
+    except CachekdError:
+        raise error from None
+    if manifest.skipped is None or hashlib.sha256(content).hexdigest() != manifest.skipped.sha256:
+        raise CachekdError(
+            f"{SKIPPED_FILE} cannot be written again",
+            where=str(path / SKIPPED_FILE),
+            expected="the dump's records, all of them",
+            found=error.found,
+            fix="fetch it from where the cache came from",
+        )
+    commit(path / SKIPPED_FILE, content)

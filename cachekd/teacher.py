@@ -18,7 +18,6 @@ from cachekd.fingerprint import (
     image_processor_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
 from cachekd.vlm import (
@@ -27,7 +26,7 @@ from cachekd.vlm import (
     load_model,
     load_processor,
     output_head,
-    weights_files,
+    weights_identity,
 )
 
 
@@ -182,14 +181,12 @@ class Teacher:
 
     def info(self) -> TeacherInfo:
         """What the manifest says of it."""
-        files = weights_files(self.path)
-        commit = getattr(self.model.config, "_commit_hash", None)
         return TeacherInfo(
             name=self.path,
             model_type=self.model.config.model_type,
             dtype=str(self.model.dtype).removeprefix("torch."),
             vocab_size=self.vocab_size,
-            weights_sha256=weights_fingerprint(files) if files else f"hub:{commit}",
+            weights_sha256=weights_identity(self.path, self.model.config),
             config_sha256=config_fingerprint(self.model.config),
         )
 

@@ -23,7 +23,7 @@ from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import library_versions
 from cachekd.losses import cross_entropy_loss, dbild_loss
-from cachekd.matching import check_cache, check_sample
+from cachekd.matching import check_cache, check_sample, check_teacher
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, open_samples, predicting_positions
 from cachekd.vlm import (
     SwitchedTeacher,
@@ -64,6 +64,8 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     cache = open_cache(config, samples, processor, encoder)
     device = default_device()
     teacher = load_switch(config, processor, device)
+    if teacher is not None and cache is not None:
+        check_teacher(cache, str(config.teacher))
     student = load_model(config.student, dtype=torch.float32, device=device)
 
     staging = config.out.with_name(f".{config.out.name}.tmp-{os.getpid()}")

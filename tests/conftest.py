@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import dump_cache, write_data
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 torch.set_num_threads(1)
@@ -39,3 +40,16 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, dat
     out = tmp_path_factory.mktemp("caches") / "cache"
     dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=out, batch_size=4))
     return out
+
+
+@pytest.fixture(scope="session")
+def broken_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 samples, some of which cannot be used: one in the second shard of six, all of the third."""
+    return write_data(tmp_path_factory.mktemp("broken-data"), 20, bad=(7, 12, 13, 14, 15, 16, 17))
+
+
+@pytest.fixture(scope="session")
+def skipping_cache(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, broken_data: Path) -> Path:
+    """A cache with everything: shards 0, 1 and 3, a tail sketch, skipped.jsonl, plan and records."""
+    out = tmp_path_factory.mktemp("caches") / "skipping"
+    return dump_cache(out, teacher_path, broken_data, on_error="skip")

@@ -30,7 +30,10 @@ def test_help_is_fast_and_imports_no_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("command", ["dump", "train", "eval", "report", "demo"])
+COMMANDS = ["dump", "status", "verify", "merge", "select", "train", "eval", "report", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
     assert result.exit_code == 0

@@ -15,9 +15,11 @@ So a kill at any moment loses the shard that was being made, and nothing else.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import commit, commit_first, make_folder, remove_stale
@@ -31,14 +33,14 @@ from cachekd.cache.manifest import (
     ShardInfo,
     ShardRecord,
     SketchInfo,
-    SkippedInfo,
 )
 from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
 RECORD_FOLDER = "dump"
-SKIPPED_FILE = "skipped.jsonl"
+RECORD_NAME = re.compile(r"[0-9]{5,9}")
 
 
 def find_plan(path: Path) -> Plan | None:
@@ -127,6 +129,14 @@ class CacheBuild:
 
     def record(self, number: int) -> ShardRecord | None:
         """Of a finished shard; None if it is still to be made (or made again: a damaged record is none)."""
+        record = self.noted(number)
+        shard = self.shard_path(number)
+        if record and record.shard and not (shard.exists() and shard.stat().st_size == record.shard.bytes):
+            return None
+        return record
+
+    def noted(self, number: int) -> ShardRecord | None:
+        """The record of a shard, whatever has become of the shard itself; None without a sound one."""
         path = self._record_path(number)
         if not path.exists():
             return None
@@ -134,12 +144,12 @@ class CacheBuild:
             record = ShardRecord.read(path)
         except CachekdError:
             return None
-        if record.plan_sha256 != self.plan.sha256:
-            return None
-        shard = self.shard_path(number)
-        if record.shard and not (shard.exists() and shard.stat().st_size == record.shard.bytes):
-            return None
-        return record
+        return record if record.plan_sha256 == self.plan.sha256 else None
+
+    def record_numbers(self) -> list[int]:
+        """Of which shards there are records, sound or not."""
+        names = (path.stem for path in (self.path / RECORD_FOLDER).glob("*.json"))
+        return sorted(int(name) for name in names if RECORD_NAME.fullmatch(name))
 
     def records(self, count: int) -> dict[int, ShardRecord]:
         """Of the finished ones among shards 0 to count - 1."""
@@ -155,6 +165,14 @@ class CacheBuild:
         records = self.records(count)
         if len(records) < count:
             raise ValueError(f"{count - len(records)} shards are not finished")
+        return self.write_manifest(records)
+
+    def write_manifest(self, records: dict[int, ShardRecord]) -> Manifest:
+        """Write the manifest from the records of all shards, in order.
+
+        Raises:
+            CachekdError: no shard has any sample.
+        """
         shards = [record.shard for record in records.values() if record.shard is not None]
         skipped = [sample for record in records.values() for sample in record.skipped]
         if not shards:
@@ -164,16 +182,27 @@ class CacheBuild:
                 found=f"none, {len(skipped)} were left out" + (f": {skipped[0].reason}" if skipped else ""),
             )
         sketch = self.sketch_info()
-        manifest = Manifest(
-            teacher=self.plan.teacher,
-            fingerprints=self.plan.fingerprints,
-            codec=self.plan.codec,
-            sources=[self.plan.source],
-            sketches=[] if sketch is None else [sketch],
-            fidelity=mean_fidelity(shards),
-            skipped=write_skipped(self.path, [sample.model_dump() for sample in skipped]),
-            shards=shards,
-        )
+        if sketch is None and any(shard.sketch is not None for shard in shards):
+            raise CachekdError("the tail sketch is missing", where=str(self.path / SKETCH_FILE))
+        try:
+            manifest = Manifest(
+                teacher=self.plan.teacher,
+                fingerprints=self.plan.fingerprints,
+                codec=self.plan.codec,
+                sources=[self.plan.source],
+                sketches=[] if sketch is None else [sketch],
+                fidelity=mean_fidelity(shards),
+                skipped=skipped_info(skipped),
+                shards=shards,
+            )
+        except ValidationError as error:
+            raise CachekdError(
+                "the records of the shards do not fit together",
+                where=str(self.path / RECORD_FOLDER),
+                found=error.errors()[0]["msg"],
+                fix="remove the folder, and dump again",
+            ) from None
+        write_skipped(self.path, skipped)
         path, content = self.path / MANIFEST_FILE, manifest.to_json()
         if not path.exists() or path.read_bytes() != content:
             commit(path, content)
@@ -181,15 +210,6 @@ class CacheBuild:
 
     def _record_path(self, number: int) -> Path:
         return self.path / RECORD_FOLDER / f"{number:05d}.json"
-
-
-def write_skipped(path: Path, skipped: list[dict[str, str]]) -> SkippedInfo | None:
-    """Write skipped.jsonl, if there is anything in it."""
-    if not skipped:
-        return None
-    content = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in skipped).encode()
-    commit(path / SKIPPED_FILE, content)
-    return SkippedInfo(samples=len(skipped), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def mean_fidelity(shards: list[ShardInfo]) -> Fidelity | None:

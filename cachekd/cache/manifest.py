@@ -6,7 +6,7 @@ Nothing that is said here has to be said again: training reads window, codec and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "dump/plan.json"
 
+_MOST = 2**53  # what every JSON reader holds exactly
+Count = Annotated[int, Field(ge=0, le=_MOST)]
+Positive = Annotated[int, Field(gt=0, le=_MOST)]
+
 
 class TeacherInfo(Part):
     """The model whose logits these are."""
@@ -24,7 +28,7 @@ class TeacherInfo(Part):
     name: str = Field(description="folder or hub name it was loaded from")
     model_type: str = Field(description="transformers' model_type")
     dtype: str = Field(description="of its weights while it ran")
-    vocab_size: int = Field(gt=0, description="ids 0 to vocab_size - 1 share the probability mass")
+    vocab_size: int = Field(gt=0, lt=2**31, description="ids 0 to vocab_size - 1 share the probability mass")
     weights_sha256: str = Field(description="over the weight files in order, or hub:commit")
     config_sha256: str = Field(description="over its configuration")
 
@@ -42,23 +46,21 @@ class DataInfo(Part):
     """A data set as it was read."""
 
     path: str
-    samples: int = Field(ge=0, description="before bad ones were left out")
+    samples: Count = Field(description="before bad ones were left out")
     sha256: str = Field(description="over the keys in order; the shards hold a hash of every sample")
-    limit: int | None = Field(None, description="only so many were taken")
-    shuffle_seed: int | None = Field(None, description="of the order; null: as it stands")
+    limit: Positive | None = Field(None, description="only so many were taken")
+    shuffle_seed: Count | None = Field(None, description="of the order; null: as it stands")
     map: str | None = Field(None, description="module:function that made the records")
 
 
 class Geometry(Part):
     """How a dump was cut up; with the same geometry a shard comes out the same, byte for byte."""
 
-    shard_samples: int = Field(gt=0, description="samples of the data set per shard")
-    group_samples: int = Field(gt=0, description="samples that were sorted by length together")
-    batch_size: int = Field(gt=0, description="samples per teacher forward")
-    calibration_tokens: int = Field(
-        gt=0, description="answer tokens that the tail sketch was to be fitted on"
-    )
-    disk_budget: int | None = Field(None, description="bytes, from which top_k and tail were chosen")
+    shard_samples: Positive = Field(description="samples of the data set per shard")
+    group_samples: Positive = Field(description="samples that were sorted by length together")
+    batch_size: Positive = Field(description="samples per teacher forward")
+    calibration_tokens: Positive = Field(description="answer tokens that the tail sketch was to be fitted on")
+    disk_budget: Count | None = Field(None, description="bytes, from which top_k and tail were chosen")
 
 
 class Source(Part):
@@ -74,9 +76,9 @@ class CodecSettings(Part):
 
     top_k: int = Field(ge=2, le=65535, description="most logprobs per token")
     top_p: float = Field(ge=0, lt=1, description="share of the mass to reach if top_k allows")
-    window: int = Field(ge=2, description="Kneedle saw this many of the largest logits")
-    min_k: int = Field(ge=2, description="least logprobs per token")
-    logprob_step: float = Field(1 / 16, gt=0, description="nats per quantisation step")
+    window: int = Field(ge=2, le=_MOST, description="Kneedle saw this many of the largest logits")
+    min_k: int = Field(ge=2, le=_MOST, description="least logprobs per token")
+    logprob_step: float = Field(1 / 16, gt=0, le=16, description="nats per quantisation step")
     tail: str = Field(
         "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"
     )
@@ -86,17 +88,17 @@ class SketchInfo(Part):
     """sketch.zarr.zip: what tokens share of the tail sketch."""
 
     name: str = Field("sketch.zarr.zip", pattern=r"^sketch(-[0-9]+)?\.zarr\.zip$")
-    axes: int = Field(gt=0, description="C, coordinates per token")
+    axes: Positive = Field(description="C, coordinates per token")
     step: float = Field(gt=0, allow_inf_nan=False, description="nats per step of the codes")
-    calibration_tokens: int = Field(gt=0, description="answer tokens that it was fitted on")
-    bytes: int = Field(gt=0)
+    calibration_tokens: Positive = Field(description="answer tokens that it was fitted on")
+    bytes: Positive
     sha256: str
 
 
 class Fidelity(Part):
     """The cache, read back, against the live teacher at a sample of its answer tokens."""
 
-    tokens: int = Field(gt=0)
+    tokens: Positive
     kl: float = Field(allow_inf_nan=False, description="KL(live || rebuilt), nats; mean")
     max_error: float = Field(ge=0, allow_inf_nan=False, description="nats, the largest at an id that is kept")
     cosine: float = Field(
@@ -111,22 +113,25 @@ class ShardInfo(Part):
     name: str = Field(pattern=r"^[0-9]{5,9}\.zarr\.zip$")
     source: int = Field(0, ge=0, description="index in `sources`")
     sketch: int | None = Field(None, ge=0, description="index in `sketches`; null without a tail sketch")
-    span: tuple[int, int] | None = Field(
+    span: tuple[Count, Count] | None = Field(
         None, description="of the source's data set, first and last + 1; null where shards were cut"
     )
-    samples: int = Field(gt=0)
-    tokens: int = Field(ge=0)
-    entries: int = Field(ge=0, description="logprobs stored")
-    bytes: int = Field(gt=0)
+    samples: Positive
+    tokens: Count
+    entries: Count = Field(description="logprobs stored")
+    bytes: Positive
     sha256: str
+    samples_sha256: str | None = Field(
+        None, description="over keys and content hashes, so that other data are not taken for these"
+    )
     fidelity: Fidelity | None = Field(None, description="null where it was not measured")
 
 
 class SkippedInfo(Part):
     """skipped.jsonl: {"key", "reason"} for each sample that was left out."""
 
-    samples: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+    samples: Positive
+    bytes: Positive
     sha256: str
 
 
@@ -143,6 +148,12 @@ class Plan(Header):
     """dump/plan.json: what a dump set out to do, written first, by whichever process was first."""
 
     source: Source
+
+    @property
+    def shards(self) -> int | None:
+        """How many there will be; None where samples are added one by one."""
+        geometry = self.source.geometry
+        return None if geometry is None else -(-self.source.data.samples // geometry.shard_samples)
 
     def spans(self) -> list[tuple[int, int]]:
         """Of each shard, first and last + 1 sample of the data set.
@@ -221,9 +232,7 @@ class Manifest(Header):
         Raises:
             CachekdError: there is none, or it cannot be read by this version.
         """
-        path = folder / MANIFEST_FILE
-        if not path.is_file():
-            raise _not_a_cache(folder)
+        path = require_manifest(folder)
         values = read_json(path)
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -237,6 +246,18 @@ class Manifest(Header):
         if version != FORMAT_VERSION:
             raise cannot_be_read(path, f"format_version {version!r}")
         return cls.parse(path, values)
+
+
+def require_manifest(folder: Path) -> Path:
+    """Where the manifest of a cache is.
+
+    Raises:
+        CachekdError: there is none.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise _not_a_cache(folder)
+    return path
 
 
 def _not_a_cache(folder: Path) -> CachekdError:

@@ -56,14 +56,16 @@ class MixedTail:
 
 def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | MixedTail:
     """The tails' tokens, one after the other; mixed only where there is more than one sketch."""
-    by_sketch: dict[int, list[SketchTail]] = {}
+    by_sketch: dict[str | int, list[SketchTail]] = {}
     parts, places = [], []
     for tail in tails:
         pieces = tail.parts if isinstance(tail, MixedTail) else (tail,)
         numbers, starts = [], []
         for piece in pieces:
-            same = by_sketch.setdefault(id(piece.sketch), [])
-            numbers.append(list(by_sketch).index(id(piece.sketch)))
+            # A sketch that was read twice is the same one.
+            name = piece.sketch.sha256 or id(piece.sketch)
+            same = by_sketch.setdefault(name, [])
+            numbers.append(list(by_sketch).index(name))
             starts.append(sum(len(other.shift) for other in same))
             same.append(piece)
         if isinstance(tail, MixedTail):
@@ -74,4 +76,8 @@ def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | M
         parts.append(torch.tensor(numbers, device=part.device)[part])
         places.append(torch.tensor(starts, device=part.device)[part] + place)
     joined = tuple(same[0].cat(same[1:]) for same in by_sketch.values())
-    return joined[0] if len(joined) == 1 else MixedTail(joined, torch.cat(parts), torch.cat(places))
+    if len(joined) > 1:
+        return MixedTail(joined, torch.cat(parts), torch.cat(places))
+    if any(isinstance(tail, MixedTail) for tail in tails):  # whose tokens need not lie in order
+        return joined[0].select(torch.cat(places))
+    return joined[0]

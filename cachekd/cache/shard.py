@@ -20,6 +20,7 @@ Over n samples, N answer tokens, E entries, R different ids among them, and C ax
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,29 @@ def read_keys(path: Path) -> list[str]:
     Raises:
         CachekdError: as `read_shard`.
     """
-    return _keys(read_arrays(path, ["sample_keys"], _FORMAT)["sample_keys"])
+    return _named(path, read_arrays(path, ["sample_keys"], _FORMAT))
+
+
+def read_outline(path: Path) -> tuple[list[str], int, int]:
+    """A shard's keys, and how many tokens and entries it has; the values themselves are not decoded.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    arrays = read_arrays(path, ["sample_keys", "k"], _FORMAT)
+    return _named(path, arrays), len(arrays["k"]), int(arrays["k"].sum(dtype=np.int64))
+
+
+def samples_sha256(shard: Shard) -> str:
+    """Over keys and content hashes: which samples these are, whatever was said of them."""
+    return hashlib.sha256(_characters(shard.keys).tobytes() + shard.hashes.tobytes()).hexdigest()
+
+
+def _named(path: Path, arrays: dict[str, NDArray]) -> list[str]:
+    try:
+        return _keys(arrays["sample_keys"])
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
 
 
 def _keys(characters: NDArray) -> list[str]:

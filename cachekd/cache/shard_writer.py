@@ -14,7 +14,7 @@ from cachekd.cache.fit import OutputHead, SketchEncoder
 from cachekd.cache.manifest import Fidelity, ShardInfo, ShardRecord, Skipped
 from cachekd.cache.probes import Probes
 from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
 from cachekd.errors import CachekdError
 
 ENCODED_TOKENS = 4_096  # coded at a time
@@ -68,7 +68,9 @@ class ShardWriter:
 
     def skip(self, key: str, reason: str) -> None:
         """Record a sample that is left out."""
-        self._skipped.append(Skipped(key=key, reason=reason))
+        # A reason may quote a file name that is no valid text.
+        text = reason.encode(errors="backslashreplace").decode()
+        self._skipped.append(Skipped(key=key, reason=text))
 
     def finish(self) -> ShardRecord:
         """Commit the shard, compare what is on the disk with the teacher, then commit the record."""
@@ -106,6 +108,7 @@ class ShardWriter:
             entries=len(targets.ids),
             bytes=len(content),
             sha256=sha256,
+            samples_sha256=samples_sha256(shard),
             fidelity=self._measure(path, sha256),
         )
 

@@ -164,7 +164,7 @@ def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
     return _read(path, sha256, status.st_mtime_ns, status.st_size)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)  # a merged cache has several
 def _read(path: Path, sha256: str | None, _changed: int, _size: int) -> TailSketch:
     arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256)
     basis, unit = arrays["basis"], arrays["unit"]

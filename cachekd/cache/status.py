@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, Plan
+from cachekd.errors import CachekdError
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Status:
     """Of a dump under way, or of a finished cache.
 
     Attributes:
+        finished: whether it is a cache; the manifest comes last.
         shards, all_shards: finished ones, and how many there will be.
         samples, all_samples: in finished shards, and in the data set.
         skipped: samples that were left out so far.
@@ -21,6 +23,7 @@ class Status:
         bytes: of the shards so far.
     """
 
+    finished: bool
     shards: int
     all_shards: int
     samples: int
@@ -31,42 +34,53 @@ class Status:
     teacher: str
     data: str
 
-    @property
-    def finished(self) -> bool:
-        return self.shards == self.all_shards
-
 
 def dump_status(path: Path) -> Status:
     """Look at a folder.
 
     Raises:
-        CachekdError: it holds neither a dump nor a cache.
+        CachekdError: it holds neither a dump nor a cache, or samples are added one by one to what is not
+            finished: nobody knows how many are to come.
     """
     if (path / MANIFEST_FILE).exists() or not (path / PLAN_FILE).exists():
-        manifest = Manifest.load(path)
-        return Status(
-            shards=len(manifest.shards),
-            all_shards=len(manifest.shards),
-            samples=manifest.samples,
-            all_samples=sum(source.data.samples for source in manifest.sources),
-            skipped=manifest.skipped.samples if manifest.skipped else 0,
-            tokens=manifest.tokens,
-            bytes=manifest.size,
-            teacher=manifest.teacher.name,
-            data=", ".join(source.data.path for source in manifest.sources),
-        )
+        return _of_cache(Manifest.load(path))
     plan = Plan.read(path / PLAN_FILE)
-    spans = plan.spans()
-    records = CacheBuild(path, plan).records(len(spans))
-    shards = [record.shard for record in records.values() if record.shard is not None]
+    if plan.shards is None:
+        raise CachekdError(
+            "samples are being added to this cache one by one, or were until the program died",
+            where=str(path),
+            expected="a finished cache, or a `cachekd dump` under way",
+            fix="wait for the program that writes it; if it has died, remove the folder",
+        )
+    build = CacheBuild(path, plan)
+    # Look at what is there, not at all that might be.
+    found = [build.record(number) for number in build.record_numbers() if number < plan.shards]
+    records = [record for record in found if record is not None]
+    shards = [record.shard for record in records if record.shard is not None]
     return Status(
+        finished=False,
         shards=len(records),
-        all_shards=len(spans),
+        all_shards=plan.shards,
         samples=sum(shard.samples for shard in shards),
         all_samples=plan.source.data.samples,
-        skipped=sum(len(record.skipped) for record in records.values()),
+        skipped=sum(len(record.skipped) for record in records),
         tokens=sum(shard.tokens for shard in shards),
         bytes=sum(shard.bytes for shard in shards),
         teacher=plan.teacher.name,
         data=plan.source.data.path,
+    )
+
+
+def _of_cache(manifest: Manifest) -> Status:
+    return Status(
+        finished=True,
+        shards=len(manifest.shards),
+        all_shards=len(manifest.shards),
+        samples=manifest.samples,
+        all_samples=sum(source.data.samples for source in manifest.sources),
+        skipped=manifest.skipped.samples if manifest.skipped else 0,
+        tokens=manifest.tokens,
+        bytes=manifest.size,
+        teacher=manifest.teacher.name,
+        data=", ".join(source.data.path for source in manifest.sources),
     )

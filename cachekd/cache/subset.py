@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity, write_skipped
-from cachekd.cache.files import commit
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo
-from cachekd.cache.merge import link, new_cache, read_skipped
+from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.derive import new_cache
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.shard import cut_shard, read_keys
+from cachekd.cache.shard import read_keys
+from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 
 
@@ -29,36 +28,20 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
         CachekdError: no sample is left.
     """
     cache = LogitCache(path)
-    shards: list[ShardInfo] = []
-    with new_cache(out) as folder:
-        for info in cache.manifest.shards:
-            file = path / SHARD_FOLDER / info.name
-            wanted = [place for place, key in enumerate(read_keys(file)) if key in keys]
-            if not wanted:
-                continue
-            name = f"{len(shards):05d}.zarr.zip"
-            if len(wanted) == info.samples:
-                link(file, folder / SHARD_FOLDER / name)
-                shards.append(info.model_copy(update={"name": name}))
-            else:
-                shards.append(_cut(file, info, wanted, folder / SHARD_FOLDER / name))
-        if not shards:
+    with new_cache(out) as new:
+        for number, info in enumerate(cache.manifest.shards):
+            found = read_keys(path / SHARD_FOLDER / info.name)
+            wanted = [place for place, key in enumerate(found) if key in keys]
+            if wanted:
+                new.add(cache, number, None if len(wanted) == len(found) else wanted)
+        if not new.shards:
             raise CachekdError(
                 "no sample is left",
                 where=str(path),
                 expected=f"some of its {len(cache):,} samples",
                 fix="loosen the filter; `cachekd select --list` shows what there is",
             )
-        smaller = cache.manifest.model_copy(
-            update={
-                "shards": shards,
-                "fidelity": mean_fidelity(shards),
-                "skipped": write_skipped(folder, read_skipped(cache)),
-            }
-        )
-        for sketch in cache.manifest.sketches:
-            link(path / sketch.name, folder / sketch.name)
-        commit(folder / MANIFEST_FILE, smaller.to_json())
+        new.finish(cache.manifest, read_skipped(path, cache.manifest.skipped))
     return Manifest.load(out)
 
 
@@ -101,19 +84,3 @@ def filter_keys(table: pd.DataFrame, expression: str) -> list[str]:
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
         ) from None
     return list(table["key"][chosen])
-
-
-def _cut(file: Path, info: ShardInfo, wanted: Sequence[int], out: Path) -> ShardInfo:
-    content, tokens, entries = cut_shard(file, wanted, sketch=info.sketch is not None, sha256=info.sha256)
-    commit(out, content)
-    changes = {
-        "name": out.name,
-        "span": None,
-        "samples": len(wanted),
-        "tokens": tokens,
-        "entries": entries,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "fidelity": None,  # it was of the whole shard
-    }
-    return info.model_copy(update=changes)

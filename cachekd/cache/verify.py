@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, SKIPPED_FILE
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, Plan, ShardRecord
+from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
+from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.fit import read_encoder
+from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo, Skipped
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.shard import read_keys
+from cachekd.cache.shard import read_outline
+from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
 from cachekd.errors import CachekdError
+
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Finding:
     """Something is wrong with a file.
 
     Attributes:
-        shard: its number in the manifest, if it is a shard: making it again mends it.
+        shard: its number in the manifest, if making the shard again mends it.
     """
 
     path: Path
@@ -27,7 +32,7 @@ class Finding:
     shard: int | None = None
 
 
-def verify_files(path: Path, progress: Callable[[int], None] = lambda done: None) -> list[Finding]:
+def verify_files(path: Path, progress: Progress = lambda done: None) -> list[Finding]:
     """Compare a cache with its manifest.
 
     Args:
@@ -41,74 +46,93 @@ def verify_files(path: Path, progress: Callable[[int], None] = lambda done: None
     findings = []
     if not is_canonical(path / MANIFEST_FILE):
         findings.append(Finding(path / MANIFEST_FILE, "was changed after it was written"))
-    findings += _sealed_files(path, manifest)
-    files = [(path / sketch.name, sketch.sha256, None) for sketch in manifest.sketches]
-    if manifest.skipped is not None:
-        files.append((path / SKIPPED_FILE, manifest.skipped.sha256, None))
-    for file, sha256, _ in files:
-        if problem := _problem(file, sha256, progress):
-            findings.append(Finding(file, problem))
+    skipped: list[Skipped] | None = None
+    try:
+        skipped = read_skipped(path, manifest.skipped)
+    except CachekdError as error:
+        findings.append(Finding(path / SKIPPED_FILE, f"is not what was written: {error.found}"))
+    findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
+    for sketch in manifest.sketches:
+        findings += _of_sketch(path / sketch.name, sketch, progress)
     places: dict[str, str] = {}
     for number, info in enumerate(manifest.shards):
-        file = path / SHARD_FOLDER / info.name
-        problem = _problem(file, info.sha256, progress)
-        if problem:
-            findings.append(Finding(file, problem, number))
-            continue
-        keys = read_keys(file)
-        if len(keys) != info.samples:
-            findings.append(
-                Finding(file, f"has {len(keys)} samples, the manifest says {info.samples}", number)
-            )
-        for key in keys:
-            if key in places:
-                findings.append(Finding(file, f"the key {key!r} is in {places[key]} as well"))
-            places[key] = info.name
+        findings += _of_shard(path / SHARD_FOLDER / info.name, number, info, places, progress)
     return findings
 
 
 def strays(path: Path) -> list[Path]:
-    """Files in a cache's folders that the manifest does not know: harmless, but no part of it."""
+    """What is in a cache's folders and no part of it: harmless.
+
+    Raises:
+        CachekdError: there is no manifest, or it is damaged.
+    """
     manifest = Manifest.load(path)
-    known = {info.name for info in manifest.shards}
-    return [file for file in sorted((path / SHARD_FOLDER).iterdir()) if file.name not in known]
+    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER, path / PLAN_FILE}
+    known |= {path / SHARD_FOLDER / info.name for info in manifest.shards}
+    known |= {path / sketch.name for sketch in manifest.sketches}
+    if manifest.skipped is not None:
+        known.add(path / SKIPPED_FILE)
+    found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / RECORD_FOLDER).glob("*")]
+    records = path / RECORD_FOLDER
+    return sorted(
+        file
+        for file in found
+        if file not in known
+        and not (file.parent == records and file.suffix == ".json" and RECORD_NAME.fullmatch(file.stem))
+    )
 
 
-def _sealed_files(path: Path, manifest: Manifest) -> Iterator[Finding]:
-    """The plan and the records, where a cache still has them."""
-    plan_file = path / PLAN_FILE
-    if plan_file.exists():
-        try:
-            plan = Plan.read(plan_file)
-            if not is_canonical(plan_file):
-                yield Finding(plan_file, "was changed after it was written")
-            elif plan.source not in manifest.sources:
-                yield Finding(plan_file, "is the plan of another dump")
-        except CachekdError as error:
-            yield Finding(plan_file, error.problem)
-    listed = {(info.name, info.sha256) for info in manifest.shards}
-    for file in sorted((path / RECORD_FOLDER).glob("[0-9]*.json")):
-        try:
-            record = ShardRecord.read(file)
-            if not is_canonical(file):
-                yield Finding(file, "was changed after it was written")
-            elif record.shard is not None and (record.shard.name, record.shard.sha256) not in listed:
-                yield Finding(file, "is the record of a shard that the manifest does not list")
-        except CachekdError as error:
-            yield Finding(file, error.problem)
+def _of_sketch(file: Path, info: SketchInfo, progress: Progress) -> Iterator[Finding]:
+    if problem := _problem(file, info, progress):
+        yield Finding(file, problem)
+        return
+    try:
+        encoder = read_encoder(file, info.sha256)
+    except CachekdError as error:
+        yield Finding(file, f"{error.problem}: {error.found}")
+        return
+    found, expected = (encoder.sketch.axes, encoder.step), (info.axes, info.step)
+    if found != expected:
+        yield Finding(file, f"has axes and step {found}, the manifest says {expected}")
 
 
-def _problem(file: Path, sha256: str, progress: Callable[[int], None]) -> str | None:
+def _of_shard(
+    file: Path, number: int, info: ShardInfo, places: dict[str, str], progress: Progress
+) -> Iterator[Finding]:
+    """Also notes in `places` which shard each key is in."""
+    if problem := _problem(file, info, progress):
+        yield Finding(file, problem, number)
+        return
+    # From here on the file is what was written, so that writing it again would mend nothing.
+    try:
+        keys, tokens, entries = read_outline(file)
+    except CachekdError as error:
+        yield Finding(file, f"{error.problem}: {error.found}")
+        return
+    found, expected = (len(keys), tokens, entries), (info.samples, info.tokens, info.entries)
+    if found != expected:
+        yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")
+    for key in keys:
+        if key in places:
+            yield Finding(file, f"holds the key {key!r}, which is in {places[key]} as well")
+        places[key] = info.name
+
+
+def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> str | None:
+    """What is wrong with a file's bytes; None if nothing is."""
+    digest, size = hashlib.sha256(), 0
     try:
         with file.open("rb") as stream:
-            digest = hashlib.sha256()
             while block := stream.read(1 << 20):
                 digest.update(block)
+                size += len(block)
                 progress(len(block))
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    if digest.hexdigest() != sha256:
-        return f"differs from what was written: sha256 {digest.hexdigest()}, expected {sha256}"
+    if digest.hexdigest() != info.sha256:
+        return f"differs from what was written: sha256 {digest.hexdigest()}, expected {info.sha256}"
+    if size != info.bytes:
+        return f"has {size:,} bytes, the manifest says {info.bytes:,}"
     return None

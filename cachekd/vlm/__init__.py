@@ -10,6 +10,7 @@ from cachekd.vlm.load import (
     load_processor,
     load_without_tower,
     weights_files,
+    weights_identity,
 )
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
@@ -32,4 +33,5 @@ __all__ = [
     "output_head",
     "project",
     "weights_files",
+    "weights_identity",
 ]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from cachekd.errors import CachekdError
+from cachekd.fingerprint import weights_fingerprint
 from cachekd.vlm.families import vision_tower_name
 
 
@@ -119,3 +120,13 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
 def weights_files(path: str) -> list[Path]:
     """The safetensors files of a local model folder, sorted; none for a hub name."""
     return sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+
+
+def weights_identity(path: str, config: Any) -> str:
+    """Which weights these are: sha256 over a local folder's, or hub:commit.
+
+    Args:
+        config: as it was loaded from `path`.
+    """
+    files = weights_files(path)
+    return weights_fingerprint(files) if files else f"hub:{getattr(config, '_commit_hash', None)}"

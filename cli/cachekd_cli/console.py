@@ -79,7 +79,7 @@ def sample_progress(bar: Progress, description: str, total: int) -> Callable[[in
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    result = Table(title=title, title_justify="left")
+    result = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
         result.add_column(column, justify="right" if index else "left")
     for row in rows:

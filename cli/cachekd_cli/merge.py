@@ -32,6 +32,7 @@ def merge_command(
         console.print(
             f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
             f"{len(manifest.shards):,} shards from {len(caches)} caches",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
+from collections.abc import Container
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,25 +38,22 @@ def select_command(
     from cachekd.cache import LogitCache
     from cachekd.cache.subset import filter_keys, sample_table, select_samples
 
+    if show == (out is not None):
+        raise CachekdError(
+            "--out and --list are one or the other",
+            found="both" if show else "neither",
+            fix="pass --out to make a cache, or --list to look only",
+        )
     opened = LogitCache(cache)
+    rows = sample_table(opened) if show or filter_ is not None else None
     wanted = read_wanted(opened, keys) if keys is not None else set(opened)
     if match is not None:
         wanted &= set(fnmatch.filter(opened, match))
     if filter_ is not None:
-        wanted &= set(filter_keys(sample_table(opened), filter_))
-    if show:
-        rows = sample_table(opened)
-        rows = rows[rows["key"].isin(wanted)]
-        if as_json:
-            print_json(rows.to_dict("records"))
-            return
-        title = f"{len(rows):,} samples of {cache}" + (f", the first {SHOWN}" if len(rows) > SHOWN else "")
-        shown = rows.head(SHOWN).itertuples(index=False)
-        lines = [(row.key, row.tokens, f"{row.mean_k:.1f}", f"{row.logprob:.3f}", row.shard) for row in shown]
-        console.print(table(title, ("key", "tokens", "mean k", "logprob", "shard"), lines))
-        return
+        wanted &= set(filter_keys(rows, filter_))
     if out is None:
-        raise CachekdError("where to?", where="setting 'out'", fix="pass --out, or --list to look only")
+        print_samples(cache, rows[rows["key"].isin(wanted)], as_json)  # type: ignore[index]  # made, as checked
+        return
     if len(wanted) == len(opened):
         raise CachekdError(
             "nothing is left out",
@@ -69,19 +68,32 @@ def select_command(
     else:
         console.print(
             f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
 
 
-def read_wanted(cache: object, path: Path) -> set[str]:
+def print_samples(cache: Path, rows: Any, as_json: bool) -> None:
+    """Show rows of `sample_table`; all of them as JSON, the first ones as a table."""
+    if as_json:
+        print_json(rows.to_dict("records"))
+        return
+    title = f"{len(rows):,} samples of {cache}" + (f", the first {SHOWN}" if len(rows) > SHOWN else "")
+    shown = rows.head(SHOWN).itertuples(index=False)
+    lines = [(row.key, row.tokens, f"{row.mean_k:.1f}", f"{row.logprob:.3f}", row.shard) for row in shown]
+    console.print(table(title, ("key", "tokens", "mean k", "logprob", "shard"), lines))
+
+
+def read_wanted(cache: Container[str], path: Path) -> set[str]:
     """The keys in a file; each must be in the cache."""
     try:
-        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CachekdError("the keys cannot be read", where=str(path), found=str(error)) from None
-    found = {line for line in text.splitlines() if line}
-    unknown = [key for key in found if key not in cache]  # type: ignore[operator]
+    # Not splitlines: a key may hold U+2028.
+    found = {line.removesuffix("\r") for line in text.split("\n")} - {""}
+    unknown = [key for key in found if key not in cache]
     if unknown:
         raise CachekdError(
             "the cache lacks some of the keys",

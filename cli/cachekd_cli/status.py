@@ -22,13 +22,11 @@ def status_command(
 
     status = dump_status(cache)
     if as_json:
-        print_json({**status.__dict__, "finished": status.finished})
+        print_json(status.__dict__)
         return
+    share = 100 * status.shards / max(1, status.all_shards)
     rows = [
-        (
-            "shards",
-            f"{status.shards:,} of {status.all_shards:,} ({100 * status.shards / status.all_shards:.0f} %)",
-        ),
+        ("shards", f"{status.shards:,} of {status.all_shards:,} ({share:.0f} %)"),
         ("samples", f"{status.samples:,} of {status.all_samples:,}"),
         ("left out", f"{status.skipped:,}"),
         ("answer tokens", f"{status.tokens:,}"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cachekd.errors import CachekdError
 from cachekd_cli.console import (
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from cachekd.samples import Samples
     from cachekd.teacher import Teacher
 
+SHOWN = 20
+
 
 def verify_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
@@ -34,12 +37,12 @@ def verify_command(
     map_function: Annotated[
         str | None, typer.Option("--map", help="As for the dump; default: what the manifest names.")
     ] = None,
-    sample: Annotated[int, typer.Option(help="How many samples the teacher is asked again.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make broken files again: shards need --teacher and --data.")
     ] = False,
-    workers: Annotated[int, typer.Option(help="Processes that read samples for a repair.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples for a repair.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check a cache: every file against its checksum; with --teacher and --data, values against the teacher.
@@ -48,14 +51,17 @@ def verify_command(
 
     Example: cachekd verify caches/llava-7b --teacher models/llava-7b --data data/train --sample 64
     """
+    from cachekd.cache.manifest import require_manifest
+
     quiet_libraries()
     if (teacher is None) != (data is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
+    require_manifest(cache)
     done = mend_manifest(cache) if repair else []
     found = check_files(cache)
     live = None
     if repair and found:
-        done += run_repair(cache, found, teacher, data, map_function, workers)
+        run_repair(cache, found, teacher, data, map_function, workers, done)
         found = check_files(cache)
     if teacher is not None and data is not None and not found:
         live = ask_again(cache, teacher, data, map_function, sample, seed)
@@ -69,14 +75,18 @@ def verify_command(
 
 def check_files(cache: Path) -> list[Finding]:
     """Checksums behind a progress bar."""
-    from cachekd.cache import Manifest, verify_files
+    from cachekd.cache import Finding, Manifest, verify_files
+    from cachekd.cache.manifest import MANIFEST_FILE
 
-    manifest = Manifest.load(cache)
+    try:
+        manifest = Manifest.load(cache)
+    except CachekdError as error:
+        return [Finding(cache / MANIFEST_FILE, f"{error.problem}: {error.found}")]
     with progress_bar("MB") as bar:
         task = bar.add_task("verify", total=manifest.size + manifest.sketch_bytes, units=0, note="")
 
         def advance(size: int) -> None:
-            bar.update(task, advance=size, units=bar.tasks[task].completed / 1e6)
+            bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
 
         return verify_files(cache, advance)
 
@@ -90,8 +100,6 @@ def mend_manifest(cache: Path) -> list[str]:
     try:
         Manifest.load(cache)
     except CachekdError:
-        if not (cache / MANIFEST_FILE).exists():
-            raise
         restore_manifest(cache)
         return [f"{MANIFEST_FILE}: written again from the dump's records"]
     return []
@@ -104,32 +112,51 @@ def run_repair(
     data: str | None,
     map_function: str | None,
     workers: int,
-) -> list[str]:
-    """What can be mended is; shards by the teacher."""
-    from cachekd.cache import Manifest
-    from cachekd.repair import repair, tidy
+    done: list[str],
+) -> None:
+    """What can be mended is, shards by the teacher; a line for each goes to `done`."""
+    from cachekd.repair import tidy
 
-    done = tidy(cache, found)
-    broken = [finding for finding in found if finding.shard is not None or "sketch" in finding.path.name]
+    try:
+        done += tidy(cache)
+        done += make_shards_again(cache, found, teacher, data, map_function, workers)
+    except CachekdError:
+        for line in done:  # what was done before stays
+            errors.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise
+
+
+def make_shards_again(
+    cache: Path,
+    found: list[Finding],
+    teacher: str | None,
+    data: str | None,
+    map_function: str | None,
+    workers: int,
+) -> list[str]:
+    """The teacher's part of a repair."""
+    from cachekd.cache import Manifest
+    from cachekd.repair import find_source, refuse_what_cannot_be_made, repair
+
+    refuse_what_cannot_be_made(cache, found)
+    broken = [finding for finding in found if finding.shard is not None]
     if not broken:
-        return done
+        return []
     if teacher is None or data is None:
         raise CachekdError(
-            f"{len(broken)} files can only be made again by the teacher",
+            f"{len(broken)} shard(s) can only be made again by the teacher",
             where=str(broken[0].path),
             found=broken[0].problem,
             fix="add --teacher and --data",
         )
     manifest = Manifest.load(cache)
-    samples = open_source(
-        manifest, data, map_function, next((f.shard for f in broken if f.shard is not None), 0)
-    )
+    source, samples = find_source(manifest, broken, data, map_function)
+    model = open_teacher(manifest, teacher, samples)
+    shards = [manifest.shards[finding.shard] for finding in broken if finding.shard is not None]
+    spans = [info.span for info in shards if info.span is not None and info.source == source]
     with progress_bar("tokens") as bar:
-        spans = [manifest.shards[f.shard].span or (0, 0) for f in broken if f.shard is not None]
-        total = sum(last - first for first, last in spans)
-        advance = sample_progress(bar, "repair", total)
-        model = open_teacher(manifest, teacher, samples)
-        return done + repair(cache, broken, model, samples, workers=workers, progress=advance)
+        advance = sample_progress(bar, "repair", sum(last - first for first, last in spans))
+        return repair(cache, broken, source, model, samples, workers=workers, progress=advance)
 
 
 def ask_again(
@@ -138,24 +165,14 @@ def ask_again(
     """Run some samples again behind a progress bar."""
     from cachekd.cache import LogitCache
     from cachekd.recheck import recheck
+    from cachekd.samples import open_samples
 
     opened = LogitCache(cache)
-    samples = open_source(opened.manifest, data, map_function, None)
+    samples = open_samples(data, map=map_function or opened.manifest.sources[0].data.map)
     model = open_teacher(opened.manifest, teacher, samples)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "ask again", min(count, len(opened)))
         return recheck(opened, model, samples, count, seed=seed, progress=lambda done: advance(done, done))
-
-
-def open_source(manifest: Manifest, data: str, map_function: str | None, shard: int | None) -> Samples:
-    """The data set as the dump of a shard read it; the whole of it where no shard is meant."""
-    from cachekd.samples import open_samples
-
-    info = manifest.sources[manifest.shards[shard or 0].source].data
-    name = map_function or info.map
-    if shard is None:
-        return open_samples(data, map=name)
-    return open_samples(data, map=name, limit=info.limit, shuffle_seed=info.shuffle_seed)
 
 
 def open_teacher(manifest: Manifest, path: str, samples: Samples) -> Teacher:
@@ -174,6 +191,7 @@ def as_dict(cache: Path, found: list[Finding], done: list[str], live: Recheck | 
         "ok": not found and not (live and live.mismatches),
         "problems": [{"file": str(f.path), "problem": f.problem, "shard": f.shard} for f in found],
         "repaired": done,
+        "strays": [str(path) for path in find_strays(cache)],
     }
     if live is not None:
         result["teacher"] = {
@@ -184,14 +202,27 @@ def as_dict(cache: Path, found: list[Finding], done: list[str], live: Recheck | 
     return result
 
 
+def find_strays(cache: Path) -> list[Path]:
+    """What lies in the folder and is no part of the cache; nothing is known of it without a manifest."""
+    from cachekd.cache.verify import strays
+
+    try:
+        return strays(cache)
+    except CachekdError:
+        return []
+
+
 def print_result(cache: Path, found: list[Finding], done: list[str], live: Recheck | None) -> None:
     """What was wrong, what was mended, and how sure one can be."""
     from cachekd.cache import Manifest
 
     for line in done:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for path in find_strays(cache)[:SHOWN]:
+        console.print(f"note: {path} is no part of the cache", markup=False, highlight=False, soft_wrap=True)
     for finding in found:
-        errors.print(f"[bold red]{finding.path}[/] {finding.problem}", highlight=False, soft_wrap=True)
+        line = f"[bold red]{escape(str(finding.path))}[/] {escape(finding.problem)}"
+        errors.print(line, highlight=False, soft_wrap=True)
     if found:
         errors.print("try: cachekd verify --repair, with --teacher and --data for shards", soft_wrap=True)
         return
@@ -199,6 +230,7 @@ def print_result(cache: Path, found: list[Finding], done: list[str], live: Reche
     console.print(
         f"{cache}: {len(manifest.shards):,} shards with {manifest.samples:,} samples and {manifest.tokens:,} "
         "answer tokens are what was written",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -216,10 +248,13 @@ def print_live(live: Recheck) -> None:
         ("largest error of a sketch code", f"{live.max_code_error:.0f} steps (bound {live.code_bound:.2f})"),
         ("samples beyond a bound", f"{len(live.mismatches):,}"),
     ]
+    if live.absent:
+        rows.append(("samples that this data set lacks", f"{live.absent:,}"))
     rows += [
         (f"if {share:.0%} were bad, seen with", f"{100 * live.detection(share):.1f} % probability")
         for share in SHARES
     ]
     console.print(table("against the teacher", ("", "value"), rows))
-    for mismatch in live.mismatches[:20]:
-        errors.print(f"[bold red]{mismatch.key!r}[/] {mismatch.problem}", highlight=False, soft_wrap=True)
+    for mismatch in live.mismatches[:SHOWN]:
+        line = f"[bold red]{escape(repr(mismatch.key))}[/] {escape(mismatch.problem)}"
+        errors.print(line, highlight=False, soft_wrap=True)

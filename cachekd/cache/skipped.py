@@ -1,0 +1,74 @@
+"""skipped.jsonl: the samples of the data set that a cache lacks, and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cachekd.cache.files import commit
+from cachekd.cache.manifest import Skipped, SkippedInfo
+from cachekd.errors import CachekdError
+
+SKIPPED_FILE = "skipped.jsonl"
+
+
+def pack_skipped(skipped: Sequence[Skipped]) -> bytes:
+    """The file's bytes: a line of JSON per sample."""
+    lines = (json.dumps(sample.model_dump(), ensure_ascii=False) for sample in skipped)
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def skipped_info(skipped: Sequence[Skipped]) -> SkippedInfo | None:
+    """What the manifest says of the file; None where there is none."""
+    if not skipped:
+        return None
+    content = pack_skipped(skipped)
+    return SkippedInfo(samples=len(skipped), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def write_skipped(path: Path, skipped: Sequence[Skipped]) -> None:
+    """Write it into a cache's folder, if there is anything in it that is not there yet."""
+    file, content = path / SKIPPED_FILE, pack_skipped(skipped)
+    if skipped and not (file.exists() and file.read_bytes() == content):
+        commit(file, content)
+
+
+def read_skipped(path: Path, info: SkippedInfo | None) -> list[Skipped]:
+    """The samples that were left out.
+
+    Args:
+        path: the cache.
+        info: what its manifest says; None where no sample was left out.
+
+    Raises:
+        CachekdError: the file is missing, or is not the one that was written.
+    """
+    if info is None:
+        return []
+    try:
+        content = (path / SKIPPED_FILE).read_bytes()
+    except OSError as error:
+        raise _not_it(path, error.strerror or str(error)) from None
+    found = hashlib.sha256(content).hexdigest()
+    if found != info.sha256:
+        raise _not_it(path, f"sha256 {found}, expected {info.sha256}")
+    try:
+        # Not splitlines: a key may hold U+2028, which JSON leaves as it is.
+        skipped = [Skipped.model_validate_json(line) for line in content.split(b"\n")[:-1]]
+    except ValueError as error:
+        raise _not_it(path, str(error)) from None
+    if (len(skipped), len(content)) != (info.samples, info.bytes):
+        expected = f"expected {info.samples:,} in {info.bytes:,}"
+        raise _not_it(path, f"{len(skipped):,} samples in {len(content):,} bytes, {expected}")
+    return skipped
+
+
+def _not_it(path: Path, found: str) -> CachekdError:
+    return CachekdError(
+        f"{SKIPPED_FILE} is not what was written",
+        where=str(path / SKIPPED_FILE),
+        found=found,
+        fix="write it again with `cachekd verify --repair`, or fetch it from where the cache came from",
+    )
