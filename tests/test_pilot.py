@@ -95,11 +95,7 @@ def test_batches_of_a_group_are_taken_evenly():
         for wanted in range(1, 9):
             chosen = _evenly(batches, wanted, turn)
             assert len(set(chosen)) == len(chosen) == wanted
-            assert (
-                max(b - a for a, b in itertools.pairwise(chosen)) <= -(-8 // wanted)
-                if wanted > 1
-                else 1
-            )
+            assert max(b - a for a, b in itertools.pairwise(chosen)) <= -(-8 // wanted) if wanted > 1 else 1
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import kneedle_k
 
+# Of the logits that are copied at a time: what stays in a CPU's cache, and what a GPU is busy with.
+_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+
 
 def select_topk(
     logits: Tensor,
@@ -69,11 +72,15 @@ def select_and_normalise(
 
 def _mass_beyond(logits: Tensor, top: Tensor, ids: Tensor) -> Tensor:
     """[N] float32, logsumexp of all logits but the top ones; -inf where there is none."""
-    rest = logits.float() if logits.dtype != torch.float32 else logits.clone()
-    rest = rest.scatter_(-1, ids, float("-inf"))
     least = top[:, -1:]  # nothing that is left is larger, so nothing overflows
     least = least.masked_fill(least.isinf(), 0.0)
-    return rest.sub_(least).exp_().sum(-1).log() + least[:, 0]
+    rows = max(1, _ELEMENTS.get(logits.device.type, 2**28) // logits.shape[-1])
+    parts = []
+    for some, without, reference in zip(logits.split(rows), ids.split(rows), least.split(rows), strict=True):
+        rest = some.float() if some.dtype != torch.float32 else some.clone()
+        rest = rest.scatter_(-1, without, float("-inf")).sub_(reference).exp_()
+        parts.append(rest.sum(-1).log() + reference[:, 0])
+    return torch.cat(parts)
 
 
 def default_top_p(tail: TailSetting) -> float:
