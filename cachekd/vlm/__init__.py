@@ -3,6 +3,7 @@
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.head import output_head
+from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
     default_device,
     default_dtype,
@@ -17,6 +18,7 @@ from cachekd.vlm.switch import SwitchedTeacher
 
 __all__ = [
     "DeferredHead",
+    "LiveTeacher",
     "SwitchedTeacher",
     "capture_vision",
     "check_switch",

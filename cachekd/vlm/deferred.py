@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cachekd.cache.sketch import capped
 from cachekd.vlm.head import scale_between
-from cachekd.vlm.split import hidden_and_logits_at, text_inputs
+from cachekd.vlm.split import hidden_and_logits_at
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class DeferredHead:
 
         Args:
             model: the wrapper; under LoRA the model inside.
-            inputs: any batch; its images are not looked at.
+            inputs: any batch; only its tokens are looked at, and only those of one sample.
             positions: [B, S] bool, some places in it.
         """
         self.module: nn.Module = model.get_output_embeddings()
@@ -49,7 +49,9 @@ class DeferredHead:
         training = model.training
         model.eval()
         with torch.no_grad():
-            hidden, logits = hidden_and_logits_at(model, text_inputs(inputs), positions)
+            row = positions.any(-1).int().argmax()[None]
+            tokens = {name: x[row] for name, x in inputs.items() if x.shape[:2] == positions.shape}
+            hidden, logits = hidden_and_logits_at(model, tokens, positions[row])
             self._measure(model, hidden, logits)
         model.train(training)
         self.vocab_size = logits.shape[-1]
