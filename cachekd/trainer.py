@@ -18,7 +18,7 @@ from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
 from cachekd.training_data import IGNORE, collate_with_targets
-from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision
+from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model
 
 TERMS = ("ce", "align", "vsd")
 Targets = CachedTargets | LiveTargets
@@ -227,6 +227,19 @@ class SwitchKDTrainer(Trainer):
             if name in terms:
                 count = tokens if name == "ce" else covered
                 self._sums[row] += torch.tensor([float(terms[name].detach()), count])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights of a checkpoint, by the names that `save_pretrained` gave them.
+
+        The Trainer of transformers 5.23 loads them by the modules' names and takes no notice of those it does
+        not know. LLaVA's differ, so a run would go on from its initial weights without a word.
+        """
+        if self.is_fsdp_enabled or self.model is not self.vlm:  # adapters keep their names
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        cpu = torch.device("cpu")
+        saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=cpu)
+        self.vlm.load_state_dict(saved.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term's mean per answer token since the last entry, over all processes."""

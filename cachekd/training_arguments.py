@@ -76,6 +76,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "data_seed": config.seed,
+        "use_cpu": not on_gpu,
         "bf16": config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu),
         "fp16": config.dtype == "float16",
         "logging_steps": config.logging_steps,

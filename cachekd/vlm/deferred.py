@@ -46,14 +46,15 @@ class DeferredHead:
         self.scale = 1.0
         self.softcap: float | None = None
         self.reason: str | None = None
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]  # one by one: some differ
         model.eval()
         with torch.no_grad():
             row = positions.any(-1).int().argmax()[None]
             tokens = {name: x[row] for name, x in inputs.items() if x.shape[:2] == positions.shape}
             hidden, logits = hidden_and_logits_at(model, tokens, positions[row])
             self._measure(model, hidden, logits)
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         self.vocab_size = logits.shape[-1]
 
     def _measure(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
