@@ -117,7 +117,7 @@ class TrainConfig(_Config):
     workers: int = Field(0, ge=0, description="processes that read and encode samples")
     save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
     logit_chunk: int | None = Field(
-        None, ge=1, description="answer tokens whose logits exist at a time; by default what 128 MB hold"
+        None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute the student's and the teacher's layers in the backward: slower, leaner"

@@ -33,7 +33,15 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     train(TrainConfig(**settings, batch_size=6, out=tmp_path / "one"))
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps(settings | {"batch_size": 3, "out": str(tmp_path / "two")}))
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29531"]
     command = [sys.executable, *launch, "-m", "cachekd_cli.main", "train", "--config", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

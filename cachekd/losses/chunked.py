@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # float32 bytes of the logits of one chunk. A loss holds about five arrays of that size at its peak.
-CHUNK_BYTES = 2**27
+CHUNK_BYTES = 2**26
 
 Terms = dict[str, Tensor]
 

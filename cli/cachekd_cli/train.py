@@ -56,7 +56,7 @@ def train_command(
         int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
     ] = None,
     logit_chunk: Annotated[
-        int | None, typer.Option(help="Answer tokens whose logits exist at a time. [default: 128 MB]")
+        int | None, typer.Option(help="Answer tokens whose logits exist at a time. [default: 64 MiB of them]")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Recompute layers: slower, leaner.")
