@@ -5,8 +5,8 @@
 
 The vocabulary is Qwen's, the layers are small: what is measured is what grows with the vocabulary. Each
 variant runs two optimizer steps in a process of its own, on a CPU; the figure is the process's peak resident
-memory beyond what it held before the models were loaded. All see the same batch. The live variant's loss is the
-naive one's; the cached ones' differs by what a cache of 64 logprobs without a sketch leaves out.
+memory beyond what it held before the models were loaded. All see the same batch. The live variant says the
+naive one's loss; the cached ones differ by what a cache of 64 logprobs without a sketch leaves out.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     save_vlm(folder / "student", options.vocab, layers=2, width=64, seed=2)
     teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=CPU)
     data = samples(options.batch, options.length, options.vocab)
-    torch.save([cached_targets(teacher, sample) for sample in data], folder / "targets.pt")  # type: ignore[arg-type]
+    torch.save([cached_targets(teacher, sample) for sample in data], folder / "targets.pt")
 
 
 def main() -> None:
