@@ -330,3 +330,54 @@ def test_the_teachers_vision_encoder_is_never_read(settings, tmp_path, teacher_p
     live = {"teacher": str(folder), "cache": None, "live_teacher": True, "out": tmp_path / "live"}
     with pytest.raises(CachekdError, match="weights would be random"):
         train(TrainConfig(**settings | live))
+
+
+@pytest.mark.slow
+def test_the_vision_encoders_bytes_stay_on_disk(tmp_path, teacher_path):
+    """A tower of 80 MB: loading the rest of the teacher does not touch its pages."""
+    import subprocess
+    import sys
+
+    from tiny import save_vlm, tiny_processor
+
+    folder = save_vlm(tmp_path / "big", tiny_processor(), vision_width=512, vision_layers=10)
+    assert (folder / "model.safetensors").stat().st_size > 80e6
+    code = (
+        "import sys, torch\n"
+        "from cachekd.vlm import load_model, load_without_tower\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l[:5] == 'VmHWM')\n"
+        "load = {'load_model': load_model, 'load_without_tower': load_without_tower}[sys.argv[1]]\n"
+        # bfloat16: a float32 file of which nothing is converted would be mapped, not read.
+        "settings = {'dtype': torch.bfloat16, 'device': torch.device('cpu')}\n"
+        "load(sys.argv[2], **settings)\n"  # what libraries hold
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts again from here
+        "before = peak()\n"
+        "load(sys.argv[3], **settings)\n"
+        "print((peak() - before) * 1024)\n"
+    )
+
+    def grows(name: str) -> int:
+        command = [sys.executable, "-c", code, name, str(teacher_path), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert grows("load_model") > 60e6
+    assert grows("load_without_tower") < 10e6
+
+
+@pytest.mark.slow
+def test_estimate_and_live_teacher_on_the_command_line(settings, tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "cachekd_cli.main", "train", "--live-teacher", "--batch-size", "4"]
+    for name in ("student", "teacher", "data", "out"):
+        command += [f"--{name}", str(settings[name])]
+    done = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 3
+    assert not settings["out"].exists()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 3
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "never overwritten" in done.stderr
