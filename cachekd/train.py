@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
@@ -112,6 +112,7 @@ def make_trainer(
     live, teacher_encoder = None, None
     if config.live_teacher and teacher is not None:
         live, teacher_encoder = live_teacher(config, teacher, processor)
+    set_seed(config.seed)  # adapters begin at random
     return SwitchKDTrainer(
         load_student(config, arguments.device),
         arguments,

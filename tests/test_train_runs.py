@@ -145,8 +145,11 @@ class CutShort(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("cut", [3, 5])
-def test_a_resumed_run_equals_one_that_was_never_stopped(settings, tmp_path, cut):
+@pytest.mark.parametrize(
+    ("cut", "lora"), [(3, None), (5, None), (5, {"r": 4, "target_modules": "all-linear"})]
+)
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, tmp_path, cut, lora):
+    settings |= {"lora": lora}
     whole = TrainConfig(**settings | {"out": tmp_path / "whole", "save_steps": 2})
     train(whole)
     config = TrainConfig(**settings | {"save_steps": 2})
