@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cachekd.errors import CachekdError
     from cachekd.losses import dbild_loss, kneedle_k
     from cachekd.targets import DenseTargets, TeacherTargets
-    from cachekd.train import SwitchKDTrainer
+    from cachekd.trainer import SwitchKDTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,7 @@ _HOME = {
     "DenseTargets": "cachekd.targets",
     "LogitCache": "cachekd.cache",
     "LogitCacheWriter": "cachekd.cache",
-    "SwitchKDTrainer": "cachekd.train",
+    "SwitchKDTrainer": "cachekd.trainer",
     "TeacherTargets": "cachekd.targets",
     "dbild_loss": "cachekd.losses",
     "kneedle_k": "cachekd.losses",

@@ -88,9 +88,19 @@ class TrainConfig(_Config):
     student: str = Field(description="model folder or hub name")
     data: DataSpec = Field(description="the data set that was dumped, or a part of it")
     map: str | None = Field(None, description="as for the dump")
-    out: Path = Field(description="the run's folder; must not exist, or be empty")
+    out: Path = Field(description="the run's folder: new, empty, or a run to go on with")
     teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
     cache: Path | None = Field(None, description="what `cachekd dump` wrote; needed for L_Align and L_VSD")
+    live_teacher: bool = Field(
+        False, description="run the whole teacher at every step in place of a cache, as a baseline"
+    )
+    missing: Literal["error", "ce-only"] = Field(
+        "error", description="samples that the cache lacks stop the run, or train by L_CE alone"
+    )
+    window: int | None = Field(
+        None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
+    )
+    min_k: int | None = Field(None, ge=2, description="least k, likewise; 2 by default")
     lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
     lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
@@ -105,6 +115,25 @@ class TrainConfig(_Config):
     dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
     logging_steps: int = Field(10, ge=1, description="steps between log entries")
     workers: int = Field(0, ge=0, description="processes that read and encode samples")
+    save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
+    logit_chunk: int | None = Field(
+        None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute the student's and the teacher's layers in the backward: slower, leaner"
+    )
+    teacher_quantization: dict[str, Any] | None = Field(
+        None, description="for transformers' quantisation configs, such as load_in_4bit: true"
+    )
+    student_quantization: dict[str, Any] | None = Field(
+        None, description="the same for the student; with `lora` this is QLoRA"
+    )
+    lora: dict[str, Any] | None = Field(
+        None, description="peft.LoraConfig's settings, such as r: 16; the student trains adapters only"
+    )
+    training: dict[str, Any] = Field(
+        {}, description="any other field of transformers.TrainingArguments, by its own name"
+    )
 
     @property
     def distils(self) -> bool:

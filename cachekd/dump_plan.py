@@ -16,7 +16,7 @@ from cachekd.fingerprint import library_versions
 from cachekd.make_shards import groups_of
 from cachekd.pilot import SHARD_TOKENS, Estimate, Pilot, estimate, fit_budget, run_pilot
 from cachekd.samples import Samples
-from cachekd.samples.open import keys_hash
+from cachekd.samples.open import content_hash, keys_hash
 from cachekd.teacher import Teacher
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
@@ -52,7 +52,7 @@ def pilot_of(
         teacher,
         samples,
         [group for shard in shards for group in groups_of(shard, geometry)],
-        batch_size=geometry.batch_size,
+        geometry,
         tokens=geometry.calibration_tokens,
         progress=progress,
     )
@@ -92,11 +92,18 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: P
         CachekdError: it would not: what differs, old and new.
     """
     assert earlier.source.geometry is not None
+    shard_samples = "setting shard_samples"
+    require_same(
+        {shard_samples: earlier.source.geometry.shard_samples},
+        {shard_samples: config.shard_samples or earlier.source.geometry.shard_samples},
+        "the dump in this folder",
+        str(config.out),
+    )
     geometry = earlier.source.geometry.model_copy(
         update={
             "calibration_tokens": config.calibration_tokens,
             "disk_budget": _bytes(config),
-            "shard_samples": config.shard_samples or earlier.source.geometry.shard_samples,
+            "budget_for": _budget_for(config),
         }
     )
     codec = teacher.codec if config.disk_budget is None else earlier.codec
@@ -131,6 +138,7 @@ def _geometry(config: DumpConfig, shard_samples: int) -> Geometry:
         batch_size=config.batch_size,
         calibration_tokens=config.calibration_tokens,
         disk_budget=_bytes(config),
+        budget_for=_budget_for(config),
     )
 
 
@@ -144,6 +152,7 @@ def _plan(
         limit=config.limit,
         shuffle_seed=config.shuffle_seed,
         map=config.map,
+        content_sha256=content_hash(samples),
     )
     return Plan(
         teacher=teacher.info(),
@@ -155,3 +164,10 @@ def _plan(
 
 def _bytes(config: DumpConfig) -> int | None:
     return None if config.disk_budget is None else int(config.disk_budget)
+
+
+def _budget_for(config: DumpConfig) -> str | None:
+    """What a disk budget was to begin from."""
+    if config.disk_budget is None:
+        return None
+    return f"top_k {config.top_k}, top_p {config.top_p}, tail {config.tail}"

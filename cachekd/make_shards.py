@@ -16,7 +16,7 @@ from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher
 
-# A data folder that has gone makes every sample bad. Fewer than this in a group may be chance.
+# A data folder that has gone makes every sample bad. Fewer than this in a row may be chance.
 ALL_BAD = 16
 
 Span = tuple[int, int]
@@ -61,6 +61,7 @@ def make_shards(
     read = read_encoded(samples, teacher.encoder, list(unknown), workers=workers)
     stream = prefetched(read, geometry.group_samples)
     finishing: Future[ShardRecord] | None = None
+    health = _Health(samples, teacher)
     with ThreadPoolExecutor(1, "finish-shard") as background:
         try:
             for number in numbers:
@@ -68,7 +69,10 @@ def make_shards(
                 for piece in pieces[number]:
                     answers = _answers(piece, stream, samples, teacher, batch_size, known)
                     for key, answer in zip(samples.keys[slice(*piece)], answers, strict=True):
+                        health.saw(key, answer)
                         progress(1, _pass_on(key, answer, writer, on_error))
+                if writer.skips:
+                    health.refuse_vanished_data()
                 if finishing is not None:
                     finishing.result()  # at most one shard waits: memory is bounded, errors are seen
                 finishing = background.submit(writer.finish)
@@ -95,16 +99,51 @@ def _answers(
 ) -> Iterator[Answer | BadSample]:
     if _is_known(piece, samples, known):
         return (known[key].to(teacher.model.device) for key in samples.keys[slice(*piece)])
-    group = list(islice(stream, piece[1] - piece[0]))
-    bad = [sample for sample in group if isinstance(sample, BadSample)]
-    if len(bad) == len(group) >= ALL_BAD:
-        raise CachekdError(
-            f"all of {len(group)} samples in a row are bad, so the data have probably gone",
-            where=f"samples {piece[0]:,} to {piece[1] - 1:,} of the data set",
-            found=f"{bad[0].problem} ({bad[0].where})",
-            fix="mend the data, then run the same command again: what is finished stays",
-        )
-    return teacher.answers(group, batch_size, known)
+    return teacher.answers(list(islice(stream, piece[1] - piece[0])), batch_size, known)
+
+
+class _Health:
+    """Tells samples that are bad from data that have gone, before a shard says so for good."""
+
+    def __init__(self, samples: Samples, teacher: Teacher) -> None:
+        self._samples, self._teacher = samples, teacher
+        self._bad_in_a_row = 0
+        self._good: str | None = None  # the last one
+
+    def saw(self, key: str, answer: Answer | BadSample) -> None:
+        """Take note of the next sample.
+
+        Raises:
+            CachekdError: too many in a row were bad.
+        """
+        if isinstance(answer, Answer):
+            self._good, self._bad_in_a_row = key, 0
+            return
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= ALL_BAD:
+            raise _vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
+
+    def refuse_vanished_data(self) -> None:
+        """Read again what was good.
+
+        Raises:
+            CachekdError: it is bad now.
+        """
+        if self._good is None:
+            return
+        try:
+            self._teacher.encoder(self._samples[self._samples.keys.index(self._good)])
+        except BadSample as error:
+            raise _vanished("a sample that was good is bad now", error) from None
+
+
+def _vanished(problem: str, error: BadSample) -> CachekdError:
+    return CachekdError(
+        f"{problem}, so the data have probably gone",
+        where=error.where,
+        found=error.problem,
+        fix="mend the data, then run the same command again: what is finished stays",
+    )
 
 
 def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:

@@ -17,8 +17,19 @@ from cachekd.samples import Encoded, SampleEncoder, Samples
 from cachekd.vlm import load_config, load_processor, weights_identity
 
 
-def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: SampleEncoder) -> None:
+def check_cache(
+    cache: LogitCache,
+    samples: Samples,
+    processor: Any,
+    encoder: SampleEncoder,
+    *,
+    may_lack_samples: bool = False,
+) -> None:
     """Refuse a cache of another tokenizer, chat template or data set.
+
+    Args:
+        may_lack_samples: whether samples beyond the cache are meant to be there. A cache that has none of
+            the data is refused all the same.
 
     Raises:
         CachekdError: what differs, and how.
@@ -38,13 +49,13 @@ def check_cache(cache: LogitCache, samples: Samples, processor: Any, encoder: Sa
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
     missing = [key for key in samples.keys if key not in cache]
-    if missing:
+    if missing and not (may_lack_samples and len(missing) < len(samples)):
         raise CachekdError(
             "the cache lacks samples of the data set",
             where=str(cache.path),
             expected=f"all {len(samples):,} samples",
             found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
-            fix="run `cachekd dump` over this data set",
+            fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only",
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from cachekd.cache import CodecSettings, Plan, TailSetting, TailStates, TokenTargets
+from cachekd.cache import CodecSettings, Geometry, Plan, TailSetting, TailStates, TokenTargets
 from cachekd.cache.fit import SketchEncoder, fit_sketch
 from cachekd.cache.select import default_top_p
 from cachekd.cache.shard import make_shard, pack_shard
@@ -32,7 +32,7 @@ class Pilot:
     """What the pilot saw.
 
     Attributes:
-        codec, batch_size: it was run with.
+        codec, batch_size, group_samples, shard_samples: it was run with.
         answers: of the samples that were run, by key, in the order of the data set.
         tokens: answer tokens of every sample that was read, run or not.
         bad: samples that could not be used.
@@ -42,6 +42,8 @@ class Pilot:
 
     codec: CodecSettings
     batch_size: int
+    group_samples: int
+    shard_samples: int
     answers: dict[str, Answer] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     bad: list[BadSample] = field(default_factory=list)
@@ -62,7 +64,21 @@ class Pilot:
     def reusable(self, plan: Plan) -> dict[str, Answer]:
         """The answers as the dump itself would find them: those of another codec or batching would differ."""
         geometry, codec = plan.source.geometry, plan.codec
-        same = geometry is not None and geometry.batch_size == self.batch_size
+        same = geometry is not None and (geometry.batch_size, geometry.group_samples) == (
+            self.batch_size,
+            self.group_samples,
+        )
+        # The groups themselves: shards of whole groups cut the data set alike, others only if they are equal.
+        same = (
+            same
+            and geometry is not None
+            and (
+                geometry.shard_samples == self.shard_samples
+                or not (
+                    geometry.shard_samples % self.group_samples or self.shard_samples % self.group_samples
+                )
+            )
+        )
         same = same and (codec.top_k, codec.top_p) == (self.codec.top_k, self.codec.top_p)
         return self.answers if same else {}
 
@@ -110,8 +126,8 @@ def run_pilot(
     teacher: Teacher,
     samples: Samples,
     groups: list[tuple[int, int]],
+    geometry: Geometry,
     *,
-    batch_size: int,
     tokens: int,
     progress: Callable[[int, int], None] = lambda samples, tokens: None,
 ) -> Pilot:
@@ -124,7 +140,9 @@ def run_pilot(
     Raises:
         CachekdError: no sample of the pilot can be used.
     """
-    pilot, found, per_group = Pilot(teacher.codec, batch_size), 0, 0
+    batch_size = geometry.batch_size
+    pilot = Pilot(teacher.codec, batch_size, geometry.group_samples, geometry.shard_samples)
+    found, per_group = 0, 0
     for turn, number in enumerate(_spread(len(groups))):
         started = time.perf_counter()
         group = list(read_encoded(samples, teacher.encoder, range(*groups[number]), workers=0))
@@ -190,7 +208,7 @@ def estimate(
         shard_bytes=round(shard_bytes),
         sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
         seconds=usable * max(run, read),  # they overlap
-        peak_memory=peak_memory(),
+        peak_memory=peak_memory(teacher.model.device),
         codec=codec,
     )
 
@@ -266,10 +284,10 @@ def _finest(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, bud
     return None
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: the most that was in use so far, of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

@@ -125,7 +125,16 @@ class Teacher:
     @torch.inference_mode()
     def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
         """One batch."""
-        hidden, logits, token_ids, counts = self.forward(samples)
+        try:
+            hidden, logits, token_ids, counts = self.forward(samples)
+        except torch.OutOfMemoryError as error:
+            longest = max(samples, key=len)
+            raise CachekdError(
+                "the GPU's memory is too small for this batch",
+                where=f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest)} tokens",
+                found=str(error).splitlines()[0],
+                fix="run the same command with a smaller --batch-size: what is finished stays",
+            ) from None
         logits = logits[:, : self.vocab_size]
         try:
             return self._answers(samples, hidden, logits, token_ids, counts)

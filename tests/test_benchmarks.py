@@ -63,3 +63,13 @@ def test_dbild_benchmark_prints_its_rows():
     assert [row["k"] for row in rows] == [8, 16, 32, 64, 128, 256]
     assert set(rows[0]) >= {"pairwise_ms", "ours_ms", "pairwise_mb", "ours_mb"}
     assert rows[-1]["ours_mb"] < rows[-1]["pairwise_mb"] / 10
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
+    command = [sys.executable, str(BENCHMARKS / "train_memory.py"), "--vocab", "40000", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    naive, live, cached, recomputed = json.loads(done.stdout.splitlines()[-1])
+    assert live["loss"] == pytest.approx(naive["loss"], rel=1e-4)
+    assert cached["loss"] == pytest.approx(recomputed["loss"], rel=1e-4)
+    assert cached["peak_mb"] < naive["peak_mb"]

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.losses import cross_entropy_loss, dbild_loss
-from cachekd.samples import SampleEncoder, open_samples, predicting_positions
+from cachekd.samples import predicting_positions
 from cachekd.train import (
-    SwitchKDTrainer,
-    TrainingSamples,
     collate_with_targets,
+    make_trainer,
     train,
-    training_arguments,
 )
-from cachekd.vlm import SwitchedTeacher, capture_vision, load_model, load_processor, logits_at
+from cachekd.vlm import capture_vision, load_model, load_processor, logits_at
 
 CPU = torch.device("cpu")
 
@@ -43,34 +39,24 @@ def config(tmp_path, student_path, teacher_path, data_path, cache_path) -> Train
     )
 
 
-def make_trainer(config: TrainConfig, out: Path) -> SwitchKDTrainer:
-    processor = load_processor(config.student)
-    dataset = TrainingSamples(open_samples(config.data), SampleEncoder(processor), LogitCache(config.cache))
-    return SwitchKDTrainer(
-        load_model(config.student, dtype=torch.float32, device=CPU),
-        training_arguments(config, out, CPU),
-        dataset,
-        pad_token_id=processor.tokenizer.pad_token_id,
-        teacher=SwitchedTeacher.load(config.teacher, dtype=torch.float32, device=CPU),
-        lambda_align=config.lambda_align,
-        lambda_vsd=config.lambda_vsd,
-        temperature=config.temperature,
-    )
+def plain_batch(trainer, indices):
+    """A batch, and what the model takes of it."""
+    batch = collate_with_targets([trainer.train_dataset[i] for i in indices], 0)
+    names = ("labels", "targets", "keys", "covered")
+    return batch, {name: value for name, value in batch.items() if name not in names}
 
 
 def test_the_loss_is_the_papers_sum(config, tmp_path):
     """Against the three terms computed one after the other from whole models."""
     config = config.model_copy(update={"lambda_align": 0.7, "lambda_vsd": 0.3})
     trainer = make_trainer(config, tmp_path / "t")
-    items = [trainer.train_dataset[i] for i in range(3)]
-    batch = collate_with_targets(items, 0)
+    batch, inputs = plain_batch(trainer, range(3))
     loss = trainer.compute_loss(trainer.model, batch)
 
     student = load_model(config.student, dtype=torch.float32, device=CPU)
     teacher = load_model(config.teacher, dtype=torch.float32, device=CPU)
     teacher.model.vision_tower = student.model.vision_tower
     supervised = batch["labels"] != -100
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets")}
     positions, targets = predicting_positions(supervised), batch["targets"]
     settings = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0}
     own, switched = (logits_at(m, inputs, positions) for m in (student, teacher))
@@ -87,10 +73,9 @@ def test_vsd_reaches_the_vision_encoder_only_and_the_teacher_stays(config, tmp_p
     trainer = make_trainer(config, tmp_path / "t")
     teacher = trainer.teacher.model
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    batch = collate_with_targets([trainer.train_dataset[i] for i in range(3)], 0)
+    batch, inputs = plain_batch(trainer, range(3))
     supervised = batch["labels"] != -100
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "targets")}
-    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"])
+    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"], batch["covered"])
     terms["vsd"].backward()
     touched = {
         name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import commit, commit_first, make_folder, remove_stale
+from cachekd.cache.files import commit, commit_first, is_temporary, make_folder, remove_stale
 from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
@@ -51,13 +51,9 @@ def find_plan(path: Path) -> Plan | None:
     """
     if (path / PLAN_FILE).exists():
         return Plan.read(path / PLAN_FILE)
-    ours = (path / RECORD_FOLDER, path / SHARD_FOLDER)
-    for folder in ours:
-        remove_stale(folder)
-    # A kill before the plan leaves our folders, empty.
-    if path.exists() and (
-        not path.is_dir() or any(p not in ours or any(p.iterdir()) for p in path.iterdir())
-    ):
+    if path.exists() and not _is_empty(path):
+        if (path / PLAN_FILE).exists():  # another process has just written it
+            return Plan.read(path / PLAN_FILE)
         raise CachekdError(
             "the folder for the cache already holds something",
             where=str(path),
@@ -66,6 +62,16 @@ def find_plan(path: Path) -> Plan | None:
             fix="choose another --out, or remove the folder",
         )
     return None
+
+
+def _is_empty(path: Path) -> bool:
+    """But for our folders and temporary files, which a kill before the plan leaves."""
+    if not path.is_dir():
+        return False
+    ours = (path / RECORD_FOLDER, path / SHARD_FOLDER)
+    inside = [file for folder in ours if folder.is_dir() for file in folder.iterdir()]
+    others = [file for file in path.iterdir() if file not in ours]
+    return all(is_temporary(file) for file in (*inside, *others))
 
 
 class CacheBuild:
@@ -99,9 +105,18 @@ class CacheBuild:
 
         Args:
             fit: makes one.
+
+        Raises:
+            CachekdError: it is gone, and shards were coded with it; or it is damaged.
         """
         path = self.path / SKETCH_FILE
         if not path.exists():
+            if self.record_numbers():
+                raise CachekdError(
+                    "the tail sketch is missing: fitted anew it would not fit the shards that are finished",
+                    where=str(path),
+                    fix="restore it, or dump into a new folder",
+                )
             commit_first(path, fit().pack())
         return read_encoder(path)
 

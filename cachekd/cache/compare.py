@@ -33,9 +33,12 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
             for name in ("top_k", "top_p", "tail"):
                 del found[f"setting {name}"]
         found["setting disk_budget"] = source.geometry.disk_budget
+        found["disk budget's settings"] = source.geometry.budget_for
         found["setting calibration_tokens"] = source.geometry.calibration_tokens
-    data = source.data.model_dump(exclude={"path", "sha256"})
-    found |= {"data set": source.data.sha256, **{f"data set's {name}": data[name] for name in data}}
+    data = source.data.model_dump(exclude={"path", "sha256", "content_sha256"})
+    found["data set"] = source.data.sha256
+    found["content of the data set"] = source.data.content_sha256
+    found |= {**{f"data set's {name}": data[name] for name in data}}
     return found | {f"version of {name}": version for name, version in source.versions.items()}
 
 

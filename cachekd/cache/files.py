@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +20,19 @@ _FIXES = {
     errno.EROFS: "choose an --out on a file system that can be written",
     errno.EACCES: "choose an --out that you may write to, or change its permissions",
 }
-_HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+
+
+def _here() -> str:
+    """This machine, and where process numbers count: containers may share a name, but not that."""
+    try:
+        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:  # no Linux
+        numbers = "0"
+    return re.sub(r"[^A-Za-z0-9.]", "_", f"{socket.gethostname()}.{numbers}")
+
+
+_HERE = _here()
+_DAY = 86_400.0
 
 
 def commit(path: Path, content: bytes) -> None:
@@ -33,6 +47,9 @@ def commit(path: Path, content: bytes) -> None:
 
 def commit_first(path: Path, content: bytes) -> bool:
     """Like `commit`, but the first one wins, of whatever process on whatever machine.
+
+    It takes a file system with hard links. On one without them, two processes that write within the same
+    moment may both believe to be the first: there, let one begin alone.
 
     Returns:
         whether it was this one; otherwise the file is as it was.
@@ -54,9 +71,9 @@ def commit_first(path: Path, content: bytes) -> bool:
 @contextmanager
 def _beside(path: Path, content: bytes) -> Iterator[Path]:
     """The content on the disk under a temporary name, for as long as the block runs."""
-    temporary = path.with_name(f".{path.name}.tmp-{_HOST}-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{_HERE}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -91,12 +108,22 @@ def cannot_write(path: Path, error: OSError) -> CachekdError:
     )
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file that is being written, or was when its process died."""
+    return path.name.startswith(".") and ".tmp-" in path.name
+
+
 def remove_stale(folder: Path) -> None:
-    """Remove temporary files of processes of this machine that are gone."""
-    for path in folder.glob(f".*.tmp-{_HOST}-*"):
-        process = path.name.rpartition("-")[2]
-        if process.isdigit() and not _alive(int(process)):
-            path.unlink(missing_ok=True)
+    """Remove temporary files of processes that are gone; of other machines', those that are a day old."""
+    for path in filter(is_temporary, folder.iterdir()):
+        where, process, _ = [*path.name.rpartition(".tmp-")[2].rsplit("-", 2), "", ""][:3]
+        with suppress(FileNotFoundError):
+            if where == _HERE and process.isdigit():
+                stale = not _alive(int(process))
+            else:
+                stale = time.time() - path.stat().st_mtime > _DAY
+            if stale:
+                path.unlink()
 
 
 def _alive(process: int) -> bool:
@@ -114,5 +141,8 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            raise
     finally:
         os.close(descriptor)

@@ -51,6 +51,9 @@ class DataInfo(Part):
     limit: Positive | None = Field(None, description="only so many were taken")
     shuffle_seed: Count | None = Field(None, description="of the order; null: as it stands")
     map: str | None = Field(None, description="module:function that made the records")
+    content_sha256: str | None = Field(
+        None, description="over the content of up to 32 samples from all over it; null where it is not known"
+    )
 
 
 class Geometry(Part):
@@ -60,6 +63,7 @@ class Geometry(Part):
     group_samples: Positive = Field(description="samples that were sorted by length together")
     batch_size: Positive = Field(description="samples per teacher forward")
     calibration_tokens: Positive = Field(description="answer tokens that the tail sketch was to be fitted on")
+    budget_for: str | None = Field(None, description="the settings that a disk budget began from")
     disk_budget: Count | None = Field(None, description="bytes, from which top_k and tail were chosen")
 
 

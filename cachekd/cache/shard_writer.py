@@ -66,6 +66,11 @@ class ShardWriter:
         if sum(len(targets) for targets, _ in self._uncoded) >= ENCODED_TOKENS:
             self._encode()
 
+    @property
+    def skips(self) -> int:
+        """How many samples were left out so far."""
+        return len(self._skipped)
+
     def skip(self, key: str, reason: str) -> None:
         """Record a sample that is left out."""
         # A reason may quote a file name that is no valid text.

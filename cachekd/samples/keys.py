@@ -37,11 +37,15 @@ def unique_keys(values: Iterable[Any], where: str, *, row: str = "entry", rows: 
 
 
 def require_text(key: str, where: str) -> None:
-    """Refuse a key that cannot be written as UTF-8 (half of a surrogate pair, a name in another encoding).
+    """Refuse a key that cannot be a line of UTF-8 (half of a surrogate pair, a name in another encoding).
 
     Raises:
         CachekdError: it cannot.
     """
+    if "\n" in key:
+        raise CachekdError(
+            "a sample's key has a line break", where=where, expected="one line of text", found=repr(key)
+        )
     try:
         key.encode()
     except UnicodeEncodeError:

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.llava_json import LlavaJsonSamples
 from cachekd.samples.map_function import MapFunction, load_map
 from cachekd.samples.protocol import Samples
@@ -108,6 +108,23 @@ def _open_hugging_face(name: str, query: str, map: MapFunction | None) -> Sample
 
 def _is_pattern(name: str) -> bool:
     return any(character in name for character in "*?[{")
+
+
+def content_hash(samples: Samples) -> str:
+    """sha256 over the content of up to 32 samples, evenly spread: whether these are the same data under the
+    same keys. (The cache has a hash of every sample; this is what can be known at once.)
+
+    Raises:
+        CachekdError: the data set cannot be read.
+    """
+    digest = hashlib.sha256()
+    count = min(32, len(samples))
+    for place in range(count):
+        try:
+            digest.update(samples[place * len(samples) // count].content_hash)
+        except BadSample as error:
+            digest.update(error.problem.encode())
+    return digest.hexdigest()
 
 
 def keys_hash(samples: Samples) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Genera
         sampler=indices,
         num_workers=max(1, min(workers, messages)),
         prefetch_factor=_AHEAD,
+        worker_init_fn=_leave_interrupts_to_the_parent,
         # Plain bytes: torch would send each tensor as a shared-memory segment with an open file descriptor
         # on this side for as long as the tensor lives, and a long queue of samples runs out of them.
         collate_fn=pickle.dumps,
@@ -82,7 +84,7 @@ def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Genera
         for message in batches:
             yield from pickle.loads(message)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
             raise
         raise CachekdError(
             "a process that reads samples died",
@@ -92,6 +94,11 @@ def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Genera
     finally:
         # What dropping the iterator does; but a traceback may keep that alive for long.
         batches._shutdown_workers()
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches the whole group; a worker that dies of it keeps the parent waiting for long."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

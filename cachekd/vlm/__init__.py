@@ -1,7 +1,9 @@
 """The V | P | L split of vision-language models, and the switch."""
 
 from cachekd.vlm.compat import check_switch, check_tokenizers
+from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.head import output_head
+from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
     default_device,
     default_dtype,
@@ -16,6 +18,8 @@ from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_
 from cachekd.vlm.switch import SwitchedTeacher
 
 __all__ = [
+    "DeferredHead",
+    "LiveTeacher",
     "SwitchedTeacher",
     "capture_vision",
     "check_switch",

@@ -34,7 +34,7 @@ def output_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor, vocab_si
     plain = OutputHead(weight, bias).logits(hidden)
     misses = {}
     for softcap in {None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)}:
-        scale = _scale(plain, target, softcap)
+        scale = scale_between(plain, target, softcap)
         scaled = weight if scale == 1 else (weight.float() * scale).to(weight.dtype)
         shifted = bias if bias is None or scale == 1 else bias.float() * scale
         head = OutputHead(scaled, shifted, softcap)
@@ -51,8 +51,8 @@ def output_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor, vocab_si
     return misses[miss]
 
 
-def _scale(plain: Tensor, target: Tensor, softcap: float | None) -> float:
-    """The factor from `plain` to what became `target`, by least squares; 1 where it is nearly 1."""
+def scale_between(plain: Tensor, target: Tensor, softcap: float | None) -> float:
+    """The factor from logits `plain` to `target` before its cap, by least squares; 1 where it is nearly 1."""
     if softcap is not None:
         steep = target.abs() < 0.9 * softcap  # where the cap can be undone
         plain, target = plain[steep], (target[steep] / softcap).atanh() * softcap

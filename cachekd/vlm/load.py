@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
@@ -16,8 +18,11 @@ from cachekd.vlm.families import vision_tower_name
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU if there is one; of several, the one that torchrun, accelerate or Slurm means for us."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -66,11 +71,15 @@ def load_processor(path: str) -> Any:
     return processor
 
 
-def load_model(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A whole VLM in eval mode."""
-    config = load_config(path)
-    model = _from_pretrained(AutoModelForImageTextToText, path, config=config, dtype=dtype)
-    return model.to(device).eval()
+def load_model(
+    path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A whole VLM in eval mode.
+
+    Args:
+        quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+    """
+    return _load(AutoModelForImageTextToText, path, dtype, device, quantization)
 
 
 class _NoTower(nn.Module):
@@ -84,8 +93,14 @@ class _NoTower(nn.Module):
         raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
 
 
-def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read."""
+def load_without_tower(
+    path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read.
+
+    Args:
+        quantization: see `load_model`.
+    """
     config = load_config(path)
     name = vision_tower_name(config)
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
@@ -99,8 +114,46 @@ def load_without_tower(path: str, *, dtype: torch.dtype, device: torch.device) -
 
     # transformers renames a checkpoint's weights only for classes that it knows as its own.
     Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__
-    model = _from_pretrained(Towerless, path, config=config, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return _load(Towerless, path, dtype, device, quantization).requires_grad_(False)
+
+
+def quantization_config(settings: dict[str, Any]) -> Any:
+    """transformers' config for `{"load_in_4bit": True, ...}` or `{"quant_method": ..., ...}`.
+
+    Raises:
+        CachekdError: no method of transformers' is meant.
+    """
+    try:
+        return AutoQuantizationConfig.from_dict(dict(settings))
+    except (TypeError, ValueError, ImportError) as error:
+        raise CachekdError(
+            "no quantisation of transformers has these settings",
+            where=", ".join(f"{name}: {value}" for name, value in settings.items()),
+            expected="load_in_4bit or load_in_8bit: true (bitsandbytes), or quant_method and its settings",
+            found=str(error),
+        ) from None
+
+
+def _load(
+    model_class: Any,
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: dict[str, Any] | None,
+) -> PreTrainedModel:
+    config = load_config(path)
+    if quantization is None:
+        return _from_pretrained(model_class, path, config=config, dtype=dtype).to(device).eval()
+    settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
+    try:
+        return _from_pretrained(model_class, path, config=config, dtype=dtype, **settings).eval()
+    except ImportError as error:
+        raise CachekdError(
+            "the quantised model cannot be loaded",
+            where=str(path),
+            found=str(error).splitlines()[0],
+            fix="pip install what is named above, or load the model unquantised",
+        ) from None
 
 
 def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
@@ -118,8 +171,20 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
 
 
 def weights_files(path: str) -> list[Path]:
-    """The safetensors files of a local model folder, sorted; none for a hub name."""
-    return sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    """The weight files of a local model folder, sorted; none for a hub name.
+
+    Raises:
+        CachekdError: a local folder has none.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return []
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise CachekdError(
+            "the model's folder has no weights", where=path, expected="*.safetensors or *.bin files"
+        )
+    return files
 
 
 def weights_identity(path: str, config: Any) -> str:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd_cli.console import console, progress_bar, quiet_libraries, table
+from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, table
 
 if TYPE_CHECKING:
     from cachekd.config import TrainConfig
     from cachekd.train import TrainSummary
+    from cachekd.train_estimate import TrainEstimate
 
 
 def train_command(
@@ -22,7 +25,15 @@ def train_command(
     teacher: Annotated[str | None, typer.Option(help="Teacher, for the switched path.")] = None,
     cache: Annotated[Path | None, typer.Option(help="What `cachekd dump` wrote.")] = None,
     data: Annotated[Path | None, typer.Option(help="The data set that was dumped, or a part of it.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder; must be new or empty.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
+    ] = None,
+    live_teacher: Annotated[
+        bool | None, typer.Option("--live-teacher", help="Run the whole teacher in place of a cache.")
+    ] = None,
+    missing: Annotated[
+        str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. [default: error]")
+    ] = None,
     lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. [default: 1]")] = None,
     lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. [default: 1]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
@@ -41,6 +52,19 @@ def train_command(
         int | None, typer.Option(help="Steps between log entries. [default: 10]")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read samples. [default: 0]")] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
+    ] = None,
+    logit_chunk: Annotated[
+        int | None, typer.Option(help="Answer tokens whose logits exist at a time. [default: 64 MiB of them]")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute layers: slower, leaner.")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Run a few steps, print memory and time, and stop.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="The summary or estimate as JSON on stdout.")] = False,
 ) -> None:
     """Train a student against a cache: L_CE + lambda_align L_Align + lambda_vsd L_VSD.
 
@@ -48,12 +72,31 @@ def train_command(
     --cache caches/llava-7b --data data/train --out runs/switch-kd
 
     Plain cross-entropy, as a baseline: --lambda-align 0 --lambda-vsd 0 (needs neither teacher nor cache)
+
+    A run that was cut short goes on when its command is repeated. Several GPUs: accelerate launch
+    -m cachekd_cli.main train ... In the YAML alone: lora, teacher_quantization, student_quantization, and
+    training, a mapping of any other fields of transformers.TrainingArguments.
     """
-    options = {name: value for name, value in locals().items() if name != "config"}
+    options = {n: v for n, v in locals().items() if n not in ("config", "estimate", "json")}
     from cachekd.config import TrainConfig, read_config
 
     quiet_libraries()
-    print_summary(run_train(read_config(config, TrainConfig, options)))
+    settings = read_config(config, TrainConfig, options)
+    if estimate:
+        from cachekd.train_estimate import estimate_training
+
+        result = estimate_training(settings)
+        print_json(asdict(result)) if json else print_estimate(result)
+        return
+    summary = run_train(settings)
+    if not is_main_process():
+        return
+    print_json(asdict(summary)) if json else print_summary(summary)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints; `accelerate launch` and torchrun number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
@@ -62,7 +105,9 @@ def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
 
     from cachekd.train import train
 
-    with progress_bar("steps") as bar:
+    bar = progress_bar("steps")
+    bar.disable = not is_main_process()
+    with bar:
         task = bar.add_task(description, total=None, note="")
 
         class ShowProgress(TrainerCallback):
@@ -84,6 +129,8 @@ def print_summary(summary: TrainSummary) -> None:
     """The summary table."""
     rows = [
         ("steps", f"{summary.steps:,}"),
+        *([("resumed from step", f"{summary.resumed_from:,}")] if summary.resumed_from else []),
+        *([("samples by L_CE alone", f"{summary.uncovered:,}")] if summary.uncovered else []),
         ("wall time", f"{summary.seconds:.1f} s"),
         *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
     ]
@@ -91,3 +138,18 @@ def print_summary(summary: TrainSummary) -> None:
     console.print(
         f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>", highlight=False
     )
+
+
+def print_estimate(estimate: TrainEstimate) -> None:
+    """Parameters, memory by part and time, before anything long starts."""
+    rows = [
+        ("student parameters", f"{estimate.student_parameters:,}"),
+        ("of them trained", f"{estimate.trained_parameters:,}"),
+        ("teacher parameters", f"{estimate.teacher_parameters:,}"),
+        *((f"memory: {name}", f"{size / 1e6:,.1f} MB") for name, size in estimate.memory.items()),
+        ("peak memory", f"{estimate.peak_bytes / 1e6:,.1f} MB"),
+        ("time per step", f"{estimate.seconds_per_step:.2f} s"),
+        ("steps", f"{estimate.steps:,}"),
+        ("time of the run", f"{estimate.seconds_per_step * estimate.steps / 3600:.2f} h"),
+    ]
+    console.print(table(f"estimate from {estimate.measured_steps} steps", ("", "value"), rows))

@@ -1,0 +1,87 @@
+"""Training in less memory: recomputed layers, adapters, quantised weights; by transformers and peft."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.vlm import load_model
+
+ADAPTER_FOLDER = "adapter"
+
+
+def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
+    """Gradient checkpointing for the frozen teacher's language model, which the switched path runs through.
+
+    transformers' own switch does nothing in eval mode, and train mode would turn dropout on. So the layers
+    alone are marked as training, not what is in them.
+
+    Returns:
+        the number of layers.
+    """
+    layers = [
+        module
+        for module in teacher.model.language_model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    ]
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.training = True
+    return len(layers)
+
+
+def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
+    """The student in float32, or quantised; inside peft's wrapper if it trains adapters.
+
+    Raises:
+        CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
+            settings.
+    """
+    if config.student_quantization is not None and config.lora is None:
+        raise CachekdError(
+            "quantised weights cannot be trained",
+            where="setting 'student_quantization'",
+            fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
+        )
+    student = load_model(
+        config.student, dtype=torch.float32, device=device, quantization=config.student_quantization
+    )
+    return student if config.lora is None else with_adapters(student, config.lora)
+
+
+def with_adapters(student: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+    """LoRA, or QLoRA where the student is quantised.
+
+    Args:
+        settings: of `peft.LoraConfig`.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError:
+        raise CachekdError(
+            "peft is not installed", where="setting 'lora'", fix="pip install 'cachekd[peft]'"
+        ) from None
+    if getattr(student, "is_quantized", False):
+        student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(student, LoraConfig(**settings))
+    except (TypeError, ValueError) as error:
+        raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
+
+
+def save_merged(config: TrainConfig, out: Path) -> None:
+    """The adapters in `out/adapter`, added to the student's own float32 weights: a plain model in `out`."""
+    from peft import PeftModel
+
+    student = load_model(config.student, dtype=torch.float32, device=torch.device("cpu"))
+    PeftModel.from_pretrained(student, out / ADAPTER_FOLDER).merge_and_unload().save_pretrained(out)

@@ -1,0 +1,43 @@
+"""Losses over hidden states: logits exist for a few answer tokens at a time, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# float32 bytes of the logits of one chunk. A loss holds about five arrays of that size at its peak.
+CHUNK_BYTES = 2**26
+
+Terms = dict[str, Tensor]
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Answer tokens per chunk: what `CHUNK_BYTES` holds, at least one."""
+    return max(1, CHUNK_BYTES // (4 * vocab_size))
+
+
+def summed_over_chunks(loss: Callable[[Tensor, Tensor], Terms], states: Tensor, chunk: int) -> Terms:
+    """Sum a loss over chunks of answer tokens, so that no [N, V] tensor exists unless it fits one chunk.
+
+    A chunk's logits are let go after its forward and made again in its backward: one more product with the
+    head, for memory that does not grow with N. Where one chunk holds all tokens, nothing is done twice.
+
+    Args:
+        loss: (states [n, d], rows [n] int64) to terms, each a sum over these n tokens; it applies the head.
+        states: [N, d], what the head reads.
+        chunk: the most tokens at a time.
+
+    Returns:
+        the terms summed over all N, scalars; differentiable in `states` and in whatever `loss` uses.
+    """
+    rows = torch.arange(len(states), device=states.device)
+    if len(states) <= chunk:
+        return loss(states, rows)
+    totals: Terms = {}
+    for some_states, some_rows in zip(states.split(chunk), rows.split(chunk), strict=True):
+        terms = checkpoint(loss, some_states, some_rows, use_reentrant=False)
+        totals = {name: totals.get(name, 0.0) + term for name, term in terms.items()}
+    return totals

@@ -1,0 +1,258 @@
+"""The Trainer whose loss is Switch-KD's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import ModelOutput
+
+from cachekd.cache import CachedTargets
+from cachekd.errors import CachekdError
+from cachekd.failures import stop_if_not_finite
+from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
+from cachekd.samples import predicting_positions
+from cachekd.targets import LiveTargets
+from cachekd.training_data import IGNORE, collate_with_targets
+from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model
+
+TERMS = ("ce", "align", "vsd")
+Targets = CachedTargets | LiveTargets
+
+
+class SwitchKDTrainer(Trainer):
+    """A Trainer whose loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD (Switch-KD, section 3).
+
+    Each term is a sum over answer tokens, divided by the number of answer tokens of a whole optimizer step,
+    over all its accumulated batches and all processes. So neither accumulation nor batch size nor the number
+    of processes changes the gradient.
+
+    Args:
+        student: the model to train; a VLM, or one in peft's wrapper.
+        args: the Trainer's.
+        train_dataset: of `cachekd.training_data.Example`.
+        pad_token_id: for batches.
+        teacher: the switched path; None where `lambda_vsd` is 0.
+        live: takes the place of cached targets.
+        lambda_align: weight of the student's own path.
+        lambda_vsd: weight of the switched path.
+        temperature: of DBiLD.
+        logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
+        callbacks: the Trainer's.
+
+    Raises:
+        CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
+            loss that is not finite.
+    """
+
+    # Losses below are divided by the tokens of the whole accumulated step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        student: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset,
+        *,
+        pad_token_id: int,
+        teacher: SwitchedTeacher | None,
+        live: LiveTeacher | None = None,
+        lambda_align: float = 1.0,
+        lambda_vsd: float = 1.0,
+        temperature: float = 3.0,
+        logit_chunk: int | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        if lambda_vsd > 0 and teacher is None:
+            raise CachekdError("L_VSD needs a teacher to switch into", fix="pass teacher=, or lambda_vsd=0")
+        if args.n_gpu > 1:
+            raise CachekdError(
+                "one process cannot train on several GPUs here",
+                found=f"{args.n_gpu} GPUs",
+                fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
+                "or one GPU: CUDA_VISIBLE_DEVICES=0",
+            )
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=lambda examples: collate_with_targets(examples, pad_token_id),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
+        # Some families declare that they take no loss kwargs; then the token count would not be passed.
+        self.model_accepts_loss_kwargs = True
+        # The hooks go into the VLM itself; DDP and peft only wrap it.
+        wrapped: Any = student
+        self.vlm: PreTrainedModel = (
+            student if isinstance(student, PreTrainedModel) else wrapped.get_base_model()
+        )
+        self.teacher, self.live = teacher, live
+        self.lambda_align, self.lambda_vsd, self.temperature = lambda_align, lambda_vsd, temperature
+        self.head = self._measured_heads()
+        self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
+        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64)  # of each term, and of its tokens
+        self.last_terms: dict[str, float] = {}
+
+    def _measured_heads(self) -> DeferredHead:
+        """The student's head; the teacher's is measured on the same sample, before anything long starts."""
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        supervised = batch["labels"] != IGNORE
+        tokens = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "covered"}
+        positions = predicting_positions(supervised)
+        tokens.pop("labels")
+        if self.teacher is not None:
+            self.teacher.head(tokens, positions)
+        return DeferredHead(self.vlm, tokens, positions)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum over this batch's answer tokens, divided by the step's number of them."""
+        batch = dict(inputs)
+        keys = batch.pop("keys")
+        supervised = batch.pop("labels") != IGNORE
+        targets, covered = self._targets(batch, supervised)
+        terms = self.loss_terms(model, batch, supervised, targets, covered)
+        self._remember(terms, len(covered), int(covered.sum()))
+        weights = {"ce": 1.0, "align": self.lambda_align, "vsd": self.lambda_vsd}
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
+        stop_if_not_finite(self, loss, terms, keys, inputs)
+        loss = loss / (len(covered) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
+        return (loss, terms) if return_outputs else loss
+
+    def _targets(self, batch: dict[str, Any], supervised: Tensor) -> tuple[Targets | None, Tensor]:
+        """The teacher at the answer tokens, and which of the N answer tokens it covers."""
+        token_ids = batch["input_ids"][supervised]
+        everything = torch.ones_like(token_ids, dtype=torch.bool)
+        for_teacher = batch.pop("for_teacher", None)
+        if self.live is not None:
+            seen = batch if for_teacher is None else {**for_teacher}
+            where = supervised if for_teacher is None else seen.pop("supervised")
+            return self.live.targets(seen, predicting_positions(where), token_ids), everything
+        return batch.pop("targets", None), batch.pop("covered", everything)
+
+    def loss_terms(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        supervised: Tensor,
+        targets: Targets | None,
+        covered: Tensor,
+    ) -> dict[str, Tensor]:
+        """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
+
+        Args:
+            inputs: the batch as the model takes it.
+            supervised: [B, S] bool, with N true.
+            targets: the teacher at M of the N tokens; None at none.
+            covered: [N] bool, with M true where there are targets.
+        """
+        positions = predicting_positions(supervised)
+        answer_ids = inputs["input_ids"][supervised]
+        with capture_vision(self.vlm) as vision:
+            states = self.head.states(
+                lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
+            )
+        if targets is None:
+            return self._own_path(states, answer_ids, None)
+        terms = self._own_path(states[covered], answer_ids[covered], targets)
+        if not covered.all():
+            terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
+        # Without an image z_W is z_T: no difference, and no gradient.
+        if self.teacher is not None and self.lambda_vsd > 0 and vision.output is not None:
+            terms["vsd"] = self._switched_path(vision.output, inputs, positions, targets, covered)
+        return terms
+
+    def _own_path(self, states: Tensor, answer_ids: Tensor, targets: Targets | None) -> dict[str, Tensor]:
+        """L_CE and, with targets, L_Align."""
+
+        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                logits = self.head.logits(some)
+            terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
+            if targets is not None and self.lambda_align > 0:
+                terms["align"] = self._dbild(logits, targets, rows)
+            return terms
+
+        return summed_over_chunks(loss, states, self.logit_chunk)
+
+    def _switched_path(
+        self,
+        vision_output: ModelOutput,
+        inputs: dict[str, Tensor],
+        positions: Tensor,
+        targets: Targets,
+        covered: Tensor,
+    ) -> Tensor:
+        """L_VSD."""
+        assert self.teacher is not None  # as __init__ checked
+        if not _has_gradient(vision_output):
+            raise CachekdError(
+                "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
+                fix="train the vision encoder, or set --lambda-vsd 0",
+            )
+        head = self.teacher.head(inputs, positions)
+        teacher_logits = self.teacher.logits
+        states = head.states(lambda: teacher_logits(vision_output, inputs, positions))
+
+        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            return {"vsd": self._dbild(head.logits(some), targets, rows)}
+
+        return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
+
+    def _dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
+        # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+        return dbild_loss(
+            logits[:, : targets.vocab_size],
+            targets.select(rows),
+            temperature=self.temperature,
+            window=targets.window,
+            min_k=targets.min_k,
+            reduction="sum",
+        )
+
+    def _remember(self, terms: dict[str, Tensor], tokens: int, covered: int) -> None:
+        for row, name in enumerate(TERMS):
+            if name in terms:
+                count = tokens if name == "ce" else covered
+                self._sums[row] += torch.tensor([float(terms[name].detach()), count])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Weights of a checkpoint, by the names that `save_pretrained` gave them.
+
+        The Trainer of transformers 5.23 loads them by the modules' names and takes no notice of those it does
+        not know. LLaVA's differ, so a run would go on from its initial weights without a word.
+        """
+        if self.is_fsdp_enabled or self.model is not self.vlm:  # adapters keep their names
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        cpu = torch.device("cpu")
+        saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=cpu)
+        self.vlm.load_state_dict(saved.state_dict())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each term's mean per answer token since the last entry, over all processes."""
+        if "loss" in logs:
+            sums = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
+            self.last_terms = {
+                name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
+            }
+            logs = logs | self.last_terms
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+
+def _has_gradient(output: ModelOutput) -> bool:
+    tensors = [value for value in output.values() if isinstance(value, Tensor)]
+    return any(tensor.requires_grad for tensor in tensors)

@@ -1,0 +1,96 @@
+"""What the Trainer reads: encoded samples beside what the teacher said of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cachekd.cache import CachedTargets, LogitCache
+from cachekd.matching import check_sample
+from cachekd.samples import Encoded, SampleEncoder, Samples, collate
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample to train on.
+
+    Attributes:
+        encoded: for the student.
+        targets: the cached teacher; None without a cache, or for a sample that the cache lacks.
+        for_teacher: the same sample as a live teacher sees it; None where it sees what the student sees.
+    """
+
+    encoded: Encoded
+    targets: CachedTargets | None = None
+    for_teacher: Encoded | None = None
+
+
+class TrainingSamples(Dataset):
+    """Samples, encoded, beside their cached targets, checked against each other.
+
+    Args:
+        samples: the data set.
+        encoder: the student's.
+        cache: None for plain cross-entropy and for a live teacher.
+        teacher_encoder: a live teacher's, where its images are prepared in another way.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        encoder: SampleEncoder,
+        cache: LogitCache | None,
+        teacher_encoder: SampleEncoder | None = None,
+    ) -> None:
+        self.samples, self.encoder, self.cache = samples, encoder, cache
+        self.teacher_encoder = teacher_encoder
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def uncovered(self) -> int:
+        """Samples that the cache lacks."""
+        return 0 if self.cache is None else sum(key not in self.cache for key in self.samples.keys)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self.samples[index]
+        encoded = self.encoder(sample)
+        if self.teacher_encoder is not None:
+            return Example(encoded, for_teacher=self.teacher_encoder(sample))
+        # `--missing` has decided before training whether a cache may lack samples.
+        if self.cache is None or encoded.key not in self.cache:
+            return Example(encoded)
+        targets = self.cache[encoded.key]
+        check_sample(self.cache, encoded, targets)
+        return Example(encoded, targets)
+
+
+def collate_with_targets(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
+    """One batch of the Trainer.
+
+    Returns:
+        the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
+        `keys` of the samples. With targets: `targets` of all samples that have some, and `covered` [N] bool,
+        which of the answer tokens these are. For a live teacher with its own images: `for_teacher`, its
+        inputs with `supervised` [B, S'] bool.
+    """
+    batch: dict[str, Any] = collate([example.encoded for example in examples], pad_token_id)
+    supervised: Tensor = batch.pop("supervised")
+    batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORE)
+    batch["keys"] = [example.encoded.key for example in examples]
+    targets = [example.targets for example in examples]
+    if any(target is not None for target in targets):
+        batch["targets"] = CachedTargets.cat([target for target in targets if target is not None])
+        has_targets = torch.tensor([target is not None for target in targets])
+        batch["covered"] = has_targets.repeat_interleave(supervised.sum(1))
+    others = [example.for_teacher for example in examples if example.for_teacher is not None]
+    if others:
+        batch["for_teacher"] = collate(others, pad_token_id)
+    return batch

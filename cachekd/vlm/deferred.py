@@ -1,0 +1,109 @@
+"""A model's head, put off: the model runs up to it, and logits are made later, a few rows at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cachekd.cache.sketch import capped
+from cachekd.vlm.head import scale_between
+from cachekd.vlm.split import hidden_and_logits_at
+
+log = logging.getLogger(__name__)
+
+# Share of the logits' deviation by which the head may miss them: what rounding in the dtype explains.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_TOLERANCE_HALF = 2e-2
+
+
+class DeferredHead:
+    """What makes logits of a model's final hidden states, apart from the model's forward.
+
+    Wrappers scale and cap logits in their own ways, so what this one does is measured once and compared with
+    the wrapper's own logits. Where they differ, the wrapper's logits themselves are the states: nothing is
+    wrong then, only the logits of a whole batch exist at once.
+
+    Attributes:
+        vocab_size: V, the columns that `logits` gives.
+        reason: why the head is not put off; None if it is.
+    """
+
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> None:
+        """Measure the head.
+
+        Args:
+            model: the wrapper; under LoRA the model inside.
+            inputs: any batch; only its tokens are looked at, and only those of one sample.
+            positions: [B, S] bool, some places in it.
+        """
+        self.module: nn.Module = model.get_output_embeddings()
+        self.scale = 1.0
+        self.softcap: float | None = None
+        self.reason: str | None = None
+        modes = [(module, module.training) for module in model.modules()]  # one by one: some differ
+        model.eval()
+        with torch.no_grad():
+            row = positions.any(-1).int().argmax()[None]
+            tokens = {name: x[row] for name, x in inputs.items() if x.shape[:2] == positions.shape}
+            hidden, logits = hidden_and_logits_at(model, tokens, positions[row])
+            self._measure(model, hidden, logits)
+        for module, training in modes:
+            module.training = training
+        self.vocab_size = logits.shape[-1]
+
+    def _measure(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
+        target, plain = logits.float(), self.module(hidden).float()
+        misses: dict[float, tuple[float, float | None]] = {}
+        for softcap in {None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)}:
+            self.scale, self.softcap = scale_between(plain, target, softcap), softcap
+            miss = float((self.logits(hidden).float() - target).abs().max() / target.std())
+            misses[miss] = self.scale, self.softcap
+        miss = min(misses)
+        self.scale, self.softcap = misses[miss]
+        if not miss <= _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF):
+            self.reason = f"its logits do not follow from its final hidden states (off by {miss:.1%})"
+            log.warning(
+                "%s: %s; the logits of a whole batch will be held at once",
+                model.config.name_or_path or type(model).__name__,
+                self.reason,
+            )
+
+    @contextmanager
+    def put_off(self) -> Iterator[list[Tensor]]:
+        """Within, the model's own forward keeps what its head would read and runs the head on no rows.
+
+        The forward stays the wrapper's, and the (empty) logits still hang on the head's weights, so what
+        wraps the model (DDP) sees every parameter used.
+        """
+        states: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.append(args[0].flatten(0, -2))
+            return (args[0][..., :0, :], *args[1:])
+
+        handle = self.module.register_forward_pre_hook(keep)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    def states(self, forward: Callable[[], Any]) -> Tensor:
+        """What `logits` takes, [N, d], from a forward of the model that returns its [N, V] logits."""
+        if self.reason is not None:
+            return forward()
+        with self.put_off() as states:
+            forward()
+        return states[-1]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[n, V], the wrapper's logits, from n rows of `states`."""
+        if self.reason is not None:
+            return states
+        logits = self.module(states)
+        return capped(logits if self.scale == 1 else logits * self.scale, self.softcap)

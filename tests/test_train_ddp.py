@@ -1,0 +1,64 @@
+"""Two processes on a CPU, through `accelerate launch`, against one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cachekd.config import TrainConfig
+from cachekd.files import RUN_FILE
+from cachekd.train import train
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path, cache_path):
+    """2 x 3 samples a step against 6: the same samples in each step, so the same losses and weights."""
+    settings = {
+        "student": str(student_path),
+        "teacher": str(teacher_path),
+        "data": str(data_path),
+        "cache": str(cache_path),
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        # As large as the steps are: Adam divides a gradient by its own size, and rounding with it.
+        "training": {"optim": "sgd"},
+    }
+    train(TrainConfig(**settings, batch_size=6, out=tmp_path / "one"))
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(json.dumps(settings | {"batch_size": 3, "out": str(tmp_path / "two")}))
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29531"]
+    command = [sys.executable, *launch, "-m", "cachekd_cli.main", "train", "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wall time") == 1  # the first process prints, the other is quiet
+
+    def entries(out: Path) -> list[dict]:
+        return [entry for entry in json.loads((out / RUN_FILE).read_text())["log"] if "ce" in entry]
+
+    one, two = entries(tmp_path / "one"), entries(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two, strict=True):
+        for name in ("ce", "align", "vsd", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    start = load_file(Path(student_path) / "model.safetensors")
+    moved = max((weights[0][name] - start[name]).abs().max() for name in start)
+    assert moved > 1e-4
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-3 * float(moved))

@@ -1,0 +1,196 @@
+"""Cached against live, term by term over the first steps.
+
+At the default learning rate: at larger ones two runs that differ by 1e-4 drift
+apart, since Kneedle's k jumps.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from transformers import CLIPImageProcessor
+
+from cachekd.cache import CodecSettings, DataInfo, LogitCacheWriter
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.dump import dump
+from cachekd.errors import CachekdError
+from cachekd.samples import SampleEncoder, open_samples, predicting_positions
+from cachekd.targets import DenseTargets
+from cachekd.teacher import Teacher, load_encoder
+from cachekd.train import collate_with_targets, make_trainer
+from cachekd.vlm import load_model, load_processor, logits_at
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
+CPU = torch.device("cpu")
+
+
+def first_steps(config: TrainConfig, folder: Path) -> list[dict[str, float]]:
+    """The terms of each step."""
+    trainer = make_trainer(config, folder)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "ce" in entry]
+
+
+def drift(steps: list[dict[str, float]], reference: list[dict[str, float]]) -> dict[str, float]:
+    """The largest relative difference of each term."""
+    assert len(steps) == len(reference)
+    return {
+        name: max(abs(a[name] - b[name]) / b[name] for a, b in zip(steps, reference, strict=True))
+        for name in ("ce", "align", "vsd")
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A teacher and a student, data, and settings that they share."""
+    folder = tmp_path_factory.mktemp("live")
+    processor = tiny_processor()
+    teacher = tiny_vlm(processor, text_width=48, seed=1)
+    teacher.lm_head.weight.data *= 100  # an opinion: random weights have next to none
+    teacher.save_pretrained(folder / "teacher")
+    processor.save_pretrained(folder / "teacher")
+    settings = {
+        "teacher": str(folder / "teacher"),
+        "student": str(save_vlm(folder / "student", tiny_processor(), seed=2, vocab_size=448)),
+        "data": str(write_llava_json(folder / "data", 16)),
+        "batch_size": 4,
+        "epochs": 5,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }
+    return settings, folder
+
+
+def cached(settings: dict, folder: Path, tail: str) -> Path:
+    """A cache as `cachekd dump` writes it."""
+    out = folder / f"cache-{tail}"
+    if not out.exists():
+        dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=out, tail=tail))
+    return out
+
+
+def fine_cache(settings: dict, out: Path) -> Path:
+    """A cache with next to no rounding: logprobs in steps of 1/1024 nat, the sketch in steps of 0.01."""
+    codec = CodecSettings(top_k=128, top_p=0.0, window=128, min_k=2, logprob_step=1 / 1024, tail="step=0.01")
+    encoder = load_encoder(settings["teacher"])
+    teacher = Teacher.load(settings["teacher"], encoder, codec, dtype=torch.float32, device=CPU)
+    encoded = [encoder(sample) for sample in open_samples(settings["data"])]
+    teacher.find_head(encoded[0])
+    data = DataInfo(path=settings["data"], samples=len(encoded), sha256="0" * 64)
+    with LogitCacheWriter(
+        out,
+        teacher=teacher.info(),
+        fingerprints=teacher.fingerprints(),
+        data=data,
+        codec=codec,
+        versions={},
+        head=teacher.head,
+    ) as writer:
+        for answer in teacher.answers(encoded, batch_size=16):
+            writer.add(answer.key, answer.targets, answer.content_hash, answer.states)
+    return out
+
+
+def test_a_fine_cache_equals_the_live_teacher(pair, tmp_path):
+    settings, _ = pair
+    live = first_steps(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path / "live")
+    cache = fine_cache(settings, tmp_path / "cache")
+    steps = first_steps(TrainConfig(**settings, cache=cache, out=tmp_path / "x"), tmp_path / "cached")
+    assert len(steps) == 20
+    assert max(drift(steps, live).values()) < 1e-3
+
+
+def test_live_targets_are_the_teachers_own_forward(pair, tmp_path):
+    settings, _ = pair
+    trainer = make_trainer(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path)
+    batch = collate_with_targets([trainer.train_dataset[i] for i in range(3)], 0)
+    supervised = batch["labels"] != -100
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    targets, covered = trainer._targets(inputs, supervised)
+    teacher = load_model(settings["teacher"], dtype=torch.float32, device=CPU)
+    expected = logits_at(teacher, inputs, predicting_positions(supervised))
+    vocab = len(load_processor(settings["teacher"]).tokenizer)
+    assert targets.vocab_size == vocab < expected.shape[1]
+    everything = torch.arange(len(targets))
+    reference = DenseTargets(expected[:, :vocab])
+    torch.testing.assert_close(targets.select(everything).logprobs, reference.logprobs)
+    assert torch.equal(targets.token_ids, batch["input_ids"][supervised])
+    assert covered.all()
+    assert not targets.states.requires_grad
+
+
+def test_a_live_teacher_sees_images_as_its_own_processor_makes_them(pair, tmp_path):
+    """The student's crop is another: the teacher must not be shown it."""
+    settings, _ = pair
+    processor = tiny_processor()
+    processor.image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3]
+    )
+    student = save_vlm(tmp_path / "student", processor, seed=2)
+    config = TrainConfig(**settings | {"student": str(student)}, live_teacher=True, out=tmp_path / "x")
+    trainer = make_trainer(config, tmp_path / "t")
+    example = trainer.train_dataset[1]
+    own = SampleEncoder(load_processor(settings["teacher"]))(open_samples(settings["data"])[1])
+    assert torch.equal(example.for_teacher.inputs["pixel_values"], own.inputs["pixel_values"])
+    assert not torch.equal(example.encoded.inputs["pixel_values"], own.inputs["pixel_values"])
+    batch = collate_with_targets([example], 0)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "for_teacher")}
+    supervised = example.encoded.supervised[None]
+    targets, _ = trainer._targets(dict(batch), supervised)
+    teacher = load_model(settings["teacher"], dtype=torch.float32, device=CPU)
+    seen = {**batch, "pixel_values": own.inputs["pixel_values"]}
+    seen.pop("for_teacher")
+    expected = logits_at(teacher, seen, predicting_positions(supervised))[:, : targets.vocab_size]
+    torch.testing.assert_close(
+        targets.select(torch.arange(len(targets))).logprobs, DenseTargets(expected).logprobs
+    )
+
+
+def test_a_live_teacher_and_a_cache_exclude_each_other(pair, tmp_path):
+    settings, folder = pair
+    config = TrainConfig(**settings, live_teacher=True, cache=folder / "c", out=tmp_path / "x")
+    with pytest.raises(CachekdError, match="takes the place of a cache"):
+        make_trainer(config, tmp_path)
+
+
+def test_a_window_other_than_the_caches_is_refused(pair, tmp_path):
+    settings, folder = pair
+    cache = cached(settings, folder, "exact")
+    with pytest.raises(CachekdError, match="another Kneedle setting"):
+        make_trainer(TrainConfig(**settings, cache=cache, window=64, out=tmp_path / "x"), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_demo_pair_cached_and_live(tmp_path):
+    """Real logits; and how far the default cache drifts."""
+    subprocess.run(
+        [sys.executable, EXAMPLE / "prepare.py", "--out", tmp_path, "--images", "160", "--test-images", "10"],
+        check=True,
+        capture_output=True,
+    )
+    settings = {
+        "teacher": str(EXAMPLE / "teacher"),
+        "student": str(tmp_path / "student"),
+        "data": str(tmp_path / "train"),
+        "batch_size": 8,
+        "epochs": 1,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }
+    live = first_steps(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path / "live")
+    caches = {tail: cached(settings, tmp_path, tail) for tail in ("exact", "bytes=64")}
+    caches["fine"] = fine_cache(settings, tmp_path / "fine")
+    drifts = {}
+    for name, cache in caches.items():
+        steps = first_steps(TrainConfig(**settings, cache=cache, out=tmp_path / "x"), tmp_path / f"t-{name}")
+        drifts[name] = drift(steps, live)
+    print({name: {k: f"{v:.1e}" for k, v in terms.items()} for name, terms in drifts.items()})
+    assert len(live) == 20
+    assert max(drifts["fine"].values()) < 1e-3
+    assert max(drifts["exact"].values()) < 5e-3  # its logprobs are in steps of 1/16 nat
+    assert max(drifts["bytes=64"].values()) < 2e-2

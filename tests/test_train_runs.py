@@ -1,0 +1,387 @@
+"""Stage two as a run: settings of the Trainer, resuming, token weights, failures, adapters."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tar_members, write_tar
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.files import RUN_FILE
+from cachekd.run_folder import STARTED_FILE
+from cachekd.train import make_trainer, train
+from cachekd.train_estimate import estimate_training
+from cachekd.training_arguments import OWN_NAMES, REFUSED, training_arguments
+
+
+@pytest.fixture
+def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dict:
+    return {
+        "student": str(student_path),
+        "teacher": str(teacher_path),
+        "data": str(data_path),
+        "cache": cache_path,
+        "out": tmp_path / "run",
+        "batch_size": 4,
+        "epochs": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+    }
+
+
+def losses(out: Path) -> list[tuple[float, ...]]:
+    """Of each step, as the run's file has them."""
+    log = json.loads((out / RUN_FILE).read_text())["log"]
+    return [tuple(entry[n] for n in ("loss", "ce", "align", "vsd")) for entry in log if "ce" in entry]
+
+
+# ---- the Trainer's settings
+
+
+def test_any_field_of_the_trainer_goes_through(settings, tmp_path):
+    training = {"lr_scheduler_type": "constant", "adam_beta2": 0.9, "max_steps": 3, "optim": "adafactor"}
+    arguments = training_arguments(TrainConfig(**settings, training=training), tmp_path)
+    assert (arguments.adam_beta2, arguments.max_steps, arguments.optim) == (0.9, 3, "adafactor")
+    assert arguments.learning_rate == 1e-3
+    assert train(TrainConfig(**settings, training=training)).steps == 3
+
+
+@pytest.mark.parametrize("name", [*OWN_NAMES, *REFUSED, "no_such_field"])
+def test_names_that_conflict_are_refused(settings, tmp_path, name):
+    with pytest.raises(CachekdError) as caught:
+        training_arguments(TrainConfig(**settings, training={name: 1}), tmp_path)
+    assert f"training.{name}" in str(caught.value)
+    if name in OWN_NAMES:
+        assert f"set `{OWN_NAMES[name]}` instead" in str(caught.value)
+
+
+def test_own_names_and_refused_names_are_the_trainers(settings):
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    assert set(REFUSED) <= known
+    assert set(OWN_NAMES.values()) <= set(TrainConfig.model_fields)
+
+
+def test_a_value_that_the_trainer_refuses_is_explained(settings):
+    with pytest.raises(CachekdError, match="the Trainer refuses") as caught:
+        train(TrainConfig(**settings, training={"lr_scheduler_type": "zigzag"}))
+    assert "zigzag" in str(caught.value)
+    assert not settings["out"].exists()
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_mixed_precision_and_checkpointing_stay_near_the_plain_losses(settings, tmp_path, changed):
+    train(TrainConfig(**settings))
+    train(TrainConfig(**settings | changed | {"out": tmp_path / "other"}))
+    tolerance = 0.05 if "dtype" in changed else 1e-3
+    for ours, plain in zip(losses(tmp_path / "other"), losses(settings["out"]), strict=True):
+        assert ours == pytest.approx(plain, rel=tolerance, abs=tolerance / 50)
+
+
+def test_checkpointing_recomputes_the_layers_of_both_models(settings, tmp_path):
+    trainer = make_trainer(TrainConfig(**settings, gradient_checkpointing=True), tmp_path)
+    calls = {"student": 0, "teacher": 0}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    for name, model in (("student", trainer.vlm), ("teacher", trainer.teacher.model)):
+        layer = model.model.language_model.layers[0]
+        layer.self_attn.register_forward_hook(count(name))
+        assert not trainer.teacher.model.model.language_model.layers[0].mlp.training
+    trainer.train()
+    assert calls == {"student": 12, "teacher": 12}  # 6 steps, forward and again
+
+
+# ---- token weights
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accumulation_of_4_times_2_equals_a_batch_of_8(settings, tmp_path, dtype):
+    write_tar(tmp_path / "eight" / "0.tar", tar_members(8))
+    gradients = []
+    for name, batch_size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        changed = {"batch_size": batch_size, "gradient_accumulation": accumulation, "epochs": 1}
+        changed |= {"data": str(tmp_path / "eight"), "max_grad_norm": 0.0, "warmup": 0.0, "dtype": dtype}
+        trainer = make_trainer(TrainConfig(**settings | changed), tmp_path / name)
+        found = {}
+
+        def keep(_optimizer, _args, _kwargs, trainer=trainer, found=found):
+            found |= {n: p.grad.clone() for n, p in trainer.vlm.named_parameters() if p.grad is not None}
+
+        trainer.create_optimizer()
+        trainer.optimizer.register_step_pre_hook(keep)
+        trainer.train()
+        assert trainer.state.global_step == 1
+        gradients.append(torch.cat([gradient.flatten() for gradient in found.values()]))
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert error < (1e-5 if dtype == "float32" else 0.03)
+
+
+# ---- cut short, and gone on with
+
+
+class CutShort(TrainerCallback):
+    """Pulls the plug in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("cut", "lora"), [(3, None), (5, None), (5, {"r": 4, "target_modules": "all-linear"})]
+)
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, tmp_path, cut, lora):
+    settings |= {"lora": lora}
+    whole = TrainConfig(**settings | {"out": tmp_path / "whole", "save_steps": 2})
+    train(whole)
+    config = TrainConfig(**settings | {"save_steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, [CutShort(cut)])
+    assert (config.out / STARTED_FILE).exists()
+    assert not (config.out / RUN_FILE).exists()
+    summary = train(config)
+    assert (summary.resumed_from, summary.steps) == (cut - 1, 6)
+    assert losses(config.out) == losses(whole.out)
+    weights = [load_file(out / "model.safetensors") for out in (config.out, whole.out)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(settings):
+    config = TrainConfig(**settings | {"save_steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, [CutShort(5)])
+    (config.out / "checkpoints" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1')
+    assert train(config).resumed_from == 2
+
+
+def test_a_finished_run_is_never_overwritten(settings):
+    config = TrainConfig(**settings | {"epochs": 1})
+    train(config)
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    with pytest.raises(CachekdError, match="never overwritten"):
+        train(config)
+    assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+
+
+def test_a_run_begun_with_other_settings_is_not_gone_on_with(settings):
+    config = TrainConfig(**settings | {"save_steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, [CutShort(3)])
+    with pytest.raises(CachekdError, match="other settings") as caught:
+        train(TrainConfig(**settings | {"save_steps": 2, "learning_rate": 2e-3}))
+    assert "learning_rate: 0.001" in str(caught.value)
+    assert "learning_rate: 0.002" in str(caught.value)
+
+
+def test_a_folder_of_something_else_is_left_alone(settings):
+    settings["out"].mkdir()
+    (settings["out"] / "thesis.tex").write_text("x")
+    with pytest.raises(CachekdError, match="already holds something"):
+        train(TrainConfig(**settings))
+    assert (settings["out"] / "thesis.tex").exists()
+
+
+def test_a_run_cut_short_before_its_first_checkpoint_leaves_nothing(settings):
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**settings), [CutShort(1)])
+    assert not settings["out"].exists()
+
+
+# ---- what goes wrong
+
+
+def test_samples_beyond_the_cache_train_by_ce_alone(settings, tmp_path):
+    """12 samples that the cache has and 2 that it lacks, in one step."""
+    write_tar(tmp_path / "more" / "0.tar", tar_members(14))
+    changed = {"data": str(tmp_path / "more"), "missing": "ce-only", "batch_size": 14, "epochs": 1}
+    summary = train(TrainConfig(**settings | changed))
+    assert summary.uncovered == 2
+    assert json.loads((settings["out"] / RUN_FILE).read_text())["uncovered_samples"] == 2
+    plain = train(TrainConfig(**settings | {"out": tmp_path / "twelve", "batch_size": 12, "epochs": 1}))
+    # The same samples carry the teacher's terms; L_CE is over all.
+    for name in ("align", "vsd"):
+        assert summary.terms[name] == pytest.approx(plain.terms[name], rel=1e-4)
+    everything = {"lambda_align": 0.0, "lambda_vsd": 0.0, "cache": None, "out": tmp_path / "ce"}
+    ce = train(TrainConfig(**settings | changed | everything))
+    assert summary.terms["ce"] == pytest.approx(ce.terms["ce"], rel=1e-5)
+
+
+def test_a_cache_of_other_data_is_refused_even_so(settings, tmp_path):
+    write_tar(tmp_path / "other" / "0.tar", tar_members(3, start=50))
+    with pytest.raises(CachekdError, match="lacks samples"):
+        train(TrainConfig(**settings | {"data": str(tmp_path / "other"), "missing": "ce-only"}))
+
+
+def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
+    config = TrainConfig(**settings | {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup": 0.0})
+    with pytest.raises(CachekdError, match="not finite") as caught:
+        train(config)
+    (path,) = (config.out / "checkpoints").glob("not-finite*.pt")
+    assert str(path) in str(caught.value)
+    saved = torch.load(path, weights_only=False)
+    assert len(saved["keys"]) == 4
+    assert all(repr(key) in str(caught.value) for key in saved["keys"])
+    trainer = make_trainer(config, config.out / "again")
+    trainer.vlm.load_state_dict(saved["student"])
+    with pytest.raises(CachekdError, match="not finite"):
+        trainer.compute_loss(trainer.model, saved["inputs"])
+    assert not (config.out / RUN_FILE).exists()
+
+
+def test_out_of_memory_says_what_to_turn(settings):
+    class Greedy(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            torch.empty(2**50)
+
+    with pytest.raises(CachekdError, match="out of memory") as caught:
+        train(TrainConfig(**settings), [Greedy()])
+    assert "--gradient-checkpointing" in str(caught.value)
+    assert "--batch-size 2 --gradient-accumulation 2" in str(caught.value)
+    assert "--logit-chunk" in str(caught.value)
+    assert not settings["out"].exists()
+
+
+def test_the_estimate_leaves_nothing_and_counts_right(settings, student_path):
+    estimate = estimate_training(TrainConfig(**settings))
+    student = AutoModelForImageTextToText.from_pretrained(student_path)
+    size = sum(p.numel() for p in student.parameters())
+    assert estimate.student_parameters == estimate.trained_parameters == size
+    assert estimate.steps == 6
+    assert estimate.measured_steps == 3
+    assert estimate.memory["optimizer"] >= 2 * 0.9 * 4 * size  # AdamW, where there are gradients
+    assert 0.9 * 4 * size <= estimate.memory["gradients"] <= 4 * size
+    assert sum(estimate.memory.values()) == estimate.peak_bytes
+    assert estimate.seconds_per_step > 0
+    assert not settings["out"].exists()
+
+
+# ---- adapters and quantised weights
+
+
+def test_adapters_train_and_are_merged_into_a_plain_model(settings, student_path):
+    pytest.importorskip("peft")
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    config = TrainConfig(**settings, lora=lora)
+    summary = train(config)
+    assert set(summary.terms) == {"ce", "align", "vsd"}
+    assert (config.out / "adapter" / "adapter_model.safetensors").exists()
+    start = load_file(Path(student_path) / "model.safetensors")
+    end = load_file(config.out / "model.safetensors")
+    assert start.keys() == end.keys()
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert changed
+    assert all("proj" in name or "fc" in name or "linear" in name for name in changed)
+
+
+def test_what_peft_refuses_is_explained(settings):
+    pytest.importorskip("peft")
+    with pytest.raises(CachekdError, match="peft refuses"):
+        train(TrainConfig(**settings, lora={"r": 4, "target_modules": ["no_such_layer"]}))
+    with pytest.raises(CachekdError, match="peft refuses"):
+        train(TrainConfig(**settings, lora={"rank": 4}))
+
+
+def test_quantised_weights_need_adapters_and_a_known_method(settings):
+    with pytest.raises(CachekdError, match="quantised weights cannot be trained"):
+        train(TrainConfig(**settings, student_quantization={"load_in_4bit": True}))
+    with pytest.raises(CachekdError, match="no quantisation of transformers"):
+        train(TrainConfig(**settings, teacher_quantization={"quant_method": "magic"}))
+
+
+def test_bitsandbytes_settings_reach_transformers():
+    from cachekd.vlm.load import quantization_config
+
+    config = quantization_config({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    assert type(config).__name__ == "BitsAndBytesConfig"
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+
+
+# ---- what is not read
+
+
+def test_the_teachers_vision_encoder_is_never_read(settings, tmp_path, teacher_path, monkeypatch):
+    """Its weights are taken out of the file: with a cache nothing needs them."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(teacher_path, tmp_path / "teacher")
+    weights = load_file(folder / "model.safetensors")
+    left = {name: value for name, value in weights.items() if "vision_tower" not in name}
+    assert len(left) < len(weights)
+    save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
+    train(TrainConfig(**settings))
+    monkeypatch.setattr("cachekd.train.check_teacher", lambda *_: None)  # the file's hash has changed
+    train(TrainConfig(**settings | {"teacher": str(folder), "out": tmp_path / "blind"}))
+    assert losses(tmp_path / "blind") == losses(settings["out"])
+    live = {"teacher": str(folder), "cache": None, "live_teacher": True, "out": tmp_path / "live"}
+    with pytest.raises(CachekdError, match="weights would be random"):
+        train(TrainConfig(**settings | live))
+
+
+@pytest.mark.slow
+def test_the_vision_encoders_bytes_stay_on_disk(tmp_path, teacher_path):
+    """A tower of 80 MB: loading the rest of the teacher does not touch its pages."""
+    import subprocess
+    import sys
+
+    from tiny import save_vlm, tiny_processor
+
+    folder = save_vlm(tmp_path / "big", tiny_processor(), vision_width=512, vision_layers=10)
+    assert (folder / "model.safetensors").stat().st_size > 80e6
+    code = (
+        "import sys, torch\n"
+        "from cachekd.vlm import load_model, load_without_tower\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l[:5] == 'VmHWM')\n"
+        "load = {'load_model': load_model, 'load_without_tower': load_without_tower}[sys.argv[1]]\n"
+        # bfloat16: a float32 file of which nothing is converted would be mapped, not read.
+        "settings = {'dtype': torch.bfloat16, 'device': torch.device('cpu')}\n"
+        "load(sys.argv[2], **settings)\n"  # what libraries hold
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts again from here
+        "before = peak()\n"
+        "load(sys.argv[3], **settings)\n"
+        "print((peak() - before) * 1024)\n"
+    )
+
+    def grows(name: str) -> int:
+        command = [sys.executable, "-c", code, name, str(teacher_path), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    assert grows("load_model") > 60e6
+    assert grows("load_without_tower") < 10e6
+
+
+@pytest.mark.slow
+def test_estimate_and_live_teacher_on_the_command_line(settings, tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "cachekd_cli.main", "train", "--live-teacher", "--batch-size", "4"]
+    for name in ("student", "teacher", "data", "out"):
+        command += [f"--{name}", str(settings[name])]
+    done = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 3
+    assert not settings["out"].exists()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["steps"] == 3
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "never overwritten" in done.stderr
