@@ -120,3 +120,18 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     again = start(command(teacher_path, data, out))
     assert again.wait() == 0
     assert files_of(out) == alone
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_reading_processes_ends_at_once(tmp_path, teacher_path, data):
+    """A terminal's Ctrl-C reaches the whole process group."""
+    arguments = [*command(teacher_path, data, tmp_path / "c"), "--workers", "2"]
+    program = [sys.executable, "-m", "cachekd_cli", *arguments]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    while not (tmp_path / "c" / "dump" / "00000.json").exists() and process.poll() is None:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
