@@ -68,9 +68,9 @@ def make_shards(
                 writer = ShardWriter(build, number, spans[number], encoder=encoder, head=teacher.head)
                 for piece in pieces[number]:
                     answers = _answers(piece, stream, samples, teacher, batch_size, known)
-                    for key, answer in zip(samples.keys[slice(*piece)], answers, strict=True):
-                        health.saw(key, answer)
-                        progress(1, _pass_on(key, answer, writer, on_error))
+                    for index, answer in zip(range(*piece), answers, strict=True):
+                        health.saw(index, answer)
+                        progress(1, _pass_on(samples.keys[index], answer, writer, on_error))
                 if writer.skips:
                     health.refuse_vanished_data()
                 if finishing is not None:
@@ -108,16 +108,16 @@ class _Health:
     def __init__(self, samples: Samples, teacher: Teacher) -> None:
         self._samples, self._teacher = samples, teacher
         self._bad_in_a_row = 0
-        self._good: str | None = None  # the last one
+        self._good: int | None = None  # the last one
 
-    def saw(self, key: str, answer: Answer | BadSample) -> None:
+    def saw(self, index: int, answer: Answer | BadSample) -> None:
         """Take note of the next sample.
 
         Raises:
             CachekdError: too many in a row were bad.
         """
         if isinstance(answer, Answer):
-            self._good, self._bad_in_a_row = key, 0
+            self._good, self._bad_in_a_row = index, 0
             return
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= ALL_BAD:
@@ -132,7 +132,7 @@ class _Health:
         if self._good is None:
             return
         try:
-            self._teacher.encoder(self._samples[self._samples.keys.index(self._good)])
+            self._teacher.encoder(self._samples[self._good])
         except BadSample as error:
             raise _vanished("a sample that was good is bad now", error) from None
 

@@ -32,7 +32,7 @@ class Pilot:
     """What the pilot saw.
 
     Attributes:
-        codec, batch_size, group_samples, shard_samples: it was run with.
+        codec, geometry: it was run with.
         answers: of the samples that were run, by key, in the order of the data set.
         tokens: answer tokens of every sample that was read, run or not.
         bad: samples that could not be used.
@@ -41,14 +41,13 @@ class Pilot:
     """
 
     codec: CodecSettings
-    batch_size: int
-    group_samples: int
-    shard_samples: int
+    geometry: Geometry
     answers: dict[str, Answer] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     bad: list[BadSample] = field(default_factory=list)
     run_seconds: float = 0.0
     read_seconds: float = 0.0
+    _fitted: tuple[CodecSettings, SketchEncoder] | None = None
 
     @property
     def targets(self) -> TokenTargets:
@@ -63,34 +62,26 @@ class Pilot:
 
     def reusable(self, plan: Plan) -> dict[str, Answer]:
         """The answers as the dump itself would find them: those of another codec or batching would differ."""
-        geometry, codec = plan.source.geometry, plan.codec
-        same = geometry is not None and (geometry.batch_size, geometry.group_samples) == (
-            self.batch_size,
-            self.group_samples,
-        )
-        # The groups themselves: shards of whole groups cut the data set alike, others only if they are equal.
+        geometry, codec, ours = plan.source.geometry, plan.codec, self.geometry
+        if geometry is None:
+            return {}
+        # Shards of whole groups cut the data set into the same groups, others only if they are as large.
+        whole = not any(cut.shard_samples % ours.group_samples for cut in (geometry, ours))
         same = (
-            same
-            and geometry is not None
-            and (
-                geometry.shard_samples == self.shard_samples
-                or not (
-                    geometry.shard_samples % self.group_samples or self.shard_samples % self.group_samples
-                )
-            )
+            (geometry.batch_size, geometry.group_samples) == (ours.batch_size, ours.group_samples)
+            and (whole or geometry.shard_samples == ours.shard_samples)
+            and (codec.top_k, codec.top_p) == (self.codec.top_k, self.codec.top_p)
         )
-        same = same and (codec.top_k, codec.top_p) == (self.codec.top_k, self.codec.top_p)
         return self.answers if same else {}
 
     def fit(self, teacher: Teacher, codec: CodecSettings | None = None) -> SketchEncoder:
-        """The tail sketch, by the teacher's codec or another one."""
+        """The tail sketch, by the teacher's codec or another one; the last one is remembered."""
         codec = codec or teacher.codec
-        assert teacher.head is not None
-        states = [answer.states for answer in self.answers.values() if answer.states is not None]
-        targets = self.targets.truncate(codec.top_k)
-        return fit_sketch(
-            teacher.head, TailStates.concatenate(states), targets, TailSetting.parse(codec.tail)
-        )
+        if self._fitted is None or self._fitted[0] != codec:
+            assert teacher.head is not None
+            targets, tail = self.targets.truncate(codec.top_k), TailSetting.parse(codec.tail)
+            self._fitted = codec, fit_sketch(teacher.head, self.states, targets, tail)
+        return self._fitted[1]
 
 
 @dataclass(frozen=True)
@@ -140,16 +131,14 @@ def run_pilot(
     Raises:
         CachekdError: no sample of the pilot can be used.
     """
-    batch_size = geometry.batch_size
-    pilot = Pilot(teacher.codec, batch_size, geometry.group_samples, geometry.shard_samples)
-    found, per_group = 0, 0
+    pilot, found, per_group = Pilot(teacher.codec, geometry), 0, 0
     for turn, number in enumerate(_spread(len(groups))):
         started = time.perf_counter()
         group = list(read_encoded(samples, teacher.encoder, range(*groups[number]), workers=0))
         pilot.read_seconds += time.perf_counter() - started
         pilot.bad += [sample for sample in group if isinstance(sample, BadSample)]
         pilot.tokens += [len(sample.token_ids) for sample in group if not isinstance(sample, BadSample)]
-        batches = batches_of(group, batch_size)
+        batches = batches_of(group, geometry.batch_size)
         if not batches:
             continue
         if not per_group:
@@ -216,12 +205,12 @@ def estimate(
 def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate:
     """The setting that makes the most of `budget` bytes for the whole cache.
 
-    Args:
-        cost: of a codec.
-        codec: what may not be changed, and the largest top_k.
-
     The frontier that was measured (docs/what-the-cache-keeps.md): Kneedle's k and as fine a sketch as there
     is room for; smaller k only where nothing else is left, no sketch where it would not pay for its basis.
+
+    Args:
+        cost: of a codec.
+        codec: top_k and top_p give way, and so does the tail; but none stays none.
 
     Raises:
         CachekdError: not even the smallest setting fits.

@@ -15,7 +15,9 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import (
+    ANSWERED,
     noise_image,
+    plain_error,
     png_bytes,
     write_llava_json,
     write_tar,
@@ -25,15 +27,6 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import open_samples, sample_from_record
 from cachekd.samples.images import open_image
 from cachekd.samples.open import keys_hash
-
-ANSWERED = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
-
-
-def plain_error(caught) -> str:
-    """The text of an error that is the data set's, not a sample's."""
-    assert type(caught.value) is CachekdError
-    return str(caught.value)
-
 
 # ---- errors
 

@@ -13,7 +13,7 @@ import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import conversation, noise_image, png_bytes, tiny_processor, write_llava_json
+from tiny import conversation, noise_image, plain_error, png_bytes, tiny_processor, write_llava_json
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import SampleEncoder, open_samples, read_encoded
@@ -22,11 +22,6 @@ from cachekd.samples import SampleEncoder, open_samples, read_encoded
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
-
-
-def plain_error(caught) -> str:
-    assert type(caught.value) is CachekdError
-    return str(caught.value)
 
 
 def chat(index: int) -> list[dict]:

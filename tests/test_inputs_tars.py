@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import (
+    ANSWERED,
     noise_image,
+    plain_error,
     png_bytes,
     tar_members,
     tiny_processor,
@@ -23,14 +25,6 @@ from tiny import (
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import SampleEncoder, open_samples, read_encoded
-
-ANSWERED = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
-
-
-def plain_error(caught) -> str:
-    """The text of an error that is the data set's, not a sample's."""
-    assert type(caught.value) is CachekdError
-    return str(caught.value)
 
 
 def spread(folder: Path, tars: int = 3) -> list[Path]:

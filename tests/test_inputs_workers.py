@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
+    ANSWERED,
     PLAIN_TEMPLATE,
     noise_image,
+    plain_error,
     tar_members,
     tiny_processor,
     write_llava_json,
@@ -22,14 +24,6 @@ from tiny import (
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, SampleEncoder, open_samples, read_encoded, sample_from_record
-
-ANSWERED = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
-
-
-def plain_error(caught) -> str:
-    """The text of an error that is the data set's, not a sample's."""
-    assert type(caught.value) is CachekdError
-    return str(caught.value)
 
 
 def test_a_processor_or_template_that_raises_makes_a_bad_sample():

@@ -23,6 +23,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from cachekd.errors import CachekdError
+
 MARKED_TEMPLATE = (
     "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}"
     "<|assistant|>\n{% generation %}{{ m['content'][0]['text'] }}<|end|>\n{% endgeneration %}"
@@ -40,6 +42,15 @@ CORPUS = [
     "is there a blue circle? yes no",
     "describe: a large green dog.",
 ]
+
+
+ANSWERED = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
+
+
+def plain_error(caught: Any) -> str:
+    """The text of an error that is the data set's, not a sample's."""
+    assert type(caught.value) is CachekdError
+    return str(caught.value)
 
 
 def tiny_processor(

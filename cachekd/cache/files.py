@@ -131,8 +131,8 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # alive, and someone else's
-        return True
+    except OSError:
+        pass  # alive, and someone else's
     return True
 
 

@@ -46,6 +46,7 @@ class ShardWriter:
         self._encoder, self._head = encoder, head
         self._probes = Probes()
         self._uncoded: list[tuple[TokenTargets, TailStates]] = []
+        self._uncoded_tokens = 0
         self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
         self._coded: list[TokenTargets] = []
         self._skipped: list[Skipped] = []
@@ -63,7 +64,8 @@ class ShardWriter:
             self._coded.append(targets)
             return
         self._uncoded.append((targets, states))
-        if sum(len(targets) for targets, _ in self._uncoded) >= ENCODED_TOKENS:
+        self._uncoded_tokens += len(targets)
+        if self._uncoded_tokens >= ENCODED_TOKENS:
             self._encode()
 
     @property
@@ -95,7 +97,7 @@ class ShardWriter:
         codes = self._encoder.encode(TailStates.concatenate([states for _, states in self._uncoded]))
         targets = TokenTargets.concatenate([targets for targets, _ in self._uncoded])
         self._coded.append(replace(targets, sketch=codes))
-        self._uncoded = []
+        self._uncoded, self._uncoded_tokens = [], 0
 
     def _commit(self) -> ShardInfo:
         targets = TokenTargets.concatenate(self._coded)

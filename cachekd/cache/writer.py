@@ -84,6 +84,7 @@ class LogitCacheWriter:
         self._head, self._encoder = head, encoder
         self._shard_tokens, self._calibration_tokens = shard_tokens, calibration_tokens
         self._waiting: list[_Sample] = []  # for the sketch
+        self._waiting_tokens = 0
         self._seen: dict[str, int] = {}
         self._made_folder = not self.path.exists()
         plan = Plan(
@@ -122,7 +123,8 @@ class LogitCacheWriter:
             self._pass_on(sample)
             return
         self._waiting.append(sample)
-        if sum(len(waiting.targets) for waiting in self._waiting) >= self._calibration_tokens:
+        self._waiting_tokens += len(targets)
+        if self._waiting_tokens >= self._calibration_tokens:
             self._start_sketch()
 
     def close(self) -> None:
