@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from smollm2 import GGUF_FILE, gguf_folder
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,8 +24,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-
-from smollm2 import GGUF_FILE, gguf_folder
 
 IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 64, 16, 128
 TEMPLATE = (
