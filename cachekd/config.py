@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -15,10 +15,20 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
+from cachekd.stages import (
+    PARTS,
+    Stage,
+    StudentPart,
+    in_order,
+    parts_of,
+    require_vision_encoder,
+    with_stage,
+)
 
 DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -83,7 +93,11 @@ class DumpConfig(_Config):
 
 
 class TrainConfig(_Config):
-    """Stage two."""
+    """Stage two.
+
+    Raises:
+        CachekdError: L_VSD is on and the student's vision encoder is frozen.
+    """
 
     student: str = Field(description="model folder or hub name")
     data: DataSpec = Field(description="the data set that was dumped, or a part of it")
@@ -101,6 +115,14 @@ class TrainConfig(_Config):
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
     )
     min_k: int | None = Field(None, ge=2, description="least k, likewise; 2 by default")
+    stage: Stage | None = Field(
+        None,
+        description="presets of trainable, lambda_align and lambda_vsd: dpt (projector; align), sft (projector "
+        "and language model; L_CE alone), dft (everything); each can be set by itself",
+    )
+    trainable: Annotated[tuple[StudentPart, ...], BeforeValidator(parts_of)] = Field(
+        PARTS, description="the student's parts that train; the others stay as they are, bit by bit"
+    )
     lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
     lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
@@ -134,6 +156,21 @@ class TrainConfig(_Config):
     training: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments, by its own name"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_stage(cls, values: Any) -> Any:
+        return with_stage(values) if isinstance(values, dict) else values
+
+    @field_validator("trainable")
+    @classmethod
+    def _each_once(cls, value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
+        return in_order(value)
+
+    @model_validator(mode="after")
+    def _vsd_has_a_gradient(self) -> Self:
+        require_vision_encoder(self.trainable, self.lambda_vsd)
+        return self
 
     @property
     def distils(self) -> bool:
