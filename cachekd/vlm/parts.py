@@ -87,7 +87,7 @@ def check_adapters(model: PreTrainedModel, trainable: tuple[StudentPart, ...], l
         )
     if lambda_vsd > 0 and "vision_encoder" not in found:
         raise CachekdError(
-            "L_VSD would have no gradient: it reaches the student's vision encoder only, which has no adapters",
+            "L_VSD would have no gradient: it reaches the student's vision encoder, which has no adapters",
             where="setting 'lora'",
             expected="target_modules that name layers of the vision encoder",
             found=f"adapters in {', '.join(found) or 'no part'}",
