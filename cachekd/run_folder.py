@@ -22,8 +22,9 @@ from cachekd.files import RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"
-# Settings that may change between two sessions of one run: they do not change its numbers.
-_FREE = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing"}
+# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
+# stands for is in the others.)
+FREE_SETTINGS = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing", "stage"}
 
 
 class RunFolder:
@@ -36,7 +37,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
-        self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE)
+        self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=FREE_SETTINGS)
         if (self.path / RUN_FILE).exists():
             raise CachekdError(
                 "the run is finished, and a finished run is never overwritten",

@@ -102,6 +102,7 @@ def make_trainer(
     Args:
         checkpoints: where the Trainer writes; it does not have to exist.
     """
+    config.require_inputs()
     samples = open_samples(config.data, map=config.map)
     load_config(config.student)
     processor = load_processor(config.student)
@@ -134,21 +135,9 @@ def open_cache(
     config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
 ) -> LogitCache | None:
     """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
-    if config.live_teacher and config.cache is not None:
-        raise CachekdError(
-            "a live teacher takes the place of a cache",
-            where="settings 'live_teacher' and 'cache'",
-            fix="leave one of them out",
-        )
     if not config.distils or config.live_teacher:
         return None
-    if config.cache is None:
-        raise CachekdError(
-            "L_Align and L_VSD need the teacher's cached logits",
-            where="setting 'cache'",
-            fix="pass --cache (`cachekd dump` writes one), --live-teacher to run the whole teacher at every "
-            "step, or --lambda-align 0 --lambda-vsd 0 for plain CE",
-        )
+    assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
     codec = cache.manifest.codec
@@ -167,16 +156,9 @@ def open_cache(
 
 def load_teacher(config: TrainConfig, processor: Any, device: torch.device) -> SwitchedTeacher | None:
     """P_T, L_T and the head, if L_VSD is on; the vision encoder too, if the teacher is live."""
-    if config.lambda_vsd == 0 and not (config.live_teacher and config.distils):
+    if not config.runs_teacher:
         return None
-    if config.teacher is None:
-        raise CachekdError(
-            "L_VSD runs the student's visual features through the teacher's projector and language model"
-            if config.lambda_vsd > 0
-            else "a live teacher has to be named",
-            where="setting 'teacher'",
-            fix="pass --teacher, or --lambda-vsd 0 to align the student's own path only",
-        )
+    assert config.teacher is not None  # as `require_inputs` saw
     if config.lambda_vsd > 0:
         check_switch(load_config(config.teacher), load_config(config.student))
     check_tokenizers(load_processor(config.teacher).tokenizer, processor.tokenizer)

@@ -2,6 +2,7 @@
 
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
+from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.head import output_head
 from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
@@ -14,6 +15,7 @@ from cachekd.vlm.load import (
     weights_files,
     weights_identity,
 )
+from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, train_only
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
 
@@ -22,20 +24,28 @@ __all__ = [
     "LiveTeacher",
     "SwitchedTeacher",
     "capture_vision",
+    "check_adapters",
     "check_switch",
     "check_tokenizers",
     "decode",
     "default_device",
     "default_dtype",
     "encode",
+    "family_of",
     "hidden_and_logits_at",
+    "language_model",
     "load_config",
     "load_model",
     "load_processor",
     "load_without_tower",
     "logits_at",
+    "modules_outside",
     "output_head",
+    "parameters_by_part",
     "project",
+    "projectors_in_tower",
+    "train_only",
+    "vision_tower",
     "weights_files",
     "weights_identity",
 ]

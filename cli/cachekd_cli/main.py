@@ -7,7 +7,7 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, merge, report, select, status, train, verify
+from cachekd_cli import check, demo, dump, evaluate, merge, report, run, select, status, train, verify
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.command("check")(check.check_command)
 app.command("dump")(dump.dump_command)
 app.command("status")(status.status_command)
 app.command("verify")(verify.verify_command)
@@ -27,6 +28,7 @@ app.command("select")(select.select_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
+app.command("run")(run.run_command)
 app.command("demo")(demo.demo_command)
 
 

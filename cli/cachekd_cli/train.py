@@ -34,6 +34,17 @@ def train_command(
     missing: Annotated[
         str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. [default: error]")
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="dpt, sft or dft: presets of the next three, each of which can be set by itself."),
+    ] = None,
+    trainable: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts that train, as in projector,language_model. [default: vision_encoder,projector,"
+            "language_model]"
+        ),
+    ] = None,
     lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. [default: 1]")] = None,
     lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. [default: 1]")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
@@ -71,6 +82,9 @@ def train_command(
     Example: cachekd train --student models/llava-0.5b --teacher models/llava-7b
     --cache caches/llava-7b --data data/train --out runs/switch-kd
 
+    In stages: --stage dpt trains the projector (L_CE and L_Align), --stage sft projector and language model
+    (L_CE alone), --stage dft everything with all three terms.
+
     Plain cross-entropy, as a baseline: --lambda-align 0 --lambda-vsd 0 (needs neither teacher nor cache)
 
     A run that was cut short goes on when its command is repeated. Several GPUs: accelerate launch
@@ -88,6 +102,8 @@ def train_command(
         result = estimate_training(settings)
         print_json(asdict(result)) if json else print_estimate(result)
         return
+    if is_main_process() and not json:
+        print_settings(settings)
     summary = run_train(settings)
     if not is_main_process():
         return
@@ -123,6 +139,24 @@ def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
                     bar.update(task, note="  ".join(f"{name} {value:.3f}" for name, value in terms.items()))
 
         return train(config, [ShowProgress()])
+
+
+def print_settings(config: TrainConfig) -> None:
+    """What is about to run, presets resolved; settings at their defaults are left out."""
+    weights = (("L_Align", config.lambda_align), ("L_VSD", config.lambda_vsd))
+    terms = ["L_CE", *(f"{weight:g} {name}" for name, weight in weights if weight)]
+    shown = {"stage", "trainable", "lambda_align", "lambda_vsd"}
+    rows = [
+        *([("stage", config.stage)] if config.stage else []),
+        ("trainable", ", ".join(config.trainable)),
+        ("loss", " + ".join(terms)),
+        *(
+            (name, getattr(config, name))
+            for name, field in type(config).model_fields.items()
+            if name not in shown and getattr(config, name) != field.default
+        ),
+    ]
+    console.print(table("settings (the others are at their defaults)", ("", "value"), rows))
 
 
 def print_summary(summary: TrainSummary) -> None:
