@@ -10,13 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_processor, tiny_vlm
+from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig, read_config
 from cachekd.errors import CachekdError
+from cachekd.failures import memory_advice
 from cachekd.files import RUN_FILE
 from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
 from cachekd.vlm import parameters_by_part
+from cachekd_cli.main import app
 
 PREFIX = {
     "vision_encoder": "vision_tower",
@@ -140,6 +143,33 @@ def test_checkpointing_with_a_frozen_language_model(settings):
     train(TrainConfig(**settings, **parts))
     changed, _ = changed_parts(Path(settings["student"]), settings["out"])
     assert changed == {"vision_encoder", "projector"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "knob"),
+    [
+        ({}, "--trainable vision_encoder,projector (no gradients and moments of the language model)"),
+        ({"stage": "sft"}, "--trainable projector (gradients"),
+        ({"stage": "dpt"}, None),  # fewer parts than one there are not
+    ],
+)
+def test_out_of_memory_names_the_parts_that_could_be_frozen(settings, changed, knob):
+    advice = memory_advice(TrainConfig(**settings, **changed))
+    with pytest.raises(CachekdError, match="out of memory") as caught, advice:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert knob in caught.value.fix if knob else "--trainable" not in caught.value.fix
+
+
+def test_the_command_prints_what_counts(settings):
+    command = ["train", "--stage", "dpt", "--lambda-align", "0.5", "--trainable", "projector"]
+    for name in ("student", "data", "cache", "out"):
+        command += [f"--{name}", str(settings[name])]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in shown.stdout.splitlines()]
+    assert ["stage", "dpt"] in rows
+    assert ["trainable", "projector"] in rows
+    assert ["loss", "L_CE + 0.5 L_Align"] in rows
 
 
 # ---- adapters

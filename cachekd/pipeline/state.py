@@ -15,7 +15,7 @@ from cachekd.pipeline.inputs import Known, data_content, model_content
 from cachekd.pipeline.plan import PlannedStep, in_step
 
 STATE_FILE = "pipeline_state.json"
-State = Literal["done", "changed", "waiting", "interrupted", "failed"]
+State = Literal["done", "changed", "waiting", "running", "interrupted", "failed"]
 
 
 class Record(BaseModel):
