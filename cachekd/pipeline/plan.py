@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.config import Config, DumpConfig, TrainConfig
+from cachekd.config import Config, DumpConfig, TrainConfig, defaults_of
 from cachekd.errors import CachekdError
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import EvalConfig, PipelineConfig, ReportConfig
@@ -67,6 +67,11 @@ class PlannedStep:
     def settings(self) -> dict[str, Any]:
         """What changes the output."""
         return self.config.model_dump(mode="json", exclude=FREE[self.kind])
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a setting is that a record does not have, because there was no such setting yet."""
+        return defaults_of(CONFIGS[self.kind])
 
 
 @dataclass
