@@ -18,7 +18,7 @@ from cachekd.failures import memory_advice
 from cachekd.files import RUN_FILE
 from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
-from cachekd.vlm import parameters_by_part
+from cachekd.vlm import parameters_by_part, train_only
 from cachekd_cli.main import app
 
 PREFIX = {
@@ -97,6 +97,22 @@ def test_every_parameter_is_in_one_part():
         assert names
         assert all(f".{prefix}." in name for name in names)
     assert "lm_head.weight" in parts["language_model"]
+
+
+def test_a_part_without_weights_is_nothing_to_train():
+    model = tiny_vlm(tiny_processor())
+    model.model.multi_modal_projector = torch.nn.Identity()
+    with pytest.raises(CachekdError, match="nothing is left to train"):
+        train_only(model, ("projector",))
+
+
+def test_a_head_tied_to_the_embeddings_is_the_language_models():
+    model = tiny_vlm(tiny_processor())
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    parts = parameters_by_part(model)
+    assert "model.language_model.embed_tokens.weight" in parts["language_model"]
+    train_only(model, ("projector",))
+    assert not model.lm_head.weight.requires_grad
 
 
 def test_what_is_said_outweighs_the_stage_and_the_stage_outweighs_defaults(settings, tmp_path):

@@ -13,7 +13,8 @@ from cachekd.vlm.families import vision_tower
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
-    """V and L as modules, L with its head; P is everything else, such as `image_newline`."""
+    """Modules by part, L with its head; of a parameter in two of them, the later counts. What is in none, such
+    as `image_newline`, is P's."""
     return {
         "vision_encoder": [vision_tower(model)],
         "language_model": [model.model.language_model, model.get_output_embeddings()],
@@ -39,11 +40,22 @@ def parameters_by_part(model: PreTrainedModel) -> dict[StudentPart, dict[str, nn
 
 
 def train_only(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> None:
-    """Freeze the other parts. Dropout and the like are left as they are."""
+    """Freeze the other parts. Dropout and the like are left as they are.
+
+    Raises:
+        CachekdError: nothing is left to train.
+    """
     for part, parameters in parameters_by_part(model).items():
         if part not in trainable:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+    if not any(trained_parts(model)):
+        raise CachekdError(
+            "nothing is left to train",
+            where=f"setting 'trainable' and {type(model).__name__}",
+            expected="a part that has weights",
+            found=f"no weights in {', '.join(trainable)}",
+        )
 
 
 def modules_outside(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> list[str]:
