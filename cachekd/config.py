@@ -213,6 +213,11 @@ class TrainConfig(Config):
         return self.lambda_align > 0 or self.lambda_vsd > 0
 
 
+def defaults_of(model: type[Config]) -> dict[str, Any]:
+    """Settings that nobody has to say, as they stand in JSON."""
+    return model.model_construct().model_dump(mode="json", warnings=False)
+
+
 def read_config(path: Path | None, model: type[Config], options: dict[str, Any]) -> Any:
     """A config from a YAML file, with options (those that are not None) overriding it.
 

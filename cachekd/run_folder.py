@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cachekd.config import TrainConfig, require_new_folder
+from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 
@@ -48,10 +48,9 @@ class RunFolder:
         if not started.exists():
             require_new_folder(self.path, "run")
             return
-        earlier = json.loads(started.read_text())
-        changed = sorted(
-            name for name in {*earlier, *self.settings} if earlier.get(name) != self.settings.get(name)
-        )
+        # A setting that there was not yet when the run began is at its default.
+        earlier = defaults_of(TrainConfig) | json.loads(started.read_text())
+        changed = sorted(name for name, value in self.settings.items() if earlier.get(name) != value)
         if changed:
             raise CachekdError(
                 "the run was begun with other settings",

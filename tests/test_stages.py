@@ -10,13 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_processor, tiny_vlm
+from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig, read_config
 from cachekd.errors import CachekdError
+from cachekd.failures import memory_advice
 from cachekd.files import RUN_FILE
 from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
-from cachekd.vlm import parameters_by_part
+from cachekd.vlm import parameters_by_part, train_only
+from cachekd_cli.main import app
 
 PREFIX = {
     "vision_encoder": "vision_tower",
@@ -96,6 +99,22 @@ def test_every_parameter_is_in_one_part():
     assert "lm_head.weight" in parts["language_model"]
 
 
+def test_a_part_without_weights_is_nothing_to_train():
+    model = tiny_vlm(tiny_processor())
+    model.model.multi_modal_projector = torch.nn.Identity()
+    with pytest.raises(CachekdError, match="nothing is left to train"):
+        train_only(model, ("projector",))
+
+
+def test_a_head_tied_to_the_embeddings_is_the_language_models():
+    model = tiny_vlm(tiny_processor())
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    parts = parameters_by_part(model)
+    assert "model.language_model.embed_tokens.weight" in parts["language_model"]
+    train_only(model, ("projector",))
+    assert not model.lm_head.weight.requires_grad
+
+
 def test_what_is_said_outweighs_the_stage_and_the_stage_outweighs_defaults(settings, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     plain = {name: str(value) for name, value in settings.items()}
@@ -140,6 +159,33 @@ def test_checkpointing_with_a_frozen_language_model(settings):
     train(TrainConfig(**settings, **parts))
     changed, _ = changed_parts(Path(settings["student"]), settings["out"])
     assert changed == {"vision_encoder", "projector"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "knob"),
+    [
+        ({}, "--trainable vision_encoder,projector (no gradients and moments of the language model)"),
+        ({"stage": "sft"}, "--trainable projector (gradients"),
+        ({"stage": "dpt"}, None),  # fewer parts than one there are not
+    ],
+)
+def test_out_of_memory_names_the_parts_that_could_be_frozen(settings, changed, knob):
+    advice = memory_advice(TrainConfig(**settings, **changed))
+    with pytest.raises(CachekdError, match="out of memory") as caught, advice:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert knob in caught.value.fix if knob else "--trainable" not in caught.value.fix
+
+
+def test_the_command_prints_what_counts(settings):
+    command = ["train", "--stage", "dpt", "--lambda-align", "0.5", "--trainable", "projector"]
+    for name in ("student", "data", "cache", "out"):
+        command += [f"--{name}", str(settings[name])]
+    shown = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in shown.stdout.splitlines()]
+    assert ["stage", "dpt"] in rows
+    assert ["trainable", "projector"] in rows
+    assert ["loss", "L_CE + 0.5 L_Align"] in rows
 
 
 # ---- adapters

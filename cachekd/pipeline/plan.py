@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.config import Config, DumpConfig, TrainConfig
+from cachekd.config import Config, DumpConfig, TrainConfig, defaults_of
 from cachekd.errors import CachekdError
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import EvalConfig, PipelineConfig, ReportConfig
@@ -27,7 +27,7 @@ CONFIGS: dict[str, type[Config]] = {
 LAST_FILE = {"dump": MANIFEST_FILE, "train": RUN_FILE, "eval": SCORES_FILE, "report": REPORT_FILE}
 # Settings that do not change what comes out.
 FREE = {
-    "dump": {"out", "workers", "rank", "world_size", "on_error"},
+    "dump": {"out", "workers", "rank", "world_size", "on_error", "batch_size"},  # as `same_plan` has it
     "train": FREE_SETTINGS,
     "eval": {"out", "batch_size"},
     "report": {"out"},
@@ -67,6 +67,11 @@ class PlannedStep:
     def settings(self) -> dict[str, Any]:
         """What changes the output."""
         return self.config.model_dump(mode="json", exclude=FREE[self.kind])
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a setting is that a record does not have, because there was no such setting yet."""
+        return defaults_of(CONFIGS[self.kind])
 
 
 @dataclass
@@ -184,10 +189,12 @@ def _reads(kind: str, config: Any) -> tuple[list[str], list[str]]:
     """Model folders or hub names, and what else may be the output of a step."""
     if kind == "report":
         return [], [config.run, *config.baselines]
-    models = {"dump": lambda: [], "train": lambda: [config.student], "eval": lambda: config.models}[kind]()
-    teacher = [] if config.teacher is None else [config.teacher]
-    cache = [str(config.cache)] if kind == "train" and config.cache is not None else []
-    return [*teacher, *models], cache
+    models = [] if config.teacher is None else [config.teacher]
+    if kind == "eval":
+        return [*models, *config.models], []
+    if kind == "dump":
+        return models, []
+    return [*models, config.student], [] if config.cache is None else [str(config.cache)]
 
 
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:

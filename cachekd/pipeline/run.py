@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def look(pipeline: PipelineConfig) -> list[StepState]:
     Raises:
         CachekdError: a step's settings do not go together, or what it reads is not there.
     """
-    return states_of(plan_steps(pipeline), PipelineState.read(pipeline.out))
+    states = states_of(plan_steps(pipeline), PipelineState.read(pipeline.out))
+    if not _under_way(pipeline.out):
+        return states
+    return [replace(s, state="running") if s.state == "interrupted" else s for s in states]
 
 
 def run_pipeline(
@@ -161,19 +164,26 @@ def _move_aside(path: Path) -> Path | None:
 def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; the system lets go of the lock when it dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
     except Timeout:
         raise CachekdError(
             "another process runs this pipeline",
             where=str(folder),
             fix="wait for it; --status shows where it is",
         ) from None
+
+
+def _under_way(folder: Path) -> bool:
+    """Whether some process runs this pipeline."""
+    if not (folder / LOCK_FILE).exists():
+        return False
     try:
-        yield
-    finally:
-        lock.release()
+        with _alone(folder):
+            return False
+    except CachekdError:
+        return True
 
 
 def refuse_many_processes() -> None:

@@ -15,7 +15,8 @@ from cachekd.pipeline.inputs import Known, data_content, model_content
 from cachekd.pipeline.plan import PlannedStep, in_step
 
 STATE_FILE = "pipeline_state.json"
-State = Literal["done", "changed", "waiting", "interrupted", "failed"]
+Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's output depends on
+State = Literal["done", "changed", "waiting", "running", "interrupted", "failed"]
 
 
 class Record(BaseModel):
@@ -24,7 +25,7 @@ class Record(BaseModel):
     Attributes:
         id: of this making of its output; a step that is redone gets another, and so all that took it is
             redone.
-        facts: what its output depends on, by name.
+        facts: what its output depends on.
         state: begun, done or failed; begun and not under way: it was interrupted.
         seconds: of all sessions that came to an end.
         error: the problem, if it failed.
@@ -33,7 +34,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str
-    facts: dict[str, Any]
+    facts: Facts
     state: Literal["begun", "done", "failed"]
     seconds: float = 0.0
     error: str | None = None
@@ -90,7 +91,7 @@ class StepState:
     state: State
     why: str
     seconds: float
-    facts: dict[str, Any]
+    facts: Facts
 
     @property
     def text(self) -> str:
@@ -121,23 +122,25 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
     return list(found.values())
 
 
-def _facts(step: PlannedStep, state: PipelineState) -> dict[str, Any]:
+def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     """Settings, what is read, and which making of each step above is taken."""
-    makers = {name: state.steps[name].id if name in state.steps else None for name in step.upstream}
-    facts: dict[str, Any] = dict(step.settings)
-    facts |= {f"files of {name}": model_content(name, state.known) for name in step.models}
+    inputs: dict[str, str | None] = {
+        f"files of {name}": model_content(name, state.known) for name in step.models
+    }
     if step.data is not None:
-        facts[f"content of {step.data[0]}"] = data_content(*step.data, state.known)
-    return facts | {f"step {name}": maker for name, maker in makers.items()}
+        inputs[f"content of {step.data[0]}"] = data_content(*step.data, state.known)
+    for name in step.upstream:
+        inputs[f"step {name}"] = state.steps[name].id if name in state.steps else None
+    return {"settings": step.settings, "inputs": inputs}
 
 
 def _judge(
-    step: PlannedStep, facts: dict[str, Any], record: Record | None, above: dict[str, StepState]
+    step: PlannedStep, facts: Facts, record: Record | None, above: dict[str, StepState]
 ) -> tuple[State, str]:
     if record is None:
         return "waiting", ""
     redone = [name for name in step.upstream if above[name].state != "done"]
-    changes = _changes(record.facts, facts)
+    changes = _changes({**record.facts, "settings": step.defaults | record.facts["settings"]}, facts)
     if changes or redone:
         return "changed", "; ".join([*changes, *(f"step {name} is to be redone" for name in redone)])
     if record.state == "failed":
@@ -147,20 +150,18 @@ def _judge(
     return ("changed", "its output is gone") if record.state == "done" else ("interrupted", "")
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _changes(before: Facts, now: Facts) -> list[str]:
     changes = []
-    for name in [*before, *(name for name in now if name not in before)]:
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if name.startswith("step "):
-            changes.append(
-                f"{name} was redone" if name in before and name in now else f"{name} is another input"
-            )
-        elif name.startswith(("files of ", "content of ")):
-            changes.append(f"{name} changed" if name in before and name in now else f"another input, {name}")
-        else:
+    for name, new in now["settings"].items():
+        old = before["settings"].get(name)
+        if old != new:
             changes.append(f"{name} {_short(old)} -> {_short(new)}")
+    old_inputs, inputs = before["inputs"], now["inputs"]
+    for name in {**old_inputs, **inputs}:
+        if name not in old_inputs or name not in inputs:
+            changes.append(f"another input, {name}")
+        elif old_inputs[name] != inputs[name]:
+            changes.append(f"{name} was redone" if name.startswith("step ") else f"{name} changed")
     return changes
 
 

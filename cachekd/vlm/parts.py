@@ -13,9 +13,8 @@ from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projector
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
-    """V and L as modules, L with its head; P is everything else, such as `image_newline`.
-
-    A later part takes what an earlier one holds too: Qwen's mergers lie inside its vision encoder.
+    """Modules by part, L with its head; of a parameter in two of them, the later counts. What is in none, such
+    as `image_newline`, is P's.
     """
     language = [language_model(model), model.get_output_embeddings()]
     if family_of(model.config) is TEXT_ONLY:
@@ -46,11 +45,22 @@ def parameters_by_part(model: PreTrainedModel) -> dict[StudentPart, dict[str, nn
 
 
 def train_only(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> None:
-    """Freeze the other parts. Dropout and the like are left as they are."""
+    """Freeze the other parts. Dropout and the like are left as they are.
+
+    Raises:
+        CachekdError: nothing is left to train.
+    """
     for part, parameters in parameters_by_part(model).items():
         if part not in trainable:
             for parameter in parameters.values():
                 parameter.requires_grad_(False)
+    if not any(trained_parts(model)):
+        raise CachekdError(
+            "nothing is left to train",
+            where=f"setting 'trainable' and {type(model).__name__}",
+            expected="a part that has weights",
+            found=f"no weights in {', '.join(trainable)}",
+        )
 
 
 def modules_outside(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> list[str]:

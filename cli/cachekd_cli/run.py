@@ -14,10 +14,12 @@ from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
 
 if TYPE_CHECKING:
-    from cachekd.config import DumpConfig, TrainConfig
+    from cachekd.config import TrainConfig
+    from cachekd.evaluate import Evaluation
     from cachekd.pipeline import StepState
     from cachekd.pipeline.config import EvalConfig, ReportConfig
     from cachekd.pipeline.run import Begun
+    from cachekd.train import TrainSummary
 
 
 def run_command(
@@ -52,25 +54,20 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
     def then(run: Callable[[Any], Any], show: Callable[[Any], None]) -> Callable[[Any], object]:
         return run if quiet else lambda config: show(run(config))
 
+    def train_step(config: TrainConfig) -> TrainSummary:
+        if not quiet:
+            train.print_settings(config)
+        return train.run_train(config, description=config.out.name)
+
     return {
-        "dump": then(dump_step, dump.print_summary),
+        "dump": then(dump.run_dump, dump.print_summary),
         "train": then(train_step, train.print_summary),
         "eval": then(eval_step, evaluate.print_tables),
         "report": then(report_step, lambda page: console.print(f"report: {page.resolve()}", soft_wrap=True)),
     }
 
 
-def dump_step(config: DumpConfig) -> Any:
-    """`cachekd dump`."""
-    return dump.run_dump(config)
-
-
-def train_step(config: TrainConfig) -> Any:
-    """`cachekd train`."""
-    return train.run_train(config, description=config.out.name)
-
-
-def eval_step(config: EvalConfig) -> Any:
+def eval_step(config: EvalConfig) -> Evaluation:
     """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
     from cachekd.cache.files import commit
     from cachekd.pipeline.plan import SCORES_FILE
