@@ -54,6 +54,7 @@ class TrainSummary:
         terms: the last value of each, per answer token.
         resumed_from: the step that this session went on from; 0 for a new run.
         uncovered: samples that the cache lacks, trained by L_CE alone.
+        data_wait: share of this session's time in which the steps waited for data (`DataWait`).
     """
 
     out: Path
@@ -62,6 +63,7 @@ class TrainSummary:
     terms: dict[str, float]
     resumed_from: int = 0
     uncovered: int = 0
+    data_wait: float = 0.0
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainSummary:
@@ -89,6 +91,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.last_terms,
                 resumed_from,
                 trainer.train_dataset.uncovered,
+                trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
     return summary
@@ -124,6 +127,7 @@ def make_trainer(
         live=live,
         lambda_align=config.lambda_align,
         lambda_vsd=config.lambda_vsd,
+        vsd_every=config.vsd_every,
         temperature=config.temperature,
         logit_chunk=config.logit_chunk,
         callbacks=callbacks,
@@ -227,6 +231,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
+            "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
         }
     )
