@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data_wait import MOST
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import image_processor_fingerprint, library_versions
@@ -31,6 +33,8 @@ from cachekd.vlm import (
     load_config,
     load_processor,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "SwitchKDTrainer",
@@ -94,6 +98,13 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
+    if summary.data_wait > MOST and trainer.is_world_process_zero():
+        workers = trainer.args.dataloader_num_workers
+        log.warning(
+            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead of them in as many processes",
+            100 * summary.data_wait,
+            workers + 2,
+        )
     return summary
 
 
