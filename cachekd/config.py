@@ -127,6 +127,9 @@ class TrainConfig(Config):
     )
     lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
     lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
+    vsd_every: int = Field(
+        1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
+    )
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(16, ge=1, description="samples per device and step")
@@ -138,7 +141,12 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, description="of data order and dropout")
     dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
     logging_steps: int = Field(10, ge=1, description="steps between log entries")
-    workers: int = Field(0, ge=0, description="processes that read and encode samples")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that read and encode samples; by default 0 on a CPU, whose cores the steps "
+        "need, and up to 4 beside a GPU",
+    )
     save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
     logit_chunk: int | None = Field(
         None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data_wait import MOST
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import image_processor_fingerprint, library_versions
@@ -31,6 +33,8 @@ from cachekd.vlm import (
     load_config,
     load_processor,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "SwitchKDTrainer",
@@ -54,6 +58,7 @@ class TrainSummary:
         terms: the last value of each, per answer token.
         resumed_from: the step that this session went on from; 0 for a new run.
         uncovered: samples that the cache lacks, trained by L_CE alone.
+        data_wait: share of this session's time in which the steps waited for data (`DataWait`).
     """
 
     out: Path
@@ -62,6 +67,7 @@ class TrainSummary:
     terms: dict[str, float]
     resumed_from: int = 0
     uncovered: int = 0
+    data_wait: float = 0.0
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainSummary:
@@ -89,8 +95,16 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.last_terms,
                 resumed_from,
                 trainer.train_dataset.uncovered,
+                trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
+    if summary.data_wait > MOST and trainer.is_world_process_zero():
+        workers = trainer.args.dataloader_num_workers
+        log.warning(
+            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead of them in as many processes",
+            100 * summary.data_wait,
+            workers + 2,
+        )
     return summary
 
 
@@ -125,6 +139,7 @@ def make_trainer(
         live=live,
         lambda_align=config.lambda_align,
         lambda_vsd=config.lambda_vsd,
+        vsd_every=config.vsd_every,
         temperature=config.temperature,
         logit_chunk=config.logit_chunk,
         callbacks=callbacks,
@@ -209,6 +224,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
+            "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
             Trainer refuses.
     """
     on_gpu = default_device().type == "cuda"
+    workers = default_workers(on_gpu=on_gpu) if config.workers is None else config.workers
     settings: dict[str, Any] = {
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": config.batch_size,
@@ -88,8 +90,10 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_num_workers": config.workers,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,  # they keep shards that are decoded
         "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": True,  # a vision_feature_layer of -2 leaves the last layer unused
     }
     _check_names(config.training)
@@ -102,6 +106,15 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         raise CachekdError(
             "the Trainer refuses these settings", where="setting 'training'", found=str(error)
         ) from error
+
+
+def default_workers(*, on_gpu: bool) -> int:
+    """Processes that read ahead: none on a CPU, whose cores the steps need; beside a GPU up to 4, as far as
+    this process's share of the cores goes."""
+    if not on_gpu:
+        return 0
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, share - 1))
 
 
 def _check_names(training: dict[str, Any]) -> None:

@@ -47,6 +47,9 @@ def train_command(
     ] = None,
     lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. [default: 1]")] = None,
     lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. [default: 1]")] = None,
+    vsd_every: Annotated[
+        int | None, typer.Option(help="Optimizer steps per one with the switched path. [default: 1]")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. [default: 1]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 16]")] = None,
@@ -62,7 +65,7 @@ def train_command(
     logging_steps: Annotated[
         int | None, typer.Option(help="Steps between log entries. [default: 10]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read samples. [default: 0]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read samples. [default: 0; on a GPU 4]")] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
     ] = None,
@@ -166,6 +169,7 @@ def print_summary(summary: TrainSummary) -> None:
         *([("resumed from step", f"{summary.resumed_from:,}")] if summary.resumed_from else []),
         *([("samples by L_CE alone", f"{summary.uncovered:,}")] if summary.uncovered else []),
         ("wall time", f"{summary.seconds:.1f} s"),
+        ("waited for data", f"{summary.data_wait:.1%}"),
         *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
     ]
     console.print(table(f"student {summary.out}", ("", "value"), rows))
