@@ -86,17 +86,14 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample) -> Encoded:
         if takes_suffix(self.processor):
-            batch, supervised = suffix_inputs(self.processor, sample)
-            return Encoded(sample.key, sample.content_hash, _unbatched(batch), supervised)
+            suffixed, is_answer = suffix_inputs(self.processor, sample)
+            return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
         tokenizer = self.processor.tokenizer
         text, spans = answer_spans(self.processor, self.template, sample)
         plain_ids, mask = spans_to_mask(tokenizer, text, spans, sample)
-        batch = self.processor(
-            text=[text],
-            images=[list(sample.images)] if sample.images else None,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
+        # A list of lists: some processors tile the images of one sample in another way than those of several.
+        images = [list(sample.images)] if sample.images else None
+        batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
         inputs = _unbatched(batch)
         image_token_id = tokenizer.convert_tokens_to_ids(self.processor.image_token)
         supervised = expand_mask(plain_ids, mask, inputs["input_ids"].tolist(), image_token_id, sample)
