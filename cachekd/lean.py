@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
-from cachekd.vlm import check_adapters, load_model, modules_outside, train_only
+from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
 
 ADAPTER_FOLDER = "adapter"
 
@@ -32,7 +32,7 @@ def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
     """
     layers = [
         module
-        for module in teacher.model.language_model.modules()
+        for module in language_model(teacher).modules()
         if isinstance(module, GradientCheckpointingLayer)
     ]
     for layer in layers:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.sample import Sample
+from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
 from cachekd.samples.supervision import answer_spans, expand_mask, spans_to_mask
 
 
@@ -52,6 +54,9 @@ class SampleEncoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
+        if takes_suffix(processor):
+            self.template: str = LAYOUT
+            return
         template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
         if not template:
             raise CachekdError(
@@ -59,7 +64,7 @@ class SampleEncoder:
                 where=str(processor.tokenizer.name_or_path),
                 fix="save one as chat_template.jinja beside the processor's files",
             )
-        self.template: str = template
+        self.template = template
 
     def __call__(self, sample: Sample) -> Encoded:
         """Encode one sample.
@@ -80,12 +85,15 @@ class SampleEncoder:
             ) from error
 
     def _encode(self, sample: Sample) -> Encoded:
+        if takes_suffix(self.processor):
+            suffixed, is_answer = suffix_inputs(self.processor, sample)
+            return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
         tokenizer = self.processor.tokenizer
         text, spans = answer_spans(self.processor, self.template, sample)
         plain_ids, mask = spans_to_mask(tokenizer, text, spans, sample)
-        batch = self.processor(
-            text=[text], images=list(sample.images), return_tensors="pt", add_special_tokens=False
-        )
+        # A list of lists: some processors tile the images of one sample in another way than those of several.
+        images = [list(sample.images)] if sample.images else None
+        batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
         inputs = _unbatched(batch)
         image_token_id = tokenizer.convert_tokens_to_ids(self.processor.image_token)
         supervised = expand_mask(plain_ids, mask, inputs["input_ids"].tolist(), image_token_id, sample)
@@ -107,22 +115,36 @@ def _unbatched(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     """Right-pad samples into one batch.
 
+    Image tensors of all samples that have some are concatenated in order, after padding with zeros to one
+    size where they differ: families whose images have tiles or sizes of their own know from their other
+    inputs (sizes, masks, all-zero images) what is padding.
+
     Returns:
-        `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `supervised` [B, S] bool, and the image
-        tensors of all samples concatenated in order.
+        `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `supervised` [B, S] bool, the image tensors.
     """
-    pads = {"input_ids": pad_token_id}
     batch: dict[str, Tensor] = {}
-    for name in samples[0].inputs:
-        values = [sample.inputs[name] for sample in samples]
+    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
+        values = [sample.inputs[name] for sample in samples if name in sample.inputs]
         if name in _PER_TOKEN:
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=pads.get(name, 0))
+            padding = pad_token_id if name == "input_ids" else 0
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)
         else:
-            batch[name] = torch.cat(values)
+            batch[name] = torch.cat(_same_size(values))
     lengths = [torch.ones(len(sample), dtype=torch.long) for sample in samples]
     batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
     batch["supervised"] = pad_sequence([sample.supervised for sample in samples], batch_first=True)
     return batch
+
+
+def _same_size(values: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros behind each axis but the first, up to the longest."""
+    longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [most - size for size, most in zip(value.shape[1:], longest, strict=True)]
+        both_ends = [amount for gap in reversed(missing) for amount in (0, gap)]
+        padded.append(pad(value, both_ends) if any(missing) else value)
+    return padded
 
 
 def predicting_positions(supervised: Tensor) -> Tensor:

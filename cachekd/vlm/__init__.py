@@ -16,6 +16,7 @@ from cachekd.vlm.load import (
     weights_identity,
 )
 from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, train_only
+from cachekd.vlm.proof import prove_split
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
 
@@ -44,6 +45,7 @@ __all__ = [
     "parameters_by_part",
     "project",
     "projectors_in_tower",
+    "prove_split",
     "train_only",
     "vision_tower",
     "weights_files",

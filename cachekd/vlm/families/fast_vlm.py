@@ -3,4 +3,4 @@
 from cachekd.vlm.families.family import Family
 from cachekd.vlm.families.llava import SELECTION
 
-FAST_VLM = Family("fast_vlm", width="num_features", shared=SELECTION)
+FAST_VLM = Family("fast_vlm", shared=(*SELECTION, "image_seq_length"))
