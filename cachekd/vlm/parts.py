@@ -13,8 +13,9 @@ from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projector
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
-    """Modules by part, L with its head; of a parameter in two of them, the later counts. What is in none, such
-    as `image_newline`, is P's.
+    """Modules by part, L with its head; of a parameter in two of them, the later counts.
+
+    What is in none, such as `image_newline`, is P's.
     """
     language = [language_model(model), model.get_output_embeddings()]
     if family_of(model.config) is TEXT_ONLY:
