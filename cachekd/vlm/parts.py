@@ -13,7 +13,7 @@ from cachekd.vlm.families import vision_tower
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
-    """Modules by part, L with its head; of two that hold a parameter the later counts. What is in none, such
+    """Modules by part, L with its head; of a parameter in two of them, the later counts. What is in none, such
     as `image_newline`, is P's."""
     return {
         "vision_encoder": [vision_tower(model)],
