@@ -322,8 +322,11 @@ def test_the_command(short, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_pipeline_goes_on(values, tmp_path):
-    values["steps"][1] |= {"epochs": 60}
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
+    if sent == signal.SIGTERM:  # the rest is as after SIGKILL
+        values["steps"] = values["steps"][:2]
+    values["steps"][1] |= {"epochs": 30}
     values["defaults"]["train"]["save_steps"] = 5
     pipeline = read(values, tmp_path)
     out = Path(values["out"])
@@ -334,8 +337,9 @@ def test_a_killed_pipeline_goes_on(values, tmp_path):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    waiting = dict.fromkeys(("sft", "dft", "scores", "page"), "waiting")
+        process.send_signal(sent)
+    assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+    waiting = {step["name"]: "waiting" for step in values["steps"][2:]}
     assert states(pipeline) == {"cache": "done", "dpt": "interrupted"} | waiting
     before = times_of(out / "cache")
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
@@ -344,6 +348,8 @@ def test_a_killed_pipeline_goes_on(values, tmp_path):
     assert times_of(out / "cache") == before
     assert json.loads((out / "dpt" / RUN_FILE).read_text())["resumed_from"] >= 5
     assert not list(out.glob("*.old-*"))
+    if sent == signal.SIGTERM:
+        return
     scores = json.loads((out / "scores" / "scores.json").read_text())
     assert [Path(score["path"]).name for score in scores["models"]] == ["dpt", "sft", "dft"]
     page = (out / "page" / "report.html").read_text()

@@ -12,6 +12,7 @@ import typer
 
 from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
     from cachekd.config import TrainConfig
@@ -41,7 +42,11 @@ def run_command(
 
     quiet_libraries()
     config = read_pipeline(pipeline)
-    states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
+    try:
+        states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
+    except KeyboardInterrupt as stop:
+        errors.print("stopped: the same command goes on from here; what is finished stays", soft_wrap=True)
+        raise typer.Exit(exit_code(stop)) from None
     if json:
         print_json([{name: x for name, x in asdict(s).items() if name != "facts"} for s in states])
     else:
