@@ -101,7 +101,10 @@ def prepare(folder: Path, sizes: Sizes, device: torch.device) -> None:
     data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.teacher[0])
     kept, states = [], []
     for sample in data:
-        inputs = {"input_ids": sample.inputs["input_ids"][None], "pixel_values": sample.inputs["pixel_values"]}
+        inputs = {
+            "input_ids": sample.inputs["input_ids"][None],
+            "pixel_values": sample.inputs["pixel_values"],
+        }
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         positions = predicting_positions(sample.supervised[None]).to(device)
         hidden, logits = hidden_and_logits_at(teacher, inputs, positions)
@@ -239,7 +242,7 @@ def run_naive(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
             loss.backward()
             clock.before_update()
             naive.update()
-            losses.append(float(loss))
+            losses.append(loss.item())
             clock.end()
     return statistics.mean(losses)
 
@@ -294,9 +297,13 @@ def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None
     flops = cached["flops"] / first["flops"]
     for name, what in (("step_ms", "wall"), ("cpu_ms", "CPU")):
         ratio = cached[name] / first[name]
-        console.print(f"cached / naive_live: {what} time {ratio:.3f}, FLOPs {flops:.3f}: {ratio / flops - 1:+.1%}")
+        console.print(
+            f"cached / naive_live: {what} time {ratio:.3f}, FLOPs {flops:.3f}: {ratio / flops - 1:+.1%}"
+        )
     teacher = by_name["live"]["flops"] - cached["flops"]  # one forward of it, head at the answers only
-    console.print(f"the teacher's forward is {teacher / (by_name['ce_only']['flops'] / 3):.1f} times the student's")
+    console.print(
+        f"the teacher's forward is {teacher / (by_name['ce_only']['flops'] / 3):.1f} times the student's"
+    )
 
 
 def main() -> None:

@@ -232,9 +232,11 @@ class SwitchKDTrainer(Trainer):
         return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
 
     def _dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+        if logits.shape[1] > targets.vocab_size:
+            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+            logits = logits[:, : targets.vocab_size]
         return dbild_loss(
-            logits[:, : targets.vocab_size],
+            logits,
             targets.select(rows),
             temperature=self.temperature,
             window=targets.window,
@@ -286,7 +288,9 @@ class SwitchKDTrainer(Trainer):
         if "loss" in logs:
             wait = torch.tensor([self.data_wait.since_last()]).to(self._sums)
             *sums, waited = self.accelerator.reduce(torch.cat([self._sums, wait])).tolist()
-            terms = {name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens}
+            terms = {
+                name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
+            }
             self.last_terms |= terms
             logs = logs | terms | {"data_wait": Waited(*waited).share}
             self._sums.zero_()

@@ -62,9 +62,7 @@ class HfDatasetSamples:
             CachekdError: the row cannot be read.
         """
         record = self._record(self._rows, index)
-        return sample_from_record(
-            self.keys[index], record, origin=self._place(index), folder=self._folder
-        )
+        return sample_from_record(self.keys[index], record, origin=self._place(index), folder=self._folder)
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""

@@ -56,9 +56,7 @@ class WebDatasetSamples:
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole sample, bytes of images and all."""
-        return outline_of_record(
-            self._record(index) if self._map is None else self._mapped(self._map, index)
-        )
+        return outline_of_record(self._record(index) if self._map is None else self._mapped(self._map, index))
 
     def _record(self, index: int) -> dict[str, Any]:
         """The sample's JSON; its images are extensions, not read yet."""

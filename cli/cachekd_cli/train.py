@@ -54,7 +54,9 @@ def train_command(
     logging_steps: Annotated[
         int | None, typer.Option(help="Steps between log entries. [default: 10]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read samples. [default: 0; on a GPU 4]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read samples. [default: 0; on a GPU 4]")
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
     ] = None,
