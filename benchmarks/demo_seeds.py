@@ -5,8 +5,8 @@
     python benchmarks/demo_seeds.py --seeds 5 --set vsd_every=2
 
 For every seed a CE-only and a Switch-KD student start from the same weights and see the same data in the same
-order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}, a list for each
-of the methods. `--set` changes the recipe of all of them; what a method is named for stays.
+order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}, a list for
+each of the methods. `--set` changes the recipe of all of them; what a method is named for stays.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 naive_live is Switch-KD the way anyone would first write it: two whole models, and logits of every position in
-all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the switched
-path, ce_only without any teacher. All see the same batch; the cached ones read what a dump with `--tail
-bytes=64` would have kept of it. The weights are random, apart from a head that has opinions.
+all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the
+switched path, ce_only without any teacher. All see the same batch; the cached ones read what a dump with
+`--tail bytes=64` would have kept of it. The weights are random, the teacher's head is scaled up.
 
 A step is forward, backward, clipping, AdamW and, in ours, the Trainer's own work. The figure is the median of
 `--steps` after a first one; in that, FLOPs are counted (`torch.utils.flop_counter`, forward and backward).
