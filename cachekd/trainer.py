@@ -150,7 +150,7 @@ class SwitchKDTrainer(Trainer):
         return self.lambda_vsd > 0 and self.state.global_step % self.vsd_every == 0
 
     def _targets(self, batch: dict[str, Any], supervised: Tensor) -> tuple[Targets | None, Tensor]:
-        """The teacher at the answer tokens, if a term needs it, and which of the N answer tokens it covers."""
+        """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers."""
         token_ids = batch["input_ids"][supervised]
         everything = torch.ones_like(token_ids, dtype=torch.bool)
         for_teacher = batch.pop("for_teacher", None)
