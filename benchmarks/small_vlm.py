@@ -1,4 +1,4 @@
-"""What the benchmarks of stage two share: LLaVAs with random weights, one batch, its cache, the two trainers."""
+"""What the benchmarks of stage two share: LLaVAs with random weights, a batch, ours and the naive trainer."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def lean_trainer(
 
 
 class Naive:
-    """The way anyone would first write it: two whole models, logits of every position, all answers at once."""
+    """As anyone would first write it: two whole models, logits of every position, all answers at once."""
 
     def __init__(
         self,
@@ -160,10 +160,9 @@ class Naive:
         with torch.no_grad():
             logits = self.teacher(**self.inputs | {"pixel_values": pixels}).logits
             targets = DenseTargets(logits[positions], ids)
-        device = self.student.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            with capture_vision(self.student) as vision:
-                logits = self.student(**self.inputs).logits[positions]
+        autocast = torch.autocast(self.student.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, capture_vision(self.student) as vision:
+            logits = self.student(**self.inputs).logits[positions]
         assert vision.output is not None
         everywhere = torch.ones_like(positions)
         other = self.switched.logits(vision.output, self.inputs, everywhere)[positions.flatten()]

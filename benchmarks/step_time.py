@@ -5,9 +5,9 @@
     python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 naive_live is Switch-KD the way anyone would first write it: two whole models, and logits of every position in
-all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the switched
-path, ce_only without any teacher. All see the same batch; the cached ones read what a dump with `--tail
-bytes=64` would have kept of it. The weights are random, apart from a head that has opinions.
+all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the
+switched path, ce_only without any teacher. All see the same batch; the cached ones read what a dump with
+`--tail bytes=64` would have kept of it. The weights are random, the teacher's head is scaled up.
 
 A step is forward, backward, clipping, AdamW and, in ours, the Trainer's own work. The figure is the median of
 `--steps` after a first one; in that, FLOPs are counted (`torch.utils.flop_counter`, forward and backward).
@@ -73,6 +73,13 @@ class Sizes:
 
 # A teacher of some six times the student's cost, heads of some share of it as in Qwen2.5 0.5B and 3B.
 SIZES = {
+    "tiny": Sizes(
+        vocab=512,
+        batch=2,
+        length=48,
+        student=(Tower(1, 32), Text(1, 32)),
+        teacher=(Tower(2, 32), Text(2, 96)),
+    ),
     "cpu": Sizes(
         vocab=8_192,
         batch=4,
@@ -242,7 +249,7 @@ def run_naive(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
             loss.backward()
             clock.before_update()
             naive.update()
-            losses.append(float(loss))
+            losses.append(loss.item())
             clock.end()
     return statistics.mean(losses)
 
@@ -297,13 +304,11 @@ def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None
     flops = cached["flops"] / first["flops"]
     for name, what in (("step_ms", "wall"), ("cpu_ms", "CPU")):
         ratio = cached[name] / first[name]
-        console.print(
-            f"cached / naive_live: {what} time {ratio:.3f}, FLOPs {flops:.3f}: {ratio / flops - 1:+.1%}"
-        )
-    teacher = by_name["live"]["flops"] - cached["flops"]  # one forward of it, head at the answers only
-    console.print(
-        f"the teacher's forward is {teacher / (by_name['ce_only']['flops'] / 3):.1f} times the student's"
-    )
+        more = f"{ratio / flops - 1:+.1%}"
+        console.print(f"cached / naive_live: {what} time {ratio:.3f}, FLOPs {flops:.3f}: {more}")
+    # The live teacher's forward, with its head at the answers only, beside a third of forward and backward.
+    teacher, student = by_name["live"]["flops"] - cached["flops"], by_name["ce_only"]["flops"] / 3
+    console.print(f"the teacher's forward is {teacher / student:.1f} times the student's")
 
 
 def main() -> None:

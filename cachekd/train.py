@@ -101,7 +101,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     if summary.data_wait > MOST and trainer.is_world_process_zero():
         workers = trainer.args.dataloader_num_workers
         log.warning(
-            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead of them in as many processes",
+            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead in as many processes",
             100 * summary.data_wait,
             workers + 2,
         )

@@ -159,7 +159,7 @@ class SwitchKDTrainer(Trainer):
         return self.lambda_vsd > 0 and self.state.global_step % self.vsd_every == 0
 
     def _targets(self, batch: dict[str, Any], supervised: Tensor) -> tuple[Targets | None, Tensor]:
-        """The teacher at the answer tokens, if a term needs it, and which of the N answer tokens it covers."""
+        """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers."""
         token_ids = batch["input_ids"][supervised]
         everything = torch.ones_like(token_ids, dtype=torch.bool)
         for_teacher = batch.pop("for_teacher", None)
@@ -242,9 +242,11 @@ class SwitchKDTrainer(Trainer):
         return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
 
     def _dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+        if logits.shape[1] > targets.vocab_size:
+            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+            logits = logits[:, : targets.vocab_size]
         return dbild_loss(
-            logits[:, : targets.vocab_size],
+            logits,
             targets.select(rows),
             temperature=self.temperature,
             window=targets.window,

@@ -51,6 +51,7 @@ REFUSED = {
     "do_predict": "`cachekd eval` scores a run",
     "eval_strategy": "`cachekd eval` scores a run",
     "load_best_model_at_end": "`cachekd eval` scores a run",
+    "length_column_name": "lengths are counted from the text",
     "use_liger_kernel": "the head and its losses run in chunks already",
 }
 
@@ -118,6 +119,13 @@ def default_workers(*, on_gpu: bool) -> int:
 
 
 def _check_names(training: dict[str, Any]) -> None:
+    if training.get("train_sampling_strategy") == "batch_rebalance":
+        raise CachekdError(
+            "the Trainer rebalances batches of Hugging Face data sets with a column of lengths only",
+            where="setting 'training.train_sampling_strategy'",
+            expected="random, sequential or group_by_length",
+            found="batch_rebalance",
+        )
     for name in training:
         where = f"setting 'training.{name}'"
         if name in OWN_NAMES:

@@ -63,7 +63,7 @@ class TrainingSamples(Dataset):
         return 0 if self.cache is None else sum(key not in self.cache for key in self.samples.keys)
 
     def lengths(self) -> list[int]:
-        """About how many tokens each sample has, without reading an image but the first sample's."""
+        """About how many tokens each sample has, without reading more than a few images."""
         return rough_lengths(self.samples, self.encoder)
 
     def __getitem__(self, index: int) -> Example | CachekdError:

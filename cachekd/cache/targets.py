@@ -208,7 +208,7 @@ class CachedTargets:
         return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CachedTargets:
-        """A copy in page-locked memory, from which `to` need not block. A DataLoader calls it by this name."""
+        """A copy in page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
         names = ("token_ids", "ids", "logprobs", "k", "knee")
         pinned = {name: getattr(self, name).pin_memory() for name in names}
         return replace(self, **pinned, tail=self.tail.pin_memory())

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cachekd.samples.conversation import IMAGE_PLACEHOLDER, first_given
 from cachekd.samples.encode import SampleEncoder
 from cachekd.samples.protocol import Samples
 from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
 
 _AT_A_TIME = 1024  # texts per call of the tokenizer
-_PER_TURN = 4  # tokens of a template around a turn, about; the first sample's others are its images'
+_MEASURED = 16  # samples that are encoded as a whole
 
 
 class Outline(NamedTuple):
@@ -56,23 +58,34 @@ def _text(turn: Any) -> str:
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
     """About how many tokens each sample has, in the data set's order.
 
-    The text's tokens are counted, turn by turn. What an image adds is measured on the first sample, the only
-    one whose images are read; so lengths are as good as exact where every image has the same number of
+    The text's tokens are counted. What turns and images add is fitted to a few samples, evenly spread, the
+    only ones whose images are read; so lengths are next to exact where every image has the same number of
     tokens, and miss the differences where that depends on its size.
 
     Raises:
-        CachekdError: the first sample cannot be used, or the data set cannot be read.
+        CachekdError: one of the few cannot be used, or the data set cannot be read.
     """
-    first = samples.outline(0)
-    rest = len(encoder(samples[0])) - next(_text_tokens([first], encoder)) - _PER_TURN * len(first.texts)
-    per_image = max(0, round(rest / max(1, first.images)))
+    count = min(_MEASURED, len(samples))
+    measured = [place * len(samples) // count for place in range(count)]
+    known = [samples.outline(index) for index in measured]
+    rest = [
+        len(encoder(samples[index])) - tokens
+        for index, tokens in zip(measured, _text_tokens(known, encoder), strict=True)
+    ]
+    added = np.linalg.lstsq(np.array([_features(outline) for outline in known]), np.array(rest), rcond=None)[
+        0
+    ]
     lengths: list[int] = []
     for start in range(0, len(samples), _AT_A_TIME):
         indices = range(start, min(start + _AT_A_TIME, len(samples)))
         outlines = [samples.outline(index) for index in indices]
         for outline, tokens in zip(outlines, _text_tokens(outlines, encoder), strict=True):
-            lengths.append(tokens + _PER_TURN * len(outline.texts) + per_image * outline.images)
+            lengths.append(max(1, tokens + round(float(added @ _features(outline)))))
     return lengths
+
+
+def _features(outline: Outline) -> tuple[int, int, int]:
+    return 1, len(outline.texts), outline.images
 
 
 def _text_tokens(outlines: list[Outline], encoder: SampleEncoder) -> Iterator[int]:
