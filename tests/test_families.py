@@ -434,13 +434,13 @@ def test_a_split_that_is_none_is_refused(monkeypatch):
     model = AutoModelForImageTextToText.from_config(unknown_config())
     right = family_of(model.config)
 
-    def twice(tower, output):
-        doubled = copy.copy(output)
-        states = (None if state is None else 2 * state for state in output.hidden_states)
-        doubled["hidden_states"] = tuple(states)  # those that no projector reads are None
-        return right.replay(tower, doubled)
+    def reversed_patches(tower, output):
+        other = copy.copy(output)
+        states = (None if state is None else state.flip(1) for state in output.hidden_states)
+        other["hidden_states"] = tuple(states)  # those that no projector reads are None
+        return right.replay(tower, other)
 
-    monkeypatch.setitem(known.FAMILIES, model.config.model_type, replace(right, replay=twice))
+    monkeypatch.setitem(known.FAMILIES, model.config.model_type, replace(right, replay=reversed_patches))
     with pytest.raises(CachekdError, match="cannot be split") as caught:
         prove_split(model, *unknown_batch())
     assert "off by" in str(caught.value)
