@@ -7,7 +7,7 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, inspect, merge, report, select, status, train, verify
+from cachekd_cli import demo, dump, evaluate, inspect, merge, peek, report, select, status, train, verify
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -23,6 +23,7 @@ app.command("dump")(dump.dump_command)
 app.command("status")(status.status_command)
 app.command("verify")(verify.verify_command)
 app.command("inspect")(inspect.inspect_command)
+app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
 app.command("train")(train.train_command)
