@@ -32,7 +32,7 @@ class PeekedData:
         self._places = {key: index for index, key in enumerate(samples.keys)}
         self._encoder = None if processor is None else SampleEncoder(processor)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._places
 
     def __getitem__(self, key: str) -> Sample:

@@ -20,12 +20,17 @@ function element(name, classes, text) {
   return made;
 }
 
-// Characters that would not show, or would turn the reading order, as escapes.
+// Characters that would not show, or would turn the reading order, by a sign or their escape.
 function visible(text) {
-  const shown = text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(
-    /[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
-    (character) => "\\u" + character.codePointAt(0).toString(16).padStart(4, "0"));
+  const shown = text.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(
+    /[\p{C}\p{Zl}\p{Zp}]|(?! )\p{Zs}/gu, (character) => escaped(character.codePointAt(0)));
   return shown.trim() === "" ? shown.replace(/ /g, "␣") : shown;
+}
+
+function escaped(code) {
+  const digits = code.toString(16);
+  if (code < 0x100) return "\\x" + digits.padStart(2, "0");
+  return code < 0x10000 ? "\\u" + digits.padStart(4, "0") : "\\U" + digits.padStart(8, "0");
 }
 
 // A token by itself: its leading space counts.

@@ -88,6 +88,21 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     return result
 
 
+def require_place(page: Path | None) -> None:
+    """Refuse at once a page that cannot be written, not after minutes of work.
+
+    Raises:
+        CachekdError: it is a folder, or its folder does not exist.
+    """
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise CachekdError(
+            "the page cannot be written",
+            where=str(page),
+            expected="a file in a folder that exists",
+            found="a folder" if page.is_dir() else f"no folder {page.parent}",
+        )
+
+
 def write_page(path: Path, html: str) -> None:
     """Write an HTML page, and say on stderr where it is.
 

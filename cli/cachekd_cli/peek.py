@@ -14,7 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.visible import visible
-from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, write_page
+from cachekd_cli.console import (
+    console,
+    errors,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    require_place,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
@@ -37,7 +45,7 @@ class Order(StrEnum):
 def peek_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     key: Annotated[
-        str | None, typer.Argument(help="A sample's key. [default: by --order and --limit]")
+        str | None, typer.Argument(help="A sample's key; default: chosen by --order and --limit.")
     ] = None,
     data: Annotated[
         str | None,
@@ -47,15 +55,15 @@ def peek_command(
         str | None, typer.Option("--map", help="As for the dump; default: what the manifest names.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub name. [default: the teacher's, if its folder is here]")
+        str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Alternatives per token. [default: 5, or 10 with --html]"),
+        typer.Option(min=1, max=1000, help="Alternatives per token; default: 5, with --html 10."),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help=f"How many samples. [default: 1, or {PAGE_SAMPLES} with --html]"),
+        typer.Option(min=1, help=f"How many samples; default: 1, with --html {PAGE_SAMPLES}."),
     ] = None,
     order: Annotated[
         Order, typer.Option(help="The first samples, or those whose answers surprise the teacher most.")
@@ -71,6 +79,7 @@ def peek_command(
     from cachekd.peek import choose
     from cachekd.token_texts import find_reader
 
+    require_place(html)
     quiet_libraries()
     opened = LogitCache(cache)
     reader = find_reader(opened, tokenizer)
