@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cachekd.errors import CachekdError
 from cachekd.fingerprint import tokenizer_fingerprint
 
 _SPACE = "▁"  # how SentencePiece writes one
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # and a byte of a character that it does not know
 
 
 class TokenTexts:
@@ -38,8 +40,10 @@ class TokenTexts:
         if piece.startswith(_SPACE):  # which decoding would strip
             return piece.replace(_SPACE, " ")
         text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        # A token that is a part of a character has no text of its own.
-        return piece if not text or "\ufffd" in text else text
+        if text.strip("\ufffd"):
+            return text
+        # A part of a character has no text of its own; a byte-level piece would look like another letter.
+        return piece if not text or _BYTE.fullmatch(piece) else f"{text}#{token}"
 
 
 @dataclass(frozen=True)

@@ -171,16 +171,17 @@ def test_where_the_teacher_is_not_ids_are_shown(tmp_path, cache):
     assert "elsewhere/teacher is not here" in result.stderr
 
 
-def test_a_sentencepiece_space_is_kept_and_unknown_ids_are_numbers():
+def test_what_has_no_text_of_its_own_is_told_apart():
     class Pieces:
         def convert_ids_to_tokens(self, token: int) -> str | None:
-            return {1: "▁the", 2: "▁", 3: "<0xE2>"}.get(token)
+            return {1: "▁the", 2: "▁", 3: "<0xE2>", 5: "æ", 6: "caf\u0122"}.get(token)
 
         def decode(self, tokens: list[int], **_: Any) -> str:
-            return "\ufffd"
+            return "caf\ufffd" if tokens == [6] else "\ufffd"
 
     texts = TokenTexts(Pieces())
-    assert [texts[token] for token in (1, 2, 3, 4)] == [" the", " ", "<0xE2>", "#4"]
+    found = [texts[token] for token in (1, 2, 3, 4, 5, 6)]
+    assert found == [" the", " ", "<0xE2>", "#4", "\ufffd#5", "caf\ufffd"]
 
 
 def test_the_terminal_shows_question_tokens_and_alternatives(cache, data, looked):
@@ -227,13 +228,17 @@ def page(tmp_path_factory, cache, data) -> Path:
     return out
 
 
+def data_of(page: Path) -> list[dict[str, Any]]:
+    return json.loads(re.search(r'json">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+
+
 def test_the_page_holds_hostile_texts_as_data_only(page):
     html = page.read_text()
     assert re.findall(r"<script[^>]*>", html) == ['<script id="data" type="application/json">', "<script>"]
     assert html.count("</script") == 2
     assert "<img" not in html
     assert "default-src &#39;none&#39;" in html or "default-src 'none'" in html
-    held = json.loads(re.search(r'json">(.*?)</script>', html, re.DOTALL)[1])
+    held = data_of(page)
     assert set(HOSTILE) <= {sample["key"] for sample in held}
     assert all(source.startswith("data:image/png;base64,") for s in held for source in s["sources"])
 
@@ -333,26 +338,29 @@ def test_the_page_is_searched_and_sorted(tab, by_surprise):
 
 
 @pytest.mark.slow
-def test_a_token_shows_its_alternatives(tab, looked):
-    tab.fill("#search", "s004")
-    tab.keyboard.press("Escape")  # clears the search, and keeps the sample
-    tab.keyboard.press("Escape")
-    sample = next(one for one in looked if one.key == "s004")
+def test_a_token_shows_its_alternatives(tab, page):
+    tab.click("#list button:has-text('s004')")
+    sample = next(one for one in data_of(page) if one["key"] == "s004")
     chips = tab.locator("main .token")
-    assert chips.all_inner_texts() == [token.text for token in sample.tokens]
-    for index, token in enumerate(sample.tokens[:2]):
+    assert chips.all_inner_texts() == [visible(token["text"]) for token in sample["tokens"]]
+    assert tab.locator("main .token.other").count() == sum(token["rank"] > 1 for token in sample["tokens"])
+    for index, token in enumerate(sample["tokens"]):
         chips.nth(index).hover()
-        found = tab.locator("#token .alternative .text").all_inner_texts()
-        names = [one.split("\n")[0].removesuffix("sketch") for one in found]
-        expected = [re.sub("^ ", "␣", visible(one.text)) for one in token.alternatives]
-        assert names[:5] == expected[:5]
-        assert f"{token.entropy:.3f} nats" in tab.locator("#token").inner_text()
-    rebuilt = tab.locator("#token .alternative.rebuilt").count()
-    assert rebuilt > 0
+        shown = tab.locator("#token .alternative")
+        names = shown.locator(".text").evaluate_all("all => all.map(one => one.firstChild.textContent)")
+        assert names[:10] == [re.sub("^ ", "␣", visible(one["text"])) for one in token["alternatives"]]
+        rebuilt = sum(one["origin"] == "sketch" for one in token["alternatives"])
+        assert tab.locator("#token .alternative.rebuilt .bar").count() >= rebuilt > 0
+        assert f"{token['entropy']:.3f} nats" in tab.locator("#token").inner_text()
     chips.nth(0).click()  # pinned: hovering no longer changes it
     chips.nth(1).hover()
     assert chips.nth(0).get_attribute("aria-pressed") == "true"
-    assert f"{sample.tokens[0].logprob:.3f} nats" in tab.locator("#token").inner_text()
+    assert f"{sample['tokens'][0]['logprob']:.3f} nats" in tab.locator("#token").inner_text()
+    tab.keyboard.press("Escape")
+    chips.nth(1).hover()
+    chips.nth(0).hover()
+    chips.nth(1).hover()
+    assert f"{sample['tokens'][1]['logprob']:.3f} nats" in tab.locator("#token").inner_text()
 
 
 @pytest.mark.slow
