@@ -19,9 +19,10 @@ from cachekd.cache.entropy import entropy, entropy_bounds, spread
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.parts import bytes_by_part
 from cachekd.cache.summarise import summarise
-from cachekd.cache.summary import CacheSummary, ShardSummary
+from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
 from cachekd.describe import Bar, k_bars
 from cachekd.errors import CachekdError
+from cachekd.peek import Alternative, PeekedSample, PeekedToken
 from cachekd_cli.console import console
 from cachekd_cli.inspect import SHOWN, shard_table
 from cachekd_cli.main import app
@@ -251,3 +252,10 @@ def test_a_page_that_cannot_be_written_is_explained(caches, tmp_path):
     )
     assert isinstance(result.exception, CachekdError)
     assert "the page cannot be written" in str(result.exception)
+
+
+def test_every_key_of_the_json_is_in_the_documentation():
+    text = (Path(__file__).parents[1] / "docs" / "inspecting.md").read_text()
+    models = (CacheSummary, Answers, Entropy, ShardSummary, PeekedSample, PeekedToken, Alternative)
+    names = {name for model in models for name in model.model_fields}
+    assert {name for name in names if f"`{name}`" not in text} == set()

@@ -26,8 +26,9 @@ def inspect_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     html: Annotated[Path | None, typer.Option(help="Write it as an HTML page with plots.")] = None,
     entropy_tokens: Annotated[
-        int, typer.Option(min=1, help="With a tail sketch: at how many tokens the entropy is measured.")
-    ] = 2048,
+        int | None,
+        typer.Option(min=1, help="With a tail sketch: tokens whose entropy is measured; default: 1024."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Show what is in a cache: teacher, data, bytes by part, k, entropy, accuracy, shards. Reads all of it.
@@ -35,7 +36,7 @@ def inspect_command(
     Example: cachekd inspect caches/llava-7b --html llava-7b.html
     """
     from cachekd.cache.manifest import Manifest
-    from cachekd.cache.summarise import summarise
+    from cachekd.cache.summarise import ENTROPY_TOKENS, summarise
 
     require_place(html)
     manifest = Manifest.load(cache)
@@ -43,7 +44,7 @@ def inspect_command(
         task = bar.add_task("inspect", total=len(manifest.shards), units=0, note="")
         summary = summarise(
             cache,
-            entropy_tokens=entropy_tokens,
+            entropy_tokens=entropy_tokens or ENTROPY_TOKENS,
             progress=lambda shard: bar.update(
                 task, advance=1, units=bar.tasks[task].fields["units"] + shard.bytes / 1e6
             ),
