@@ -38,6 +38,11 @@ function spelled(text) {
   return visible(text).replace(/^ /, "␣");
 }
 
+function nats(value) {
+  const shown = value.toFixed(3);
+  return shown === "-0.000" ? "0.000" : shown;
+}
+
 function percent(logprob) {
   const value = 100 * Math.min(1, Math.exp(logprob));
   if (value >= 1) return value.toFixed(1) + " %";
@@ -185,7 +190,7 @@ function showToken(index) {
     chip.setAttribute("aria-pressed", String(here && state.pinned));
   });
   const token = current().tokens[index], box = element("div"), list = element("dl");
-  [["probability", percent(token.logprob)], ["logprob", token.logprob.toFixed(3) + " nats, " + origins[token.origin]],
+  [["probability", percent(token.logprob)], ["logprob", nats(token.logprob) + " nats, " + origins[token.origin]],
    ["rank", token.rank], ["entropy", token.entropy.toFixed(3) + " nats"],
    ["kept", `${token.k} logprobs (knee at ${token.knee}), ${(100 * Math.min(1, token.kept_mass)).toFixed(2)} % of the mass`],
    ["place", `token ${index + 1} of ${current().tokens.length}` + (token.turn === null ? "" : `, answer ${token.turn + 1}`)],
@@ -202,7 +207,7 @@ function alternative(one, isAnswer) {
   const track = element("div", "bar"), bar = element("i");
   bar.style.width = (100 * Math.min(1, Math.exp(one.logprob))) + "%";
   track.append(bar);
-  made.title = `${visible(one.text)} (id ${one.id}): logprob ${one.logprob.toFixed(3)}, ${origins[one.origin]}`;
+  made.title = `${visible(one.text)} (id ${one.id}): logprob ${nats(one.logprob)}, ${origins[one.origin]}`;
   const text = element("span", "text", spelled(one.text));
   if (one.origin !== "kept") text.append(element("small", "", one.origin));
   made.append(text, element("span", "value", percent(one.logprob)), track);
