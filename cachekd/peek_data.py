@@ -24,13 +24,13 @@ class PeekedData:
     Args:
         cache: whose samples they are.
         samples: the data set.
-        processor: that the cache was made with, for the turns; None: they are unknown.
+        processor: that the cache was made with. It tells several answers apart; None: they are unknown.
     """
 
     def __init__(self, cache: LogitCache, samples: Samples, processor: ProcessorMixin | None = None) -> None:
         self.cache, self.samples = cache, samples
         self._places = {key: index for index, key in enumerate(samples.keys)}
-        self._encoder = None if processor is None else SampleEncoder(processor)
+        self._processor = processor
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -59,13 +59,14 @@ class PeekedData:
         Raises:
             BadSample: the answers cannot be located.
         """
-        if self._encoder is None:
+        if len(sample.questions) == 1:
+            return [0] * len(self.cache[sample.key])
+        if self._processor is None:
             return None
-        processor, template = self._encoder.processor, self._encoder.template
-        text, spans = answer_spans(processor, template, sample)
+        text, spans = answer_spans(self._processor, SampleEncoder(self._processor).template, sample)
         found: list[int] = []
         for turn, span in enumerate(spans):
-            _, mask = spans_to_mask(processor.tokenizer, text, [span], sample)
+            _, mask = spans_to_mask(self._processor.tokenizer, text, [span], sample)
             found += [turn] * sum(mask)
         return found
 

@@ -37,12 +37,13 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Six samples; keys and questions of the first three are hostile."""
+    """Six samples; keys and questions of the first three are hostile, the last has one answer."""
     path = write_llava_json(tmp_path_factory.mktemp("peeked"), 6)
     records = json.loads(path.read_text())
     for record, text in zip(records, HOSTILE, strict=False):
         record["id"] = text
         record["conversations"][0]["value"] = f"<image>\n{text}"
+    records[5]["conversations"] = records[5]["conversations"][:2]
     path.write_text(json.dumps(records))
     return path
 
@@ -152,13 +153,13 @@ def test_another_tokenizer_is_refused(tmp_path, cache):
         find_reader(cache, str(tmp_path / "nothing"))
 
 
-def test_a_tokenizer_alone_gives_texts_but_no_turns(tmp_path, cache, data):
+def test_a_tokenizer_alone_tells_no_answers_apart(tmp_path, cache, data):
     tiny_processor().tokenizer.save_pretrained(tmp_path)
-    result = run(cache.path, "s004", "--tokenizer", tmp_path, "--data", data, "--json")
-    (sample,) = json.loads(result.stdout)
-    assert "".join(token["text"] for token in sample["tokens"]).endswith("<|end|>")
-    assert {token["turn"] for token in sample["tokens"]} == {None}
-    assert sample["messages"][0]["role"] == "user"
+    for key, turns in (("s004", {None}), ("s005", {0})):  # of one answer there is nothing to tell apart
+        (sample,) = json.loads(run(cache.path, key, "--tokenizer", tmp_path, "--data", data, "--json").stdout)
+        assert "".join(token["text"] for token in sample["tokens"]).endswith("<|end|>")
+        assert {token["turn"] for token in sample["tokens"]} == turns
+        assert sample["messages"][0]["role"] == "user"
 
 
 def test_where_the_teacher_is_not_ids_are_shown(tmp_path, cache):
