@@ -7,7 +7,21 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import check, demo, dump, evaluate, merge, report, run, select, status, train, verify
+from cachekd_cli import (
+    check,
+    demo,
+    dump,
+    evaluate,
+    inspect,
+    merge,
+    peek,
+    report,
+    run,
+    select,
+    status,
+    train,
+    verify,
+)
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -23,6 +37,8 @@ app.command("check")(check.check_command)
 app.command("dump")(dump.dump_command)
 app.command("status")(status.status_command)
 app.command("verify")(verify.verify_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
 app.command("train")(train.train_command)
