@@ -67,7 +67,9 @@ def _header(manifest: Manifest, name: str, license: str) -> str:
 
 def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
     teacher, codec, total = manifest.teacher, manifest.codec, manifest.size + manifest.sketch_bytes
-    tail = "spread evenly" if codec.tail == "none" else f"from a sketch of the final hidden state ({codec.tail})"
+    tail = (
+        "spread evenly" if codec.tail == "none" else f"from a sketch of the final hidden state ({codec.tail})"
+    )
     rows: list[tuple[str, Any]] = [
         ("teacher", f"{teacher.name} ({teacher.model_type}, {teacher.dtype})"),
         ("vocabulary", f"{teacher.vocab_size:,} ids"),

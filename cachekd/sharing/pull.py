@@ -1,9 +1,9 @@
 """Fetch a published cache, or some of its shards. Nothing has its name before its content was verified.
 
-    OUT/.pull/manifest.json     what is being fetched; gone when the cache is whole
-    OUT/.pull/<sha256>.part     a file under way
-    OUT/shards/...              verified
-    OUT/manifest.json           last: the folder is a cache
+OUT/.pull/manifest.json     what is being fetched; gone when the cache is whole
+OUT/.pull/<sha256>.part     a file under way
+OUT/shards/...              verified
+OUT/manifest.json           last: the folder is a cache
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def open_store(address: str, *, revision: str | None = None) -> Store:
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
         return HubStore(hub[1], named if revision is None else revision)
     if "://" not in address or address.startswith("hf://"):
-        raise CachekdError("this is no address of a cache", where=address, expected=FORMS, fix=_advice(address))
+        raise CachekdError(
+            "this is no address of a cache", where=address, expected=FORMS, fix=_advice(address)
+        )
     if revision is not None:
         raise CachekdError("only repositories of the hub have revisions", where=address, found=revision)
     with reaching(address, "the address cannot be used"):

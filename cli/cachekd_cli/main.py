@@ -7,7 +7,7 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, merge, report, select, status, train, verify
+from cachekd_cli import bind, demo, dump, evaluate, merge, pull, push, report, select, status, train, verify
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -24,6 +24,9 @@ app.command("status")(status.status_command)
 app.command("verify")(verify.verify_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
+app.command("push")(push.push_command)
+app.command("pull")(pull.pull_command)
+app.command("bind")(bind.bind_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)

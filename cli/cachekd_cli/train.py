@@ -23,7 +23,15 @@ def train_command(
     ] = None,
     student: Annotated[str | None, typer.Option(help="Student: a model folder or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher, for the switched path.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="What `cachekd dump` wrote.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="What `cachekd dump` wrote, or where it was published: hf://datasets/org/name, ..."
+        ),
+    ] = None,
+    binding: Annotated[
+        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The data set that was dumped, or a part of it.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
