@@ -18,6 +18,7 @@ from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 _PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
 _AHEAD = 2
@@ -42,7 +43,7 @@ def read_encoded(
         CachekdError: the data set cannot be read, or a worker process died.
     """
     read = _Reader(samples, encoder)
-    results = _from_workers(read, indices, workers) if workers > 0 else _here(read, indices)
+    results = _from_workers(read, indices, workers) if workers > 0 else (read[index] for index in indices)
     with closing(results):
         for result in results:
             if isinstance(result, CachekdError) and not isinstance(result, BadSample):
@@ -51,23 +52,19 @@ def read_encoded(
 
 
 @dataclass(frozen=True)
-class _Reader(Generic[T]):
+class _Reader(Generic[T_co]):
     """Errors for people are values here: a DataLoader would wrap them into its own text and traceback."""
 
     samples: Samples
-    encoder: Callable[[Sample], T]
+    encoder: Callable[[Sample], T_co]
 
-    def __getitem__(self, index: int) -> T | CachekdError:
+    def __getitem__(self, index: int) -> T_co | CachekdError:
         try:
             return self.encoder(self.samples[index])
         except CachekdError as error:
             # A caller may keep many of these: without the frames, which hold images, of what led to them.
             error.__cause__ = error.__context__ = None
             return error.with_traceback(None)
-
-
-def _here(read: _Reader[T], indices: Sequence[int]) -> Generator[T | CachekdError]:
-    return (read[index] for index in indices)
 
 
 def _from_workers(read: _Reader[T], indices: Sequence[int], workers: int) -> Generator[T | CachekdError]:
