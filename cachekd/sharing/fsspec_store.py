@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from cachekd.sharing.store import Progress, reaching
 
@@ -71,7 +72,9 @@ class FsspecStore:
         path = self._path(name)
         folder, _, last = path.rpartition("/")
         part = f"{folder}/.{last}.part"
-        self._fs.makedirs(folder, exist_ok=True)
+        if not self._fs.isdir(folder):
+            # Elsewhere than on this machine the parents may be a bucket, made because its name was mistyped.
+            self._fs.mkdir(folder, create_parents=isinstance(self._fs, LocalFileSystem))
         self._fs.put_file(str(file), part)
         self._fs.mv(part, path)
 
