@@ -56,6 +56,7 @@ class WatchedFileSystem(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     states: list[dict[str, bytes]] = []  # noqa: RUF012
     writes_left: int | None = None
+    failure: type[BaseException] = ConnectionResetError
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -63,7 +64,7 @@ class WatchedFileSystem(MemoryFileSystem):
 
     def _before(self) -> None:
         if WatchedFileSystem.writes_left == 0:
-            raise ConnectionResetError("the connection was cut")
+            raise self.failure("the connection was cut")
         if WatchedFileSystem.writes_left is not None:
             WatchedFileSystem.writes_left -= 1
 
@@ -476,6 +477,17 @@ def test_a_missing_client_and_an_unknown_scheme_are_explained(tmp_path):
         except ImportError:
             with pytest.raises(CachekdError, match=r"package is missing[\s\S]*s3fs"):
                 pull_cache("s3://bucket/cache", tmp_path / "out")
+
+
+def test_ctrl_c_says_how_to_go_on(watched, skipping_cache, monkeypatch):
+    monkeypatch.setattr(WatchedFileSystem, "failure", KeyboardInterrupt)
+    WatchedFileSystem.writes_left = 3
+    done = CliRunner().invoke(app, ["push", str(skipping_cache), "watched:///c"])
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
+    WatchedFileSystem.writes_left = None
+    done = CliRunner().invoke(app, ["push", str(skipping_cache), "watched:///c", "--json"])
+    assert json.loads(done.stdout)["skipped"] == 1
 
 
 def test_the_card(skipping_cache):

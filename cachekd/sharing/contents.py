@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.skipped import SKIPPED_FILE
+from cachekd.errors import CachekdError
 
 CARD_FILE = "README.md"
 
@@ -35,3 +37,27 @@ def listed_files(manifest: Manifest) -> list[Listed]:
     if manifest.skipped is not None:
         files.append(Listed(SKIPPED_FILE, manifest.skipped.bytes, manifest.skipped.sha256))
     return files
+
+
+def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
+    """The manifest of a part. Shards keep their names, so that parts can be told apart and merged.
+
+    Raises:
+        CachekdError: it is no list of shards, or not of this cache.
+    """
+    count = len(manifest.shards)
+    places: set[int] = set()
+    for piece in wanted.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", piece)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < count:
+            raise CachekdError(
+                "--shards is no list of this cache's shards",
+                where=where,
+                expected=f"numbers from 0 to {count - 1}, such as 0-9 or 0-3,7",
+                found=wanted,
+            )
+        places |= set(range(first, last + 1))
+    chosen = [info for place, info in enumerate(manifest.shards) if place in places]
+    part = manifest.model_copy(update={"shards": chosen, "fidelity": mean_fidelity(chosen)})
+    return Manifest.model_validate_json(part.to_json())  # with its own seal

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
-
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
-from cachekd.cache.files import cannot_write, commit, make_folder, sync_folder
+from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.files import cannot_write, commit, sync_folder
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.errors import CachekdError
-from cachekd.sharing.contents import Listed, listed_files
+from cachekd.sharing.contents import Listed, listed_files, some_shards
+from cachekd.sharing.pull_folder import PULL_FOLDER, alone, begin, require_space
 from cachekd.sharing.store import Progress, Store, open_store
 
-PULL_FOLDER = ".pull"
 _AT_A_TIME = 4
 _MANIFEST_BYTES = 2**28  # a million shards; more is not a manifest, and would be read into memory
 
@@ -130,8 +126,8 @@ def pull_from(
     files = listed_files(manifest)
     total(sum(file.bytes for file in files))
     fetched: list[Listed] = []
-    if _begin(out, content):
-        with _alone(out):
+    if begin(out, content):
+        with alone(out):
             fetched = _fetch_all(store, out, files, progress)
             for folder in (out / SHARD_FOLDER, out):
                 sync_folder(folder)
@@ -140,79 +136,9 @@ def pull_from(
     return Pulled(out, manifest, len(fetched), len(files) - len(fetched), sum(file.bytes for file in fetched))
 
 
-def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
-    """The manifest of a part. Shards keep their names, so that parts can be told apart and merged.
-
-    Raises:
-        CachekdError: it is no list of shards, or not of this cache.
-    """
-    count = len(manifest.shards)
-    places: set[int] = set()
-    for piece in wanted.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", piece)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not first <= last < count:
-            raise CachekdError(
-                "--shards is no list of this cache's shards",
-                where=where,
-                expected=f"numbers from 0 to {count - 1}, such as 0-9 or 0-3,7",
-                found=wanted,
-            )
-        places |= set(range(first, last + 1))
-    chosen = [info for place, info in enumerate(manifest.shards) if place in places]
-    part = manifest.model_copy(update={"shards": chosen, "fidelity": mean_fidelity(chosen)})
-    return Manifest.model_validate_json(part.to_json())  # with its own seal
-
-
-def _begin(out: Path, content: bytes) -> bool:
-    """Mark the folder as a pull of this manifest; False if that is finished already.
-
-    Raises:
-        CachekdError: it holds something else.
-    """
-    note = out / PULL_FOLDER / MANIFEST_FILE
-    for found in (out / MANIFEST_FILE, note):
-        if found.is_file() and found.read_bytes() != content:
-            raise CachekdError(
-                "the folder holds another cache, or another part of this one",
-                where=str(out),
-                expected="a new or empty folder: nothing is ever overwritten",
-                fix="choose another folder; parts can be joined with `cachekd merge`",
-            )
-    if (out / MANIFEST_FILE).is_file():
-        return False
-    if out.exists() and not note.is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise CachekdError(
-            "the folder for the cache already holds something",
-            where=str(out),
-            expected="a new or empty folder, or one of a pull that was cut short",
-            fix="choose another folder",
-        )
-    make_folder(out / SHARD_FOLDER)
-    make_folder(note.parent)
-    commit(note, content)
-    return True
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Two processes that append to one file would spoil it for each other.
-
-    Raises:
-        CachekdError: another one is at it.
-    """
-    try:
-        with FileLock(out / PULL_FOLDER / "lock", timeout=0):
-            yield
-    except Timeout:
-        raise CachekdError(
-            "another process is fetching into this folder", where=str(out), fix="wait for it, then try again"
-        ) from None
-
-
 def _fetch_all(store: Store, out: Path, files: Sequence[Listed], progress: Progress) -> list[Listed]:
     """Returns the files that were not there yet."""
-    _require_space(out, files)
+    require_space(out, files)
     fetched = []
     with ThreadPoolExecutor(_AT_A_TIME, "pull") as pool:
         futures = {pool.submit(_fetch, store, out, file): file for file in files}
@@ -270,19 +196,6 @@ def _not_listed(where: str, expected: str, found: str) -> CachekdError:
         found=found,
         fix="run the same command again; if it stays so, tell who published it: the files were changed",
     )
-
-
-def _require_space(out: Path, files: Sequence[Listed]) -> None:
-    needed = sum(file.bytes for file in files if not (out / file.name).exists())
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise CachekdError(
-            "the disk has no room for the cache",
-            where=str(out),
-            expected=f"{needed:,} bytes free",
-            found=f"{free:,} bytes",
-            fix="choose another folder, or fetch a part: --shards 0-9",
-        )
 
 
 def _sha256(path: Path) -> str:

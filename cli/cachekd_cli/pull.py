@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.signals import resumable
 
 
 def pull_command(
@@ -28,7 +29,7 @@ def pull_command(
     from cachekd.sharing import pull_cache
 
     quiet_hub()
-    with progress_bar("MB") as bar:
+    with resumable(), progress_bar("MB") as bar:
         advance, set_total = byte_progress(bar, "pull")
         pulled = pull_cache(source, out, shards=shards, revision=revision, progress=advance, total=set_total)
     manifest = pulled.manifest

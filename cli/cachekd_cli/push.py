@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.signals import resumable
 
 
 def push_command(
@@ -32,7 +33,7 @@ def push_command(
 
     quiet_hub()
     size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
-    with progress_bar("MB") as bar:
+    with resumable(), progress_bar("MB") as bar:
         advance, set_total = byte_progress(bar, "push")
         set_total(2 * size)
         pushed = push_cache(cache, to, license=license, private=private, revision=revision, progress=advance)
