@@ -27,14 +27,15 @@ class LogitCache:
     Files are opened per read, so a LogitCache can be pickled and used in forked workers.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or the address of a published one, which is fetched first and kept
+            (`cachekd.sharing.local_folder`).
 
     Raises:
         CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _on_this_disk(path)
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
@@ -167,3 +168,11 @@ class LogitCache:
                     found="no file" if found is None else f"{found:,} bytes",
                     fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
                 )
+
+
+def _on_this_disk(path: str | Path) -> Path:
+    if isinstance(path, Path) or "://" not in path:
+        return Path(path)
+    from cachekd.sharing import local_folder  # its clients take a while to import
+
+    return local_folder(path)

@@ -167,6 +167,19 @@ def read_keys(path: Path) -> list[str]:
     return _named(path, read_arrays(path, ["sample_keys"], _FORMAT))
 
 
+def read_identities(path: Path) -> tuple[list[str], NDArray[np.uint8]]:
+    """A shard's sample keys and content hashes, [n, 16], and nothing else of it.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    arrays = read_arrays(path, ["sample_keys", "sample_hashes"], _FORMAT)
+    keys, hashes = _named(path, arrays), arrays["sample_hashes"]
+    if hashes.shape != (len(keys), 16):
+        raise damaged(path, f"sample_hashes: {hashes.shape}, expected {(len(keys), 16)}")
+    return keys, hashes
+
+
 def read_outline(path: Path) -> tuple[list[str], int, int]:
     """A shard's keys, and how many tokens and entries it has; the values themselves are not decoded.
 
