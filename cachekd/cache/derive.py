@@ -12,8 +12,8 @@ from pathlib import Path
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.files import cannot_write, commit, make_folder, sync_folder
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo, Skipped, Source
-from cachekd.cache.reader import LogitCache
-from cachekd.cache.shard import cut_shard
+from cachekd.cache.reader import LogitCache, shard_counts
+from cachekd.cache.shard import Counts, cut_shard
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
@@ -41,7 +41,7 @@ class DerivedCache:
         if samples is None:
             link(old, new)
         else:
-            info = _cut(old, info, samples, new)
+            info = _cut(old, info, samples, new, shard_counts(cache.manifest, number))
         changes = {
             "name": new.name,
             "source": self._place_of_source(cache.manifest.sources[info.source]),
@@ -143,8 +143,10 @@ def link(old: Path, new: Path) -> None:
         commit(new, content)
 
 
-def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path) -> ShardInfo:
-    content, tokens, entries = cut_shard(old, samples, sketch=info.sketch is not None, sha256=info.sha256)
+def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path, counts: Counts) -> ShardInfo:
+    content, tokens, entries = cut_shard(
+        old, samples, sketch=info.sketch is not None, sha256=info.sha256, counts=counts
+    )
     commit(new, content)
     changes = {
         "span": None,

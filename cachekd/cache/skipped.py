@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachekd.cache.files import commit
+from cachekd.cache.files import commit, read_plain
 from cachekd.cache.manifest import Skipped, SkippedInfo
 from cachekd.errors import CachekdError
 
@@ -48,7 +48,7 @@ def read_skipped(path: Path, info: SkippedInfo | None) -> list[Skipped]:
     if info is None:
         return []
     try:
-        content = (path / SKIPPED_FILE).read_bytes()
+        content = read_plain(path / SKIPPED_FILE, info.bytes)
     except OSError as error:
         raise _not_it(path, error.strerror or str(error)) from None
     found = hashlib.sha256(content).hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.files import require_plain
 from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo, Skipped
 from cachekd.cache.sealed import is_canonical
@@ -122,6 +123,7 @@ def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> st
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0
     try:
+        require_plain(file)
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
