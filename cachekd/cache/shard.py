@@ -125,10 +125,9 @@ def read_shard(
         CachekdError: it is not a shard, or is damaged: what failed, and where.
     """
     arrays = read_codes(path, sketch=sketch, sha256=sha256, counts=counts)
-    try:
-        return _assemble(arrays, step)
-    except (ValueError, IndexError) as error:
-        raise damaged(path, str(error)) from None
+    starts = arrays["sample_offsets"].astype(np.int64)
+    targets = decode_targets(arrays, step)
+    return Shard(_keys(arrays["sample_keys"]), arrays["sample_hashes"], starts, targets)
 
 
 def read_codes(
@@ -267,13 +266,18 @@ def _check(arrays: dict[str, NDArray]) -> None:
         raise ValueError("topk_ranks lead beyond ranked_ids")
 
 
-def _assemble(arrays: dict[str, NDArray], step: float) -> Shard:
+def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
+    """What the arrays of `read_codes` say.
+
+    Args:
+        step: that the logprobs were coded with.
+    """
     k, sketch = arrays["k"], None
     if "sketch_shift" in arrays:
         coordinates = np.ascontiguousarray(arrays["sketch_coordinates"].T)
         sketch = SketchCodes(coordinates, arrays["sketch_shift"])
     tail, kept = decode_tail(arrays["tail"])
-    targets = TokenTargets(
+    return TokenTargets(
         token_ids=arrays["token_ids"],
         k=k,
         knee=k - arrays["beyond_knee"],
@@ -282,8 +286,6 @@ def _assemble(arrays: dict[str, NDArray], step: float) -> Shard:
         tail_logmass=tail,
         sketch=sketch,
     )
-    starts = arrays["sample_offsets"].astype(np.int64)
-    return Shard(_keys(arrays["sample_keys"]), arrays["sample_hashes"], starts, targets)
 
 
 def make_shard(samples: list[tuple[str, bytes, int]], targets: TokenTargets) -> Shard:

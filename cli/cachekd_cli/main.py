@@ -15,6 +15,7 @@ from cachekd_cli import (
     inspect,
     merge,
     peek,
+    recompress,
     report,
     run,
     select,
@@ -41,6 +42,7 @@ app.command("inspect")(inspect.inspect_command)
 app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
+app.command("recompress")(recompress.recompress_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
