@@ -18,6 +18,7 @@ from cachekd_cli import (
     recompress,
     report,
     run,
+    schema,
     select,
     status,
     train,
@@ -43,6 +44,7 @@ app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
 app.command("recompress")(recompress.recompress_command)
+app.command("schema")(schema.schema_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
