@@ -66,10 +66,25 @@ class LogitCache:
         Raises:
             CachekdError: no such key, or its shard is damaged.
         """
+        return self._rebuilt(self.shard_of(key), self.records(key))
+
+    def records(self, key: str) -> TokenTargets:
+        """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
         number, position = self._place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
-        return self._rebuilt(number, shard.targets.cut(int(first), int(last)))
+        return shard.targets.cut(int(first), int(last))
+
+    def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
+        """Of each sample of a shard, in order: key, content hash and what is stored.
+
+        Raises:
+            CachekdError: the shard is damaged.
+        """
+        shard = self._shard(number)
+        parts = shard.targets.split(np.diff(shard.sample_offsets).tolist())
+        for key, content_hash, records in zip(shard.keys, shard.hashes, parts, strict=True):
+            yield key, content_hash.tobytes(), records
 
     def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
         """All targets of a shard, and where each sample's start and the last one's end: [n + 1].

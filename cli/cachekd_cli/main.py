@@ -8,16 +8,19 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli import (
+from cachekd_cli import (
     check,
     demo,
     dump,
     evaluate,
+    export,
     inspect,
     merge,
     peek,
     recompress,
     report,
     run,
+)
     schema,
     select,
     status,
@@ -44,6 +47,7 @@ app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
 app.command("recompress")(recompress.recompress_command)
+app.command("export")(export.export_command)
 app.command("schema")(schema.schema_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
