@@ -20,7 +20,7 @@ BYTES = ["bytes", "blosc", "crc32c"]
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 MOST_METADATA = 2**16  # bytes; ours have some 700
 MOST_DECODED = 2**33  # bytes that one file's arrays may take
-_FREE = 2**26  # bytes that any file may decode to
+_FREE = 2**24  # bytes that any file may decode to
 _MOST_RATIO = 2**12  # decoded over stored bytes, beyond that
 
 
@@ -87,7 +87,7 @@ def require_plausible(decoded: int, stored: int) -> None:
         stored: bytes of the file.
 
     Raises:
-        ValueError: more than 8 GiB, or than 4,096 times the file and 64 MiB.
+        ValueError: more than 8 GiB, or than 16 MiB and 4,096 times the file.
     """
     most = min(MOST_DECODED, _FREE + _MOST_RATIO * stored)
     if decoded > most:

@@ -30,7 +30,13 @@ from zarr.codecs.numcodecs import PCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from cachekd.cache.array_metadata import ArrayMetadata, read_array, read_group, require_plausible
+from cachekd.cache.array_metadata import (
+    MOST_DECODED,
+    ArrayMetadata,
+    read_array,
+    read_group,
+    require_plausible,
+)
 from cachekd.cache.files import read_plain, require_plain
 from cachekd.errors import CachekdError
 
@@ -114,7 +120,7 @@ def _open(path: Path, sha256: str | None) -> zipfile.ZipFile:
     if sha256 is None:
         require_plain(path)
         return zipfile.ZipFile(path)
-    content = read_plain(path)
+    content = read_plain(path, MOST_DECODED)  # stored, it is smaller yet
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"sha256 {found}, expected {sha256}")

@@ -25,7 +25,7 @@ def shard_counts(manifest: Manifest, number: int) -> Counts:
     """What shard `number` must hold."""
     info = manifest.shards[number]
     axes = None if info.sketch is None else manifest.sketches[info.sketch].axes
-    return Counts(info.samples, info.tokens, info.entries, axes)
+    return Counts(info.samples, info.tokens, info.entries, axes, manifest.teacher.vocab_size)
 
 
 class LogitCache:

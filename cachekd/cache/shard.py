@@ -60,12 +60,14 @@ class Counts(NamedTuple):
 
     Attributes:
         axes: of its tail sketch; None without one.
+        vocab_size: ids are below it.
     """
 
     samples: int
     tokens: int
     entries: int
     axes: int | None = None
+    vocab_size: int = 2**32
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def read_codes(
     names = [*_ARRAYS, *(_SKETCH_ARRAYS if sketch else ())]
     arrays = read_arrays(path, names, _FORMAT, sha256, None if counts is None else _shapes(counts, sketch))
     try:
-        _check(arrays)
+        _check(arrays, 2**32 if counts is None else counts.vocab_size)
     except ValueError as error:
         raise damaged(path, str(error)) from None
     return arrays
@@ -236,7 +238,7 @@ def _keys(characters: NDArray) -> list[str]:
 
 def _shapes(counts: Counts, sketch: bool) -> dict[str, Shape]:
     """That the arrays must have; the lengths of `sample_keys` and `ranked_ids` follow from nothing."""
-    samples, tokens, entries, axes = counts
+    samples, tokens, entries, axes, _ = counts
     shapes: dict[str, Shape] = {
         "sample_offsets": (samples + 1,),
         "sample_hashes": (samples, 16),
@@ -248,7 +250,7 @@ def _shapes(counts: Counts, sketch: bool) -> dict[str, Shape]:
     return shapes
 
 
-def _check(arrays: dict[str, NDArray]) -> None:
+def _check(arrays: dict[str, NDArray], vocab_size: int) -> None:
     """Do they fit together? Raises ValueError where not."""
     starts, k = arrays["sample_offsets"].astype(np.int64), arrays["k"]
     counts = Counts(
@@ -264,6 +266,8 @@ def _check(arrays: dict[str, NDArray]) -> None:
         raise ValueError("a token's knee is negative")
     if counts.entries and int(arrays["topk_ranks"].max()) >= len(arrays["ranked_ids"]):
         raise ValueError("topk_ranks lead beyond ranked_ids")
+    if len(arrays["ranked_ids"]) and int(arrays["ranked_ids"].max()) >= vocab_size:
+        raise ValueError(f"an id is beyond the vocabulary of {vocab_size:,}")
 
 
 def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
