@@ -229,7 +229,7 @@ def in_sketch(change: Callable[[Members], None]) -> Callable[[Path], None]:
 def compressed(*names: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         members = members_of(folder / SHARD)
-        members[names[0]] = members[names[0]] + b" " * (200 * 2**20 if names[0].endswith("json") else 0)
+        members[names[0]] = members[names[0]] + b" " * (20 * 2**20 if names[0].endswith("json") else 0)
         replace_file(folder, SHARD, stored_zip(members, names))
 
     return change
@@ -297,7 +297,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "as many axes": (manifest(lambda values: values["sketches"][0].update(axes=2**50)), "has shape"),
     # frames that hold something else than the shape says
-    "a frame of a billion numbers": (in_shard(chunk("k", zeros(10**8))), "does not hold"),
+    "a frame of ten million numbers": (in_shard(chunk("k", zeros(10**7))), "does not hold"),
     "a frame of too few": (in_shard(chunk("k", zeros(1))), "does not hold"),
     "an empty frame": (in_shard(chunk("k", zeros(0))), "does not hold"),
     "a frame of another type": (in_shard(chunk("k", zeros(9, "<u4"))), "damaged"),
