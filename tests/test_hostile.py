@@ -178,7 +178,7 @@ def other_sketch(name: str, value: Any) -> Callable[[Path], None]:
         encoder = read_encoder(folder / "sketch.zarr.zip")
         arrays = {**encoder.sketch.arrays(), "analysis": encoder.analysis.numpy()}
         arrays |= {"mean": encoder.mean.numpy(), "common": encoder.common[0].numpy()}
-        arrays["numbers"] = np.array([encoder.step, 0.0, 60, 0.0])
+        arrays["numbers"] = np.array([encoder.step, 0.0, 60.0, 0.0])
         arrays[name] = np.full_like(arrays[name], value) if np.isscalar(value) else value
         replace_file(folder, "sketch.zarr.zip", pack_arrays(arrays, SKETCH_FORMAT))
 
@@ -378,6 +378,8 @@ HARMLESS: dict[str, Callable[[Path], Any]] = {
     "arrays and attributes that nobody asked for": in_shard(
         lambda members: members.update({"evil/zarr.json": b"\xff", "evil/c/0": b"x" * 10_000})
     ),
+    "numbers of an encoder that are none": other_sketch("numbers", np.nan),
+    "too few numbers of an encoder": other_sketch("numbers", np.ones(2)),
     "a pipe as a record": instead("dump/00001.json", os.mkfifo),
     "a device as a plan": instead("dump/plan.json", lambda at: at.symlink_to("/dev/zero")),
     "code beside it": lambda folder: (folder / "zarr.py").write_text("raise SystemExit(9)"),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachekd.cache.arrays import pack_arrays, read_arrays
+from cachekd.cache.arrays import Shape, damaged, pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.sketch import (
     CENTROIDS,
@@ -117,7 +117,10 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
     Raises:
         CachekdError: it is missing, damaged, or for reading only.
     """
-    arrays = read_arrays(path, ("analysis", "mean", "common", "numbers"), SKETCH_FORMAT, sha256)
+    shapes: dict[str, Shape] = {"analysis": (None, None), "mean": (None,), "common": (None,), "numbers": (4,)}
+    arrays = read_arrays(path, list(shapes), SKETCH_FORMAT, sha256, shapes)
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise damaged(path, "what codes more tokens is not finite")
     tensors = {name: torch.from_numpy(arrays[name].copy()) for name in ("analysis", "mean", "common")}
     step, constant, tokens, surplus = arrays["numbers"].tolist()
     return SketchEncoder(

@@ -8,7 +8,6 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli import (
-from cachekd_cli import (
     check,
     demo,
     dump,
@@ -20,7 +19,6 @@ from cachekd_cli import (
     recompress,
     report,
     run,
-)
     schema,
     select,
     status,
