@@ -148,11 +148,12 @@ class TailSketch:
         return self  # nothing in it changes
 
 
-def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
+def read_sketch(path: Path, sha256: str | None = None, shape: tuple[int, int] | None = None) -> TailSketch:
     """Read a cache's sketch; once per process, while the file stays the same.
 
     Args:
         sha256: of the file, if it is known.
+        shape: axes and ids that it must have, if they are known: compared before anything is decoded.
 
     Raises:
         CachekdError: it is missing or damaged.
@@ -161,24 +162,33 @@ def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
         status = path.stat()
     except OSError as error:
         raise damaged(path, str(error)) from None
-    return _read(path, sha256, status.st_mtime_ns, status.st_size)
+    return _read(path, sha256, shape, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=16)  # a merged cache has several
-def _read(path: Path, sha256: str | None, _changed: int, _size: int) -> TailSketch:
-    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256)
-    basis, unit = arrays["basis"], arrays["unit"]
+def _read(
+    path: Path, sha256: str | None, shape: tuple[int, int] | None, _changed: int, _size: int
+) -> TailSketch:
+    axes, vocab_size = shape or (None, None)
+    shapes = {"basis": (axes, vocab_size), "offset": (vocab_size,), "unit": (axes,), "basis_step": (1,)}
+    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256, {**shapes, "centroids": (CENTROIDS, axes)})
+    basis, unit, softcap = arrays["basis"], arrays["unit"], arrays["softcap"]
     expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
-    for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise damaged(path, f"{name}: {arrays[name].shape}, expected {shape}")
+    for name, of in expected.items():
+        if arrays[name].shape != of:
+            raise damaged(path, f"{name}: {arrays[name].shape}, expected {of}")
+    for name in ("basis_step", "offset", "unit", "centroids", "softcap"):
+        if not np.isfinite(arrays[name]).all():
+            raise damaged(path, f"{name} is not finite")
+    if len(softcap) > 1 or (softcap <= 0).any():
+        raise damaged(path, f"softcap {softcap[:3]}, expected one positive number or none")
     return TailSketch(
         codes=torch.from_numpy(np.ascontiguousarray(basis.T)),
         basis_step=float(arrays["basis_step"][0]),
         offset=torch.from_numpy(arrays["offset"]),
         unit=torch.from_numpy(unit),
         centroids=torch.from_numpy(arrays["centroids"]),
-        softcap=float(arrays["softcap"][0]) if len(arrays["softcap"]) else None,
+        softcap=float(softcap[0]) if len(softcap) else None,
         path=path,
         sha256=sha256,
     )
