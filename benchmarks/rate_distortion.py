@@ -111,7 +111,14 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     setting, head = TailSetting.parse(tail), OutputHead(states.head)
     # Without a sketch all of top_k are kept, whatever the mass: the best that these bytes can do.
     min_k = MIN_K if setting.sketch else top_k
-    codec = CodecSettings(top_k=top_k, top_p=0.0, window=WINDOW, min_k=min_k, tail=tail)
+    codec = CodecSettings(
+        top_k=top_k,
+        top_p=0.0,
+        window=WINDOW,
+        min_k=min_k,
+        logprob_step=setting.logprob_step,
+        tail=tail,
+    )
     encoder, size = None, 0
     if setting.sketch:
         encoder = fit_states(head, states.calibration, codec)
