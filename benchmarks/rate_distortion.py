@@ -271,6 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--states", type=Path, help="keep the models' states here between runs")
     parser.add_argument("--tails", default=",".join(TAILS), help="settings of --tail to measure")
+    parser.add_argument("--only-tails", action="store_true", help="leave out the rows without a sketch")
     parser.add_argument("--plot", type=Path, help="write the curve to this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -283,10 +284,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for k, zstd in ((32, False), (64, False), (64, True), (128, False), (128, True)):
-            rows.append(naive(states, ids, k, zstd=zstd, folder=folder))
-        settings = [("none", 16), ("none", 32), ("none", 64), ("none", 128), ("none", 512)]
-        settings += [(tail, WINDOW) for tail in options.tails.split(",")]
+        settings = [(tail, WINDOW) for tail in options.tails.split(",")]
+        if not options.only_tails:
+            for k, zstd in ((32, False), (64, False), (64, True), (128, False), (128, True)):
+                rows.append(naive(states, ids, k, zstd=zstd, folder=folder))
+            settings = [("none", 16), ("none", 32), ("none", 64), ("none", 128), ("none", 512), *settings]
         for number, (tail, top_k) in enumerate(settings):
             (folder / str(number)).mkdir()
             rows.append(ours(states, ids, tail, top_k, folder / str(number)))
