@@ -28,14 +28,16 @@ from cachekd.cache.arrays import Shape, damaged, pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.sketch import (
     CENTROIDS,
+    FINE_SHIFT_STEP,
     SHIFT_STEP,
     SKETCH_FORMAT,
     SketchTail,
     TailSketch,
     capped,
     read_sketch,
+    with_shift_axis,
 )
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, TailSetting
 from cachekd.errors import CachekdError
 
 WINDOW = 128  # ids per token that count as probable
@@ -76,7 +78,7 @@ class SketchEncoder:
         sketch: what undoes it.
         step: nats.
         mean: [d] float32, of the calibration tokens.
-        analysis: [C, d] float32, code steps per hidden unit.
+        analysis: [C, d] float32, code steps per hidden unit; a last row of zeros is the shift's axis.
         common: [d] float32 and a number: the part of the logits that is the same for every id.
         calibration_tokens: that it was fitted on.
         surplus: bytes per token by which codes of tokens that the axes were not fitted on cost more.
@@ -90,6 +92,11 @@ class SketchEncoder:
     calibration_tokens: int
     surplus: float
 
+    @property
+    def has_shift_axis(self) -> bool:
+        """Whether the last axis takes what the shift's rounding leaves (`cachekd.cache.sketch`)."""
+        return not self.analysis[-1].any()
+
     def encode(self, states: TailStates) -> SketchCodes:
         """Codes of N tokens; on the device of `states`, returned on the CPU."""
         device = states.hidden.device
@@ -97,6 +104,8 @@ class SketchEncoder:
         coordinates = (hidden - self.mean.to(device)) @ self.analysis.to(device).T
         direction, constant = self.common
         shift = (states.log_normaliser.float() - hidden @ direction.to(device) - constant) / SHIFT_STEP
+        if self.has_shift_axis:
+            coordinates[:, -1] = (shift.round() - shift) * (SHIFT_STEP / FINE_SHIFT_STEP)
         return SketchCodes(_to_int16(coordinates), _to_int16(shift))
 
     def pack(self) -> bytes:
@@ -154,7 +163,7 @@ def fit_sketch(
     states = TailStates(*(t.to(head.weight.device) for t in (states.hidden, states.log_normaliser)))
     hidden = states.hidden.float()
     _check(head, hidden)
-    weights = _id_weights(head, hidden)
+    weights, spread = _id_weights(head, hidden)
     # Below a cap a common shift is not free.
     common = torch.zeros_like(hidden[0])
     if head.softcap is None:
@@ -163,8 +172,9 @@ def fit_sketch(
     root, inverse_root = _metric_roots(head, weights, common)
 
     step = tail.step
-    if step is None:  # exact: the noise of all axes together is given; a budget buys nothing finer
-        step = tail.noise * (12 / hidden.shape[1]) ** 0.5
+    if step is None:  # the noise of all axes together is given
+        noise = BUDGET_NOISE if tail.bytes is not None else min(BUDGET_NOISE, EXACT_NOISE * spread)
+        step = noise * (12 / hidden.shape[1]) ** 0.5
         if tail.bytes is not None:
             step = max(step, _step_for(tail.bytes, hidden, root))
 
@@ -194,6 +204,9 @@ def fit_sketch(
         softcap=head.softcap,
     )
     analysis = ((root @ axes).T / step).float()
+    if tail.exact and head.softcap is None:
+        sketch = with_shift_axis(sketch)
+        analysis = torch.cat([analysis, torch.zeros_like(analysis[:1])])
     encoder = SketchEncoder(
         sketch=sketch,
         step=step,
@@ -208,13 +221,18 @@ def fit_sketch(
     return replace(encoder, common=(common.cpu(), constant - surplus))
 
 
-def _id_weights(head: OutputHead, hidden: Tensor) -> Tensor:
-    """[V], how often each id is among the WINDOW most probable; half a count for those that never are."""
+def _id_weights(head: OutputHead, hidden: Tensor) -> tuple[Tensor, float]:
+    """[V], how often each id is among the WINDOW most probable; half a count for those that never are.
+
+    And the standard deviation of these logits, a token's about their mean: nats, RMS over the tokens.
+    """
     counts = torch.full((len(head.weight),), 0.5, device=hidden.device)
+    variances = []
     for some in _sampled(hidden).split(256):
-        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1).indices.flatten()
-        counts += torch.bincount(top, minlength=len(counts))
-    return counts / counts.sum()
+        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1)
+        counts += torch.bincount(top.indices.flatten(), minlength=len(counts))
+        variances.append(top.values.var(-1, correction=0))
+    return counts / counts.sum(), float(torch.cat(variances).mean().sqrt())
 
 
 def _metric_roots(head: OutputHead, weights: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from cachekd.cache.records import SketchCodes
 
 SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats
+FINE_SHIFT_STEP = 1 / 512  # of the axis that takes what is left of the shift, if there is one
 FARTHEST = 6e4  # units; float16 ends at 65,504
 CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
 
@@ -146,6 +147,23 @@ class TailSketch:
 
     def __deepcopy__(self, _memo: dict) -> TailSketch:
         return self  # nothing in it changes
+
+
+def with_shift_axis(sketch: TailSketch) -> TailSketch:
+    """One more axis, along which all logits move alike, in steps of FINE_SHIFT_STEP.
+
+    What the shift's own step leaves is the same for all of a token's ids that are not kept. So it does not
+    average out as the codes' noise does: every difference to an id that is kept is off by it.
+    """
+    codes, unit = 2**15 - 1, FINE_SHIFT_STEP / ((2**15 - 1) * sketch.basis_step)
+    return replace(
+        sketch,
+        codes=torch.cat([sketch.codes, torch.full_like(sketch.codes[:, :1], codes)], 1),
+        unit=torch.cat([sketch.unit, sketch.unit.new_tensor([unit])]),
+        centroids=torch.cat([sketch.centroids, sketch.unit.new_tensor([[unit], [2 * unit]])], 1),
+        _basis=[],
+        _copies={},
+    )
 
 
 def read_sketch(path: Path, sha256: str | None = None, shape: tuple[int, int] | None = None) -> TailSketch:
