@@ -44,12 +44,14 @@ def check_switch(teacher: Any, student: Any) -> None:
     vision_tower_name(teacher)  # a language model has none
     family = family_of(teacher)
     names = ("model_type", f"vision_config.{family.width}", *family.shared, "image_token_id")
-    for name in names:
-        expected, found = _setting(teacher, name), _setting(student, name)
+    pairs = {_meaning(name, family): (_setting(teacher, name), _setting(student, name)) for name in names}
+    for name in family.equally_many:
+        pairs[f"number of {name}"] = (len(_setting(teacher, name)), len(_setting(student, name)))
+    for meaning, (expected, found) in pairs.items():
         if expected != found:
             raise CachekdError(
                 "the student's visual features cannot be switched into the teacher",
-                where=f"{_meaning(name, family)} of {student.name_or_path}",
+                where=f"{meaning} of {student.name_or_path}",
                 expected=f"{expected}, as {teacher.name_or_path} has it",
                 found=found,
                 fix="use a student whose vision encoder has the teacher's width and grid, "

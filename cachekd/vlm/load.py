@@ -23,6 +23,7 @@ from cachekd.fingerprint import weights_fingerprint
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.vlm.processors import load_without_video
 from cachekd.vlm.steady import keep_statistics
+from cachekd.vlm.tinyllava import is_tinyllava
 
 
 def default_device() -> torch.device:
@@ -44,8 +45,16 @@ def load_config(path: str) -> Any:
     Raises:
         CachekdError: there is no model at `path`, or its family is not supported.
     """
+    if is_tinyllava(path):
+        raise CachekdError(
+            "this checkpoint is in TinyLLaVA Factory's layout",
+            where=str(path),
+            expected="a model of transformers' own",
+            fix=f"cachekd convert {path} -o NEW_FOLDER, and use that (download it first from a hub)",
+        )
     try:
-        config = AutoConfig.from_pretrained(path)
+        # Never a checkpoint's own code, nor a question whether to run it.
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CachekdError(
             "no model can be loaded",
@@ -61,7 +70,7 @@ def load_config(path: str) -> Any:
 def load_processor(path: str) -> Any:
     """A VLM's processor: image processor, tokenizer and chat template."""
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         processor = load_without_video(path)
         if processor is None:

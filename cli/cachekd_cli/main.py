@@ -7,7 +7,7 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, merge, report, select, status, train, verify
+from cachekd_cli import convert, demo, dump, evaluate, merge, report, select, status, train, verify
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -27,6 +27,7 @@ app.command("select")(select.select_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
+app.command("convert")(convert.convert_command)
 app.command("demo")(demo.demo_command)
 
 
