@@ -499,7 +499,7 @@ def test_deepstack_layers_may_differ_but_not_their_number():
     student.vision_config.deepstack_visual_indexes = [1, 2]
     check_switch(teacher, student)
     student.vision_config.deepstack_visual_indexes = [1]
-    with pytest.raises(CachekdError, match="number of vision_config.deepstack_visual_indexes"):
+    with pytest.raises(CachekdError, match=r"number of .*deepstack_visual_indexes"):
         check_switch(teacher, student)
 
 
