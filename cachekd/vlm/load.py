@@ -45,17 +45,17 @@ def load_config(path: str) -> Any:
     Raises:
         CachekdError: there is no model at `path`, or its family is not supported.
     """
-    if is_tinyllava(path):
-        raise CachekdError(
-            "this checkpoint is in TinyLLaVA Factory's layout",
-            where=str(path),
-            expected="a model of transformers' own",
-            fix=f"cachekd convert {path} -o NEW_FOLDER, and use that (download it first from a hub)",
-        )
     try:
         # Never a checkpoint's own code, nor a question whether to run it.
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if is_tinyllava(path):
+            raise CachekdError(
+                "this checkpoint is in TinyLLaVA Factory's layout",
+                where=str(path),
+                expected="a model of transformers' own",
+                fix=f"cachekd convert {path} -o NEW_FOLDER, and use that (download it first from a hub)",
+            ) from None
         raise CachekdError(
             "no model can be loaded",
             where=str(path),
@@ -167,19 +167,21 @@ def _load(
     device: torch.device,
     quantization: dict[str, Any] | None,
 ) -> PreTrainedModel:
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     config = load_config(path)
-    if quantization is None:
-        return _from_pretrained(model_class, path, config=config, dtype=dtype).to(device).eval()
-    settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     try:
-        return _from_pretrained(model_class, path, config=config, dtype=dtype, **settings).eval()
+        model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
     except ImportError as error:
         raise CachekdError(
-            "the quantised model cannot be loaded",
+            "the model cannot be loaded: a package is missing",
             where=str(path),
-            found=str(error).splitlines()[0],
-            fix="pip install what is named above, or load the model unquantised",
+            found=next(line.strip() for line in str(error).splitlines() if line.strip()),
+            fix="pip install what is named above"
+            + (", or load the model unquantised" if quantization is not None else ""),
         ) from None
+    return (model if quantization is not None else model.to(device)).eval()
 
 
 def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:

@@ -8,6 +8,7 @@ load like any other model, without remote code.
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,14 +18,13 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    CLIPImageProcessor,
     LlavaConfig,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipImageProcessor,
 )
 
+from cachekd.cache.files import make_folder
 from cachekd.errors import CachekdError
 
 MODEL_TYPE = "tinyllava"
@@ -84,8 +84,11 @@ def convert_tinyllava(source: Path, out: Path) -> PreTrainedModel:
     model = _model(config, _weights(source), source)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
-    model.save_pretrained(out)
-    _processor(config, tokenizer).save_pretrained(out)
+    make_folder(out.parent)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        model.save_pretrained(Path(folder, out.name))
+        _processor(config, tokenizer).save_pretrained(Path(folder, out.name))
+        Path(folder, out.name).rename(out)  # whole, or not there
     return model
 
 
@@ -169,6 +172,11 @@ def _model(config: LlavaConfig, weights: dict[str, Tensor], source: Path) -> Pre
 
 
 def _processor(config: LlavaConfig, tokenizer: Any) -> LlavaProcessor:
+    from transformers import (  # they talk of torchvision when imported
+        CLIPImageProcessor,
+        SiglipImageProcessor,
+    )
+
     vision, size = config.vision_config, config.vision_config.image_size
     square = {"height": size, "width": size}
     clip = vision.model_type == "clip_vision_model"

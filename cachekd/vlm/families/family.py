@@ -27,6 +27,14 @@ def stand_in(tower: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return twin
 
 
+def changed(output: ModelOutput, **fields: Any) -> ModelOutput:
+    """A shallow copy of an encoder's output with other fields."""
+    copied = copy.copy(output)
+    for name, value in fields.items():
+        copied[name] = value
+    return copied
+
+
 def replay_output(tower: nn.Module, output: ModelOutput) -> nn.Module:
     """A vision encoder that returns an output that is already there."""
     return stand_in(tower, lambda *_args, **_kwargs: copy.copy(output))
