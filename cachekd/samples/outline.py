@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cachekd.samples.conversation import IMAGE_PLACEHOLDER, first_given
 from cachekd.samples.encode import SampleEncoder
@@ -58,23 +59,14 @@ def _text(turn: Any) -> str:
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
     """About how many tokens each sample has, in the data set's order.
 
-    The text's tokens are counted. What turns and images add is fitted to a few samples, evenly spread, the
-    only ones whose images are read; so lengths are next to exact where every image has the same number of
+    The text's tokens are counted. What turns and images add is fitted to a few samples at random, the only
+    ones whose images are read; so lengths are next to exact where every image has the same number of
     tokens, and miss the differences where that depends on its size.
 
     Raises:
         CachekdError: one of the few cannot be used, or the data set cannot be read.
     """
-    count = min(_MEASURED, len(samples))
-    measured = [place * len(samples) // count for place in range(count)]
-    known = [samples.outline(index) for index in measured]
-    rest = [
-        len(encoder(samples[index])) - tokens
-        for index, tokens in zip(measured, _text_tokens(known, encoder), strict=True)
-    ]
-    added = np.linalg.lstsq(np.array([_features(outline) for outline in known]), np.array(rest), rcond=None)[
-        0
-    ]
+    added = _fitted(samples, encoder)
     lengths: list[int] = []
     for start in range(0, len(samples), _AT_A_TIME):
         indices = range(start, min(start + _AT_A_TIME, len(samples)))
@@ -82,6 +74,18 @@ def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
         for outline, tokens in zip(outlines, _text_tokens(outlines, encoder), strict=True):
             lengths.append(max(1, tokens + round(float(added @ _features(outline)))))
     return lengths
+
+
+def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.float64]:
+    """Tokens that come on top of the text's: in every sample, per turn, per image."""
+    count = min(_MEASURED, len(samples))
+    # At random, not evenly spread: data sets have periods.
+    some = np.random.default_rng(0).choice(len(samples), count, replace=False).tolist()
+    outlines = [samples.outline(index) for index in some]
+    texts = _text_tokens(outlines, encoder)
+    rest = [len(encoder(samples[index])) - tokens for index, tokens in zip(some, texts, strict=True)]
+    features = np.array([_features(outline) for outline in outlines])
+    return np.linalg.lstsq(features, np.array(rest), rcond=None)[0]
 
 
 def _features(outline: Outline) -> tuple[int, int, int]:
