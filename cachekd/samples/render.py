@@ -109,10 +109,10 @@ def find_answers(renderer: Renderer, messages: Messages, where: str) -> tuple[st
     kept = [0, *(end - other for end, other in zip(ends, without_lead, strict=True))]
     spans = []
     for answer, end, (before, after) in zip(answers, ends, pairwise(kept), strict=True):
-        lead = len(answer) - len(answer.lstrip()) - (after - before)  # what the template leaves out
-        expected = answer.rstrip()[max(lead, 0) :]
-        if lead < 0 or text[:end][-len(expected) :] != expected:
-            raise _rewritten(answer, text[:end], where)
+        left_out = len(answer) - len(answer.lstrip()) - (after - before)
+        expected = answer.rstrip()[max(left_out, 0) :]
+        if left_out < 0 or not text[:end].endswith(expected):
+            raise _not_the_same(("assistant", answer), text[:end], where)
         spans.append((end - len(expected), end))
     return text, spans
 
@@ -124,38 +124,30 @@ def _ends(renderer: Renderer, messages: Messages, text: str, where: str) -> list
     pieces = re.split(f"{marker}([0-9]+){marker}", renderer.text(marked))
     numbers = [int(piece) for piece in pieces[1::2]]
     if "".join(pieces[::2]) != text:
-        raise BadSample(
-            "the chat template rewrites a turn",
-            where=where,
-            expected="the texts of the conversation as they are, apart from white space around them",
-            found=text[-400:],
-            fix="change the data or the chat template, so that the model reads what the data say",
-        )
-    for number, owner in enumerate(owners):
-        times = numbers.count(number)
-        if times == 0 or (times > 1 and owner["role"] == "assistant"):
-            raise BadSample(
-                f"the chat template {'repeats' if times else 'drops or rewrites'} a turn",
-                where=where,
-                expected=f"{owner['role']}: {message_text(owner)[:200]}",
-                found=text[-400:],
-                fix="a template that removes thinking from earlier answers needs data without it, or "
-                "conversations that end at each such answer; one without system turns, data without them",
-            )
+        raise _not_the_same(None, text, where)
     length, ends = 0, []
     for number, piece in zip(numbers, pieces[::2], strict=False):
         length += len(piece)
-        if owners[number]["role"] == "assistant":
+        role, core = owners[number]
+        if not text[:length].endswith(core):
+            raise _not_the_same(owners[number], text[:length], where)
+        if role == "assistant":
             ends.append((number, length))
+    for number, owner in enumerate(owners):
+        # What a user says may come twice, as in a title; of an answer it must be clear which one is meant.
+        if number not in numbers or (numbers.count(number) > 1 and owner[0] == "assistant"):
+            raise _not_the_same(owner, text, where)
     if ends != sorted(ends):
         raise BadSample("the chat template changes the order of the answers", where=where)
     return [end for _, end in ends]
 
 
-def _with_markers(messages: Messages, marker: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The conversation with its numbered markers, and the turn that each belongs to. A marker comes before
-    white space that trails, which a template may strip."""
-    owners: list[dict[str, Any]] = []
+def _with_markers(messages: Messages, marker: str) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The conversation with a numbered marker behind each text, and for each its role and stripped text.
+
+    A marker comes before white space that trails, which a template may strip.
+    """
+    owners: list[tuple[str, str]] = []
     marked = []
     for message in messages:
         content = []
@@ -164,7 +156,7 @@ def _with_markers(messages: Messages, marker: str) -> tuple[list[dict[str, Any]]
             if text:
                 tail = part["text"][len(text) :]
                 part = {**part, "text": f"{text}{marker}{len(owners)}{marker}{tail}"}
-                owners.append(message)
+                owners.append((message["role"], text.lstrip()))
             content.append(part)
         marked.append({**message, "content": content})
     return marked, owners
@@ -179,11 +171,12 @@ def _unused_character(texts: list[str]) -> str:
     return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
 
 
-def _rewritten(answer: str, found: str, where: str) -> BadSample:
+def _not_the_same(owner: tuple[str, str] | None, found: str, where: str) -> BadSample:
     return BadSample(
-        "the chat template rewrites an answer",
+        "the chat template drops, rewrites or repeats a turn",
         where=where,
-        expected=answer[:200],
-        found=found[-len(answer) - 20 :][-220:],
-        fix="write the answers as the template does",
+        expected="the conversation's texts as they are" if owner is None else f"{owner[0]}: {owner[1][:200]}",
+        found=found[-300:],
+        fix="write the data as the template does; where it removes thinking from earlier answers, leave the "
+        "thinking out or end conversations at such answers; where it takes no system turn, leave that out",
     )
