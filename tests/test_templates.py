@@ -251,64 +251,11 @@ def test_named_templates_and_slow_tokenizers():
 
 # ---- random conversations
 
-SPECIAL_TEXTS = [
-    "<image>",
-    "<|im_end|>",
-    "</s>",
-    "<s>",
-    "<eos>",
-    "<end_of_turn>",
-    "<|eot_id|>",
-    "<think>",
-    "</think>",
-]
+CONTROL_LIKE = ["<image>", "<|im_end|>", "</s>", "<s>", "<end_of_turn>", "<|eot_id|>", "<think>", "</think>"]
 SPACES = st.text(" \n\t\u2003", max_size=3)
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(SPECIAL_TEXTS))
-TEXTS = [
-    "<image>",
-    "<|im_end|>",
-    "</s>",
-    "<s>",
-    "<eos>",
-    "<end_of_turn>",
-    "<|eot_id|>",
-    "<think>",
-    "</think>",
-]
-SPACES = st.text(" \n\t\u2003", max_size=3)
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(SPECIAL_TEXTS))
-TEXTS = [
-    "<image>",
-    "<|im_end|>",
-    "</s>",
-    "<s>",
-    "<eos>",
-    "<end_of_turn>",
-    "<|eot_id|>",
-    "<think>",
-    "</think>",
-]
-SPACES = st.text(" \n\t\u2003", max_size=3)
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(SPECIAL_TEXTS))
-TEXTS = [
-    "<image>",
-    "<|im_end|>",
-    "</s>",
-    "<s>",
-    "<eos>",
-    "<end_of_turn>",
-    "<|eot_id|>",
-    "<think>",
-    "</think>",
-]
-SPACES = st.text(" \n\t\u2003", max_size=3)
-WORDS = st.one_of(
-    st.text(max_size=12),
-    st.sampled_from([*CORPUS_WORDS, *SPECIAL_TEXTS]) if False else st.text(max_size=12),
-    st.sampled_from(SPECIAL_TEXTS),
-)
+WORDS = st.one_of(st.text(max_size=12), st.text(max_size=12), st.sampled_from(CONTROL_LIKE))
 TEXTS = st.tuples(SPACES, st.lists(WORDS, min_size=1, max_size=3), SPACES).map(
-    lambda t: t[0] + " ".join(t[1]) + t[2]
+    lambda parts: parts[0] + " ".join(parts[1]) + parts[2]
 )
 EOT = {name: shape.end or "" for name, shape in SHAPES.items()}
 ENCODERS: dict[str, SampleEncoder] = {}
