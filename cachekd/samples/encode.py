@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.chat_template import ChatTemplate
 from cachekd.samples.sample import Sample
+from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
 from cachekd.samples.supervision import expand_images, supervised_mask
 
 
@@ -57,6 +59,9 @@ class SampleEncoder:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
+        if takes_suffix(processor):
+            self.template: str = LAYOUT
+            return
         self.template = _template_source(processor)
         self._chat = ChatTemplate(processor, self.template)
         if not processor.tokenizer.is_fast:
@@ -86,11 +91,14 @@ class SampleEncoder:
             ) from error
 
     def _encode(self, sample: Sample) -> Encoded:
+        if takes_suffix(self.processor):
+            batch, supervised = suffix_inputs(self.processor, sample)
+            return Encoded(sample.key, sample.content_hash, _unbatched(batch), supervised)
         tokenizer = self.processor.tokenizer
         text, spans = self._chat.locate(sample)
         batch = self.processor(
             text=[text],
-            images=list(sample.images) or None,
+            images=[list(sample.images)] if sample.images else None,
             return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
@@ -149,22 +157,36 @@ def _unbatched(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     """Right-pad samples into one batch.
 
+    Image tensors of all samples that have some are concatenated in order, after padding with zeros to one
+    size where they differ: families whose images have tiles or sizes of their own know from their other
+    inputs (sizes, masks, all-zero images) what is padding.
+
     Returns:
-        `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `supervised` [B, S] bool, and the image
-        tensors of all samples concatenated in order.
+        `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `supervised` [B, S] bool, the image tensors.
     """
-    pads = {"input_ids": pad_token_id}
     batch: dict[str, Tensor] = {}
-    for name in samples[0].inputs:
-        values = [sample.inputs[name] for sample in samples]
+    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
+        values = [sample.inputs[name] for sample in samples if name in sample.inputs]
         if name in _PER_TOKEN:
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=pads.get(name, 0))
+            padding = pad_token_id if name == "input_ids" else 0
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)
         else:
-            batch[name] = torch.cat(values)
+            batch[name] = torch.cat(_same_size(values))
     lengths = [torch.ones(len(sample), dtype=torch.long) for sample in samples]
     batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
     batch["supervised"] = pad_sequence([sample.supervised for sample in samples], batch_first=True)
     return batch
+
+
+def _same_size(values: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros behind each axis but the first, up to the longest."""
+    longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [most - size for size, most in zip(value.shape[1:], longest, strict=True)]
+        both_ends = [amount for gap in reversed(missing) for amount in (0, gap)]
+        padded.append(pad(value, both_ends) if any(missing) else value)
+    return padded
 
 
 def predicting_positions(supervised: Tensor) -> Tensor:

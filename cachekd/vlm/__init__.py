@@ -2,6 +2,7 @@
 
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
+from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.head import output_head
 from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
@@ -28,7 +29,9 @@ __all__ = [
     "default_device",
     "default_dtype",
     "encode",
+    "family_of",
     "hidden_and_logits_at",
+    "language_model",
     "load_config",
     "load_model",
     "load_processor",
@@ -36,6 +39,8 @@ __all__ = [
     "logits_at",
     "output_head",
     "project",
+    "projectors_in_tower",
+    "vision_tower",
     "weights_files",
     "weights_identity",
 ]

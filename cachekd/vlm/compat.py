@@ -6,6 +6,8 @@ from typing import Any
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import tokenizer_fingerprint
+from cachekd.vlm.families import Family, family_of, vision_tower_name
+from cachekd.vlm.families.llava import GRID
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
@@ -35,23 +37,19 @@ def check_switch(teacher: Any, student: Any) -> None:
     Args:
         teacher: the teacher's config.
         student: the student's config.
+
+    Raises:
+        CachekdError: another family, or one of the facts that the family says must agree differs.
     """
-    facts = {
-        "model_type": (teacher.model_type, student.model_type),
-        "vision width": (teacher.vision_config.hidden_size, student.vision_config.hidden_size),
-        "image tokens": (_image_tokens(teacher), _image_tokens(student)),
-        "vision_feature_layer": (teacher.vision_feature_layer, student.vision_feature_layer),
-        "vision_feature_select_strategy": (
-            teacher.vision_feature_select_strategy,
-            student.vision_feature_select_strategy,
-        ),
-        "image_token_id": (teacher.image_token_id, student.image_token_id),
-    }
-    for name, (expected, found) in facts.items():
+    vision_tower_name(teacher)  # a language model has none
+    family = family_of(teacher)
+    names = ("model_type", f"vision_config.{family.width}", *family.shared, "image_token_id")
+    for name in names:
+        expected, found = _setting(teacher, name), _setting(student, name)
         if expected != found:
             raise CachekdError(
                 "the student's visual features cannot be switched into the teacher",
-                where=f"{name} of {student.name_or_path}",
+                where=f"{_meaning(name, family)} of {student.name_or_path}",
                 expected=f"{expected}, as {teacher.name_or_path} has it",
                 found=found,
                 fix="use a student whose vision encoder has the teacher's width and grid, "
@@ -59,6 +57,14 @@ def check_switch(teacher: Any, student: Any) -> None:
             )
 
 
-def _image_tokens(config: Any) -> int:
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
+def _meaning(name: str, family: Family) -> str:
+    if name == f"vision_config.{family.width}":
+        return f"vision width ({name})"
+    return f"image tokens ({name})" if name in GRID else name
+
+
+def _setting(config: Any, name: str) -> Any:
+    """A dotted attribute of a config; None where it is not set."""
+    for part in name.split("."):
+        config = getattr(config, part, None)
+    return list(config) if isinstance(config, tuple) else config

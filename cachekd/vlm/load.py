@@ -8,13 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
-from cachekd.vlm.families import vision_tower_name
+from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 
 
 def default_device() -> torch.device:
@@ -46,7 +52,7 @@ def load_config(path: str) -> Any:
             found=str(error).splitlines()[0],
         ) from None
     config.name_or_path = str(path)
-    vision_tower_name(config)
+    family_of(config)
     return config
 
 
@@ -74,23 +80,27 @@ def load_processor(path: str) -> Any:
 def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """A whole VLM in eval mode.
+    """A whole VLM (or, of the family `text_only`, language model) in eval mode.
 
     Args:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
     """
-    return _load(AutoModelForImageTextToText, path, dtype, device, quantization)
+    text_only = family_of(load_config(path)) is TEXT_ONLY
+    auto_class = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    return _load(auto_class, path, dtype, device, quantization)
 
 
-class _NoTower(nn.Module):
-    """Stands where the teacher's vision encoder would be."""
+def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
+    """Take a vision encoder's modules away, in place, all but the projector's."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
+
+    for name in set(tower._modules) - set(kept):
+        delattr(tower, name)
+    for name in list(tower._parameters):
+        delattr(tower, name)
+    tower.forward = refuse
 
 
 def load_without_tower(
@@ -102,15 +112,17 @@ def load_without_tower(
         quantization: see `load_model`.
     """
     config = load_config(path)
-    name = vision_tower_name(config)
+    name, kept = vision_tower_name(config), family_of(config).inside
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
     class Towerless(whole):
-        _keys_to_ignore_on_load_unexpected = [rf"(^|\.){name}\."]  # noqa: RUF012
+        _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+            rf"(^|\.){name}\.(?!({'|'.join(kept)})\.)" if kept else rf"(^|\.){name}\."
+        ]
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            setattr(self.model, name, _NoTower(config.vision_config))
+            _empty_tower(getattr(self.model, name), kept)
 
     # transformers renames a checkpoint's weights only for classes that it knows as its own.
     Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__

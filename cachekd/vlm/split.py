@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families import vision_tower, vision_tower_name
-
-# Inputs that only the vision encoder reads: the language model's forward must not see them again.
-PIXEL_INPUTS = ("pixel_values", "pixel_attention_mask")
+from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_tower_name
 
 
 class VisionCapture:
-    """Holds the raw output of the vision encoder's last forward."""
+    """Holds the raw output of the vision encoder's last forward; None if it did not run (no image)."""
 
     output: ModelOutput | None = None
 
@@ -35,18 +32,34 @@ class VisionCapture:
 def capture_vision(model: PreTrainedModel) -> Iterator[VisionCapture]:
     """Record V's output while the model runs its own forward, so that V runs once (and DDP sees it run).
 
-    The output is a shallow copy: some families overwrite fields of the original.
+    The output is a shallow copy: some families overwrite fields of the original. Where the projector lies
+    inside the encoder, `last_hidden_state` is what the projector reads, and `deepstack_features` are the
+    inputs of its other mergers. A language model's capture stays empty.
     """
     capture = VisionCapture()
+    family = family_of(model.config)
+    if family.tower is None:
+        yield capture
+        return
+    tower = vision_tower(model)
+    taps: list[Tensor] = []
 
     def record(_module: nn.Module, _args: Any, output: ModelOutput) -> None:
         capture.output = copy.copy(output)
+        if family.taps:
+            capture.output["deepstack_features"] = list(taps)
+            taps.clear()
 
-    handle = vision_tower(model).register_forward_hook(record)
+    mergers = [merger for name in family.taps for merger in getattr(tower, name)]
+    handles = [
+        tower.register_forward_hook(record),
+        *(merger.register_forward_pre_hook(lambda _module, args: taps.append(args[0])) for merger in mergers),
+    ]
     try:
         yield capture
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ModelOutput:
@@ -59,17 +72,6 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> ModelOutput:
         model.get_image_features(**image_inputs(model, inputs), return_dict=True)
     assert capture.output is not None  # the family runs its encoder, or the hook's tower is not the encoder
     return capture.output
-
-
-class _Replay(nn.Module):
-    """Stands where a vision encoder was and returns an output that is already there."""
-
-    def __init__(self, tower: nn.Module, output: ModelOutput) -> None:
-        super().__init__()
-        self.config, self._output = getattr(tower, "config", None), output
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> ModelOutput:
-        return copy.copy(self._output)
 
 
 def project(model: PreTrainedModel, vision_output: ModelOutput, inputs: Mapping[str, Tensor]) -> ModelOutput:
@@ -85,7 +87,7 @@ def project(model: PreTrainedModel, vision_output: ModelOutput, inputs: Mapping[
     """
     name = vision_tower_name(model.config)
     inner = copy.copy(model.model)
-    replay = _Replay(getattr(inner, name), cast_output(vision_output, model.dtype))
+    replay = family_of(model.config).replay(getattr(inner, name), cast_output(vision_output, model.dtype))
     # nn.Module.__setattr__ would write into the dictionary that the copy still shares with the model.
     inner.__dict__["_modules"] = {**model.model._modules, name: replay}
     return inner.get_image_features(**image_inputs(model, inputs), return_dict=True)
@@ -136,7 +138,7 @@ def hidden_and_logits_at(
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model's `get_image_features` takes."""
-    names = inspect.signature(model.get_image_features).parameters
+    names = inspect.signature(model.model.get_image_features).parameters
     return {name: value for name, value in inputs.items() if name in names}
 
 

@@ -1,0 +1,70 @@
+"""PaliGemma's layout: images, a question, and the answer as the processor's suffix.
+
+Image and question attend to each other both ways, the answer causally. The token types say which is which,
+and only the processor's `suffix` sets them: an answer written into the text would be seen by the question,
+and so by the tokens that are to predict it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PaliGemmaProcessor
+
+from cachekd.errors import BadSample
+from cachekd.samples.sample import Sample, message_text
+
+LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
+
+
+def takes_suffix(processor: Any) -> bool:
+    """Whether answers go into the processor's suffix; a chat template is not used then."""
+    return isinstance(processor, PaliGemmaProcessor)
+
+
+def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode a sample of one question.
+
+    Returns:
+        what the processor makes of it, with a batch axis of one; and [L] bool, the answer with its end token.
+
+    Raises:
+        BadSample: not exactly one question and one answer, or no image; the tokens do not give back the
+            answer.
+    """
+    _check(sample)
+    question, answer = sample.questions[0]
+    text = processor.image_token * len(sample.images) + message_text(question)
+    batch = dict(
+        processor(
+            text=[text],
+            images=list(sample.images),
+            suffix=[answer],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+    )
+    del batch["labels"]  # the supervised mask says the same
+    supervised = batch["token_type_ids"][0] == 1
+    written = processor.tokenizer.decode(batch["input_ids"][0][supervised])
+    if written != answer + processor.tokenizer.eos_token:
+        raise BadSample(
+            "the supervised tokens do not give back the answer",
+            where=sample.where,
+            expected=answer + processor.tokenizer.eos_token,
+            found=written,
+        )
+    return batch, supervised
+
+
+def _check(sample: Sample) -> None:
+    roles = [message["role"] for message in sample.messages]
+    if roles != ["user", "assistant"] or not sample.images:
+        raise BadSample(
+            "PaliGemma takes images, one question and one answer",
+            where=sample.where,
+            expected="a user turn with at least one image, then an assistant turn",
+            found=f"{', '.join(roles)} with {len(sample.images)} image(s)",
+            fix="one conversation per question, or a teacher of another family",
+        )
