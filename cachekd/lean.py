@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.vlm import load_model
+from cachekd.vlm import language_model, load_model
 
 ADAPTER_FOLDER = "adapter"
 
@@ -30,7 +30,7 @@ def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
     """
     layers = [
         module
-        for module in teacher.model.language_model.modules()
+        for module in language_model(teacher).modules()
         if isinstance(module, GradientCheckpointingLayer)
     ]
     for layer in layers:

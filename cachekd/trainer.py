@@ -18,7 +18,7 @@ from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
 from cachekd.training_data import IGNORE, collate_with_targets
-from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model
+from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model, prove_split
 
 TERMS = ("ce", "align", "vsd")
 Targets = CachedTargets | LiveTargets
@@ -92,6 +92,7 @@ class SwitchKDTrainer(Trainer):
             student if isinstance(student, PreTrainedModel) else wrapped.get_base_model()
         )
         self.teacher, self.live = teacher, live
+        self._proven = False  # that the student's parts make up the student
         self.lambda_align, self.lambda_vsd, self.temperature = lambda_align, lambda_vsd, temperature
         self.head = self._measured_heads()
         self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
@@ -107,7 +108,15 @@ class SwitchKDTrainer(Trainer):
         tokens.pop("labels")
         if self.teacher is not None:
             self.teacher.head(tokens, positions)
+            if self.lambda_vsd > 0 and "pixel_values" in tokens:
+                self._prove(tokens, positions)
         return DeferredHead(self.vlm, tokens, positions)
+
+    def _prove(self, inputs: dict[str, Tensor], positions: Tensor) -> None:
+        """Once, on the first sample with an image."""
+        if not self._proven:
+            prove_split(self.vlm, inputs, positions)
+            self._proven = True
 
     def compute_loss(
         self,
@@ -202,6 +211,7 @@ class SwitchKDTrainer(Trainer):
                 "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
                 fix="train the vision encoder, or set --lambda-vsd 0",
             )
+        self._prove(inputs, positions)
         head = self.teacher.head(inputs, positions)
         teacher_logits = self.teacher.logits
         states = head.states(lambda: teacher_logits(vision_output, inputs, positions))

@@ -322,7 +322,7 @@ def qwen_config(config_class: Any, **tower: Any) -> Callable[[Any, int, int], An
                 "temporal_patch_size": 2,
                 **widths,
                 **tower,
-            },  # fmt: skip
+            },
             text_config=text | {"rope_parameters": rope, "head_dim": text_width // 2, "bos_token_id": None},
             image_token_id=ids(tok, "<|image_pad|>"),
             video_token_id=ids(tok, "<|video_pad|>"),
@@ -412,8 +412,7 @@ def paligemma_processor() -> PaliGemmaProcessor:
     images = SiglipImageProcessorPil(size=square(28))
     images.image_seq_length = 16
     tok = tokenizer(named={"image_token": "<image>"}, bos_token="<|user|>")
-    processor = PaliGemmaProcessor(image_processor=images, tokenizer=tok)
-    return processor
+    return PaliGemmaProcessor(image_processor=images, tokenizer=tok)
 
 
 def gemma3_config(tok: Any, width: int, text_width: int) -> Gemma3Config:

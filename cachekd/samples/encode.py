@@ -92,12 +92,13 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample) -> Encoded:
         if takes_suffix(self.processor):
-            batch, supervised = suffix_inputs(self.processor, sample)
-            return Encoded(sample.key, sample.content_hash, _unbatched(batch), supervised)
+            suffixed, is_answer = suffix_inputs(self.processor, sample)
+            return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
         tokenizer = self.processor.tokenizer
         text, spans = self._chat.locate(sample)
         batch = self.processor(
             text=[text],
+            # A list of lists: some processors tile the images of one sample in another way than of several.
             images=[list(sample.images)] if sample.images else None,
             return_tensors="pt",
             return_offsets_mapping=True,

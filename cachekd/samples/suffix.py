@@ -39,7 +39,7 @@ def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Te
     batch = dict(
         processor(
             text=[text],
-            images=list(sample.images),
+            images=[list(sample.images)],
             suffix=[answer],
             return_tensors="pt",
             add_special_tokens=False,

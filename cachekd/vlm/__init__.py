@@ -15,6 +15,7 @@ from cachekd.vlm.load import (
     weights_files,
     weights_identity,
 )
+from cachekd.vlm.proof import prove_split
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
 
@@ -40,6 +41,7 @@ __all__ = [
     "output_head",
     "project",
     "projectors_in_tower",
+    "prove_split",
     "vision_tower",
     "weights_files",
     "weights_identity",

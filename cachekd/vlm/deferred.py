@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 # Share of the logits' deviation by which the head may miss them: what rounding in the dtype explains.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _TOLERANCE_HALF = 2e-2
+# What the language model needs when no image is there.
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class DeferredHead:
@@ -50,7 +52,7 @@ class DeferredHead:
         model.eval()
         with torch.no_grad():
             row = positions.any(-1).int().argmax()[None]
-            tokens = {name: x[row] for name, x in inputs.items() if x.shape[:2] == positions.shape}
+            tokens = {name: inputs[name][row] for name in _TOKENS if name in inputs}
             hidden, logits = hidden_and_logits_at(model, tokens, positions[row])
             self._measure(model, hidden, logits)
         for module, training in modes:

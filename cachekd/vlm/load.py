@@ -21,6 +21,8 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.vlm.processors import load_without_video
+from cachekd.vlm.steady import keep_statistics
 
 
 def default_device() -> torch.device:
@@ -60,13 +62,16 @@ def load_processor(path: str) -> Any:
     """A VLM's processor: image processor, tokenizer and chat template."""
     try:
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise CachekdError(
-            "no processor can be loaded",
-            where=str(path),
-            expected="processor_config.json and tokenizer files beside the model",
-            found=str(error).splitlines()[0],
-        ) from None
+    except (OSError, ValueError, ImportError) as error:
+        processor = load_without_video(path)
+        if processor is None:
+            reason = next(line for line in str(error).splitlines() if line.strip())
+            raise CachekdError(
+                "no processor can be loaded",
+                where=str(path),
+                expected="processor_config.json and tokenizer files beside the model",
+                found=reason.strip(),
+            ) from None
     if not hasattr(processor, "tokenizer"):
         raise CachekdError(
             "the processor has no tokenizer and image processor",
@@ -171,6 +176,7 @@ def _load(
 def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
     """Load weights, and refuse a checkpoint that leaves some of them at random values."""
     model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    keep_statistics(model)
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise CachekdError(

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+log = logging.getLogger(__name__)
+
+
+def load_without_video(path: str) -> Any | None:
+    """A model's processor for images and text, where torchvision is missing and only videos want it.
+
+    Returns:
+        None where that is not what is missing.
+    """
+    processor_class = _processor_class(path)
+    if is_torchvision_available() or processor_class is None:
+        return None
+    if "video_processor" not in processor_class.get_attributes():
+        return None
+    log.warning("%s: its processor is loaded without its video part, which needs torchvision", path)
+    return without_video(processor_class).from_pretrained(path)
 
 
 def without_video(processor_class: Any) -> Any:
@@ -16,5 +38,17 @@ def without_video(processor_class: Any) -> Any:
         def get_attributes(cls) -> list[str]:
             return [name for name in processor_class.get_attributes() if name != "video_processor"]
 
+        @classmethod
+        def from_args_and_dict(cls, args: list[Any], *others: Any, **kwargs: Any) -> Any:
+            # The classes take image processor, tokenizer, video processor; SmolVLM's has no default.
+            return super().from_args_and_dict([*args, None], *others, **kwargs)
+
     ImagesOnly.__name__, ImagesOnly.__module__ = processor_class.__name__, processor_class.__module__
     return ImagesOnly
+
+
+def _processor_class(path: str) -> Any | None:
+    try:
+        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path)), None)
+    except (OSError, ValueError):
+        return None

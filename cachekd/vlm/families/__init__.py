@@ -23,6 +23,7 @@ from cachekd.vlm.families.llava_next import LLAVA_NEXT
 from cachekd.vlm.families.llava_onevision import LLAVA_ONEVISION
 from cachekd.vlm.families.mistral3 import MISTRAL3
 from cachekd.vlm.families.paligemma import PALIGEMMA
+from cachekd.vlm.families.probe import probe
 from cachekd.vlm.families.qwen2_5_vl import QWEN2_5_VL
 from cachekd.vlm.families.qwen2_vl import QWEN2_VL
 from cachekd.vlm.families.qwen3_vl import QWEN3_VL
@@ -67,6 +68,8 @@ _LANGUAGE_MODELS = (
 def family_of(config: Any) -> Family:
     """The family of a model's configuration; `TEXT_ONLY` for a causal language model.
 
+    An unknown VLM that is built like Llava is taken for one: `prove_split` confirms that before it trains.
+
     Raises:
         CachekdError: the family is not supported.
     """
@@ -75,10 +78,13 @@ def family_of(config: Any) -> Family:
         return FAMILIES[model_type]
     if model_type in _LANGUAGE_MODELS:
         return TEXT_ONLY
+    guessed = probe(config)
+    if guessed is not None:
+        return guessed
     raise CachekdError(
         "this model family is not supported",
         where=str(config.name_or_path or type(config).__name__),
-        expected=f"model_type {', '.join(FAMILIES)}, or a causal language model",
+        expected=f"model_type {', '.join(FAMILIES)}; a VLM built like Llava; or a causal language model",
         found=model_type,
     )
 

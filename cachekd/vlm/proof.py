@@ -1,0 +1,57 @@
+"""Is a split one? Asked of every student before its first switched step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachekd.errors import CachekdError
+from cachekd.vlm.families import FAMILIES
+from cachekd.vlm.split import capture_vision, decode, logits_at, project
+
+# Share of the logits' deviation. The same operations on the same numbers: mostly there is no difference.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_TOLERANCE_HALF = 2e-2
+
+
+@torch.no_grad()
+def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> None:
+    """Take a model apart on one batch and compare with its whole forward.
+
+    Args:
+        model: a VLM with its vision encoder; under LoRA the model inside.
+        inputs: a batch with images.
+        positions: [B, S] bool, where logits are compared.
+
+    Raises:
+        CachekdError: V, P and L, one after the other, do not give the model's own logits.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with capture_vision(model) as vision:
+            whole = logits_at(model, inputs, positions)
+        if vision.output is None:
+            raise _refusal(model, "its vision encoder does not run in its forward")
+        split = decode(model, project(model, vision.output, inputs), inputs, positions)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    miss = float((split - whole).abs().max() / whole.float().std())
+    if not miss <= _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF):
+        raise _refusal(model, f"logits off by {miss:.1%} of their deviation")
+
+
+def _refusal(model: PreTrainedModel, found: str) -> CachekdError:
+    return CachekdError(
+        "the model cannot be split into vision encoder, projector and language model",
+        where=f"{model.config.name_or_path or type(model).__name__}, model_type {model.config.model_type}",
+        expected=f"the logits of its whole forward; supported families: {', '.join(FAMILIES)}",
+        found=found,
+        fix="train without the switched path: --lambda-vsd 0",
+    )
