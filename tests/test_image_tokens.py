@@ -145,7 +145,7 @@ def test_a_student_with_fewer_image_tokens_meets_the_right_targets(pair, tmp_pat
     own = logits["student"][:, :vocab]
     align = dbild_loss(own, live, temperature=3.0, window=batch["targets"].window)
     expected = cross_entropy_loss(logits["student"], answers) + 10 * align
-    torch.testing.assert_close(loss.detach(), expected, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(loss.detach(), expected, rtol=5e-3, atol=1e-4)  # the cache rounds
     # One token to the side would be noticed.
     shifted = DenseTargets(logits["teacher"][:, :vocab].roll(1, 0), answers)
     other = dbild_loss(own, shifted, temperature=3.0, window=batch["targets"].window)

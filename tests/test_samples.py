@@ -185,7 +185,8 @@ def llava(tmp_path: Path, **changes) -> Path:
     [
         ({"image": "gone.png"}, "an image is missing"),
         ({"image": "d.json"}, "an image cannot be read"),
-        ({"image": None}, "the sample has no image"),
+        ({"image": None}, "placeholders differs from the number of images"),
+        ({"image": None, "img": "0.png"}, "an image under another name"),
         ({"conversations": [{"from": "human", "value": "<image>\nhello?"}]}, "no assistant turn"),
         ({"conversations": []}, "no conversation"),
         ({"conversations": None}, "no conversation"),

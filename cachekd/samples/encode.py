@@ -72,6 +72,13 @@ class SampleEncoder:
                 found=type(processor.tokenizer).__name__,
             )
 
+    @property
+    def pad_token_id(self) -> int:
+        """What batches are padded with. Any token will do where the tokenizer has none: no one looks at it."""
+        tokenizer = self.processor.tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
+
     def __call__(self, sample: Sample) -> Encoded:
         """Encode one sample.
 
@@ -95,6 +102,13 @@ class SampleEncoder:
             suffixed, is_answer = suffix_inputs(self.processor, sample)
             return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
         tokenizer = self.processor.tokenizer
+        if sample.images and self.processor.image_token is None:
+            raise BadSample(
+                "a language model takes no images",
+                where=sample.where,
+                found=f"{len(sample.images)} image(s)",
+                fix="use a vision-language model, or data without images",
+            )
         text, spans = self._chat.locate(sample)
         batch = self.processor(
             text=[text],

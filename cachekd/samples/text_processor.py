@@ -16,9 +16,11 @@ class TextProcessor:
 
     Attributes:
         image_token: None: no text stands for an image.
+        image_processor: None.
     """
 
     image_token = None
+    image_processor = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
