@@ -114,7 +114,7 @@ VICUNA = (
 def vicuna(system: str | None, pairs: Pairs, image: str) -> Pieces:
     pieces: Pieces = [(system or VICUNA_SYSTEM, False)]
     for index, (question, answer) in enumerate(pairs):
-        picture = "" if index else image
+        picture = "" if index else f"{image}\n"
         pieces += [(f" USER: {(picture + question).strip()} ASSISTANT:", False)]
         pieces += [(f" {answer.strip()}</s>", True)]
     return pieces

@@ -96,7 +96,7 @@ def test_inputs_are_those_of_apply_chat_template(name):
         messages[0]["content"] = [{"type": "image", "image": sample.images[0]}, *messages[0]["content"][1:]]
         if name == "vicuna":  # contents are strings
             for message in messages:
-                parts = ("<image>" if p["type"] == "image" else p["text"] for p in message["content"])
+                parts = ("<image>\n" if p["type"] == "image" else p["text"] for p in message["content"])
                 message["content"] = "".join(parts)
             text = processor.apply_chat_template(messages, tokenize=False)
             theirs = processor(text=text, images=list(sample.images), return_tensors="pt")

@@ -198,7 +198,7 @@ def write_passages(path: Path, count: int) -> Path:
     words = " ".join((Path(__file__).parents[1] / "README.md").read_text().split()).split(" ")
     records = []
     for index in range(count):
-        start, middle, end = 40 * index, 40 * index + 20, 40 * index + 40
+        start, middle, end = 30 * index, 30 * index + 15, 30 * index + 30
         question = "Continue this text: " + " ".join(words[start:middle])
         turns = [{"role": "user", "content": question}]
         turns += [{"role": "assistant", "content": " ".join(words[middle:end])}]
@@ -210,7 +210,7 @@ def write_passages(path: Path, count: int) -> Path:
 @pytest.mark.slow
 def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
     file = gguf_file()
-    data = write_passages(tmp_path / "data.jsonl", 8)
+    data = write_passages(tmp_path / "data.jsonl", 6)
     arguments = ["dump", "--teacher", str(file), "--data", str(data), "--out", str(tmp_path / "cache")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     manifest = LogitCache(tmp_path / "cache").manifest
@@ -229,15 +229,15 @@ def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
 
     arguments = ["train", "--student", str(tmp_path / "student"), "--data", str(data)]
     arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--lambda-vsd", "0"]
-    arguments += ["--epochs", "5", "--batch-size", "4", "--learning-rate", "1e-4", "--logging-steps", "1"]
+    arguments += ["--epochs", "3", "--batch-size", "2", "--learning-rate", "1e-4", "--logging-steps", "1"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     log = [
         entry["align"]
         for entry in json.loads((tmp_path / "run" / RUN_FILE).read_text())["log"]
         if "align" in entry
     ]
-    assert len(log) == 10
-    assert sum(log[-2:]) < 0.7 * sum(log[:2])
+    assert len(log) == 9
+    assert sum(log[-3:]) < 0.8 * sum(log[:3])
 
     before, after = evaluate([str(tmp_path / "student"), str(tmp_path / "run")], data).models
     assert after.exact_match >= before.exact_match

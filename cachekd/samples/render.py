@@ -84,7 +84,9 @@ class Renderer:
         return rendered
 
     def _with_string(self, message: dict[str, Any]) -> dict[str, Any]:
-        image = self.processor.image_token
+        image = (
+            f"{self.processor.image_token}\n"  # as LLaVA's data have it: templates of parts write their own
+        )
         parts = [image if part["type"] == "image" else part["text"] for part in message["content"]]
         return {**message, "content": "".join(parts)}
 

@@ -40,4 +40,4 @@ def forget_gguf(model: PreTrainedModel) -> None:
     """Let a model with unpacked weights be trained and saved, which transformers refuses for GGUF's own."""
     model.hf_quantizer = None
     model.is_quantized = False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)

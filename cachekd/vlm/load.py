@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_config(path: str) -> Any:
     """
     try:
         config = gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
         raise CachekdError(
             "no model can be loaded",
             where=str(path),
