@@ -24,6 +24,7 @@ from cachekd.report import write_report
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.targets import DenseTargets
 from cachekd.train import collate_with_targets, make_trainer, train
+from cachekd.train_estimate import estimate_training
 from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
@@ -158,6 +159,16 @@ def test_the_manifest_says_that_there_are_no_images(config):
     manifest = LogitCache(config.cache).manifest
     assert manifest.teacher.model_type == "llama"
     assert manifest.fingerprints.image_token == ""
+
+
+def test_the_teacher_can_be_asked_again_and_can_be_live(config, tmp_path):
+    teacher = str(config.out.parent / "teacher")
+    arguments = ["verify", str(config.cache), "--teacher", teacher, "--data", str(config.data)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    live = {"teacher": teacher, "live_teacher": True, "cache": None, "out": tmp_path / "run"}
+    found = estimate_training(config.model_copy(update=live))
+    assert found.measured_steps == 3
+    assert found.teacher_parameters > found.student_parameters
 
 
 def test_the_switched_path_and_images_are_refused(config, tmp_path):
