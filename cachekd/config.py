@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -15,20 +15,32 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
+from cachekd.stages import (
+    PARTS,
+    Stage,
+    StudentPart,
+    in_order,
+    parts_of,
+    require_vision_encoder,
+    with_stage,
+)
 
 DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Config(BaseModel):
+class Config(BaseModel):
+    """Closed and unchanging."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DumpConfig(_Config):
+class DumpConfig(Config):
     """Stage one."""
 
     teacher: str = Field(description="model folder or hub name")
@@ -82,8 +94,12 @@ class DumpConfig(_Config):
         return value
 
 
-class TrainConfig(_Config):
-    """Stage two."""
+class TrainConfig(Config):
+    """Stage two.
+
+    Raises:
+        CachekdError: L_VSD is on and the student's vision encoder is frozen.
+    """
 
     student: str = Field(description="model folder or hub name")
     data: DataSpec = Field(description="the data set that was dumped, or a part of it")
@@ -101,8 +117,19 @@ class TrainConfig(_Config):
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
     )
     min_k: int | None = Field(None, ge=2, description="least k, likewise; 2 by default")
+    stage: Stage | None = Field(
+        None,
+        description="presets of trainable, lambda_align and lambda_vsd: dpt (projector; L_Align), sft "
+        "(projector and language model; L_CE alone), dft (everything); each can be set by itself",
+    )
+    trainable: Annotated[tuple[StudentPart, ...], BeforeValidator(parts_of)] = Field(
+        PARTS, description="the student's parts that train; the others stay as they are, bit by bit"
+    )
     lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
     lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
+    vsd_every: int = Field(
+        1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
+    )
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(16, ge=1, description="samples per device and step")
@@ -114,7 +141,12 @@ class TrainConfig(_Config):
     seed: int = Field(0, ge=0, description="of data order and dropout")
     dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
     logging_steps: int = Field(10, ge=1, description="steps between log entries")
-    workers: int = Field(0, ge=0, description="processes that read and encode samples")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="processes that read and encode samples; by default 0 on a CPU, whose cores the steps "
+        "need, and up to 4 beside a GPU",
+    )
     save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
     logit_chunk: int | None = Field(
         None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
@@ -135,26 +167,72 @@ class TrainConfig(_Config):
         {}, description="any other field of transformers.TrainingArguments, by its own name"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_its_stage(cls, values: Any) -> Any:
+        return with_stage(values) if isinstance(values, dict) else values
+
+    @field_validator("trainable")
+    @classmethod
+    def _each_once(cls, value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
+        return in_order(value)
+
+    @model_validator(mode="after")
+    def _vsd_has_a_gradient(self) -> Self:
+        require_vision_encoder(self.trainable, self.lambda_vsd)
+        return self
+
+    def require_inputs(self) -> None:
+        """Refuse terms without what they are computed from.
+
+        Raises:
+            CachekdError: a cache or a teacher is missing, or there are two of them.
+        """
+        if self.live_teacher and self.cache is not None:
+            raise CachekdError(
+                "a live teacher takes the place of a cache",
+                where="settings 'live_teacher' and 'cache'",
+                fix="leave one of them out",
+            )
+        if self.distils and not self.live_teacher and self.cache is None:
+            raise CachekdError(
+                "L_Align and L_VSD need the teacher's cached logits",
+                where="setting 'cache'",
+                fix="pass --cache (`cachekd dump` writes one), --live-teacher to run the whole teacher at "
+                "every step, or --lambda-align 0 --lambda-vsd 0 for plain CE",
+            )
+        if self.runs_teacher and self.teacher is None:
+            raise CachekdError(
+                "L_VSD runs the student's visual features through the teacher's projector and language model"
+                if self.lambda_vsd > 0
+                else "a live teacher has to be named",
+                where="setting 'teacher'",
+                fix="pass --teacher, or --lambda-vsd 0 to align the student's own path only",
+            )
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher itself is in memory: for L_VSD, or in the cache's place."""
+        return self.lambda_vsd > 0 or (self.live_teacher and self.distils)
+
     @property
     def distils(self) -> bool:
         """Whether any teacher term is on; otherwise this is plain cross-entropy training."""
         return self.lambda_align > 0 or self.lambda_vsd > 0
 
 
-def read_config(path: Path | None, model: type[_Config], options: dict[str, Any]) -> Any:
+def defaults_of(model: type[Config]) -> dict[str, Any]:
+    """Settings that nobody has to say, as they stand in JSON."""
+    return model.model_construct().model_dump(mode="json", warnings=False)
+
+
+def read_config(path: Path | None, model: type[Config], options: dict[str, Any]) -> Any:
     """A config from a YAML file, with options (those that are not None) overriding it.
 
     Raises:
         CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
-        if not isinstance(values, dict):
-            raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
+    values = {} if path is None else read_yaml(path)
     values |= {name: value for name, value in options.items() if value is not None}
     try:
         return model(**values)
@@ -169,6 +247,21 @@ def read_config(path: Path | None, model: type[_Config], options: dict[str, Any]
             expected=f"one of {names}" if unknown else None,
             found=None if first["type"] == "missing" else first.get("input"),
         ) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        CachekdError: the file is missing, not YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
+    if not isinstance(values, dict):
+        raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
+    return values
 
 
 def require_new_folder(path: Path, what: str) -> None:

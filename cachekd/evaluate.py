@@ -65,7 +65,7 @@ class Evaluation:
 
 def evaluate(
     models: list[str],
-    data: Path,
+    data: str | Path,
     *,
     teacher: str | None = None,
     batch_size: int = 128,

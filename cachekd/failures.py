@@ -85,7 +85,16 @@ def _knobs(config: TrainConfig) -> list[str]:
         knobs.append("a cache instead of --live-teacher")
     if config.teacher is not None and config.lambda_vsd > 0 and config.teacher_quantization is None:
         knobs.append("teacher_quantization: {load_in_4bit: true} in the YAML")
+    if len(config.trainable) > 1:
+        knobs.append(_fewer_parts(config))
     if config.lora is None:
         knobs.append("training: {optim: adamw_8bit} or lora: {r: 16, target_modules: all-linear} in the YAML")
     knobs.append("--logit-chunk 32")
     return knobs
+
+
+def _fewer_parts(config: TrainConfig) -> str:
+    """Frozen weights have neither gradients nor moments; the language model has most of them."""
+    if config.lambda_vsd > 0:
+        return "--trainable vision_encoder,projector (no gradients and moments of the language model)"
+    return "--trainable projector (gradients and moments of that part alone)"

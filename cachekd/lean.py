@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.vlm import language_model, load_model
+from cachekd.stages import PARTS, StudentPart
+from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
 
 ADAPTER_FOLDER = "adapter"
 
@@ -41,11 +43,12 @@ def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
 
 
 def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
-    """The student in float32, or quantised; inside peft's wrapper if it trains adapters.
+    """The student in float32, or quantised; inside peft's wrapper if it trains adapters. What is not to be
+    trained requires no gradient, and so is in no optimizer.
 
     Raises:
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
-            settings.
+            settings; adapters outside the parts that train.
     """
     if config.student_quantization is not None and config.lora is None:
         raise CachekdError(
@@ -56,14 +59,22 @@ def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
     student = load_model(
         config.student, dtype=torch.float32, device=device, quantization=config.student_quantization
     )
-    return student if config.lora is None else with_adapters(student, config.lora)
+    if config.lora is None:
+        train_only(student, config.trainable)
+        return student
+    adapted = with_adapters(student, config.lora, config.trainable)
+    check_adapters(student, config.trainable, config.lambda_vsd)
+    return adapted
 
 
-def with_adapters(student: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+def with_adapters(
+    student: PreTrainedModel, settings: dict[str, Any], trainable: tuple[StudentPart, ...] = PARTS
+) -> nn.Module:
     """LoRA, or QLoRA where the student is quantised.
 
     Args:
         settings: of `peft.LoraConfig`.
+        trainable: the parts that may have adapters.
     """
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -74,9 +85,22 @@ def with_adapters(student: PreTrainedModel, settings: dict[str, Any]) -> nn.Modu
     if getattr(student, "is_quantized", False):
         student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
     try:
-        return get_peft_model(student, LoraConfig(**settings))
+        return get_peft_model(student, LoraConfig(**within(student, settings, trainable)))
     except (TypeError, ValueError) as error:
         raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
+
+
+def within(
+    student: PreTrainedModel, settings: dict[str, Any], trainable: tuple[StudentPart, ...]
+) -> dict[str, Any]:
+    """Settings of LoRA that leave the frozen parts out, whatever `target_modules` says."""
+    frozen = modules_outside(student, trainable)
+    if not frozen:
+        return settings
+    theirs = settings.get("exclude_modules") or []
+    if isinstance(theirs, str):  # a pattern, to peft
+        return settings | {"exclude_modules": "|".join([f"(?:{theirs})", *map(re.escape, frozen)])}
+    return settings | {"exclude_modules": [*theirs, *frozen]}
 
 
 def save_merged(config: TrainConfig, out: Path) -> None:

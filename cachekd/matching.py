@@ -102,11 +102,20 @@ def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) ->
             found=f"{len(ours)} tokens" + ("" if at is None else f", number {at} is {ours[at]}"),
             fix="the data changed since the dump: run `cachekd dump` again",
         )
-    if encoded.content_hash != cache.sample_hash(encoded.key):
+    check_content(cache, encoded.key, encoded.content_hash)
+
+
+def check_content(cache: LogitCache, key: str, found: bytes) -> None:
+    """Refuse a sample whose content hash is not the one that the teacher saw.
+
+    Raises:
+        CachekdError: its messages or pixels differ.
+    """
+    if found != cache.sample_hash(key):
         raise CachekdError(
             "the sample's text or image differs from the one that the teacher saw",
-            where=f"sample {encoded.key!r} of {cache.path}",
-            expected=f"content hash {cache.sample_hash(encoded.key).hex()}",
-            found=encoded.content_hash.hex(),
+            where=f"sample {key!r} of {cache.path}",
+            expected=f"content hash {cache.sample_hash(key).hex()}",
+            found=found.hex(),
             fix="the data changed since the dump: run `cachekd dump` again",
         )

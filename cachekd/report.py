@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot
 
 from cachekd.cache import Manifest
 from cachekd.errors import CachekdError
 from cachekd.files import EVAL_FILE, REPORT_FILE, RUN_FILE
+from cachekd.plots import COLORS, STYLE, k_plot, page_environment, svg
 
 TERMS = {"ce": "L_CE", "align": "L_Align", "vsd": "L_VSD"}
-_COLORS = {"run": "#2563eb", "teacher": "#0f766e", "other": "#9ca3af"}
-_STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "cachekd",  # the same page for the same run
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#6b7280",
-    "text.color": "#6b7280",
-    "axes.labelcolor": "#6b7280",
-    "xtick.color": "#6b7280",
-    "ytick.color": "#6b7280",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -85,19 +66,14 @@ def write_report(folder: Path, baselines: list[Path], out: Path | None = None) -
 
 def build_report(run: Run, baselines: list[Run]) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cachekd", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.globals["zip"] = zip
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         plots = {
             "accuracy": accuracy_plot(run, baselines),
             "terms": terms_plot(run, baselines),
             "optimizer": optimizer_plot(run),
-            "k": k_plot(run),
+            "k": k_plot(run.record["k_histogram"]) if run.record["k_histogram"] else None,
         }
     return environment.get_template("report.html.jinja").render(
         run=run,
@@ -134,11 +110,11 @@ def accuracy_plot(run: Run, baselines: list[Run]) -> str | None:
         return None
     figure, axes = pyplot.subplots(figsize=(6.4, 0.5 + 0.42 * len(rows)))
     values = [100 * row["exact_match"] for row in rows]
-    bars = axes.barh([row["name"] for row in rows], values, color=[_COLORS[row["kind"]] for row in rows])
+    bars = axes.barh([row["name"] for row in rows], values, color=[COLORS[row["kind"]] for row in rows])
     axes.bar_label(bars, fmt="%.1f %%", padding=3, color="#6b7280")
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel="exact match, %")
-    return _svg(figure)
+    return svg(figure)
 
 
 def terms_plot(run: Run, baselines: list[Run]) -> str:
@@ -146,13 +122,13 @@ def terms_plot(run: Run, baselines: list[Run]) -> str:
     names = [name for name in TERMS if any(name in entry for entry in run.steps)]
     figure, grid = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.3), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
-        for one, color in [*((other, _COLORS["other"]) for other in baselines), (run, _COLORS["run"])]:
+        for one, color in [*((other, COLORS["other"]) for other in baselines), (run, COLORS["run"])]:
             points = [(entry["step"], entry[name]) for entry in one.steps if name in entry]
             axes.plot(*zip(*points, strict=True), color=color, label=one.name) if points else None
         axes.set(title=TERMS[name], xlabel="step", yscale="log")
     if baselines:
         grid[0][0].legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def optimizer_plot(run: Run) -> str:
@@ -160,25 +136,9 @@ def optimizer_plot(run: Run) -> str:
     figure, grid = pyplot.subplots(1, 2, figsize=(6.2, 1.9))
     for axes, name in zip(grid, ("grad_norm", "learning_rate"), strict=True):
         points = [(entry["step"], entry[name]) for entry in run.steps if name in entry]
-        axes.plot(*zip(*points, strict=True), color=_COLORS["run"]) if points else None
+        axes.plot(*zip(*points, strict=True), color=COLORS["run"]) if points else None
         axes.set(title=name.replace("_", " "), xlabel="step")
-    return _svg(figure)
-
-
-def k_plot(run: Run) -> str | None:
-    """How many logprobs the cache keeps per token, and how many Kneedle asked for."""
-    histogram = run.record["k_histogram"]
-    if not histogram:
-        return None
-    figure, axes = pyplot.subplots(figsize=(6.2, 2.1))
-    for name, label, color in (("k", "stored k", _COLORS["other"]), ("knee", "Kneedle's k", _COLORS["run"])):
-        values = [int(k) for k in histogram[name]]
-        bins = [edge - 0.5 for edge in range(1, max(map(int, histogram["k"])) + 2)]
-        style: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.6, "color": color, "label": label}
-        axes.hist(values, bins=bins, weights=list(histogram[name].values()), **style)
-    axes.set(xlabel="k", ylabel="answer tokens")
-    axes.legend(frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _scores(run: Run, baselines: list[Run]) -> list[dict[str, Any]]:
@@ -261,10 +221,3 @@ def _sketch_rows(manifest: Manifest) -> dict[str, str]:
             f"largest error of a kept logprob {fidelity.max_error:.3f} ({fidelity.tokens} tokens)"
         )
     return rows
-
-
-def _svg(figure: Any) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-    return stream.getvalue()[stream.getvalue().index("<svg") :]

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cachekd.config import TrainConfig, require_new_folder
+from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"
-# Settings that may change between two sessions of one run: they do not change its numbers.
-_FREE = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing"}
+# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
+# stands for is in the others.)
+FREE_SETTINGS = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing", "stage"}
 
 
 class RunFolder:
@@ -36,7 +37,7 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
-        self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=_FREE)
+        self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=FREE_SETTINGS)
         if (self.path / RUN_FILE).exists():
             raise CachekdError(
                 "the run is finished, and a finished run is never overwritten",
@@ -47,10 +48,9 @@ class RunFolder:
         if not started.exists():
             require_new_folder(self.path, "run")
             return
-        earlier = json.loads(started.read_text())
-        changed = sorted(
-            name for name in {*earlier, *self.settings} if earlier.get(name) != self.settings.get(name)
-        )
+        # A setting that there was not yet when the run began is at its default.
+        earlier = defaults_of(TrainConfig) | json.loads(started.read_text())
+        changed = sorted(name for name, value in self.settings.items() if earlier.get(name) != value)
         if changed:
             raise CachekdError(
                 "the run was begun with other settings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data_wait import MOST
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import image_processor_fingerprint, library_versions
@@ -31,6 +33,8 @@ from cachekd.vlm import (
     load_config,
     load_processor,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "SwitchKDTrainer",
@@ -54,6 +58,7 @@ class TrainSummary:
         terms: the last value of each, per answer token.
         resumed_from: the step that this session went on from; 0 for a new run.
         uncovered: samples that the cache lacks, trained by L_CE alone.
+        data_wait: share of this session's time in which the steps waited for data (`DataWait`).
     """
 
     out: Path
@@ -62,6 +67,7 @@ class TrainSummary:
     terms: dict[str, float]
     resumed_from: int = 0
     uncovered: int = 0
+    data_wait: float = 0.0
 
 
 def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainSummary:
@@ -89,8 +95,16 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.last_terms,
                 resumed_from,
                 trainer.train_dataset.uncovered,
+                trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
+    if summary.data_wait > MOST and trainer.is_world_process_zero():
+        workers = trainer.args.dataloader_num_workers
+        log.warning(
+            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead in as many processes",
+            100 * summary.data_wait,
+            workers + 2,
+        )
     return summary
 
 
@@ -102,6 +116,7 @@ def make_trainer(
     Args:
         checkpoints: where the Trainer writes; it does not have to exist.
     """
+    config.require_inputs()
     samples = open_samples(config.data, map=config.map)
     load_config(config.student)
     processor = load_processor(config.student)
@@ -124,6 +139,7 @@ def make_trainer(
         live=live,
         lambda_align=config.lambda_align,
         lambda_vsd=config.lambda_vsd,
+        vsd_every=config.vsd_every,
         temperature=config.temperature,
         logit_chunk=config.logit_chunk,
         callbacks=callbacks,
@@ -134,21 +150,9 @@ def open_cache(
     config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
 ) -> LogitCache | None:
     """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
-    if config.live_teacher and config.cache is not None:
-        raise CachekdError(
-            "a live teacher takes the place of a cache",
-            where="settings 'live_teacher' and 'cache'",
-            fix="leave one of them out",
-        )
     if not config.distils or config.live_teacher:
         return None
-    if config.cache is None:
-        raise CachekdError(
-            "L_Align and L_VSD need the teacher's cached logits",
-            where="setting 'cache'",
-            fix="pass --cache (`cachekd dump` writes one), --live-teacher to run the whole teacher at every "
-            "step, or --lambda-align 0 --lambda-vsd 0 for plain CE",
-        )
+    assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
     codec = cache.manifest.codec
@@ -167,16 +171,9 @@ def open_cache(
 
 def load_teacher(config: TrainConfig, processor: Any, device: torch.device) -> SwitchedTeacher | None:
     """P_T, L_T and the head, if L_VSD is on; the vision encoder too, if the teacher is live."""
-    if config.lambda_vsd == 0 and not (config.live_teacher and config.distils):
+    if not config.runs_teacher:
         return None
-    if config.teacher is None:
-        raise CachekdError(
-            "L_VSD runs the student's visual features through the teacher's projector and language model"
-            if config.lambda_vsd > 0
-            else "a live teacher has to be named",
-            where="setting 'teacher'",
-            fix="pass --teacher, or --lambda-vsd 0 to align the student's own path only",
-        )
+    assert config.teacher is not None  # as `require_inputs` saw
     if config.lambda_vsd > 0:
         check_switch(load_config(config.teacher), load_config(config.student))
     check_tokenizers(load_processor(config.teacher).tokenizer, processor.tokenizer)
@@ -227,6 +224,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
+            "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
         }
     )

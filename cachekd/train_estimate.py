@@ -18,7 +18,7 @@ from cachekd.failures import memory_advice
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
 
-STEPS = 3  # the first allocates the optimizer's state, the others are timed
+STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
@@ -49,7 +49,8 @@ class TrainEstimate:
 class _Stopwatch(TrainerCallback):
     """Stops after a few steps; notes when each ended, and what the optimizer and the gradients hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: int) -> None:
+        self.steps = 1 + timed
         self.ends: list[float] = []
         self.total_steps = self.gradients = self.optimizer = 0
 
@@ -66,7 +67,7 @@ class _Stopwatch(TrainerCallback):
         self.ends.append(time.perf_counter())
         states = kwargs["optimizer"].state.values()
         self.optimizer = sum(_bytes(x) for state in states for x in state.values() if torch.is_tensor(x))
-        control.should_training_stop = state.global_step >= STEPS
+        control.should_training_stop = state.global_step >= self.steps
 
 
 def estimate_training(config: TrainConfig) -> TrainEstimate:
@@ -75,7 +76,8 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
     Raises:
         CachekdError: what `train` raises, out of memory among it.
     """
-    watch = _Stopwatch()
+    # One round of `vsd_every` steps has one with the switched path in it.
+    watch = _Stopwatch(max(STEPS, config.vsd_every))
     with tempfile.TemporaryDirectory() as folder, memory_advice(config):
         _reset_peak()
         quick = config.model_copy(update={"save_steps": 0})

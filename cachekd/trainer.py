@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import ModelOutput
 
 from cachekd.cache import CachedTargets
+from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.failures import stop_if_not_finite
+from cachekd.length_groups import LengthGroups
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
-from cachekd.training_data import IGNORE, collate_with_targets
+from cachekd.training_data import IGNORE, checked, collate_with_targets
 from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model, prove_split
 
 TERMS = ("ce", "align", "vsd")
@@ -40,6 +44,10 @@ class SwitchKDTrainer(Trainer):
         live: takes the place of cached targets.
         lambda_align: weight of the student's own path.
         lambda_vsd: weight of the switched path.
+        vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
+            step a run was resumed at. In the others the loss is what it is with `lambda_vsd` 0. The weight is
+            the same wherever it runs: one that made up for the steps without would be `vsd_every` times the
+            loss that the paper's weights were chosen for, under the same gradient clip.
         temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         callbacks: the Trainer's.
@@ -63,6 +71,7 @@ class SwitchKDTrainer(Trainer):
         live: LiveTeacher | None = None,
         lambda_align: float = 1.0,
         lambda_vsd: float = 1.0,
+        vsd_every: int = 1,
         temperature: float = 3.0,
         logit_chunk: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -80,7 +89,8 @@ class SwitchKDTrainer(Trainer):
             model=student,
             args=args,
             train_dataset=train_dataset,
-            data_collator=lambda examples: collate_with_targets(examples, pad_token_id),
+            # No lambda: it goes to spawned workers.
+            data_collator=partial(collate_with_targets, pad_token_id=pad_token_id),
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
@@ -94,10 +104,13 @@ class SwitchKDTrainer(Trainer):
         self.teacher, self.live = teacher, live
         self._proven = False  # that the student's parts make up the student
         self.lambda_align, self.lambda_vsd, self.temperature = lambda_align, lambda_vsd, temperature
+        self.vsd_every = vsd_every
         self.head = self._measured_heads()
         self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
-        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64)  # of each term, and of its tokens
+        # Of each term, and of its tokens; on the device, as a look at each would wait for it.
+        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
         self.last_terms: dict[str, float] = {}
+        self.data_wait = DataWait()
 
     def _measured_heads(self) -> DeferredHead:
         """The student's head; the teacher's is measured on the same sample, before anything long starts."""
@@ -131,7 +144,7 @@ class SwitchKDTrainer(Trainer):
         supervised = batch.pop("labels") != IGNORE
         targets, covered = self._targets(batch, supervised)
         terms = self.loss_terms(model, batch, supervised, targets, covered)
-        self._remember(terms, len(covered), int(covered.sum()))
+        self._remember(terms, covered)
         weights = {"ce": 1.0, "align": self.lambda_align, "vsd": self.lambda_vsd}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
         stop_if_not_finite(self, loss, terms, keys, inputs)
@@ -140,12 +153,19 @@ class SwitchKDTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, terms) if return_outputs else loss
 
+    @property
+    def switches(self) -> bool:
+        """Whether the switched path runs in this optimizer step."""
+        return self.lambda_vsd > 0 and self.state.global_step % self.vsd_every == 0
+
     def _targets(self, batch: dict[str, Any], supervised: Tensor) -> tuple[Targets | None, Tensor]:
-        """The teacher at the answer tokens, and which of the N answer tokens it covers."""
+        """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers."""
         token_ids = batch["input_ids"][supervised]
         everything = torch.ones_like(token_ids, dtype=torch.bool)
         for_teacher = batch.pop("for_teacher", None)
         if self.live is not None:
+            if self.lambda_align == 0 and not self.switches:
+                return None, everything
             seen = batch if for_teacher is None else {**for_teacher}
             where = supervised if for_teacher is None else seen.pop("supervised")
             return self.live.targets(seen, predicting_positions(where), token_ids), everything
@@ -179,7 +199,7 @@ class SwitchKDTrainer(Trainer):
         if not covered.all():
             terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
         # Without an image z_W is z_T: no difference, and no gradient.
-        if self.teacher is not None and self.lambda_vsd > 0 and vision.output is not None:
+        if self.switches and vision.output is not None:
             terms["vsd"] = self._switched_path(vision.output, inputs, positions, targets, covered)
         return terms
 
@@ -222,9 +242,11 @@ class SwitchKDTrainer(Trainer):
         return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
 
     def _dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+        if logits.shape[1] > targets.vocab_size:
+            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+            logits = logits[:, : targets.vocab_size]
         return dbild_loss(
-            logits[:, : targets.vocab_size],
+            logits,
             targets.select(rows),
             temperature=self.temperature,
             window=targets.window,
@@ -232,11 +254,30 @@ class SwitchKDTrainer(Trainer):
             reduction="sum",
         )
 
-    def _remember(self, terms: dict[str, Tensor], tokens: int, covered: int) -> None:
+    def _remember(self, terms: dict[str, Tensor], covered: Tensor) -> None:
         for row, name in enumerate(TERMS):
             if name in terms:
-                count = tokens if name == "ce" else covered
-                self._sums[row] += torch.tensor([float(terms[name].detach()), count])
+                self._sums[row, 0] += terms[name].detach()
+                self._sums[row, 1] += len(covered) if name == "ce" else covered.sum()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of one optimizer step; how long they took to come is counted."""
+        batches = self.data_wait.timed(checked(epoch_iterator))
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        # The state's epoch is right after a resumption too, with however many processes.
+        return LengthGroups(
+            data.lengths(),
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights of a checkpoint, by the names that `save_pretrained` gave them.
@@ -252,13 +293,16 @@ class SwitchKDTrainer(Trainer):
         self.vlm.load_state_dict(saved.state_dict())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each term's mean per answer token since the last entry, over all processes."""
+        """Add each term's mean per answer token since the last entry, and the share of the time since then in
+        which the steps waited for data (`DataWait`), over all processes."""
         if "loss" in logs:
-            sums = self.accelerator.reduce(self._sums.to(self.args.device)).tolist()
-            self.last_terms = {
+            wait = torch.tensor([self.data_wait.since_last()]).to(self._sums)
+            *sums, waited = self.accelerator.reduce(torch.cat([self._sums, wait])).tolist()
+            terms = {
                 name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
             }
-            logs = logs | self.last_terms
+            self.last_terms |= terms
+            logs = logs | terms | {"data_wait": Waited(*waited).share}
             self._sums.zero_()
         super().log(logs, start_time)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ REFUSED = {
     "do_predict": "`cachekd eval` scores a run",
     "eval_strategy": "`cachekd eval` scores a run",
     "load_best_model_at_end": "`cachekd eval` scores a run",
+    "length_column_name": "lengths are counted from the text",
     "use_liger_kernel": "the head and its losses run in chunks already",
 }
 
@@ -65,6 +67,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
             Trainer refuses.
     """
     on_gpu = default_device().type == "cuda"
+    workers = default_workers(on_gpu=on_gpu) if config.workers is None else config.workers
     settings: dict[str, Any] = {
         "num_train_epochs": config.epochs,
         "per_device_train_batch_size": config.batch_size,
@@ -88,8 +91,10 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "report_to": [],
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_num_workers": config.workers,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,  # they keep shards that are decoded
         "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": True,  # a vision_feature_layer of -2 leaves the last layer unused
     }
     _check_names(config.training)
@@ -104,7 +109,23 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         ) from error
 
 
+def default_workers(*, on_gpu: bool) -> int:
+    """Processes that read ahead: none on a CPU, whose cores the steps need; beside a GPU up to 4, as far as
+    this process's share of the cores goes."""
+    if not on_gpu:
+        return 0
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(4, share - 1))
+
+
 def _check_names(training: dict[str, Any]) -> None:
+    if training.get("train_sampling_strategy") == "batch_rebalance":
+        raise CachekdError(
+            "the Trainer rebalances batches of Hugging Face data sets with a column of lengths only",
+            where="setting 'training.train_sampling_strategy'",
+            expected="random, sequential or group_by_length",
+            found="batch_rebalance",
+        )
     for name in training:
         where = f"setting 'training.{name}'"
         if name in OWN_NAMES:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
+from cachekd.errors import CachekdError
 from cachekd.matching import check_sample
-from cachekd.samples import Encoded, SampleEncoder, Samples, collate
+from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
+from cachekd.samples.reader import dead_worker, quiet_tokenizers
 
 IGNORE = -100
 
@@ -59,7 +62,22 @@ class TrainingSamples(Dataset):
         """Samples that the cache lacks."""
         return 0 if self.cache is None else sum(key not in self.cache for key in self.samples.keys)
 
-    def __getitem__(self, index: int) -> Example:
+    def lengths(self) -> list[int]:
+        """About how many tokens each sample has, without reading more than a few images."""
+        return rough_lengths(self.samples, self.encoder)
+
+    def __getitem__(self, index: int) -> Example | CachekdError:
+        """One example. In a worker process a fault of it is a value, which `checked` raises: a DataLoader
+        would wrap the error into its own text and traceback."""
+        if get_worker_info() is None:
+            return self._example(index)
+        try:
+            return self._example(index)
+        except CachekdError as error:
+            error.__cause__ = error.__context__ = None  # their frames hold images, and cannot be pickled
+            return error.with_traceback(None)
+
+    def _example(self, index: int) -> Example:
         sample = self.samples[index]
         encoded = self.encoder(sample)
         if self.teacher_encoder is not None:
@@ -72,15 +90,43 @@ class TrainingSamples(Dataset):
         return Example(encoded, targets)
 
 
-def collate_with_targets(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
+def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches, from workers or not.
+
+    Raises:
+        CachekdError: what was wrong with a sample, as if it had been read here; or a worker died.
+    """
+    while True:
+        try:
+            with quiet_tokenizers():  # the first batch starts the workers
+                batch = next(batches, None)
+        except RuntimeError as error:
+            if (died := dead_worker(error)) is not None:
+                raise died from error
+            raise
+        if batch is None:
+            return
+        if "error" in batch:
+            raise batch["error"]
+        yield batch
+
+
+def collate_with_targets(examples: list[Example | CachekdError], pad_token_id: int) -> dict[str, Any]:
     """One batch of the Trainer.
 
     Returns:
         the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
         `keys` of the samples. With targets: `targets` of all samples that have some, and `covered` [N] bool,
         which of the answer tokens these are. For a live teacher with its own images: `for_teacher`, its
-        inputs with `supervised` [B, S'] bool.
+        inputs with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first one, alone.
     """
+    faults = [example for example in examples if isinstance(example, CachekdError)]
+    if faults:
+        return {"error": faults[0]}
+    return _batch([example for example in examples if isinstance(example, Example)], pad_token_id)
+
+
+def _batch(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
     batch: dict[str, Any] = collate([example.encoded for example in examples], pad_token_id)
     supervised: Tensor = batch.pop("supervised")
     batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORE)

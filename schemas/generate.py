@@ -10,8 +10,9 @@ from pathlib import Path
 
 from cachekd.cache import Manifest
 from cachekd.config import TrainConfig
+from cachekd.pipeline import PipelineConfig
 
-SCHEMAS = {"manifest": Manifest, "train": TrainConfig}
+SCHEMAS = {"manifest": Manifest, "train": TrainConfig, "pipeline": PipelineConfig}
 
 
 def schema_text(name: str) -> str:

@@ -66,6 +66,32 @@ def test_dbild_benchmark_prints_its_rows():
 
 
 @pytest.mark.slow
+def test_step_time_prints_its_rows():
+    """All five do what they say: FLOPs are counted, not timed, so they can be compared."""
+    command = [sys.executable, str(BENCHMARKS / "step_time.py"), "--size", "tiny", "--steps", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = {row["name"]: row for row in json.loads(done.stdout.splitlines()[-1])}
+    assert list(rows) == ["naive_live", "live", "cached", "cached_no_vsd", "ce_only"]
+    assert all(row[name] > 0 for row in rows.values() for name in ("step_ms", "peak_mb", "flops"))
+    flops = [row["flops"] for row in rows.values()]
+    assert flops == sorted(flops, reverse=True)
+    assert rows["live"]["loss"] == pytest.approx(rows["naive_live"]["loss"], rel=1e-3)
+    assert rows["cached"]["loss"] == pytest.approx(rows["live"]["loss"], rel=0.2)
+
+
+def test_methods_of_the_seeds_benchmark_are_settings(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from demo_seeds import EXAMPLE, METHODS
+
+    from cachekd.config import TrainConfig, read_config
+
+    common = {"student": "s", "teacher": "t", "data": "d", "cache": "c", "out": "o"}
+    for name, changed in METHODS.items():
+        config = read_config(EXAMPLE / "recipe.yaml", TrainConfig, {**common, **changed})
+        assert config.vsd_every == (int(name[-1]) if name.startswith("vsd_every") else 1)
+
+
+@pytest.mark.slow
 def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
     command = [sys.executable, str(BENCHMARKS / "train_memory.py"), "--vocab", "40000", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

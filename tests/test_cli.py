@@ -30,7 +30,19 @@ def test_help_is_fast_and_imports_no_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
-COMMANDS = ["dump", "status", "verify", "merge", "select", "train", "eval", "report", "demo"]
+COMMANDS = [
+    "dump",
+    "status",
+    "verify",
+    "inspect",
+    "peek",
+    "merge",
+    "select",
+    "train",
+    "eval",
+    "report",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

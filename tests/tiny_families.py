@@ -108,12 +108,14 @@ class Tiny:
         config: from tokenizer, vision width and text width to a configuration.
         processor: builds the processor.
         refuses: feature -> why the family cannot do it.
+        does: feature -> what is particular about how it does it.
         notes: what of it is not the real thing.
     """
 
     config: Callable[[Any, int, int], Any]
     processor: Callable[[], Any]
     refuses: dict[str, str] = field(default_factory=dict)
+    does: dict[str, str] = field(default_factory=dict)
     notes: str = ""
 
 
@@ -496,7 +498,6 @@ def mistral3_processor() -> PixtralText:
 
 
 NO_VIDEO = "processor built without its video part"
-SUFFIX = "PaliGemma takes one question, one image and one answer (the processor's suffix)"
 QWEN3_TAPS = {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}
 
 FAMILIES: dict[str, Tiny] = {
@@ -518,7 +519,11 @@ FAMILIES: dict[str, Tiny] = {
     "paligemma": Tiny(
         paligemma_config,
         paligemma_processor,
-        refuses={"two images": SUFFIX, "text-only sample": "PaliGemma's processor wants an image"},
+        refuses={
+            "two turns": "one question, and its answer as the processor's suffix",
+            "text-only sample": "its processor wants an image",
+        },
+        does={"two images": "yes, both before the question"},
     ),
     "gemma3": Tiny(gemma3_config, gemma3_processor),
     "mistral3": Tiny(

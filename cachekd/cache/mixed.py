@@ -53,6 +53,11 @@ class MixedTail:
             self.place.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> MixedTail:
+        """A copy in page-locked memory."""
+        parts = tuple(part.pin_memory() for part in self.parts)
+        return MixedTail(parts, self.part.pin_memory(), self.place.pin_memory())
+
 
 def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | MixedTail:
     """The tails' tokens, one after the other; mixed only where there is more than one sketch."""

@@ -232,3 +232,7 @@ class SketchTail:
             self.coordinates.to(device, non_blocking=non_blocking),
             self.shift.to(device, non_blocking=non_blocking),
         )
+
+    def pin_memory(self) -> SketchTail:
+        """A copy in page-locked memory; the sketch goes to a device once, and stays as it is."""
+        return SketchTail(self.sketch, self.coordinates.pin_memory(), self.shift.pin_memory())

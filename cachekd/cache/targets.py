@@ -47,6 +47,10 @@ class UniformTail:
         """A copy on `device`."""
         return UniformTail(self.logprob.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> UniformTail:
+        """A copy in page-locked memory, from which `to` need not block."""
+        return UniformTail(self.logprob.pin_memory())
+
 
 @dataclass(frozen=True)
 class CachedTargets:
@@ -202,6 +206,12 @@ class CachedTargets:
         names = ("token_ids", "ids", "logprobs", "k", "knee")
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
         return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CachedTargets:
+        """A copy in page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
+        names = ("token_ids", "ids", "logprobs", "k", "knee")
+        pinned = {name: getattr(self, name).pin_memory() for name in names}
+        return replace(self, **pinned, tail=self.tail.pin_memory())
 
 
 def _join(tails: list[UniformTail | SketchTail | MixedTail]) -> UniformTail | SketchTail | MixedTail:

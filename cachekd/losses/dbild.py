@@ -52,15 +52,20 @@ def dbild_loss(
     _check(student_logits, targets, temperature, window, min_k, direction)
     with torch.autocast(student_logits.device.type, enabled=False):
         logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
-        loss = logits.new_zeros(len(logits)) + logits[:, :0].sum(-1)  # has a gradient, even over no tokens
+        halves = []  # of each, the leader's ids, the teacher's logprobs there, and k
         if direction in ("both", "teacher"):
-            ids, led, k = targets.leading(window, min_k)
-            loss = loss + pairwise_reverse_kl(logits.gather(-1, ids), led.to(logits), k, temperature)
+            halves.append(targets.leading(window, min_k))
         if direction in ("both", "student"):
             ids, _, k = leading_window(logits.detach(), window, min_k)
-            followed = targets.gather(ids).to(logits)
-            loss = loss + pairwise_reverse_kl(logits.gather(-1, ids), followed, k, temperature)
-    return reduce(loss, reduction)
+            halves.append((ids, targets.gather(ids), k))
+        # One look-up for both: each has an array of the logits' size in its backward.
+        own = logits.gather(-1, torch.cat([ids for ids, _, _ in halves], -1))
+        parts = own.split([ids.shape[-1] for ids, _, _ in halves], -1)
+        losses = [
+            pairwise_reverse_kl(student, teacher.to(logits), k, temperature)
+            for student, (_, teacher, k) in zip(parts, halves, strict=True)
+        ]
+    return reduce(torch.stack(losses).sum(0), reduction)
 
 
 def pairwise_reverse_kl(student: Tensor, teacher: Tensor, k: Tensor, temperature: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
 from cachekd.samples.open import open_samples
+from cachekd.samples.outline import Outline, rough_lengths
 from cachekd.samples.protocol import Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.samples.records import sample_from_llava, sample_from_record
@@ -9,6 +10,7 @@ from cachekd.samples.sample import Sample
 
 __all__ = [
     "Encoded",
+    "Outline",
     "Sample",
     "SampleEncoder",
     "Samples",
@@ -16,6 +18,7 @@ __all__ = [
     "open_samples",
     "predicting_positions",
     "read_encoded",
+    "rough_lengths",
     "sample_from_llava",
     "sample_from_record",
 ]

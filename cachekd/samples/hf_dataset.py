@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cachekd.errors import CachekdError
 from cachekd.samples.hf_load import HfSpec, load_split
 from cachekd.samples.keys import unique_keys
 from cachekd.samples.map_function import MapFunction
+from cachekd.samples.outline import Outline, outline_of_record
 from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS, sample_from_record
 from cachekd.samples.sample import Sample
 
@@ -44,6 +46,9 @@ class HfDatasetSamples:
         # Rows are taken as Arrow and read by the features without decoders: a broken image is then met by
         # open_image like any other, and reading the keys does not open one.
         self._rows = dataset.with_format("arrow")
+        # What `outline` reads: without a map function the turns alone, so that no image is.
+        turns = [name for name in dataset.column_names if name in TURN_FIELDS]
+        self._outlines = self._rows if map is not None else self._rows.select_columns(turns)
         self.keys = _keys(dataset, self._origin)
 
     def __len__(self) -> int:
@@ -56,19 +61,28 @@ class HfDatasetSamples:
             BadSample: it cannot be used.
             CachekdError: the row cannot be read.
         """
-        key = self.keys[index]
-        origin = f"{self._origin}, row {index}"
+        record = self._record(self._rows, index)
+        return sample_from_record(self.keys[index], record, origin=self._place(index), folder=self._folder)
+
+    def outline(self, index: int) -> Outline:
+        """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""
+        return outline_of_record(self._record(self._outlines, index))
+
+    def _place(self, index: int) -> str:
+        return f"{self._origin}, row {index}"
+
+    def _record(self, rows: datasets.Dataset, index: int) -> Mapping[str, Any]:
+        origin = self._place(index)
         try:
-            row: Any = self._features.decode_example(self._rows[index].to_pylist()[0])
+            features = {name: self._features[name] for name in rows.column_names}
+            row: Any = datasets.Features(features).decode_example(rows[index].to_pylist()[0])
         except MemoryError:
             raise
         except Exception as error:  # pyarrow's or the operating system's: the files have gone or changed
             raise CachekdError(
                 "a row of the data set cannot be read", where=origin, found=f"{type(error).__name__}: {error}"
             ) from error
-        if self._map is not None:
-            row = self._map(row, key, origin)
-        return sample_from_record(key, row, origin=origin, folder=self._folder)
+        return row if self._map is None else self._map(row, self.keys[index], origin)
 
 
 def _keys(dataset: datasets.Dataset, origin: str) -> list[str]:

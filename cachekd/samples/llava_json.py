@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cachekd.errors import CachekdError
 from cachekd.samples.keys import unique_keys
 from cachekd.samples.map_function import MapFunction
+from cachekd.samples.outline import Outline, outline_of_record
 from cachekd.samples.records import sample_from_record
 from cachekd.samples.sample import Sample
 
@@ -40,15 +42,21 @@ class LlavaJsonSamples:
             BadSample: it cannot be used.
             CachekdError: the data set's folder has gone.
         """
-        record, key, origin = self._records[index], self.keys[index], str(self.path)
         if not self.path.parent.exists():
             raise CachekdError("the data set's folder has gone", where=str(self.path.parent))
-        if self._map is not None:
-            # A copy: a function may change what it gets, and a sample may be read again.
-            return sample_from_record(
-                key, self._map(copy.deepcopy(record), key, origin), origin=origin, folder=self.path.parent
-            )
-        return sample_from_record(key, record, origin=origin, folder=self.path.parent)
+        record = self._record(index)
+        return sample_from_record(self.keys[index], record, origin=str(self.path), folder=self.path.parent)
+
+    def outline(self, index: int) -> Outline:
+        """See `Samples.outline`."""
+        return outline_of_record(self._record(index))
+
+    def _record(self, index: int) -> Mapping[str, Any]:
+        record = self._records[index]
+        if self._map is None:
+            return record
+        # A copy: a function may change what it gets, and a sample may be read again.
+        return self._map(copy.deepcopy(record), self.keys[index], str(self.path))
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:

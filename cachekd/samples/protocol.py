@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cachekd.samples.sample import Sample
+
+if TYPE_CHECKING:
+    from cachekd.samples.outline import Outline
 
 
 class Samples(Protocol):
@@ -19,6 +22,15 @@ class Samples(Protocol):
 
         Raises:
             BadSample: this one cannot be used.
+            CachekdError: the data set cannot be read.
+        """
+        ...
+
+    def outline(self, index: int) -> Outline:
+        """A sample's text and number of images, without opening one.
+
+        Raises:
+            BadSample: its record cannot be read.
             CachekdError: the data set cannot be read.
         """
         ...

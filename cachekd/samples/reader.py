@@ -78,22 +78,29 @@ def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Genera
         collate_fn=pickle.dumps,
         generator=torch.Generator(),  # else the loader draws its seed from, and so changes, the global state
     )
-    with _quiet_tokenizers():
+    with quiet_tokenizers():
         batches: Any = iter(loader)  # starts the workers
     try:
         for message in batches:
             yield from pickle.loads(message)
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-            raise
-        raise CachekdError(
-            "a process that reads samples died",
-            found=str(error).splitlines()[0],
-            fix="fewer --workers need less memory; --workers 0 reads in the main process and shows the cause",
-        ) from error
+        if (died := dead_worker(error)) is not None:
+            raise died from error
+        raise
     finally:
         # What dropping the iterator does; but a traceback may keep that alive for long.
         batches._shutdown_workers()
+
+
+def dead_worker(error: RuntimeError) -> CachekdError | None:
+    """What a DataLoader says of a worker that died, for people; None for any other error."""
+    if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
+        return None
+    return CachekdError(
+        "a process that reads samples died",
+        found=str(error).splitlines()[0],
+        fix="fewer --workers need less memory; --workers 0 reads in the main process and shows the cause",
+    )
 
 
 def _leave_interrupts_to_the_parent(_worker: int) -> None:
@@ -102,7 +109,7 @@ def _leave_interrupts_to_the_parent(_worker: int) -> None:
 
 
 @contextmanager
-def _quiet_tokenizers() -> Iterator[None]:
+def quiet_tokenizers() -> Iterator[None]:
     """The workers are the parallelism; without this each forked one prints a warning about deadlocks."""
     given = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = given or "false"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from cachekd.errors import CachekdError
+from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
 
@@ -39,3 +40,7 @@ class SamplesView:
     def __getitem__(self, index: int) -> Sample:
         """Read one sample; raises what the data set does."""
         return self._samples[int(self._order[index])]
+
+    def outline(self, index: int) -> Outline:
+        """See `Samples.outline`."""
+        return self._samples.outline(int(self._order[index]))

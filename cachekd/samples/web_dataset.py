@@ -9,6 +9,7 @@ from typing import Any
 
 from cachekd.errors import BadSample
 from cachekd.samples.map_function import MapFunction
+from cachekd.samples.outline import Outline, outline_of_record
 from cachekd.samples.records import sample_from_record
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.tar_index import index_tars
@@ -47,15 +48,28 @@ class WebDatasetSamples:
             CachekdError: its tar has gone or changed.
         """
         key, origin = self.keys[index], self._index.url(index)
-        members = self._index.members(index)
         if self._map is not None:
-            files = {extension: self._index.read(index, member) for extension, member in members.items()}
-            return sample_from_record(key, self._map({"__key__": key, **files}, key, origin), origin=origin)
+            return sample_from_record(key, self._mapped(self._map, index), origin=origin)
+        members, record = self._index.members(index), self._record(index)
+        record["images"] = [self._index.read(index, members[extension]) for extension in record["images"]]
+        return sample_from_record(key, record, origin=origin)
+
+    def outline(self, index: int) -> Outline:
+        """See `Samples.outline`. A map function is given the whole sample, bytes of images and all."""
+        return outline_of_record(self._record(index) if self._map is None else self._mapped(self._map, index))
+
+    def _record(self, index: int) -> dict[str, Any]:
+        """The sample's JSON; its images are extensions, not read yet."""
+        key, origin, members = self.keys[index], self._index.url(index), self._index.members(index)
         images = _image_extensions(members, key, origin)
         record = _parse_json(self._index.read(index, members["json"]), key, origin)
         record = {name: value for name, value in record.items() if name not in ("image", "images")}
-        record["images"] = [self._index.read(index, members[extension]) for extension in images]
-        return sample_from_record(key, record, origin=origin)
+        return {**record, "images": images}
+
+    def _mapped(self, map: MapFunction, index: int) -> Mapping[str, Any]:
+        key, members = self.keys[index], self._index.members(index)
+        files = {extension: self._index.read(index, member) for extension, member in members.items()}
+        return map({"__key__": key, **files}, key, self._index.url(index))
 
 
 def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:

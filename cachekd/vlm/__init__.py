@@ -15,6 +15,7 @@ from cachekd.vlm.load import (
     weights_files,
     weights_identity,
 )
+from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, train_only
 from cachekd.vlm.proof import prove_split
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
@@ -24,6 +25,7 @@ __all__ = [
     "LiveTeacher",
     "SwitchedTeacher",
     "capture_vision",
+    "check_adapters",
     "check_switch",
     "check_tokenizers",
     "decode",
@@ -38,10 +40,13 @@ __all__ = [
     "load_processor",
     "load_without_tower",
     "logits_at",
+    "modules_outside",
     "output_head",
+    "parameters_by_part",
     "project",
     "projectors_in_tower",
     "prove_split",
+    "train_only",
     "vision_tower",
     "weights_files",
     "weights_identity",

@@ -27,6 +27,7 @@ from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
 from cachekd.vlm.processors import load_without_video
 from cachekd.vlm.steady import keep_statistics
+from cachekd.vlm.tinyllava import is_tinyllava
 
 
 def default_device() -> torch.device:
@@ -48,8 +49,18 @@ def load_config(path: str) -> Any:
     Raises:
         CachekdError: there is no model at `path`, or its family is not supported.
     """
+    if is_tinyllava(path):
+        raise CachekdError(
+            "this checkpoint is in TinyLLaVA Factory's layout",
+            where=str(path),
+            expected="a model of transformers' own",
+            fix=f"cachekd convert {path} -o NEW_FOLDER, and use that (download it first from a hub)",
+        )
     try:
-        config = gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path)
+        # Never a checkpoint's own code, nor a question whether to run it.
+        config = (
+            gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path, trust_remote_code=False)
+        )
     except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
         raise CachekdError(
             "no model can be loaded",
@@ -69,7 +80,7 @@ def load_processor(path: str) -> Any:
     if family_of(load_config(path)) is TEXT_ONLY:
         return TextProcessor(_load_tokenizer(path))
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         processor = load_without_video(path)
         if processor is None:
@@ -93,7 +104,7 @@ def load_processor(path: str) -> Any:
 def _load_tokenizer(path: str) -> Any:
     folder, options = source(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise CachekdError(
             "no tokenizer can be loaded",

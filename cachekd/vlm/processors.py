@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any
 
 from transformers import AutoConfig
@@ -23,10 +24,16 @@ def load_without_video(path: str) -> Any | None:
         return None
     if "video_processor" not in processor_class.get_attributes():
         return None
-    log.warning("%s: its processor is loaded without its video part, which needs torchvision", path)
+    _say_once(path)
     return without_video(processor_class).from_pretrained(path)
 
 
+@cache
+def _say_once(path: str) -> None:
+    log.warning("%s: its processor is loaded without its video part, which needs torchvision", path)
+
+
+@cache
 def without_video(processor_class: Any) -> Any:
     """A processor's class that neither takes, loads nor saves a video processor; its name stays.
 
@@ -43,12 +50,20 @@ def without_video(processor_class: Any) -> Any:
             # The classes take image processor, tokenizer, video processor; SmolVLM's has no default.
             return super().from_args_and_dict([*args, None], *others, **kwargs)
 
+        def __reduce__(self) -> Any:  # for worker processes: pickle would look for the class by its name
+            return _empty, (processor_class,), self.__dict__
+
     ImagesOnly.__name__, ImagesOnly.__module__ = processor_class.__name__, processor_class.__module__
     return ImagesOnly
 
 
+def _empty(processor_class: Any) -> Any:
+    images_only = without_video(processor_class)
+    return images_only.__new__(images_only)
+
+
 def _processor_class(path: str) -> Any | None:
     try:
-        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path)), None)
+        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, trust_remote_code=False)), None)
     except (OSError, ValueError):
         return None

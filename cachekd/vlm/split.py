@@ -115,6 +115,7 @@ def decode(
 
 def logits_at(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """The whole forward: [N, V] logits at `positions` [B, S] bool; the head runs there and nowhere else."""
+    inputs = with_pixels_cast(model, inputs)
     return model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
 
 
@@ -139,7 +140,13 @@ def hidden_and_logits_at(
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model's `get_image_features` takes."""
     names = inspect.signature(model.model.get_image_features).parameters
-    return {name: value for name, value in inputs.items() if name in names}
+    return {name: value for name, value in with_pixels_cast(model, inputs).items() if name in names}
+
+
+def with_pixels_cast(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch whose pixels have the model's dtype: most encoders see to that themselves, some do not."""
+    cast = {name: inputs[name].to(model.dtype) for name in ("pixel_values",) if name in inputs}
+    return {**inputs, **cast}
 
 
 def text_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def eval_command(
         print_tables(result)
 
 
-def run_eval(models: list[str], data: Path, teacher: str | None, batch_size: int = 128) -> Evaluation:
+def run_eval(models: list[str], data: str | Path, teacher: str | None, batch_size: int = 128) -> Evaluation:
     """Evaluate behind a progress bar."""
     from cachekd.evaluate import evaluate
     from cachekd.samples import open_samples

@@ -7,7 +7,22 @@ import sys
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli import demo, dump, evaluate, merge, report, select, status, train, verify
+from cachekd_cli import (
+    check,
+    convert,
+    demo,
+    dump,
+    evaluate,
+    inspect,
+    merge,
+    peek,
+    report,
+    run,
+    select,
+    status,
+    train,
+    verify,
+)
 from cachekd_cli.console import print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
@@ -19,14 +34,19 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+app.command("check")(check.check_command)
 app.command("dump")(dump.dump_command)
 app.command("status")(status.status_command)
 app.command("verify")(verify.verify_command)
+app.command("inspect")(inspect.inspect_command)
+app.command("peek")(peek.peek_command)
 app.command("merge")(merge.merge_command)
 app.command("select")(select.select_command)
 app.command("train")(train.train_command)
 app.command("eval")(evaluate.eval_command)
 app.command("report")(report.report_command)
+app.command("run")(run.run_command)
+app.command("convert")(convert.convert_command)
 app.command("demo")(demo.demo_command)
 
 

@@ -34,8 +34,22 @@ def train_command(
     missing: Annotated[
         str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. [default: error]")
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="dpt, sft or dft: presets of the next three, each of which can be set by itself."),
+    ] = None,
+    trainable: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts that train, as in projector,language_model. [default: vision_encoder,projector,"
+            "language_model]"
+        ),
+    ] = None,
     lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. [default: 1]")] = None,
     lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. [default: 1]")] = None,
+    vsd_every: Annotated[
+        int | None, typer.Option(help="Optimizer steps per one with the switched path. [default: 1]")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. [default: 1]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 16]")] = None,
@@ -51,7 +65,9 @@ def train_command(
     logging_steps: Annotated[
         int | None, typer.Option(help="Steps between log entries. [default: 10]")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read samples. [default: 0]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that read samples. [default: 0; on a GPU 4]")
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
     ] = None,
@@ -71,6 +87,9 @@ def train_command(
     Example: cachekd train --student models/llava-0.5b --teacher models/llava-7b
     --cache caches/llava-7b --data data/train --out runs/switch-kd
 
+    In stages: --stage dpt trains the projector (L_CE and L_Align), --stage sft projector and language model
+    (L_CE alone), --stage dft everything with all three terms.
+
     Plain cross-entropy, as a baseline: --lambda-align 0 --lambda-vsd 0 (needs neither teacher nor cache)
 
     A run that was cut short goes on when its command is repeated. Several GPUs: accelerate launch
@@ -88,6 +107,8 @@ def train_command(
         result = estimate_training(settings)
         print_json(asdict(result)) if json else print_estimate(result)
         return
+    if is_main_process() and not json:
+        print_settings(settings)
     summary = run_train(settings)
     if not is_main_process():
         return
@@ -125,6 +146,24 @@ def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
         return train(config, [ShowProgress()])
 
 
+def print_settings(config: TrainConfig) -> None:
+    """What is about to run, presets resolved; settings at their defaults are left out."""
+    weights = (("L_Align", config.lambda_align), ("L_VSD", config.lambda_vsd))
+    terms = ["L_CE", *(f"{weight:g} {name}" for name, weight in weights if weight)]
+    shown = {"stage", "trainable", "lambda_align", "lambda_vsd"}
+    rows = [
+        *([("stage", config.stage)] if config.stage else []),
+        ("trainable", ", ".join(config.trainable)),
+        ("loss", " + ".join(terms)),
+        *(
+            (name, getattr(config, name))
+            for name, field in type(config).model_fields.items()
+            if name not in shown and getattr(config, name) != field.default
+        ),
+    ]
+    console.print(table("settings (the others are at their defaults)", ("", "value"), rows))
+
+
 def print_summary(summary: TrainSummary) -> None:
     """The summary table."""
     rows = [
@@ -132,6 +171,7 @@ def print_summary(summary: TrainSummary) -> None:
         *([("resumed from step", f"{summary.resumed_from:,}")] if summary.resumed_from else []),
         *([("samples by L_CE alone", f"{summary.uncovered:,}")] if summary.uncovered else []),
         ("wall time", f"{summary.seconds:.1f} s"),
+        ("waited for data", f"{summary.data_wait:.1%}"),
         *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
     ]
     console.print(table(f"student {summary.out}", ("", "value"), rows))

@@ -47,6 +47,7 @@ class Family:
         width: the attribute of `config.vision_config` that is the width of V's output.
         shared: attributes of the config (dotted) that teacher and student must have in common for the
             switch: what lies between V and P, and which inputs both read.
+        equally_many: such attributes that need only be equally long.
     """
 
     model_type: str
@@ -56,3 +57,4 @@ class Family:
     replay: Replay = replay_output
     width: str = "hidden_size"
     shared: tuple[str, ...] = ()
+    equally_many: tuple[str, ...] = ()

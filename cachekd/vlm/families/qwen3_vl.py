@@ -39,4 +39,5 @@ QWEN3_VL = Family(
     taps=("deepstack_merger_list",),
     replay=merge_deepstack,
     shared=PATCHES,
+    equally_many=("vision_config.deepstack_visual_indexes",),
 )

@@ -1,0 +1,190 @@
+"""What the benchmarks of stage two share: LLaVAs with random weights, a batch, ours and the naive trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TrainingArguments,
+)
+
+from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.samples import Encoded, predicting_positions
+from cachekd.targets import DenseTargets
+from cachekd.trainer import SwitchKDTrainer
+from cachekd.training_data import Example, collate_with_targets
+from cachekd.vlm import SwitchedTeacher, capture_vision
+
+WINDOW, MIN_K, IMAGE_TOKEN = 128, 2, 5
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision encoder; `width` is what the switch needs to be the same in both models."""
+
+    layers: int
+    width: int
+    heads: int = 2
+    image: int = 32
+    patch: int = 8
+
+    @property
+    def tokens(self) -> int:
+        """Per image."""
+        return (self.image // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A language model."""
+
+    layers: int
+    width: int
+    heads: int = 2
+    inner: float = 2.0
+
+
+def save_vlm(folder: Path, vocab: int, tower: Tower, text: Text, *, seed: int, tied: bool = False) -> None:
+    """A LLaVA with random weights."""
+    torch.manual_seed(seed)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=tower.width,
+            intermediate_size=2 * tower.width,
+            num_hidden_layers=tower.layers,
+            num_attention_heads=tower.heads,
+            image_size=tower.image,
+            patch_size=tower.patch,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=text.width,
+            intermediate_size=int(text.inner * text.width),
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.heads,
+            num_key_value_heads=text.heads,
+            tie_word_embeddings=tied,
+        ),
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        tie_word_embeddings=tied,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+
+
+def random_samples(count: int, length: int, vocab: int, tower: Tower) -> list[Encoded]:
+    """Random tokens after an image; the second half of each is the answer."""
+    generator = torch.Generator().manual_seed(0)
+    encoded = []
+    for index in range(count):
+        ids = torch.randint(IMAGE_TOKEN + 1, vocab, (length,), generator=generator)
+        ids[: tower.tokens] = IMAGE_TOKEN
+        pixels = torch.randn(1, 3, tower.image, tower.image, generator=generator)
+        supervised = torch.arange(length) >= length // 2
+        encoded.append(Encoded(str(index), bytes(16), {"input_ids": ids, "pixel_values": pixels}, supervised))
+    return encoded
+
+
+class Examples(Dataset):
+    """The same batch in every step."""
+
+    def __init__(self, examples: list[Example], steps: int) -> None:
+        self.examples = examples * steps
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def lean_trainer(
+    student: nn.Module, examples: list[Example], out: Path, *, steps: int, settings: Any = None, **ours: Any
+) -> SwitchKDTrainer:
+    """cachekd's trainer over the same batch, `steps` times.
+
+    Args:
+        settings: of `TrainingArguments`, beside those here.
+        ours: of `SwitchKDTrainer`.
+    """
+    arguments = TrainingArguments(
+        str(out),
+        **{
+            "per_device_train_batch_size": len(examples),
+            "num_train_epochs": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": False,
+            "train_sampling_strategy": "sequential",
+            **(settings or {}),
+        },
+    )
+    return SwitchKDTrainer(student, arguments, Examples(examples, steps), pad_token_id=0, **ours)
+
+
+class Naive:
+    """As anyone would first write it: two whole models, logits of every position, all answers at once."""
+
+    def __init__(
+        self,
+        student: LlavaForConditionalGeneration,
+        teacher: LlavaForConditionalGeneration,
+        data: list[Encoded],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.student, self.teacher, self.switched = student, teacher, SwitchedTeacher(teacher)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)  # as the Trainer
+        batch = collate_with_targets([Example(encoded) for encoded in data], 0)
+        batch = {name: x.to(student.device) for name, x in batch.items() if isinstance(x, Tensor)}
+        self.supervised = batch["labels"] != -100
+        self.inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        self.autocast = autocast
+
+    def loss(self) -> Tensor:
+        """L_CE + L_Align + L_VSD, means over answer tokens."""
+        positions, ids = predicting_positions(self.supervised), self.inputs["input_ids"][self.supervised]
+        pixels = self.inputs["pixel_values"].to(self.teacher.dtype)
+        with torch.no_grad():
+            logits = self.teacher(**self.inputs | {"pixel_values": pixels}).logits
+            targets = DenseTargets(logits[positions], ids)
+        autocast = torch.autocast(self.student.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, capture_vision(self.student) as vision:
+            logits = self.student(**self.inputs).logits[positions]
+        assert vision.output is not None
+        everywhere = torch.ones_like(positions)
+        other = self.switched.logits(vision.output, self.inputs, everywhere)[positions.flatten()]
+        return cross_entropy_loss(logits, ids) + sum(
+            dbild_loss(z, targets, window=WINDOW, min_k=MIN_K) for z in (logits, other)
+        )
+
+    def step(self) -> float:
+        """One optimizer step; its loss."""
+        loss = self.loss()
+        loss.backward()
+        self.update()
+        return loss.item()
+
+    def update(self) -> None:
+        """Clipping and AdamW."""
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def resident(name: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))

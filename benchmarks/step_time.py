@@ -1,0 +1,351 @@
+"""A step of stage two: time, memory and arithmetic of five ways, each in a process of its own.
+
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --json
+    python benchmarks/step_time.py --device cuda --dtype bfloat16
+
+naive_live is Switch-KD the way anyone would first write it: two whole models, and logits of every position in
+all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the
+switched path, ce_only without any teacher. All see the same batch; the cached ones read what a dump with
+`--tail bytes=64` would have kept of it. The weights are random, the teacher's head is scaled up.
+
+A step is forward, backward, clipping, AdamW and, in ours, the Trainer's own work. The figure is the median of
+`--steps` after a first one; in that, FLOPs are counted (`torch.utils.flop_counter`, forward and backward).
+Memory is the GPU's peak; on a CPU the process's peak beyond what it held before the models were loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from small_vlm import (
+    MIN_K,
+    WINDOW,
+    Naive,
+    Text,
+    Tower,
+    lean_trainer,
+    random_samples,
+    resident,
+    save_vlm,
+)
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import TrainerCallback
+
+from cachekd.cache import CachedTargets
+from cachekd.cache.fit import OutputHead, fit_sketch
+from cachekd.cache.records import TailStates
+from cachekd.cache.select import select_and_normalise
+from cachekd.cache.tail import TailSetting
+from cachekd.samples import predicting_positions
+from cachekd.training_data import Example
+from cachekd.vlm import LiveTeacher, SwitchedTeacher, load_model
+from cachekd.vlm.split import hidden_and_logits_at
+
+VARIANTS = ("naive_live", "live", "cached", "cached_no_vsd", "ce_only")
+OPINION = 20.0  # the random teacher's head is scaled by it: else all its logits are much the same
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of both models and the batch."""
+
+    vocab: int
+    batch: int
+    length: int
+    student: tuple[Tower, Text]
+    teacher: tuple[Tower, Text]
+
+
+# A teacher of some six times the student's cost, heads of some share of it as in Qwen2.5 0.5B and 3B.
+SIZES = {
+    "tiny": Sizes(
+        vocab=512,
+        batch=2,
+        length=48,
+        student=(Tower(1, 32), Text(1, 32)),
+        teacher=(Tower(2, 32), Text(2, 96)),
+    ),
+    "cpu": Sizes(
+        vocab=8_192,
+        batch=4,
+        length=160,
+        student=(Tower(4, 192, heads=3, image=64, patch=8), Text(6, 256, heads=4, inner=2.7)),
+        teacher=(Tower(8, 192, heads=3, image=64, patch=8), Text(7, 640, heads=10, inner=2.7)),
+    ),
+    "cuda": Sizes(
+        vocab=151_936,
+        batch=8,
+        length=1_024,
+        student=(Tower(12, 768, heads=12, image=384, patch=16), Text(24, 896, heads=14, inner=5.4)),
+        teacher=(Tower(24, 768, heads=12, image=384, patch=16), Text(36, 2_048, heads=16, inner=5.4)),
+    ),
+}
+
+
+@torch.no_grad()
+def prepare(folder: Path, sizes: Sizes, device: torch.device) -> None:
+    """Both models, and what a cache would hold of the batch."""
+    for seed, name in enumerate(("teacher", "student")):
+        save_vlm(folder / name, sizes.vocab, *getattr(sizes, name), seed=seed)
+    teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=device)
+    teacher.lm_head.weight *= OPINION
+    teacher.save_pretrained(folder / "teacher")
+    data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.teacher[0])
+    kept, states = [], []
+    for sample in data:
+        inputs = {
+            "input_ids": sample.inputs["input_ids"][None],
+            "pixel_values": sample.inputs["pixel_values"],
+        }
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        positions = predicting_positions(sample.supervised[None]).to(device)
+        hidden, logits = hidden_and_logits_at(teacher, inputs, positions)
+        records, normaliser = select_and_normalise(
+            logits, sample.token_ids.to(device), top_k=128, top_p=0.0, window=WINDOW, min_k=MIN_K
+        )
+        kept.append(records)
+        states.append(TailStates(hidden, normaliser))
+    head = OutputHead(teacher.lm_head.weight)
+    calibration = type(kept[0]).concatenate(kept), TailStates.concatenate(states)
+    encoder = fit_sketch(head, calibration[1], calibration[0], TailSetting.parse("bytes=64"))
+    targets = [
+        CachedTargets.from_records(
+            replace(records, sketch=encoder.encode(some)),
+            vocab_size=sizes.vocab,
+            window=WINDOW,
+            min_k=MIN_K,
+            sketch=encoder.sketch.to("cpu"),
+        )
+        for records, some in zip(kept, states, strict=True)
+    ]
+    torch.save(targets, folder / "targets.pt")
+
+
+class Clock:
+    """Wall and CPU time of each step but the first; of the first, its FLOPs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.flops = device, 0
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self._counter: FlopCounterMode | None = None
+        self._at: tuple[float, float] | None = None
+
+    def begin(self) -> None:
+        """Before the first step."""
+        # The CPU's attention kernel is not among those that torch counts.
+        aten = torch.ops.aten
+        forward = aten._scaled_dot_product_flash_attention_for_cpu
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        counted = {forward: _attention, backward: _attention_backward}
+        self._counter = FlopCounterMode(display=False, custom_mapping=counted)
+        self._counter.__enter__()
+
+    def before_update(self) -> None:
+        """After the first backward."""
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+            self.flops, self._counter = self._counter.get_total_flops(), None
+
+    def end(self) -> None:
+        """After a step."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter(), time.process_time()
+        if self._at is not None:
+            self.wall.append(now[0] - self._at[0])
+            self.cpu.append(now[1] - self._at[1])
+        self._at = now
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+class _Callback(TrainerCallback):
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.clock.begin()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.clock.before_update()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.clock.end()
+
+
+def run_ours(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
+    """cachekd's trainer; the loss of the last step."""
+    sizes, name, device = SIZES[options.size], options.variant, clock.device
+    dtype = getattr(torch, options.dtype)
+    teacher = None
+    if name in ("live", "cached"):
+        teacher = SwitchedTeacher.load(
+            str(folder / "teacher"), dtype=dtype, device=device, with_tower=name == "live"
+        )
+    data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.student[0])
+    targets: list[CachedTargets | None] = [None] * len(data)
+    if name.startswith("cached"):
+        targets = torch.load(folder / "targets.pt", weights_only=False)
+    on_gpu = device.type == "cuda"
+    trainer = lean_trainer(
+        load_model(str(folder / "student"), dtype=torch.float32, device=device),
+        [Example(encoded, target) for encoded, target in zip(data, targets, strict=True)],
+        folder / "out",
+        steps=options.steps + 1,
+        settings={
+            "use_cpu": not on_gpu,
+            "bf16": dtype == torch.bfloat16,
+            "logging_steps": options.steps + 1,
+            "dataloader_pin_memory": on_gpu,
+            "accelerator_config": {"non_blocking": on_gpu},
+        },
+        teacher=teacher,
+        live=LiveTeacher(teacher, sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None,
+        lambda_align=0.0 if name == "ce_only" else 1.0,
+        lambda_vsd=1.0 if teacher else 0.0,
+        callbacks=[_Callback(clock)],
+    )
+    with profiled(options.profile):
+        trainer.train()
+    return float(trainer.state.log_history[0]["loss"])
+
+
+def run_naive(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
+    """The mean loss of the steps, as the Trainer's log has it."""
+    sizes, dtype = SIZES[options.size], getattr(torch, options.dtype)
+    naive = Naive(
+        load_model(str(folder / "student"), dtype=torch.float32, device=clock.device),
+        load_model(str(folder / "teacher"), dtype=dtype, device=clock.device),
+        random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.student[0]),
+        autocast=None if dtype == torch.float32 else dtype,
+    )
+    clock.begin()
+    losses = []
+    with profiled(options.profile):
+        for _ in range(options.steps + 1):
+            loss = naive.loss()
+            loss.backward()
+            clock.before_update()
+            naive.update()
+            losses.append(loss.item())
+            clock.end()
+    return statistics.mean(losses)
+
+
+@contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Which operations take the time, on stderr."""
+    if not wanted:
+        yield
+        return
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        yield
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40), file=sys.stderr)
+
+
+def run_variant(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """In this process."""
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    before, clock = resident("VmRSS"), Clock(device)
+    loss = (run_naive if options.variant == "naive_live" else run_ours)(folder, options, clock)
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
+    return {
+        "name": options.variant,
+        "step_ms": 1e3 * statistics.median(clock.wall),
+        "cpu_ms": 1e3 * statistics.median(clock.cpu),
+        "peak_mb": peak / 1e6,
+        "flops": clock.flops,
+        "loss": loss,
+    }
+
+
+def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Each beside naive_live, and whether the time is what the arithmetic says."""
+    first, by_name = rows[0], {row["name"]: row for row in rows}
+    sizes = SIZES[options.size]
+    table = Table(
+        "", "ms a step", "of naive", "CPU ms", "of naive", "peak MB", "of naive", "GFLOP", "of naive",
+        title=f"{options.device}, {options.dtype}: V = {sizes.vocab:,}, {sizes.batch} x {sizes.length} tokens",
+    )  # fmt: skip
+    for row in rows:
+        cells = [row["name"]]
+        for name, scale in (("step_ms", 1), ("cpu_ms", 1), ("peak_mb", 1), ("flops", 1e9)):
+            cells += [f"{row[name] / scale:,.0f}", f"{row[name] / first[name]:.3f}"]
+        table.add_row(*cells)
+    console = Console()
+    console.print(table)
+    cached = by_name["cached"]
+    flops = cached["flops"] / first["flops"]
+    for name, what in (("step_ms", "wall"), ("cpu_ms", "CPU")):
+        ratio = cached[name] / first[name]
+        more = f"{ratio / flops - 1:+.1%}"
+        console.print(f"cached / naive_live: {what} time {ratio:.3f}, FLOPs {flops:.3f}: {more}")
+    # The live teacher's forward, with its head at the answers only, beside a third of forward and backward.
+    teacher, student = by_name["live"]["flops"] - cached["flops"], by_name["ce_only"]["flops"] / 3
+    console.print(f"the teacher's forward is {teacher / student:.1f} times the student's")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--size", choices=list(SIZES), help="by default the device's")
+    parser.add_argument("--steps", type=int, default=5, help="timed, after a first one")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="which of these")
+    parser.add_argument("--profile", action="store_true", help="the operations that take longest, on stderr")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.size = options.size or options.device
+    if options.variant is not None:
+        print(json.dumps(run_variant(options.folder, options)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(options.threads)
+        prepare(Path(folder), SIZES[options.size], torch.device(options.device))
+        for variant in options.variants.split(","):
+            command = [sys.executable, __file__, "--variant", variant, "--folder", folder]
+            for option in ("device", "dtype", "size", "steps", "threads"):
+                command += [f"--{option}", str(getattr(options, option))]
+            command += ["--profile"] * options.profile
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    if options.json or options.variants != ",".join(VARIANTS):
+        print(json.dumps(rows))
+    else:
+        print_table(rows, options)
+
+
+if __name__ == "__main__":
+    main()

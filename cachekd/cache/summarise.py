@@ -1,0 +1,185 @@
+"""Count what is in a cache: one pass over its shards, one at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.entropy import entropy, entropy_bounds, spread
+from cachekd.cache.manifest import Manifest, ShardInfo
+from cachekd.cache.parts import bytes_by_part
+from cachekd.cache.shard import read_shard
+from cachekd.cache.sketch import read_sketch
+from cachekd.cache.skipped import read_skipped
+from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
+from cachekd.cache.targets import CachedTargets, UniformTail
+
+ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
+EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
+
+
+def summarise(
+    path: Path,
+    *,
+    entropy_tokens: int = ENTROPY_TOKENS,
+    progress: Callable[[ShardInfo], None] = lambda shard: None,
+) -> CacheSummary:
+    """Read a whole cache, checking every shard on the way.
+
+    What is in memory is one shard and the tail sketches, however many shards there are.
+
+    Args:
+        entropy_tokens: with a tail sketch, at how many evenly spread tokens the entropy is measured.
+        progress: called with each shard that is done.
+
+    Raises:
+        CachekdError: it is not a cache, or a shard is missing or damaged.
+    """
+    manifest = Manifest.load(path)
+    counts = _Counts(spread(entropy_tokens, manifest.tokens))
+    shards = []
+    for info in manifest.shards:
+        targets = _read_targets(path, manifest, info)
+        shards.append(counts.add(info, targets))
+        counts.parts += bytes_by_part(path / SHARD_FOLDER / info.name)
+        progress(info)
+    tokens = max(1, manifest.tokens)
+    return CacheSummary(
+        path=str(path),
+        samples=manifest.samples,
+        tokens=manifest.tokens,
+        entries=manifest.entries,
+        bytes=manifest.size,
+        sketch_bytes=manifest.sketch_bytes,
+        bytes_per_token=manifest.size / tokens,
+        bytes_by_part=dict(counts.parts.most_common()),
+        kept_mass=counts.kept_mass / tokens,
+        k=dict(sorted(counts.k.items())),
+        knee=dict(sorted(counts.knee.items())),
+        answers=counts.answers(),
+        entropy=counts.entropy(),
+        shards=shards,
+        skipped=dict(Counter(one.reason for one in read_skipped(path, manifest.skipped)).most_common()),
+        manifest=manifest,
+    )
+
+
+def _read_targets(path: Path, manifest: Manifest, info: ShardInfo) -> CachedTargets:
+    """Without a LogitCache, which knows all keys and keeps what it has decoded."""
+    shard = read_shard(
+        path / SHARD_FOLDER / info.name,
+        manifest.codec.logprob_step,
+        sketch=info.sketch is not None,
+        sha256=info.sha256,
+    )
+    sketch = None if info.sketch is None else manifest.sketches[info.sketch]
+    return CachedTargets.from_records(
+        shard.targets,
+        vocab_size=manifest.teacher.vocab_size,
+        window=manifest.codec.window,
+        min_k=manifest.codec.min_k,
+        sketch=None if sketch is None else read_sketch(path / sketch.name, sketch.sha256),
+    )
+
+
+@dataclass
+class _Counts:
+    """Sums over the shards so far.
+
+    Attributes:
+        places: of the tokens whose entropy is measured, among all of the cache's.
+    """
+
+    places: Tensor
+    tokens: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    k: Counter[int] = field(default_factory=Counter)
+    knee: Counter[int] = field(default_factory=Counter)
+    kept_mass: float = 0.0
+    top1: int = 0
+    kept: int = 0
+    probability: float = 0.0
+    logprob: float = 0.0
+    least: float = 0.0
+    most: float = 0.0
+    measured: int = 0
+    entropy_sum: float = 0.0
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
+
+    def add(self, info: ShardInfo, targets: CachedTargets) -> ShardSummary:
+        """Count one shard."""
+        for name, counter in (("k", self.k), ("knee", self.knee)):
+            values, found = getattr(targets, name).unique(return_counts=True)
+            counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
+        top1, logprob = self._add_answers(targets)
+        self.kept_mass += float(targets.logprobs.double().exp().sum())
+        self._add_entropy(targets)
+        self.tokens += len(targets)
+        tokens = max(1, len(targets))
+        return ShardSummary(
+            name=info.name,
+            source=info.source,
+            samples=info.samples,
+            tokens=len(targets),
+            bytes=info.bytes,
+            mean_k=float(targets.k.sum()) / tokens,
+            top1=top1 / tokens,
+            logprob=logprob / tokens,
+            kl=None if info.fidelity is None else info.fidelity.kl,
+        )
+
+    def _add_answers(self, targets: CachedTargets) -> tuple[int, float]:
+        """How often the answer is the teacher's own choice, and the sum of its logprobs."""
+        answer = targets.token_ids[:, None]
+        logprobs = targets.gather(answer).double()
+        top1, logprob = int((targets.ids[:, :1] == answer).sum()), float(logprobs.sum())
+        self.top1 += top1
+        self.logprob += logprob
+        self.probability += float(logprobs.exp().sum())
+        self.kept += int((targets.ids == answer).sum())
+        return top1, logprob
+
+    def _add_entropy(self, targets: CachedTargets) -> None:
+        least, most = entropy_bounds(targets)
+        self.least += float(least.sum())
+        self.most += float(most.sum())
+        if isinstance(targets.tail, UniformTail):
+            found = most
+        else:
+            inside = (self.places >= self.tokens) & (self.places < self.tokens + len(targets))
+            found = entropy(targets.select(self.places[inside] - self.tokens))
+        self.histogram += np.histogram(found.numpy(), bins=EDGES)[0]
+        self.measured += len(found)
+        self.entropy_sum += float(found.sum())
+
+    def answers(self) -> Answers:
+        """Means."""
+        tokens = max(1, self.tokens)
+        logprob = self.logprob / tokens
+        return Answers(
+            top1=self.top1 / tokens,
+            probability=self.probability / tokens,
+            logprob=logprob,
+            perplexity=float(np.exp(-logprob)),
+            kept=self.kept / tokens,
+        )
+
+    def entropy(self) -> Entropy:
+        """Means, and the histogram without the empty bins at its end."""
+        tokens, used = max(1, self.tokens), int(np.flatnonzero(self.histogram).max(initial=0)) + 1
+        return Entropy(
+            method="all tokens" if self.measured == self.tokens else "evenly spread tokens",
+            tokens=self.measured,
+            mean=self.entropy_sum / max(1, self.measured),
+            edges=list(EDGES[: used + 1]),
+            counts=self.histogram[:used].tolist(),
+            least=self.least / tokens,
+            most=self.most / tokens,
+        )

@@ -1,0 +1,64 @@
+"""How long the steps wait for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
+
+Batch = TypeVar("Batch")
+
+# Above this share a run is worth reading data for in more processes.
+MOST = 0.02
+
+
+class Waited(NamedTuple):
+    """Seconds spent in waiting for batches, out of `elapsed` seconds of wall time."""
+
+    waited: float = 0.0
+    elapsed: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """0 to 1; 0 where no time has passed."""
+        return self.waited / self.elapsed if self.elapsed > 0 else 0.0
+
+
+class DataWait:
+    """Measures the share of the wall time in which the training loop waits for its next batch.
+
+    The clock starts when the first batch is there: starting workers and opening shards is no waiting that
+    more workers would shorten. What is counted is the time that the loop itself stands still. On a CPU no
+    step runs in that time. A GPU still works off what was queued before, so there the share is an upper bound
+    of the time in which it is idle; within 2 % it is not worth a thought.
+    """
+
+    def __init__(self) -> None:
+        self._started: float | None = None
+        self._waited = 0.0
+        self._at_last = Waited()
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each is there is counted."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            there = time.perf_counter()
+            if self._started is None:
+                self._started = there
+            else:
+                self._waited += there - asked
+            if batch is None:
+                return
+            yield batch
+
+    @property
+    def total(self) -> Waited:
+        """Since the first batch."""
+        return Waited(self._waited, 0.0 if self._started is None else time.perf_counter() - self._started)
+
+    def since_last(self) -> Waited:
+        """Since the last call."""
+        total, before = self.total, self._at_last
+        self._at_last = total
+        return Waited(total.waited - before.waited, total.elapsed - before.elapsed)

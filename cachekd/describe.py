@@ -1,0 +1,145 @@
+"""A cache in words and bars: what `cachekd inspect` shows, in the terminal as on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+from cachekd.cache.manifest import Manifest, Source
+from cachekd.cache.summary import CacheSummary, Entropy
+
+Rows = dict[str, str]
+_K_EDGES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 4096, 65535)
+
+
+class Bar(NamedTuple):
+    """A line of a histogram."""
+
+    label: str
+    value: int
+
+
+def headline(summary: CacheSummary) -> Rows:
+    """What one wants to know first."""
+    answers, entropy = summary.answers, summary.entropy
+    return {
+        "samples": f"{summary.samples:,}",
+        "answer tokens": f"{summary.tokens:,}",
+        "bytes per token": f"{summary.bytes_per_token:.1f}",
+        "size": f"{summary.bytes / 1e6:,.2f} MB in {len(summary.shards):,} shard(s)",
+        "tail sketch": f"{summary.sketch_bytes / 1e6:,.2f} MB" if summary.sketch_bytes else "none",
+        "mean k": f"{summary.entries / max(1, summary.tokens):.1f}",
+        "mass of the kept": f"{100 * summary.kept_mass:.2f} %",
+        "teacher's top-1 accuracy": f"{100 * answers.top1:.2f} %",
+        "its probability of the answer": f"{answers.probability:.4f} (perplexity {answers.perplexity:.3f})",
+        "answers among the kept": f"{100 * answers.kept:.2f} %",
+        "entropy": f"{entropy.mean:.3f} nats ({measured_at(entropy, summary.tokens)})",
+        **_fidelity(summary.manifest),
+        "left out": _skipped(summary),
+    }
+
+
+def measured_at(entropy: Entropy, tokens: int) -> str:
+    """At which tokens the entropy was measured; what all tokens say bounds it."""
+    if entropy.tokens == tokens:
+        return "all tokens"
+    return f"{entropy.tokens:,} tokens; all: {entropy.least:.3f} to {entropy.most:.3f}"
+
+
+def origin(manifest: Manifest) -> Rows:
+    """Which teacher, data and options."""
+    teacher, codec = manifest.teacher, manifest.codec
+    rows = {
+        "teacher": f"{teacher.name} ({teacher.model_type}, {teacher.dtype}, {teacher.vocab_size:,} ids)",
+        "codec": ", ".join(f"{name} {value}" for name, value in codec.model_dump().items()),
+    }
+    for number, sketch in enumerate(manifest.sketches):
+        rows[_numbered("sketch", number, len(manifest.sketches))] = (
+            f"{sketch.axes} axes, step {sketch.step:.4g} nats, fitted on "
+            f"{sketch.calibration_tokens:,} tokens, {sketch.bytes / 1e6:,.2f} MB"
+        )
+    for number, source in enumerate(manifest.sources):
+        rows[_numbered("data", number, len(manifest.sources))] = _data(source)
+        rows[_numbered("made with", number, len(manifest.sources))] = ", ".join(
+            f"{name} {version}" for name, version in source.versions.items()
+        )
+    if len(manifest.sources) > 1:
+        rows["merged"] = f"of {len(manifest.sources)} dumps"
+    cut = sum(
+        shard.span is None and manifest.sources[shard.source].geometry is not None
+        for shard in manifest.shards
+    )
+    if cut:
+        rows["cut"] = f"{cut:,} shard(s) hold only some samples of the dump's"
+    return rows
+
+
+def fingerprints(manifest: Manifest) -> Rows:
+    """sha256 of what must not change."""
+    return {
+        "teacher's weights": manifest.teacher.weights_sha256,
+        "teacher's configuration": manifest.teacher.config_sha256,
+        **{name.replace("_", " "): value for name, value in manifest.fingerprints},
+        "manifest": manifest.sha256 or "",
+    }
+
+
+def k_bars(histogram: Mapping[int, int]) -> list[Bar]:
+    """The histogram of k in bins that widen; empty ones at both ends left out."""
+    bars = [
+        Bar(
+            str(high) if high - low == 1 else f"{low + 1}-{high}",
+            sum(count for k, count in histogram.items() if low < k <= high),
+        )
+        for low, high in pairwise((-1, *_K_EDGES))
+    ]
+    return _without_empty_ends(bars)
+
+
+def entropy_bars(entropy: Entropy) -> list[Bar]:
+    """The histogram of the entropy, nats."""
+    labels = [f"{low:g}-{high:g}" for low, high in pairwise(entropy.edges)]
+    return [Bar(*pair) for pair in zip(labels, entropy.counts, strict=True)]
+
+
+def part_bars(summary: CacheSummary) -> list[Bar]:
+    """The shards' bytes by what they hold."""
+    return [Bar(*pair) for pair in summary.bytes_by_part.items()]
+
+
+def _without_empty_ends(bars: list[Bar]) -> list[Bar]:
+    full = [place for place, bar in enumerate(bars) if bar.value]
+    return bars[full[0] : full[-1] + 1] if full else []
+
+
+def _numbered(name: str, number: int, count: int) -> str:
+    return name if count == 1 else f"{name} {number}"
+
+
+def _data(source: Source) -> str:
+    data = source.data
+    chosen = [
+        f"{name} {value}"
+        for name, value in (("limit", data.limit), ("shuffle seed", data.shuffle_seed), ("map", data.map))
+        if value is not None
+    ]
+    return ", ".join([f"{data.path} ({data.samples:,} samples)", *chosen])
+
+
+def _fidelity(manifest: Manifest) -> Rows:
+    found = manifest.fidelity
+    if found is None:
+        return {"against the live teacher": "not measured"}
+    return {
+        "against the live teacher": f"KL {found.kl:.4g} nats, gradient cosine {found.cosine:.4f}, largest "
+        f"error of a kept logprob {found.max_error:.3f} ({found.tokens:,} tokens, at the dump)"
+    }
+
+
+def _skipped(summary: CacheSummary) -> str:
+    if not summary.skipped:
+        return "no sample"
+    reasons = [f"{count:,} x {reason}" for reason, count in summary.skipped.items()]
+    more = f"; {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
+    return f"{sum(summary.skipped.values()):,} samples: {'; '.join(reasons[:3])}{more}"

@@ -1,0 +1,196 @@
+"""Look at single samples of a cache: what the teacher said at each of their answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cachekd.cache import CachedTargets, LogitCache, UniformTail
+from cachekd.cache.entropy import entropy_of, rows_of
+from cachekd.cache.sealed import Part
+from cachekd.cache.subset import sample_table
+from cachekd.errors import CachekdError
+from cachekd.samples.sample import Sample, message_text
+
+ALTERNATIVES = 5
+Origin = Literal["kept", "sketch", "spread"]
+Order = Literal["first", "surprising"]
+
+
+class Alternative(Part):
+    """An id that the teacher finds probable."""
+
+    id: int
+    text: str = Field(description="'#' and the id where there is no tokenizer")
+    logprob: float = Field(description="nats")
+    origin: Origin = Field(
+        description="kept: stored; sketch: rebuilt from the tail sketch; spread: an even share of the rest"
+    )
+
+
+class PeekedToken(Part):
+    """An answer token."""
+
+    id: int
+    text: str
+    logprob: float = Field(description="the teacher's, nats")
+    origin: Origin = Field(description="of that logprob, as in `alternatives`")
+    rank: int = Field(description="1: the teacher's own choice; of a spread one, the first it may have")
+    entropy: float = Field(description="nats, of the rebuilt distribution")
+    k: int = Field(description="logprobs that are kept")
+    knee: int = Field(description="Kneedle's k on the full logits")
+    kept_mass: float = Field(description="probability of all kept ids")
+    turn: int | None = Field(description="which answer of the conversation, from 0; null where unknown")
+    alternatives: list[Alternative] = Field(description="the most probable ids, the answer's or not")
+
+
+class PeekedMessage(Part):
+    """A turn of the conversation."""
+
+    role: str
+    text: str
+    images: int = Field(description="how many stand in it")
+
+
+class ImageSize(Part):
+    """Of an image as the data set has it, upright."""
+
+    width: int
+    height: int
+
+
+class PeekedSample(Part):
+    """A sample's answer tokens; `cachekd peek --json` prints a list of these."""
+
+    key: str
+    shard: str
+    surprise: float = Field(description="mean of -logprob over the answer tokens, nats")
+    tokens: list[PeekedToken]
+    messages: list[PeekedMessage] | None = Field(description="null without the data")
+    images: list[ImageSize] | None = Field(description="null without the data")
+
+
+def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -> list[str]:
+    """Keys to look at.
+
+    Args:
+        order: the first ones, or those at whose answers the teacher is the most surprised.
+        there: which keys may be chosen.
+
+    Raises:
+        CachekdError: none may.
+    """
+    if order == "first":
+        keys = [key for key in cache if key in there]
+    else:
+        keys = [
+            key for key in sample_table(cache).sort_values("logprob", kind="stable")["key"] if key in there
+        ]
+    if not keys:
+        raise CachekdError(
+            "the data set has none of the cache's samples",
+            where=str(cache.path),
+            expected=f"keys such as {next(iter(cache))!r}",
+            fix="pass the data set that was dumped, read by the same --map",
+        )
+    return keys[:limit]
+
+
+def peek(
+    cache: LogitCache,
+    key: str,
+    *,
+    text_of: Callable[[int], str] = lambda token: f"#{token}",
+    sample: Sample | None = None,
+    turns: list[int] | None = None,
+    alternatives: int = ALTERNATIVES,
+) -> PeekedSample:
+    """One sample.
+
+    Args:
+        text_of: a token's text.
+        sample: with this key; its content is not checked here.
+        turns: [N], the answer that each token is in.
+        alternatives: how many per token, at most.
+
+    Raises:
+        CachekdError: no such key, its shard is damaged, or `turns` are not as many as its tokens.
+    """
+    targets = cache[key]
+    if turns is not None and len(turns) != len(targets):
+        raise CachekdError(
+            "the answer tokens differ from the cache's",
+            where=f"sample {key!r} of {cache.path}",
+            expected=f"{len(targets)} tokens",
+            found=f"{len(turns)} tokens",
+            fix="the data changed since the dump: run `cachekd dump` again",
+        )
+    tokens: list[PeekedToken] = []
+    for rows in rows_of(targets):
+        tokens += _tokens(targets.select(rows), text_of, turns and turns[len(tokens) :], alternatives)
+    return PeekedSample(
+        key=key,
+        shard=cache.manifest.shards[cache.shard_of(key)].name,
+        surprise=round(-sum(token.logprob for token in tokens) / max(1, len(tokens)), 5),
+        tokens=tokens,
+        messages=None if sample is None else [_message(message) for message in sample.messages],
+        images=None
+        if sample is None
+        else [ImageSize(width=image.width, height=image.height) for image in sample.images],
+    )
+
+
+def _message(message: dict[str, Any]) -> PeekedMessage:
+    images = sum(part["type"] == "image" for part in message["content"])
+    return PeekedMessage(role=message["role"], text=message_text(message), images=images)
+
+
+def _tokens(
+    targets: CachedTargets, text_of: Callable[[int], str], turns: list[int] | None, alternatives: int
+) -> Iterator[PeekedToken]:
+    """Of a few tokens, whose logprobs over the whole vocabulary are rebuilt at once."""
+    rebuilt = targets.everywhere()
+    answer = targets.token_ids[:, None]
+    logprob = rebuilt.gather(-1, answer)
+    rank = (rebuilt > logprob).sum(-1) + 1
+    entropy, kept_mass = entropy_of(rebuilt), targets.logprobs.exp().sum(-1)
+    top = rebuilt.topk(min(alternatives, rebuilt.shape[-1]))
+    beyond: Origin = "spread" if isinstance(targets.tail, UniformTail) else "sketch"
+    answer_kept, top_kept = _is_kept(targets, answer)[:, 0], _is_kept(targets, top.indices)
+    for row in range(len(targets)):
+        token = int(answer[row])
+        yield PeekedToken(
+            id=token,
+            text=text_of(token),
+            logprob=_rounded(logprob[row, 0]),
+            origin="kept" if answer_kept[row] else beyond,
+            rank=int(rank[row]),
+            entropy=_rounded(entropy[row]),
+            k=int(targets.k[row]),
+            knee=int(targets.knee[row]),
+            kept_mass=_rounded(kept_mass[row]),
+            turn=None if turns is None else turns[row],
+            alternatives=[
+                Alternative(
+                    id=one, text=text_of(one), logprob=round(value, 4), origin="kept" if kept else beyond
+                )
+                for one, value, kept in zip(
+                    top.indices[row].tolist(), top.values[row].tolist(), top_kept[row].tolist(), strict=True
+                )
+                # Of ids with an even share none is more probable than another.
+                if kept or beyond == "sketch"
+            ],
+        )
+
+
+def _is_kept(targets: CachedTargets, ids: Tensor) -> Tensor:
+    """[N, K] bool: which of `ids` [N, K] are stored."""
+    return torch.stack([(targets.ids == column[:, None]).any(-1) for column in ids.T], -1)
+
+
+def _rounded(value: Tensor) -> float:
+    return round(float(value), 5)

@@ -1,0 +1,177 @@
+"""What a pipeline's file may say: steps with the settings of dump and train, and what they share."""
+
+from __future__ import annotations
+
+import re
+from copy import copy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, create_model, field_validator
+
+from cachekd.config import Config, DataSpec, Dtype, DumpConfig, TrainConfig, read_yaml
+from cachekd.errors import CachekdError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+
+
+class EvalConfig(Config):
+    """Exact match, and agreement with the teacher."""
+
+    models: list[str] = Field(description="steps, or model folders; by default every train step above")
+    data: DataSpec = Field(description="held-out data, in any form that dump takes")
+    out: Path = Field(description="the folder of scores.json")
+    teacher: str | None = Field(None, description="adds its own row, and every model's agreement with it")
+    batch_size: int = Field(128, ge=1, description="questions per forward")
+
+
+class ReportConfig(Config):
+    """One HTML page about a run."""
+
+    run: str = Field(description="a train step, or a run's folder; by default the last train step above")
+    baselines: list[str] = Field([], description="train steps or runs to compare it with")
+    out: Path = Field(description="the folder of report.html")
+
+
+class Step(Config):
+    """What every step has."""
+
+    name: str = Field(description="its folder in the pipeline's, and what other steps call it")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("a name is made of letters, digits, - and _")
+        return value
+
+
+def _said(model: type[Config], base: type[Config], *own: str) -> Any:
+    """The settings of `model`, none of them required, all but those that are `own` to the pipeline.
+
+    No checks between settings come along: those are for the whole, defaults included.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if name in own:
+            continue
+        field = copy(field)
+        if field.is_required():
+            field.default = None
+        fields[name] = (field.annotation, field)
+    return create_model(f"{model.__name__}Said", __base__=base, **fields)
+
+
+_Dump: Any = _said(DumpConfig, Step, "out", "rank", "world_size")
+_Train: Any = _said(TrainConfig, Step, "out")
+_TrainDefaults: Any = _said(TrainConfig, Config, "out", "teacher", "student", "data", "map")
+_Eval: Any = _said(EvalConfig, Step, "out")
+_Report: Any = _said(ReportConfig, Step, "out")
+
+
+class DumpStep(_Dump):
+    """Stage one, `cachekd dump`."""
+
+    step: Literal["dump"]
+
+
+class TrainStep(_Train):
+    """Stage two, `cachekd train`."""
+
+    step: Literal["train"]
+    student: str | None = Field(
+        None,
+        description="a step, a model folder or hub name; by default the train step above, else `defaults`'",
+    )
+    cache: str | None = Field(None, description="a step or a folder; by default the dump step above")
+
+
+class EvalStep(_Eval):
+    """`cachekd eval`."""
+
+    step: Literal["eval"]
+
+
+class ReportStep(_Report):
+    """`cachekd report`."""
+
+    step: Literal["report"]
+
+
+class TrainDefaults(_TrainDefaults):
+    """Any settings of all train steps."""
+
+
+class Defaults(Config):
+    """What steps share. A step's own setting, or its stage, comes before these."""
+
+    teacher: str | None = Field(None, description="of dump, train and eval steps")
+    student: str | None = Field(None, description="of the first train step")
+    data: DataSpec | None = Field(None, description="of dump and train steps")
+    map: str | None = Field(None, description="of dump and train steps")
+    dtype: Dtype | None = Field(None, description="of dump and train steps")
+    workers: int | None = Field(None, ge=0, description="of dump and train steps")
+    train: TrainDefaults | None = Field(None, description="any other setting of all train steps")
+
+
+class PipelineConfig(Config):
+    """`pipeline.yaml`."""
+
+    out: Path = Field(description="the pipeline's folder: a folder for every step, and the state")
+    defaults: Defaults = Defaults()
+    steps: list[Annotated[DumpStep | TrainStep | EvalStep | ReportStep, Field(discriminator="step")]] = Field(
+        min_length=1, description="in this order"
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _have_their_own_names(cls, value: list[Any]) -> list[Any]:
+        names = [step.name for step in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two steps are called {twice[0]!r}")
+        return value
+
+
+def read_pipeline(path: Path) -> PipelineConfig:
+    """A pipeline from its YAML file.
+
+    Raises:
+        CachekdError: it cannot be read, or a setting is missing, unknown or out of range; step and setting
+            are named.
+    """
+    values = read_yaml(path)
+    try:
+        return PipelineConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CachekdError(
+            _problem(first),
+            where=f"{path}{_place(first['loc'], values)}",
+            found=None if first["type"] == "missing" else _short(first.get("input")),
+        ) from None
+
+
+def _problem(error: Any) -> str:
+    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "pipeline")
+    if error["type"] == "extra_forbidden":
+        return f"unknown setting {name!r}"
+    if error["type"] == "union_tag_not_found":
+        return "a step needs `step: dump`, `train`, `eval` or `report`"
+    if error["type"] == "union_tag_invalid":
+        return "no such step: it is dump, train, eval or report"
+    return f"setting {name!r}: {error['msg'].removeprefix('Value error, ').lower()}"
+
+
+def _place(where: tuple[Any, ...], values: dict[str, Any]) -> str:
+    """Of an error, in the words of the file: which step."""
+    if len(where) < 2 or where[0] != "steps":
+        return "".join(f", {part}" for part in where[:-1])
+    step = values["steps"][where[1]]
+    name = step.get("name") if isinstance(step, dict) else None
+    return f", step {where[1] + 1 if name is None else repr(name)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

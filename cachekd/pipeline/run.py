@@ -1,0 +1,207 @@
+"""Run a pipeline: whatever is not done, in order; nothing that is there is overwritten."""
+
+from __future__ import annotations
+
+import gc
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from cachekd.errors import CachekdError
+from cachekd.pipeline.config import PipelineConfig
+from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
+from cachekd.pipeline.state import PipelineState, Record, StepState, states_of
+
+LOCK_FILE = ".pipeline.lock"
+GO_ON = "then run the same command again: finished steps stay as they are"
+Runner = Callable[[Any], object]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a watcher is told when a step begins: its state before, and where an old output went."""
+
+    step: PlannedStep
+    before: StepState
+    moved_to: Path | None
+
+
+def look(pipeline: PipelineConfig) -> list[StepState]:
+    """The state of every step; nothing is written.
+
+    Raises:
+        CachekdError: a step's settings do not go together, or what it reads is not there.
+    """
+    states = states_of(plan_steps(pipeline), PipelineState.read(pipeline.out))
+    if not _under_way(pipeline.out):
+        return states
+    return [replace(s, state="running") if s.state == "interrupted" else s for s in states]
+
+
+def run_pipeline(
+    pipeline: PipelineConfig,
+    runners: Mapping[str, Runner],
+    watch: Callable[[Begun], None] = lambda begun: None,
+) -> list[StepState]:
+    """Do every step that is not done; those that changed, and all that takes their output, are done again.
+
+    An output that a changed step leaves behind is moved to `<step>.old-1`, `-2`, ..., and stays there.
+
+    Args:
+        runners: for dump, train, eval and report, what does a step with its settings.
+        watch: called before each step that runs.
+
+    Raises:
+        CachekdError: bad input, found before any step begins; another process runs this pipeline; a step
+            failed. Its name is said, and what is finished stays.
+    """
+    refuse_many_processes()
+    steps = plan_steps(pipeline)
+    before = PipelineState.read(pipeline.out)
+    states_of(steps, before)  # what is missing is missed now, not in ten hours
+    with _alone(pipeline.out):
+        state = PipelineState.read(pipeline.out)
+        state.known = before.known
+        for index, step in enumerate(steps):
+            now = states_of(steps, state)[index]
+            if now.state == "done":
+                _accept(state, step, pipeline.out)
+            else:
+                _do(step, now, state, pipeline.out, runners[step.kind], watch)
+        return states_of(steps, state)
+
+
+def _do(
+    step: PlannedStep,
+    now: StepState,
+    state: PipelineState,
+    folder: Path,
+    run: Runner,
+    watch: Callable[[Begun], None],
+) -> None:
+    goes_on = now.state in ("interrupted", "failed")
+    record = state.steps.get(step.name)
+    moved = None
+    if not goes_on:
+        if record is None:
+            _refuse_foreign(step)
+        moved = _move_aside(step.out)
+        record = Record(id=secrets.token_hex(8), facts=now.facts, state="begun")
+    assert record is not None  # what goes on was begun
+    record.state, record.error = "begun", None
+    state.steps[step.name] = record
+    state.write(folder)
+    watch(Begun(step, now, moved))
+    started = time.perf_counter()
+    try:
+        run(step.config)
+        _require_output(step)
+    except Exception as error:
+        record.state = "failed"
+        record.error = (
+            error.problem if isinstance(error, CachekdError) else f"{type(error).__name__}: {error}"
+        )
+        if isinstance(error, CachekdError):
+            raise in_step(step.name, error, GO_ON) from error
+        raise
+    else:
+        record.state = "done"
+    finally:
+        record.seconds += time.perf_counter() - started
+        state.write(folder)
+        _free_memory()
+
+
+def _accept(state: PipelineState, step: PlannedStep, folder: Path) -> None:
+    """A step that was finished by a process that died before it could say so."""
+    if state.steps[step.name].state != "done":
+        state.steps[step.name].state = "done"
+        state.write(folder)
+
+
+def _require_output(step: PlannedStep) -> None:
+    if not step.finished:
+        raise CachekdError(
+            "the step ended without its whole output",
+            where=str(step.out),
+            fix="other processes may still be at work on it",
+        )
+
+
+def _refuse_foreign(step: PlannedStep) -> None:
+    if step.out.exists() and (not step.out.is_dir() or any(step.out.iterdir())):
+        raise in_step(
+            step.name,
+            CachekdError(
+                "its folder holds something that this pipeline did not make",
+                where=str(step.out),
+                expected="a new or empty folder",
+                fix="move it away, or give the step another name",
+            ),
+        )
+
+
+def _move_aside(path: Path) -> Path | None:
+    """Keep an old output under another name; returns it, or None where there is nothing."""
+    if not path.exists() or not any(path.iterdir()):
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock when it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK_FILE, timeout=0):
+            yield
+    except Timeout:
+        raise CachekdError(
+            "another process runs this pipeline",
+            where=str(folder),
+            fix="wait for it; --status shows where it is",
+        ) from None
+
+
+def _under_way(folder: Path) -> bool:
+    """Whether some process runs this pipeline."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    try:
+        with _alone(folder):
+            return False
+    except CachekdError:
+        return True
+
+
+def refuse_many_processes() -> None:
+    """A pipeline is one process.
+
+    Raises:
+        CachekdError: torchrun or accelerate started several.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CachekdError(
+            "a pipeline runs in one process",
+            found=f"WORLD_SIZE {os.environ['WORLD_SIZE']}",
+            fix="start `cachekd run` alone, or the steps' own commands with accelerate launch",
+        )
+
+
+def _free_memory() -> None:
+    """The next step's models need the room of this one's."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,107 @@
+"""Token ids as people read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+from cachekd.cache import LogitCache
+from cachekd.errors import CachekdError
+from cachekd.fingerprint import tokenizer_fingerprint
+
+_SPACE = "▁"  # how SentencePiece writes one
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # and a byte of a character that it does not know
+
+
+class TokenTexts:
+    """The text of each token by itself.
+
+    Args:
+        tokenizer: a transformers tokenizer; None: ids are shown as "#17".
+    """
+
+    def __init__(self, tokenizer: Any = None) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._text(token)
+        return self._known[token]
+
+    def _text(self, token: int) -> str:
+        piece = None if self._tokenizer is None else self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # rows that pad an embedding have no token
+            return f"#{token}"
+        if piece.startswith(_SPACE):  # which decoding would strip
+            return piece.replace(_SPACE, " ")
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        if text.strip("\ufffd"):
+            return text
+        # A part of a character has no text of its own; a byte-level piece would look like another letter.
+        return piece if not text or _BYTE.fullmatch(piece) else f"{text}#{token}"
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """What a cache's tokens are read with.
+
+    Attributes:
+        texts: of single tokens.
+        processor: the teacher's, whose chat template tells the answers apart; None where only a tokenizer,
+            or nothing, was found.
+    """
+
+    texts: TokenTexts
+    processor: ProcessorMixin | None = None
+
+
+def find_reader(cache: LogitCache, path: str | None) -> TokenReader:
+    """The processor, or the tokenizer alone, with which the cache was made.
+
+    Args:
+        path: folder or hub name; None: where the manifest says that the teacher was, if that is here.
+
+    Raises:
+        CachekdError: `path` has no tokenizer, or the tokenizer is another one than the cache's.
+    """
+    source = path or cache.manifest.teacher.name
+    if path is None and not Path(source).is_dir():
+        return TokenReader(TokenTexts())
+    found = _load(source)
+    processor = found if isinstance(found, ProcessorMixin) else None
+    tokenizer: Any = found if processor is None else processor.tokenizer
+    expected, ours = cache.manifest.fingerprints.tokenizer, tokenizer_fingerprint(tokenizer)
+    if ours != expected:
+        raise CachekdError(
+            "this is not the tokenizer that the cache was made with",
+            where=source,
+            expected=f"sha256 {expected}",
+            found=f"sha256 {ours}",
+            fix="pass the teacher's own: --tokenizer PATH",
+        )
+    return TokenReader(TokenTexts(tokenizer), processor)
+
+
+def _load(source: str) -> Any:
+    problem = "nothing"
+    for kind in (AutoProcessor, AutoTokenizer):
+        try:
+            found = kind.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]
+            continue
+        if isinstance(found, PreTrainedTokenizerBase | ProcessorMixin):
+            return found
+        problem = type(found).__name__  # such as an image processor alone
+    raise CachekdError(
+        "no tokenizer can be loaded",
+        where=source,
+        expected="a model's folder, or one with tokenizer.json",
+        found=problem,
+        fix="pass --tokenizer PATH",
+    )

@@ -1,0 +1,113 @@
+"""The parameters of a VLM by part: vision encoder, projector, language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from cachekd.errors import CachekdError
+from cachekd.stages import PARTS, StudentPart
+from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projectors_in_tower, vision_tower
+
+
+def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
+    """Modules by part, L with its head; of a parameter in two of them, the later counts.
+
+    What is in none, such as `image_newline`, is P's.
+    """
+    language = [language_model(model), model.get_output_embeddings()]
+    if family_of(model.config) is TEXT_ONLY:
+        return {"language_model": language}
+    return {
+        "vision_encoder": [vision_tower(model)],
+        "projector": projectors_in_tower(model),
+        "language_model": language,
+    }
+
+
+def parameters_by_part(model: PreTrainedModel) -> dict[StudentPart, dict[str, nn.Parameter]]:
+    """Every parameter of a VLM in exactly one part, under its name in the model.
+
+    Args:
+        model: the VLM itself, out of peft's wrapper.
+    """
+    owner = {
+        id(parameter): part
+        for part, modules in part_modules(model).items()
+        for module in modules
+        for parameter in module.parameters()
+    }
+    parts: dict[StudentPart, dict[str, nn.Parameter]] = {part: {} for part in PARTS}
+    for name, parameter in model.named_parameters():
+        parts[owner.get(id(parameter), "projector")][name] = parameter
+    return parts
+
+
+def train_only(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> None:
+    """Freeze the other parts. Dropout and the like are left as they are.
+
+    Raises:
+        CachekdError: nothing is left to train.
+    """
+    for part, parameters in parameters_by_part(model).items():
+        if part not in trainable:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+    if not any(trained_parts(model)):
+        raise CachekdError(
+            "nothing is left to train",
+            where=f"setting 'trainable' and {type(model).__name__}",
+            expected="a part that has weights",
+            found=f"no weights in {', '.join(trainable)}",
+        )
+
+
+def modules_outside(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) -> list[str]:
+    """Names of the modules whose parameters belong to other parts; peft must not touch them."""
+    return sorted(
+        {
+            name.rpartition(".")[0]
+            for part, parameters in parameters_by_part(model).items()
+            if part not in trainable
+            for name in parameters
+            if "." in name
+        }
+    )
+
+
+def trained_parts(model: PreTrainedModel) -> Iterator[StudentPart]:
+    """The parts in which something requires a gradient."""
+    for part, parameters in parameters_by_part(model).items():
+        if any(parameter.requires_grad for parameter in parameters.values()):
+            yield part
+
+
+def check_adapters(model: PreTrainedModel, trainable: tuple[StudentPart, ...], lambda_vsd: float) -> None:
+    """Refuse adapters where nothing is to train, and L_VSD where no adapter is.
+
+    Args:
+        model: the VLM inside peft's wrapper.
+
+    Raises:
+        CachekdError: peft trains something in a frozen part, or nothing in V_S while L_VSD is on.
+    """
+    found = tuple(trained_parts(model))
+    outside = [part for part in found if part not in trainable]
+    if outside:
+        raise CachekdError(
+            "peft would train a part that is to stay as it is",
+            where="settings 'lora' and 'trainable'",
+            expected=f"weights in {', '.join(trainable)} only",
+            found=f"also in {', '.join(outside)}",
+            fix="leave `bias` and `modules_to_save` out of `lora`, or add the part to `trainable`",
+        )
+    if lambda_vsd > 0 and "vision_encoder" not in found:
+        raise CachekdError(
+            "L_VSD would have no gradient: it reaches the student's vision encoder, which has no adapters",
+            where="setting 'lora'",
+            expected="target_modules that name layers of the vision encoder",
+            found=f"adapters in {', '.join(found) or 'no part'}",
+            fix="target_modules: all-linear includes it; or set --lambda-vsd 0",
+        )

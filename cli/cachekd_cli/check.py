@@ -1,0 +1,93 @@
+"""`cachekd check`: does the pair fit, before anything long starts?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+
+if TYPE_CHECKING:
+    from cachekd.pair import PairReport, Run, Sizes
+
+_STATES = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "refused": "[bold red]refused[/]"}
+_COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
+_PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
+
+
+def check_command(
+    teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
+    student: Annotated[str, typer.Option(help="Student: a model folder or hub name.")],
+    data: Annotated[str, typer.Option(help="The data set, in any form that dump takes.")],
+    cache: Annotated[Path | None, typer.Option(help="A cache, to be checked too.")] = None,
+    map: Annotated[str | None, typer.Option(help="module:function, as for dump.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples to look at, and to show.")] = 2,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Check teacher, student and data against each other, and show what is supervised.
+
+    All that does not fit is shown, not only the first. Exit code 2 if something would be refused later.
+    Without --forward no weights are read.
+
+    Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
+    """
+    quiet_libraries()
+    from cachekd.pair import check_pair
+
+    with errors.status("looking at models and data", spinner="dots"):
+        report = check_pair(teacher, student, data, map=map, cache=cache, samples=samples, forward=forward)
+    if as_json:
+        print_json(asdict(report) | {"fits": report.fits})
+    else:
+        print_report(report)
+    if not report.fits:
+        raise typer.Exit(2)
+
+
+def print_report(report: PairReport) -> None:
+    """Samples in colour, sizes, rows, verdict."""
+    for key, runs in report.previews:
+        console.rule(f"sample {key}", align="left", style="dim")
+        console.print(coloured(runs), soft_wrap=True)
+    console.print(
+        Text("supervised", style=_COLOURS["supervised"]),
+        Text("told", style=_COLOURS["context"]),
+        Text("image", style=_COLOURS["image"]),
+    )
+    console.print(sizes_table(report.sizes))
+    rows = table("teacher, student and data", ("", "", "found", "what to do"), [])
+    for column in rows.columns:
+        column.justify = "left"
+    for row in report.rows:
+        rows.add_row(Text(row.name), _STATES[row.state], Text(row.found), Text(row.fix or ""))
+    console.print(rows)
+    console.print(
+        "[green]they fit[/]" if report.fits else "[bold red]they do not fit[/]: training would be refused"
+    )
+
+
+def coloured(runs: list[Run]) -> Text:
+    """A sample's tokens; images as <image x 576>."""
+    text = Text()
+    for run in runs:
+        shown = f"{run.text.rstrip('>')} x {run.tokens}>" if run.kind == "image" else run.text
+        text.append(shown, style=_COLOURS[run.kind])
+    return text
+
+
+def sizes_table(sizes: Sizes) -> object:
+    """Parameters by part and bytes in training."""
+    rows = [
+        (title, *(f"{counts[part] / 1e6:,.1f} M" for counts in (sizes.teacher, sizes.student)))  # type: ignore[index]
+        for part, title in _PARTS.items()
+    ]
+    memory = (sizes.teacher_bytes, sizes.student_bytes)
+    rows.append(("memory, without activations", *(f"{size / 1e9:,.2f} GB" for size in memory)))
+    return table("parameters (the teacher's vision encoder is not loaded)", ("", "teacher", "student"), rows)

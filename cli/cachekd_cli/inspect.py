@@ -1,0 +1,123 @@
+"""`cachekd inspect`: what is in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.bar import Bar as DrawnBar
+from rich.markup import escape
+from rich.table import Table
+
+from cachekd.visible import visible
+from cachekd_cli.console import console, print_json, progress_bar, require_place, table, write_page
+
+if TYPE_CHECKING:
+    from cachekd.cache.summary import CacheSummary, ShardSummary
+    from cachekd.describe import Bar
+
+SHOWN = 12  # shards
+BAR_WIDTH = 32
+
+
+def inspect_command(
+    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as an HTML page with plots.")] = None,
+    entropy_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="With a tail sketch: tokens whose entropy is measured; default: 1024."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what is in a cache: teacher, data, bytes by part, k, entropy, accuracy, shards. Reads all of it.
+
+    Example: cachekd inspect caches/llava-7b --html llava-7b.html
+    """
+    from cachekd.cache.manifest import Manifest
+    from cachekd.cache.summarise import ENTROPY_TOKENS, summarise
+
+    require_place(html)
+    manifest = Manifest.load(cache)
+    with progress_bar("MB") as bar:
+        task = bar.add_task("inspect", total=len(manifest.shards), units=0, note="")
+        summary = summarise(
+            cache,
+            entropy_tokens=entropy_tokens or ENTROPY_TOKENS,
+            progress=lambda shard: bar.update(
+                task, advance=1, units=bar.tasks[task].fields["units"] + shard.bytes / 1e6
+            ),
+        )
+    if html is not None:
+        from cachekd.inspect_page import inspect_page
+
+        write_page(html, inspect_page(summary))
+    if as_json:
+        print_json(summary.model_dump(mode="json"))
+    elif html is None:
+        print_summary(summary)
+
+
+def print_summary(summary: CacheSummary) -> None:
+    """The terminal page."""
+    from cachekd import describe
+
+    manifest = summary.manifest
+    facts(f"cache {summary.path}", describe.headline(summary).items())
+    facts("where it comes from", describe.origin(manifest).items())
+    bars("bytes in the shards", describe.part_bars(summary), summary.tokens)
+    bars("k: logprobs kept per token", describe.k_bars(summary.k))
+    title = f"entropy, nats ({describe.measured_at(summary.entropy, summary.tokens)})"
+    bars(title, describe.entropy_bars(summary.entropy))
+    console.print(shard_table(summary.shards))
+    facts("fingerprints (sha256)", describe.fingerprints(manifest).items())
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Names and texts, which wrap."""
+    result = Table(title=escape(title), title_justify="left", show_header=False)
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
+    for name, value in rows:
+        result.add_row(escape(name), escape(visible(value)))
+    console.print(result)
+
+
+def bars(title: str, found: list[Bar], per: int | None = None) -> None:
+    """A histogram; the last column is the share of all, or the value divided by `per`, tokens."""
+    result = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 1))
+    result.add_column(justify="right")
+    result.add_column()
+    result.add_column(justify="right")
+    result.add_column(justify="right")
+    most, total = max((bar.value for bar in found), default=1), sum(bar.value for bar in found)
+    for bar in found:
+        share = f"{100 * bar.value / max(1, total):.1f} %"
+        last = share if per is None else f"{bar.value / max(1, per):.2f} per token"
+        drawn = DrawnBar(most, 0, bar.value, width=BAR_WIDTH, color="cyan")
+        result.add_row(escape(bar.label), drawn, f"{bar.value:,}", last)
+    console.print(result)
+
+
+def shard_table(shards: list[ShardSummary]) -> Table:
+    """All of a few; of many, the first and the last."""
+    columns = ("shard", "data", "samples", "tokens", "bytes", "mean k", "top-1", "logprob", "KL")
+    rows: list[tuple[Any, ...]] = [
+        (
+            shard.name,
+            shard.source,
+            f"{shard.samples:,}",
+            f"{shard.tokens:,}",
+            f"{shard.bytes:,}",
+            f"{shard.mean_k:.1f}",
+            f"{100 * shard.top1:.1f} %",
+            f"{shard.logprob:.3f}",
+            "" if shard.kl is None else f"{shard.kl:.3g}",
+        )
+        for shard in shards
+    ]
+    if len(rows) > SHOWN:
+        between = (f"... {len(rows) - SHOWN + 1:,} more (--json has all)", *[""] * (len(columns) - 1))
+        rows = [*rows[: SHOWN - 3], between, *rows[-2:]]
+    return table("shards", columns, rows)

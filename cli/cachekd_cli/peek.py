@@ -1,0 +1,227 @@
+"""`cachekd peek`: single samples of a cache, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from enum import StrEnum
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.bar import Bar
+from rich.table import Table
+from rich.text import Text
+
+from cachekd.visible import visible
+from cachekd_cli.console import (
+    console,
+    errors,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    require_place,
+    write_page,
+)
+
+if TYPE_CHECKING:
+    from cachekd.cache import LogitCache
+    from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
+    from cachekd.peek_data import PeekedData
+    from cachekd.token_texts import TokenReader
+
+PAGE_SAMPLES = 100
+BAR_WIDTH = 16
+ORIGIN_STYLES = {"kept": "blue", "sketch": "magenta", "spread": "white"}  # stored, rebuilt, or made up
+
+
+class Order(StrEnum):
+    """Which samples come first."""
+
+    first = "first"
+    surprising = "surprising"
+
+
+def peek_command(
+    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    key: Annotated[
+        str | None, typer.Argument(help="A sample's key; default: chosen by --order and --limit.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="The data set that was dumped: shows question and image, and checks them."),
+    ] = None,
+    map_function: Annotated[
+        str | None, typer.Option("--map", help="As for the dump; default: what the manifest names.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Alternatives per token; default: 5, with --html 10."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"How many samples; default: 1, with --html {PAGE_SAMPLES}."),
+    ] = None,
+    order: Annotated[
+        Order, typer.Option(help="The first samples, or those whose answers surprise the teacher most.")
+    ] = Order.first,
+    html: Annotated[Path | None, typer.Option(help="Write a page to click through.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what the teacher said at each answer token: its probability, the alternatives, entropy, k.
+
+    Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
+    """
+    from cachekd.cache import LogitCache
+    from cachekd.peek import choose
+    from cachekd.token_texts import find_reader
+
+    require_place(html)
+    quiet_libraries()
+    opened = LogitCache(cache)
+    reader = find_reader(opened, tokenizer)
+    if tokenizer is None and reader.processor is None:
+        note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
+        errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
+    samples = None if data is None else open_data(opened, data, map_function, reader)
+    if key is not None:
+        opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
+        keys = [key]
+    else:
+        there: Container[str] = opened if samples is None else samples
+        with errors.status("choosing samples"):
+            keys = choose(opened, limit or (1 if html is None else PAGE_SAMPLES), order.value, there)
+    with_images = html is not None
+    found, images = look(opened, keys, samples, reader, top or (10 if html else 5), with_images=with_images)
+    if html is not None:
+        from cachekd.peek_page import peek_page
+
+        write_page(html, peek_page(str(cache), opened.manifest, found, images))
+    if as_json:
+        print_json([sample.model_dump() for sample in found])
+    elif html is None:
+        for sample in found:
+            print_sample(sample)
+
+
+def open_data(cache: LogitCache, data: str, map_function: str | None, reader: TokenReader) -> PeekedData:
+    """The data set, by key."""
+    from cachekd.peek_data import PeekedData
+    from cachekd.samples import open_samples
+
+    samples = open_samples(data, map=map_function or cache.manifest.sources[0].data.map)
+    return PeekedData(cache, samples, reader.processor)
+
+
+def look(
+    cache: LogitCache,
+    keys: list[str],
+    data: PeekedData | None,
+    reader: TokenReader,
+    top: int,
+    *,
+    with_images: bool,
+) -> tuple[list[PeekedSample], list[list[str]]]:
+    """The samples, and of each its images as a page embeds them."""
+    from cachekd.peek import peek
+    from cachekd.peek_data import embedded
+
+    found, images = [], []
+    for key in watched(keys):
+        sample = None if data is None else data[key]
+        turns = None if data is None or sample is None else data.turns(sample)
+        text_of = reader.texts.__getitem__
+        found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
+        images.append([embedded(image) for image in sample.images] if sample and with_images else [])
+    return found, images
+
+
+def watched(keys: list[str]) -> Iterator[str]:
+    """The keys, behind a progress bar if they are many."""
+    if len(keys) == 1:
+        yield from keys
+        return
+    with progress_bar("samples") as bar:
+        task = bar.add_task("peek", total=len(keys), note="")
+        for key in keys:
+            yield key
+            bar.advance(task)
+
+
+def print_sample(sample: PeekedSample) -> None:
+    """One sample in the terminal."""
+    title = Text.assemble(
+        (visible(sample.key), "bold"), f"  surprise {sample.surprise:.3f} nats, ", sample.shard
+    )
+    console.print(title, soft_wrap=True)
+    for number, size in enumerate(sample.images or []):
+        console.print(f"image {number + 1}: {size.width} x {size.height} pixels", highlight=False)
+    if sample.messages is None or any(token.turn is None for token in sample.tokens):
+        for message in sample.messages or []:
+            print_message(message)
+        console.print(token_table(sample.tokens))
+        return
+    turn = 0
+    for message in sample.messages:
+        print_message(message)
+        if message.role == "assistant":
+            console.print(token_table([token for token in sample.tokens if token.turn == turn]))
+            turn += 1
+
+
+def print_message(message: PeekedMessage) -> None:
+    """Who, and what."""
+    images = "[image] " * message.images
+    console.print(Text.assemble((f"{message.role}: ", "dim"), (images, "magenta"), visible(message.text)))
+
+
+def token_table(tokens: list[PeekedToken]) -> Table:
+    """A block of rows per token: the answer's first, then the alternatives."""
+    result = Table(box=None, padding=(0, 1), show_edge=False, header_style="dim")
+    for name, justify in (("token", "left"), ("probability", "right"), ("", "left"), ("", "left")):
+        result.add_column(name, justify=justify)  # type: ignore[arg-type]  # a Literal
+    for token in tokens:
+        style = probability_style(token.logprob)
+        result.add_row(
+            Text(shown(token.text), style=f"bold {style}"),
+            Text(percent(token.logprob), style=f"bold {style}"),
+            drawn(token, style),
+            Text.assemble(
+                (token.origin, ORIGIN_STYLES[token.origin]),
+                f"  rank {token.rank}  entropy {token.entropy:.3f}  k {token.k}",
+            ),
+        )
+        for one in token.alternatives:
+            if one.id != token.id:
+                result.add_row(
+                    Text(f"  {shown(one.text)}", style="dim"),
+                    Text(percent(one.logprob), style="dim"),
+                    drawn(one, ORIGIN_STYLES[one.origin]),
+                    Text(one.origin, style=ORIGIN_STYLES[one.origin]),
+                )
+    return result
+
+
+def drawn(one: Alternative | PeekedToken, color: str) -> Bar:
+    """A probability as a bar."""
+    return Bar(1.0, 0.0, min(1.0, exp(one.logprob)), width=BAR_WIDTH, color=color)
+
+
+def shown(text: str) -> str:
+    """A token's text; white space alone by a sign."""
+    return visible(text) if text.strip(" ") else "␣" * len(text)
+
+
+def percent(logprob: float) -> str:
+    """A probability in few characters."""
+    value = 100 * min(1.0, exp(logprob))
+    return f"{value:.1f} %" if value >= 1 else f"{value:.3f} %" if value >= 0.001 else f"{value:.0e} %"
+
+
+def probability_style(logprob: float) -> str:
+    """Green for what the teacher was sure of, red for what it did not expect."""
+    value = exp(logprob)
+    return "green" if value >= 0.5 else "yellow" if value >= 0.1 else "red"

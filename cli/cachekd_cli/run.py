@@ -1,0 +1,114 @@
+"""`cachekd run`: dump, train in stages, evaluate and report, from one file."""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachekd_cli import dump, evaluate, train
+from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.signals import exit_code
+
+if TYPE_CHECKING:
+    from cachekd.config import TrainConfig
+    from cachekd.evaluate import Evaluation
+    from cachekd.pipeline import StepState
+    from cachekd.pipeline.config import EvalConfig, ReportConfig
+    from cachekd.pipeline.run import Begun
+    from cachekd.train import TrainSummary
+
+
+def run_command(
+    pipeline: Annotated[Path, typer.Argument(help="The pipeline's YAML file.")],
+    status: Annotated[
+        bool, typer.Option("--status", help="Show what is done and what would run, and stop.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="The steps' states as JSON on stdout.")] = False,
+) -> None:
+    """Run the steps of a file: dump, train in stages, eval, report.
+
+    Example: cachekd run examples/easy_vqa/pipeline.yaml
+
+    The same command again skips what is finished, goes on with what was cut short, and does again what
+    changed in the file or on the disk, together with every step that takes its output. The output that was
+    there before is moved to NAME.old-1. What the file may say: docs/pipelines.md.
+    """
+    from cachekd.pipeline import look, read_pipeline, run_pipeline
+
+    quiet_libraries()
+    config = read_pipeline(pipeline)
+    try:
+        states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
+    except KeyboardInterrupt as stop:
+        errors.print("stopped: the same command goes on from here; what is finished stays", soft_wrap=True)
+        raise typer.Exit(exit_code(stop)) from None
+    if json:
+        print_json([{name: x for name, x in asdict(s).items() if name != "facts"} for s in states])
+    else:
+        print_states(states, f"pipeline {config.out}")
+
+
+def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
+    """How each kind of step is done: as its own command does it; quiet ones print no summary."""
+
+    def then(run: Callable[[Any], Any], show: Callable[[Any], None]) -> Callable[[Any], object]:
+        return run if quiet else lambda config: show(run(config))
+
+    def train_step(config: TrainConfig) -> TrainSummary:
+        if not quiet:
+            train.print_settings(config)
+        return train.run_train(config, description=config.out.name)
+
+    return {
+        "dump": then(dump.run_dump, dump.print_summary),
+        "train": then(train_step, train.print_summary),
+        "eval": then(eval_step, evaluate.print_tables),
+        "report": then(report_step, lambda page: console.print(f"report: {page.resolve()}", soft_wrap=True)),
+    }
+
+
+def eval_step(config: EvalConfig) -> Evaluation:
+    """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
+    from cachekd.cache.files import commit
+    from cachekd.pipeline.plan import SCORES_FILE
+
+    result = evaluate.run_eval(config.models, config.data, config.teacher, config.batch_size)
+    evaluate.save_in_runs(result)
+    config.out.mkdir(parents=True, exist_ok=True)
+    commit(config.out / SCORES_FILE, json_module.dumps(asdict(result), indent=1).encode())
+    return result
+
+
+def report_step(config: ReportConfig) -> Path:
+    """`cachekd report`."""
+    from cachekd.files import REPORT_FILE
+    from cachekd.report import write_report
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    return write_report(Path(config.run), [Path(path) for path in config.baselines], config.out / REPORT_FILE)
+
+
+def announce(begun: Begun) -> None:
+    """A line for a step that begins, and one for what it found."""
+    errors.rule(f"[bold]{begun.step.name}[/] ({begun.step.kind})", align="left")
+    if begun.before.state != "waiting":
+        errors.print(begun.before.text, style="dim", highlight=False, markup=False, soft_wrap=True)
+    if begun.moved_to is not None:
+        errors.print(
+            f"the old output is now {begun.moved_to}",
+            style="dim",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def print_states(states: list[StepState], title: str) -> None:
+    """The table of steps."""
+    rows = [(s.name, s.kind, f"{s.seconds:,.1f} s" if s.seconds else "", s.text) for s in states]
+    console.print(table(title, ("step", "what", "time", "state"), rows))

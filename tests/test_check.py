@@ -1,0 +1,122 @@
+"""`cachekd check`: every reason why a pair would not do, in one look."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny import MARKED_TEMPLATE, save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from transformers import CLIPImageProcessor
+from typer.testing import CliRunner
+
+from cachekd.pair import check_pair, preview
+from cachekd.samples import SampleEncoder, open_samples
+from cachekd.vlm import load_processor
+from cachekd_cli.main import app
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava_json(tmp_path_factory.mktemp("data"), 4)
+
+
+def states(report) -> dict[str, str]:
+    return {row.name: row.state for row in report.rows}
+
+
+def test_a_pair_that_fits(teacher_path, student_path, data_path, cache_path):
+    report = check_pair(str(teacher_path), str(student_path), str(data_path), cache=cache_path, forward=True)
+    assert report.fits
+    assert set(states(report).values()) == {"ok"}
+    assert {"vocabulary", "switch", "cache: teacher", "teacher's split"} <= states(report).keys()
+
+
+def test_sizes_are_those_of_the_loaded_models(teacher_path, student_path, data_path):
+    sizes = check_pair(str(teacher_path), str(student_path), str(data_path)).sizes
+    teacher = tiny_vlm(tiny_processor(), text_width=48, vision_layers=3)
+    counts = {
+        "vision_encoder": sum(p.numel() for p in teacher.model.vision_tower.parameters()),
+        "projector": sum(p.numel() for p in teacher.model.multi_modal_projector.parameters()),
+        "language_model": sum(p.numel() for p in teacher.model.language_model.parameters())
+        + teacher.lm_head.weight.numel(),
+    }
+    assert sizes.teacher == counts
+    dtype_bytes = 2 if torch.cuda.is_available() else 4
+    assert sizes.teacher_bytes == dtype_bytes * (counts["projector"] + counts["language_model"])
+    assert sizes.student_bytes == 16 * sum(p.numel() for p in tiny_vlm(tiny_processor()).parameters())
+
+
+def test_every_difference_is_shown_and_not_only_the_first(tmp_path, teacher_path, data):
+    other = tiny_processor(corpus=["quite other words"] * 5, template=MARKED_TEMPLATE + " ", patch_size=16)
+    student = save_vlm(tmp_path / "student", other, vision_width=64, patch_size=16)
+    report = check_pair(str(teacher_path), str(student), str(data))
+    found = states(report)
+    assert not report.fits
+    for name in ("vocabulary", "chat template", "answer tokens"):
+        assert found[name] == "refused", name
+    assert found["image tokens"] == "note"
+    refused = [name for name, state in found.items() if state == "refused" and name.startswith("switch")]
+    assert any("width" in name for name in refused)
+    assert any("image tokens" in name for name in refused)
+    (vocabulary,) = (row for row in report.rows if row.name == "vocabulary")
+    assert "for the teacher and" in vocabulary.found
+    assert "a probe text has other ids" in vocabulary.found
+
+
+def test_padded_vocabularies_are_no_difference(tmp_path, teacher_path, data):
+    student = save_vlm(tmp_path / "student", tiny_processor(), vocab_size=448)
+    report = check_pair(str(teacher_path), str(student), str(data))
+    assert report.fits
+    assert "320 and 448 rows" in report.rows[0].found
+
+
+def test_other_image_processing_is_noted_by_the_pixels(tmp_path, teacher_path, data):
+    """Settings that make the same pixels are fine; those that make others are said."""
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    for name, settings, state in (
+        ("same", {"do_convert_rgb": False}, "ok"),
+        ("other", {"image_mean": [0.1, 0.2, 0.3]}, "note"),
+    ):
+        processor = tiny_processor()
+        processor.image_processor = CLIPImageProcessor(**size, **settings)
+        student = save_vlm(tmp_path / name, processor)
+        report = check_pair(str(teacher_path), str(student), str(data))
+        assert states(report)["image processing"] == state, name
+        assert report.fits
+
+
+def test_another_cache_is_refused_with_the_reason(tmp_path, teacher_path, student_path, data, cache_path):
+    report = check_pair(str(student_path), str(student_path), str(data), cache=cache_path)
+    found = states(report)
+    assert found["cache: teacher"] == "refused"
+    assert not report.fits
+
+
+def test_the_preview_is_the_sample_token_by_token(student_path, data):
+    processor = load_processor(str(student_path))
+    encoded = SampleEncoder(processor)(open_samples(data)[1])
+    image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    runs = preview(encoded, processor.tokenizer, image_token_id)
+    assert sum(run.tokens for run in runs) == len(encoded)
+    assert [(run.text, run.tokens) for run in runs if run.kind == "image"] == [("<image>", 16)]
+    answers = [answer for _, answer in open_samples(data)[1].questions]
+    assert [run.text for run in runs if run.kind == "supervised"] == [
+        f"{answer}<|end|>" for answer in answers
+    ]
+
+
+def test_the_command_shows_what_is_supervised_and_exits_with_its_verdict(
+    tmp_path, teacher_path, student_path, data
+):
+    common = ["check", "--teacher", str(teacher_path), "--data", str(data)]
+    good = CliRunner().invoke(app, [*common, "--student", str(student_path)])
+    assert good.exit_code == 0, good.output
+    assert "<image x 16>" in good.output
+    assert "they fit" in good.output
+    student = save_vlm(tmp_path / "student", tiny_processor(), vision_width=64)
+    bad = CliRunner().invoke(app, [*common, "--student", str(student), "--json"])
+    assert bad.exit_code == 2
+    report = json.loads(bad.stdout)
+    assert report["fits"] is False
+    assert any(row["state"] == "refused" and "width" in row["name"] for row in report["rows"])

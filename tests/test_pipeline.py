@@ -1,0 +1,357 @@
+"""Pipelines: what is finished is skipped, what changed is redone with what follows, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from caches import times_of
+from filelock import FileLock
+from tiny import tar_members, write_tar
+from typer.testing import CliRunner
+
+from cachekd.config import read_yaml
+from cachekd.errors import CachekdError
+from cachekd.files import RUN_FILE
+from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline.run import LOCK_FILE
+from cachekd.pipeline.state import STATE_FILE
+from cachekd.stages import PARTS
+from cachekd_cli.main import app
+from cachekd_cli.run import runners
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def values(tmp_path, teacher_path, student_path, data_path) -> dict[str, Any]:
+    return {
+        "out": str(tmp_path / "pipe"),
+        "defaults": {
+            "teacher": str(teacher_path),
+            "student": str(student_path),
+            "data": str(data_path),
+            "train": {"batch_size": 6, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 0},
+        },
+        "steps": [
+            {"step": "dump", "name": "cache", "batch_size": 4},
+            {"step": "train", "name": "dpt", "stage": "dpt"},
+            {"step": "train", "name": "sft", "stage": "sft"},
+            {"step": "train", "name": "dft", "stage": "dft"},
+            {"step": "eval", "name": "scores", "data": str(data_path), "batch_size": 64},
+            {"step": "report", "name": "page", "baselines": ["sft"]},
+        ],
+    }
+
+
+def read(values: dict[str, Any], tmp_path: Path) -> Any:
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return read_pipeline(path)
+
+
+def run(pipeline: Any, **others: Any) -> list[str]:
+    """Runs it; returns the steps that really ran."""
+    ran: list[str] = []
+    states = run_pipeline(pipeline, runners(quiet=True) | others, lambda begun: ran.append(begun.step.name))
+    assert {state.state for state in states} == {"done"}
+    return ran
+
+
+def states(pipeline: Any) -> dict[str, str]:
+    return {state.name: state.state for state in look(pipeline)}
+
+
+# ---- what a file says
+
+
+def test_nothing_is_typed_twice(values, tmp_path):
+    steps = {step.name: step for step in plan_steps(read(values, tmp_path))}
+    out, defaults = Path(values["out"]), values["defaults"]
+    assert steps["cache"].config.teacher == defaults["teacher"]
+    assert steps["cache"].config.batch_size == 4  # the trainer's 6 is not the dump's
+    assert steps["dpt"].config.student == defaults["student"]
+    assert steps["sft"].config.student == str(out / "dpt")
+    assert steps["dft"].config.student == str(out / "sft")
+    assert (steps["sft"].config.cache, steps["sft"].config.teacher) == (None, None)  # L_CE needs neither
+    assert (steps["dpt"].config.cache, steps["dpt"].config.teacher) == (out / "cache", None)
+    assert (steps["dft"].config.cache, steps["dft"].config.teacher) == (out / "cache", defaults["teacher"])
+    assert {steps[name].config.learning_rate for name in ("dpt", "sft", "dft")} == {1e-3}
+    assert steps["scores"].config.models == [str(out / name) for name in ("dpt", "sft", "dft")]
+    assert steps["page"].config.run == str(out / "dft")
+    assert steps["sft"].upstream == ("dpt",)
+    assert set(steps["dft"].upstream) == {"sft", "cache"}
+    assert set(steps["page"].upstream) == {"dft", "sft", "scores"}
+
+
+def test_a_steps_own_setting_then_its_stage_then_defaults(values, tmp_path):
+    values["defaults"]["train"] |= {"lambda_align": 0.5, "temperature": 2.0, "trainable": "language_model"}
+    values["defaults"]["train"] |= {"lambda_vsd": 0}
+    values["steps"][2] |= {"trainable": ["language_model"]}
+    values["steps"].insert(4, {"step": "train", "name": "plain", "student": "dpt"})
+    steps = {step.name: step.config for step in plan_steps(read(values, tmp_path))}
+    assert steps["sft"].trainable == ("language_model",)
+    assert steps["sft"].lambda_align == 0.0
+    assert (steps["dft"].trainable, steps["dft"].lambda_align) == (PARTS, 1.0)
+    assert (steps["plain"].trainable, steps["plain"].lambda_align) == (("language_model",), 0.5)
+    assert steps["plain"].student == str(Path(values["out"]) / "dpt")
+    assert {steps[name].temperature for name in ("dpt", "dft", "plain")} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "place"),
+    [
+        ({"step": "bake"}, "no such step", "step 'dft'"),
+        ({"temprature": 3}, "unknown setting 'temprature'", "step 'dft'"),
+        ({"temperature": -1}, "'temperature': input should be greater than 0", "step 'dft'"),
+        ({"out": "elsewhere"}, "unknown setting 'out'", "step 'dft'"),
+        ({"name": "a/b"}, "a name is made of", "step 'a/b'"),
+        ({"name": "sft"}, "two steps are called 'sft'", "pipeline.yaml"),
+        ({"trainable": "projector"}, "L_VSD would have no gradient", "step 'dft'"),
+        ({"trainable": ["projector", "hat"]}, "'trainable'", "step 'dft'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_step(values, tmp_path, change, message, place):
+    values["steps"][3] |= change
+    with pytest.raises(CachekdError, match=message) as caught:
+        plan_steps(read(values, tmp_path))
+    assert place in str(caught.value.where)
+
+
+def test_what_no_one_says_is_asked_for(values, tmp_path):
+    del values["steps"][0]
+    with pytest.raises(CachekdError, match="cached logits") as caught:
+        plan_steps(read(values, tmp_path))
+    assert "step 'dpt'" in caught.value.where
+    del values["defaults"]["data"]
+    with pytest.raises(CachekdError, match="'data'") as caught:
+        plan_steps(read(values, tmp_path))
+    assert "or in `defaults`" in caught.value.fix
+
+
+def test_the_demos_pipeline_is_the_demo(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    steps = {
+        step.name: step.config for step in plan_steps(read_pipeline(Path("examples/easy_vqa/pipeline.yaml")))
+    }
+    recipe = read_yaml(Path("examples/easy_vqa/recipe.yaml"))
+    for name in ("ce", "switch-kd"):
+        assert {setting: getattr(steps[name], setting) for setting in recipe} == recipe
+    assert steps["ce"].student == steps["switch-kd"].student == "runs/easy-vqa/student"
+    assert (steps["ce"].distils, steps["switch-kd"].lambda_vsd) == (False, 1.0)
+
+
+# ---- what is run
+
+
+def test_only_what_changed_is_redone_and_what_was_there_is_kept(values, tmp_path):
+    out = Path(values["out"])
+    values["steps"] = values["steps"][:4]
+    pipeline = read(values, tmp_path)
+    assert set(states(pipeline).values()) == {"waiting"}
+    assert not out.exists()  # looking writes nothing
+    assert run(pipeline) == ["cache", "dpt", "sft", "dft"]
+    before = times_of(out)
+    assert run(pipeline) == []
+    assert {name: t for name, t in times_of(out).items() if name in before} == before
+
+    values["steps"][2]["learning_rate"] = 2e-3
+    values["steps"][2]["logit_chunk"] = 7  # what does not change the numbers
+    changed = read(values, tmp_path)
+    found = {state.name: state for state in look(changed)}
+    assert [found[name].state for name in found] == ["done", "done", "changed", "changed"]
+    assert found["sft"].why == "learning_rate 0.001 -> 0.002"
+    assert found["dft"].why == "step sft is to be redone"
+    assert run(changed) == ["sft", "dft"]
+    after = times_of(out)
+    for name, when in before.items():
+        step, _, rest = name.partition("/")
+        if step in ("cache", "dpt"):
+            assert after[name] == when
+        elif rest:
+            assert after[f"{step}.old-1/{rest}"] == when
+    assert json.loads((out / "sft" / RUN_FILE).read_text())["config"]["learning_rate"] == 2e-3
+    assert run(changed) == []
+
+
+@pytest.fixture
+def short(values) -> dict[str, Any]:
+    """Two train steps by L_CE alone."""
+    values["steps"] = [
+        {"step": "train", "name": "one", "stage": "sft"},
+        {"step": "train", "name": "two", "stage": "sft"},
+    ]
+    return values
+
+
+def test_a_failed_step_says_how_to_go_on_and_is_gone_on_with(short, tmp_path):
+    pipeline = read(short, tmp_path)
+
+    def fails_once(config: Any) -> None:
+        if config.out.name == "two":
+            raise CachekdError("out of memory", where="stage two", fix="--batch-size 1")
+        runners(quiet=True)["train"](config)
+
+    with pytest.raises(CachekdError, match="out of memory") as caught:
+        run(pipeline, train=fails_once)
+    assert caught.value.where == "step 'two': stage two"
+    assert caught.value.fix.startswith("--batch-size 1; then run the same command again")
+    assert states(pipeline) == {"one": "done", "two": "failed"}
+    assert look(pipeline)[1].text == "failed: out of memory"
+    assert run(pipeline) == ["two"]
+
+
+def test_an_interrupted_step_goes_on_from_its_checkpoint(short, tmp_path):
+    from transformers import TrainerCallback
+
+    from cachekd.train import train
+
+    short["defaults"]["train"]["save_steps"] = 1
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise KeyboardInterrupt
+
+    pipeline = read(short, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipeline, train=lambda config: train(config, [Stop()]))
+    assert states(pipeline) == {"one": "interrupted", "two": "waiting"}
+    with FileLock(Path(short["out"]) / LOCK_FILE):
+        assert states(pipeline) == {"one": "running", "two": "waiting"}
+    assert run(pipeline) == ["one", "two"]
+    assert json.loads((Path(short["out"]) / "one" / RUN_FILE).read_text())["resumed_from"] == 1
+
+
+def test_other_files_under_the_same_name_are_noticed(short, tmp_path, student_path):
+    data = tmp_path / "data"
+    write_tar(data / "0.tar", tar_members(6))
+    student = shutil.copytree(student_path, tmp_path / "student")
+    short["defaults"] |= {"data": str(data), "student": str(student)}
+    short["steps"][1]["student"] = str(student_path)
+    pipeline = read(short, tmp_path)
+    run(pipeline)
+    os.utime(data / "0.tar")  # copied, say: not another data set
+    assert states(pipeline) == {"one": "done", "two": "done"}
+    weights = student / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert states(pipeline) == {"one": "changed", "two": "done"}
+    assert look(pipeline)[0].why == f"files of {student} changed"
+    weights.write_bytes(content)
+    assert states(pipeline) == {"one": "done", "two": "done"}
+    write_tar(data / "0.tar", tar_members(5))
+    assert {state.why for state in look(pipeline)} == {f"content of {data} changed"}
+
+
+def test_done_is_what_has_its_whole_output(short, tmp_path):
+    pipeline = read(short, tmp_path)
+    run(pipeline)
+    path = Path(short["out"]) / STATE_FILE
+    record = json.loads(path.read_text())
+    record["steps"]["two"]["state"] = "begun"  # killed when all was written but this
+    del record["steps"]["two"]["facts"]["settings"]["missing"]  # made before there was such a setting
+    path.write_text(json.dumps(record))
+    assert run(pipeline) == []
+    assert json.loads(path.read_text())["steps"]["two"]["state"] == "done"
+
+    shutil.rmtree(Path(short["out"]) / "one")
+    assert [state.text for state in look(pipeline)] == [
+        "changed: its output is gone",
+        "changed: step one is to be redone",
+    ]
+    assert run(pipeline) == ["one", "two"]
+    assert (Path(short["out"]) / "two.old-1" / RUN_FILE).exists()
+
+
+def test_missing_inputs_are_missed_before_anything_begins(values, tmp_path):
+    values["steps"][4]["data"] = str(tmp_path / "no" / "data")
+    pipeline = read(values, tmp_path)
+    with pytest.raises(CachekdError, match="does not exist") as caught:
+        run(pipeline)
+    assert "step 'scores'" in caught.value.where
+    assert not Path(values["out"]).exists()
+
+
+def test_a_folder_of_something_else_and_a_damaged_state_are_left_alone(short, tmp_path):
+    out = Path(short["out"])
+    (out / "one").mkdir(parents=True)
+    (out / "one" / "thesis.tex").write_text("x")
+    pipeline = read(short, tmp_path)
+    with pytest.raises(CachekdError, match="did not make"):
+        run(pipeline)
+    assert (out / "one" / "thesis.tex").read_text() == "x"
+    (out / STATE_FILE).write_text("{")
+    with pytest.raises(CachekdError, match="state cannot be read"):
+        run(pipeline)
+
+
+def test_one_process_runs_a_pipeline(short, tmp_path, monkeypatch):
+    pipeline = read(short, tmp_path)
+    Path(short["out"]).mkdir()
+    with FileLock(Path(short["out"]) / LOCK_FILE), pytest.raises(CachekdError, match="another process"):
+        run(pipeline)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CachekdError, match="one process"):
+        run(pipeline)
+
+
+def test_the_command(short, tmp_path):
+    read(short, tmp_path)
+    command = ["run", str(tmp_path / "pipeline.yaml")]
+    shown = CliRunner().invoke(app, [*command, "--status", "--json"])
+    assert [step["state"] for step in json.loads(shown.stdout)] == ["waiting", "waiting"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("wall time") == 2
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    assert [(step["name"], step["state"]) for step in json.loads(shown.stdout)] == [
+        ("one", "done"),
+        ("two", "done"),
+    ]
+    assert "pipeline.yaml" in CliRunner().invoke(app, ["run", "--help"]).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
+    if sent == signal.SIGTERM:  # the rest is as after SIGKILL
+        values["steps"] = values["steps"][:2]
+    values["steps"][1] |= {"epochs": 30}
+    values["defaults"]["train"]["save_steps"] = 5
+    pipeline = read(values, tmp_path)
+    out = Path(values["out"])
+    command = [sys.executable, "-m", "cachekd_cli.main", "run", str(tmp_path / "pipeline.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("dpt/checkpoints/checkpoint-*/trainer_state.json")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(sent)
+    assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+    waiting = {step["name"]: "waiting" for step in values["steps"][2:]}
+    assert states(pipeline) == {"cache": "done", "dpt": "interrupted"} | waiting
+    before = times_of(out / "cache")
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {step["state"] for step in json.loads(done.stdout)} == {"done"}
+    assert times_of(out / "cache") == before
+    assert json.loads((out / "dpt" / RUN_FILE).read_text())["resumed_from"] >= 5
+    assert not list(out.glob("*.old-*"))
+    if sent == signal.SIGTERM:
+        return
+    scores = json.loads((out / "scores" / "scores.json").read_text())
+    assert [Path(score["path"]).name for score in scores["models"]] == ["dpt", "sft", "dft"]
+    page = (out / "page" / "report.html").read_text()
+    assert "dft" in page
+    assert "sft" in page
