@@ -1,8 +1,9 @@
-"""Load VLMs and processors, with messages for people where transformers raises from deep inside."""
+"""Load VLMs, language models and processors, with messages for people where transformers raises its own."""
 
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -20,7 +22,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
+from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
 from cachekd.vlm.processors import load_without_video
 from cachekd.vlm.steady import keep_statistics
 from cachekd.vlm.tinyllava import is_tinyllava
@@ -47,8 +51,10 @@ def load_config(path: str) -> Any:
     """
     try:
         # Never a checkpoint's own code, nor a question whether to run it.
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        config = (
+            gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path, trust_remote_code=False)
+        )
+    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
         if is_tinyllava(path):
             raise CachekdError(
                 "this checkpoint is in TinyLLaVA Factory's layout",
@@ -59,8 +65,10 @@ def load_config(path: str) -> Any:
         raise CachekdError(
             "no model can be loaded",
             where=str(path),
-            expected="a folder in Hugging Face format (config.json, model.safetensors) or a hub name",
-            found=str(error).splitlines()[0],
+            expected="a folder in Hugging Face format (config.json, model.safetensors), a hub name, or a "
+            ".gguf file of a language model",
+            found=f"{error}".strip().splitlines()[0],
+            fix="pip install 'cachekd[gguf]'" if is_gguf(path) and isinstance(error, ImportError) else None,
         ) from None
     config.name_or_path = str(path)
     family_of(config)
@@ -68,7 +76,9 @@ def load_config(path: str) -> Any:
 
 
 def load_processor(path: str) -> Any:
-    """A VLM's processor: image processor, tokenizer and chat template."""
+    """A VLM's processor: image processor, tokenizer and chat template. A language model's tokenizer."""
+    if family_of(load_config(path)) is TEXT_ONLY:
+        return TextProcessor(_load_tokenizer(path))
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -89,6 +99,19 @@ def load_processor(path: str) -> Any:
             fix="save the model's AutoProcessor into its folder",
         )
     return processor
+
+
+def _load_tokenizer(path: str) -> Any:
+    folder, options = source(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise CachekdError(
+            "no tokenizer can be loaded",
+            where=str(path),
+            expected="tokenizer.json beside the model",
+            found=f"{error}".strip().splitlines()[0],
+        ) from None
 
 
 def load_model(
@@ -171,6 +194,8 @@ def _load(
     if quantization is not None:
         settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     config = load_config(path)
+    if is_gguf(path):
+        return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
     try:
         model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
     except ImportError as error:
@@ -182,6 +207,22 @@ def _load(
             + (", or load the model unquantised" if quantization is not None else ""),
         ) from None
     return (model if quantization is not None else model.to(device)).eval()
+
+
+def _load_gguf(
+    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: dict[str, Any] | None
+) -> PreTrainedModel:
+    if quantization is not None:
+        raise CachekdError(
+            "a GGUF file is quantised in its own way, and is unpacked here",
+            where=path,
+            fix="leave the quantisation settings out",
+        )
+    folder, options = source(path)
+    model = _from_pretrained(model_class, folder, config=config, dtype=dtype, **options, **unpacked())
+    forget_gguf(model)
+    model.config.name_or_path = path
+    return model
 
 
 def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
@@ -200,12 +241,14 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
 
 
 def weights_files(path: str) -> list[Path]:
-    """The weight files of a local model folder, sorted; none for a hub name.
+    """The weight files of a local model folder (or the GGUF file itself), sorted; none for a hub name.
 
     Raises:
         CachekdError: a local folder has none.
     """
     folder = Path(path)
+    if is_gguf(path):
+        return [folder]
     if not folder.is_dir():
         return []
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
