@@ -119,10 +119,10 @@ class SampleEncoder:
             return_text_replacement_offsets=True,
             **_special_tokens(tokenizer, text),
         )
-        offsets, replaced = batch.pop("offset_mapping")[0], batch.pop("text_replacement_offsets", None)
+        offsets, replaced = batch.pop("offset_mapping")[0], batch.pop("text_replacement_offsets", [[]])
         inputs = _unbatched(batch)
         _refuse_second_bos(tokenizer, inputs["input_ids"], sample)
-        text, spans = expand_images(text, spans, replaced[0] if replaced else [], sample)
+        text, spans = expand_images(text, spans, replaced[0] if sample.images else [], sample)
         supervised = supervised_mask(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
         return Encoded(sample.key, sample.content_hash, inputs, supervised)
 
