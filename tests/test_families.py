@@ -48,6 +48,7 @@ from cachekd.vlm import (
     vision_tower,
 )
 from cachekd.vlm import families as known
+from cachekd.vlm.parts import parameters_by_part
 from cachekd.vlm.steady import keep_statistics
 
 FEATURES = {
@@ -171,6 +172,10 @@ def test_switch(family):
     p_s = {id(p) for module in projectors_in_tower(student) for p in module.parameters()}
     assert touched
     assert touched <= v_s - p_s
+    parts = parameters_by_part(student)
+    assert {id(p) for p in parts["vision_encoder"].values()} == v_s - p_s
+    assert p_s <= {id(p) for p in parts["projector"].values()}
+    assert all(parts.values())
     first = next(vision_tower(student).parameters())  # of the first layer: the gradient goes all the way
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
