@@ -168,7 +168,7 @@ class _Counts:
 def _batches(
     samples: Samples, encoder: SampleEncoder, batch_size: int, device: torch.device
 ) -> Iterator[tuple[list[Sample], dict[str, Tensor], Tensor]]:
-    pad = encoder.processor.tokenizer.pad_token_id
+    pad = encoder.pad_token_id
     waiting: list[tuple[Sample, Encoded]] = []
     for index in range(len(samples)):
         waiting += [(question, encoder(question)) for question in ask_alone(samples[index])]

@@ -36,8 +36,13 @@ def template_fingerprint(template: str) -> str:
 
 
 def image_processor_fingerprint(processor: Any) -> str:
-    """The image processor's settings and real class, and what the processor makes of a grid of patches."""
+    """The image processor's settings and real class, and what the processor makes of a grid of patches.
+
+    A language model's is that of nothing.
+    """
     images = processor.image_processor
+    if images is None:
+        return _sha256(None)
     settings = {key: value for key, value in images.to_dict().items() if not key.startswith("_")}
     grid = {name: getattr(processor, name, None) for name in ("patch_size", "num_additional_image_tokens")}
     strategy = getattr(processor, "vision_feature_select_strategy", None)

@@ -52,7 +52,7 @@ class Answer(NamedTuple):
 
 @dataclass
 class Teacher:
-    """A frozen VLM with its processor.
+    """A frozen VLM, or language model, with its processor.
 
     Attributes:
         path: folder or hub name it was loaded from.
@@ -182,7 +182,7 @@ class Teacher:
     @torch.inference_mode()
     def forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Hidden states [N, d], logits [N, V] and ids [N] at the answer tokens, and how many each has."""
-        batch = collate(samples, self.processor.tokenizer.pad_token_id)
+        batch = collate(samples, self.encoder.pad_token_id)
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         supervised = batch.pop("supervised")
         hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
@@ -205,7 +205,7 @@ class Teacher:
             tokenizer=tokenizer_fingerprint(self.processor.tokenizer),
             chat_template=template_fingerprint(self.encoder.template),
             image_processor=image_processor_fingerprint(self.processor),
-            image_token=str(self.processor.image_token),
+            image_token=self.processor.image_token or "",
         )
 
 

@@ -137,7 +137,7 @@ def make_trainer(
         load_student(config, arguments.device),
         arguments,
         TrainingSamples(samples, encoder, cache, teacher_encoder),
-        pad_token_id=processor.tokenizer.pad_token_id,
+        pad_token_id=encoder.pad_token_id,
         teacher=teacher,
         live=live,
         lambda_align=config.lambda_align,

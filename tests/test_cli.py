@@ -137,15 +137,16 @@ def test_a_min_k_beyond_the_window_is_refused(tmp_path, data_path):
     assert "larger than the window, 128" in str(result.exception)
 
 
-def test_a_text_only_sample_is_refused(tmp_path, teacher_path):
+def test_an_image_under_another_name_is_refused(tmp_path, teacher_path):
     record = {
         "id": "words",
+        "picture": "0.png",
         "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}],
     }
     (tmp_path / "d.json").write_text(json.dumps([record]))
     arguments = ["dump", "--teacher", str(teacher_path), "--data", str(tmp_path / "d.json")]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "cache")])
-    assert "the sample has no image" in str(result.exception)
+    assert "the sample has an image under another name" in str(result.exception)
     assert "'words'" in str(result.exception)
 
 

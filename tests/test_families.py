@@ -14,10 +14,10 @@ import support_table
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import noise_image, png_bytes, write_tar
-from tiny_families import FAMILIES, build, save
+from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GraniteConfig
 
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
@@ -48,6 +48,7 @@ from cachekd.vlm import (
     vision_tower,
 )
 from cachekd.vlm import families as known
+from cachekd.vlm.parts import parameters_by_part
 from cachekd.vlm.steady import keep_statistics
 
 FEATURES = {
@@ -171,6 +172,10 @@ def test_switch(family):
     p_s = {id(p) for module in projectors_in_tower(student) for p in module.parameters()}
     assert touched
     assert touched <= v_s - p_s
+    parts = parameters_by_part(student)
+    assert {id(p) for p in parts["vision_encoder"].values()} == v_s - p_s
+    assert p_s <= {id(p) for p in parts["projector"].values()}
+    assert all(parts.values())
     first = next(vision_tower(student).parameters())  # of the first layer: the gradient goes all the way
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
@@ -258,6 +263,21 @@ def test_padding_on_either_side(family):
     found(family, "padding", "both, within 1e-4")
 
 
+def processed(family: str, one: Sample) -> dict[str, Tensor]:
+    """A sample by the processor's own method, which puts the images into the messages."""
+    images = iter(one.images)
+    messages = [
+        {**message, "content": [part | {"image": next(images)} if part["type"] == "image" else part
+                                for part in message["content"]]}
+        for message in one.messages
+    ]  # fmt: skip
+    batch = encoder_of(family).processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    per_token = ("token_type_ids", "mm_token_type_ids")
+    return {name: x[0] if name in per_token else x for name, x in batch.items()}
+
+
 @every_family
 def test_two_images_in_one_sample(family):
     model = build(family)
@@ -268,6 +288,11 @@ def test_two_images_in_one_sample(family):
         assert torch.equal(split_logits(model, inputs, positions), whole)
         other = logits_at(model, *batch_of(family, WIDE, swapped))
     assert (whole[-1] - other[-1]).abs().max() > 0.01 * whole.std()  # which is which
+    if encoder_of(family).processor.chat_template and family != "smolvlm":  # its method asks for videos
+        as_they_do = processed(family, TWO)
+        ours = encoded(family, TWO)[0].inputs
+        assert torch.equal(as_they_do["input_ids"][0], ours["input_ids"])
+        assert all(torch.equal(as_they_do[name], x) for name, x in ours.items() if name != "input_ids")
     found(family, "two images", FAMILIES[family].does.get("two images", "yes"))
 
 
@@ -470,6 +495,34 @@ def test_an_unfit_student_is_refused_by_name(family):
     check_switch(teacher, student)
     with pytest.raises(CachekdError, match="vision width"):
         check_switch(teacher, tiny.config(tok, 32, 16))
+
+
+def test_deepstack_layers_may_differ_but_not_their_number():
+    tiny = FAMILIES["qwen3_vl"]
+    tok = tiny.processor().tokenizer
+    teacher, student = tiny.config(tok, 16, 24), tiny.config(tok, 16, 16)
+    student.vision_config.deepstack_visual_indexes = [1, 2]
+    check_switch(teacher, student)
+    student.vision_config.deepstack_visual_indexes = [1]
+    with pytest.raises(CachekdError, match=r"number of .*deepstack_visual_indexes"):
+        check_switch(teacher, student)
+
+
+@pytest.mark.parametrize("text", ["gemma2", "granite"])
+def test_head_apart_where_the_language_model_caps_or_scales(text):
+    """Llava's wrapper takes no notice of either; the head is measured on the wrapper."""
+    tok = FAMILIES["llava"].processor().tokenizer
+    config = llava_config(tok, 16, 16)
+    scaled = GraniteConfig(**config.text_config.to_dict() | {"model_type": "granite", "logits_scaling": 8.0})
+    config.text_config = gemma2_config(tok, 16) if text == "gemma2" else scaled
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    inputs, positions = batch_of("llava", WIDE, TALL)
+    with torch.no_grad():
+        hidden, logits = hidden_and_logits_at(model, inputs, positions)
+        head = DeferredHead(model, inputs, positions)
+        assert (head.reason, head.softcap, head.scale) == (None, None, 1.0)
+        torch.testing.assert_close(head.logits(hidden), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_the_table_has_every_family_and_feature():

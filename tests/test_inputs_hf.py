@@ -139,7 +139,14 @@ def test_broken_rows_are_bad_samples_and_the_others_are_read(tmp_path: Path):
     pq.write_table(rows.cast_column("image", datasets.Image()).data.table, tmp_path / "rows.parquet")
     samples = open_samples(tmp_path / "rows.parquet")
     assert samples[1].images[0].tobytes() == noise_image(1).tobytes()
-    reasons = ["missing", "cannot be read", "cannot be read", "cannot be read", "no image", "no conversation"]
+    reasons = [
+        "missing",
+        "cannot be read",
+        "cannot be read",
+        "cannot be read",
+        "placeholders",
+        "no conversation",
+    ]
     for index, reason in enumerate(reasons, 2):
         with pytest.raises(BadSample, match=reason) as caught:
             samples[index]

@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.errors import BadSample, CachekdError
+from cachekd.samples.chat_template import ChatTemplate
 from cachekd.samples.sample import Sample
 from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
-from cachekd.samples.supervision import answer_spans, expand_mask, spans_to_mask
+from cachekd.samples.supervision import expand_images, supervised_mask
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,12 @@ class SampleEncoder:
     Args:
         processor: a transformers processor with a chat template.
 
+    Attributes:
+        template: the chat template's source.
+
     Raises:
-        CachekdError: the processor has no chat template.
+        CachekdError: the processor has no chat template or no fast tokenizer, or the template writes today's
+            date.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -57,14 +62,22 @@ class SampleEncoder:
         if takes_suffix(processor):
             self.template: str = LAYOUT
             return
-        template = processor.chat_template or getattr(processor.tokenizer, "chat_template", None)
-        if not template:
+        self.template = _template_source(processor)
+        self._chat = ChatTemplate(processor, self.template)
+        if not processor.tokenizer.is_fast:
             raise CachekdError(
-                "the processor has no chat template, so the answers cannot be located",
+                "the tokenizer does not say which characters its tokens stand for",
                 where=str(processor.tokenizer.name_or_path),
-                fix="save one as chat_template.jinja beside the processor's files",
+                expected="a fast tokenizer (tokenizer.json)",
+                found=type(processor.tokenizer).__name__,
             )
-        self.template = template
+
+    @property
+    def pad_token_id(self) -> int:
+        """What batches are padded with; where the tokenizer has no such token, any will do: it is masked."""
+        tokenizer = self.processor.tokenizer
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return next(token_id for token_id in ids if token_id is not None)
 
     def __call__(self, sample: Sample) -> Encoded:
         """Encode one sample.
@@ -89,15 +102,59 @@ class SampleEncoder:
             suffixed, is_answer = suffix_inputs(self.processor, sample)
             return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
         tokenizer = self.processor.tokenizer
-        text, spans = answer_spans(self.processor, self.template, sample)
-        plain_ids, mask = spans_to_mask(tokenizer, text, spans, sample)
-        # A list of lists: some processors tile the images of one sample in another way than those of several.
-        images = [list(sample.images)] if sample.images else None
-        batch = self.processor(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        if sample.images and self.processor.image_token is None:
+            raise BadSample(
+                "a language model takes no images",
+                where=sample.where,
+                found=f"{len(sample.images)} image(s)",
+                fix="use a vision-language model, or data without images",
+            )
+        text, spans = self._chat.locate(sample)
+        batch = self.processor(
+            text=[text],
+            # A list of lists: some processors tile the images of one sample in another way than of several.
+            images=[list(sample.images)] if sample.images else None,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            **_special_tokens(tokenizer, text),
+        )
+        offsets, replaced = batch.pop("offset_mapping")[0], batch.pop("text_replacement_offsets", [[]])
         inputs = _unbatched(batch)
-        image_token_id = tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        supervised = expand_mask(plain_ids, mask, inputs["input_ids"].tolist(), image_token_id, sample)
-        return Encoded(sample.key, sample.content_hash, inputs, torch.tensor(supervised))
+        _refuse_second_bos(tokenizer, inputs["input_ids"], sample)
+        text, spans = expand_images(text, spans, replaced[0] if sample.images else [], sample)
+        supervised = supervised_mask(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
+        return Encoded(sample.key, sample.content_hash, inputs, supervised)
+
+
+def _template_source(processor: Any) -> str:
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):  # several by name, for tools and the like
+        template = template.get("default")
+    if not template:
+        raise CachekdError(
+            "the processor has no chat template, so the answers cannot be located",
+            where=str(processor.tokenizer.name_or_path),
+            fix="save one as chat_template.jinja beside the processor's files",
+        )
+    return str(template)
+
+
+def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
+    """As the processor's own `apply_chat_template(tokenize=True)` has it: where the template writes no BOS,
+    the tokenizer may."""
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return {"add_special_tokens": False} if written else {}
+
+
+def _refuse_second_bos(tokenizer: Any, input_ids: Tensor, sample: Sample) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is not None and input_ids[:2].tolist() == [bos, bos]:
+        raise CachekdError(
+            "the chat template and the tokenizer both write a BOS token",
+            where=f"{tokenizer.name_or_path}, {sample.where}",
+            fix="let the chat template write bos_token before everything else, or not at all",
+        )
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: rows with `image` or `images`, and `messages` or `conversations`."""
+"""Hugging Face `datasets`: rows with `messages` or `conversations`, and mostly `image` or `images`."""
 
 from __future__ import annotations
 
@@ -95,11 +95,13 @@ def _keys(dataset: datasets.Dataset, origin: str) -> list[str]:
 
 def _require_columns(dataset: datasets.Dataset, origin: str) -> None:
     columns = dataset.column_names
-    if not (set(IMAGE_FIELDS) & set(columns) and set(TURN_FIELDS) & set(columns)):
+    # Text alone is data for a language model; images that would not be read are a mistake.
+    unread = not set(IMAGE_FIELDS) & set(columns) and "Image(" in repr(dataset.features)
+    if unread or not set(TURN_FIELDS) & set(columns):
         raise CachekdError(
             "the data set lacks columns",
             where=origin,
-            expected=f"{' or '.join(IMAGE_FIELDS)}, and {' or '.join(TURN_FIELDS)}",
+            expected=f"{' or '.join(TURN_FIELDS)}, and for images {' or '.join(IMAGE_FIELDS)}",
             found=", ".join(columns),
             fix="give --map module:function, which makes such a record of a row",
         )

@@ -103,6 +103,9 @@ def switch_differences(teacher: Any, student: Any) -> list[SwitchDifference]:
         SwitchDifference(_meaning(name, family), name, _setting(teacher, name), _setting(student, name))
         for name in names
     ]
+    for name in family.equally_many:
+        taps = (len(_setting(config, name)) for config in (teacher, student))
+        found.append(SwitchDifference(f"number of {name}", name, *taps))
     return [difference for difference in found if difference.teacher != difference.student]
 
 

@@ -1,8 +1,9 @@
-"""Load VLMs and processors, with messages for people where transformers raises from deep inside."""
+"""Load VLMs, language models and processors, with messages for people where transformers raises its own."""
 
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -20,9 +22,12 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
+from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
 from cachekd.vlm.processors import load_without_video
 from cachekd.vlm.steady import keep_statistics
+from cachekd.vlm.tinyllava import is_tinyllava
 
 
 def default_device() -> torch.device:
@@ -45,13 +50,25 @@ def load_config(path: str) -> Any:
         CachekdError: there is no model at `path`, or its family is not supported.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        # Never a checkpoint's own code, nor a question whether to run it.
+        config = (
+            gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path, trust_remote_code=False)
+        )
+    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
+        if is_tinyllava(path):
+            raise CachekdError(
+                "this checkpoint is in TinyLLaVA Factory's layout",
+                where=str(path),
+                expected="a model of transformers' own",
+                fix=f"cachekd convert {path} -o NEW_FOLDER, and use that (download it first from a hub)",
+            ) from None
         raise CachekdError(
             "no model can be loaded",
             where=str(path),
-            expected="a folder in Hugging Face format (config.json, model.safetensors) or a hub name",
-            found=str(error).splitlines()[0],
+            expected="a folder in Hugging Face format (config.json, model.safetensors), a hub name, or a "
+            ".gguf file of a language model",
+            found=f"{error}".strip().splitlines()[0],
+            fix="pip install 'cachekd[gguf]'" if is_gguf(path) and isinstance(error, ImportError) else None,
         ) from None
     config.name_or_path = str(path)
     family_of(config)
@@ -59,9 +76,11 @@ def load_config(path: str) -> Any:
 
 
 def load_processor(path: str) -> Any:
-    """A VLM's processor: image processor, tokenizer and chat template."""
+    """A VLM's processor: image processor, tokenizer and chat template. A language model's tokenizer."""
+    if family_of(load_config(path)) is TEXT_ONLY:
+        return TextProcessor(_load_tokenizer(path))
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         processor = load_without_video(path)
         if processor is None:
@@ -80,6 +99,19 @@ def load_processor(path: str) -> Any:
             fix="save the model's AutoProcessor into its folder",
         )
     return processor
+
+
+def _load_tokenizer(path: str) -> Any:
+    folder, options = source(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise CachekdError(
+            "no tokenizer can be loaded",
+            where=str(path),
+            expected="tokenizer.json beside the model",
+            found=f"{error}".strip().splitlines()[0],
+        ) from None
 
 
 def load_model(
@@ -158,19 +190,39 @@ def _load(
     device: torch.device,
     quantization: dict[str, Any] | None,
 ) -> PreTrainedModel:
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     config = load_config(path)
-    if quantization is None:
-        return _from_pretrained(model_class, path, config=config, dtype=dtype).to(device).eval()
-    settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
+    if is_gguf(path):
+        return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
     try:
-        return _from_pretrained(model_class, path, config=config, dtype=dtype, **settings).eval()
+        model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
     except ImportError as error:
         raise CachekdError(
-            "the quantised model cannot be loaded",
+            "the model cannot be loaded: a package is missing",
             where=str(path),
-            found=str(error).splitlines()[0],
-            fix="pip install what is named above, or load the model unquantised",
+            found=next(line.strip() for line in str(error).splitlines() if line.strip()),
+            fix="pip install what is named above"
+            + (", or load the model unquantised" if quantization is not None else ""),
         ) from None
+    return (model if quantization is not None else model.to(device)).eval()
+
+
+def _load_gguf(
+    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: dict[str, Any] | None
+) -> PreTrainedModel:
+    if quantization is not None:
+        raise CachekdError(
+            "a GGUF file is quantised in its own way, and is unpacked here",
+            where=path,
+            fix="leave the quantisation settings out",
+        )
+    folder, options = source(path)
+    model = _from_pretrained(model_class, folder, config=config, dtype=dtype, **options, **unpacked())
+    forget_gguf(model)
+    model.config.name_or_path = path
+    return model
 
 
 def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedModel:
@@ -189,12 +241,14 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
 
 
 def weights_files(path: str) -> list[Path]:
-    """The weight files of a local model folder, sorted; none for a hub name.
+    """The weight files of a local model folder (or the GGUF file itself), sorted; none for a hub name.
 
     Raises:
         CachekdError: a local folder has none.
     """
     folder = Path(path)
+    if is_gguf(path):
+        return [folder]
     if not folder.is_dir():
         return []
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

@@ -64,6 +64,6 @@ def _empty(processor_class: Any) -> Any:
 
 def _processor_class(path: str) -> Any | None:
     try:
-        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path)), None)
+        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, trust_remote_code=False)), None)
     except (OSError, ValueError):
         return None

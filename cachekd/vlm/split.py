@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_tower_name
+from cachekd.vlm.families import PIXEL_INPUTS, changed, family_of, vision_tower, vision_tower_name
 
 
 class VisionCapture:
@@ -162,7 +162,4 @@ def cast_output(output: ModelOutput, dtype: torch.dtype) -> ModelOutput:
             return value.to(dtype) if value.is_floating_point() else value
         return tuple(cast(item) for item in value) if isinstance(value, tuple | list) else value
 
-    copied = copy.copy(output)
-    for name, value in output.items():
-        copied[name] = cast(value)
-    return copied
+    return changed(output, **{name: cast(value) for name, value in output.items()})

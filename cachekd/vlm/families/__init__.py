@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from cachekd.errors import CachekdError
-from cachekd.vlm.families.family import PIXEL_INPUTS, Family
+from cachekd.vlm.families.family import PIXEL_INPUTS, Family, changed
 from cachekd.vlm.families.fast_vlm import FAST_VLM
 from cachekd.vlm.families.gemma3 import GEMMA3
 from cachekd.vlm.families.idefics3 import IDEFICS3
@@ -35,6 +35,7 @@ __all__ = [
     "PIXEL_INPUTS",
     "TEXT_ONLY",
     "Family",
+    "changed",
     "family_of",
     "language_model",
     "projectors_in_tower",

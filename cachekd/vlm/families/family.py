@@ -27,6 +27,14 @@ def stand_in(tower: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return twin
 
 
+def changed(output: ModelOutput, **fields: Any) -> ModelOutput:
+    """A shallow copy of an encoder's output with other fields."""
+    copied = copy.copy(output)
+    for name, value in fields.items():
+        copied[name] = value
+    return copied
+
+
 def replay_output(tower: nn.Module, output: ModelOutput) -> nn.Module:
     """A vision encoder that returns an output that is already there."""
     return stand_in(tower, lambda *_args, **_kwargs: copy.copy(output))
@@ -47,6 +55,7 @@ class Family:
         width: the attribute of `config.vision_config` that is the width of V's output.
         shared: attributes of the config (dotted) that teacher and student must have in common for the
             switch: what lies between V and P, and which inputs both read.
+        equally_many: such attributes that need only be equally long.
     """
 
     model_type: str
@@ -56,3 +65,4 @@ class Family:
     replay: Replay = replay_output
     width: str = "hidden_size"
     shared: tuple[str, ...] = ()
+    equally_many: tuple[str, ...] = ()

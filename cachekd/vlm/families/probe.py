@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -33,7 +34,7 @@ def _look(config: Any) -> Family | None:
     if model_class is None or vision_config is None:
         return None
     with torch.device("meta"):  # the modules without their weights
-        outer = model_class(config)
+        outer = model_class(copy.deepcopy(config))
     inner: Any = getattr(outer, "model", None)
     if getattr(inner, "get_image_features", None) is None:
         return None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families.family import Family, stand_in
+from cachekd.vlm.families.family import Family, changed, stand_in
 
 PATCHES = tuple(
     f"vision_config.{name}" for name in ("patch_size", "temporal_patch_size", "spatial_merge_size")
@@ -18,9 +17,8 @@ PATCHES = tuple(
 def merge_output(tower: Any, output: ModelOutput) -> nn.Module:
     """An encoder that runs its own merger on the patches [P, d] of `output`."""
 
-    def forward(_pixels: Tensor, **_kwargs: Any) -> BaseModelOutputWithPooling:
-        merged = tower.merger(output.last_hidden_state)
-        return BaseModelOutputWithPooling(last_hidden_state=output.last_hidden_state, pooler_output=merged)
+    def forward(_pixels: Tensor, **_kwargs: Any) -> ModelOutput:
+        return changed(output, pooler_output=tower.merger(output.last_hidden_state))
 
     return stand_in(tower, forward)
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families.family import Family, stand_in
+from cachekd.vlm.families.family import Family, changed, stand_in
 from cachekd.vlm.families.qwen2_vl import PATCHES
 
 
 def merge_deepstack(tower: Any, output: ModelOutput) -> nn.Module:
     """An encoder that runs its own mergers on the last layer's patches and on every tap's."""
 
-    def forward(_pixels: Tensor, **_kwargs: Any) -> BaseModelOutputWithDeepstackFeatures:
-        mergers = tower.deepstack_merger_list
-        return BaseModelOutputWithDeepstackFeatures(
-            last_hidden_state=output.last_hidden_state,
+    def forward(_pixels: Tensor, **_kwargs: Any) -> ModelOutput:
+        pairs = zip(tower.deepstack_merger_list, output.deepstack_features, strict=True)
+        return changed(
+            output,
             pooler_output=tower.merger(output.last_hidden_state),
-            deepstack_features=[
-                merger(tap) for merger, tap in zip(mergers, output.deepstack_features, strict=True)
-            ],
+            deepstack_features=[merger(tap) for merger, tap in pairs],
         )
 
     return stand_in(tower, forward)
@@ -39,4 +36,5 @@ QWEN3_VL = Family(
     taps=("deepstack_merger_list",),
     replay=merge_deepstack,
     shared=PATCHES,
+    equally_many=("vision_config.deepstack_visual_indexes",),
 )
