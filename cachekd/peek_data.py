@@ -12,7 +12,6 @@ from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
 from cachekd.matching import check_content
 from cachekd.samples import Sample, SampleEncoder, Samples
-from cachekd.samples.supervision import answer_spans, spans_to_mask
 
 LARGEST = 640  # pixels, of an image on a page
 _SMALL = 128  # below that PNG is small, and exact
@@ -63,11 +62,7 @@ class PeekedData:
             return [0] * len(self.cache[sample.key])
         if self._processor is None:
             return None
-        text, spans = answer_spans(self._processor, SampleEncoder(self._processor).template, sample)
-        found: list[int] = []
-        for turn, span in enumerate(spans):
-            _, mask = spans_to_mask(self._processor.tokenizer, text, [span], sample)
-            found += [turn] * sum(mask)
+        found: list[int] = SampleEncoder(self._processor).turns(sample).tolist()
         return found
 
 
