@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,7 +47,7 @@ def main() -> None:
     shuffled = random.Random(0).sample(range(len(true)), len(true))
     grouped = list(LengthGroups(rough, options.batch_size, seed=0, epoch=lambda: 0))
     off = (torch.tensor(rough) - torch.tensor(true)).abs().float()
-    result = {
+    result: dict[str, Any] = {
         "samples": len(true),
         "tokens": {"least": min(true), "mean": sum(true) / len(true), "most": max(true)},
         "padding": {

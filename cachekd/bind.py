@@ -23,6 +23,7 @@ from cachekd.cache.sealed import Sealed
 from cachekd.cache.shard import read_identities
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Sample, Samples, read_encoded
+from cachekd.samples.outline import Outline
 
 _UNBOUND = "unbound:\n"  # no key has a line break
 
@@ -72,6 +73,10 @@ class BoundSamples:
     def __getitem__(self, index: int) -> Sample:
         """Read one sample; raises what the data set does."""
         return replace(self._samples[index], key=self.keys[index])
+
+    def outline(self, index: int) -> Outline:
+        """See `Samples.outline`."""
+        return self._samples.outline(index)
 
 
 @dataclass

@@ -62,9 +62,8 @@ class PeekedData:
             return [0] * len(self.cache[sample.key])
         if self._processor is None:
             return None
-        supervised = SampleEncoder(self._processor)(sample).supervised
-        begins = supervised & ~supervised.roll(1)  # something always stands between two answers
-        return (begins.cumsum(0) - 1)[supervised].tolist()
+        found: list[int] = SampleEncoder(self._processor).turns(sample).tolist()
+        return found
 
 
 def embedded(image: Image.Image) -> str:

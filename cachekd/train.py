@@ -118,7 +118,7 @@ def make_trainer(
         checkpoints: where the Trainer writes; it does not have to exist.
     """
     config.require_inputs()
-    samples = open_samples(config.data, map=config.map)
+    samples: Samples = open_samples(config.data, map=config.map)
     if config.binding is not None:
         samples = BoundSamples(samples, Binding.read(config.binding))
     load_config(config.student)

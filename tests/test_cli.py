@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
@@ -197,3 +198,10 @@ def test_the_output_of_another_run_is_left_alone(tmp_path, teacher_path, student
         assert isinstance(result.exception, CachekdError)
         assert "already holds something" in str(result.exception)
     assert sorted((path, path.stat().st_mtime_ns) for path in taken.rglob("*")) == before
+
+
+def test_no_help_text_has_what_would_be_taken_for_markup():
+    """Rich drops words in square brackets without a word."""
+    for name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params:
+            assert "[" not in (getattr(parameter, "help", None) or ""), (name, parameter.name)

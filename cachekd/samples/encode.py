@@ -15,7 +15,7 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.chat_template import ChatTemplate
 from cachekd.samples.sample import Sample
 from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
-from cachekd.samples.supervision import expand_images, supervised_mask
+from cachekd.samples.supervision import answer_numbers, expand_images
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,19 @@ class SampleEncoder:
             BadSample: an answer cannot be located, or the processor or the chat template raised.
             CachekdError: the chat template does not let answers be located at all.
         """
+        inputs, numbers = self._guarded(sample)
+        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0)
+
+    def turns(self, sample: Sample) -> Tensor:
+        """[N] int64: for each answer token of a sample, which answer it is in, from 0.
+
+        Raises:
+            CachekdError: as for encoding.
+        """
+        numbers = self._guarded(sample)[1]
+        return numbers[numbers >= 0]
+
+    def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         try:
             return self._encode(sample)
         except (CachekdError, MemoryError):
@@ -97,10 +110,11 @@ class SampleEncoder:
                 found=f"{type(error).__name__}: {error}",
             ) from error
 
-    def _encode(self, sample: Sample) -> Encoded:
+    def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs, and [L] the number of the answer that a token is in, or -1."""
         if takes_suffix(self.processor):
             suffixed, is_answer = suffix_inputs(self.processor, sample)
-            return Encoded(sample.key, sample.content_hash, _unbatched(suffixed), is_answer)
+            return _unbatched(suffixed), is_answer.long() - 1
         tokenizer = self.processor.tokenizer
         if sample.images and self.processor.image_token is None:
             raise BadSample(
@@ -123,8 +137,7 @@ class SampleEncoder:
         inputs = _unbatched(batch)
         _refuse_second_bos(tokenizer, inputs["input_ids"], sample)
         text, spans = expand_images(text, spans, replaced[0] if sample.images else [], sample)
-        supervised = supervised_mask(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
-        return Encoded(sample.key, sample.content_hash, inputs, supervised)
+        return inputs, answer_numbers(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
 
 
 def _template_source(processor: Any) -> str:

@@ -14,12 +14,12 @@ from cachekd.samples.render import Span
 from cachekd.samples.sample import Sample
 
 
-def supervised_mask(
+def answer_numbers(
     tokenizer: Any, input_ids: Tensor, offsets: Tensor, text: str, spans: Sequence[Span], sample: Sample
 ) -> Tensor:
-    """The tokens of the spans.
+    """Which tokens are supervised, and in which answer each is.
 
-    A mask is proven for every sample (under 0.1 ms an answer): decoded, its tokens must give back the text of
+    It is proven for every sample (under 0.1 ms an answer): decoded, its tokens must give back the text of
     the span.
 
     Args:
@@ -31,14 +31,14 @@ def supervised_mask(
         sample: for error messages.
 
     Returns:
-        [L] bool.
+        [L] int64, the number of the span that a token is in, from 0; -1 for what is not supervised.
 
     Raises:
         BadSample: a token crosses the border of a span, or the tokens do not give back the text.
     """
-    mask = torch.zeros(len(input_ids), dtype=torch.bool)
+    numbers = torch.full((len(input_ids),), -1)
     starts, ends = offsets.unbind(1)
-    for start, end in spans:
+    for number, (start, end) in enumerate(spans):
         inside = (starts < end) & (ends > start)
         for first, last in offsets[inside & ((starts < start) | (ends > end))].tolist():
             # White space behind is harmless: some tokenizers let a special token swallow it.
@@ -55,8 +55,8 @@ def supervised_mask(
                 found=found[:200],
                 fix="the tokenizer lacks some of its characters, or the processor changes the text",
             )
-        mask |= inside
-    return mask
+        numbers[inside] = number
+    return numbers
 
 
 def expand_images(

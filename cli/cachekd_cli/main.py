@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -10,6 +12,7 @@ from cachekd.errors import CachekdError
 from cachekd_cli import (
     bind,
     check,
+    convert,
     demo,
     dump,
     evaluate,
@@ -41,8 +44,9 @@ app = typer.Typer(
 )
 
 # In the order in which one meets them.
-PANELS = {
+PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     "Distil": {
+        "convert": convert.convert_command,
         "check": check.check_command,
         "dump": dump.dump_command,
         "train": train.train_command,

@@ -17,7 +17,7 @@ def pull_command(
     shards: Annotated[
         str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.

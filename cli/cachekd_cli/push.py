@@ -15,10 +15,10 @@ def push_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     to: Annotated[str, typer.Argument(help="org/name on the hub, or a URL: s3://..., file:///...")],
     license: Annotated[
-        str | None, typer.Option(help="As the hub names it: apache-2.0, cc-by-4.0, ... [default: unknown]")
+        str | None, typer.Option(help="As the hub names it: apache-2.0, cc-by-4.0, ... Default: unknown.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch of the repository. [default: main]")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.

@@ -15,7 +15,7 @@ def report_command(
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Another run to compare with; can be repeated.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the page goes. [default: RUN/report.html]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN/report.html.")] = None,
 ) -> None:
     """Write one self-contained HTML page: accuracies, loss curves by term, cache, configuration.
 

@@ -48,7 +48,7 @@ def train_command(
         bool | None, typer.Option("--live-teacher", help="Run the whole teacher in place of a cache.")
     ] = None,
     missing: Annotated[
-        str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. [default: error]")
+        str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. Default: error.")
     ] = None,
     stage: Annotated[
         str | None,
@@ -57,38 +57,36 @@ def train_command(
     trainable: Annotated[
         str | None,
         typer.Option(
-            help="Parts that train, as in projector,language_model. [default: vision_encoder,projector,"
-            "language_model]"
+            help="Parts that train, as in projector,language_model. Default: vision_encoder,projector,"
+            "language_model."
         ),
     ] = None,
-    lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. [default: 1]")] = None,
-    lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. [default: 1]")] = None,
+    lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. Default: 1.")] = None,
+    lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. Default: 1.")] = None,
     vsd_every: Annotated[
-        int | None, typer.Option(help="Optimizer steps per one with the switched path. [default: 1]")
+        int | None, typer.Option(help="Optimizer steps per one with the switched path. Default: 1.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. [default: 1]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step. [default: 16]")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches per step. [default: 1]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW's peak. [default: 2e-5]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's. [default: 0]")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps. [default: 0.03]")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clip. [default: 1]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the data order. [default: 0]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of DBiLD. Default: 3.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per step. Default: 16.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches per step. Default: 1.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="AdamW's peak. Default: 2e-5.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's. Default: 0.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default: 0.03.")] = None,
+    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clip. Default: 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the data order. Default: 0.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16, float16. [default: auto]")
+        str | None, typer.Option(help="auto, float32, bfloat16, float16. Default: auto.")
     ] = None,
-    logging_steps: Annotated[
-        int | None, typer.Option(help="Steps between log entries. [default: 10]")
-    ] = None,
+    logging_steps: Annotated[int | None, typer.Option(help="Steps between log entries. Default: 10.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that read samples. [default: 0; on a GPU 4]")
+        int | None, typer.Option(help="Processes that read samples. Default: 0; on a GPU 4.")
     ] = None,
     save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; 0: none. [default: 500]")
+        int | None, typer.Option(help="Steps between checkpoints; 0: none. Default: 500.")
     ] = None,
     logit_chunk: Annotated[
-        int | None, typer.Option(help="Answer tokens whose logits exist at a time. [default: 64 MiB of them]")
+        int | None, typer.Option(help="Answer tokens whose logits exist at a time. Default: 64 MiB of them.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Recompute layers: slower, leaner.")
