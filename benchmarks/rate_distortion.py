@@ -111,7 +111,14 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     setting, head = TailSetting.parse(tail), OutputHead(states.head)
     # Without a sketch all of top_k are kept, whatever the mass: the best that these bytes can do.
     min_k = MIN_K if setting.sketch else top_k
-    codec = CodecSettings(top_k=top_k, top_p=0.0, window=WINDOW, min_k=min_k, tail=tail)
+    codec = CodecSettings(
+        top_k=top_k,
+        top_p=0.0,
+        window=WINDOW,
+        min_k=min_k,
+        logprob_step=setting.logprob_step,
+        tail=tail,
+    )
     encoder, size = None, 0
     if setting.sketch:
         encoder = fit_states(head, states.calibration, codec)
@@ -264,6 +271,7 @@ def main() -> None:
     )
     parser.add_argument("--states", type=Path, help="keep the models' states here between runs")
     parser.add_argument("--tails", default=",".join(TAILS), help="settings of --tail to measure")
+    parser.add_argument("--only-tails", action="store_true", help="leave out the rows without a sketch")
     parser.add_argument("--plot", type=Path, help="write the curve to this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -276,10 +284,11 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for k, zstd in ((32, False), (64, False), (64, True), (128, False), (128, True)):
-            rows.append(naive(states, ids, k, zstd=zstd, folder=folder))
-        settings = [("none", 16), ("none", 32), ("none", 64), ("none", 128), ("none", 512)]
-        settings += [(tail, WINDOW) for tail in options.tails.split(",")]
+        settings = [(tail, WINDOW) for tail in options.tails.split(",")]
+        if not options.only_tails:
+            for k, zstd in ((32, False), (64, False), (64, True), (128, False), (128, True)):
+                rows.append(naive(states, ids, k, zstd=zstd, folder=folder))
+            settings = [("none", 16), ("none", 32), ("none", 64), ("none", 128), ("none", 512), *settings]
         for number, (tail, top_k) in enumerate(settings):
             (folder / str(number)).mkdir()
             rows.append(ours(states, ids, tail, top_k, folder / str(number)))

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from cachekd.errors import CachekdError
     from cachekd.losses import dbild_loss, kneedle_k
     from cachekd.targets import DenseTargets, TeacherTargets
+    from cachekd.torch_dataset import CachedLogits
     from cachekd.trainer import SwitchKDTrainer
 
 __version__ = "0.1.0"
 __all__ = [
+    "CachedLogits",
     "CachekdError",
     "DenseTargets",
     "LogitCache",
@@ -29,6 +31,7 @@ __all__ = [
 
 # Imported on first use, so that `import cachekd` (and `cachekd --help`) does not wait for torch.
 _HOME = {
+    "CachedLogits": "cachekd.torch_dataset",
     "CachekdError": "cachekd.errors",
     "DenseTargets": "cachekd.targets",
     "LogitCache": "cachekd.cache",

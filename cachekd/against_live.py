@@ -8,7 +8,7 @@ from torch import Tensor
 from cachekd.cache import CachedTargets, CodecSettings, SketchTail, TailStates, UniformTail
 from cachekd.cache.codec import TAIL_STEP
 from cachekd.cache.fit import SketchEncoder
-from cachekd.cache.sketch import SHIFT_STEP
+from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 
 
 def value_bound(codec: CodecSettings, tolerance: float) -> float:
@@ -61,6 +61,9 @@ def code_error(cached: CachedTargets, states: TailStates, encoder: SketchEncoder
     codes = encoder.encode(states)
     coordinates = torch.from_numpy(codes.coordinates).int() - cached.tail.coordinates.int()
     shift = torch.from_numpy(codes.shift).float() - cached.tail.shift / SHIFT_STEP
+    if encoder.has_shift_axis:  # from one step of the shift to the next it begins anew
+        shift = shift - coordinates[:, -1] * (FINE_SHIFT_STEP / SHIFT_STEP)
+        coordinates = coordinates[:, :-1]
     return max(float(off.abs().max()) for off in (coordinates, shift) if off.numel())
 
 

@@ -31,6 +31,7 @@ from cachekd.stages import (
 )
 
 DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
+CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -106,7 +107,14 @@ class TrainConfig(Config):
     map: str | None = Field(None, description="as for the dump")
     out: Path = Field(description="the run's folder: new, empty, or a run to go on with")
     teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
-    cache: Path | None = Field(None, description="what `cachekd dump` wrote; needed for L_Align and L_VSD")
+    cache: CacheSpec | None = Field(
+        None,
+        description="what `cachekd dump` wrote, or the address of a published cache, such as "
+        "hf://datasets/org/name; needed for L_Align and L_VSD",
+    )
+    binding: Path | None = Field(
+        None, description="what `cachekd bind` wrote, where the data's keys are not the cache's"
+    )
     live_teacher: bool = Field(
         False, description="run the whole teacher at every step in place of a cache, as a baseline"
     )

@@ -31,6 +31,7 @@ def codec_of(config: DumpConfig) -> CodecSettings:
         top_p=default_top_p(tail) if config.top_p is None else config.top_p,
         window=config.window,
         min_k=config.min_k,
+        logprob_step=tail.logprob_step,
         tail=config.tail,
     )
 

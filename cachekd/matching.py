@@ -55,7 +55,8 @@ def check_cache(
             where=str(cache.path),
             expected=f"all {len(samples):,} samples",
             found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
-            fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only",
+            fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only; "
+            "`cachekd bind` finds samples that have other keys in the cache",
         )
 
 

@@ -23,6 +23,7 @@ GOLDEN_RATIO = (5**0.5 - 1) / 2
 SHIFT_BYTES = 1.5  # per token, about, of the sketch's shift
 SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 LEAST_SKETCH = 8  # bytes per token; below that the same bytes do more in the top-k
+ALL_THAT_BYTES_BUY = "bytes=4096"  # no sketch needs as much: what bytes buy ends at BUDGET_NOISE
 BUDGET_USED = 0.97  # the pilot may be off by a few percent
 LEAST_TOP_K = 4  # that a disk budget may choose
 
@@ -222,16 +223,16 @@ def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, 
             codec.top_k,
             lambda top_k: _finest(cost, codec.model_copy(update={"top_k": top_k, "top_p": 0.0}), room),
         )
-    plain = {"tail": "none", "top_p": default_top_p(TailSetting(sketch=False))}
+    plain = _with_tail(codec, "none").model_copy(update={"top_p": default_top_p(TailSetting(sketch=False))})
 
     def without_sketch(top_k: int) -> Estimate | None:
-        estimated = cost(codec.model_copy(update={**plain, "top_k": top_k}))
+        estimated = cost(plain.model_copy(update={"top_k": top_k}))
         return estimated if estimated.size <= room else None
 
     found = found or _largest_top_k(codec.top_k, without_sketch)
     if found is not None:
         return found
-    least = cost(codec.model_copy(update={**plain, "top_k": LEAST_TOP_K}))
+    least = cost(plain.model_copy(update={"top_k": LEAST_TOP_K}))
     raise CachekdError(
         "the disk budget is too small for this data set",
         where="setting 'disk_budget'",
@@ -258,19 +259,24 @@ def _largest_top_k(most: int, try_it: Callable[[int], Estimate | None]) -> Estim
 
 def _finest(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate | None:
     """The finest sketch that fits; None if there is no room for LEAST_SKETCH bytes a token."""
-    best = cost(codec.model_copy(update={"tail": "exact"}))
-    if best.size <= budget:
-        return best
-    bare = cost(codec.model_copy(update={"tail": "none"}))
+    for most in ("exact", ALL_THAT_BYTES_BUY):
+        best = cost(_with_tail(codec, most))
+        if best.size <= budget:
+            return best
+    bare = cost(_with_tail(codec, "none"))
     room = (budget - bare.size) / max(1, bare.tokens) - SHIFT_BYTES
     for _ in range(4):  # the basis' own size depends on how fine it is
         if room < LEAST_SKETCH:
             return None
-        found = cost(codec.model_copy(update={"tail": f"bytes={room:.1f}"}))
+        found = cost(_with_tail(codec, f"bytes={room:.1f}"))
         if found.size <= budget:
             return found
         room -= (found.size - budget) / max(1, found.tokens) * 1.02
     return None
+
+
+def _with_tail(codec: CodecSettings, tail: str) -> CodecSettings:
+    return codec.model_copy(update={"tail": tail, "logprob_step": TailSetting.parse(tail).logprob_step})
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, set_seed
 
+from cachekd.bind import Binding, BoundSamples
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_wait import MOST
@@ -118,6 +119,8 @@ def make_trainer(
     """
     config.require_inputs()
     samples = open_samples(config.data, map=config.map)
+    if config.binding is not None:
+        samples = BoundSamples(samples, Binding.read(config.binding))
     load_config(config.student)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor)
@@ -154,6 +157,8 @@ def open_cache(
         return None
     assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
+    if config.binding is not None:
+        Binding.read(config.binding).require_cache(cache, str(config.binding))
     check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):

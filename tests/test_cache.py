@@ -166,7 +166,7 @@ runs = st.lists(st.lists(st.floats(-300, 0, width=32), max_size=20), max_size=12
 
 
 @settings(max_examples=150, deadline=None)
-@given(runs=runs, step=st.sampled_from([1 / 32, 0.1, 1 / 128]))
+@given(runs=runs, step=st.sampled_from([1 / 32, 0.1, 1 / 128, 1 / 256]))
 def test_gaps_give_back_the_quantised_values(runs, step):
     runs = [sorted(run, reverse=True) for run in runs]
     k = np.array([len(run) for run in runs], dtype=np.uint16)
@@ -175,10 +175,18 @@ def test_gaps_give_back_the_quantised_values(runs, step):
     assert gaps.dtype == np.uint16
     start = 0
     for run in runs:
-        quantised = np.cumsum(gaps[start : start + len(run)].astype(np.int64))
-        expected = np.minimum(np.rint(-np.array(run, dtype=np.float32).astype(np.float64) / step), 65535)
-        assert np.array_equal(quantised, expected)
+        quantised = np.rint(-np.array(run, dtype=np.float32).astype(np.float64) / step)
+        expected = np.minimum(np.diff(quantised, prepend=0.0), 65535)  # a run may go farther, a gap may not
+        assert np.array_equal(gaps[start : start + len(run)], expected)
         start += len(run)
+
+
+def test_what_nobody_targets_is_stored_at_the_farthest():
+    """Banned ids: finite, but with no probability that a float could name."""
+    values = np.array([-0.25, -1e9, np.finfo(np.float32).min], np.float32)
+    assert encode_logprobs(values, np.array([3]), 1 / 16).tolist() == [4, 65531, 0]
+    assert encode_logprobs(values, np.array([3]), 1.0).tolist() == [0, 65535, 0]
+    assert encode_logprobs(values, np.array([3]), 1 / 256).tolist() == [64, 65535, 0]
 
 
 @settings(max_examples=100, deadline=None)

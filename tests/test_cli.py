@@ -13,7 +13,7 @@ from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, 
 from typer.testing import CliRunner
 
 from cachekd.errors import CachekdError
-from cachekd_cli.main import app
+from cachekd_cli.main import PANELS, app
 
 
 def cachekd(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -30,19 +30,7 @@ def test_help_is_fast_and_imports_no_torch():
     assert done.stdout.split() == ["False", "False"]
 
 
-COMMANDS = [
-    "dump",
-    "status",
-    "verify",
-    "inspect",
-    "peek",
-    "merge",
-    "select",
-    "train",
-    "eval",
-    "report",
-    "demo",
-]
+COMMANDS = sorted(name for commands in PANELS.values() for name in commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -97,7 +97,13 @@ def test_cutting_twice_is_cutting_once(originals, tmp_path):
     select_samples(originals["sketched"], tmp_path / "a", set(keys[1:9]))
     select_samples(tmp_path / "a", tmp_path / "b", set(keys[3:11]))
     select_samples(originals["sketched"], tmp_path / "c", set(keys[3:9]))
-    assert files_of(tmp_path / "b") == files_of(tmp_path / "c")
+    twice, once = (files_of(tmp_path / name) for name in "bc")
+    manifests = [json.loads(files.pop("manifest.json")) for files in (twice, once)]
+    steps = [[step["operation"] for step in values.pop("lineage")] for values in manifests]
+    assert steps == [["select", "select"], ["select"]]
+    assert manifests[0].pop("sha256") != manifests[1].pop("sha256")
+    assert manifests[0] == manifests[1]
+    assert twice == once
 
 
 def test_whole_shards_are_the_same_files_and_keep_their_place_in_the_data(originals, tmp_path):

@@ -3,28 +3,44 @@
 Any Zarr reader that has numcodecs with pcodec opens it. Numbers go through PCodec, which stays within a few
 percent of their order-0 entropy where zstd needs a quarter to a half more (docs/what-the-cache-keeps.md);
 bytes go through zstd. Every chunk ends with its crc32c.
+
+Zarr writes them. Reading takes another way: shapes and codecs are checked first (`array_metadata`), and every
+chunk is decoded into memory of the size that was checked, so that a file cannot ask for more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs.blosc import Blosc
+from numcodecs.checksum32 import CRC32C
 from numpy.typing import NDArray
+from pcodec import standalone  # type: ignore[import-untyped]
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 from zarr.codecs.numcodecs import PCodec
-from zarr.core.buffer import Buffer, cpu
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
+from cachekd.cache.array_metadata import (
+    MOST_DECODED,
+    ArrayMetadata,
+    read_array,
+    read_group,
+    require_plausible,
+)
+from cachekd.cache.files import read_plain, require_plain
 from cachekd.errors import CachekdError
+
+Shape = tuple[int | None, ...]  # None: of any length
 
 _PAGE = 2**18  # PCodec's own limit for numbers that share a table
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
@@ -49,55 +65,97 @@ def pack_arrays(arrays: dict[str, NDArray], attributes: dict[str, Any]) -> bytes
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(members):
             archive.writestr(zipfile.ZipInfo(name, _EPOCH), members[name].to_bytes())
-    return stream.getvalue()
+    content = stream.getvalue()
+    try:
+        require_plausible(sum(values.nbytes for values in arrays.values()), len(content))
+    except ValueError as error:  # what nobody would read must not be written
+        raise CachekdError(
+            "a file of the cache would be too large", found=str(error), fix="fewer samples: --shard-samples"
+        ) from None
+    return content
 
 
 def read_arrays(
-    path: Path, names: Sequence[str], attributes: dict[str, Any], sha256: str | None = None
+    path: Path,
+    names: Sequence[str],
+    attributes: dict[str, Any],
+    sha256: str | None = None,
+    shapes: Mapping[str, Shape] | None = None,
 ) -> dict[str, NDArray]:
-    """Read and check whole arrays.
+    """Read and check whole arrays. Memory: theirs, and the file's own where `sha256` is given.
 
     Args:
         names: those that must be there.
         attributes: that the group must have, among others.
         sha256: of the file. Every chunk has its own checksum, but not the bytes between them; without it only
             what is asked for is read from the disk.
+        shapes: that some of them must have; compared before anything is decoded.
 
     Raises:
         CachekdError: the file is not what it should be, or is damaged: what failed, and where.
     """
     try:
-        with zipfile.ZipFile(path if sha256 is None else io.BytesIO(_checked(path, sha256))) as archive:
-            members = _members(archive, names)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ZarrUserWarning)
-            group = zarr.open_group(MemoryStore(dict(members)), mode="r")
-            found = {name: group.attrs.get(name) for name in attributes}
-            if found != attributes:
-                raise ValueError(f"attributes {found}, expected {attributes}")
-            return {name: _read(group, name, set(members)) for name in names}
-    except (OSError, KeyError, ValueError, RuntimeError, TypeError, zipfile.BadZipFile, EOFError) as error:
+        with _open(path, sha256) as archive:
+            size, members = _members(archive, names)
+        found = read_group(members["zarr.json"])
+        if (some := {name: found.get(name) for name in attributes}) != attributes:
+            raise ValueError(f"attributes {str(some)[:200]}, expected {attributes}")
+        arrays = {name: read_array(name, members[f"{name}/zarr.json"]) for name in names}
+        for name, shape in (shapes or {}).items():
+            require_shape(name, arrays[name].shape, shape)
+        require_plausible(sum(array.nbytes for array in arrays.values()), size)
+        return {name: _read(name, array, members) for name, array in arrays.items()}
+    except _FAULTS as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from None
 
 
-def _checked(path: Path, sha256: str) -> bytes:
-    content = path.read_bytes()
+# What zipfile, json, the codecs and the checks above raise at bytes that are not what they should be.
+_FAULTS = (
+    *(OSError, KeyError, ValueError, RuntimeError, TypeError, EOFError, AttributeError, OverflowError),
+    *(zipfile.BadZipFile, struct.error),
+)
+
+
+def _open(path: Path, sha256: str | None) -> zipfile.ZipFile:
+    if sha256 is None:
+        require_plain(path)
+        return zipfile.ZipFile(path)
+    content = read_plain(path, MOST_DECODED)  # stored, it is smaller yet
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"sha256 {found}, expected {sha256}")
-    return content
+    return zipfile.ZipFile(io.BytesIO(content))
 
 
-def _members(archive: zipfile.ZipFile, names: Sequence[str]) -> dict[str, Buffer]:
-    """The group's and the named arrays' own; zipfile compares each with its crc32."""
-    prefixes = tuple(f"{name}/" for name in names)
-    found: dict[str, Buffer] = {}
-    for info in archive.infolist():
-        if info.filename == "zarr.json" or info.filename.startswith(prefixes):
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{info.filename} is compressed, and may be a zip bomb")
-            found[info.filename] = cpu.Buffer.from_bytes(archive.read(info))
-    return found
+def _members(archive: zipfile.ZipFile, names: Sequence[str]) -> tuple[int, dict[str, bytes]]:
+    """The archive's bytes, and the members of the group and the named arrays, each of which zipfile compares
+    with its crc32. What else is there is left alone."""
+    stream = archive.fp
+    assert stream is not None  # open
+    size = stream.seek(0, io.SEEK_END)
+    wanted = {"zarr.json"}.union(*({f"{name}/zarr.json", f"{name}/c/0", f"{name}/c/0/0"} for name in names))
+    infos = [info for info in archive.infolist() if info.filename in wanted]
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+            raise ValueError(f"{info.filename} is compressed, and may be a zip bomb")
+    if len({info.filename for info in infos}) != len(infos):
+        raise ValueError("a member is there twice")
+    if sum(info.file_size for info in infos) > size:
+        raise ValueError("members overlap")
+    return size, {info.filename: archive.read(info) for info in infos}
+
+
+def require_shape(name: str, found: tuple[int, ...], expected: Shape) -> None:
+    """Compare an array's shape with what it must be.
+
+    Raises:
+        ValueError: they differ.
+    """
+    fits = len(found) == len(expected) and all(
+        length in (None, of) for of, length in zip(found, expected, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} has shape {found}, expected {expected}")
 
 
 def damaged(path: Path, found: str) -> CachekdError:
@@ -135,13 +193,20 @@ def _write(group: zarr.Group, name: str, values: NDArray) -> None:
         array[...] = np.ascontiguousarray(values)  # PCodec would read past a view's strides
 
 
-def _read(group: zarr.Group, name: str, members: set[str]) -> NDArray:
-    array = group[name]
-    if not isinstance(array, zarr.Array):
-        raise ValueError(f"{name} is not an array")
-    if array.size == 0:
-        return np.empty(array.shape, array.dtype)
-    chunks = {f"{name}/c/{'/'.join(map(str, index))}" for index in np.ndindex(array.cdata_shape)}
-    if lost := chunks - members:  # zarr would read zeros
-        raise ValueError(f"{len(lost)} chunk(s) are missing, {min(lost)} is one")
-    return np.asarray(array[...])
+def _read(name: str, array: ArrayMetadata, members: Mapping[str, bytes]) -> NDArray:
+    values = np.empty(array.shape, array.dtype)
+    if not values.size:
+        return values
+    key = f"{name}/c/{'/'.join('0' * values.ndim)}"
+    if key not in members:  # zarr would read zeros
+        raise ValueError(f"1 chunk(s) are missing, {key} is one")
+    body = bytes(CRC32C().decode(members[key]))
+    if array.dtype.itemsize > 1:
+        progress = standalone.simple_decompress_into(body, values.reshape(-1))
+        if progress.n_processed != values.size or not progress.finished:
+            raise ValueError(f"{key} does not hold {values.size:,} numbers")
+    else:
+        if int.from_bytes(body[4:8], "little") != values.nbytes:  # blosc fills less without a word
+            raise ValueError(f"{key} does not hold {values.size:,} bytes")
+        Blosc().decode(body, out=values)
+    return values

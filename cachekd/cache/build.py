@@ -229,7 +229,11 @@ class CacheBuild:
 
 def mean_fidelity(shards: list[ShardInfo]) -> Fidelity | None:
     """Of all shards together, by their measured tokens; None where none was measured."""
-    parts = [shard.fidelity for shard in shards if shard.fidelity is not None]
+    return join_fidelities([shard.fidelity for shard in shards if shard.fidelity is not None])
+
+
+def join_fidelities(parts: list[Fidelity]) -> Fidelity | None:
+    """Of all tokens together; None without any."""
     if not parts:
         return None
     tokens = sum(part.tokens for part in parts)

@@ -16,18 +16,22 @@ from cachekd.cache.records import first_of_run, offsets
 TAIL_STEP = 1 / 32  # nats of log-odds
 NO_TAIL = -(2**15)
 _MOST_ODDS = 2**15 - 1
+_MOST = 2**16 - 1
+_FARTHEST = _MOST / 16  # nats: what is less probable than e**-4096 is nobody's target
 
 
 def encode_logprobs(logprobs: NDArray[np.float32], k: NDArray, step: float) -> NDArray[np.uint16]:
     """[sum k] float32, descending in each run of k, to [sum k] uint16: first values and gaps.
 
-    Values below -65,535 steps are stored as that.
+    Values below -4,096 nats, or 65,535 steps where these are more, are stored as that. A gap ends at 65,535
+    steps, which are 256 nats at a step of 1/256: what follows a larger one is stored as much too high.
     """
-    quantised = np.clip(np.rint(-logprobs.astype(np.float64) / step), 0, 65535).astype(np.int64)
+    most = max(_MOST, np.rint(_FARTHEST / step))
+    quantised = np.clip(np.rint(-logprobs.astype(np.float64) / step), 0, most).astype(np.int64)
     gaps = np.diff(quantised, prepend=0)
     starts = offsets(k)[:-1][np.asarray(k) > 0]
     gaps[starts] = quantised[starts]
-    return gaps.astype(np.uint16)
+    return np.minimum(gaps, _MOST).astype(np.uint16)
 
 
 def decode_logprobs(

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
+from cachekd import __version__
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
-from cachekd.cache.files import cannot_write, commit, make_folder, sync_folder
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo, Skipped, Source
-from cachekd.cache.reader import LogitCache
-from cachekd.cache.shard import cut_shard
+from cachekd.cache.files import commit, make_folder, sync_folder
+from cachekd.cache.fit import SketchEncoder
+from cachekd.cache.manifest import (
+    MANIFEST_FILE,
+    CodecSettings,
+    Derivation,
+    Fidelity,
+    Manifest,
+    ShardInfo,
+    SketchInfo,
+    Skipped,
+    Source,
+)
+from cachekd.cache.reader import LogitCache, shard_counts
+from cachekd.cache.shard import Counts, cut_shard
 from cachekd.cache.skipped import skipped_info, write_skipped
+from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError
 
 
@@ -41,29 +54,92 @@ class DerivedCache:
         if samples is None:
             link(old, new)
         else:
-            info = _cut(old, info, samples, new)
+            info = _cut(old, info, samples, new, shard_counts(cache.manifest, number))
         changes = {
             "name": new.name,
             "source": self._place_of_source(cache.manifest.sources[info.source]),
-            "sketch": None if info.sketch is None else self._place_of_sketch(cache, info.sketch),
+            "sketch": None if info.sketch is None else self.link_sketch(cache, info.sketch),
         }
         self.shards.append(info.model_copy(update=changes))
 
-    def finish(self, header: Manifest, skipped: Sequence[Skipped]) -> None:
+    def add_recoded(
+        self, cache: LogitCache, number: int, content: bytes, changes: dict[str, Any], sketch: int | None
+    ) -> Path:
+        """Add a shard of `cache` whose codes are others by now.
+
+        Args:
+            content: its file.
+            changes: what else is different in its `ShardInfo`.
+            sketch: as `add_sketch` has it.
+        """
+        info = cache.manifest.shards[number]
+        new = self._shard_path(len(self.shards))
+        commit(new, content)
+        changes = {
+            "name": new.name,
+            "source": self._place_of_source(cache.manifest.sources[info.source]),
+            "sketch": sketch,
+            "span": None,  # a teacher would make another file of it
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "fidelity": None,
+            **changes,
+        }
+        self.shards.append(info.model_copy(update=changes))
+        return new
+
+    def add_sketch(self, encoder: SketchEncoder) -> int:
+        """Add a new tail sketch; returns its place in the manifest."""
+        place, content = len(self._sketches), encoder.pack()
+        info = SketchInfo(
+            name=_sketch_name(place),
+            axes=encoder.sketch.axes,
+            step=encoder.step,
+            calibration_tokens=encoder.calibration_tokens,
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        commit(self.folder / info.name, content)
+        self._sketches.append(info)
+        return place
+
+    def link_sketch(self, cache: LogitCache, number: int) -> int:
+        """Add a tail sketch of `cache` as it is, unless it is there; returns its place in the manifest."""
+        sketch = cache.manifest.sketches[number]
+        for place, other in enumerate(self._sketches):
+            if other.sha256 == sketch.sha256:  # caches that were cut from one share a sketch
+                return place
+        name = _sketch_name(len(self._sketches))
+        link(cache.path / sketch.name, self.folder / name)
+        self._sketches.append(sketch.model_copy(update={"name": name}))
+        return len(self._sketches) - 1
+
+    def finish(
+        self,
+        operation: Literal["select", "merge", "recompress"],
+        parents: Sequence[Manifest],
+        skipped: Sequence[Skipped],
+        *,
+        codec: CodecSettings | None = None,
+        fidelity: Fidelity | None = None,
+    ) -> None:
         """Write the manifest.
 
         Args:
-            header: a manifest with the same teacher, inputs and settings.
+            operation, fidelity: for the lineage.
+            parents: what it was made from, all with the same teacher, inputs and settings.
             skipped: samples that are in no shard.
+            codec: the settings by now; None: the parents'.
         """
         manifest = Manifest(
-            teacher=header.teacher,
-            fingerprints=header.fingerprints,
-            codec=header.codec,
+            teacher=parents[0].teacher,
+            fingerprints=parents[0].fingerprints,
+            codec=codec or parents[0].codec,
             sources=self._sources,
             sketches=self._sketches,
             fidelity=mean_fidelity(self.shards),
             skipped=skipped_info(skipped),
+            lineage=_lineage(operation, parents, fidelity),
             shards=self.shards,
         )
         write_skipped(self.folder, skipped)
@@ -77,17 +153,31 @@ class DerivedCache:
             self._sources.append(source)
         return self._sources.index(source)
 
-    def _place_of_sketch(self, cache: LogitCache, number: int) -> int:
-        """Caches that were cut from one share a sketch."""
-        sketch = cache.manifest.sketches[number]
-        for place, other in enumerate(self._sketches):
-            if other.sha256 == sketch.sha256:
-                return place
-        place = len(self._sketches)
-        name = f"sketch-{place}.zarr.zip" if place else "sketch.zarr.zip"
-        link(cache.path / sketch.name, self.folder / name)
-        self._sketches.append(sketch.model_copy(update={"name": name}))
-        return place
+
+def _sketch_name(place: int) -> str:
+    return f"sketch-{place}.zarr.zip" if place else "sketch.zarr.zip"
+
+
+def _lineage(
+    operation: Literal["select", "merge", "recompress"],
+    parents: Sequence[Manifest],
+    fidelity: Fidelity | None,
+) -> list[Derivation]:
+    """The parents' steps, each once, and this one."""
+    steps: list[Derivation] = []
+    for parent in parents:
+        if parent.lineage:
+            last = parent.lineage[-1].model_copy(update={"result": parent.sha256})
+            steps += [step for step in (*parent.lineage[:-1], last) if step not in steps]
+    this = Derivation(
+        operation=operation,
+        version=__version__,
+        parents=[str(parent.sha256) for parent in parents],
+        parent_samples=sum(parent.samples for parent in parents),
+        parent_codec=parents[0].codec,
+        fidelity=fidelity,
+    )
+    return [*steps, this]
 
 
 @contextmanager
@@ -97,32 +187,10 @@ def new_cache(out: Path) -> Iterator[DerivedCache]:
     Raises:
         CachekdError: `out` holds something, or cannot be written.
     """
-    out = out.resolve()  # "." has no name
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CachekdError(
-            "the folder for the cache already holds something",
-            where=str(out),
-            expected="a new or empty folder: nothing is ever overwritten",
-            fix="choose another --out",
-        )
-    staging = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that had the same number and was killed
-    make_folder(staging / SHARD_FOLDER)
-    try:
+    with staged_folder(out, "cache", last=MANIFEST_FILE) as staging:
+        make_folder(staging / SHARD_FOLDER)
         yield DerivedCache(staging)
-        try:
-            sync_folder(staging / SHARD_FOLDER)
-            if out.exists():  # stays: it may be a mount, or where someone stands
-                for part in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
-                    part.rename(out / part.name)
-                sync_folder(out)
-            else:
-                staging.rename(out)
-                sync_folder(out.parent)
-        except OSError as error:
-            raise cannot_write(out, error) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        sync_folder(staging / SHARD_FOLDER)
 
 
 def link(old: Path, new: Path) -> None:
@@ -143,8 +211,10 @@ def link(old: Path, new: Path) -> None:
         commit(new, content)
 
 
-def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path) -> ShardInfo:
-    content, tokens, entries = cut_shard(old, samples, sketch=info.sketch is not None, sha256=info.sha256)
+def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path, counts: Counts) -> ShardInfo:
+    content, tokens, entries = cut_shard(
+        old, samples, sketch=info.sketch is not None, sha256=info.sha256, counts=counts
+    )
     commit(new, content)
     changes = {
         "span": None,

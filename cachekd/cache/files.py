@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +67,37 @@ def commit_first(path: Path, content: bytes) -> bool:
                 return False
             temporary.replace(path)
     return True
+
+
+def read_plain(path: Path, most: int | None = None) -> bytes:
+    """A file's bytes. Links are followed: a hub's snapshots are made of them.
+
+    Args:
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it cannot be read, is a device, pipe or folder, or is larger.
+    """
+    size = require_plain(path)
+    if most is not None and size > most:
+        raise OSError(errno.EFBIG, f"{size:,} bytes, expected {most:,} at most")
+    with path.open("rb") as stream:
+        content = stream.read(size + 1)
+    if len(content) != size:
+        raise OSError(errno.EIO, "the file changed while it was read")
+    return content
+
+
+def require_plain(path: Path) -> int:
+    """The size of a file; a pipe would be waited for, and some devices never end.
+
+    Raises:
+        OSError: it is missing, or no plain file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    return status.st_size
 
 
 @contextmanager

@@ -16,7 +16,7 @@ Docs: docs/what-the-cache-keeps.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,18 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachekd.cache.arrays import pack_arrays, read_arrays
+from cachekd.cache.arrays import Shape, damaged, pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.sketch import (
     CENTROIDS,
+    FINE_SHIFT_STEP,
     SHIFT_STEP,
     SKETCH_FORMAT,
     SketchTail,
     TailSketch,
     capped,
     read_sketch,
+    with_shift_axis,
 )
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, TailSetting
 from cachekd.errors import CachekdError
 
 WINDOW = 128  # ids per token that count as probable
@@ -76,7 +78,7 @@ class SketchEncoder:
         sketch: what undoes it.
         step: nats.
         mean: [d] float32, of the calibration tokens.
-        analysis: [C, d] float32, code steps per hidden unit.
+        analysis: [C, d] float32, code steps per hidden unit; a last row of zeros is the shift's axis.
         common: [d] float32 and a number: the part of the logits that is the same for every id.
         calibration_tokens: that it was fitted on.
         surplus: bytes per token by which codes of tokens that the axes were not fitted on cost more.
@@ -90,6 +92,11 @@ class SketchEncoder:
     calibration_tokens: int
     surplus: float
 
+    @property
+    def has_shift_axis(self) -> bool:
+        """Whether the last axis takes what the shift's rounding leaves (`cachekd.cache.sketch`)."""
+        return not self.analysis[-1].any()
+
     def encode(self, states: TailStates) -> SketchCodes:
         """Codes of N tokens; on the device of `states`, returned on the CPU."""
         device = states.hidden.device
@@ -97,6 +104,8 @@ class SketchEncoder:
         coordinates = (hidden - self.mean.to(device)) @ self.analysis.to(device).T
         direction, constant = self.common
         shift = (states.log_normaliser.float() - hidden @ direction.to(device) - constant) / SHIFT_STEP
+        if self.has_shift_axis:
+            coordinates[:, -1] = (shift.round() - shift) * (SHIFT_STEP / FINE_SHIFT_STEP)
         return SketchCodes(_to_int16(coordinates), _to_int16(shift))
 
     def pack(self) -> bytes:
@@ -117,7 +126,10 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
     Raises:
         CachekdError: it is missing, damaged, or for reading only.
     """
-    arrays = read_arrays(path, ("analysis", "mean", "common", "numbers"), SKETCH_FORMAT, sha256)
+    shapes: dict[str, Shape] = {"analysis": (None, None), "mean": (None,), "common": (None,), "numbers": (4,)}
+    arrays = read_arrays(path, list(shapes), SKETCH_FORMAT, sha256, shapes)
+    if not all(np.isfinite(values).all() for values in arrays.values()):
+        raise damaged(path, "what codes more tokens is not finite")
     tensors = {name: torch.from_numpy(arrays[name].copy()) for name in ("analysis", "mean", "common")}
     step, constant, tokens, surplus = arrays["numbers"].tolist()
     return SketchEncoder(
@@ -151,7 +163,7 @@ def fit_sketch(
     states = TailStates(*(t.to(head.weight.device) for t in (states.hidden, states.log_normaliser)))
     hidden = states.hidden.float()
     _check(head, hidden)
-    weights = _id_weights(head, hidden)
+    weights, spread = _id_weights(head, hidden)
     # Below a cap a common shift is not free.
     common = torch.zeros_like(hidden[0])
     if head.softcap is None:
@@ -160,17 +172,18 @@ def fit_sketch(
     root, inverse_root = _metric_roots(head, weights, common)
 
     step = tail.step
-    if step is None:  # exact: the noise of all axes together is given; a budget buys nothing finer
-        step = tail.noise * (12 / hidden.shape[1]) ** 0.5
+    if step is None:  # the noise of all axes together is given
+        noise = BUDGET_NOISE if tail.bytes is not None else min(BUDGET_NOISE, EXACT_NOISE * spread)
+        step = noise * (12 / hidden.shape[1]) ** 0.5
         if tail.bytes is not None:
             step = max(step, _step_for(tail.bytes, hidden, root))
 
     mean, axes = _axes(hidden, root)
     y = ((hidden - mean).double() @ root @ axes).float()
     step = max(step, float(y.abs().max()) / FINEST)
-    surplus = _code_bytes(_held_out(hidden, root), step) - _code_bytes(y[_apart(hidden)], step)
+    surplus = code_bytes(_held_out(hidden, root), step) - code_bytes(y[_apart(hidden)], step)
     codes = (y / step).round()
-    use = _worth_keeping(y, step)
+    use = worth_keeping(y, step)
     y, codes, axes = y[:, use], codes[:, use], axes[:, use]
 
     deviation = y.std(0, correction=0).clamp(min=step / 10)
@@ -187,10 +200,13 @@ def fit_sketch(
         basis_step=basis_step,
         offset=offset.cpu(),
         unit=(step / deviation).cpu(),
-        centroids=_centroids(y / deviation, codes, step / deviation).cpu(),
+        centroids=centroids(y / deviation, codes, step / deviation).cpu(),
         softcap=head.softcap,
     )
     analysis = ((root @ axes).T / step).float()
+    if tail.exact and head.softcap is None:
+        sketch = with_shift_axis(sketch)
+        analysis = torch.cat([analysis, torch.zeros_like(analysis[:1])])
     encoder = SketchEncoder(
         sketch=sketch,
         step=step,
@@ -205,13 +221,18 @@ def fit_sketch(
     return replace(encoder, common=(common.cpu(), constant - surplus))
 
 
-def _id_weights(head: OutputHead, hidden: Tensor) -> Tensor:
-    """[V], how often each id is among the WINDOW most probable; half a count for those that never are."""
+def _id_weights(head: OutputHead, hidden: Tensor) -> tuple[Tensor, float]:
+    """[V], how often each id is among the WINDOW most probable; half a count for those that never are.
+
+    And the standard deviation of these logits, a token's about their mean: nats, RMS over the tokens.
+    """
     counts = torch.full((len(head.weight),), 0.5, device=hidden.device)
+    variances = []
     for some in _sampled(hidden).split(256):
-        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1).indices.flatten()
-        counts += torch.bincount(top, minlength=len(counts))
-    return counts / counts.sum()
+        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1)
+        counts += torch.bincount(top.indices.flatten(), minlength=len(counts))
+        variances.append(top.values.var(-1, correction=0))
+    return counts / counts.sum(), float(torch.cat(variances).mean().sqrt())
 
 
 def _metric_roots(head: OutputHead, weights: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +256,7 @@ def _axes(hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)
 
 
-def _worth_keeping(y: Tensor, step: float) -> Tensor:
+def worth_keeping(y: Tensor, step: float) -> Tensor:
     """[d] bool: the axes of `y` [N, d] whose loss would cost more than rounding does; at least one.
 
     By their power, not by how often they are in use: what is rare and large must not be lost.
@@ -268,13 +289,13 @@ def _step_for(budget: float, hidden: Tensor, root: Tensor) -> float:
     low, high = 1e-4, 1e2
     for _ in range(40):
         step = (low * high) ** 0.5
-        low, high = (step, high) if _code_bytes(y, step) > budget else (low, step)
+        low, high = (step, high) if code_bytes(y, step) > budget else (low, step)
     return high
 
 
-def _code_bytes(y: Tensor, step: float) -> float:
+def code_bytes(y: Tensor, step: float) -> float:
     """Order-0 entropy of the codes of `y` [N, d], axis by axis; bytes per token with the coder's overhead."""
-    kept = y[:, _worth_keeping(y, step)].cpu().numpy()
+    kept = y[:, worth_keeping(y, step)].cpu().numpy()
     codes = np.clip(np.rint(kept / step), -(2**15), 2**15 - 1).astype(np.int64)
     low, width = codes.min(), int(codes.max() - codes.min()) + 1
     bits = 0.0
@@ -285,7 +306,7 @@ def _code_bytes(y: Tensor, step: float) -> float:
     return bits / 8 * CODER_OVERHEAD
 
 
-def _centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
+def centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
     """[CENTROIDS, C], the mean of what was coded as 1, 2; the middle where too few were."""
     rows = []
     for magnitude in range(1, CENTROIDS + 1):
@@ -296,31 +317,40 @@ def _centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
 
 
 def _mass_surplus(encoder: SketchEncoder, states: TailStates, targets: TokenTargets) -> float:
+    """`mass_surplus` of calibration tokens."""
+    chosen = sample_indices(len(states))
+    codes = encoder.encode(TailStates(states.hidden[chosen], states.log_normaliser[chosen]))
+    tail = SketchTail.from_codes(encoder.sketch, codes).to(states.hidden.device)
+    return mass_surplus(tail, [targets.cut(token, token + 1) for token in chosen.tolist()])
+
+
+def mass_surplus(tail: SketchTail, targets: Sequence[TokenTargets]) -> float:
     """By how many nats the rebuilt tails are too heavy, on average.
 
     Rounding moves every logit, and the exponential of that is not right on average.
+
+    Args:
+        tail: of some tokens.
+        targets: what is kept of each.
     """
-    chosen = _sample_indices(len(states))
-    codes = encoder.encode(TailStates(states.hidden[chosen], states.log_normaliser[chosen]))
-    device = states.hidden.device
-    tail, surplus = SketchTail.from_codes(encoder.sketch, codes).to(device), []
-    for places in torch.arange(len(chosen)).split(64):
-        logprobs = tail.select(places.to(device)).everywhere(encoder.sketch.vocab_size)
-        for row, token in zip(logprobs, chosen[places].tolist(), strict=True):
-            kept = targets.cut(token, token + 1)
+    surplus = []
+    for places in torch.arange(len(targets)).split(64):
+        logprobs = tail.select(places.to(tail.shift.device)).everywhere(tail.sketch.vocab_size)
+        for row, token in zip(logprobs, places.tolist(), strict=True):
+            kept = targets[token]
             if kept.tail_logmass[0] > -12:  # something is left that matters
-                row[torch.from_numpy(kept.ids.astype(np.int64)).to(device)] = float("-inf")
+                row[torch.from_numpy(kept.ids.astype(np.int64)).to(row.device)] = float("-inf")
                 surplus.append(float(row.logsumexp(-1)) - float(kept.tail_logmass[0]))
     return float(np.mean(surplus)) if surplus else 0.0
 
 
-def _sample_indices(count: int) -> Tensor:
+def sample_indices(count: int) -> Tensor:
     """Up to SAMPLED tokens, evenly spread."""
     return torch.linspace(0, count - 1, min(SAMPLED, count)).long()
 
 
 def _sampled(hidden: Tensor) -> Tensor:
-    return hidden[_sample_indices(len(hidden)).to(hidden.device)]
+    return hidden[sample_indices(len(hidden)).to(hidden.device)]
 
 
 def _rows(head: OutputHead) -> Iterator[Tensor]:

@@ -6,9 +6,9 @@ Nothing that is said here has to be said again: training reads window, codec and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from cachekd.cache.sealed import Part, Sealed, cannot_be_read, read_json
 from cachekd.errors import CachekdError
@@ -139,6 +139,22 @@ class SkippedInfo(Part):
     sha256: str
 
 
+class Derivation(Part):
+    """A step by which a cache was made of others, without a teacher."""
+
+    operation: Literal["select", "merge", "recompress"]
+    version: str = Field(description="of the cachekd that did it")
+    parents: list[str] = Field(min_length=1, description="sha256 in the manifests that it was made from")
+    parent_samples: Positive = Field(description="in all of them")
+    parent_codec: CodecSettings = Field(description="of all of them")
+    fidelity: Fidelity | None = Field(
+        None, description="against the parents' rebuilt logprobs; null where every value is as it was"
+    )
+    result: str | None = Field(
+        None, description="sha256 in the manifest that it made; null in the last step: this manifest"
+    )
+
+
 class Header(Sealed):
     """What all of a cache's logits have in common."""
 
@@ -193,7 +209,14 @@ class Manifest(Header):
     sketches: list[SketchInfo] = Field(description="empty without a tail sketch; several in a merged cache")
     fidelity: Fidelity | None = Field(None, description="of all shards; null where it was not measured")
     skipped: SkippedInfo | None = Field(None, description="null where no sample was left out")
+    lineage: list[Derivation] = Field([], description="parents' steps first; not there in a dump's own cache")
     shards: list[ShardInfo] = Field(min_length=1)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_lineage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Fields that came later are left out where they say nothing: docs/format.md, compatibility.
+        values = handler(self)
+        return {name: value for name, value in values.items() if name != "lineage" or value}
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:

@@ -32,7 +32,7 @@ def merge_caches(paths: Sequence[Path], out: Path) -> Manifest:
         for cache in caches:
             for number in range(len(cache.manifest.shards)):
                 new.add(cache, number)
-        new.finish(first.manifest, _skipped_by_all(caches))
+        new.finish("merge", [cache.manifest for cache in caches], _skipped_by_all(caches))
     return Manifest.load(out)
 
 

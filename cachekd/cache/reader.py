@@ -13,12 +13,19 @@ from numpy.typing import NDArray
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.records import TokenTargets
-from cachekd.cache.shard import Shard, read_keys, read_shard
+from cachekd.cache.shard import Counts, Shard, read_keys, read_shard
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
+
+
+def shard_counts(manifest: Manifest, number: int) -> Counts:
+    """What shard `number` must hold."""
+    info = manifest.shards[number]
+    axes = None if info.sketch is None else manifest.sketches[info.sketch].axes
+    return Counts(info.samples, info.tokens, info.entries, axes, manifest.teacher.vocab_size)
 
 
 class LogitCache:
@@ -27,14 +34,15 @@ class LogitCache:
     Files are opened per read, so a LogitCache can be pickled and used in forked workers.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder, or the address of a published one, which is fetched first and kept
+            (`cachekd.sharing.local_folder`).
 
     Raises:
         CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = _on_this_disk(path)
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
@@ -59,10 +67,25 @@ class LogitCache:
         Raises:
             CachekdError: no such key, or its shard is damaged.
         """
+        return self._rebuilt(self.shard_of(key), self.records(key))
+
+    def records(self, key: str) -> TokenTargets:
+        """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
         number, position = self._place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
-        return self._rebuilt(number, shard.targets.cut(int(first), int(last)))
+        return shard.targets.cut(int(first), int(last))
+
+    def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
+        """Of each sample of a shard, in order: key, content hash and what is stored.
+
+        Raises:
+            CachekdError: the shard is damaged.
+        """
+        shard = self._shard(number)
+        parts = shard.targets.split(np.diff(shard.sample_offsets).tolist())
+        for key, content_hash, records in zip(shard.keys, shard.hashes, parts, strict=True):
+            yield key, content_hash.tobytes(), records
 
     def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
         """All targets of a shard, and where each sample's start and the last one's end: [n + 1].
@@ -91,7 +114,7 @@ class LogitCache:
         if number is None or not self.manifest.sketches:
             return None
         info = self.manifest.sketches[number]
-        return read_sketch(self.path / info.name, info.sha256)
+        return read_sketch(self.path / info.name, info.sha256, (info.axes, self.manifest.teacher.vocab_size))
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
@@ -142,14 +165,8 @@ class LogitCache:
                 self.manifest.codec.logprob_step,
                 sketch=info.sketch is not None,
                 sha256=info.sha256,
+                counts=shard_counts(self.manifest, number),
             )
-            if (len(shard.keys), len(shard.targets)) != (info.samples, info.tokens):
-                raise CachekdError(
-                    "a shard is not the one that the manifest lists",
-                    where=str(self.path / SHARD_FOLDER / info.name),
-                    expected=f"{info.samples} samples with {info.tokens} tokens",
-                    found=f"{len(shard.keys)} samples with {len(shard.targets)} tokens",
-                )
             self._decoded[number] = shard
             while len(self._decoded) > 1 and self._kept_bytes() > _KEPT_BYTES:
                 self._decoded.popitem(last=False)
@@ -158,7 +175,7 @@ class LogitCache:
 
     def _check_sizes(self) -> None:
         for path, info in self._files():
-            found = path.stat().st_size if path.exists() else None
+            found = path.stat().st_size if path.is_file() else None
             if found != info.bytes:
                 raise CachekdError(
                     "a file is missing" if found is None else "a file was cut short or changed",
@@ -167,3 +184,11 @@ class LogitCache:
                     found="no file" if found is None else f"{found:,} bytes",
                     fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
                 )
+
+
+def _on_this_disk(path: str | Path) -> Path:
+    if isinstance(path, Path) or "://" not in path:
+        return Path(path)
+    from cachekd.sharing import local_folder  # its clients take a while to import
+
+    return local_folder(path)

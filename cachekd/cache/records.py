@@ -87,6 +87,22 @@ class TokenTargets:
         starts = offsets(self.k)
         return self._cut(slice(first, last), slice(int(starts[first]), int(starts[last])))
 
+    def select(self, tokens: NDArray[np.int64]) -> TokenTargets:
+        """Some tokens, by their ascending indices."""
+        wanted = np.zeros(len(self), bool)
+        wanted[tokens] = True
+        entries = np.repeat(wanted, self.k)
+        sketch = self.sketch and SketchCodes(self.sketch.coordinates[wanted], self.sketch.shift[wanted])
+        return TokenTargets(
+            self.token_ids[wanted],
+            self.k[wanted],
+            self.knee[wanted],
+            self.ids[entries],
+            self.logprobs[entries],
+            self.tail_logmass[wanted],
+            sketch,
+        )
+
     def truncate(self, top_k: int) -> TokenTargets:
         """Keep at most `top_k` entries of each token; the mass of the others goes to the tail."""
         starts, k = offsets(self.k)[:-1], np.minimum(self.k, top_k)

@@ -34,7 +34,7 @@ def roundtrip(
     calibration: Tensor | None = None,
     top_p: float | None = None,
     window: int = 128,
-    logprob_step: float = 1 / 16,
+    logprob_step: float | None = None,
 ) -> tuple[CachedTargets, int]:
     """Write a temporary cache and read it back.
 
@@ -60,7 +60,7 @@ def roundtrip(
         top_p=default_top_p(setting) if top_p is None else top_p,
         window=window,
         min_k=2,
-        logprob_step=logprob_step,
+        logprob_step=setting.logprob_step if logprob_step is None else logprob_step,
         tail=tail,
     )
     encoder = None

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from cachekd.cache.files import read_plain
 from cachekd.errors import CachekdError
 
+MOST_JSON = 2**25  # bytes; some 50,000 shards
 _RESTORE = "restore it from where the cache came from, or run `cachekd verify --repair`"
 
 
@@ -50,8 +52,7 @@ class Sealed(Part):
             found = _seal({name: value for name, value in values.items() if name != "sha256"})
             model = cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise cannot_be_read(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise _does_not_fit(path, error) from None
         except (ValueError, RecursionError) as error:  # lone surrogates, infinite numbers, endless nesting
             raise cannot_be_read(path, str(error)) from None
         if found != model.sha256:
@@ -72,7 +73,7 @@ def read_json(path: Path) -> Any:
         CachekdError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_bytes().decode())
+        return json.loads(read_plain(path, MOST_JSON).decode())
     except (ValueError, RecursionError) as error:
         raise cannot_be_read(path, str(error)) from None
     except OSError as error:
@@ -87,6 +88,19 @@ def is_canonical(path: Path) -> bool:
 def cannot_be_read(path: Path, found: str) -> CachekdError:
     """The error for a file that is no such JSON."""
     return CachekdError(f"{path.name} cannot be read", where=str(path), found=found, fix=_RESTORE)
+
+
+def _does_not_fit(path: Path, error: ValidationError) -> CachekdError:
+    first = error.errors()[0]
+    found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]
+    if first["type"] != "extra_forbidden":
+        return cannot_be_read(path, found)
+    return CachekdError(
+        f"{path.name} cannot be read: it has a field that this version does not know",
+        where=str(path),
+        found=found,
+        fix="if a newer cachekd wrote it: pip install --upgrade cachekd",
+    )
 
 
 def _text(values: dict[str, Any]) -> bytes:

@@ -25,6 +25,7 @@ from cachekd.cache.records import SketchCodes
 
 SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats
+FINE_SHIFT_STEP = 1 / 512  # of the axis that takes what is left of the shift, if there is one
 FARTHEST = 6e4  # units; float16 ends at 65,504
 CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
 
@@ -148,11 +149,29 @@ class TailSketch:
         return self  # nothing in it changes
 
 
-def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
+def with_shift_axis(sketch: TailSketch) -> TailSketch:
+    """One more axis, along which all logits move alike, in steps of FINE_SHIFT_STEP.
+
+    What the shift's own step leaves is the same for all of a token's ids that are not kept. So it does not
+    average out as the codes' noise does: every difference to an id that is kept is off by it.
+    """
+    codes, unit = 2**15 - 1, FINE_SHIFT_STEP / ((2**15 - 1) * sketch.basis_step)
+    return replace(
+        sketch,
+        codes=torch.cat([sketch.codes, torch.full_like(sketch.codes[:, :1], codes)], 1),
+        unit=torch.cat([sketch.unit, sketch.unit.new_tensor([unit])]),
+        centroids=torch.cat([sketch.centroids, sketch.unit.new_tensor([[unit], [2 * unit]])], 1),
+        _basis=[],
+        _copies={},
+    )
+
+
+def read_sketch(path: Path, sha256: str | None = None, shape: tuple[int, int] | None = None) -> TailSketch:
     """Read a cache's sketch; once per process, while the file stays the same.
 
     Args:
         sha256: of the file, if it is known.
+        shape: axes and ids that it must have, if they are known: compared before anything is decoded.
 
     Raises:
         CachekdError: it is missing or damaged.
@@ -161,24 +180,33 @@ def read_sketch(path: Path, sha256: str | None = None) -> TailSketch:
         status = path.stat()
     except OSError as error:
         raise damaged(path, str(error)) from None
-    return _read(path, sha256, status.st_mtime_ns, status.st_size)
+    return _read(path, sha256, shape, status.st_mtime_ns, status.st_size)
 
 
 @functools.lru_cache(maxsize=16)  # a merged cache has several
-def _read(path: Path, sha256: str | None, _changed: int, _size: int) -> TailSketch:
-    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256)
-    basis, unit = arrays["basis"], arrays["unit"]
+def _read(
+    path: Path, sha256: str | None, shape: tuple[int, int] | None, _changed: int, _size: int
+) -> TailSketch:
+    axes, vocab_size = shape or (None, None)
+    shapes = {"basis": (axes, vocab_size), "offset": (vocab_size,), "unit": (axes,), "basis_step": (1,)}
+    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256, {**shapes, "centroids": (CENTROIDS, axes)})
+    basis, unit, softcap = arrays["basis"], arrays["unit"], arrays["softcap"]
     expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
-    for name, shape in expected.items():
-        if arrays[name].shape != shape:
-            raise damaged(path, f"{name}: {arrays[name].shape}, expected {shape}")
+    for name, of in expected.items():
+        if arrays[name].shape != of:
+            raise damaged(path, f"{name}: {arrays[name].shape}, expected {of}")
+    for name in ("basis_step", "offset", "unit", "centroids", "softcap"):
+        if not np.isfinite(arrays[name]).all():
+            raise damaged(path, f"{name} is not finite")
+    if len(softcap) > 1 or (softcap <= 0).any():
+        raise damaged(path, f"softcap {softcap[:3]}, expected one positive number or none")
     return TailSketch(
         codes=torch.from_numpy(np.ascontiguousarray(basis.T)),
         basis_step=float(arrays["basis_step"][0]),
         offset=torch.from_numpy(arrays["offset"]),
         unit=torch.from_numpy(unit),
         centroids=torch.from_numpy(arrays["centroids"]),
-        softcap=float(arrays["softcap"][0]) if len(arrays["softcap"]) else None,
+        softcap=float(softcap[0]) if len(softcap) else None,
         path=path,
         sha256=sha256,
     )

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cachekd.cache.files import commit
+from cachekd.cache.files import commit, read_plain
 from cachekd.cache.manifest import Skipped, SkippedInfo
 from cachekd.errors import CachekdError
 
 SKIPPED_FILE = "skipped.jsonl"
+MOST_SKIPPED = 2**28  # bytes; some millions of samples
 
 
 def pack_skipped(skipped: Sequence[Skipped]) -> bytes:
@@ -48,7 +49,7 @@ def read_skipped(path: Path, info: SkippedInfo | None) -> list[Skipped]:
     if info is None:
         return []
     try:
-        content = (path / SKIPPED_FILE).read_bytes()
+        content = read_plain(path / SKIPPED_FILE, min(info.bytes, MOST_SKIPPED))
     except OSError as error:
         raise _not_it(path, error.strerror or str(error)) from None
     found = hashlib.sha256(content).hexdigest()

@@ -41,7 +41,7 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
                 expected=f"some of its {len(cache):,} samples",
                 fix="loosen the filter; `cachekd select --list` shows what there is",
             )
-        new.finish(cache.manifest, read_skipped(path, cache.manifest.skipped))
+        new.finish("select", [cache.manifest], read_skipped(path, cache.manifest.skipped))
     return Manifest.load(out)
 
 

@@ -15,6 +15,7 @@ from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.entropy import entropy, entropy_bounds, spread
 from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.parts import bytes_by_part
+from cachekd.cache.reader import shard_counts
 from cachekd.cache.shard import read_shard
 from cachekd.cache.sketch import read_sketch
 from cachekd.cache.skipped import read_skipped
@@ -45,8 +46,8 @@ def summarise(
     manifest = Manifest.load(path)
     counts = _Counts(spread(entropy_tokens, manifest.tokens))
     shards = []
-    for info in manifest.shards:
-        targets = _read_targets(path, manifest, info)
+    for number, info in enumerate(manifest.shards):
+        targets = _read_targets(path, manifest, number)
         shards.append(counts.add(info, targets))
         counts.parts += bytes_by_part(path / SHARD_FOLDER / info.name)
         progress(info)
@@ -71,13 +72,15 @@ def summarise(
     )
 
 
-def _read_targets(path: Path, manifest: Manifest, info: ShardInfo) -> CachedTargets:
+def _read_targets(path: Path, manifest: Manifest, number: int) -> CachedTargets:
     """Without a LogitCache, which knows all keys and keeps what it has decoded."""
+    info, counts = manifest.shards[number], shard_counts(manifest, number)
     shard = read_shard(
         path / SHARD_FOLDER / info.name,
         manifest.codec.logprob_step,
         sketch=info.sketch is not None,
         sha256=info.sha256,
+        counts=counts,
     )
     sketch = None if info.sketch is None else manifest.sketches[info.sketch]
     return CachedTargets.from_records(
@@ -85,7 +88,9 @@ def _read_targets(path: Path, manifest: Manifest, info: ShardInfo) -> CachedTarg
         vocab_size=manifest.teacher.vocab_size,
         window=manifest.codec.window,
         min_k=manifest.codec.min_k,
-        sketch=None if sketch is None else read_sketch(path / sketch.name, sketch.sha256),
+        sketch=None
+        if sketch is None
+        else read_sketch(path / sketch.name, sketch.sha256, (sketch.axes, manifest.teacher.vocab_size)),
     )
 
 

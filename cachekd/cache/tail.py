@@ -9,8 +9,11 @@ from cachekd.errors import CachekdError
 
 DEFAULT_TAIL = "bytes=64"
 CALIBRATION_TOKENS = 16_384
-# RMS error of a logit in nats, all axes together, below which live and cached gradients agree to 0.998.
-EXACT_NOISE = 0.15
+# RMS error of a logit, all axes together. A budget buys no less, in nats: gradients agree to 0.998 there.
+BUDGET_NOISE = 0.15
+# `exact` has so much of the spread of a token's probable logits: losses agree to 5e-4.
+EXACT_NOISE = 0.005
+LOGPROB_STEP, EXACT_LOGPROB_STEP = 1 / 16, 1 / 256  # nats
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,22 @@ class TailSetting:
     Attributes:
         sketch: whether there is one.
         bytes: budget per token, from which the step is found.
-        step: of the sketch's codes, nats.
-        noise: for a sketch with neither, its RMS error in nats.
+        step: of the sketch's codes, nats. A sketch with neither is exact.
     """
 
     sketch: bool = True
     bytes: float | None = None
     step: float | None = None
-    noise: float = EXACT_NOISE
+
+    @property
+    def exact(self) -> bool:
+        """Whether a student must not be able to tell."""
+        return self.sketch and self.bytes is None and self.step is None
+
+    @property
+    def logprob_step(self) -> float:
+        """For the logprobs that are kept, nats: no sketch makes up for their rounding."""
+        return EXACT_LOGPROB_STEP if self.exact else LOGPROB_STEP
 
     @classmethod
     def parse(cls, text: str) -> TailSetting:

@@ -15,6 +15,7 @@ from cachekd.cache.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
 
 _NOWHERE = 2**31 - 1  # an id that no token has
+_MOST_PADDED = 2**29  # entries, 12 bytes each: one token of 65,535 must not make a million rows as long
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class CachedTargets:
         """
         k = records.k.astype(np.int64)
         width = int(k.max(initial=1))
+        if len(k) * width > _MOST_PADDED:
+            raise CachekdError(
+                "rows of one length would take too much memory",
+                expected=f"at most {_MOST_PADDED:,} entries",
+                found=f"{len(k):,} tokens, the longest of which has {width:,}",
+                fix="cut it with `cachekd recompress --top-k`",
+            )
         kept = np.arange(width) < k[:, None]
         ids = np.full(kept.shape, _NOWHERE, np.int64)
         logprobs = np.full(kept.shape, -np.inf, np.float32)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachekd.cache.array_metadata import MOST_DECODED
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.files import require_plain
 from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo, Skipped
 from cachekd.cache.sealed import is_canonical
@@ -122,6 +124,8 @@ def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> st
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0
     try:
+        if require_plain(file) > MOST_DECODED:
+            return f"has more than the {MOST_DECODED:,} bytes that a file may have"
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -5,30 +5,33 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.encode import Encoded, SampleEncoder
 from cachekd.samples.protocol import Samples
+from cachekd.samples.sample import Sample
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 _PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
 _AHEAD = 2
 
 
 def read_encoded(
-    samples: Samples, encoder: SampleEncoder, indices: Sequence[int], *, workers: int
-) -> Iterator[Encoded | BadSample]:
+    samples: Samples, encoder: Callable[[Sample], T], indices: Sequence[int], *, workers: int
+) -> Iterator[T | BadSample]:
     """Read and encode samples, in the order of `indices`.
 
     Args:
         samples: the data set.
-        encoder: makes model inputs.
+        encoder: makes model inputs, or whatever else is wanted of a sample; it can be pickled.
         indices: into `samples`.
         workers: processes; 0: in this thread, each sample when it is asked for. Closing the iterator stops
             them.
@@ -49,13 +52,13 @@ def read_encoded(
 
 
 @dataclass(frozen=True)
-class _Reader:
+class _Reader(Generic[T_co]):
     """Errors for people are values here: a DataLoader would wrap them into its own text and traceback."""
 
     samples: Samples
-    encoder: SampleEncoder
+    encoder: Callable[[Sample], T_co]
 
-    def __getitem__(self, index: int) -> Encoded | CachekdError:
+    def __getitem__(self, index: int) -> T_co | CachekdError:
         try:
             return self.encoder(self.samples[index])
         except CachekdError as error:
@@ -64,7 +67,7 @@ class _Reader:
             return error.with_traceback(None)
 
 
-def _from_workers(read: _Reader, indices: Sequence[int], workers: int) -> Generator[Encoded | CachekdError]:
+def _from_workers(read: _Reader[T], indices: Sequence[int], workers: int) -> Generator[T | CachekdError]:
     messages = -(-len(indices) // _PER_MESSAGE)
     loader: DataLoader[Any] = DataLoader(
         read,  # type: ignore[arg-type]  # a map-style data set in all but its class

@@ -78,6 +78,19 @@ def sample_progress(bar: Progress, description: str, total: int) -> Callable[[in
     return advance
 
 
+def byte_progress(bar: Progress, description: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """A task that counts bytes, with a rate in MB; returns what advances it, and what sets its total."""
+    task = bar.add_task(description, total=None, units=0, note="")
+
+    def advance(size: int) -> None:
+        bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
+
+    def set_total(size: int) -> None:
+        bar.update(task, total=size)
+
+    return advance, set_total
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     result = Table(title=escape(title), title_justify="left")
@@ -124,3 +137,12 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def quiet_hub() -> None:
+    """The same for huggingface_hub, whose bars would draw into ours."""
+    from huggingface_hub import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    logging.set_verbosity_error()
+    disable_progress_bars()

@@ -8,16 +8,22 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli import (
+    bind,
     check,
     convert,
     demo,
     dump,
     evaluate,
+    export,
     inspect,
     merge,
     peek,
+    pull,
+    push,
+    recompress,
     report,
     run,
+    schema,
     select,
     status,
     train,
@@ -34,20 +40,41 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command("check")(check.check_command)
-app.command("dump")(dump.dump_command)
-app.command("status")(status.status_command)
-app.command("verify")(verify.verify_command)
-app.command("inspect")(inspect.inspect_command)
-app.command("peek")(peek.peek_command)
-app.command("merge")(merge.merge_command)
-app.command("select")(select.select_command)
-app.command("train")(train.train_command)
-app.command("eval")(evaluate.eval_command)
-app.command("report")(report.report_command)
-app.command("run")(run.run_command)
-app.command("convert")(convert.convert_command)
-app.command("demo")(demo.demo_command)
+
+# In the order in which one meets them.
+PANELS = {
+    "Distil": {
+        "convert": convert.convert_command,
+        "check": check.check_command,
+        "dump": dump.dump_command,
+        "train": train.train_command,
+        "eval": evaluate.eval_command,
+        "report": report.report_command,
+        "run": run.run_command,
+        "demo": demo.demo_command,
+    },
+    "Look into a cache": {
+        "status": status.status_command,
+        "verify": verify.verify_command,
+        "inspect": inspect.inspect_command,
+        "peek": peek.peek_command,
+    },
+    "Make other caches of it": {
+        "merge": merge.merge_command,
+        "select": select.select_command,
+        "recompress": recompress.recompress_command,
+        "export": export.export_command,
+    },
+    "Share it": {
+        "push": push.push_command,
+        "pull": pull.pull_command,
+        "bind": bind.bind_command,
+        "schema": schema.schema_command,
+    },
+}
+for panel, commands in PANELS.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
 
 
 def main() -> None:

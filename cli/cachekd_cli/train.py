@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, table
+from cachekd_cli.console import (
+    byte_progress,
+    console,
+    print_json,
+    progress_bar,
+    quiet_hub,
+    quiet_libraries,
+    table,
+)
 
 if TYPE_CHECKING:
     from cachekd.config import TrainConfig
@@ -23,7 +31,15 @@ def train_command(
     ] = None,
     student: Annotated[str | None, typer.Option(help="Student: a model folder or hub name.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher, for the switched path.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="What `cachekd dump` wrote.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="What `cachekd dump` wrote, or where it was published: hf://datasets/org/name, ..."
+        ),
+    ] = None,
+    binding: Annotated[
+        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The data set that was dumped, or a part of it.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
@@ -101,6 +117,7 @@ def train_command(
 
     quiet_libraries()
     settings = read_config(config, TrainConfig, options)
+    fetch_cache(settings)
     if estimate:
         from cachekd.train_estimate import estimate_training
 
@@ -113,6 +130,21 @@ def train_command(
     if not is_main_process():
         return
     print_json(asdict(summary)) if json else print_summary(summary)
+
+
+def fetch_cache(config: TrainConfig) -> None:
+    """Fetch a published cache behind a bar of its own; training then finds it."""
+    from cachekd.sharing import local_folder
+    from cachekd.sharing.store import is_address
+
+    if config.cache is None or not is_address(config.cache) or not config.distils or config.live_teacher:
+        return
+    quiet_hub()
+    bar = progress_bar("MB")
+    bar.disable = not is_main_process()
+    with bar:
+        advance, set_total = byte_progress(bar, "fetch")
+        local_folder(config.cache, progress=advance, total=set_total)
 
 
 def is_main_process() -> bool:

@@ -1,0 +1,228 @@
+"""A smaller cache from a larger one, without a teacher: fewer logprobs a token, a coarser tail sketch.
+
+Stored integers are cut, not decoded and rounded again. What a direct dump with the smaller `top_k` would have
+stored comes out the same, code for code, but for the mass that is not kept: that of the entries that go is
+known from their rounded logprobs only. Its log-odds are within `odds_bound` of a direct dump's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cachekd.cache.build import SHARD_FOLDER, join_fidelities
+from cachekd.cache.coarsen import Coarsening, coarsen, sampled_tokens
+from cachekd.cache.codec import TAIL_STEP, encode_tail, rank_ids
+from cachekd.cache.derive import DerivedCache, new_cache
+from cachekd.cache.fidelity import measure_fidelity
+from cachekd.cache.fit import read_encoder
+from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
+from cachekd.cache.reader import LogitCache, shard_counts
+from cachekd.cache.records import SketchCodes, TokenTargets, first_of_run
+from cachekd.cache.shard import decode_targets, id_arrays, pack_codes, read_codes
+from cachekd.cache.skipped import read_skipped
+from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
+from cachekd.cache.targets import CachedTargets
+from cachekd.errors import CachekdError
+
+_COMPARED = 256  # tokens whose whole rows are compared with the parent's
+_SHARDS = 8  # of a sketch, whose codes show what a step costs
+Arrays = dict[str, NDArray]
+
+
+def odds_bound(logprob_step: float) -> float:
+    """Nats between the log-odds of the mass not kept after a cut, and a direct dump's.
+
+    The logprobs on both sides of the odds are rounded to half a step, the odds before and after to half of
+    theirs each.
+    """
+    return logprob_step + 1.5 * TAIL_STEP
+
+
+def recompress(
+    path: Path,
+    out: Path,
+    *,
+    top_k: int | None = None,
+    tail: str | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> Manifest:
+    """Write a smaller cache.
+
+    Args:
+        path: the cache.
+        out: the new one's folder, new or empty.
+        top_k: most logprobs per token; None: as it is.
+        tail: as for `cachekd dump`, but coarser than it is; None: as it is.
+        progress: is told the samples that were done since the last call.
+
+    Raises:
+        CachekdError: what is asked for is not smaller, a file is damaged, or `out` holds something.
+    """
+    cache = LogitCache(path)
+    codec = _smaller_codec(cache, top_k, tail)
+    coarser = _coarsenings(cache, codec)
+    with new_cache(out) as new:
+        places = {number: new.add_sketch(how.encoder) for number, how in coarser.items()}
+        parts: list[Fidelity] = []
+        for number, info in enumerate(cache.manifest.shards):
+            parts.append(_recode_shard(cache, number, codec, coarser, places, new))
+            progress(info.samples)
+        new.finish(
+            "recompress",
+            [cache.manifest],
+            read_skipped(path, cache.manifest.skipped),
+            codec=codec,
+            fidelity=join_fidelities(parts),
+        )
+    return Manifest.load(out)
+
+
+def _smaller_codec(cache: LogitCache, top_k: int | None, tail: str | None) -> CodecSettings:
+    old, where = cache.manifest.codec, str(cache.path)
+    top_k, tail = old.top_k if top_k is None else top_k, old.tail if tail is None else tail
+    wanted = TailSetting.parse(tail)
+    if top_k < 2:
+        raise CachekdError("--top-k is too small", expected="at least 2", found=top_k)
+    if top_k > old.top_k:
+        raise CachekdError(
+            "the cache holds fewer logprobs than that",
+            where=where,
+            expected=f"--top-k of {old.top_k} at most",
+            found=top_k,
+            fix="dump again: what was not kept only the teacher knows",
+        )
+    if wanted.sketch and not cache.manifest.sketches:
+        raise CachekdError(
+            "the cache has no tail sketch",
+            where=where,
+            found=f"--tail {tail}",
+            fix="dump again with it: a sketch is made of the teacher's hidden states",
+        )
+    if (top_k, tail) == (old.top_k, old.tail):
+        raise CachekdError(
+            "the cache is what is asked for",
+            where=where,
+            found=f"top_k {old.top_k}, tail {old.tail}",
+            fix="pass a smaller --top-k or --tail",
+        )
+    return old.model_copy(update={"top_k": top_k, "tail": tail})
+
+
+def _coarsenings(cache: LogitCache, codec: CodecSettings) -> dict[int, Coarsening]:
+    """Of each sketch, where its codes have to change."""
+    setting = TailSetting.parse(codec.tail)
+    if codec.tail == cache.manifest.codec.tail or not setting.sketch:
+        return {}
+    return {
+        number: coarsen(
+            read_encoder(cache.path / info.name, info.sha256),
+            _sample_of(cache, number),
+            setting,
+            str(cache.path / info.name),
+        )
+        for number, info in enumerate(cache.manifest.sketches)
+    }
+
+
+def _sample_of(cache: LogitCache, sketch: int) -> TokenTargets:
+    """Tokens of some of a sketch's shards."""
+    shards = [number for number, info in enumerate(cache.manifest.shards) if info.sketch == sketch]
+    chosen = [shards[place] for place in sampled_tokens(len(shards), _SHARDS)]
+    parts = []
+    for number in chosen:
+        targets = decode_targets(_codes(cache, number), cache.manifest.codec.logprob_step)
+        parts.append(_some(targets, -(-CALIBRATION_TOKENS // len(chosen))))
+    return TokenTargets.concatenate(parts)
+
+
+def _some(targets: TokenTargets, most: int) -> TokenTargets:
+    if len(targets) <= most:
+        return targets
+    return targets.select(sampled_tokens(len(targets), most))
+
+
+def _codes(cache: LogitCache, number: int) -> Arrays:
+    info = cache.manifest.shards[number]
+    return read_codes(
+        cache.path / SHARD_FOLDER / info.name,
+        sketch=info.sketch is not None,
+        sha256=info.sha256,
+        counts=shard_counts(cache.manifest, number),
+    )
+
+
+def _recode_shard(
+    cache: LogitCache,
+    number: int,
+    codec: CodecSettings,
+    coarser: dict[int, Coarsening],
+    places: dict[int, int],
+    new: DerivedCache,
+) -> Fidelity:
+    """Write a shard; how near what it has become is to what it was."""
+    info, arrays = cache.manifest.shards[number], _codes(cache, number)
+    recoded, sketch = cut_entries(arrays, codec.top_k, codec.logprob_step), None
+    how = None if info.sketch is None else coarser.get(info.sketch)
+    if how is not None and info.sketch is not None:
+        codes = how(_sketch_codes(recoded))
+        recoded["sketch_coordinates"] = np.ascontiguousarray(codes.coordinates.T)
+        recoded["sketch_shift"], sketch = codes.shift, places[info.sketch]
+    elif info.sketch is not None and TailSetting.parse(codec.tail).sketch:
+        sketch = new.link_sketch(cache, info.sketch)
+    else:
+        recoded = {name: values for name, values in recoded.items() if not name.startswith("sketch_")}
+    entries = int(recoded["k"].sum(dtype=np.int64))
+    new.add_recoded(cache, number, pack_codes(recoded), {"entries": entries}, sketch)
+    before, after = (decode_targets(of, codec.logprob_step) for of in (arrays, recoded))
+    tokens = sampled_tokens(len(before), -(-_COMPARED // len(cache.manifest.shards)))
+    return measure_fidelity(
+        _rebuilt(cache, before.select(tokens), number).everywhere(),
+        _rebuilt(cache, after.select(tokens), number, how),
+    )
+
+
+def _rebuilt(
+    cache: LogitCache, records: TokenTargets, number: int, how: Coarsening | None = None
+) -> CachedTargets:
+    manifest = cache.manifest
+    sketch = cache.sketch(manifest.shards[number].sketch) if how is None else how.encoder.sketch
+    return CachedTargets.from_records(
+        records,
+        vocab_size=manifest.teacher.vocab_size,
+        window=manifest.codec.window,
+        min_k=manifest.codec.min_k,
+        sketch=sketch,
+    )
+
+
+def _sketch_codes(arrays: Arrays) -> SketchCodes:
+    return SketchCodes(np.ascontiguousarray(arrays["sketch_coordinates"].T), arrays["sketch_shift"])
+
+
+def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
+    """A shard's arrays with at most `top_k` entries a token; every code that stays is as it was, but for the
+    odds of tokens that lose entries.
+
+    Args:
+        arrays: as `read_codes` gives them.
+        step: of the logprobs.
+    """
+    k = arrays["k"]
+    cut = k > top_k
+    if not cut.any():
+        return dict(arrays)
+    place = np.arange(len(arrays["topk_gaps"])) - first_of_run(k)
+    kept, targets = place < top_k, decode_targets(arrays, step).truncate(top_k)
+    odds = encode_tail(targets.tail_logmass, targets.logprobs, targets.k)
+    return {
+        **arrays,
+        "k": targets.k.astype("<u2"),
+        "beyond_knee": (targets.k - targets.knee).astype("<u2"),
+        "tail": np.where(cut, odds, arrays["tail"]).astype("<i2"),
+        **id_arrays(*rank_ids(targets.ids)),
+        "topk_gaps": arrays["topk_gaps"][kept],
+    }

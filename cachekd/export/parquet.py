@@ -1,0 +1,86 @@
+"""To parquet: a row per sample with its top-k lists, as Hugging Face `datasets` reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from cachekd.cache import LogitCache
+from cachekd.cache.files import cannot_write, commit, make_folder
+from cachekd.cache.sparse import ragged, require_top_k
+from cachekd.cache.staging import staged_folder
+from cachekd.export.facts import FACTS_FILE, facts_of
+
+_ROWS = 1_000  # of a row group: what a reader has in memory at least
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("content_hash", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("topk_ids", pa.list_(pa.list_(pa.int32()))),
+        ("topk_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("tail_logmass", pa.list_(pa.float32())),
+    ]
+)
+
+
+def export_parquet(
+    path: Path,
+    out: Path,
+    *,
+    top_k: int | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> int:
+    """Write `data/train-00000-of-00003.parquet` and so on, one file per shard: all of them or none.
+
+    `datasets.load_dataset(out)` reads the folder. Columns, a row per sample: `key`; `content_hash`, of the
+    sample that the teacher saw; over its N answer tokens `token_ids` [N], `topk_ids` and `topk_logprobs`
+    [N][k] in descending probability, `tail_logmass` [N], log of the probability that is not in the lists. The
+    logprobs are normalised over the whole vocabulary.
+
+    Args:
+        path: the cache.
+        out: a new or empty folder.
+        top_k: most logprobs per token; None: all that are kept exactly.
+        progress: is told the samples that were written since the last call.
+
+    Returns:
+        the number of rows.
+
+    Raises:
+        CachekdError: the cache is damaged or holds less than `top_k`, or `out` holds something.
+    """
+    cache = LogitCache(path)
+    require_top_k(cache, top_k)
+    facts = json.dumps(facts_of(cache, top_k), indent=2)
+    shards, rows = len(cache.manifest.shards), 0
+    with staged_folder(out, "export", last=FACTS_FILE) as staging:
+        make_folder(staging / "data")
+        for number in range(shards):
+            file = staging / "data" / f"train-{number:05d}-of-{shards:05d}.parquet"
+            for written in _write(file, facts, _rows(cache, number, top_k)):
+                rows += written
+                progress(written)
+        commit(staging / FACTS_FILE, facts.encode())
+    return rows
+
+
+def _rows(cache: LogitCache, number: int, top_k: int | None) -> Iterator[dict[str, Any]]:
+    for key, content_hash, records in cache.shard_records(number):
+        yield {"key": key, "content_hash": content_hash.hex(), **ragged(records, top_k)}
+
+
+def _write(file: Path, facts: str, rows: Iterator[dict[str, Any]]) -> Iterator[int]:
+    """Row group by row group; says how many rows each had."""
+    try:
+        with pq.ParquetWriter(file, SCHEMA.with_metadata({"cachekd": facts}), compression="zstd") as writer:
+            while group := [row for row, _ in zip(rows, range(_ROWS), strict=False)]:
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                yield len(group)
+    except OSError as error:
+        raise cannot_write(file, error) from None

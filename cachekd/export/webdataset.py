@@ -1,0 +1,130 @@
+"""To WebDataset tars: every sample, images and conversation, and its cached targets beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from cachekd.cache import LogitCache
+from cachekd.cache.files import cannot_write, commit
+from cachekd.cache.sparse import SparseTargets, require_top_k
+from cachekd.cache.staging import staged_folder
+from cachekd.errors import CachekdError
+from cachekd.export.facts import FACTS_FILE, facts_of
+from cachekd.samples import Sample, Samples
+
+TARGETS = "targets.npz"
+Member = tuple[str, bytes]
+
+
+def export_webdataset(
+    path: Path,
+    out: Path,
+    samples: Samples,
+    *,
+    top_k: int | None = None,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> int:
+    """Write `00000.tar` and so on, one per shard: all of them or none.
+
+    A sample has `NAME.png` (or `NAME.0.png`, `NAME.1.png`, ...; lossless, as the teacher saw them),
+    `NAME.json` with `id` and `messages`, and `NAME.targets.npz` with the arrays of `SparseTargets`, which
+    `np.load(..., allow_pickle=False)` reads. NAME is the sample's key, with what WebDataset would take for an
+    extension or a path percent-encoded. `cachekd.samples.open_samples` reads the tars as data.
+
+    Args:
+        path: the cache.
+        out: a new or empty folder.
+        samples: the data that it was made from, in any order; it may hold more.
+        top_k: most logprobs per token; None: all that are kept exactly.
+        progress: is told the samples that were written since the last call.
+
+    Returns:
+        the number of samples.
+
+    Raises:
+        CachekdError: the data lack a sample or have another content, the cache is damaged or holds less than
+            `top_k`, or `out` holds something.
+    """
+    cache = LogitCache(path)
+    require_top_k(cache, top_k)
+    places = _places(cache, samples)
+    written = 0
+    with staged_folder(out, "export", last=FACTS_FILE) as staging:
+        for number in range(len(cache.manifest.shards)):
+            file = staging / f"{number:05d}.tar"
+            try:
+                # GNU's format would cut long names, PAX keeps them.
+                with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+                    for members in _samples(cache, number, samples, places, top_k):
+                        for name, content in members:
+                            info = tarfile.TarInfo(name)
+                            info.size = len(content)
+                            tar.addfile(info, io.BytesIO(content))
+                        written += 1
+                        progress(1)
+            except OSError as error:
+                raise cannot_write(file, error) from None
+        commit(staging / FACTS_FILE, json.dumps(facts_of(cache, top_k), indent=2).encode())
+    return written
+
+
+def member_name(key: str) -> str:
+    """A key as the name of a member, up to its extension.
+
+    >>> member_name("coco/train.2017/17")
+    'coco/train%2E2017/17'
+    """
+    whole = all(key.split("/"))  # no empty name in it
+    return quote(key, safe="/ " if whole else " ").replace(".", "%2E") or "%"
+
+
+def _places(cache: LogitCache, samples: Samples) -> dict[str, int]:
+    """Where in the data each of the cache's samples is."""
+    places = {key: place for place, key in enumerate(samples.keys) if key in cache}
+    if len(places) < len(cache):
+        lost = [key for key in cache if key not in places]
+        raise CachekdError(
+            "the data lack samples of the cache",
+            where=str(cache.path),
+            expected=f"all of its {len(cache):,} samples",
+            found=f"{len(lost):,} are missing, the first is {lost[0]!r}",
+            fix="give all data that were dumped, or take a part of the cache with `cachekd select`",
+        )
+    return places
+
+
+def _samples(
+    cache: LogitCache, number: int, samples: Samples, places: dict[str, int], top_k: int | None
+) -> Iterator[list[Member]]:
+    """The members of each sample of a shard."""
+    for key, content_hash, records in cache.shard_records(number):
+        sample = samples[places[key]]
+        if sample.content_hash != content_hash:
+            raise CachekdError(
+                "the sample's text or image differs from the one that the teacher saw",
+                where=sample.where,
+                expected=f"content hash {content_hash.hex()}",
+                found=sample.content_hash.hex(),
+                fix="give the data that were dumped, or run `cachekd dump` again",
+            )
+        stream = io.BytesIO()
+        arrays = SparseTargets.from_records(records, top_k).arrays()
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # numpy's stub has an option first
+        name = member_name(key)
+        yield [*_members(name, sample), (f"{name}.{TARGETS}", stream.getvalue())]
+
+
+def _members(name: str, sample: Sample) -> Iterator[Member]:
+    for number, image in enumerate(sample.images):
+        stream = io.BytesIO()
+        image.save(stream, format="PNG")
+        yield f"{name}.{number}.png" if len(sample.images) > 1 else f"{name}.png", stream.getvalue()
+    record = {"id": sample.key, "messages": sample.messages}
+    yield f"{name}.json", json.dumps(record, ensure_ascii=False).encode()

@@ -1,0 +1,29 @@
+"""JSON Schemas of what cachekd reads and writes, made from the models that check it."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import BaseModel
+
+from cachekd.cache.manifest import Manifest, Plan, ShardRecord, Skipped
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.pipeline import PipelineConfig
+from cachekd.samples.record_form import SampleRecord
+
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "manifest": Manifest,  # manifest.json
+    "plan": Plan,  # dump/plan.json
+    "record": ShardRecord,  # dump/00000.json
+    "skipped": Skipped,  # a line of skipped.jsonl
+    "dump": DumpConfig,
+    "train": TrainConfig,  # --config run.yaml
+    "pipeline": PipelineConfig,  # `cachekd run`'s file
+    "sample": SampleRecord,  # a record of the data
+}
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def schema_text(name: str) -> str:
+    """A schema as it stands in its file."""
+    return json.dumps({"$schema": _DIALECT, **SCHEMAS[name].model_json_schema()}, indent=2) + "\n"

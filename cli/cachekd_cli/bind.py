@@ -1,0 +1,102 @@
+"""`cachekd bind`: which samples of a cache a data set has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cachekd.errors import CachekdError
+from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+
+if TYPE_CHECKING:
+    from cachekd.bind import BindReport
+
+SHOWN = 5
+
+
+def bind_command(
+    cache: Annotated[str, typer.Argument(help="The cache: a folder, or the address of a published one.")],
+    data: Annotated[str, typer.Option(help="A data set with its images, in any order, folder, container.")],
+    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the binding, for `cachekd train --binding`.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result, all keys, as JSON.")] = False,
+) -> None:
+    """Find a cache's samples in a data set, by key and by content (messages and pixels).
+
+    Exit code 0 if the cache has every sample of the data set (it may have more), 1 if some are changed,
+    unknown or unreadable.
+
+    Example: cachekd bind caches/llava-7b --data "my-copy/*.tar" --out binding.json
+    """
+    from cachekd.bind import bind
+    from cachekd.cache import LogitCache
+    from cachekd.samples import open_samples
+
+    quiet_libraries()
+    if out is not None and out.exists():
+        raise CachekdError(
+            "the file for the binding exists already", where=str(out), fix="choose another --out"
+        )
+    opened, samples = LogitCache(cache), open_samples(data, map=map_function)
+    with progress_bar("samples") as bar:
+        advance = sample_progress(bar, "bind", len(samples))
+        report = bind(opened, samples, workers=workers, progress=lambda done: advance(done, done))
+    if out is not None:
+        report.write(out, opened, data)
+    if as_json:
+        print_json(as_dict(report))
+    else:
+        print_report(report, cache, data, out)
+    if report.unbound:
+        raise typer.Exit(1)
+
+
+def as_dict(report: BindReport) -> dict[str, Any]:
+    """Everything, for scripts."""
+    return {
+        "matched": report.matched,
+        "moved": report.moved,
+        "changed": report.changed,
+        "unknown": report.unknown,
+        "unreadable": report.unreadable,
+        "missing": report.missing,
+    }
+
+
+def print_report(report: BindReport, cache: str, data: str, out: Path | None) -> None:
+    """Counts with some keys of each kind, and what to do."""
+    rows = [
+        ("matched", report.matched, ""),
+        ("matched, other key", len(report.moved), _some([f"{a} is {b}" for a, b in report.moved.items()])),
+        ("changed", len(report.changed), _some(report.changed)),
+        ("not in the cache", len(report.unknown), _some(report.unknown)),
+        ("unreadable", len(report.unreadable), _some([f"{k}: {v}" for k, v in report.unreadable.items()])),
+        ("missing in the data", len(report.missing), _some(report.missing)),
+    ]
+    found = table(f"{data} and {cache}", ("", "samples", "such as"), rows)
+    found.columns[2].justify = "left"
+    console.print(found)
+    if report.changed:
+        console.print(
+            "changed: other text, or other pixels, such as those of an image that was encoded again",
+            soft_wrap=True,
+        )
+    if report.unbound:
+        console.print(
+            f"{len(report.unbound):,} samples of the data cannot be aligned with this cache: leave them out, "
+            "or train them by L_CE alone (--missing ce-only, with the binding)",
+            soft_wrap=True,
+        )
+    if out is not None:
+        console.print(f"next: cachekd train --binding {out} ...", markup=False, soft_wrap=True)
+    elif report.moved or report.unbound:
+        console.print("next: the same with --out binding.json, for `cachekd train --binding`", soft_wrap=True)
+
+
+def _some(values: list[str]) -> str:
+    return ", ".join(values[:SHOWN]) + (", ..." if len(values) > SHOWN else "")

@@ -1,0 +1,64 @@
+"""`cachekd export`: a cache in a form that other trainers read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachekd.errors import CachekdError
+from cachekd_cli.console import console, print_json, progress_bar
+
+
+class Form(StrEnum):
+    """What to write."""
+
+    parquet = "parquet"
+    webdataset = "webdataset"
+
+
+def export_command(
+    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
+    data: Annotated[str | None, typer.Option(help="The data that were dumped; for webdataset.")] = None,
+    map_: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token; all that are kept.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a cache's logprobs for trainers other than cachekd.
+
+    Exported is what is kept exactly, and the mass of the rest; the tail sketch is not.
+
+    Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
+    """
+    from cachekd.cache import Manifest
+    from cachekd.export import export_parquet, export_webdataset
+    from cachekd.samples import open_samples
+
+    if (data is None) == (to is Form.webdataset):
+        raise CachekdError(
+            "--data goes with --to webdataset, and only with it",
+            found=f"--to {to.value} {'without' if data is None else 'with'} --data",
+            fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
+        )
+    with progress_bar("samples") as bar:
+        task = bar.add_task("exporting", total=Manifest.load(cache).samples, note="")
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+
+        if data is None:
+            written = export_parquet(cache, out, top_k=top_k, progress=advance)
+        else:
+            samples = open_samples(data, map=map_)
+            written = export_webdataset(cache, out, samples, top_k=top_k, progress=advance)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    if as_json:
+        print_json({"out": out, "samples": written, "bytes": size})
+    else:
+        console.print(
+            f"{out}: {written:,} samples, {size / 1e6:,.2f} MB", markup=False, highlight=False, soft_wrap=True
+        )

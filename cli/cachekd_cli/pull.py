@@ -1,0 +1,62 @@
+"""`cachekd pull`: fetch a published cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.signals import resumable
+
+
+def pull_command(
+    source: Annotated[str, typer.Argument(help="org/name on the hub, or a URL: s3://..., https://...")],
+    out: Annotated[Path, typer.Argument(help="A new folder, or one of a pull that was cut short.")],
+    shards: Annotated[
+        str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: main]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Download a cache, or some of its shards as a cache of their own; every file is verified.
+
+    A download that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    Example: cachekd pull my-org/llava-7b-logits caches/llava-7b --shards 0-9
+    """
+    from cachekd.sharing import pull_cache
+
+    quiet_hub()
+    with resumable(), progress_bar("MB") as bar:
+        advance, set_total = byte_progress(bar, "pull")
+        pulled = pull_cache(source, out, shards=shards, revision=revision, progress=advance, total=set_total)
+    manifest = pulled.manifest
+    if as_json:
+        print_json(
+            {
+                "out": pulled.out,
+                "fetched": pulled.fetched,
+                "kept": pulled.kept,
+                "fetched_bytes": pulled.bytes,
+                "shards": len(manifest.shards),
+                "samples": manifest.samples,
+                "tokens": manifest.tokens,
+                "bytes": manifest.size,
+            }
+        )
+        return
+    console.print(
+        f"{out}: {len(manifest.shards):,} shards, {manifest.samples:,} samples, {manifest.tokens:,} answer "
+        f"tokens; {pulled.fetched:,} files fetched ({pulled.bytes / 1e6:,.2f} MB), {pulled.kept:,} were here",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"next: cachekd bind {out} --data <your copy of the data>",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

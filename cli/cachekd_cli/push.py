@@ -1,0 +1,54 @@
+"""`cachekd push`: publish a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.signals import resumable
+
+
+def push_command(
+    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    to: Annotated[str, typer.Argument(help="org/name on the hub, or a URL: s3://..., file:///...")],
+    license: Annotated[
+        str | None, typer.Option(help="As the hub names it: apache-2.0, cc-by-4.0, ... [default: unknown]")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch of the repository. [default: main]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
+
+    An upload that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    Example: cachekd push caches/llava-7b my-org/llava-7b-logits --license cc-by-4.0
+    """
+    from cachekd.cache import Manifest
+    from cachekd.sharing import push_cache
+    from cachekd.sharing.contents import listed_files
+
+    quiet_hub()
+    size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
+    with resumable(), progress_bar("MB") as bar:
+        advance, set_total = byte_progress(bar, "push")
+        set_total(2 * size)
+        pushed = push_cache(cache, to, license=license, private=private, revision=revision, progress=advance)
+    if as_json:
+        print_json(pushed.__dict__)
+        return
+    console.print(
+        f"{pushed.url}: {pushed.uploaded:,} files uploaded ({pushed.bytes / 1e6:,.2f} MB), "
+        f"{pushed.skipped:,} were there already",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if pushed.kept_card:
+        console.print("a README.md was there, and was kept as it is", soft_wrap=True)
+    elif license is None:
+        console.print("the card says that the licence is unknown: nobody may rely on it", soft_wrap=True)
+    console.print(f"next: cachekd pull {pushed.url} <folder>", markup=False, highlight=False, soft_wrap=True)

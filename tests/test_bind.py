@@ -1,0 +1,241 @@
+"""A cache and whatever copy of its data there is: found by key or by content, and trained on in any order."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from caches import copied, reseal
+from PIL import Image
+from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
+from typer.testing import CliRunner
+
+from cachekd.bind import Binding, BoundSamples, bind
+from cachekd.cache import LogitCache
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.samples import open_samples
+from cachekd.train import make_trainer, train
+from cachekd_cli.main import app
+
+# `cache_path` is a dump of these: s000 to s011, noise images, 1 to 3 turns.
+KEYS = [f"s{index:03d}" for index in range(12)]
+
+
+def record(index: int, key: str, image: str) -> dict[str, Any]:
+    return {"id": key, "image": image, "conversations": conversation(index, 1 + index % 3)}
+
+
+def write_json(folder: Path, records: list[dict[str, Any]]) -> Path:
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def as_json(tmp_path: Path) -> Path:
+    """The same samples in another container and folder, backwards, under other keys, as BMP."""
+    records = []
+    for index in reversed(range(12)):
+        name = f"images/{index % 3}/{index}.bmp"
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(index).save(tmp_path / name)
+        records.append(record(index, f"coco/{index}", name))
+    return write_json(tmp_path, records)
+
+
+def as_jpeg(index: int) -> bytes:
+    stream = io.BytesIO()
+    noise_image(index).save(stream, format="JPEG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A copy that time has passed over; s010 and s011 are gone from it."""
+    members = dict(tar_members(10))
+    members["s001.jpg"] = as_jpeg(1)  # encoded again
+    del members["s001.png"]
+    members["s002.json"] = json.dumps({"conversations": conversation(5)}).encode()  # another text
+    members["s003.png"] = b"not a png"
+    for part in ("png", "json"):
+        members[f"renamed.{part}"] = members.pop(f"s004.{part}")
+        members[f"copy.{part}"] = members[f"s005.{part}"]
+        members[f"s006.{part}"], members[f"s007.{part}"] = members[f"s007.{part}"], members[f"s006.{part}"]
+    members["new.png"], members["new.json"] = png_bytes(noise_image(99)), members["s000.json"]
+    return write_tar(
+        tmp_path / "mixed" / "0.tar", sorted(members.items(), key=lambda item: item[0].split(".")[0])
+    )
+
+
+def test_the_same_data_matches_by_key(cache_path, data_path):
+    seen: list[int] = []
+    report = bind(LogitCache(cache_path), open_samples(data_path), progress=seen.append)
+    assert (report.matched, report.unbound, report.moved, report.missing) == (12, [], {}, [])
+    assert sum(seen) == 12
+
+
+def test_another_container_order_and_keys_match_by_content(cache_path, as_json):
+    report = bind(LogitCache(cache_path), open_samples(as_json))
+    assert report.moved == {f"coco/{index}": KEYS[index] for index in range(12)}
+    assert (report.matched, report.unbound, report.missing) == (0, [], [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_sample_is_accounted_for(cache_path, mixed, workers):
+    samples = open_samples(mixed)
+    report = bind(LogitCache(cache_path), samples, workers=workers)
+    assert report.matched == 4  # s000, s005, s008, s009
+    assert report.moved == {"renamed": "s004", "copy": "s005", "s006": "s007", "s007": "s006"}
+    assert report.changed == ["s001", "s002"]
+    assert report.unknown == ["new"]
+    assert [*report.unreadable] == ["s003"]
+    assert "cannot be read" in report.unreadable["s003"]
+    assert report.missing == ["s003", "s010", "s011"]
+    assert report.matched + len(report.moved) + len(report.unbound) == len(samples)
+
+
+def test_equal_samples_of_a_cache_are_told_apart_by_key(teacher_path, tmp_path):
+    """A copy that comes first in the data must not take the place of the sample that has the key."""
+    from caches import dump_cache
+
+    twice = [(name.replace("s000", key), content) for key in ("a", "b") for name, content in tar_members(1)]
+    data = write_tar(tmp_path / "data" / "0.tar", [*twice, *tar_members(3)[2:]])
+    cache = LogitCache(dump_cache(tmp_path / "cache", teacher_path, data, tail="none"))
+    moved = [(name.replace("a.", "0."), content) for name, content in twice]
+    report = bind(cache, open_samples(write_tar(tmp_path / "other" / "0.tar", moved)))
+    assert (report.matched, report.moved, report.missing) == (1, {"0": "a"}, ["s001", "s002"])
+
+
+def settings(out: Path, student: Path, teacher: Path, cache: Path, data: Path, **more: Any) -> TrainConfig:
+    return TrainConfig(
+        student=str(student), teacher=str(teacher), cache=cache, data=data, out=out, batch_size=4, **more
+    )
+
+
+@pytest.fixture
+def models(student_path: Path, teacher_path: Path, cache_path: Path) -> tuple[Path, Path, Path]:
+    return student_path, teacher_path, cache_path
+
+
+def targets_by_content(config: TrainConfig, scratch: Path) -> dict[bytes, torch.Tensor]:
+    """What training is told of every sample, as the Trainer's data set gives it."""
+    examples = make_trainer(config, scratch).train_dataset
+    return {
+        (example := examples[index]).encoded.content_hash: example.targets.everywhere()
+        for index in range(len(examples))
+    }
+
+
+def test_training_takes_any_order_part_and_container(models, data_path, tmp_path):
+    """The same keys: no binding is needed."""
+    whole = targets_by_content(settings(tmp_path / "run", *models, data_path), tmp_path / "t")
+    records = []
+    for index in (9, 2, 11, 0):
+        Image.Image.save(noise_image(index), tmp_path / f"{index}.tiff")
+        records.append(record(index, KEYS[index], f"{index}.tiff"))
+    part = targets_by_content(
+        settings(tmp_path / "run", *models, write_json(tmp_path, records)), tmp_path / "t"
+    )
+    assert len(part) == 4
+    for content, targets in part.items():
+        assert torch.equal(targets, whole[content])
+
+
+def test_training_with_a_binding_sees_the_same_teacher(models, data_path, as_json, tmp_path):
+    whole = targets_by_content(settings(tmp_path / "run", *models, data_path), tmp_path / "t")
+    config = settings(tmp_path / "run", *models, as_json)
+    with pytest.raises(CachekdError, match=r"12 are missing[\s\S]*cachekd bind"):
+        make_trainer(config, tmp_path / "t")
+    binding = tmp_path / "binding.json"
+    done = CliRunner().invoke(app, ["bind", str(models[2]), "--data", str(as_json), "-o", str(binding)])
+    assert done.exit_code == 0, done.output
+    assert "train --binding" in done.stdout
+    bound = targets_by_content(config.model_copy(update={"binding": binding}), tmp_path / "t")
+    assert bound.keys() == whole.keys()
+    assert all(torch.equal(bound[content], whole[content]) for content in whole)
+
+
+def test_a_binding_hides_nothing(models, mixed, tmp_path):
+    """Samples that the cache lacks stop the training, or train by L_CE alone: never another's logits."""
+    cache, samples = LogitCache(models[2]), open_samples(mixed)
+    binding = tmp_path / "binding.json"
+    report = bind(cache, samples)
+    del report.unreadable["s003"]  # that one stops any training
+    report.write(binding, cache, str(mixed))
+    keys = [*open_samples(mixed).keys]
+    good = [key for key in keys if key != "s003"]
+    bound = BoundSamples(samples, Binding.read(binding))
+    assert len(bound) == len(keys)
+    assert bound[keys.index("renamed")].key == "s004"
+    config = settings(tmp_path / "run", *models, mixed, binding=binding)
+    with pytest.raises(CachekdError, match=r"3 are missing, the first is 'unbound:"):
+        make_trainer(config, tmp_path / "t")
+    trainer = make_trainer(config.model_copy(update={"missing": "ce-only"}), tmp_path / "t")
+    examples = {key: trainer.train_dataset[keys.index(key)] for key in good}
+    assert {key for key, example in examples.items() if example.targets is None} == {"new", "s001", "s002"}
+    assert trainer.train_dataset.uncovered == 3
+    assert torch.equal(examples["s006"].targets.everywhere(), cache["s007"].everywhere())
+
+
+def test_a_run_with_a_binding_says_so(models, as_json, tmp_path):
+    cache = LogitCache(models[2])
+    bind(cache, open_samples(as_json)).write(tmp_path / "binding.json", cache, str(as_json))
+    config = settings(tmp_path / "run", *models, as_json, binding=tmp_path / "binding.json", lambda_vsd=0)
+    assert train(config).uncovered == 0
+    record = json.loads((tmp_path / "run" / "cachekd_run.json").read_text())
+    assert record["config"]["binding"] == str(tmp_path / "binding.json")
+
+
+def test_a_binding_of_another_cache_or_a_changed_one_is_refused(models, as_json, tmp_path):
+    cache, binding = LogitCache(models[2]), tmp_path / "binding.json"
+    bind(cache, open_samples(as_json)).write(binding, cache, str(as_json))
+    other = copied(models[2], tmp_path / "other")
+    reseal(other / "manifest.json", lambda values: values["teacher"].update(name="another"))
+    config = settings(tmp_path / "run", models[0], models[1], other, as_json, binding=binding)
+    with pytest.raises(CachekdError, match=r"for another cache[\s\S]*run `cachekd bind`"):
+        make_trainer(config, tmp_path / "t")
+    binding.write_text(binding.read_text().replace('"s001"', '"s002"'))
+    with pytest.raises(CachekdError, match="changed after it was written"):
+        make_trainer(config.model_copy(update={"cache": str(models[2])}), tmp_path / "t")
+    with pytest.raises(CachekdError, match="cannot be read"):
+        make_trainer(config.model_copy(update={"binding": tmp_path / "none.json"}), tmp_path / "t")
+
+
+def test_the_data_may_change_after_the_binding(models, as_json, tmp_path):
+    """The binding says which sample is meant; what is in it is checked again, at every step."""
+    cache, binding = LogitCache(models[2]), tmp_path / "binding.json"
+    bind(cache, open_samples(as_json)).write(binding, cache, str(as_json))
+    (tmp_path / "images" / "2" / "5.bmp").write_bytes(as_jpeg(5))
+    trainer = make_trainer(settings(tmp_path / "run", *models, as_json, binding=binding), tmp_path / "t")
+    trainer.train_dataset[0]
+    with pytest.raises(CachekdError, match=r"text or image differs[\s\S]*'s005'"):
+        trainer.train_dataset[6]
+
+
+def test_the_command_says_all_with_an_exit_code(cache_path, data_path, mixed, tmp_path):
+    def invoke(*arguments: object) -> Any:
+        return CliRunner().invoke(app, ["bind", str(cache_path), *map(str, arguments)])
+
+    assert invoke("--data", data_path).exit_code == 0
+    done = invoke("--data", mixed, "--json", "--out", tmp_path / "b.json")
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert (found["matched"], found["unknown"], found["missing"]) == (4, ["new"], ["s003", "s010", "s011"])
+    assert Binding.read(tmp_path / "b.json").unbound == ["s001", "s002", "new", "s003"]
+    done = invoke("--data", mixed)
+    assert done.exit_code == 1
+    for text in (
+        "renamed is s004",
+        "changed",
+        "encoded again",
+        "4 samples of the data",
+        "--out binding.json",
+    ):
+        assert text in " ".join(done.stdout.split()), text
+    assert "exists already" in str(invoke("--data", mixed, "--out", tmp_path / "b.json").exception)
+    assert isinstance(invoke("--data", tmp_path / "nothing").exception, CachekdError)

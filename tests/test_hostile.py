@@ -1,0 +1,495 @@
+"""Caches made to harm, by somebody who knows the format and seals them well: each is refused, or harmless."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from caches import copied, files_of, flip, reseal
+from numcodecs.blosc import Blosc
+from numcodecs.checksum32 import CRC32C
+from pcodec import ChunkConfig, standalone
+from test_cache import GOLDEN, ROOT
+
+from cachekd.cache.arrays import pack_arrays
+from cachekd.cache.shard import pack_codes, read_codes
+
+SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
+BLOWN_UP = 20  # times the decoded arrays: what reading takes at the most, in passing
+SHARD = "shards/00000.zarr.zip"
+Members = dict[str, bytes]
+
+# Runs with the library warm, little memory and an audit hook; says what became of each folder.
+USE = """
+import json, os, re, resource, sys
+from pathlib import Path
+from cachekd.cache import LogitCache, verify_files
+from cachekd.cache.subset import select_samples
+from cachekd.errors import CachekdError
+
+def use(folder, out):
+    verify_files(folder)  # reports what is wrong; must not fall over it
+    cache = LogitCache(folder)
+    for number in range(len(cache.manifest.shards)):
+        cache.sketch(cache.manifest.shards[number].sketch)
+        cache.shard_targets(number)
+    for key in cache:
+        cache[key].gather(cache[key].token_ids[:, None])
+    select_samples(folder, out, set(list(cache)[:1]))
+
+def outcome(folder, out):
+    try:
+        use(folder, out)
+        return ["read", ""]
+    except CachekdError as error:
+        return ["refused", str(error)]
+    except BaseException as error:
+        return [type(error).__name__, str(error)[:300]]
+
+jobs, warm = json.loads(sys.argv[1]), sys.argv[2].split(",")
+for place, folder in enumerate(warm):
+    assert outcome(Path(folder), Path(sys.argv[3]) / f"warm-{place}") == ["read", ""]
+seen = []
+FORBIDDEN = ("pickle.", "marshal.", "exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn",
+             "os.fork", "subprocess.", "socket.", "ctypes.", "code.__new__", "shutil.unpack_archive")
+
+def hook(event, args):
+    if event.startswith(FORBIDDEN) and event != "import":
+        seen.append([event, repr(args)[:200]])
+
+sys.addaudithook(hook)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+most = pages * resource.getpagesize() + int(sys.argv[4])
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+found = {}
+for name, folder in jobs.items():
+    print(name, file=sys.stderr, flush=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found[name] = outcome(Path(folder), Path(sys.argv[3]) / name)
+    found[name].append(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(json.dumps({"found": found, "seen": seen}))
+"""
+
+
+def run(jobs: dict[str, Path], tmp_path: Path, warm: list[Path]) -> dict[str, list]:
+    """What became of each; nothing may have been executed, nor taken more memory than there is."""
+    folders = json.dumps({name: str(folder) for name, folder in jobs.items()})
+    (tmp_path / "out").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", USE, folders, ",".join(map(str, warm)), str(tmp_path / "out"), str(SPARE)],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["seen"] == []
+    return answer["found"]
+
+
+# ---- tools of the trade
+
+
+def members_of(file: Path) -> Members:
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def stored_zip(members: Members, compressed: tuple[str, ...] = ()) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            kind = zipfile.ZIP_DEFLATED if name in compressed else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, kind)
+    return stream.getvalue()
+
+
+def replace_file(folder: Path, name: str, content: bytes, **counts: int) -> None:
+    """A file of the cache, with size and checksum in the manifest that fit."""
+    (folder / name).write_bytes(content)
+
+    def change(values: Any) -> None:
+        for info in (*values["shards"], *values["sketches"]):
+            if name.endswith(info["name"]):
+                info |= {"bytes": len(content), "sha256": sha256(content).hexdigest(), **counts}
+
+    reseal(folder / "manifest.json", change)
+
+
+def with_members(folder: Path, change: Callable[[Members], None], name: str = SHARD) -> None:
+    members = members_of(folder / name)
+    change(members)
+    replace_file(folder, name, stored_zip(members))
+
+
+def claim(array: str, **changes: Any) -> Callable[[Members], None]:
+    """Another zarr.json."""
+
+    def change(members: Members) -> None:
+        values = json.loads(members[f"{array}/zarr.json"]) | changes
+        if "shape" in changes and "chunk_grid" not in changes:
+            values["chunk_grid"]["configuration"]["chunk_shape"] = changes["shape"]
+        members[f"{array}/zarr.json"] = json.dumps(values).encode()
+
+    return change
+
+
+def chunk(array: str, content: bytes, key: str = "c/0") -> Callable[[Members], None]:
+    """Another chunk, with a checksum that fits."""
+    return lambda members: members.update({f"{array}/{key}": bytes(CRC32C().encode(content))})
+
+
+def zeros(count: int, dtype: str = "<u2") -> bytes:
+    return bytes(standalone.simple_compress(np.zeros(count, dtype), ChunkConfig()))
+
+
+def blosc_that_claims(size: int) -> bytes:
+    frame = bytearray(Blosc(cname="zstd").encode(bytes(100)))
+    frame[4:8] = size.to_bytes(4, "little")
+    return bytes(frame)
+
+
+def recoded(folder: Path, change: Callable[[dict[str, np.ndarray]], None], **counts: int) -> None:
+    """Other codes in a file that is otherwise sound."""
+    name = SHARD
+    arrays = read_codes(folder / name, sketch=True)
+    change(arrays)
+    replace_file(folder, name, pack_codes(arrays), **counts)
+
+
+def other_sketch(name: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        from cachekd.cache.fit import read_encoder
+        from cachekd.cache.sketch import SKETCH_FORMAT
+
+        encoder = read_encoder(folder / "sketch.zarr.zip")
+        arrays = {**encoder.sketch.arrays(), "analysis": encoder.analysis.numpy()}
+        arrays |= {"mean": encoder.mean.numpy(), "common": encoder.common[0].numpy()}
+        arrays["numbers"] = np.array([encoder.step, 0.0, 60.0, 0.0])
+        arrays[name] = np.full_like(arrays[name], value) if np.isscalar(value) else value
+        replace_file(folder, "sketch.zarr.zip", pack_arrays(arrays, SKETCH_FORMAT))
+
+    return change
+
+
+def manifest(change: Callable[[Any], None]) -> Callable[[Path], None]:
+    return lambda folder: reseal(folder / "manifest.json", change)
+
+
+def text(content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / "manifest.json").write_bytes(content)
+
+
+def sparse(name: str) -> Callable[[Path], None]:
+    """A file of a terabyte that takes no space, and a manifest that says so."""
+
+    def change(folder: Path) -> None:
+        os.truncate(folder / name, 2**40)
+        if name != "manifest.json":
+            reseal(folder / "manifest.json", lambda values: _all_files(values, name, 2**40))
+
+    return change
+
+
+def _all_files(values: Any, name: str, size: int) -> None:
+    for info in (*values["shards"], *values["sketches"], values["skipped"]):
+        if name.endswith(info.get("name", "skipped.jsonl")):
+            info["bytes"] = size
+
+
+def instead(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return change
+
+
+def in_shard(change: Callable[[Members], None]) -> Callable[[Path], None]:
+    return lambda folder: with_members(folder, change)
+
+
+def in_sketch(change: Callable[[Members], None]) -> Callable[[Path], None]:
+    return lambda folder: with_members(folder, change, "sketch.zarr.zip")
+
+
+def compressed(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        members = members_of(folder / SHARD)
+        members[names[0]] = members[names[0]] + b" " * (20 * 2**20 if names[0].endswith("json") else 0)
+        replace_file(folder, SHARD, stored_zip(members, names))
+
+    return change
+
+
+def twice(folder: Path) -> None:
+    members = members_of(folder / SHARD)
+    stream = io.BytesIO(stored_zip(members))
+    with zipfile.ZipFile(stream, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("k/c/0", members["k/c/0"])
+    replace_file(folder, SHARD, stream.getvalue())
+
+
+def huge_claims(folder: Path) -> None:
+    """Manifest, shapes and frames agree: half a trillion tokens in some kilobytes."""
+    size = 2**39
+    with_members(folder, lambda members: [claim(name, shape=[size])(members) for name in ("k", "tail")])
+    content = (folder / SHARD).read_bytes()
+    replace_file(folder, SHARD, content, tokens=size)
+    members = members_of(folder / SHARD)
+    for name in ("token_ids", "beyond_knee", "sketch_shift"):
+        claim(name, shape=[size])(members)
+    axes = json.loads(members["sketch_coordinates/zarr.json"])["shape"][0]
+    claim("sketch_coordinates", shape=[axes, size])(members)
+    replace_file(folder, SHARD, stored_zip(members))
+
+
+def one_long_row(folder: Path) -> None:
+    """A token with 65,535 entries makes 20,000 rows as long."""
+    arrays = read_codes(folder / SHARD, sketch=True)
+    tokens, entries = 20_000, 65_535 + 19_999
+    k = np.ones(tokens, "<u2")
+    k[0] = 65_535
+    arrays |= {name: np.zeros(tokens, arrays[name].dtype) for name in ("token_ids", "beyond_knee", "tail")}
+    arrays |= {"k": k, "topk_gaps": np.zeros(entries, "<u2"), "topk_ranks": np.zeros(entries, "<u2")}
+    axes = len(arrays["sketch_coordinates"])
+    arrays |= {"sketch_shift": np.zeros(tokens, "<i2"), "sketch_coordinates": np.zeros((axes, tokens), "<i2")}
+    samples = len(arrays["sample_offsets"]) - 1
+    arrays["sample_offsets"] = np.array([0] * samples + [tokens], "<u4")
+    replace_file(folder, SHARD, pack_codes(arrays), tokens=tokens, entries=entries)
+
+
+def deep(name: str) -> Callable[[Path], None]:
+    return in_shard(lambda members: members.update({name: b'{"attributes":' * 4000 + b"1" + b"}" * 4000}))
+
+
+def nan_of(values: Any) -> None:
+    values["codec"]["logprob_step"] = float("nan")
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    # sizes that are claimed
+    "a shape of 2**39 in one array": (in_shard(claim("k", shape=[2**39])), "has shape"),
+    "a shape of 2**40": (in_shard(claim("k", shape=[2**40])), "has shape"),
+    "a shape of 10**400": (in_shard(claim("k", shape=[10**400])), "has shape"),
+    "a negative shape": (in_shard(claim("k", shape=[-1])), "has shape"),
+    "keys without end": (in_shard(claim("sample_keys", shape=[2**36])), "claim to hold"),
+    "ids without end": (in_shard(claim("ranked_ids", shape=[2**36])), "claim to hold"),
+    "a basis of 2**39": (in_sketch(claim("basis", shape=[2**20, 2**19])), "has shape"),
+    "all claims agree": (huge_claims, "claim to hold"),
+    "one row makes all long": (one_long_row, "rows of one length"),
+    "a vocabulary without end": (
+        manifest(lambda values: values["teacher"].update(vocab_size=2**31 - 1)),
+        "has shape",
+    ),
+    "as many axes": (manifest(lambda values: values["sketches"][0].update(axes=2**50)), "has shape"),
+    # frames that hold something else than the shape says
+    "a frame of ten million numbers": (in_shard(chunk("k", zeros(10**7))), "does not hold"),
+    "a frame of too few": (in_shard(chunk("k", zeros(1))), "does not hold"),
+    "an empty frame": (in_shard(chunk("k", zeros(0))), "does not hold"),
+    "a frame of another type": (in_shard(chunk("k", zeros(9, "<u4"))), "damaged"),
+    "no frame": (in_shard(chunk("k", b"pco!" + bytes(range(200)))), "damaged"),
+    "blosc claims two gigabytes": (in_shard(chunk("sample_keys", blosc_that_claims(2**31 - 1))), "hold"),
+    "blosc claims too little": (in_shard(chunk("sample_keys", blosc_that_claims(3))), "does not hold"),
+    "blosc of nothing": (in_shard(chunk("sample_keys", b"")), "damaged"),
+    # the container
+    "a zip bomb in place of metadata": (compressed("k/zarr.json"), "zip bomb"),
+    "a compressed chunk": (compressed("k/c/0"), "zip bomb"),
+    "a member twice": (twice, "twice"),
+    "a zarr.json of a megabyte": (in_shard(claim("k", attributes={"x": "y" * 2**20})), "a zarr.json of"),
+    "a deep zarr.json": (deep("k/zarr.json"), "damaged"),
+    "a deep group": (deep("zarr.json"), "damaged"),
+    "a codec that unpickles": (in_shard(claim("k", codecs=[{"name": "numcodecs.pickle"}])), "has codecs"),
+    "a codec of somebody's": (in_shard(claim("k", codecs=[{"name": "evil", "configuration": {}}])), "codecs"),
+    "codecs that are none": (in_shard(claim("k", codecs={"name": "crc32c"})), "has codecs"),
+    "gzip": (in_shard(claim("k", codecs=[{"name": "bytes"}, {"name": "gzip"}])), "has codecs"),
+    "strings": (in_shard(claim("k", data_type="string")), "is of type"),
+    "a type that is an object": (in_shard(claim("k", data_type={"name": "object"})), "is of type"),
+    "many chunks": (
+        in_shard(claim("k", chunk_grid={"name": "regular", "configuration": {"chunk_shape": [1]}})),
+        "not in one chunk",
+    ),
+    "a storage transformer": (in_shard(claim("k", storage_transformers=[{"name": "x"}])), "transformers"),
+    "not a zip": (lambda folder: replace_file(folder, SHARD, b"PK" * 99), "damaged"),
+    # values
+    "offsets that go back": (
+        lambda folder: recoded(folder, lambda arrays: arrays["sample_offsets"].__setitem__(1, 2**32 - 1)),
+        "sample_offsets",
+    ),
+    "a negative knee": (
+        lambda folder: recoded(folder, lambda arrays: arrays["beyond_knee"].__setitem__(0, 65_535)),
+        "knee",
+    ),
+    "ranks beyond the ids": (
+        lambda folder: recoded(folder, lambda arrays: arrays["topk_ranks"].__setitem__(0, 65_535)),
+        "beyond ranked_ids",
+    ),
+    "ids beyond the vocabulary": (
+        lambda folder: recoded(folder, lambda arrays: arrays["ranked_ids"].__setitem__(0, 2**32 - 1)),
+        "beyond the vocabulary",
+    ),
+    "keys that are no text": (
+        lambda folder: recoded(folder, lambda arrays: arrays["sample_keys"].__setitem__(0, 255)),
+        "damaged",
+    ),
+    "NaN in a sketch": (other_sketch("offset", np.nan), "not finite"),
+    "infinity in a sketch": (other_sketch("unit", np.inf), "not finite"),
+    "a cap of zero": (other_sketch("softcap", np.zeros(1)), "softcap"),
+    "many caps": (other_sketch("softcap", np.ones(7)), "softcap"),
+    # the manifest
+    "NaN in the manifest": (text(json.dumps({"format_version": 1, "x": float("nan")}).encode()), "cannot be"),
+    "a manifest without end": (sparse("manifest.json"), "at most"),
+    "a deep manifest": (text(b"[" * 10**6), "cannot be read"),
+    "numbers beyond range": (manifest(lambda values: values["shards"][0].update(tokens=2**60)), "cannot be"),
+    "a name that leads out": (
+        manifest(lambda values: values["shards"][0].update(name="../../x.zarr.zip")),
+        "cannot be read",
+    ),
+    "a step of zero": (manifest(lambda values: values["codec"].update(logprob_step=0)), "cannot be read"),
+    "a checksum that does not fit": (lambda folder: flip(folder / SHARD, 700), "sha256"),
+    # what is no file
+    "a shard without end": (sparse(SHARD), "damaged"),
+    "a list of skipped samples without end": (sparse("skipped.jsonl"), "skipped.jsonl is not"),
+    "a device": (instead(SHARD, lambda at: at.symlink_to("/dev/zero")), "is missing"),
+    "a pipe": (instead(SHARD, os.mkfifo), "is missing"),
+    "a pipe as sketch": (instead("sketch.zarr.zip", os.mkfifo), "is missing"),
+    "a pipe as manifest": (instead("manifest.json", os.mkfifo), "did not finish"),
+    "a device as manifest": (instead("manifest.json", lambda at: at.symlink_to("/dev/zero")), "did not fin"),
+    "a link to a secret": (instead("sketch.zarr.zip", lambda at: at.symlink_to("/etc/passwd")), "cut short"),
+    "a folder": (instead(SHARD, os.mkdir), "is missing"),
+}
+HARMLESS: dict[str, Callable[[Path], Any]] = {
+    "members that lead out": in_shard(
+        lambda members: members.update({"../../../evil": b"x", "/tmp/cachekd-evil": b"x", "k/../evil": b"x"})
+    ),
+    "arrays and attributes that nobody asked for": in_shard(
+        lambda members: members.update({"evil/zarr.json": b"\xff", "evil/c/0": b"x" * 10_000})
+    ),
+    "numbers of an encoder that are none": other_sketch("numbers", np.nan),
+    "too few numbers of an encoder": other_sketch("numbers", np.ones(2)),
+    "a pipe as a record": instead("dump/00001.json", os.mkfifo),
+    "a device as a plan": instead("dump/plan.json", lambda at: at.symlink_to("/dev/zero")),
+    "code beside it": lambda folder: (folder / "zarr.py").write_text("raise SystemExit(9)"),
+}
+
+
+def swollen(folder: Path) -> int:
+    """Zeros pack without end, and some megabytes of them are within the format; returns the arrays' bytes."""
+    arrays = read_codes(folder / SHARD, sketch=True)
+    tokens = len(arrays["token_ids"])
+    entries = tokens * (2**20 // tokens)
+    arrays |= {"topk_gaps": np.zeros(entries, "<u2"), "topk_ranks": np.zeros(entries, "<u2")}
+    arrays["k"] = np.full(tokens, entries // tokens, "<u2")
+    content = pack_codes(arrays)
+    decoded = sum(values.nbytes for values in arrays.values())
+    assert decoded > 50 * len(content)
+    replace_file(folder, SHARD, content, entries=entries)
+    return decoded
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_hostile_caches_are_refused_in_little_memory(skipping_cache, tmp_path):
+    folders = tmp_path / "in"
+    jobs = {"swollen": copied(skipping_cache, folders / "swollen")}
+    decoded = swollen(jobs["swollen"])
+    changes = {**{name: change for name, (change, _) in HOSTILE.items()}, **HARMLESS}
+    for place, (name, change) in enumerate(changes.items()):
+        jobs[name] = copied(skipping_cache, folders / str(place))
+        change(jobs[name])
+    before = sorted(folders.rglob("*"))
+    found = run(jobs, tmp_path, [GOLDEN, skipping_cache])
+    assert sorted(folders.rglob("*")) == before
+    assert not Path("/tmp/cachekd-evil").exists()
+    for name, (_, expected) in HOSTILE.items():
+        kind, message, _ = found[name]
+        assert kind == "refused", (name, found[name])
+        assert expected in message, (name, message)
+        assert len(message) < 2_000, name
+    for name in (*HARMLESS, "swollen"):
+        assert found[name][0] == "read", (name, found[name])
+    # The bound that the note states: memory follows from the manifest's counts.
+    assert found["swollen"][2] <= BLOWN_UP * decoded + 32 * 2**20
+
+
+# ---- nothing that runs
+
+
+CALLS = {"eval", "exec", "compile", "__import__"}
+MODULES = {
+    "pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "subprocess",
+    "ctypes",
+    "importlib",
+}
+LOADS = {"torch.load", "np.load", "numpy.load", "os.system", "os.popen", "yaml.load", "pd.read_pickle"}
+READERS = sorted([*(ROOT / "cachekd" / "cache").glob("*.py"), ROOT / "cachekd" / "torch_dataset.py"])
+
+
+@pytest.mark.parametrize("file", READERS, ids=lambda file: file.name)
+def test_nothing_that_reads_a_cache_can_run_what_is_in_it(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        assert not MODULES & {name.split(".")[0] for name in names}, (file, names)
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in CALLS | LOADS, (file, called)
+            # The user's own --filter, by pandas' parser, is the only expression that is evaluated.
+            assert not called.endswith(".eval") or file.name == "subset.py"
+            assert not {word.arg for word in node.keywords} & {"allow_pickle", "shell"}
+
+
+def test_the_check_itself_sees_what_it_looks_for(tmp_path):
+    bad = tmp_path / "bad.py"
+    for line in ("import pickle", "from marshal import loads", "torch.load(x)", "eval(x)", "f(shell=True)"):
+        bad.write_text(line)
+        with pytest.raises(AssertionError):
+            test_nothing_that_reads_a_cache_can_run_what_is_in_it(bad)
+
+
+def test_the_security_note_says_what_the_code_does():
+    note = (ROOT / "docs" / "security.md").read_text()
+    from cachekd.cache import array_metadata, sealed, skipped
+
+    for value in (
+        f"{array_metadata._FREE >> 20} MiB + {array_metadata._MOST_RATIO:,} times",
+        f"{array_metadata.MOST_DECODED >> 30} GiB",
+        f"{sealed.MOST_JSON >> 20} MiB",
+        f"{skipped.MOST_SKIPPED >> 20} MiB",
+        f"{array_metadata.MOST_METADATA >> 10} KiB",
+        f"{BLOWN_UP} times",
+    ):
+        assert re.search(rf"\b{re.escape(value)}", note), value
+
+
+def test_a_derived_cache_takes_nothing_else_along(skipping_cache, tmp_path):
+    """Strange members and files stay behind where a shard is cut."""
+    from cachekd.cache.subset import select_samples
+
+    folder = copied(skipping_cache, tmp_path / "c")
+    HARMLESS["members that lead out"](folder)
+    (folder / "evil.py").write_text("x")
+    select_samples(folder, tmp_path / "out", {"s000"})
+    assert not [name for name in files_of(tmp_path / "out") if "evil" in name]
+    assert not [name for name in members_of(tmp_path / "out/shards/00000.zarr.zip") if "evil" in name]
