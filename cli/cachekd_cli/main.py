@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -42,7 +43,7 @@ app = typer.Typer(
 )
 
 # In the order in which one meets them.
-PANELS = {
+PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Distil": {
         "convert": convert.convert_command,
         "check": check.check_command,
