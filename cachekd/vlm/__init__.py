@@ -1,5 +1,6 @@
 """The V | P | L split of vision-language models, and the switch."""
 
+from cachekd.vlm.bridge import BridgePlan, SwitchBridge, plan_bridge
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
@@ -21,8 +22,10 @@ from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_
 from cachekd.vlm.switch import SwitchedTeacher
 
 __all__ = [
+    "BridgePlan",
     "DeferredHead",
     "LiveTeacher",
+    "SwitchBridge",
     "SwitchedTeacher",
     "capture_vision",
     "check_adapters",
@@ -42,6 +45,7 @@ __all__ = [
     "logits_at",
     "modules_outside",
     "output_head",
+    "plan_bridge",
     "parameters_by_part",
     "project",
     "projectors_in_tower",
