@@ -133,8 +133,8 @@ class TrainConfig(Config):
     )
     switch_bridge: Literal["linear"] | None = Field(
         None,
-        description="beyond the paper: a trained linear map, with resampled patches, from the student's vision "
-        "encoder to the teacher's projector where their widths or grids differ",
+        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
+        "vision encoder to the teacher's projector where their widths or grids differ",
     )
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
