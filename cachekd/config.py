@@ -99,7 +99,8 @@ class TrainConfig(Config):
     """Stage two.
 
     Raises:
-        CachekdError: L_VSD is on and the student's vision encoder is frozen.
+        CachekdError: L_VSD is on and the student's vision encoder is frozen; L_VSD is off and there is a
+            bridge for it.
     """
 
     student: str = Field(description="model folder or hub name")
@@ -137,6 +138,11 @@ class TrainConfig(Config):
     lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
     vsd_every: int = Field(
         1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
+    )
+    switch_bridge: Literal["linear"] | None = Field(
+        None,
+        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
+        "vision encoder to the teacher's projector where their widths or grids differ",
     )
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -188,6 +194,14 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _vsd_has_a_gradient(self) -> Self:
         require_vision_encoder(self.trainable, self.lambda_vsd)
+        if self.switch_bridge is not None and self.lambda_vsd == 0:
+            raise CachekdError(
+                "nothing would train the switch bridge: only L_VSD runs through it",
+                where="settings 'switch_bridge' and 'lambda_vsd'",
+                expected="lambda_vsd above 0",
+                found="lambda_vsd 0",
+                fix="leave --switch-bridge out, or set --lambda-vsd 1",
+            )
         return self
 
     def require_inputs(self) -> None:

@@ -38,7 +38,10 @@ def stop_if_not_finite(
     path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-process-{trainer.args.process_index}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = trainer.vlm.state_dict()
-    torch.save({"step": step, "terms": values, "keys": keys, "inputs": inputs, "student": weights}, path)
+    bridge = {} if trainer.bridge is None else {"switch_bridge": trainer.bridge.state_dict()}
+    torch.save(
+        {"step": step, "terms": values, "keys": keys, "inputs": inputs, "student": weights} | bridge, path
+    )
     broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
     raise CachekdError(
         "the loss is not finite",

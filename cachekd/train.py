@@ -27,12 +27,14 @@ from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.vlm import (
     LiveTeacher,
+    SwitchBridge,
     SwitchedTeacher,
     check_switch,
     check_tokenizers,
     default_dtype,
     load_config,
     load_processor,
+    plan_bridge,
 )
 
 log = logging.getLogger(__name__)
@@ -126,12 +128,15 @@ def make_trainer(
     encoder = SampleEncoder(processor)
     cache = open_cache(config, samples, processor, encoder)
     arguments = training_arguments(config, checkpoints)
+    bridge = switch_bridge(config)
     teacher = load_teacher(config, processor, arguments.device)
     if teacher is not None and cache is not None:
         check_teacher(cache, str(config.teacher))
     live, teacher_encoder = None, None
     if config.live_teacher and teacher is not None:
         live, teacher_encoder = live_teacher(config, teacher, processor)
+    if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
+        teacher_encoder = SampleEncoder(load_processor(str(config.teacher)))
     set_seed(config.seed)  # adapters begin at random
     return SwitchKDTrainer(
         load_student(config, arguments.device),
@@ -140,6 +145,7 @@ def make_trainer(
         pad_token_id=encoder.pad_token_id,
         teacher=teacher,
         live=live,
+        bridge=bridge,
         lambda_align=config.lambda_align,
         lambda_vsd=config.lambda_vsd,
         vsd_every=config.vsd_every,
@@ -179,7 +185,7 @@ def load_teacher(config: TrainConfig, processor: Any, device: torch.device) -> S
     if not config.runs_teacher:
         return None
     assert config.teacher is not None  # as `require_inputs` saw
-    if config.lambda_vsd > 0:
+    if config.lambda_vsd > 0 and config.switch_bridge is None:
         check_switch(load_config(config.teacher), load_config(config.student))
     check_tokenizers(load_processor(config.teacher).tokenizer, processor.tokenizer)
     teacher = SwitchedTeacher.load(
@@ -192,6 +198,25 @@ def load_teacher(config: TrainConfig, processor: Any, device: torch.device) -> S
     if config.gradient_checkpointing:
         recompute_frozen_layers(teacher.model)
     return teacher
+
+
+def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
+    """The bridge between V_S and P_T, where one is asked for; what it is goes into the log.
+
+    Raises:
+        CachekdError: it is not needed, or not sound for this pair.
+    """
+    if config.switch_bridge is None:
+        return None
+    bridge = SwitchBridge(
+        plan_bridge(load_config(str(config.teacher)), load_config(config.student)), config.seed
+    )
+    log.warning(
+        "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
+        bridge.plan,
+        f"{bridge.describe()['parameters']:,}",
+    )
+    return bridge
 
 
 def live_teacher(
@@ -219,6 +244,8 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
     if config.lora is not None:
         save_merged(config, folder.path)
     data.encoder.processor.save_pretrained(folder.path)
+    if trainer.bridge is not None:
+        trainer.bridge.save(folder.path)
     folder.finish(
         {
             "config": config.model_dump(mode="json"),
@@ -229,6 +256,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
+            "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
         }

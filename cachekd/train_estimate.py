@@ -28,6 +28,7 @@ class TrainEstimate:
 
     Attributes:
         student_parameters, trained_parameters, teacher_parameters: numbers of them.
+        bridge_parameters: of the switch bridge; 0 without one.
         memory: bytes at the peak by part: weights, gradients, optimizer state, and the rest (activations,
             logits, and what libraries hold).
         peak_bytes: of the GPU's allocator; without a GPU, of the whole process.
@@ -39,6 +40,7 @@ class TrainEstimate:
     student_parameters: int
     trained_parameters: int
     teacher_parameters: int
+    bridge_parameters: int
     memory: dict[str, int]
     peak_bytes: int
     seconds_per_step: float
@@ -95,6 +97,10 @@ def _estimate(trainer: SwitchKDTrainer, watch: _Stopwatch, peak: int) -> TrainEs
         "gradients": watch.gradients,
         "optimizer": watch.optimizer,
     }
+    bridge = 0 if trainer.bridge is None else sum(p.numel() for p in trainer.bridge.parameters())
+    if trainer.bridge is not None:
+        memory["switch bridge"] = _weights(trainer.bridge)
+        memory["gradients"] += _weights(trainer.bridge)
     memory["activations, logits, libraries"] = max(0, peak - sum(memory.values()))
     durations = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
     timed = durations[1:] or durations
@@ -102,6 +108,7 @@ def _estimate(trainer: SwitchKDTrainer, watch: _Stopwatch, peak: int) -> TrainEs
         student_parameters=sum(p.numel() for p in student.parameters()),
         trained_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
         teacher_parameters=0 if teacher is None else sum(p.numel() for p in teacher.parameters()),
+        bridge_parameters=bridge,
         memory=memory,
         peak_bytes=peak,
         seconds_per_step=sum(timed) / len(timed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
 from cachekd.training_data import IGNORE, checked, collate_with_targets
-from cachekd.vlm import DeferredHead, LiveTeacher, SwitchedTeacher, capture_vision, load_model, prove_split
+from cachekd.vlm import (
+    DeferredHead,
+    LiveTeacher,
+    SwitchBridge,
+    SwitchedTeacher,
+    capture_vision,
+    load_model,
+    prove_split,
+)
 
 TERMS = ("ce", "align", "vsd")
 Targets = CachedTargets | LiveTargets
@@ -42,6 +51,8 @@ class SwitchKDTrainer(Trainer):
         pad_token_id: for batches.
         teacher: the switched path; None where `lambda_vsd` is 0.
         live: takes the place of cached targets.
+        bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer, under
+            the same gradient clip), and is saved in checkpoints, but is no part of it.
         lambda_align: weight of the student's own path.
         lambda_vsd: weight of the switched path.
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
@@ -54,7 +65,7 @@ class SwitchKDTrainer(Trainer):
 
     Raises:
         CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
-            loss that is not finite.
+            loss that is not finite; a bridge under FSDP or DeepSpeed.
     """
 
     # Losses below are divided by the tokens of the whole accumulated step already.
@@ -69,6 +80,7 @@ class SwitchKDTrainer(Trainer):
         pad_token_id: int,
         teacher: SwitchedTeacher | None,
         live: LiveTeacher | None = None,
+        bridge: SwitchBridge | None = None,
         lambda_align: float = 1.0,
         lambda_vsd: float = 1.0,
         vsd_every: int = 1,
@@ -102,6 +114,13 @@ class SwitchKDTrainer(Trainer):
             student if isinstance(student, PreTrainedModel) else wrapped.get_base_model()
         )
         self.teacher, self.live = teacher, live
+        self.bridge = None if bridge is None else bridge.to(self.args.device)
+        if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise CachekdError(
+                "the switch bridge cannot be trained under FSDP or DeepSpeed: they train the student alone",
+                where="setting 'switch_bridge'",
+                fix="train with DDP (accelerate launch --multi_gpu), or leave --switch-bridge out",
+            )
         self._proven = False  # that the student's parts make up the student
         self.lambda_align, self.lambda_vsd, self.temperature = lambda_align, lambda_vsd, temperature
         self.vsd_every = vsd_every
@@ -142,8 +161,9 @@ class SwitchKDTrainer(Trainer):
         batch = dict(inputs)
         keys = batch.pop("keys")
         supervised = batch.pop("labels") != IGNORE
+        for_teacher = batch.get("for_teacher")
         targets, covered = self._targets(batch, supervised)
-        terms = self.loss_terms(model, batch, supervised, targets, covered)
+        terms = self.loss_terms(model, batch, supervised, targets, covered, for_teacher)
         self._remember(terms, covered)
         weights = {"ce": 1.0, "align": self.lambda_align, "vsd": self.lambda_vsd}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
@@ -178,6 +198,7 @@ class SwitchKDTrainer(Trainer):
         supervised: Tensor,
         targets: Targets | None,
         covered: Tensor,
+        for_teacher: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
 
@@ -186,6 +207,8 @@ class SwitchKDTrainer(Trainer):
             supervised: [B, S] bool, with N true.
             targets: the teacher at M of the N tokens; None at none.
             covered: [N] bool, with M true where there are targets.
+            for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
+                a switched path with a bridge looks at it.
         """
         positions = predicting_positions(supervised)
         answer_ids = inputs["input_ids"][supervised]
@@ -200,7 +223,15 @@ class SwitchKDTrainer(Trainer):
             terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
         # Without an image z_W is z_T: no difference, and no gradient.
         if self.switches and vision.output is not None:
-            terms["vsd"] = self._switched_path(vision.output, inputs, positions, targets, covered)
+            self._prove(inputs, positions)
+            output = vision.output
+            _require_gradient(output)
+            if self.bridge is not None:
+                output = self.bridge(output)
+                if for_teacher is not None:  # its own number of places for an image
+                    inputs = dict(for_teacher)
+                    positions = predicting_positions(inputs.pop("supervised"))
+            terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
         return terms
 
     def _own_path(self, states: Tensor, answer_ids: Tensor, targets: Targets | None) -> dict[str, Tensor]:
@@ -226,12 +257,6 @@ class SwitchKDTrainer(Trainer):
     ) -> Tensor:
         """L_VSD."""
         assert self.teacher is not None  # as __init__ checked
-        if not _has_gradient(vision_output):
-            raise CachekdError(
-                "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
-                fix="train the vision encoder, or set --lambda-vsd 0",
-            )
-        self._prove(inputs, positions)
         head = self.teacher.head(inputs, positions)
         teacher_logits = self.teacher.logits
         states = head.states(lambda: teacher_logits(vision_output, inputs, positions))
@@ -264,8 +289,52 @@ class SwitchKDTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """The batches of one optimizer step; how long they took to come is counted."""
+        if self.bridge is not None:
+            self.bridge.zero_grad()  # the Trainer does it for the student alone
         batches = self.data_wait.timed(checked(epoch_iterator))
         return super().get_batch_samples(batches, num_batches, device)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, with the bridge's parameters; its bias has no weight decay either."""
+        there = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.bridge is not None and not there:
+            linear = self.bridge.linear
+            optimizer.add_param_group({"params": [linear.weight], "weight_decay": self.args.weight_decay})
+            optimizer.add_param_group({"params": [linear.bias], "weight_decay": 0.0})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; then, in an optimizer step's last batch, the bridge's gradients over all processes.
+
+        Not by DDP: it would wait for a process whose batch has no image.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if self.bridge is not None and self.switches and self.accelerator.sync_gradients:
+            for parameter in self.bridge.parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._with_bridge(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._with_bridge(model), grad_norm)
+
+    def _with_bridge(self, model: nn.Module) -> nn.Module:
+        """All parameters that one gradient norm is of."""
+        return model if self.bridge is None else nn.ModuleList([model, self.bridge])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.bridge is not None and self.args.should_save:
+            self.bridge.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.bridge is not None and checkpoint is not None:
+            self.bridge.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -307,6 +376,10 @@ class SwitchKDTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def _has_gradient(output: ModelOutput) -> bool:
+def _require_gradient(output: ModelOutput) -> None:
     tensors = [value for value in output.values() if isinstance(value, Tensor)]
-    return any(tensor.requires_grad for tensor in tensors)
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise CachekdError(
+            "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
+            fix="train the vision encoder, or set --lambda-vsd 0",
+        )

@@ -26,7 +26,8 @@ class Example:
     Attributes:
         encoded: for the student.
         targets: the cached teacher; None without a cache, or for a sample that the cache lacks.
-        for_teacher: the same sample as a live teacher sees it; None where it sees what the student sees.
+        for_teacher: the same sample as the teacher reads it, live or behind a bridge; None where it reads
+            what the student reads.
     """
 
     encoded: Encoded
@@ -41,7 +42,8 @@ class TrainingSamples(Dataset):
         samples: the data set.
         encoder: the student's.
         cache: None for plain cross-entropy and for a live teacher.
-        teacher_encoder: a live teacher's, where its images are prepared in another way.
+        teacher_encoder: the teacher's own, where a live one prepares images in another way, or where an image
+            has another number of places in its text.
     """
 
     def __init__(
@@ -80,14 +82,31 @@ class TrainingSamples(Dataset):
     def _example(self, index: int) -> Example:
         sample = self.samples[index]
         encoded = self.encoder(sample)
-        if self.teacher_encoder is not None:
-            return Example(encoded, for_teacher=self.teacher_encoder(sample))
+        theirs = None if self.teacher_encoder is None else self.teacher_encoder(sample)
+        if theirs is not None:
+            check_answers(encoded, theirs)
         # `--missing` has decided before training whether a cache may lack samples.
         if self.cache is None or encoded.key not in self.cache:
-            return Example(encoded)
+            return Example(encoded, for_teacher=theirs)
         targets = self.cache[encoded.key]
         check_sample(self.cache, encoded, targets)
-        return Example(encoded, targets)
+        return Example(encoded, targets, theirs)
+
+
+def check_answers(ours: Encoded, theirs: Encoded) -> None:
+    """Refuse a sample whose answer tokens are others for the teacher: positions are matched by them.
+
+    Raises:
+        CachekdError: they differ; the sample is named.
+    """
+    if not torch.equal(ours.token_ids, theirs.token_ids):
+        raise CachekdError(
+            "the answer tokens differ between student and teacher",
+            where=f"sample {ours.key!r}",
+            expected=f"the teacher's {len(theirs.token_ids)} tokens",
+            found=f"{len(ours.token_ids)} tokens, or others",
+            fix="give the student the teacher's tokenizer and chat template",
+        )
 
 
 def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -117,8 +136,8 @@ def collate_with_targets(examples: list[Example | CachekdError], pad_token_id: i
     Returns:
         the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
         `keys` of the samples. With targets: `targets` of all samples that have some, and `covered` [N] bool,
-        which of the answer tokens these are. For a live teacher with its own images: `for_teacher`, its
-        inputs with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first one, alone.
+        which of the answer tokens these are. For a teacher with inputs of its own: `for_teacher`, these
+        with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first one, alone.
     """
     faults = [example for example in examples if isinstance(example, CachekdError)]
     if faults:

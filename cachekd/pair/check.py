@@ -26,6 +26,7 @@ from cachekd.vlm import (
     load_model,
     load_processor,
     logits_at,
+    plan_bridge,
     project,
 )
 from cachekd.vlm.compat import switch_differences, tokenizer_difference
@@ -98,6 +99,7 @@ def check_pair(
     cache: Path | None = None,
     samples: int = 2,
     forward: bool = False,
+    switch_bridge: Literal["linear"] | None = None,
 ) -> PairReport:
     """Look at everything that has to fit; what does not is a row, not an error.
 
@@ -108,6 +110,7 @@ def check_pair(
         cache: checked too where it is given.
         samples: how many are looked at.
         forward: load both models and prove that each, taken apart, says what it says whole.
+        switch_bridge: as for training.
 
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
@@ -122,7 +125,7 @@ def check_pair(
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
-        *switch_rows(theirs, ours),
+        *switch_rows(theirs, ours, switch_bridge),
     ]
     if cache is not None:
         rows += cache_rows(cache, opened, ours, teacher, pairs)
@@ -206,8 +209,10 @@ def pixels_row(teacher: _Side, student: _Side, pairs: list[tuple[Encoded, Encode
     return Row(name, "note", found, fix)
 
 
-def switch_rows(teacher: _Side, student: _Side) -> list[Row]:
+def switch_rows(teacher: _Side, student: _Side, bridge: str | None = None) -> list[Row]:
     """What lies between the student's features and the teacher's projector."""
+    if bridge is not None:
+        return [_bridge_row(teacher, student)]
     if teacher.image_token_id is None or student.image_token_id is None:
         return [Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align")]
     differences = switch_differences(teacher.config, student.config)
@@ -215,10 +220,26 @@ def switch_rows(teacher: _Side, student: _Side) -> list[Row]:
         width = getattr(student.config.vision_config, family_of(student.config).width)
         return [Row("switch", "ok", f"the same family, layer and grid; features of width {width:,}")]
     fix = "a student with the teacher's kind of vision encoder, or --lambda-vsd 0"
+    if _bridge_row(teacher, student).state != "refused":
+        fix = f"--switch-bridge linear (beyond the paper); or {fix}"
     return [
         Row(f"switch: {found.name}", "refused", f"{found.teacher} for the teacher, {found.student}", fix)
         for found in differences
     ]
+
+
+def _bridge_row(teacher: _Side, student: _Side) -> Row:
+    try:
+        plan = plan_bridge(teacher.config, student.config)
+    except CachekdError as error:
+        found = error.problem + (f"; {error.found}" if error.found is not None else "")
+        return Row("switch bridge", "refused", found, error.fix)
+    return Row(
+        "switch bridge",
+        "note",
+        f"trained, beyond the paper: {plan}",
+        "leave it out if a closer student is at hand",
+    )
 
 
 def cache_rows(

@@ -1,5 +1,6 @@
 """The V | P | L split of vision-language models, and the switch."""
 
+from cachekd.vlm.bridge import BridgePlan, SwitchBridge, plan_bridge
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
@@ -21,8 +22,10 @@ from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_
 from cachekd.vlm.switch import SwitchedTeacher
 
 __all__ = [
+    "BridgePlan",
     "DeferredHead",
     "LiveTeacher",
+    "SwitchBridge",
     "SwitchedTeacher",
     "capture_vision",
     "check_adapters",
@@ -43,6 +46,7 @@ __all__ = [
     "modules_outside",
     "output_head",
     "parameters_by_part",
+    "plan_bridge",
     "project",
     "projectors_in_tower",
     "prove_split",

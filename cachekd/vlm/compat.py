@@ -66,24 +66,27 @@ class SwitchDifference:
     student: Any
 
 
-def check_switch(teacher: Any, student: Any) -> None:
+def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozenset()) -> None:
     """Refuse a student whose visual features the teacher's projector cannot take.
 
     Args:
         teacher: the teacher's config.
         student: the student's config.
+        mended: settings that may differ, as a bridge sees to them (`plan_bridge`).
 
     Raises:
         CachekdError: another family, or one of the facts that the family says must agree differs.
     """
     for difference in switch_differences(teacher, student):
+        if difference.setting in mended:
+            continue
         raise CachekdError(
             "the student's visual features cannot be switched into the teacher",
             where=f"{difference.name} of {student.name_or_path}",
             expected=f"{difference.teacher}, as {teacher.name_or_path} has it",
             found=difference.student,
             fix="use a student whose vision encoder has the teacher's width and grid, "
-            "or train with --lambda-vsd 0",
+            "or train with --lambda-vsd 0; `cachekd check` says whether --switch-bridge linear would do",
         )
 
 
@@ -98,7 +101,7 @@ def switch_differences(teacher: Any, student: Any) -> list[SwitchDifference]:
     """
     vision_tower_name(teacher)  # a language model has none
     family = family_of(teacher)
-    names = ("model_type", f"vision_config.{family.width}", *family.shared, "image_token_id")
+    names = ("model_type", width_setting(teacher), *family.shared, "image_token_id")
     found = [
         SwitchDifference(_meaning(name, family), name, _setting(teacher, name), _setting(student, name))
         for name in names
@@ -107,6 +110,11 @@ def switch_differences(teacher: Any, student: Any) -> list[SwitchDifference]:
         taps = (len(_setting(config, name)) for config in (teacher, student))
         found.append(SwitchDifference(f"number of {name}", name, *taps))
     return [difference for difference in found if difference.teacher != difference.student]
+
+
+def width_setting(config: Any) -> str:
+    """Where a config has the width of V's output, dotted."""
+    return f"vision_config.{family_of(config).width}"
 
 
 def _meaning(name: str, family: Family) -> str:

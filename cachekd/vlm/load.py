@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
+from cachekd.files import BRIDGE_FILE
 from cachekd.fingerprint import weights_fingerprint
 from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
@@ -243,6 +244,8 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
 def weights_files(path: str) -> list[Path]:
     """The weight files of a local model folder (or the GGUF file itself), sorted; none for a hub name.
 
+    A run's switch bridge is none.
+
     Raises:
         CachekdError: a local folder has none.
     """
@@ -251,7 +254,8 @@ def weights_files(path: str) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         return []
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != BRIDGE_FILE)
+    files = files or sorted(folder.glob("*.bin"))
     if not files:
         raise CachekdError(
             "the model's folder has no weights", where=path, expected="*.safetensors or *.bin files"

@@ -29,6 +29,9 @@ def check_command(
     forward: Annotated[
         bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")
     ] = False,
+    switch_bridge: Annotated[
+        str | None, typer.Option(help="linear: as for train; beyond the paper. [default: none]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Check teacher, student and data against each other, and show what is supervised.
@@ -39,10 +42,23 @@ def check_command(
     Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
     """
     quiet_libraries()
+    if switch_bridge not in (None, "linear"):
+        raise typer.BadParameter(
+            f"linear is the only one, not {switch_bridge!r}", param_hint="--switch-bridge"
+        )
     from cachekd.pair import check_pair
 
     with errors.status("looking at models and data", spinner="dots"):
-        report = check_pair(teacher, student, data, map=map, cache=cache, samples=samples, forward=forward)
+        report = check_pair(
+            teacher,
+            student,
+            data,
+            map=map,
+            cache=cache,
+            samples=samples,
+            forward=forward,
+            switch_bridge="linear" if switch_bridge else None,
+        )
     if as_json:
         print_json(asdict(report) | {"fits": report.fits})
     else:

@@ -66,6 +66,13 @@ def train_command(
     vsd_every: Annotated[
         int | None, typer.Option(help="Optimizer steps per one with the switched path. Default: 1.")
     ] = None,
+    switch_bridge: Annotated[
+        str | None,
+        typer.Option(
+            help="linear: a trained map from the student's vision encoder to a teacher's projector of "
+            "another width or grid. Beyond the paper. Default: none."
+        ),
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. Default: 3.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples per step. Default: 16.")] = None,
@@ -180,11 +187,13 @@ def print_settings(config: TrainConfig) -> None:
     """What is about to run, presets resolved; settings at their defaults are left out."""
     weights = (("L_Align", config.lambda_align), ("L_VSD", config.lambda_vsd))
     terms = ["L_CE", *(f"{weight:g} {name}" for name, weight in weights if weight)]
-    shown = {"stage", "trainable", "lambda_align", "lambda_vsd"}
+    bridge = [("switch_bridge", f"{config.switch_bridge}, beyond the paper")] if config.switch_bridge else []
+    shown = {"switch_bridge", "stage", "trainable", "lambda_align", "lambda_vsd"}
     rows = [
         *([("stage", config.stage)] if config.stage else []),
         ("trainable", ", ".join(config.trainable)),
         ("loss", " + ".join(terms)),
+        *bridge,
         *(
             (name, getattr(config, name))
             for name, field in type(config).model_fields.items()
@@ -216,6 +225,7 @@ def print_estimate(estimate: TrainEstimate) -> None:
         ("student parameters", f"{estimate.student_parameters:,}"),
         ("of them trained", f"{estimate.trained_parameters:,}"),
         ("teacher parameters", f"{estimate.teacher_parameters:,}"),
+        *([("switch bridge's", f"{estimate.bridge_parameters:,}")] if estimate.bridge_parameters else []),
         *((f"memory: {name}", f"{size / 1e6:,.1f} MB") for name, size in estimate.memory.items()),
         ("peak memory", f"{estimate.peak_bytes / 1e6:,.1f} MB"),
         ("time per step", f"{estimate.seconds_per_step:.2f} s"),
