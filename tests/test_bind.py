@@ -109,6 +109,9 @@ def test_equal_samples_of_a_cache_are_told_apart_by_key(teacher_path, tmp_path):
     moved = [(name.replace("a.", "0."), content) for name, content in twice]
     report = bind(cache, open_samples(write_tar(tmp_path / "other" / "0.tar", moved)))
     assert (report.matched, report.moved, report.missing) == (1, {"0": "a"}, ["s001", "s002"])
+    both = [(f"{'xy'[name[0] == 'b']}{name[1:]}", content) for name, content in twice]
+    report = bind(cache, open_samples(write_tar(tmp_path / "both" / "0.tar", both)))
+    assert (report.moved, report.missing) == ({"x": "a", "y": "b"}, ["s001", "s002"])
 
 
 def settings(out: Path, student: Path, teacher: Path, cache: Path, data: Path, **more: Any) -> TrainConfig:
