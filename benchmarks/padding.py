@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -47,20 +46,21 @@ def main() -> None:
     shuffled = random.Random(0).sample(range(len(true)), len(true))
     grouped = list(LengthGroups(rough, options.batch_size, seed=0, epoch=lambda: 0))
     off = (torch.tensor(rough) - torch.tensor(true)).abs().float()
-    result: dict[str, Any] = {
+    padding = {
+        "random": padding_share(true, shuffled, options.batch_size),
+        "group_by_length": padding_share(true, grouped, options.batch_size),
+    }
+    result = {
         "samples": len(true),
         "tokens": {"least": min(true), "mean": sum(true) / len(true), "most": max(true)},
-        "padding": {
-            "random": padding_share(true, shuffled, options.batch_size),
-            "group_by_length": padding_share(true, grouped, options.batch_size),
-        },
+        "padding": padding,
         "rough_lengths_off_by": {"mean": float(off.mean()), "most": float(off.max())},
     }
     if options.json:
         print(json.dumps(result))
         return
     table = Table("order", "padding", title=f"{len(true):,} samples, batches of {options.batch_size}")
-    for name, share in result["padding"].items():
+    for name, share in padding.items():
         table.add_row(name, f"{share:.1%}")
     console = Console()
     console.print(table)

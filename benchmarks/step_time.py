@@ -45,6 +45,7 @@ from small_vlm import (
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from cachekd.cache import CachedTargets
 from cachekd.cache.fit import OutputHead, fit_sketch
@@ -325,6 +326,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.size = options.size or options.device
+    logging.disable_progress_bar()
     if options.variant is not None:
         print(json.dumps(run_variant(options.folder, options)))
         return
