@@ -231,6 +231,25 @@ def test_a_coarser_sketch_is_nearly_as_good_as_one_that_was_fitted(tmp_path, tai
     assert read_encoder(tmp_path / "new" / "sketch.zarr.zip").step == new.sketches[0].step
 
 
+def test_an_exact_sketch_becomes_an_ordinary_one(tmp_path):
+    """Its last axis, which holds what the shift's rounding leaves, goes."""
+    hidden, head = model_states(400, 24, 300)
+    records = select_topk(hidden @ head.T, token_ids(400), top_k=8, top_p=0.0)
+    states = TailStates(hidden, (hidden @ head.T).logsumexp(-1))
+    encoder = fit_sketch(OutputHead(head), states, records, TailSetting.parse("exact"))
+    assert encoder.has_shift_axis
+    setting = header(top_k=8, top_p=0.0, tail="exact")
+    setting["teacher"] = setting["teacher"].model_copy(update={"vocab_size": 300})
+    with LogitCacheWriter(tmp_path / "c", **setting, encoder=encoder) as writer:
+        writer.add("states", records, bytes(16), states)
+    recompress(tmp_path / "c", tmp_path / "new", tail="step=0.1")
+    again = read_encoder(tmp_path / "new" / "sketch.zarr.zip")
+    assert not again.has_shift_axis
+    assert again.sketch.axes == len(again.analysis) < encoder.sketch.axes
+    error = LogitCache(tmp_path / "new")["states"].everywhere() - true_logprobs(hidden, head)
+    assert error.abs().mean() < 0.3
+
+
 def test_a_merged_caches_sketches_become_coarser_each(dumps, tmp_path, teacher_path):
     other = dump_cache(
         tmp_path / "other",

@@ -70,6 +70,8 @@ def coarsen(encoder: SketchEncoder, targets: TokenTargets, tail: TailSetting, wh
     """
     assert targets.sketch is not None
     steps = _in_steps(encoder.sketch, torch.from_numpy(targets.sketch.coordinates))
+    if encoder.has_shift_axis:  # finer than a coarse sketch can use, and in steps of its own: left out
+        steps[:, -1] = 0
     factor = _factor(encoder, steps, tail, where)
     kept = worth_keeping(steps, factor)
     first = Coarsening(encoder.sketch, _coarser(encoder, steps, kept, factor), kept, factor)
