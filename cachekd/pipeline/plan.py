@@ -201,7 +201,7 @@ def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConf
     """The cache above, if a term needs one; no teacher where none does."""
     cache = above.last("dump")
     if config.distils and not config.live_teacher and config.cache is None and cache is not None:
-        config = config.model_copy(update={"cache": above.out / cache})
+        config = config.model_copy(update={"cache": str(above.out / cache)})
     if not config.distils:
         config = config.model_copy(update={"cache": None})
     if not config.runs_teacher:
