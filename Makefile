@@ -30,7 +30,7 @@ schemas: $(SETUP)         ## write the JSON Schemas from the pydantic models
 	$(BIN)/python schemas/generate.py
 
 docs: $(DOCS)             ## the documentation site, into build/site
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/mkdocs build  # not --quiet: warnings would not count as errors
 
 # The constraints keep pip on the versions that were tested (and torch on its CPU wheel here).
 $(SETUP): pyproject.toml constraints.txt

@@ -40,7 +40,7 @@ def export_parquet(
 
     `datasets.load_dataset(out)` reads the folder. Columns, a row per sample: `key`; `content_hash`, of the
     sample that the teacher saw; over its N answer tokens `token_ids` [N], `topk_ids` and `topk_logprobs`
-    [N][k] in descending probability, `tail_logmass` [N], log of the probability that is not in the lists. The
+    (N lists of length k) in descending probability, `tail_logmass` [N], log of the probability that is not in the lists. The
     logprobs are normalised over the whole vocabulary.
 
     Args:
