@@ -53,8 +53,8 @@ def train_command(
     switch_bridge: Annotated[
         str | None,
         typer.Option(
-            help="linear: a trained map from the student's vision encoder to a teacher's projector of another "
-            "width or grid. Beyond the paper. [default: none]"
+            help="linear: a trained map from the student's vision encoder to a teacher's projector of "
+            "another width or grid. Beyond the paper. [default: none]"
         ),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Of DBiLD. [default: 3]")] = None,
