@@ -208,12 +208,11 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
     """
     if config.switch_bridge is None:
         return None
-    bridge = SwitchBridge(
-        plan_bridge(load_config(str(config.teacher)), load_config(config.student)), config.seed
-    )
+    plan = plan_bridge(load_config(str(config.teacher)), load_config(config.student))
+    bridge = SwitchBridge(plan, config.seed)
     log.warning(
         "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
-        bridge.plan,
+        plan,
         f"{bridge.describe()['parameters']:,}",
     )
     return bridge

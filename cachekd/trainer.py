@@ -51,8 +51,8 @@ class SwitchKDTrainer(Trainer):
         pad_token_id: for batches.
         teacher: the switched path; None where `lambda_vsd` is 0.
         live: takes the place of cached targets.
-        bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer, under
-            the same gradient clip), and is saved in checkpoints, but is no part of it.
+        bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
+            under the same gradient clip), and is saved in checkpoints, but is no part of it.
         lambda_align: weight of the student's own path.
         lambda_vsd: weight of the switched path.
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever

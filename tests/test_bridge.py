@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> dict:
-    """A teacher of 4 x 4 patches of width 32, a student of 2 x 2 of width 48, a cache: the settings of a run."""
+    """A run's settings: a teacher of 4 x 4 patches of width 32, a student of 2 x 2 of width 48, a cache."""
     folder = tmp_path_factory.mktemp("bridge")
     teacher = save_vlm(folder / "teacher", tiny_processor(), text_width=48, vision_layers=3, seed=1)
     student = tiny_processor(patch_size=16)
@@ -113,9 +115,8 @@ def test_a_class_token_that_the_other_side_lacks(ours, theirs, shape):
     bridge = SwitchBridge(BridgePlan((6, 6), grid=(2, 2), class_tokens=(ours, theirs)))
     bridged = bridge(BaseModelOutputWithPooling(last_hidden_state=tokens)).last_hidden_state
     assert bridged.shape == shape
-    torch.testing.assert_close(
-        bridged[:, theirs:], tokens[:, ours:]
-    )  # equal widths: it begins as the identity
+    # Of equal widths it begins as the identity.
+    torch.testing.assert_close(bridged[:, theirs:], tokens[:, ours:])
 
 
 def encoded_batch(path: str, data: str) -> tuple[dict, torch.Tensor]:
@@ -338,3 +339,36 @@ def test_an_estimate_counts_it(pair, tmp_path):
     assert estimate.memory["switch bridge"] == 4 * (48 * 32 + 32)
     moments = 2 * 4 * (estimate.trained_parameters + estimate.bridge_parameters)
     assert estimate.memory["optimizer"] == pytest.approx(moments, rel=0.05)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_though_one_of_them_never_switches(pair, tmp_path):
+    """Samples in order, one a process; the cache lacks every second one: the second has no L_VSD."""
+    records = json.loads(Path(pair["data"]).read_text())[:8]
+    for record in records:
+        record["image"] = str(Path(pair["data"]).parent / record["image"])
+    data, half = tmp_path / "data.json", tmp_path / "half.json"
+    data.write_text(json.dumps(records))
+    half.write_text(json.dumps(records[::2]))
+    dump(DumpConfig(teacher=pair["teacher"], data=str(half), out=tmp_path / "cache"))
+    changed = {"data": str(data), "cache": str(tmp_path / "cache"), "missing": "ce-only", "save_steps": 0}
+    changed |= {"training": {"optim": "sgd", "train_sampling_strategy": "sequential"}, "learning_rate": 0.1}
+    changed |= {"epochs": 1, "lambda_vsd": 100}  # a random teacher hardly cares what it sees
+    train(TrainConfig(**pair | changed | {"batch_size": 2, "out": tmp_path / "one"}))
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(json.dumps(pair | changed | {"batch_size": 1, "out": str(tmp_path / "two")}))
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "29537"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
+    command += ["-m", "cachekd_cli.main", "train", "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    weights = [load_file(tmp_path / name / BRIDGE_FILE) for name in ("one", "two")]
+    start = SwitchBridge(plan_bridge_of(pair)).state_dict()
+    for name, weight in weights[0].items():
+        moved = float((weight - start[name]).abs().max())
+        assert moved > 1e-4
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-2 * moved)

@@ -234,12 +234,8 @@ def _bridge_row(teacher: _Side, student: _Side) -> Row:
     except CachekdError as error:
         found = error.problem + (f"; {error.found}" if error.found is not None else "")
         return Row("switch bridge", "refused", found, error.fix)
-    return Row(
-        "switch bridge",
-        "note",
-        f"trained, beyond the paper: {plan}",
-        "leave it out if a closer student is at hand",
-    )
+    fix = "nothing, if it is meant; a student of the teacher's shape needs none"
+    return Row("switch bridge", "note", f"trained, beyond the paper: {plan}", fix)
 
 
 def cache_rows(

@@ -1,8 +1,8 @@
 """A trained bridge between the student's vision encoder and the teacher's projector. Beyond the paper.
 
-The paper's switch feeds V_S's output to P_T as it is, so V_S must have the width and the grid of V_T. Where it
-has not, a bridge brings each image's patches to the teacher's grid and width. It trains by L_VSD alone, is no
-part of the student, and is thrown away with the teacher when the student is used.
+The paper's switch feeds V_S's output to P_T as it is, so V_S must have the width and the grid of V_T. Where
+it has not, a bridge brings each image's patches to the teacher's grid and width. It trains by L_VSD alone and
+is no part of the student: what is used in the end needs it as little as it needs the teacher.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cachekd.vlm.families.llava import GRID
 
 # An image is one square of patches, whose number is a matter of the vision encoder alone.
 _ONE_SQUARE = ("llava", "paligemma", "gemma3")
-# Images are tiles, and how many depends on the grid: V_S's tiles would not be those of V_T. Only the width may
-# differ.
+# Images are tiles, and how many depends on the grid: V_S's tiles would not be those of V_T. Only the width
+# may differ.
 _TILED = ("llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
 # Tokens before the patches, by the vision encoder's model_type.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -115,10 +115,10 @@ def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
 class SwitchBridge(nn.Module):
     """Brings V_S's output to the shape of V_T's: patches resampled, then one linear layer. Beyond the paper.
 
-    Patches are resampled bilinearly as a picture is (with antialiasing where they become fewer); class tokens
-    are kept apart, and one that the teacher drops anyway is zeros where the student has none. The linear layer
-    begins as the identity, or, between two widths, as a random map that keeps angles and lengths (or, into a
-    smaller width, a projection).
+    Patches are resampled bilinearly as a picture is (with antialiasing where they become fewer); class
+    tokens are kept apart, and one that the teacher drops anyway is zeros where the student has none. The
+    linear layer begins as the identity, or, between two widths, as a random map that keeps angles and lengths
+    (or, into a smaller width, a projection).
 
     Args:
         plan: from `plan_bridge`.
@@ -240,13 +240,5 @@ def _tokens_read(config: Any) -> int:
     return _CLASS_TOKENS[_tower(config)] + _side(config) ** 2 - dropped
 
 
-def _refused(
-    problem: str,
-    student: Any,
-    *,
-    expected: str | None = None,
-    found: str | None = None,
-    fix: str | None = None,
-) -> CachekdError:
-    where = f"setting 'switch_bridge' and {student.name_or_path}"
-    return CachekdError(problem, where=where, expected=expected, found=found, fix=fix)
+def _refused(problem: str, student: Any, **details: str) -> CachekdError:
+    return CachekdError(problem, where=f"setting 'switch_bridge' and {student.name_or_path}", **details)
