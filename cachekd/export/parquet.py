@@ -39,9 +39,9 @@ def export_parquet(
     """Write `data/train-00000-of-00003.parquet` and so on, one file per shard: all of them or none.
 
     `datasets.load_dataset(out)` reads the folder. Columns, a row per sample: `key`; `content_hash`, of the
-    sample that the teacher saw; over its N answer tokens `token_ids` [N], `topk_ids` and `topk_logprobs`
-    (N lists of length k) in descending probability, `tail_logmass` [N], log of the probability that is not in the lists. The
-    logprobs are normalised over the whole vocabulary.
+    sample that the teacher saw; over its N answer tokens `token_ids` [N], `topk_ids` and `topk_logprobs` (N
+    lists of length k) in descending probability, `tail_logmass` [N], log of the probability that is not in
+    the lists. The logprobs are normalised over the whole vocabulary.
 
     Args:
         path: the cache.
