@@ -30,7 +30,7 @@ def check_command(
         bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")
     ] = False,
     switch_bridge: Annotated[
-        str | None, typer.Option(help="linear: as for train; beyond the paper. [default: none]")
+        str | None, typer.Option(help="linear: as for train; beyond the paper. Default: none.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
