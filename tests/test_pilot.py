@@ -18,18 +18,19 @@ from cachekd.errors import CachekdError
 from cachekd.pilot import ALL_THAT_BYTES_BUY, _evenly, _spread
 
 ROOT = Path(__file__).parents[1]
+SAMPLES = 240
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pilot-data")
-    write_tar(folder / "0.tar", tar_members(400))
+    write_tar(folder / "0.tar", tar_members(SAMPLES))
     return folder
 
 
 def settings(teacher: Path, data: Path, out: Path, **changes) -> DumpConfig:
     values = {"teacher": str(teacher), "data": str(data), "out": out, "batch_size": 4}
-    return DumpConfig(**values | {"calibration_tokens": 500} | changes)
+    return DumpConfig(**values | {"calibration_tokens": 300} | changes)
 
 
 @pytest.mark.parametrize("tail", ["none", "bytes=12", "exact"])
@@ -38,7 +39,7 @@ def test_an_estimate_is_within_ten_percent_and_writes_nothing(tmp_path, teacher_
     found = estimate_dump(config)
     assert not (tmp_path / "c").exists()
     summary = dump(config)
-    assert found.samples == 400
+    assert found.samples == SAMPLES
     assert found.tokens == pytest.approx(summary.tokens, rel=0.1)
     assert abs(found.tokens - summary.tokens) < 4 * found.tokens_error
     assert found.shard_bytes == pytest.approx(summary.bytes, rel=0.1)
@@ -47,12 +48,18 @@ def test_an_estimate_is_within_ten_percent_and_writes_nothing(tmp_path, teacher_
     assert found.peak_memory > 2**27  # torch alone takes more
 
 
+@pytest.fixture(scope="module")
+def default_size(tmp_path_factory, teacher_path, many) -> int:
+    """Of the whole cache, without a budget."""
+    out = tmp_path_factory.mktemp("pilot-default") / "c"
+    return estimate_dump(settings(teacher_path, many, out, tail="bytes=16")).size
+
+
 @pytest.mark.parametrize("share", [0.45, 0.7, 1.0, 3.0])
-def test_a_disk_budget_is_kept_and_used(tmp_path, teacher_path, many, share):
+def test_a_disk_budget_is_kept_and_used(tmp_path, teacher_path, many, default_size, share):
     """A share of what the default setting takes; far more than any sketch needs, it takes what that needs."""
     config = settings(teacher_path, many, tmp_path / "c", tail="bytes=16")
-    default = estimate_dump(config).size
-    budget = int(share * default)
+    budget = int(share * default_size)
     summary = dump(config.model_copy(update={"disk_budget": budget}))
     codec = LogitCache(tmp_path / "c").manifest.codec
     size = summary.bytes + summary.sketch_bytes
