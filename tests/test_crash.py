@@ -17,6 +17,7 @@ from cachekd.cache import LogitCache, verify_files
 from cachekd.config import DumpConfig
 from cachekd.errors import CachekdError
 
+KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["cachekd.dump", "cachekd.vlm", "transformers.models.llava.modeling_llava"])
 
@@ -130,7 +131,7 @@ def test_killed_at_random_moments(tmp_path, settings, whole):
     finish({**settings, "out": tmp_path / "timed"})
     duration = time.perf_counter() - started
     folder = 0
-    while kills < 32:
+    while kills < KILLS:
         folder += 1
         out = {**settings, "out": tmp_path / str(folder)}
         for _ in range(8):  # the same dump, killed again and again
