@@ -83,8 +83,11 @@ def test_nothing_is_typed_twice(values, tmp_path):
     assert steps["sft"].config.student == str(out / "dpt")
     assert steps["dft"].config.student == str(out / "sft")
     assert (steps["sft"].config.cache, steps["sft"].config.teacher) == (None, None)  # L_CE needs neither
-    assert (steps["dpt"].config.cache, steps["dpt"].config.teacher) == (out / "cache", None)
-    assert (steps["dft"].config.cache, steps["dft"].config.teacher) == (out / "cache", defaults["teacher"])
+    assert (steps["dpt"].config.cache, steps["dpt"].config.teacher) == (str(out / "cache"), None)
+    assert (steps["dft"].config.cache, steps["dft"].config.teacher) == (
+        str(out / "cache"),
+        defaults["teacher"],
+    )
     assert {steps[name].config.learning_rate for name in ("dpt", "sft", "dft")} == {1e-3}
     assert steps["scores"].config.models == [str(out / name) for name in ("dpt", "sft", "dft")]
     assert steps["page"].config.run == str(out / "dft")

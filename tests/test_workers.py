@@ -51,6 +51,7 @@ def alone(tmp_path_factory, teacher_path, data) -> dict[str, bytes]:
     return files_of(out)
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_process_writes(tmp_path, teacher_path, data, alone):
     """One by --rank, one by the environment of torchrun; at the same time."""
     out = tmp_path / "c"
@@ -100,9 +101,8 @@ def test_accelerate_launches_it(tmp_path, teacher_path, data, alone):
     assert files_of(out) == alone
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     tmp_path, teacher_path, data, alone, number, code
 ):
