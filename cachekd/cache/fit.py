@@ -37,7 +37,7 @@ from cachekd.cache.sketch import (
     read_sketch,
     with_shift_axis,
 )
-from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, TailSetting
+from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, LEAST_NOISE, TailSetting
 from cachekd.errors import CachekdError
 
 WINDOW = 128  # ids per token that count as probable
@@ -173,7 +173,7 @@ def fit_sketch(
 
     step = tail.step
     if step is None:  # the noise of all axes together is given
-        noise = BUDGET_NOISE if tail.bytes is not None else min(BUDGET_NOISE, EXACT_NOISE * spread)
+        noise = min(BUDGET_NOISE, max(LEAST_NOISE, EXACT_NOISE * spread)) if tail.exact else BUDGET_NOISE
         step = noise * (12 / hidden.shape[1]) ** 0.5
         if tail.bytes is not None:
             step = max(step, _step_for(tail.bytes, hidden, root))
