@@ -212,10 +212,14 @@ def test_round_trips_hold_for_any_shape(tokens, width, vocab, top_k, tail, scale
     truth = true_logprobs(hidden, head)
     kept = targets.logprobs.isfinite()
     stored = truth.gather(1, targets.ids.clamp(max=vocab - 1))
-    assert ((stored - targets.logprobs)[kept].abs() <= 1 / 16 + 1 / 64 + 1e-3 + 1e-5 * scale).all()
+    farthest = 65_535 * TailSetting.parse(tail).logprob_step  # of a gap: no uint16 counts further
+    near = kept & (stored > 1 - farthest)
+    assert ((stored - targets.logprobs)[near].abs() <= 1 / 16 + 1 / 64 + 1e-3 + 1e-5 * scale).all()
+    assert (targets.logprobs[kept & ~near] <= 2 - farthest).all()
     ids = torch.randint(0, vocab, (tokens, 5), generator=torch.Generator().manual_seed(seed))
     gathered = targets.gather(ids)
-    torch.testing.assert_close(gathered, everything.gather(1, ids), atol=0.05 + 1e-3 * scale, rtol=1e-3)
+    half = 2**-11 * float((hidden @ head.T).abs().max())  # `gather` rounds logits to float16
+    torch.testing.assert_close(gathered, everything.gather(1, ids), atol=0.05 + half, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -173,9 +173,7 @@ def fit_sketch(
 
     step = tail.step
     if step is None:  # the noise of all axes together is given
-        noise = BUDGET_NOISE
-        if tail.exact:  # a teacher without any opinion has no spread
-            noise = max(LEAST_NOISE, min(noise, EXACT_NOISE * spread))
+        noise = min(BUDGET_NOISE, max(LEAST_NOISE, EXACT_NOISE * spread)) if tail.exact else BUDGET_NOISE
         step = noise * (12 / hidden.shape[1]) ** 0.5
         if tail.bytes is not None:
             step = max(step, _step_for(tail.bytes, hidden, root))

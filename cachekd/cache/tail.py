@@ -13,7 +13,7 @@ CALIBRATION_TOKENS = 16_384
 BUDGET_NOISE = 0.15
 # `exact` has so much of the spread of a token's probable logits: losses agree to 5e-4.
 EXACT_NOISE = 0.005
-LEAST_NOISE = 1e-6  # nats; float32 has nothing finer to say of a logit
+LEAST_NOISE = 1e-4  # nats; a teacher whose logits are all equal has no spread
 LOGPROB_STEP, EXACT_LOGPROB_STEP = 1 / 16, 1 / 256  # nats
 
 
