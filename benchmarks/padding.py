@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cachekd.length_groups import LengthGroups
+from cachekd.sample_order import LengthGroups
 from cachekd.samples import SampleEncoder, open_samples, rough_lengths
 from cachekd.vlm import load_processor
 

@@ -12,29 +12,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import ModelOutput
 
-from cachekd.cache import CachedTargets
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.failures import stop_if_not_finite
-from cachekd.length_groups import LengthGroups
-from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
+from cachekd.loss_terms import LossTerms, Targets
+from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import predicting_positions
-from cachekd.targets import LiveTargets
 from cachekd.training_data import IGNORE, checked, collate_with_targets
-from cachekd.vlm import (
-    DeferredHead,
-    LiveTeacher,
-    SwitchBridge,
-    SwitchedTeacher,
-    capture_vision,
-    load_model,
-    prove_split,
-)
+from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model
 
 TERMS = ("ce", "align", "vsd")
-Targets = CachedTargets | LiveTargets
 
 
 class SwitchKDTrainer(Trainer):
@@ -121,34 +109,31 @@ class SwitchKDTrainer(Trainer):
                 where="setting 'switch_bridge'",
                 fix="train with DDP (accelerate launch --multi_gpu), or leave --switch-bridge out",
             )
-        self._proven = False  # that the student's parts make up the student
-        self.lambda_align, self.lambda_vsd, self.temperature = lambda_align, lambda_vsd, temperature
-        self.vsd_every = vsd_every
-        self.head = self._measured_heads()
-        self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
+        self.lambda_align, self.lambda_vsd, self.vsd_every = lambda_align, lambda_vsd, vsd_every
+        tokens, positions = self._first_batch()
+        self.terms = LossTerms(
+            self.vlm,
+            teacher,
+            self.bridge,
+            align=lambda_align > 0,
+            vsd=lambda_vsd > 0,
+            temperature=temperature,
+            logit_chunk=logit_chunk,
+            autocast=self.accelerator.autocast,
+            tokens=tokens,
+            positions=positions,
+        )
         # Of each term, and of its tokens; on the device, as a look at each would wait for it.
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
         self.last_terms: dict[str, float] = {}
         self.data_wait = DataWait()
 
-    def _measured_heads(self) -> DeferredHead:
-        """The student's head; the teacher's is measured on the same sample, before anything long starts."""
+    def _first_batch(self) -> tuple[dict[str, Tensor], Tensor]:
+        """One sample, and where its answers are predicted; the heads are measured on it."""
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
-        supervised = batch["labels"] != IGNORE
+        supervised = batch.pop("labels") != IGNORE
         tokens = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "covered"}
-        positions = predicting_positions(supervised)
-        tokens.pop("labels")
-        if self.teacher is not None:
-            self.teacher.head(tokens, positions)
-            if self.lambda_vsd > 0 and "pixel_values" in tokens:
-                self._prove(tokens, positions)
-        return DeferredHead(self.vlm, tokens, positions)
-
-    def _prove(self, inputs: dict[str, Tensor], positions: Tensor) -> None:
-        """Once, on the first sample with an image."""
-        if not self._proven:
-            prove_split(self.vlm, inputs, positions)
-            self._proven = True
+        return tokens, predicting_positions(supervised)
 
     def compute_loss(
         self,
@@ -210,74 +195,7 @@ class SwitchKDTrainer(Trainer):
             for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
                 a switched path with a bridge looks at it.
         """
-        positions = predicting_positions(supervised)
-        answer_ids = inputs["input_ids"][supervised]
-        with capture_vision(self.vlm) as vision:
-            states = self.head.states(
-                lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
-            )
-        if targets is None:
-            return self._own_path(states, answer_ids, None)
-        terms = self._own_path(states[covered], answer_ids[covered], targets)
-        if not covered.all():
-            terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
-        # Without an image z_W is z_T: no difference, and no gradient.
-        if self.switches and vision.output is not None:
-            self._prove(inputs, positions)
-            output = vision.output
-            _require_gradient(output)
-            if self.bridge is not None:
-                output = self.bridge(output)
-                if for_teacher is not None:  # its own number of places for an image
-                    inputs = dict(for_teacher)
-                    positions = predicting_positions(inputs.pop("supervised"))
-            terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
-        return terms
-
-    def _own_path(self, states: Tensor, answer_ids: Tensor, targets: Targets | None) -> dict[str, Tensor]:
-        """L_CE and, with targets, L_Align."""
-
-        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            with self.accelerator.autocast():
-                logits = self.head.logits(some)
-            terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
-            if targets is not None and self.lambda_align > 0:
-                terms["align"] = self._dbild(logits, targets, rows)
-            return terms
-
-        return summed_over_chunks(loss, states, self.logit_chunk)
-
-    def _switched_path(
-        self,
-        vision_output: ModelOutput,
-        inputs: dict[str, Tensor],
-        positions: Tensor,
-        targets: Targets,
-        covered: Tensor,
-    ) -> Tensor:
-        """L_VSD."""
-        assert self.teacher is not None  # as __init__ checked
-        head = self.teacher.head(inputs, positions)
-        teacher_logits = self.teacher.logits
-        states = head.states(lambda: teacher_logits(vision_output, inputs, positions))
-
-        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            return {"vsd": self._dbild(head.logits(some), targets, rows)}
-
-        return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
-
-    def _dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        if logits.shape[1] > targets.vocab_size:
-            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
-            logits = logits[:, : targets.vocab_size]
-        return dbild_loss(
-            logits,
-            targets.select(rows),
-            temperature=self.temperature,
-            window=targets.window,
-            min_k=targets.min_k,
-            reduction="sum",
-        )
+        return self.terms(model, inputs, supervised, targets, covered, for_teacher, switches=self.switches)
 
     def _remember(self, terms: dict[str, Tensor], covered: Tensor) -> None:
         for row, name in enumerate(TERMS):
@@ -337,16 +255,18 @@ class SwitchKDTrainer(Trainer):
             self.bridge.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
         data: Any = self.train_dataset if train_dataset is None else train_dataset
-        # The state's epoch is right after a resumption too, with however many processes.
-        return LengthGroups(
-            data.lengths(),
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.args.train_sampling_strategy == "random":
+            return RandomOrder(len(data), seed=seed, epoch=self._epoch)
+        if self.args.train_sampling_strategy == "group_by_length":
+            in_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroups(data.lengths(), in_a_step, seed=seed, epoch=self._epoch)
+        return super()._get_train_sampler(train_dataset)
+
+    def _epoch(self) -> int:
+        """Which epoch begins, or is gone on with; right in every process, after a resumption too."""
+        return int(self.state.epoch or 0)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights of a checkpoint, by the names that `save_pretrained` gave them.
@@ -374,12 +294,3 @@ class SwitchKDTrainer(Trainer):
             logs = logs | terms | {"data_wait": Waited(*waited).share}
             self._sums.zero_()
         super().log(logs, start_time)
-
-
-def _require_gradient(output: ModelOutput) -> None:
-    tensors = [value for value in output.values() if isinstance(value, Tensor)]
-    if not any(tensor.requires_grad for tensor in tensors):
-        raise CachekdError(
-            "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
-            fix="train the vision encoder, or set --lambda-vsd 0",
-        )

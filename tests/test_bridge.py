@@ -259,7 +259,7 @@ def test_the_switched_path_is_the_teachers_text_with_the_bridged_features(pair, 
     with capture_vision(trainer.vlm) as vision:
         trainer.vlm(**inputs)
     logits = trainer.teacher.logits(trainer.bridge(vision.output), theirs, positions)
-    expected = trainer._dbild(logits, batch["targets"], torch.arange(len(logits)))
+    expected = trainer.terms.dbild(logits, batch["targets"], torch.arange(len(logits)))
     torch.testing.assert_close(vsd, expected)
     vsd.backward()
     touched = {name for name, p in trainer.vlm.named_parameters() if p.grad is not None and p.grad.any()}

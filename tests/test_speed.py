@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 from test_train_runs import CutShort, losses, settings  # noqa: F401
 from tiny import QUESTIONS, noise_image, png_bytes, tar_members, tiny_processor, write_tar
 from torch.utils.data import BatchSampler
@@ -18,7 +18,7 @@ from cachekd.config import TrainConfig
 from cachekd.data_wait import DataWait
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
-from cachekd.length_groups import LengthGroups
+from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, open_samples, rough_lengths
 from cachekd.train import make_trainer, train
 from cachekd.training_arguments import default_workers
@@ -225,17 +225,30 @@ def test_an_optimizer_step_has_samples_of_similar_length():
     assert list(sampler) == order != list(LengthGroups(lengths, 8, seed=4, epoch=lambda: 0))
 
 
-def test_processes_share_one_order_also_after_resuming():
-    """What accelerate makes of the sampler for each of two processes, whatever their random states."""
-    lengths, batches = list(range(100, 148)), []
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_processes_share_one_order_also_after_resuming(settings, tmp_path, strategy):  # noqa: F811
+    """What accelerate makes of the trainer's sampler for each of two processes, in the second epoch, whatever
+    their random states."""
+    config = TrainConfig(**settings, training={"train_sampling_strategy": strategy})
+    trainer = make_trainer(config, tmp_path / "t")
+    first, batches = list(trainer._get_train_sampler()), []
+    trainer.state.epoch = 1.25
     for rank in range(2):
         torch.manual_seed(rank)
-        sampler = BatchSampler(LengthGroups(lengths, 4, seed=0, epoch=lambda: 1), 4, drop_last=False)
-        shard = BatchSamplerShard(sampler, 2, rank)
+        shard = BatchSamplerShard(BatchSampler(trainer._get_train_sampler(), 2, drop_last=False), 2, rank)
         batches.append(list(shard))
         torch.rand(rank + 3)
         assert list(SkipBatchSampler(shard, 2)) == batches[rank][2:]
-    assert sorted(index for some in batches for batch in some for index in batch) == list(range(48))
+    order = [index for pair in zip(*batches, strict=True) for batch in pair for index in batch]
+    assert sorted(order) == sorted(first) == list(range(12))
+    assert order != first
+
+
+def test_the_random_order_is_accelerates():
+    for epoch in range(3):
+        theirs = SeedableRandomSampler(range(48), data_seed=7)
+        theirs.set_epoch(epoch)
+        assert list(RandomOrder(48, seed=7, epoch=lambda: epoch)) == list(theirs)  # noqa: B023
 
 
 def test_a_strategy_that_would_not_work_is_refused(settings):  # noqa: F811

@@ -1,0 +1,162 @@
+"""The three terms of one batch: L_CE, L_Align and L_VSD, each summed over answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from cachekd.cache import CachedTargets
+from cachekd.errors import CachekdError
+from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
+from cachekd.samples import predicting_positions
+from cachekd.targets import LiveTargets
+from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
+
+Targets = CachedTargets | LiveTargets
+
+
+class LossTerms:
+    """Runs student and switched path, and compares both with the teacher, a few answer tokens at a time.
+
+    Args:
+        vlm: the student itself, out of DDP's and peft's wrappers: the hooks go into it.
+        teacher: the switched path; None where L_VSD is off.
+        bridge: between V_S and P_T, beyond the paper.
+        align, vsd: whether L_Align and L_VSD are on at all.
+        temperature: of DBiLD.
+        logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
+        autocast: of the student's forward.
+        tokens, positions: a batch, and where it is answered, on which the heads are measured, before anything
+            long starts.
+    """
+
+    def __init__(
+        self,
+        vlm: PreTrainedModel,
+        teacher: SwitchedTeacher | None,
+        bridge: SwitchBridge | None,
+        *,
+        align: bool,
+        vsd: bool,
+        temperature: float,
+        logit_chunk: int | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        tokens: dict[str, Tensor],
+        positions: Tensor,
+    ) -> None:
+        self.vlm, self.teacher, self.bridge = vlm, teacher, bridge
+        self.align, self.temperature, self.autocast = align, temperature, autocast
+        self._proven = False  # that the student's parts make up the student
+        if teacher is not None:
+            teacher.head(tokens, positions)
+            if vsd and "pixel_values" in tokens:
+                self._prove(tokens, positions)
+        self.head = DeferredHead(vlm, tokens, positions)
+        self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
+
+    def _prove(self, inputs: dict[str, Tensor], positions: Tensor) -> None:
+        """Once, on the first sample with an image."""
+        if not self._proven:
+            prove_split(self.vlm, inputs, positions)
+            self._proven = True
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        supervised: Tensor,
+        targets: Targets | None,
+        covered: Tensor,
+        for_teacher: dict[str, Tensor] | None,
+        *,
+        switches: bool,
+    ) -> dict[str, Tensor]:
+        """See `SwitchKDTrainer.loss_terms`.
+
+        Args:
+            model: the student in its wrappers.
+            switches: whether the switched path runs.
+        """
+        positions = predicting_positions(supervised)
+        answer_ids = inputs["input_ids"][supervised]
+        with capture_vision(self.vlm) as vision:
+            states = self.head.states(
+                lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
+            )
+        if targets is None:
+            return self._own_path(states, answer_ids, None)
+        terms = self._own_path(states[covered], answer_ids[covered], targets)
+        if not covered.all():
+            terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
+        # Without an image z_W is z_T: no difference, and no gradient.
+        if switches and vision.output is not None:
+            self._prove(inputs, positions)
+            output = vision.output
+            _require_gradient(output)
+            if self.bridge is not None:
+                output = self.bridge(output)
+                if for_teacher is not None:  # its own number of places for an image
+                    inputs = dict(for_teacher)
+                    positions = predicting_positions(inputs.pop("supervised"))
+            terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
+        return terms
+
+    def _own_path(self, states: Tensor, answer_ids: Tensor, targets: Targets | None) -> dict[str, Tensor]:
+        """L_CE and, with targets, L_Align."""
+
+        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            with self.autocast():
+                logits = self.head.logits(some)
+            terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
+            if targets is not None and self.align:
+                terms["align"] = self.dbild(logits, targets, rows)
+            return terms
+
+        return summed_over_chunks(loss, states, self.logit_chunk)
+
+    def _switched_path(
+        self,
+        vision_output: ModelOutput,
+        inputs: dict[str, Tensor],
+        positions: Tensor,
+        targets: Targets,
+        covered: Tensor,
+    ) -> Tensor:
+        """L_VSD."""
+        assert self.teacher is not None  # as the trainer checked
+        head = self.teacher.head(inputs, positions)
+        teacher_logits = self.teacher.logits
+        states = head.states(lambda: teacher_logits(vision_output, inputs, positions))
+
+        def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
+            return {"vsd": self.dbild(head.logits(some), targets, rows)}
+
+        return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
+
+    def dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
+        """DBiLD summed over the answer tokens `rows` [n] int64, whose [n, V] logits are given."""
+        if logits.shape[1] > targets.vocab_size:
+            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+            logits = logits[:, : targets.vocab_size]
+        return dbild_loss(
+            logits,
+            targets.select(rows),
+            temperature=self.temperature,
+            window=targets.window,
+            min_k=targets.min_k,
+            reduction="sum",
+        )
+
+
+def _require_gradient(output: ModelOutput) -> None:
+    tensors = [value for value in output.values() if isinstance(value, Tensor)]
+    if not any(tensor.requires_grad for tensor in tensors):
+        raise CachekdError(
+            "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
+            fix="train the vision encoder, or set --lambda-vsd 0",
+        )
