@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from cachekd.cache.manifest import Manifest, Source
+from cachekd.cache.manifest import Derivation, Manifest, Source
 from cachekd.cache.summary import CacheSummary, Entropy
 
 Rows = dict[str, str]
@@ -71,8 +71,14 @@ def origin(manifest: Manifest) -> Rows:
         for shard in manifest.shards
     )
     if cut:
-        rows["cut"] = f"{cut:,} shard(s) hold only some samples of the dump's"
-    return rows
+        rows["changed"] = f"{cut:,} shard(s) are not as the dump wrote them: cut, or recompressed"
+    return rows | lineage(manifest)
+
+
+def lineage(manifest: Manifest) -> Rows:
+    """How it was made of other caches, the last step last; nothing for a dump's own."""
+    steps = manifest.lineage
+    return {_numbered("made by", number, len(steps)): _step(step) for number, step in enumerate(steps)}
 
 
 def fingerprints(manifest: Manifest) -> Rows:
@@ -125,6 +131,19 @@ def _data(source: Source) -> str:
         if value is not None
     ]
     return ", ".join([f"{data.path} ({data.samples:,} samples)", *chosen])
+
+
+def _step(step: Derivation) -> str:
+    codec, shown = step.parent_codec, [parent[:12] for parent in step.parents[:3]]
+    more = f" and {len(step.parents) - 3} more" if len(step.parents) > 3 else ""
+    text = (
+        f"{step.operation} (cachekd {step.version}) of {len(step.parents)} cache(s): {step.parent_samples:,} "
+        f"samples, top_k {codec.top_k}, tail {codec.tail}, manifest {', '.join(shown)}{more}"
+    )
+    if (near := step.fidelity) is None:
+        return text
+    measured = f"KL {near.kl:.4g} nats, gradient cosine {near.cosine:.4f}"
+    return f"{text}; against that {measured} ({near.tokens:,} tokens)"
 
 
 def _fidelity(manifest: Manifest) -> Rows:

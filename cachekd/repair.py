@@ -22,6 +22,7 @@ from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards
 from cachekd.samples import Samples, open_samples
+from cachekd.samples.map_function import require_map
 from cachekd.samples.open import keys_hash
 from cachekd.teacher import Teacher
 
@@ -94,20 +95,19 @@ def find_source(
 
     Args:
         findings: of `verify_files`.
-        data, map_function: as for the dump; limit and seed are the manifest's, and so is `map` if it is None.
+        data, map_function: as for the dump; limit and seed are the manifest's.
 
     Returns:
         the dump's index in the manifest's sources, and the data set as that dump read it.
 
     Raises:
-        CachekdError: none.
+        CachekdError: none, or the dump had a map function and `map_function` is None.
     """
     broken = sorted({manifest.shards[f.shard].source for f in findings if f.shard is not None})
     for number in broken:
         info = manifest.sources[number].data
-        samples = open_samples(
-            data, map=map_function or info.map, limit=info.limit, shuffle_seed=info.shuffle_seed
-        )
+        function = require_map(map_function, info.map, f"source {number} of the cache")
+        samples = open_samples(data, map=function, limit=info.limit, shuffle_seed=info.shuffle_seed)
         if keys_hash(samples) == info.sha256:
             return number, samples
     infos = [manifest.sources[number].data for number in broken]

@@ -14,14 +14,16 @@ import torch
 from caches import copied, dump_cache, flip, reseal, write_data
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache
+from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.entropy import entropy, entropy_bounds, spread
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.parts import bytes_by_part
+from cachekd.cache.recompress import recompress
 from cachekd.cache.summarise import summarise
 from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
-from cachekd.describe import Bar, k_bars
+from cachekd.describe import Bar, k_bars, lineage
 from cachekd.errors import CachekdError
+from cachekd.inspect_page import inspect_page
 from cachekd.peek import Alternative, PeekedSample, PeekedToken
 from cachekd_cli.console import console
 from cachekd_cli.inspect import SHOWN, shard_table
@@ -84,6 +86,20 @@ def test_a_merged_cache_shows_its_sources_and_sketches(caches):
     text = CliRunner().invoke(app, ["inspect", str(caches["merged"])]).output
     for words in ("data 0", "data 1", "sketch 0", "sketch 1", "of 2 dumps"):
         assert words in text
+
+
+def test_a_derived_cache_shows_how_it_was_made(caches, tmp_path):
+    cut = recompress(caches["merged"], tmp_path / "cut", top_k=2)
+    merge, step = lineage(cut).values()
+    parents = Manifest.load(caches["merged"])
+    assert merge.startswith("merge (cachekd")
+    assert f"top_k {parents.codec.top_k}, tail {parents.codec.tail}, manifest {parents.sha256[:12]}" in step
+    assert f"gradient cosine {cut.lineage[-1].fidelity.cosine:.4f}" in step
+    text = " ".join(CliRunner().invoke(app, ["inspect", str(tmp_path / "cut")]).output.split())
+    for words in ("made by 0", "made by 1", "not as the dump"):
+        assert words in text
+    assert "recompress (cachekd" in inspect_page(summarise(tmp_path / "cut"))
+    assert lineage(Manifest.load(caches["sketch"])) == {}
 
 
 @pytest.mark.parametrize("name", ["none", "sketch"])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,26 @@ def test_a_changed_sample_is_refused(tmp_path, cache, data, what):
 def answers(data: Path, key: str) -> list[Any]:
     samples = open_samples(data)
     return [m for m in samples[samples.keys.index(key)].messages if m["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("command", ["peek", "verify"])
+def test_a_cache_cannot_name_what_is_run(tmp_path, monkeypatch, cache, data, teacher_path, command):
+    """A manifest comes from anybody, and its `map` would be imported from the current folder too."""
+    folder = copied(cache.path, tmp_path / "c")
+    shutil.rmtree(folder / "dump")  # which is not published
+    reseal(folder / "manifest.json", lambda manifest: manifest["sources"][0]["data"].update(map="evil:run"))
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\ndef run(record): return record")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    teacher = ["--teacher", str(teacher_path)] if command == "verify" else []
+    arguments = [command, str(folder), "--data", str(data), *teacher]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, CachekdError)
+    assert "add --map evil:run if you know" in str(error)
+    assert not (tmp_path / "ran").exists()
+    if command == "peek":
+        assert CliRunner().invoke(app, [*arguments, "--map", "evil:run"]).exit_code == 0
+        assert (tmp_path / "ran").exists()
 
 
 def test_another_tokenizer_is_refused(tmp_path, cache):

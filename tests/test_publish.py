@@ -17,13 +17,14 @@ import fsspec
 import huggingface_hub.constants
 import pytest
 import yaml
-from caches import assert_same_samples, copied, files_of, reseal
+from caches import assert_same_samples, copied, files_of, flip, reseal
 from fsspec.implementations.memory import MemoryFileSystem
 from hub_server import TOKEN, HubServer, running_hub
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.merge import merge_caches
+from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.sharing import local_folder, pull_cache, push_cache
 from cachekd.sharing.card import dataset_card
@@ -373,6 +374,16 @@ def test_a_manifest_that_is_none(remote, tmp_path):
         pull_cache(f"file://{remote}", tmp_path / "out")
 
 
+def test_a_finished_pull_is_mended(remote, tmp_path):
+    out = tmp_path / "out"
+    pull_cache(f"file://{remote}", out)
+    flip(out / "shards/00000.zarr.zip", 100)
+    (out / "sketch.zarr.zip").unlink()
+    pulled = pull_cache(f"file://{remote}", out)
+    assert (pulled.fetched, files_of(out)) == (2, without_card(files_of(remote)))
+    assert pull_cache(f"file://{remote}", out).fetched == 0
+
+
 def test_some_shards_are_a_cache_of_their_own(remote, skipping_cache, tmp_path):
     whole, parts = Manifest.load(skipping_cache), []
     for place, (spec, numbers) in enumerate((("0,2", [0, 2]), (" 1-1 ", [1]))):
@@ -466,6 +477,26 @@ def test_training_takes_an_address(
 def test_addresses_that_are_none(skipping_cache, address):
     with pytest.raises(CachekdError, match=r"no address of a cache[\s\S]*org/name"):
         push_cache(skipping_cache, address)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["inspect C", "peek C", "verify C", "select C --list", "merge C C -o {}", "recompress C {} --top-k 2"]
+    + ["export C {} --to parquet", "status C", "push C org/name"],
+)
+@pytest.mark.parametrize("address", ["hf://datasets/org/name", "file:///data/cache"])
+def test_commands_that_need_a_folder_say_to_pull_first(command, address, tmp_path):
+    arguments = [part.format(tmp_path / "out") if part != "C" else address for part in command.split()]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, CachekdError)
+    assert f"cachekd pull {address} FOLDER" in str(error)
+
+
+def test_a_cache_is_not_made_at_an_address(skipping_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CachekdError, match=r"cachekd push FOLDER s3://bucket/c"):
+        recompress(skipping_cache, Path("s3://bucket/c"), top_k=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_client_and_an_unknown_scheme_are_explained(tmp_path):

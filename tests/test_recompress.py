@@ -38,6 +38,7 @@ from cachekd.cache.recompress import cut_entries, odds_bound, recompress
 from cachekd.cache.shard import decode_targets, make_shard, pack_shard, read_codes
 from cachekd.cache.subset import select_samples
 from cachekd.errors import CachekdError
+from cachekd.sharing import pull_cache
 from cachekd_cli.main import app
 
 STEP = 1 / 16
@@ -268,6 +269,9 @@ def test_a_merged_caches_sketches_become_coarser_each(dumps, tmp_path, teacher_p
     for key in old:
         assert torch.equal(cache[key].token_ids, old[key].token_ids)
         assert (cache[key].everywhere() - old[key].everywhere()).abs().mean() < 0.2
+    pull_cache(f"file://{tmp_path}/m", tmp_path / "part", shards="0")  # lists both sketches, and uses one
+    part = recompress(tmp_path / "part", tmp_path / "p", tail="step=0.2", top_k=32)
+    assert len(part.sketches) == 1
 
 
 def test_without_a_tail_what_is_not_kept_is_even(dumps, tmp_path):

@@ -33,6 +33,7 @@ def _here() -> str:
 
 
 _HERE = _here()
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
 
 
@@ -118,12 +119,35 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def address_of(path: Path) -> str | None:
+    """The address that was given where a path was meant, such as `s3://bucket/x`; None if it is a path."""
+    if (match := _ADDRESS.fullmatch(path.as_posix())) is None:
+        return None
+    slashes = ":///" if match[1] == "file" else "://"  # of which a path keeps one
+    return f"{match[1]}{slashes}{match[2]}"
+
+
+def refuse_address(path: Path) -> None:
+    """Before it becomes a folder `s3:`.
+
+    Raises:
+        CachekdError: it is an address.
+    """
+    if (address := address_of(path)) is not None:
+        raise CachekdError(
+            "this is an address, and what is made here needs a folder on this disk",
+            where=address,
+            fix=f"choose a folder; `cachekd push FOLDER {address}` takes a cache there",
+        )
+
+
 def make_folder(path: Path) -> None:
     """The folder and its parents.
 
     Raises:
-        CachekdError: it cannot be made, or is a file.
+        CachekdError: it cannot be made, is a file, or an address.
     """
+    refuse_address(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from cachekd.cache.files import address_of
 from cachekd.cache.sealed import Part, Sealed, cannot_be_read, read_json
 from cachekd.errors import CachekdError
 
@@ -295,10 +296,16 @@ def _not_a_cache(folder: Path) -> CachekdError:
             expected=MANIFEST_FILE,
             fix="run the same `cachekd dump` again, it goes on where it stopped (see `cachekd status`)",
         )
+    if (address := address_of(folder)) is not None:
+        return CachekdError(
+            "this needs a cache on this disk, not an address",
+            where=address,
+            fix=f"`cachekd pull {address} FOLDER`, then the same with that folder",
+        )
     return CachekdError(
         "this is not a cache",
         where=str(folder),
         expected=MANIFEST_FILE,
         found=", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no folder",
-        fix="run `cachekd dump`",
+        fix="run `cachekd dump`, or fetch a published one with `cachekd pull`",
     )

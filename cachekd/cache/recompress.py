@@ -117,6 +117,7 @@ def _coarsenings(cache: LogitCache, codec: CodecSettings) -> dict[int, Coarsenin
     setting = TailSetting.parse(codec.tail)
     if codec.tail == cache.manifest.codec.tail or not setting.sketch:
         return {}
+    used = {info.sketch for info in cache.manifest.shards}  # a part that was pulled lists them all
     return {
         number: coarsen(
             read_encoder(cache.path / info.name, info.sha256),
@@ -125,6 +126,7 @@ def _coarsenings(cache: LogitCache, codec: CodecSettings) -> dict[int, Coarsenin
             str(cache.path / info.name),
         )
         for number, info in enumerate(cache.manifest.sketches)
+        if number in used
     }
 
 

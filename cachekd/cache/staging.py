@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cachekd.cache.files import cannot_write, make_folder, sync_folder
+from cachekd.cache.files import cannot_write, make_folder, refuse_address, sync_folder
 from cachekd.errors import CachekdError
 
 
@@ -23,6 +23,7 @@ def staged_folder(out: Path, what: str, *, last: str) -> Iterator[Path]:
     Raises:
         CachekdError: `out` holds something, or cannot be written.
     """
+    refuse_address(out)
     out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CachekdError(

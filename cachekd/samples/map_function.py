@@ -50,6 +50,28 @@ class MapFunction:
         return mapped
 
 
+def require_map(given: str | None, named: str | None, where: str) -> str | None:
+    """The function to read data with, which only the user may name: a cache may come from anybody.
+
+    Args:
+        given: the user's `--map`.
+        named: what the cache's manifest says that its data were read by.
+        where: the cache.
+
+    Raises:
+        CachekdError: the manifest names one, and the user does not.
+    """
+    if given is None and named is not None:
+        raise CachekdError(
+            "the data were read by a function of somebody's own, and a cache may not say what is run here",
+            where=where,
+            expected="--map",
+            found=f"the manifest names {named!r}",
+            fix=f"add --map {named} if you know that function",
+        )
+    return given
+
+
 def load_map(name: str) -> MapFunction:
     """Import `module:function`, from the current directory as well.
 

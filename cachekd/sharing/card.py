@@ -9,6 +9,7 @@ import jinja2
 from huggingface_hub import DatasetCardData
 
 from cachekd.cache.manifest import Manifest
+from cachekd.describe import lineage
 from cachekd.errors import CachekdError
 
 UNKNOWN = "unknown"
@@ -89,6 +90,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
             ("KL(live teacher, cache)", f"{measured.kl:.5f} nats over {measured.tokens:,} tokens"),
             ("cosine of DBiLD's gradients", f"{measured.cosine:.4f}, live and cached"),
         ]
+    rows += lineage(manifest).items()
     fingerprints = manifest.fingerprints
     return rows + [
         ("teacher's weights", teacher.weights_sha256),

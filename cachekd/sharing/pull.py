@@ -21,13 +21,13 @@ from typing import NamedTuple
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import cannot_write, commit, sync_folder
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
+from cachekd.cache.sealed import MOST_JSON
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import Listed, listed_files, some_shards
-from cachekd.sharing.pull_folder import PULL_FOLDER, alone, begin, require_space
+from cachekd.sharing.pull_folder import PULL_FOLDER, alone, begin, prepare, require_space
 from cachekd.sharing.store import Progress, Store, open_store
 
 _AT_A_TIME = 4
-_MANIFEST_BYTES = 2**28  # a million shards; more is not a manifest, and would be read into memory
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def pull_cache(
     progress: Progress = lambda done: None,
     total: Progress = lambda size: None,
 ) -> Pulled:
-    """Download a cache and verify every file of it; the same call goes on after an interruption.
+    """Download a cache and verify every file of it; the same call goes on after an interruption, and fetches
+    again what was lost or damaged since.
 
     Args:
         address: as for `push_cache`.
@@ -89,7 +90,7 @@ def read_published(store: Store) -> Published:
         CachekdError: there is none, or it cannot be read.
     """
     size = store.size(MANIFEST_FILE)
-    if size is None or size > _MANIFEST_BYTES:
+    if size is None or size > MOST_JSON:
         raise CachekdError(
             "this is not a cache, or it is not yet published as a whole",
             where=store.url,
@@ -125,14 +126,16 @@ def pull_from(
         content = manifest.to_json()
     files = listed_files(manifest)
     total(sum(file.bytes for file in files))
-    fetched: list[Listed] = []
-    if begin(out, content):
-        with alone(out):
-            fetched = _fetch_all(store, out, files, progress)
-            for folder in (out / SHARD_FOLDER, out):
-                sync_folder(folder)
-            commit(out / MANIFEST_FILE, content)
-            shutil.rmtree(out / PULL_FOLDER, ignore_errors=True)
+    if not begin(out, content):
+        if all(_is_whole(out, file) for file in files):
+            return Pulled(out, manifest, 0, len(files), 0)
+        prepare(out, content)  # a file was lost or damaged since: it is fetched again
+    with alone(out):
+        fetched = _fetch_all(store, out, files, progress)
+        for folder in (out / SHARD_FOLDER, out):
+            sync_folder(folder)
+        commit(out / MANIFEST_FILE, content)
+        shutil.rmtree(out / PULL_FOLDER, ignore_errors=True)
     return Pulled(out, manifest, len(fetched), len(files) - len(fetched), sum(file.bytes for file in fetched))
 
 
@@ -160,7 +163,7 @@ def _fetch(store: Store, out: Path, file: Listed) -> bool:
         CachekdError: what the store has is not what the manifest lists.
     """
     target = out / file.name
-    if target.is_file() and _sha256(target) == file.sha256:
+    if _is_whole(out, file):
         return False
     where = f"{store.url}/{file.name}"
     size = store.size(file.name)
@@ -186,6 +189,11 @@ def _fetch(store: Store, out: Path, file: Listed) -> bool:
     except OSError as error:
         raise cannot_write(target, error) from None
     return True
+
+
+def _is_whole(out: Path, file: Listed) -> bool:
+    target = out / file.name
+    return target.is_file() and _sha256(target) == file.sha256
 
 
 def _not_listed(where: str, expected: str, found: str) -> CachekdError:

@@ -42,10 +42,19 @@ def begin(out: Path, content: bytes) -> bool:
             expected="a new or empty folder, or one of a pull that was cut short",
             fix="choose another folder",
         )
-    make_folder(out / SHARD_FOLDER)
-    make_folder(note.parent)
-    commit(note, content)
+    prepare(out, content)
     return True
+
+
+def prepare(out: Path, content: bytes) -> None:
+    """Make what files are fetched into.
+
+    Raises:
+        CachekdError: the folder cannot be written.
+    """
+    make_folder(out / SHARD_FOLDER)
+    make_folder(out / PULL_FOLDER)
+    commit(out / PULL_FOLDER / MANIFEST_FILE, content)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def push_cache(
         raise CachekdError("--private is for the hub", where=address, fix="set the bucket's own permissions")
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
-        card.write_text(dataset_card(manifest, address, license), encoding="utf-8")
+        card.write_text(dataset_card(manifest, store.url, license), encoding="utf-8")
         return _upload(path, manifest, store, card, progress)
 
 

@@ -51,9 +51,7 @@ def peek_command(
         str | None,
         typer.Option(help="The data set that was dumped: shows question and image, and checks them."),
     ] = None,
-    map_function: Annotated[
-        str | None, typer.Option("--map", help="As for the dump; default: what the manifest names.")
-    ] = None,
+    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
     ] = None,
@@ -111,8 +109,10 @@ def open_data(cache: LogitCache, data: str, map_function: str | None, reader: To
     """The data set, by key."""
     from cachekd.peek_data import PeekedData
     from cachekd.samples import open_samples
+    from cachekd.samples.map_function import require_map
 
-    samples = open_samples(data, map=map_function or cache.manifest.sources[0].data.map)
+    named = cache.manifest.sources[0].data.map
+    samples = open_samples(data, map=require_map(map_function, named, str(cache.path)))
     return PeekedData(cache, samples, reader.processor)
 
 

@@ -34,9 +34,7 @@ def verify_command(
         str | None, typer.Option(help="Ask this teacher again (with --data), and make repairs with it.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="The data set that was dumped.")] = None,
-    map_function: Annotated[
-        str | None, typer.Option("--map", help="As for the dump; default: what the manifest names.")
-    ] = None,
+    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
@@ -166,9 +164,11 @@ def ask_again(
     from cachekd.cache import LogitCache
     from cachekd.recheck import recheck
     from cachekd.samples import open_samples
+    from cachekd.samples.map_function import require_map
 
     opened = LogitCache(cache)
-    samples = open_samples(data, map=map_function or opened.manifest.sources[0].data.map)
+    named = opened.manifest.sources[0].data.map
+    samples = open_samples(data, map=require_map(map_function, named, str(cache)))
     model = open_teacher(opened.manifest, teacher, samples)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "ask again", min(count, len(opened)))
