@@ -20,7 +20,7 @@ from cachekd.loss_terms import LossTerms, Targets
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import predicting_positions
 from cachekd.training_data import IGNORE, checked, collate_with_targets
-from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model
+from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text
 
 TERMS = ("ce", "align", "vsd")
 
@@ -101,6 +101,7 @@ class SwitchKDTrainer(Trainer):
         self.vlm: PreTrainedModel = (
             student if isinstance(student, PreTrainedModel) else wrapped.get_base_model()
         )
+        reach_by_text(self.vlm)
         self.teacher, self.live = teacher, live
         self.bridge = None if bridge is None else bridge.to(self.args.device)
         if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -253,6 +253,19 @@ def test_other_files_under_the_same_name_are_noticed(short, tmp_path, student_pa
     assert {state.why for state in look(pipeline)} == {f"content of {data} changed"}
 
 
+def test_another_cache_under_the_same_name_is_noticed(short, tmp_path, cache_path):
+    """A cache that no step makes."""
+    cache = shutil.copytree(cache_path, tmp_path / "given")
+    short["steps"] = [{"step": "train", "name": "one", "stage": "dpt", "epochs": 1, "cache": str(cache)}]
+    pipeline = read(short, tmp_path)
+    assert run(pipeline) == ["one"]
+    assert states(pipeline) == {"one": "done"}
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(manifest, indent=3))
+    (state,) = look(pipeline)
+    assert (state.state, state.why) == ("changed", f"content of {cache / 'manifest.json'} changed")
+
+
 def test_done_is_what_has_its_whole_output(short, tmp_path):
     pipeline = read(short, tmp_path)
     run(pipeline)
