@@ -23,6 +23,7 @@ from cachekd.config import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline.inputs import model_content
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.stages import PARTS
@@ -251,6 +252,14 @@ def test_other_files_under_the_same_name_are_noticed(short, tmp_path, student_pa
     assert states(pipeline) == {"one": "done", "two": "done"}
     write_tar(data / "0.tar", tar_members(5))
     assert {state.why for state in look(pipeline)} == {f"content of {data} changed"}
+
+
+def test_a_gguf_file_is_a_model(tmp_path):
+    file, known = tmp_path / "m.gguf", {}
+    file.write_bytes(b"GGUF one")
+    one = model_content(str(file), known)
+    file.write_bytes(b"GGUF another")
+    assert one != model_content(str(file), known)
 
 
 def test_another_cache_under_the_same_name_is_noticed(short, tmp_path, cache_path):
