@@ -221,8 +221,18 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
 def live_teacher(
     config: TrainConfig, teacher: SwitchedTeacher, processor: Any
 ) -> tuple[LiveTeacher, SampleEncoder | None]:
-    """The teacher in the cache's place, and its own encoder if it prepares images in another way."""
+    """The teacher in the cache's place, and its own encoder if it prepares images in another way.
+
+    Raises:
+        CachekdError: it has another chat template, which a cache would be refused for.
+    """
     own = load_processor(str(config.teacher))
+    if SampleEncoder(own).template != SampleEncoder(processor).template:
+        raise CachekdError(
+            "teacher and student have different chat templates",
+            where=f"{config.teacher} and {config.student}",
+            fix="save the teacher's chat_template.jinja beside the student's processor",
+        )
     rows = teacher.model.get_output_embeddings().weight.shape[0]
     live = LiveTeacher(
         teacher,

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.failures import stop_if_not_finite
@@ -20,7 +21,7 @@ from cachekd.loss_terms import LossTerms, Targets
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import predicting_positions
 from cachekd.training_data import IGNORE, checked, collate_with_targets
-from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model
+from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text
 
 TERMS = ("ce", "align", "vsd")
 
@@ -101,14 +102,11 @@ class SwitchKDTrainer(Trainer):
         self.vlm: PreTrainedModel = (
             student if isinstance(student, PreTrainedModel) else wrapped.get_base_model()
         )
+        reach_by_text(self.vlm)
         self.teacher, self.live = teacher, live
         self.bridge = None if bridge is None else bridge.to(self.args.device)
         if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise CachekdError(
-                "the switch bridge cannot be trained under FSDP or DeepSpeed: they train the student alone",
-                where="setting 'switch_bridge'",
-                fix="train with DDP (accelerate launch --multi_gpu), or leave --switch-bridge out",
-            )
+            raise no_sharding()
         self.lambda_align, self.lambda_vsd, self.vsd_every = lambda_align, lambda_vsd, vsd_every
         tokens, positions = self._first_batch()
         self.terms = LossTerms(
@@ -213,25 +211,18 @@ class SwitchKDTrainer(Trainer):
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's, with the bridge's parameters; its bias has no weight decay either."""
+        """The Trainer's, with the bridge's parameters."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.bridge is not None and not there:
-            linear = self.bridge.linear
-            optimizer.add_param_group({"params": [linear.weight], "weight_decay": self.args.weight_decay})
-            optimizer.add_param_group({"params": [linear.bias], "weight_decay": 0.0})
+            add_to_optimizer(optimizer, self.bridge, self.args.weight_decay)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's; then, in an optimizer step's last batch, the bridge's gradients over all processes.
-
-        Not by DDP: it would wait for a process whose batch has no image.
-        """
+        """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
         loss = super().training_step(*args, **kwargs)
         if self.bridge is not None and self.switches and self.accelerator.sync_gradients:
-            for parameter in self.bridge.parameters():
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, reduction="mean")
+            mean_gradients(self.bridge, self.accelerator)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

@@ -23,6 +23,7 @@ from cachekd.config import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline.inputs import model_content
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.stages import PARTS
@@ -254,6 +255,27 @@ def test_other_files_under_the_same_name_are_noticed(short, tmp_path, student_pa
     assert states(pipeline) == {"one": "done", "two": "done"}
     write_tar(data / "0.tar", tar_members(5))
     assert {state.why for state in look(pipeline)} == {f"content of {data} changed"}
+
+
+def test_a_gguf_file_is_a_model(tmp_path):
+    file, known = tmp_path / "m.gguf", {}
+    file.write_bytes(b"GGUF one")
+    one = model_content(str(file), known)
+    file.write_bytes(b"GGUF another")
+    assert one != model_content(str(file), known)
+
+
+def test_another_cache_under_the_same_name_is_noticed(short, tmp_path, cache_path):
+    """A cache that no step makes."""
+    cache = shutil.copytree(cache_path, tmp_path / "given")
+    short["steps"] = [{"step": "train", "name": "one", "stage": "dpt", "epochs": 1, "cache": str(cache)}]
+    pipeline = read(short, tmp_path)
+    assert run(pipeline) == ["one"]
+    assert states(pipeline) == {"one": "done"}
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps(manifest, indent=3))
+    (state,) = look(pipeline)
+    assert (state.state, state.why) == ("changed", f"content of {cache / 'manifest.json'} changed")
 
 
 def test_done_is_what_has_its_whole_output(short, tmp_path):

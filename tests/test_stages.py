@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import tiny_processor, tiny_vlm
+from torch import nn
 from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig, read_config
@@ -19,6 +20,7 @@ from cachekd.files import RUN_FILE
 from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
 from cachekd.vlm import parameters_by_part, train_only
+from cachekd.vlm.steady import keep_statistics
 from cachekd_cli.main import app
 
 PREFIX = {
@@ -235,3 +237,12 @@ def test_tensorboard_gets_every_term(settings, tmp_path, monkeypatch):
     for name in ("ce", "align", "vsd", "loss"):
         written = [event.value for event in events.Scalars(f"train/{name}")]
         assert written == pytest.approx([entry[name] for entry in log], rel=1e-6)
+
+
+def test_batch_norms_use_and_keep_the_checkpoints_statistics_in_training():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    before, pixels = model[1].running_mean.clone(), torch.rand(2, 3, 5, 5)
+    expected = model(pixels)
+    keep_statistics(model)
+    assert torch.equal(model.train()(pixels), expected)
+    assert torch.equal(model[1].running_mean, before)

@@ -170,3 +170,14 @@ def test_the_demo_pair_cached_and_live(tmp_path):
     assert len(live) == 20
     assert max(drifts["exact"].values()) < 1e-3
     assert max(drifts["bytes=64"].values()) < 1e-2  # the default: its logprobs are in steps of 1/16 nat
+
+
+def test_a_live_teacher_of_another_template_is_refused(pair, tmp_path):
+    """As a cache of one is: what it says would belong to other texts."""
+    settings, _ = pair
+    processor = tiny_processor()
+    processor.chat_template = f"{processor.chat_template} "
+    student = save_vlm(tmp_path / "student", processor, seed=2)
+    config = TrainConfig(**settings | {"student": str(student)}, live_teacher=True, out=tmp_path / "x")
+    with pytest.raises(CachekdError, match="different chat templates"):
+        make_trainer(config, tmp_path / "t")

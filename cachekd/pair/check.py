@@ -96,7 +96,7 @@ def check_pair(
     data: str,
     *,
     map: str | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     samples: int = 2,
     forward: bool = False,
     switch_bridge: Literal["linear"] | None = None,
@@ -107,7 +107,7 @@ def check_pair(
         teacher, student: model folders or hub names.
         data: as for a dump.
         map: likewise.
-        cache: checked too where it is given.
+        cache: checked too where it is given; a folder or an address.
         samples: how many are looked at.
         forward: load both models and prove that each, taken apart, says what it says whole.
         switch_bridge: as for training.
@@ -130,7 +130,8 @@ def check_pair(
     if cache is not None:
         rows += cache_rows(cache, opened, ours, teacher, pairs)
     if forward:
-        rows += [split_row("teacher", theirs, pairs[0][0]), split_row("student", ours, pairs[0][1])]
+        with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
+        rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
     sizes = sizes_of(theirs.config, ours.config, teacher_dtype=default_dtype(default_device()))
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
@@ -239,7 +240,7 @@ def _bridge_row(teacher: _Side, student: _Side) -> Row:
 
 
 def cache_rows(
-    path: Path, samples: Samples, student: _Side, teacher: str, pairs: list[tuple[Encoded, Encoded]]
+    path: str | Path, samples: Samples, student: _Side, teacher: str, pairs: list[tuple[Encoded, Encoded]]
 ) -> list[Row]:
     """A cache against data, student and teacher."""
     cache = LogitCache(path)
@@ -272,11 +273,9 @@ def split_row(name: str, side: _Side, encoded: Encoded) -> Row:
     miss = float((apart.float() - whole.float()).abs().max())
     if miss == 0:
         return Row(f"{name}'s split", "ok", f"equals the whole forward at {len(whole)} tokens, bit by bit")
-    bound = 0.05 * float(whole.float().std())
-    state: State = "note" if miss < bound else "refused"
-    return Row(
-        f"{name}'s split", state, f"off by {miss:.2g} nats, the logits' deviation is {bound / 0.05:.2g}"
-    )
+    deviation = float(whole.float().std())
+    state: State = "note" if miss < _ROUNDING * deviation else "refused"
+    return Row(f"{name}'s split", state, f"off by {miss:.2g} nats, the logits' deviation is {deviation:.2g}")
 
 
 def _tried(name: str, attempt: Callable[[], None]) -> Row:

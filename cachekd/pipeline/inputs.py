@@ -47,11 +47,7 @@ def model_content(name: str, known: dict[str, Known]) -> str | None:
         if _HUB_NAME.fullmatch(name):
             return None
         raise CachekdError("there is no such model", where=name, expected="a model folder or hub name")
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix in _OF_A_MODEL and not path.name.startswith("cachekd_")  # what stages leave in a run
-    )
+    files = _read_by_transformers(folder)
     listing = _listing(files)
     place = f"model {name}"
     if place not in known or known[place].listing != listing:
@@ -59,6 +55,16 @@ def model_content(name: str, known: dict[str, Known]) -> str | None:
         content = hashlib.sha256(f"{names}\n{weights_fingerprint(files)}".encode()).hexdigest()
         known[place] = Known(listing=listing, content=content)
     return known[place].content
+
+
+def _read_by_transformers(model: Path) -> list[Path]:
+    if model.is_file():  # .gguf
+        return [model]
+    return sorted(
+        path
+        for path in model.iterdir()
+        if path.suffix in _OF_A_MODEL and not path.name.startswith("cachekd_")  # what stages leave in a run
+    )
 
 
 def data_content(spec: str, map: str | None, known: dict[str, Known]) -> str | None:

@@ -45,6 +45,7 @@ class PlannedStep:
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
         data: (data set, map function) that it reads.
+        files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlannedStep:
     upstream: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: tuple[str, str | None] | None = None
+    files: tuple[Path, ...] = ()
 
     @property
     def out(self) -> Path:
@@ -182,6 +184,16 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(upstream)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=None if kind == "report" else (config.data, None if kind == "eval" else config.map),
+        files=_files(config, made) if kind == "train" else (),
+    )
+
+
+def _files(config: TrainConfig, made: dict[str, str]) -> tuple[Path, ...]:
+    """A published cache at an address is none: it counts by its name."""
+    given = config.cache is not None and config.cache not in made
+    return (
+        *((Path(str(config.cache), MANIFEST_FILE),) if given else ()),
+        *((config.binding,) if config.binding is not None else ()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,9 @@ def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     }
     if step.data is not None:
         inputs[f"content of {step.data[0]}"] = data_content(*step.data, state.known)
+    for path in step.files:
+        if path.is_file():
+            inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for name in step.upstream:
         inputs[f"step {name}"] = state.steps[name].id if name in state.steps else None
     return {"settings": step.settings, "inputs": inputs}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from cachekd.errors import CachekdError
 from cachekd.samples.hf_load import HfSpec, load_split
@@ -46,9 +47,10 @@ class HfDatasetSamples:
         # Rows are taken as Arrow and read by the features without decoders: a broken image is then met by
         # open_image like any other, and reading the keys does not open one.
         self._rows = dataset.with_format("arrow")
-        # What `outline` reads: without a map function the turns alone, so that no image is.
-        turns = [name for name in dataset.column_names if name in TURN_FIELDS]
-        self._outlines = self._rows if map is not None else self._rows.select_columns(turns)
+        # What `outline` reads without a map function: the turns, and of images how many there are.
+        names = [name for name in dataset.column_names if name in TURN_FIELDS]
+        self._turns = self._rows.select_columns(names)
+        self._image_columns = [name for name in IMAGE_FIELDS if name in dataset.column_names]
         self.keys = _keys(dataset, self._origin)
 
     def __len__(self) -> int:
@@ -66,7 +68,20 @@ class HfDatasetSamples:
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""
-        return outline_of_record(self._record(self._outlines, index))
+        if self._map is not None:
+            return outline_of_record(self._record(self._rows, index))
+        return outline_of_record({**self._record(self._turns, index), "images": [None] * self._images(index)})
+
+    def _images(self, index: int) -> int:
+        """How many; Arrow says so without reading one."""
+        row = self._rows[index]
+        given = [row.column(name)[0] for name in self._image_columns]
+        first: Any = next((value for value in given if value.is_valid), None)
+        if isinstance(first, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+            return len(first)
+        if isinstance(first, pa.StringScalar | pa.LargeStringScalar):  # a path
+            return int(first.as_py() != "")
+        return int(first is not None)
 
     def _place(self, index: int) -> str:
         return f"{self._origin}, row {index}"

@@ -25,7 +25,7 @@ class Outline(NamedTuple):
 
 
 def outline_of_record(record: Mapping[str, Any]) -> Outline:
-    """Of `{"image" or "images", "conversations" or "messages"}`, with or without its image fields.
+    """Of `{"image" or "images", "conversations" or "messages"}`; what the image fields hold is not looked at.
 
     What is wrong with a record shows when the sample is read; here it has no text.
     """
@@ -36,10 +36,7 @@ def outline_of_record(record: Mapping[str, Any]) -> Outline:
     else:
         texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
     given = first_given(record, *IMAGE_FIELDS)
-    if given is None:
-        images = max(1, sum(text.count(IMAGE_PLACEHOLDER) for text in texts))
-    else:
-        images = len(given) if isinstance(given, list | tuple) else 1
+    images = len(given) if isinstance(given, list | tuple) else int(given is not None and given != "")
     return Outline([text.replace(IMAGE_PLACEHOLDER, "") for text in texts], images)
 
 

@@ -1,4 +1,7 @@
-"""WebDataset tars: `key.png` (or jpg, webp; `key.0.png`, `key.1.png` for several) beside `key.json`."""
+"""WebDataset tars: `key.png` (or jpg, webp; `key.0.png`, `key.1.png` for several) beside `key.json`.
+
+A sample of text alone is its `key.json` alone, which names no image.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cachekd.errors import BadSample
+from cachekd.samples.conversation import first_given
 from cachekd.samples.map_function import MapFunction
 from cachekd.samples.outline import Outline, outline_of_record
-from cachekd.samples.records import sample_from_record
+from cachekd.samples.records import IMAGE_FIELDS, sample_from_record
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.tar_index import index_tars
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 _IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
+# All that a sample of text alone may have; targets are what `cachekd export` writes. Anything else may be an
+# image that is not recognised, which must not make text of the sample.
+_TEXT_ALONE = {"json", "txt", "targets.npz"}
 
 
 class WebDatasetSamples:
@@ -51,7 +58,8 @@ class WebDatasetSamples:
         if self._map is not None:
             return sample_from_record(key, self._mapped(self._map, index), origin=origin)
         members, record = self._index.members(index), self._record(index)
-        record["images"] = [self._index.read(index, members[extension]) for extension in record["images"]]
+        if "images" in record:
+            record["images"] = [self._index.read(index, members[extension]) for extension in record["images"]]
         return sample_from_record(key, record, origin=origin)
 
     def outline(self, index: int) -> Outline:
@@ -59,12 +67,15 @@ class WebDatasetSamples:
         return outline_of_record(self._record(index) if self._map is None else self._mapped(self._map, index))
 
     def _record(self, index: int) -> dict[str, Any]:
-        """The sample's JSON; its images are extensions, not read yet."""
+        """The sample's JSON; its images, if it has any, are extensions, not read yet."""
         key, origin, members = self.keys[index], self._index.url(index), self._index.members(index)
-        images = _image_extensions(members, key, origin)
+        text_alone = "json" in members and members.keys() <= _TEXT_ALONE
+        images = [] if text_alone else _image_extensions(members, key, origin)
         record = _parse_json(self._index.read(index, members["json"]), key, origin)
-        record = {name: value for name, value in record.items() if name not in ("image", "images")}
-        return {**record, "images": images}
+        if text_alone and first_given(record, *IMAGE_FIELDS):
+            raise _lacks("image", members, key, origin)
+        record = {name: value for name, value in record.items() if name not in IMAGE_FIELDS}
+        return {**record, "images": images} if images else record
 
     def _mapped(self, map: MapFunction, index: int) -> Mapping[str, Any]:
         key, members = self.keys[index], self._index.members(index)
@@ -77,13 +88,7 @@ def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list
     found = {extension: match[1] for extension in members if (match := _IMAGE.fullmatch(extension))}
     missing = "json" if "json" not in members else "image" if not found else None
     if missing:
-        raise BadSample(
-            f"the sample has no {missing}",
-            where=sample_place(key, origin),
-            expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS)} (or {key}.0.png, {key}.1.png)",
-            found=_names(key, members),
-            fix="dots in names split the key from the extension: name files without them",
-        )
+        raise _lacks(missing, members, key, origin)
     if len(found) == 1:
         return list(found)
     ordered = sorted(found, key=lambda extension: int(found[extension] or -1))
@@ -96,6 +101,16 @@ def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list
             found=_names(key, ordered),
         )
     return ordered
+
+
+def _lacks(what: str, members: Mapping[str, Any], key: str, origin: str) -> BadSample:
+    return BadSample(
+        f"the sample has no {what}",
+        where=sample_place(key, origin),
+        expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS)} (or {key}.0.png, {key}.1.png)",
+        found=_names(key, members),
+        fix="dots in names split the key from the extension: name files without them",
+    )
 
 
 def _names(key: str, extensions: Iterable[str]) -> str:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
-from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projectors_in_tower, vision_tower
+from cachekd.vlm.families import (
+    TEXT_ONLY,
+    changed,
+    family_of,
+    language_model,
+    projectors_in_tower,
+    vision_tower,
+)
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:
@@ -75,6 +85,29 @@ def modules_outside(model: PreTrainedModel, trainable: tuple[StudentPart, ...]) 
             if "." in name
         }
     )
+
+
+def reach_by_text(model: PreTrainedModel) -> None:
+    """Let a batch without images give zero gradient, not an error, where L is frozen.
+
+    Nothing that trains runs in it, so there would be nothing to go backwards through, and DDP's other
+    processes would wait. So L's states get nothing times a weight that trains, inside the model's forward,
+    where DDP looks.
+
+    Args:
+        model: the VLM itself, whose parts are frozen as they will be.
+    """
+    trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+    if trained is None:
+        return
+
+    def reach(_module: nn.Module, _args: Any, output: ModelOutput) -> ModelOutput:
+        states = output["last_hidden_state"]
+        if states.requires_grad or not torch.is_grad_enabled():
+            return output
+        return changed(output, last_hidden_state=states + 0 * trained.sum().to(states.dtype))
+
+    language_model(model).register_forward_hook(reach)
 
 
 def trained_parts(model: PreTrainedModel) -> Iterator[StudentPart]:

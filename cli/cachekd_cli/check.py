@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +22,7 @@ def check_command(
     teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
     student: Annotated[str, typer.Option(help="Student: a model folder or hub name.")],
     data: Annotated[str, typer.Option(help="The data set, in any form that dump takes.")],
-    cache: Annotated[Path | None, typer.Option(help="A cache, to be checked too.")] = None,
+    cache: Annotated[str | None, typer.Option(help="A cache, to check too: a folder or an address.")] = None,
     map: Annotated[str | None, typer.Option(help="module:function, as for dump.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to look at, and to show.")] = 2,
     forward: Annotated[
