@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launch import train_in_two_processes
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_runs import CutShort
@@ -357,11 +356,7 @@ def test_two_processes_equal_one_though_one_of_them_never_switches(pair, tmp_pat
     train(TrainConfig(**pair | changed | {"batch_size": 2, "out": tmp_path / "one"}))
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps(pair | changed | {"batch_size": 1, "out": str(tmp_path / "two")}))
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "29537"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    command += ["-m", "cachekd_cli.main", "train", "--config", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = train_in_two_processes(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 4

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from launch import train_in_two_processes
 from safetensors.torch import load_file
 from tiny import conversation, noise_image, png_bytes, tiny_processor, write_tar
 
@@ -130,18 +129,7 @@ def test_two_processes_one_of_which_has_no_image(forms, cache, tmp_path, student
     train(TrainConfig(**settings, batch_size=2, out=one))
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps(settings | {"batch_size": 1, "out": str(two)}))
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29537"]
-    command = [sys.executable, *launch, "-m", "cachekd_cli.main", "train", "--config", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = train_in_two_processes(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     for name, weight in ours.items():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import train_in_two_processes
 from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
@@ -37,18 +36,7 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     train(TrainConfig(**settings, batch_size=6, out=tmp_path / "one"))
     recipe = tmp_path / "two.yaml"
     recipe.write_text(json.dumps(settings | {"batch_size": 3, "out": str(tmp_path / "two")}))
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29531"]
-    command = [sys.executable, *launch, "-m", "cachekd_cli.main", "train", "--config", str(recipe)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = train_in_two_processes(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wall time") == 1  # the first process prints, the other is quiet
 

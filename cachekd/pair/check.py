@@ -262,7 +262,7 @@ def split_row(name: str, side: _Side, encoded: Encoded) -> Row:
     """Vision encoder, projector and language model one after the other, against the model's own forward."""
     device = default_device()
     model = load_model(side.path, dtype=default_dtype(device), device=device)
-    batch = collate([encoded], side.processor.tokenizer.pad_token_id or 0)
+    batch = collate([encoded], side.encoder.pad_token_id)
     batch = {key: value.to(device) for key, value in batch.items()}
     positions = predicting_positions(batch.pop("supervised"))
     with torch.no_grad():
