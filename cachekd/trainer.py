@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -18,6 +18,7 @@ from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.failures import stop_if_not_finite
 from cachekd.loss_terms import LossTerms, Targets
+from cachekd.next_epoch import ReadsOn
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import predicting_positions
 from cachekd.training_data import IGNORE, checked, collate_with_targets
@@ -125,6 +126,7 @@ class SwitchKDTrainer(Trainer):
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
         self.last_terms: dict[str, float] = {}
         self.data_wait = DataWait()
+        self._reader: ReadsOn | None = None
 
     def _first_batch(self) -> tuple[dict[str, Tensor], Tensor]:
         """One sample, and where its answers are predicted; the heads are measured on it."""
@@ -255,9 +257,21 @@ class SwitchKDTrainer(Trainer):
             return LengthGroups(data.lengths(), in_a_step, seed=seed, epoch=self._epoch)
         return super()._get_train_sampler(train_dataset)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's; its workers read on from epoch to epoch."""
+        loader: Any = super().get_train_dataloader()
+        if loader.persistent_workers and type(loader.base_dataloader) is DataLoader:
+            self._reader = ReadsOn(loader.base_dataloader, self._another_epoch)
+            loader.base_dataloader = self._reader
+        return loader
+
+    def _another_epoch(self) -> bool:
+        return self._epoch() + 1 < self.state.num_train_epochs
+
     def _epoch(self) -> int:
         """Which epoch begins, or is gone on with; right in every process, after a resumption too."""
-        return int(self.state.epoch or 0)
+        ahead = self._reader is not None and self._reader.begins_next
+        return int(self.state.epoch or 0) + ahead
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights of a checkpoint, by the names that `save_pretrained` gave them.

@@ -98,13 +98,16 @@ def test_a_live_teacher_rests_where_no_term_asks_for_it(settings, tmp_path):  # 
     assert calls == [0, 0]  # its own path and the switched one
 
 
-@pytest.mark.parametrize("training", [{}, {"train_sampling_strategy": "group_by_length"}])
-def test_resumed_in_the_middle_the_steps_are_the_same(settings, tmp_path, training):  # noqa: F811
+@pytest.mark.parametrize(
+    ("training", "workers"), [({}, 0), ({"train_sampling_strategy": "group_by_length"}, 0), ({}, 1)]
+)
+def test_resumed_in_the_middle_the_steps_are_the_same(settings, tmp_path, training, workers):  # noqa: F811
     """Cut in the second epoch, between two steps with the switched path."""
     settings |= {"vsd_every": 2, "save_steps": 2, "batch_size": 3, "training": training}
+    settings |= {"epochs": 2 + workers}  # a worker reads on from the second into the third
     whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     train(whole)
-    config = TrainConfig(**settings)
+    config = TrainConfig(**settings, workers=workers)
     with pytest.raises(KeyboardInterrupt):
         train(config, [CutShort(7)])
     assert train(config).resumed_from == 6
@@ -113,7 +116,7 @@ def test_resumed_in_the_middle_the_steps_are_the_same(settings, tmp_path, traini
         return [{name: entry.get(name) for name in ("loss", "ce", "align", "vsd")} for entry in entries(out)]
 
     assert terms(config.out) == terms(whole.out)
-    assert [entry["vsd"] is not None for entry in terms(whole.out)] == [True, False] * 4
+    assert [entry["vsd"] is not None for entry in terms(whole.out)] == [True, False] * 2 * (2 + workers)
 
 
 # ---- samples of similar length
@@ -275,6 +278,30 @@ def test_workers_give_the_same_losses(settings, tmp_path, start_method):  # noqa
     train(TrainConfig(**settings | {"workers": 1}))
     assert losses(settings["out"]) == losses(tmp_path / "here")
     assert len(losses(settings["out"])) == 2
+
+
+def test_workers_read_on_into_the_next_epoch(settings, tmp_path):  # noqa: F811
+    """In its own order; they have begun it when the last step of this one is computed, and end with the last."""
+    keys: dict[int, list[list[str]]] = {}
+    begun = []
+    for workers in (0, 1):
+        config = TrainConfig(**settings | {"epochs": 3, "batch_size": 5, "workers": workers})
+        trainer = make_trainer(config, tmp_path / str(workers))
+        compute = trainer.compute_loss
+
+        def seen(model, inputs, *args, of=trainer, does=compute, at=workers, **kwargs):
+            keys.setdefault(at, []).append(inputs["keys"])
+            if at == 1:
+                begun.append(of._reader._begun is not None)
+            return does(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = seen
+        trainer.train()
+    assert keys[1] == keys[0]
+    epochs = [sum(keys[1][start : start + 3], []) for start in (0, 3, 6)]
+    assert all(sorted(epoch) == trainer.train_dataset.samples.keys for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert begun == [False, False, True] * 2 + [False] * 3
 
 
 def test_a_workers_fault_is_the_samples(settings, tmp_path):  # noqa: F811
