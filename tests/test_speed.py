@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,7 @@ def test_workers_give_the_same_losses(settings, tmp_path, start_method):  # noqa
 
 
 def test_workers_read_on_into_the_next_epoch(settings, tmp_path):  # noqa: F811
-    """In its own order; they have begun it when the last step of this one is computed, and end with the last."""
+    """In its own order; they have begun it when the last step of this one is computed."""
     keys: dict[int, list[list[str]]] = {}
     begun = []
     for workers in (0, 1):
@@ -298,7 +299,7 @@ def test_workers_read_on_into_the_next_epoch(settings, tmp_path):  # noqa: F811
         trainer.compute_loss = seen
         trainer.train()
     assert keys[1] == keys[0]
-    epochs = [sum(keys[1][start : start + 3], []) for start in (0, 3, 6)]
+    epochs = [list(chain(*keys[1][start : start + 3])) for start in (0, 3, 6)]
     assert all(sorted(epoch) == trainer.train_dataset.samples.keys for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert begun == [False, False, True] * 2 + [False] * 3

@@ -47,6 +47,7 @@ class ChatTemplate:
         self.source = source
         self._tokenizer, self._image_token = processor.tokenizer, processor.image_token
         self._renderer = Renderer(processor, source)
+        self._has_marks = _GENERATION.search(source) is not None
 
     def locate(self, sample: Sample) -> tuple[str, list[Span]]:
         """Render a conversation and find what is supervised.
@@ -62,12 +63,15 @@ class ChatTemplate:
             CachekdError: answers cannot be found in what this template writes.
         """
         _refuse_control_tokens(sample, self.frame.control)
-        text, answers = find_answers(self._renderer, sample.messages, sample.where)
+        if self._has_marks:
+            text, written = self._renderer.text_and_marks(sample.messages)
+        else:
+            text, written = self._renderer.text(sample.messages), []
+        answers = find_answers(self._renderer, sample.messages, text, sample.where)
         spans = [self._framed(text, answer, sample.where) for answer in answers]
-        if not _GENERATION.search(self.source):
+        if not self._has_marks:
             return text, spans
-        marks = self._marks(sample, text, answers)
-        widened = zip(marks, spans, strict=True)
+        widened = zip(_marked_answers(written, text, answers, sample), spans, strict=True)
         return text, [(min(mark[0], span[0]), max(mark[1], span[1])) for mark, span in widened]
 
     @cached_property
@@ -79,7 +83,8 @@ class ChatTemplate:
         """
         where = f"the chat template of {self._tokenizer.name_or_path}"
         try:
-            text, [(start, end)] = find_answers(self._renderer, PROBE, where)
+            text = self._renderer.text(PROBE)
+            [(start, end)] = find_answers(self._renderer, PROBE, text, where)
         except BadSample as error:
             raise CachekdError(
                 "answers cannot be found in what the chat template writes",
@@ -131,26 +136,26 @@ class ChatTemplate:
             )
         return start, len(text) - len(rest) + len(ending)
 
-    def _marks(self, sample: Sample, text: str, answers: list[Span]) -> list[Span]:
-        """What the template's author marks, which must hold one answer each."""
-        marks: list[Span] = []
-        for start, end in self._renderer.marks(sample.messages):
-            if marks and marks[-1][1] == start:  # the end-of-turn token in a block of its own
-                start = marks.pop()[0]
-            marks.append((start, end))
-        marks = [(start, start + len(text[start:end].rstrip())) for start, end in marks]
-        if len(marks) != len(answers) or any(
-            not (mark[0] <= start and end <= mark[1])
-            for mark, (start, end) in zip(marks, answers, strict=True)
-        ):
-            raise BadSample(
-                "the supervised text does not match the answers",
-                where=sample.where,
-                expected=[text[start:end] for start, end in answers],
-                found=[text[start:end] for start, end in marks],
-                fix="check the {% generation %} marks of the chat template",
-            )
-        return marks
+
+def _marked_answers(written: list[Span], text: str, answers: list[Span], sample: Sample) -> list[Span]:
+    """What the template's author marks, which must hold one answer each."""
+    marks: list[Span] = []
+    for start, end in written:
+        if marks and marks[-1][1] == start:  # the end-of-turn token in a block of its own
+            start = marks.pop()[0]
+        marks.append((start, end))
+    marks = [(start, start + len(text[start:end].rstrip())) for start, end in marks]
+    if len(marks) != len(answers) or any(
+        not (mark[0] <= start and end <= mark[1]) for mark, (start, end) in zip(marks, answers, strict=True)
+    ):
+        raise BadSample(
+            "the supervised text does not match the answers",
+            where=sample.where,
+            expected=[text[start:end] for start, end in answers],
+            found=[text[start:end] for start, end in marks],
+            fix="check the {% generation %} marks of the chat template",
+        )
+    return marks
 
 
 def _refuse_control_tokens(sample: Sample, control: frozenset[str]) -> None:

@@ -54,9 +54,10 @@ class Renderer:
         """The conversation as text, each image being its placeholder."""
         return self._render(messages, self._strings, add_generation_prompt=generation_prompt)[0][0]
 
-    def marks(self, messages: Messages) -> list[Span]:
-        """What the template's `{% generation %}` blocks wrote."""
-        return self._render(messages, self._strings, return_assistant_tokens_mask=True)[1][0]
+    def text_and_marks(self, messages: Messages) -> tuple[str, list[Span]]:
+        """The same, and what of it the template's `{% generation %}` blocks wrote."""
+        texts, marks = self._render(messages, self._strings, return_assistant_tokens_mask=True)
+        return texts[0], marks[0]
 
     @cached_property
     def _strings(self) -> bool:
@@ -91,17 +92,16 @@ class Renderer:
         return {**message, "content": "".join(parts)}
 
 
-def find_answers(renderer: Renderer, messages: Messages, where: str) -> tuple[str, list[Span]]:
-    """Render a conversation and find its answers.
+def find_answers(renderer: Renderer, messages: Messages, text: str, where: str) -> list[Span]:
+    """Find the answers of a conversation in its rendered text.
 
     Returns:
-        the text, and where each answer stands in it: with as much of its leading white space as the template
-        keeps, without what trails.
+        where each answer stands: with as much of its leading white space as the template keeps, without what
+        trails.
 
     Raises:
         BadSample: the template drops, rewrites or repeats a turn.
     """
-    text = renderer.text(messages)
     ends = _ends(renderer, messages, text, where)
     answers = [message_text(turn) for turn in messages if turn["role"] == "assistant"]
     without_lead = ends
@@ -113,10 +113,10 @@ def find_answers(renderer: Renderer, messages: Messages, where: str) -> tuple[st
     for answer, end, (before, after) in zip(answers, ends, pairwise(kept), strict=True):
         left_out = len(answer) - len(answer.lstrip()) - (after - before)
         expected = answer.rstrip()[max(left_out, 0) :]
-        if left_out < 0 or not text[:end].endswith(expected):
+        if left_out < 0 or not text.endswith(expected, 0, end):
             raise _not_the_same(("assistant", answer), text[:end], where)
         spans.append((end - len(expected), end))
-    return text, spans
+    return spans
 
 
 def _ends(renderer: Renderer, messages: Messages, text: str, where: str) -> list[int]:
@@ -131,7 +131,7 @@ def _ends(renderer: Renderer, messages: Messages, text: str, where: str) -> list
     for number, piece in zip(numbers, pieces[::2], strict=False):
         length += len(piece)
         role, core = owners[number]
-        if not text[:length].endswith(core):
+        if not text.endswith(core, 0, length):
             raise _not_the_same(owners[number], text[:length], where)
         if role == "assistant":
             ends.append((number, length))

@@ -37,15 +37,18 @@ def answer_numbers(
         BadSample: a token crosses the border of a span, or the tokens do not give back the text.
     """
     numbers = torch.full((len(input_ids),), -1)
-    starts, ends = offsets.unbind(1)
-    for number, (start, end) in enumerate(spans):
-        inside = (starts < end) & (ends > start)
-        for first, last in offsets[inside & ((starts < start) | (ends > end))].tolist():
-            # White space behind is harmless: some tokenizers let a special token swallow it.
-            if first < start or text[end:last].strip():
-                raise _crossing(text, (first, last), (start, end), sample)
+    if not spans:
+        return numbers
+    (starts, ends), (first, last) = offsets.unbind(1), torch.tensor(spans).T.unsqueeze(2)
+    inside = (starts < ends) & (ends > first) & (starts < last)
+    for number, token in (inside & ((starts < first) | (ends > last))).nonzero().tolist():
+        (start, end), (begin, stop) = spans[number], offsets[token].tolist()
+        # White space behind is harmless: some tokenizers let a special token swallow it.
+        if begin < start or text[end:stop].strip():
+            raise _crossing(text, (begin, stop), (start, end), sample)
+    for number, ((start, end), tokens) in enumerate(zip(spans, inside, strict=True)):
         found = tokenizer.decode(
-            input_ids[inside].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            input_ids[tokens].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
         if _letters(found) != _letters(text[start:end]):
             raise BadSample(
@@ -55,7 +58,7 @@ def answer_numbers(
                 found=found[:200],
                 fix="the tokenizer lacks some of its characters, or the processor changes the text",
             )
-        numbers[inside] = number
+        numbers[tokens] = number
     return numbers
 
 
