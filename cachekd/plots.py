@@ -25,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "axes.labelcolor": "#6b7280",
     "xtick.color": "#6b7280",
     "ytick.color": "#6b7280",
+    "figure.constrained_layout.use": True,  # panels beside each other keep off each other's labels
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }

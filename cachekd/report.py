@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from cachekd.cache import Manifest
 from cachekd.errors import CachekdError
@@ -120,14 +121,19 @@ def accuracy_plot(run: Run, baselines: list[Run]) -> str | None:
 def terms_plot(run: Run, baselines: list[Run]) -> str:
     """Each term over the steps, with the baselines' in grey."""
     names = [name for name in TERMS if any(name in entry for entry in run.steps)]
-    figure, grid = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.3), squeeze=False)
+    figure, grid = pyplot.subplots(1, len(names), figsize=(3.1 * len(names), 2.5), squeeze=False)
     for axes, name in zip(grid[0], names, strict=True):
         for one, color in [*((other, COLORS["other"]) for other in baselines), (run, COLORS["run"])]:
             points = [(entry["step"], entry[name]) for entry in one.steps if name in entry]
             axes.plot(*zip(*points, strict=True), color=color, label=one.name) if points else None
         axes.set(title=TERMS[name], xlabel="step", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if baselines:
-        grid[0][0].legend(frameon=False)
+        figure.legend(
+            *grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+        )
     return svg(figure)
 
 
