@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
 from cachekd.files import RUN_FILE
+from cachekd.run_folder import CHECKPOINTS
 from cachekd.train import train
 
 
@@ -19,37 +21,48 @@ from cachekd.train import train
 def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path, cache_path):
     """2 x 3 samples a step against 6: the same samples in each step, so the same losses and weights.
 
-    The switched path runs in the first and the last of four steps, in both processes.
+    The switched path runs in every third of six steps, in both processes. Resumed in the middle of the second
+    epoch, both go on with its other half and with the third: the same steps again.
     """
     settings = {
         "student": str(student_path),
         "teacher": str(teacher_path),
         "data": str(data_path),
         "cache": str(cache_path),
-        "epochs": 2,
+        "epochs": 3,
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "vsd_every": 3,
+        "save_steps": 3,
         # As large as the steps are: Adam divides a gradient by its own size, and rounding with it.
         "training": {"optim": "sgd"},
     }
     train(TrainConfig(**settings, batch_size=6, out=tmp_path / "one"))
     recipe = tmp_path / "two.yaml"
-    recipe.write_text(json.dumps(settings | {"batch_size": 3, "out": str(tmp_path / "two")}))
+    recipe.write_text(json.dumps(settings | {"batch_size": 3, "workers": 1, "out": str(tmp_path / "two")}))
     done = train_in_two_processes(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wall time") == 1  # the first process prints, the other is quiet
+    whole = json.loads((tmp_path / "two" / RUN_FILE).read_text())
+    # As a run that was killed after its third step leaves it.
+    (tmp_path / "two" / RUN_FILE).unlink()
+    shutil.rmtree(tmp_path / "two" / CHECKPOINTS / "checkpoint-6")
+    done = train_in_two_processes(recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    resumed = json.loads((tmp_path / "two" / RUN_FILE).read_text())
+    assert (whole["resumed_from"], resumed["resumed_from"]) == (0, 3)
 
-    def entries(out: Path) -> list[dict]:
-        return [entry for entry in json.loads((out / RUN_FILE).read_text())["log"] if "ce" in entry]
+    def entries(run: dict) -> list[dict]:
+        return [entry for entry in run["log"] if "ce" in entry]
 
-    one, two = entries(tmp_path / "one"), entries(tmp_path / "two")
-    assert len(one) == len(two) == 4
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in {"ce", "align", "vsd", "grad_norm"} & a.keys():
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-    assert ["vsd" in entry for entry in two] == [True, False, False, True]
+    one = entries(json.loads((tmp_path / "one" / RUN_FILE).read_text()))
+    assert ["vsd" in entry for entry in one] == [True, False, False] * 2
+    for two in (entries(whole), entries(resumed)):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert a.keys() == b.keys()
+            for name in {"ce", "align", "vsd", "grad_norm"} & a.keys():
+                assert b[name] == pytest.approx(a[name], rel=1e-4), name
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     start = load_file(Path(student_path) / "model.safetensors")
     moved = max((weights[0][name] - start[name]).abs().max() for name in start)
