@@ -14,7 +14,7 @@ from cachekd.cache.files import require_plain
 from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo, Skipped
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.shard import read_outline
+from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
 from cachekd.errors import CachekdError
 
