@@ -15,7 +15,7 @@ from cachekd_cli.signals import exit_code
 if TYPE_CHECKING:
     from cachekd.config import DumpConfig
     from cachekd.dump import DumpSummary
-    from cachekd.pilot import Estimate
+    from cachekd.dump_estimate import Estimate
 
 
 def dump_command(
