@@ -16,7 +16,7 @@ import torch
 
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
-from cachekd.cache.manifest import ShardRecord
+from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
 from cachekd.dump_estimate import Estimate

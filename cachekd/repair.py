@@ -13,8 +13,9 @@ from cachekd.cache.build import SHARD_FOLDER, CacheBuild, mean_fidelity
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import commit, make_folder
 from cachekd.cache.fit import SketchEncoder, read_encoder
-from cachekd.cache.manifest import MANIFEST_FILE, Header, ShardInfo, ShardRecord
+from cachekd.cache.manifest import MANIFEST_FILE, Header, ShardInfo
 from cachekd.cache.mend import tidy
+from cachekd.cache.plan import ShardRecord
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards
@@ -148,9 +149,8 @@ def _make_again(
     """A broken shard in a build of its own, then put into its place."""
     old = manifest.shards[number]
     source = manifest.sources[old.source]
-    header = {name: getattr(manifest, name) for name in Header.model_fields if name != "sha256"}
     with _workshop(path) as folder:
-        build = CacheBuild.start(folder, Plan(**header, source=source))
+        build = CacheBuild.start(folder, Plan.under(manifest, source))
         local = _number_of(build.plan, old, path)
         assert source.geometry is not None  # as checked
         make_shards(

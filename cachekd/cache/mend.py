@@ -8,7 +8,8 @@ from pathlib import Path
 from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
 from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import commit
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, Plan, ShardRecord, Skipped
+from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest
+from cachekd.cache.plan import Plan, ShardRecord, Skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.skipped import SKIPPED_FILE, pack_skipped, read_skipped
 from cachekd.errors import CachekdError

@@ -15,11 +15,11 @@ from cachekd.cache.manifest import (
     DataInfo,
     Fingerprints,
     Manifest,
-    Plan,
     Source,
     TeacherInfo,
 )
 from cachekd.cache.output_head import OutputHead
+from cachekd.cache.plan import Plan
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard_writer import ShardWriter, check_sample
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
