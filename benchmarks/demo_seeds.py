@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cachekd.config import DumpConfig, TrainConfig, read_config
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config_file import read_config
 from cachekd.dump import dump
 from cachekd.evaluate import evaluate
 from cachekd.train import train

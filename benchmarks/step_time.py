@@ -48,7 +48,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from cachekd.cache import CachedTargets
-from cachekd.cache.fit import OutputHead, fit_sketch
+from cachekd.cache.fit import fit_sketch
+from cachekd.cache.output_head import OutputHead
 from cachekd.cache.records import TailStates
 from cachekd.cache.select import select_and_normalise
 from cachekd.cache.tail import TailSetting

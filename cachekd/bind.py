@@ -20,7 +20,7 @@ from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import commit
 from cachekd.cache.sealed import Sealed
-from cachekd.cache.shard import read_identities
+from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Sample, Samples, read_encoded
 from cachekd.samples.outline import Outline

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -246,44 +244,6 @@ class TrainConfig(Config):
 def defaults_of(model: type[Config]) -> dict[str, Any]:
     """Settings that nobody has to say, as they stand in JSON."""
     return model.model_construct().model_dump(mode="json", warnings=False)
-
-
-def read_config(path: Path | None, model: type[Config], options: dict[str, Any]) -> Any:
-    """A config from a YAML file, with options (those that are not None) overriding it.
-
-    Raises:
-        CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range.
-    """
-    values = {} if path is None else read_yaml(path)
-    values |= {name: value for name, value in options.items() if value is not None}
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        names = ", ".join(model.model_fields)
-        unknown = first["type"] == "extra_forbidden"
-        raise CachekdError(
-            f"unknown setting {name!r}" if unknown else f"setting {name!r}: {first['msg'].lower()}",
-            where=str(path) if path is not None and name not in options else "the command line",
-            expected=f"one of {names}" if unknown else None,
-            found=None if first["type"] == "missing" else first.get("input"),
-        ) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        CachekdError: the file is missing, not YAML, or no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
-    if not isinstance(values, dict):
-        raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
-    return values
 
 
 def require_new_folder(path: Path, what: str) -> None:

@@ -16,13 +16,13 @@ import torch
 
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
-from cachekd.cache.manifest import ShardRecord
+from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
+from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
 from cachekd.errors import BadSample
 from cachekd.make_shards import ALL_BAD, make_shards
-from cachekd.pilot import Estimate
 from cachekd.samples import Encoded, SampleEncoder, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
 from cachekd.vlm import default_device, default_dtype

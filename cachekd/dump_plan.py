@@ -11,10 +11,12 @@ from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailS
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig
+from cachekd.disk_budget import fit_budget
+from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import groups_of
-from cachekd.pilot import SHARD_TOKENS, Estimate, Pilot, estimate, fit_budget, run_pilot
+from cachekd.pilot import Pilot, run_pilot
 from cachekd.samples import Samples
 from cachekd.samples.open import content_hash, keys_hash
 from cachekd.teacher import Teacher

@@ -8,7 +8,8 @@ from itertools import islice
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.fit import SketchEncoder
-from cachekd.cache.manifest import Geometry, ShardRecord
+from cachekd.cache.manifest import Geometry
+from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.errors import BadSample, CachekdError
 from cachekd.prefetch import prefetched

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-
-import torch
+from dataclasses import dataclass, field
 
 from cachekd.cache import CodecSettings, Geometry, Plan, TailSetting, TailStates, TokenTargets
 from cachekd.cache.fit import SketchEncoder, fit_sketch
-from cachekd.cache.select import default_top_p
-from cachekd.cache.shard import make_shard, pack_shard
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import Samples
+from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher, batches_of
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-SHIFT_BYTES = 1.5  # per token, about, of the sketch's shift
-SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
-LEAST_SKETCH = 8  # bytes per token; below that the same bytes do more in the top-k
-ALL_THAT_BYTES_BUY = "bytes=4096"  # no sketch needs as much: what bytes buy ends at BUDGET_NOISE
-BUDGET_USED = 0.97  # the pilot may be off by a few percent
-LEAST_TOP_K = 4  # that a disk budget may choose
 
 
 @dataclass
@@ -85,35 +73,6 @@ class Pilot:
         return self._fitted[1]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the whole dump will be like.
-
-    Attributes:
-        tokens: answer tokens.
-        tokens_error: one standard error of that.
-        bytes_per_token: of the shards.
-        shard_bytes, sketch_bytes: on the disk.
-        seconds: with this process alone.
-        peak_memory: bytes; of the GPU if there is one, else of the process.
-    """
-
-    samples: int
-    tokens: int
-    tokens_error: int
-    bytes_per_token: float
-    shard_bytes: int
-    sketch_bytes: int
-    seconds: float
-    peak_memory: int
-    codec: CodecSettings
-
-    @property
-    def size(self) -> int:
-        """Bytes of the cache."""
-        return self.shard_bytes + self.sketch_bytes
-
-
 def run_pilot(
     teacher: Teacher,
     samples: Samples,
@@ -133,27 +92,17 @@ def run_pilot(
         CachekdError: no sample of the pilot can be used.
     """
     pilot, found, per_group = Pilot(teacher.codec, geometry), 0, 0
-    for turn, number in enumerate(_spread(len(groups))):
-        started = time.perf_counter()
-        group = list(read_encoded(samples, teacher.encoder, range(*groups[number]), workers=0))
-        pilot.read_seconds += time.perf_counter() - started
-        pilot.bad += [sample for sample in group if isinstance(sample, BadSample)]
-        pilot.tokens += [len(sample.token_ids) for sample in group if not isinstance(sample, BadSample)]
-        batches = batches_of(group, geometry.batch_size)
+    for turn, number in enumerate(spread(len(groups))):
+        batches = batches_of(_read(pilot, teacher, samples, groups[number]), geometry.batch_size)
         if not batches:
             continue
         if not per_group:
             wanted = tokens / (sum(pilot.tokens) / len(batches))
             per_group = max(1, -int(-wanted // len(groups)))
-        for batch in _evenly(batches, min(per_group, len(batches)), turn):
-            started = time.perf_counter()
-            answers = teacher.run([sample for _, sample in batch])
-            pilot.run_seconds += time.perf_counter() - started
-            pilot.bad += [answer for answer in answers if isinstance(answer, BadSample)]
-            good = [answer for answer in answers if isinstance(answer, Answer)]
-            pilot.answers |= {answer.key: answer.to("cpu") for answer in good}
-            found += sum(len(answer.targets) for answer in good)
-            progress(len(batch), sum(len(answer.targets) for answer in good))
+        for batch in evenly(batches, min(per_group, len(batches)), turn):
+            answered = _run(pilot, teacher, [sample for _, sample in batch])
+            found += answered
+            progress(len(batch), answered)
         if found >= tokens:
             break
     if not pilot.answers:
@@ -165,157 +114,30 @@ def run_pilot(
     return pilot
 
 
-def estimate(
-    pilot: Pilot,
-    teacher: Teacher,
-    codec: CodecSettings,
-    samples: int,
-    shard_samples: int | None = None,
-    workers: int = 0,
-) -> Estimate:
-    """What a dump will cost.
-
-    Args:
-        codec: to be used; the pilot may have had a larger top_k.
-        samples: of the data set.
-        shard_samples: per shard; None for SHARD_TOKENS answer tokens.
-        workers: processes that read samples.
-    """
-    encoder = pilot.fit(teacher, codec) if TailSetting.parse(codec.tail).sketch else None
-    counts = torch.tensor(pilot.tokens, dtype=torch.float64)
-    usable = samples * len(counts) / (len(counts) + len(pilot.bad))
-    error = float(counts.std(correction=0)) * (max(0.0, 1 - len(counts) / samples) / len(counts)) ** 0.5
-    tokens = round(usable * float(counts.mean()))
-    shard_tokens = SHARD_TOKENS if shard_samples is None else shard_samples * float(counts.mean())
-    shard_bytes = _shard_bytes(pilot, codec, encoder, tokens, shard_tokens)
-    run = pilot.run_seconds / len(pilot.answers)
-    read = pilot.read_seconds / (len(counts) + len(pilot.bad)) / max(1, workers)
-    return Estimate(
-        samples=samples,
-        tokens=tokens,
-        tokens_error=round(usable * error),
-        bytes_per_token=shard_bytes / tokens,
-        shard_bytes=round(shard_bytes),
-        sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
-        seconds=usable * max(run, read),  # they overlap
-        peak_memory=peak_memory(teacher.model.device),
-        codec=codec,
-    )
+def _read(
+    pilot: Pilot, teacher: Teacher, samples: Samples, group: tuple[int, int]
+) -> list[Encoded | BadSample]:
+    """A group's samples, timed and counted."""
+    started = time.perf_counter()
+    read = list(read_encoded(samples, teacher.encoder, range(*group), workers=0))
+    pilot.read_seconds += time.perf_counter() - started
+    pilot.bad += [sample for sample in read if isinstance(sample, BadSample)]
+    pilot.tokens += [len(sample.token_ids) for sample in read if not isinstance(sample, BadSample)]
+    return read
 
 
-def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate:
-    """The setting that makes the most of `budget` bytes for the whole cache.
-
-    The frontier that was measured (docs/what-the-cache-keeps.md): Kneedle's k and as fine a sketch as there
-    is room for; smaller k only where nothing else is left, no sketch where it would not pay for its basis.
-
-    Args:
-        cost: of a codec.
-        codec: top_k and top_p give way, and so does the tail; but none stays none.
-
-    Raises:
-        CachekdError: not even the smallest setting fits.
-    """
-    room = int(BUDGET_USED * budget)
-    found = None
-    if TailSetting.parse(codec.tail).sketch:
-        found = _largest_top_k(
-            codec.top_k,
-            lambda top_k: _finest(cost, codec.model_copy(update={"top_k": top_k, "top_p": 0.0}), room),
-        )
-    plain = _with_tail(codec, "none").model_copy(update={"top_p": default_top_p(TailSetting(sketch=False))})
-
-    def without_sketch(top_k: int) -> Estimate | None:
-        estimated = cost(plain.model_copy(update={"top_k": top_k}))
-        return estimated if estimated.size <= room else None
-
-    found = found or _largest_top_k(codec.top_k, without_sketch)
-    if found is not None:
-        return found
-    least = cost(plain.model_copy(update={"top_k": LEAST_TOP_K}))
-    raise CachekdError(
-        "the disk budget is too small for this data set",
-        where="setting 'disk_budget'",
-        expected=f"at least {least.size / BUDGET_USED / 1e6:,.2f} MB (top_k {LEAST_TOP_K}, no tail sketch)",
-        found=f"{budget / 1e6:,.2f} MB for {least.tokens:,} answer tokens",
-        fix="raise --disk-budget, or dump fewer samples with --limit",
-    )
+def _run(pilot: Pilot, teacher: Teacher, batch: list[Encoded]) -> int:
+    """The teacher's answers to a batch, timed and kept; how many answer tokens they have."""
+    started = time.perf_counter()
+    answers = teacher.run(batch)
+    pilot.run_seconds += time.perf_counter() - started
+    pilot.bad += [answer for answer in answers if isinstance(answer, BadSample)]
+    good = [answer for answer in answers if isinstance(answer, Answer)]
+    pilot.answers |= {answer.key: answer.to("cpu") for answer in good}
+    return sum(len(answer.targets) for answer in good)
 
 
-def _largest_top_k(most: int, try_it: Callable[[int], Estimate | None]) -> Estimate | None:
-    """By bisection: what fits at some top_k fits at smaller ones."""
-    if best := try_it(most):
-        return best
-    low, high = LEAST_TOP_K, most
-    best = try_it(low) if low < high else None
-    while best is not None and high - low > 1:
-        middle = (low + high) // 2
-        if found := try_it(middle):
-            best, low = found, middle
-        else:
-            high = middle
-    return best
-
-
-def _finest(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate | None:
-    """The finest sketch that fits; None if there is no room for LEAST_SKETCH bytes a token."""
-    for most in ("exact", ALL_THAT_BYTES_BUY):
-        best = cost(_with_tail(codec, most))
-        if best.size <= budget:
-            return best
-    bare = cost(_with_tail(codec, "none"))
-    room = (budget - bare.size) / max(1, bare.tokens) - SHIFT_BYTES
-    for _ in range(4):  # the basis' own size depends on how fine it is
-        if room < LEAST_SKETCH:
-            return None
-        found = cost(_with_tail(codec, f"bytes={room:.1f}"))
-        if found.size <= budget:
-            return found
-        room -= (found.size - budget) / max(1, found.tokens) * 1.02
-    return None
-
-
-def _with_tail(codec: CodecSettings, tail: str) -> CodecSettings:
-    return codec.model_copy(update={"tail": tail, "logprob_step": TailSetting.parse(tail).logprob_step})
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was in use so far, of the GPU if there is one, else of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def _shard_bytes(
-    pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None, tokens: int, shard_tokens: float
-) -> float:
-    """Of `tokens` tokens in shards of `shard_tokens`.
-
-    Tables and rare ids weigh more in a small shard. So the pilot's own tokens are packed, as many as a shard
-    has if there are so many and half of that, and what lies beyond is on their line.
-    """
-    targets = pilot.targets.truncate(codec.top_k)
-    samples = [(answer.key, answer.content_hash, len(answer.targets)) for answer in pilot.answers.values()]
-    counts = [tokens for _, _, tokens in samples]
-    if encoder is not None:
-        targets = replace(targets, sketch=encoder.encode(pilot.states))
-    sizes = []
-    whole = min(1.0, shard_tokens / len(targets))
-    for share in (whole / 2, whole):
-        # Every so manieth sample, so that both have some of everything.
-        chosen = _evenly(list(range(len(counts))), max(1, round(share * len(counts))), 0)
-        parts = targets.split(counts)
-        some = TokenTargets.concatenate([parts[index] for index in chosen])
-        shard = make_shard([samples[index] for index in chosen], some)
-        sizes.append((len(shard.targets), len(pack_shard(shard, codec.logprob_step))))
-    (less, small), (more, large) = sizes
-    rate = (large - small) / (more - less) if more > less else large / more
-    shards = max(1.0, tokens / shard_tokens)
-    return shards * (large - rate * more) + (rate + (encoder.surplus if encoder else 0.0)) * tokens
-
-
-def _spread(count: int) -> Iterator[int]:
+def spread(count: int) -> Iterator[int]:
     """0 to count - 1, each once, at any time evenly spread."""
     seen = set()
     for turn in range(20 * count):
@@ -326,7 +148,7 @@ def _spread(count: int) -> Iterator[int]:
     yield from (number for number in range(count) if number not in seen)
 
 
-def _evenly(batches: list, wanted: int, turn: int) -> list:
+def evenly(batches: list, wanted: int, turn: int) -> list:
     """`wanted` of the batches, short and long ones alike, others at every turn."""
     offset = turn * GOLDEN_RATIO % 1
     return [batches[int((place + offset) * len(batches) / wanted)] for place in range(wanted)]

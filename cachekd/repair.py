@@ -1,8 +1,7 @@
-"""Make the broken files of a cache again, and no others."""
+"""Make the broken shards of a cache again, and no others."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cachekd.cache import Finding, Manifest, Plan
-from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild, mean_fidelity
+from cachekd.cache.build import SHARD_FOLDER, CacheBuild, mean_fidelity
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import commit, make_folder
-from cachekd.cache.fit import read_encoder
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Header, ShardInfo
-from cachekd.cache.sealed import is_canonical
-from cachekd.cache.skipped import SKIPPED_FILE, pack_skipped, read_skipped
+from cachekd.cache.fit import SketchEncoder, read_encoder
+from cachekd.cache.manifest import MANIFEST_FILE, Header, ShardInfo
+from cachekd.cache.mend import tidy
+from cachekd.cache.plan import ShardRecord
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards
@@ -25,67 +23,6 @@ from cachekd.samples import Samples, open_samples
 from cachekd.samples.map_function import require_map
 from cachekd.samples.open import keys_hash
 from cachekd.teacher import Teacher
-
-
-def restore_manifest(path: Path) -> Manifest:
-    """Write a damaged manifest again from the plan and the records of the dump, if they are still there.
-
-    Raises:
-        CachekdError: they are not, or are damaged as well.
-    """
-    try:
-        build = CacheBuild(path, Plan.read(path / PLAN_FILE))
-        numbers = build.record_numbers()
-        count = build.plan.shards
-        if count is None:  # added one by one: the last record may be lost, but hardly with its shard
-            files = [int(file.name.split(".")[0]) for file in (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")]
-            count = 1 + max([*numbers, *files], default=-1)
-        records = {number: build.noted(number) for number in numbers}
-        sound = {number: record for number, record in records.items() if record is not None}
-        if len(sound) != count or max(sound, default=-1) + 1 != count:
-            raise CachekdError(f"{len(sound):,} of {count:,} shards have a sound record")
-        return build.write_manifest(sound)
-    except CachekdError as error:
-        raise CachekdError(
-            "the manifest cannot be written again",
-            where=str(path / MANIFEST_FILE),
-            expected=f"the dump's plan and records in {path / RECORD_FOLDER}",
-            found=error.problem + (f" ({error.where})" if error.where else ""),
-            fix="restore it from where the cache came from, or dump again",
-        ) from None
-
-
-def tidy(path: Path) -> list[str]:
-    """Mend what needs no teacher: a reformatted manifest, skipped.jsonl, and the plan and records of dump/.
-
-    Returns:
-        what was done, a line each.
-
-    Raises:
-        CachekdError: something is broken, and what it would be made from is broken too.
-    """
-    done = []
-    manifest = Manifest.load(path)
-    if not is_canonical(path / MANIFEST_FILE):
-        commit(path / MANIFEST_FILE, manifest.to_json())
-        done.append(f"{MANIFEST_FILE}: written again")
-    try:
-        skipped = read_skipped(path, manifest.skipped)
-    except CachekdError as error:
-        _restore_skipped(path, manifest, error)
-        skipped = read_skipped(path, manifest.skipped)
-        done.append(f"{SKIPPED_FILE}: written again from the dump's records")
-    for file, problem, expected in wrong_files(path, manifest, skipped):
-        if expected is None:
-            raise CachekdError(
-                f"{file.name} does not belong to this cache",
-                where=str(file),
-                found=problem,
-                fix=f"remove {file.parent}: a finished cache does not need it",
-            )
-        commit(file, expected.to_json())
-        done.append(f"{file.parent.name}/{file.name}: written again from the manifest")
-    return done
 
 
 def find_source(
@@ -212,58 +149,59 @@ def _make_again(
     """A broken shard in a build of its own, then put into its place."""
     old = manifest.shards[number]
     source = manifest.sources[old.source]
-    header = {name: getattr(manifest, name) for name in Header.model_fields if name != "sha256"}
     with _workshop(path) as folder:
-        build = CacheBuild.start(folder, Plan(**header, source=source))
+        build = CacheBuild.start(folder, Plan.under(manifest, source))
         local = _number_of(build.plan, old, path)
-        encoder = None
-        if old.sketch is not None:
-            info = manifest.sketches[old.sketch]
-            encoder = read_encoder(path / info.name, info.sha256)
         assert source.geometry is not None  # as checked
         make_shards(
             build,
             [local],
             samples,
             teacher,
-            encoder,
+            _encoder_of(path, manifest, old),
             batch_size=source.geometry.batch_size,
             workers=workers,
             on_error="skip",
             known={},
             progress=progress,
         )
-        record = build.record(local)
-        made = record.shard if record is not None else None
-        if made is None or made.samples != old.samples or made.samples_sha256 != old.samples_sha256:
-            bad = (
-                f"; {record.skipped[0].key!r}: {record.skipped[0].reason}"
-                if record and record.skipped
-                else ""
-            )
-            raise CachekdError(
-                "the data set has changed since the dump",
-                where=f"samples {old.span} of the data set, for {path / SHARD_FOLDER / old.name}",
-                expected=f"{old.samples} usable samples with content sha256 {old.samples_sha256}",
-                found=f"{made.samples if made else 0} with {made.samples_sha256 if made else None}{bad}",
-                fix="restore the data, or dump again",
-            )
+        made = _require_same_samples(build.record(local), old, path)
         commit(path / SHARD_FOLDER / old.name, build.shard_path(local).read_bytes())
     return made.model_copy(update={"name": old.name, "source": old.source, "sketch": old.sketch})
 
 
+def _encoder_of(path: Path, manifest: Manifest, shard: ShardInfo) -> SketchEncoder | None:
+    """That the shard was coded with; None without a tail sketch."""
+    if shard.sketch is None:
+        return None
+    info = manifest.sketches[shard.sketch]
+    return read_encoder(path / info.name, info.sha256)
+
+
+def _require_same_samples(record: ShardRecord | None, old: ShardInfo, path: Path) -> ShardInfo:
+    """The shard that was made, if it is of the samples of the old one.
+
+    Raises:
+        CachekdError: it is not.
+    """
+    made = record.shard if record is not None else None
+    if made is not None and (made.samples, made.samples_sha256) == (old.samples, old.samples_sha256):
+        return made
+    bad = record.skipped[0] if record is not None and record.skipped else None
+    raise CachekdError(
+        "the data set has changed since the dump",
+        where=f"samples {old.span} of the data set, for {path / SHARD_FOLDER / old.name}",
+        expected=f"{old.samples} usable samples with content sha256 {old.samples_sha256}",
+        found=f"{made.samples if made else 0} with {made.samples_sha256 if made else None}"
+        + (f"; {bad.key!r}: {bad.reason}" if bad else ""),
+        fix="restore the data, or dump again",
+    )
+
+
 def _number_of(plan: Plan, info: ShardInfo, path: Path) -> int:
     """Which shard of its dump a shard was, before caches were merged."""
-    geometry = plan.source.geometry
-    first, last = info.span or (-1, -1)
-    number = first // geometry.shard_samples if geometry is not None else -1
-    if geometry is None or (
-        (first, last)
-        != (
-            number * geometry.shard_samples,
-            min((number + 1) * geometry.shard_samples, plan.source.data.samples),
-        )
-    ):
+    spans = plan.spans() if plan.source.geometry is not None else []
+    if info.span not in spans:
         raise CachekdError(
             "the manifest does not say which samples the shard is of",
             where=str(path / SHARD_FOLDER / info.name),
@@ -271,7 +209,7 @@ def _number_of(plan: Plan, info: ShardInfo, path: Path) -> int:
             found=info.span,
             fix="dump again",
         )
-    return number
+    return spans.index(info.span)
 
 
 @contextmanager
@@ -294,21 +232,3 @@ def _why_other(versions: dict[str, str]) -> str:
         if (old := versions.get(name)) != new
     ]
     return "its bytes differ: " + (", ".join(changed) or "another machine or device rounds otherwise")
-
-
-def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> None:
-    try:
-        build = CacheBuild(path, Plan.read(path / PLAN_FILE))
-        records = [build.noted(number) for number in build.record_numbers()]
-        content = pack_skipped([sample for record in records if record for sample in record.skipped])
-    except CachekdError:
-        raise error from None
-    if manifest.skipped is None or hashlib.sha256(content).hexdigest() != manifest.skipped.sha256:
-        raise CachekdError(
-            f"{SKIPPED_FILE} cannot be written again",
-            where=str(path / SKIPPED_FILE),
-            expected="the dump's records, all of them",
-            found=error.found,
-            fix="fetch it from where the cache came from",
-        )
-    commit(path / SKIPPED_FILE, content)

@@ -6,7 +6,8 @@ import json
 
 from pydantic import BaseModel
 
-from cachekd.cache.manifest import Manifest, Plan, ShardRecord, Skipped
+from cachekd.cache.manifest import Manifest
+from cachekd.cache.plan import Plan, ShardRecord, Skipped
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.pipeline import PipelineConfig
 from cachekd.samples.record_form import SampleRecord

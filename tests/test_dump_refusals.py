@@ -18,7 +18,7 @@ from cachekd.errors import CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys
 from cachekd.vlm import load_config
-from cachekd.vlm.load import weights_identity
+from cachekd.vlm.weights import weights_identity
 
 
 def settings(teacher: Path, data: Path | str, out: Path, **changes) -> DumpConfig:

@@ -24,7 +24,7 @@ from pcodec import ChunkConfig, standalone
 from test_cache import GOLDEN, ROOT
 
 from cachekd.cache.arrays import pack_arrays
-from cachekd.cache.shard import pack_codes, read_codes
+from cachekd.cache.shard_codes import pack_codes, read_codes
 
 SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
 BLOWN_UP = 20  # times the decoded arrays: what reading takes at the most, in passing

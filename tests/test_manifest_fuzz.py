@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, sealed, verify_files
-from cachekd.cache.manifest import Plan, ShardRecord
+from cachekd.cache.mend import restore_manifest, tidy
 from cachekd.cache.merge import merge_caches
+from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError
-from cachekd.repair import restore_manifest, tidy
 from cachekd_cli.main import app
 
 FUZZ = settings(

@@ -13,9 +13,10 @@ from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig
+from cachekd.disk_budget import ALL_THAT_BYTES_BUY
 from cachekd.dump import dump, estimate_dump
 from cachekd.errors import CachekdError
-from cachekd.pilot import ALL_THAT_BYTES_BUY, _evenly, _spread
+from cachekd.pilot import evenly, spread
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 240
@@ -89,18 +90,18 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_groups_are_spread_and_each_comes_once(count):
-    order = list(_spread(count))
+    order = list(spread(count))
     assert sorted(order) == list(range(count))
     for taken in range(2, min(count, 20)):  # no half of the data set is left out
         some = order[:taken]
         assert min(some) < count / 2 <= max(some) + 1
 
 
-def test_batches_of_a_group_are_taken_evenly():
+def test_batches_of_a_group_are_takenevenly():
     batches = list(range(8))
     for turn in range(5):
         for wanted in range(1, 9):
-            chosen = _evenly(batches, wanted, turn)
+            chosen = evenly(batches, wanted, turn)
             assert len(set(chosen)) == len(chosen) == wanted
             assert max(b - a for a, b in itertools.pairwise(chosen)) <= -(-8 // wanted) if wanted > 1 else 1
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tiny import tar_members, write_tar
 from typer.testing import CliRunner
 
-from cachekd.config import read_yaml
+from cachekd.config_file import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.arrays import pack_arrays, read_arrays
+from cachekd.cache.mend import restore_manifest, tidy
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_samples
@@ -26,7 +27,6 @@ from cachekd.config import TrainConfig
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.recheck import Recheck, recheck
-from cachekd.repair import restore_manifest, tidy
 from cachekd.samples import open_samples
 from cachekd.train import train
 from cachekd_cli.main import app

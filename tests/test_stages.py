@@ -13,7 +13,8 @@ from tiny import tiny_processor, tiny_vlm
 from torch import nn
 from typer.testing import CliRunner
 
-from cachekd.config import TrainConfig, read_config
+from cachekd.config import TrainConfig
+from cachekd.config_file import read_config
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.files import RUN_FILE

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.dump_folder import plan_of, records_of, wrong_files
-from cachekd.cache.manifest import Plan, ShardRecord
+from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.status import dump_status

@@ -1,6 +1,5 @@
 """The cache on disk: manifest, shards, codec, writer, reader. Knows nothing of models or transformers."""
 
-from cachekd.cache.fit import OutputHead
 from cachekd.cache.manifest import (
     CodecSettings,
     DataInfo,
@@ -8,12 +7,13 @@ from cachekd.cache.manifest import (
     Fingerprints,
     Geometry,
     Manifest,
-    Plan,
     ShardInfo,
     SketchInfo,
     Source,
     TeacherInfo,
 )
+from cachekd.cache.output_head import OutputHead
+from cachekd.cache.plan import Plan
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.roundtrip import roundtrip

@@ -14,17 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachekd.cache.fit import (
+from cachekd.cache.fit import SketchEncoder
+from cachekd.cache.records import SketchCodes, TokenTargets
+from cachekd.cache.rounding import (
     BASIS_FINENESS,
     INT16,
-    SketchEncoder,
     centroids,
     code_bytes,
     mass_surplus,
     sample_indices,
+    step_for,
     worth_keeping,
 )
-from cachekd.cache.records import SketchCodes, TokenTargets
 from cachekd.cache.sketch import SHIFT_STEP, SketchTail, TailSketch
 from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
@@ -76,11 +77,11 @@ def coarsen(encoder: SketchEncoder, targets: TokenTargets, tail: TailSetting, wh
     kept = worth_keeping(steps, factor)
     first = Coarsening(encoder.sketch, _coarser(encoder, steps, kept, factor), kept, factor)
     # As when a sketch is fitted: rounding makes tails heavier on average, and the shift sees to it.
-    chosen = sample_indices(len(targets)).numpy()
-    some = SketchCodes(targets.sketch.coordinates[chosen], targets.sketch.shift[chosen])
+    chosen = sample_indices(len(targets))
+    codes = targets.sketch
+    some = SketchCodes(codes.coordinates[chosen.numpy()], codes.shift[chosen.numpy()])
     rebuilt = SketchTail.from_codes(first.encoder.sketch, first(some))
-    surplus = mass_surplus(rebuilt, [targets.cut(int(token), int(token) + 1) for token in chosen])
-    shift = round(surplus / SHIFT_STEP)
+    shift = round(mass_surplus(rebuilt, targets, chosen) / SHIFT_STEP)
     direction, constant = encoder.common
     common = (direction, constant - shift * SHIFT_STEP)
     return replace(first, encoder=replace(first.encoder, common=common), shift=shift)
@@ -100,11 +101,7 @@ def _factor(encoder: SketchEncoder, steps: Tensor, tail: TailSetting, where: str
     if tail.bytes is None or tail.bytes >= present:
         asked = "exact" if tail.bytes is None else f"{tail.bytes:g} bytes"
         raise _not_coarser(where, f"less than the {present:.1f} bytes that its codes take by now", asked)
-    low, high = 1.0, 2.0**15
-    for _ in range(40):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if code_bytes(steps, middle) > tail.bytes else (low, middle)
-    return high
+    return step_for(tail.bytes, steps, 1.0, 2.0**15)
 
 
 def _coarser(encoder: SketchEncoder, steps: Tensor, kept: Tensor, factor: float) -> SketchEncoder:

@@ -21,11 +21,11 @@ from cachekd.cache.manifest import (
     Manifest,
     ShardInfo,
     SketchInfo,
-    Skipped,
     Source,
 )
+from cachekd.cache.plan import Skipped
 from cachekd.cache.reader import LogitCache, shard_counts
-from cachekd.cache.shard import Counts, cut_shard
+from cachekd.cache.shard_codes import Counts, cut_shard
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError

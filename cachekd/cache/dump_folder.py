@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME
-from cachekd.cache.manifest import PLAN_FILE, Header, Manifest, Plan, ShardRecord, Skipped
+from cachekd.cache.manifest import PLAN_FILE, Manifest
+from cachekd.cache.plan import Plan, ShardRecord, Skipped
 from cachekd.cache.sealed import Sealed, is_canonical
 from cachekd.errors import CachekdError
 
@@ -31,8 +32,7 @@ def plan_of(manifest: Manifest) -> Plan | None:
     """The plan of the dump that wrote a manifest; None for a merged cache, which has had several."""
     if len(manifest.sources) != 1:
         return None
-    header = {name: getattr(manifest, name) for name in Header.model_fields if name != "sha256"}
-    plan = Plan(**header, source=manifest.sources[0])
+    plan = Plan.under(manifest, manifest.sources[0])
     return Plan.model_validate_json(plan.to_json())  # with its seal, which the records name
 
 

@@ -165,44 +165,6 @@ class Header(Sealed):
     codec: CodecSettings
 
 
-class Plan(Header):
-    """dump/plan.json: what a dump set out to do, written first, by whichever process was first."""
-
-    source: Source
-
-    @property
-    def shards(self) -> int | None:
-        """How many there will be; None where samples are added one by one."""
-        geometry = self.source.geometry
-        return None if geometry is None else -(-self.source.data.samples // geometry.shard_samples)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Of each shard, first and last + 1 sample of the data set.
-
-        Raises:
-            ValueError: samples were added one by one.
-        """
-        if self.source.geometry is None:
-            raise ValueError("this plan has no geometry")
-        count, size = self.source.data.samples, self.source.geometry.shard_samples
-        return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-class Skipped(Part):
-    """A sample that was left out."""
-
-    key: str
-    reason: str
-
-
-class ShardRecord(Sealed):
-    """dump/00000.json: a shard is finished once this is there."""
-
-    plan_sha256: str
-    shard: ShardInfo | None = Field(description="null where every sample was left out")
-    skipped: list[Skipped]
-
-
 class Manifest(Header):
     """manifest.json, written last: a shard that it does not list does not exist."""
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.derive import new_cache
-from cachekd.cache.manifest import Manifest, Skipped
+from cachekd.cache.manifest import Manifest
+from cachekd.cache.plan import Skipped
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cachekd.cache.fidelity import measure_fidelity
-from cachekd.cache.fit import OutputHead
 from cachekd.cache.manifest import CodecSettings, Fidelity
+from cachekd.cache.output_head import OutputHead
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard import read_shard
 from cachekd.cache.sketch import TailSketch

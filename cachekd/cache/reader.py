@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.records import TokenTargets
-from cachekd.cache.shard import Counts, Shard, read_keys, read_shard
+from cachekd.cache.shard import Shard, read_shard
+from cachekd.cache.shard_codes import Counts
+from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from cachekd.cache.build import SHARD_FOLDER, join_fidelities
 from cachekd.cache.coarsen import Coarsening, coarsen, sampled_tokens
-from cachekd.cache.codec import TAIL_STEP, encode_tail, rank_ids
+from cachekd.cache.codec import TAIL_STEP, encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
 from cachekd.cache.reader import LogitCache, shard_counts
 from cachekd.cache.records import SketchCodes, TokenTargets, first_of_run
-from cachekd.cache.shard import decode_targets, id_arrays, pack_codes, read_codes
+from cachekd.cache.shard import decode_targets
+from cachekd.cache.shard_codes import id_arrays, pack_codes, read_codes
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
 from cachekd.cache.targets import CachedTargets
@@ -225,6 +226,6 @@ def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
         "k": targets.k.astype("<u2"),
         "beyond_knee": (targets.k - targets.knee).astype("<u2"),
         "tail": np.where(cut, odds, arrays["tail"]).astype("<i2"),
-        **id_arrays(*rank_ids(targets.ids)),
+        **id_arrays(targets.ids),
         "topk_gaps": arrays["topk_gaps"][kept],
     }

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cachekd.cache.files import commit, read_plain
-from cachekd.cache.manifest import Skipped, SkippedInfo
+from cachekd.cache.manifest import SkippedInfo
+from cachekd.cache.plan import Skipped
 from cachekd.errors import CachekdError
 
 SKIPPED_FILE = "skipped.jsonl"

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, Plan
+from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest
+from cachekd.cache.plan import Plan
 from cachekd.errors import CachekdError
 
 

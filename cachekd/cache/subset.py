@@ -13,7 +13,7 @@ from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.derive import new_cache
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.shard import read_keys
+from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 

@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-
-from cachekd.cache import LogitCache
-from cachekd.errors import CachekdError
-from cachekd.fingerprint import image_processor_fingerprint, template_fingerprint
-from cachekd.matching import check_cache, check_sample, check_teacher
 from cachekd.pair.preview import Run, preview
-from cachekd.pair.size import Sizes, sizes_of
-from cachekd.samples import Encoded, SampleEncoder, Samples, collate, open_samples, predicting_positions
-from cachekd.vlm import (
-    decode,
-    default_device,
-    default_dtype,
-    encode,
-    load_config,
-    load_model,
-    load_processor,
-    logits_at,
-    plan_bridge,
-    project,
+from cachekd.pair.rows import (
+    Row,
+    Side,
+    answers_row,
+    cache_rows,
+    image_tokens_row,
+    pixels_row,
+    split_row,
+    switch_rows,
+    template_row,
+    vocabulary_row,
 )
-from cachekd.vlm.compat import switch_differences, tokenizer_difference
-from cachekd.vlm.families import TEXT_ONLY, family_of
-
-State = Literal["ok", "note", "refused"]
-_ROUNDING = 0.05  # of the logits' deviation: what bfloat16 can do; a wrong split is off by more
-PROBE = "Two cats, 3.14 % of a naïve café: 猫が二匹。\n\t<b>def f(x):</b> return x**2  🙂"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing that was looked at.
-
-    Attributes:
-        state: ok; note, where something differs that training can live with; refused, where it cannot.
-        found: what is there.
-        fix: what to do; None where it is ok.
-    """
-
-    name: str
-    state: State
-    found: str
-    fix: str | None = None
+from cachekd.pair.size import Sizes, sizes_of
+from cachekd.samples import open_samples
+from cachekd.vlm import default_device, default_dtype
 
 
 @dataclass(frozen=True)
@@ -69,25 +40,6 @@ class PairReport:
     def fits(self) -> bool:
         """Whether nothing was refused."""
         return all(row.state != "refused" for row in self.rows)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A model's config, processor and encoder."""
-
-    path: str
-    config: Any
-    processor: Any
-    encoder: SampleEncoder
-
-    @classmethod
-    def open(cls, path: str) -> _Side:
-        processor = load_processor(path)
-        return cls(path, load_config(path), processor, SampleEncoder(processor))
-
-    @property
-    def image_token_id(self) -> int | None:
-        return None if family_of(self.config) is TEXT_ONLY else self.config.image_token_id
 
 
 def check_pair(
@@ -115,7 +67,7 @@ def check_pair(
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
-    theirs, ours = _Side.open(teacher), _Side.open(student)
+    theirs, ours = Side.open(teacher), Side.open(student)
     opened = open_samples(data, map=map)
     some = [opened[index] for index in range(min(samples, len(opened)))]
     pairs = [(theirs.encoder(sample), ours.encoder(sample)) for sample in some]
@@ -137,151 +89,3 @@ def check_pair(
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
     return PairReport(rows, sizes, shown)
-
-
-def vocabulary_row(teacher: _Side, student: _Side) -> Row:
-    """The same tokens with the same ids; embeddings may have more rows on either side."""
-    ours, theirs = student.processor.tokenizer, teacher.processor.tokenizer
-    difference = tokenizer_difference(theirs, ours)
-    if difference is not None:
-        probe = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (theirs, ours)]
-        same = "a probe text has the same ids" if probe[0] == probe[1] else "a probe text has other ids"
-        fix = "a student of the teacher's family, or with the teacher's tokenizer"
-        return Row("vocabulary", "refused", f"{difference}; {same}", fix)
-    rows = [side.config.get_text_config().vocab_size for side in (teacher, student)]
-    found = f"{len(ours):,} tokens on both sides"
-    if rows[0] != rows[1]:
-        found += f"; embeddings of {rows[0]:,} and {rows[1]:,} rows, those beyond the tokens are left out"
-    return Row("vocabulary", "ok", found)
-
-
-def template_row(teacher: _Side, student: _Side) -> Row:
-    """The same chat template, or every answer stands elsewhere."""
-    theirs, ours = (template_fingerprint(side.encoder.template) for side in (teacher, student))
-    if theirs == ours:
-        return Row("chat template", "ok", "the same text")
-    fix = "save the teacher's chat_template.jinja beside the student's processor"
-    return Row("chat template", "refused", f"sha256 {theirs[:12]} and {ours[:12]}", fix)
-
-
-def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """The same answer tokens, wherever they stand."""
-    for theirs, ours in pairs:
-        if theirs.token_ids.tolist() != ours.token_ids.tolist():
-            found = f"sample {ours.key!r}: {len(theirs.token_ids)} and {len(ours.token_ids)}, or other ids"
-            return Row("answer tokens", "refused", found, "the same tokenizer and chat template for both")
-    counts = ", ".join(str(len(ours.token_ids)) for _, ours in pairs)
-    return Row("answer tokens", "ok", f"the same in {len(pairs)} sample(s): {counts}")
-
-
-def image_tokens_row(teacher: _Side, student: _Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """How many places an image takes on each side; targets belong to answer tokens, so they may differ."""
-
-    def count(side: _Side, encoded: Encoded) -> int:
-        return int((encoded.inputs["input_ids"] == side.image_token_id).sum()) if side.image_token_id else 0
-
-    counts = [(count(teacher, theirs), count(student, ours)) for theirs, ours in pairs]
-    found = ", ".join(str(ours) if theirs == ours else f"{theirs} and {ours}" for theirs, ours in counts)
-    if all(theirs == ours for theirs, ours in counts):
-        return Row("image tokens", "ok", f"{found} a sample, on both sides")
-    return Row("image tokens", "note", f"{found} a sample", "L_Align does not mind; for L_VSD see the switch")
-
-
-def pixels_row(teacher: _Side, student: _Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """Whether V_T and V_S see the same picture."""
-    name = "image processing"
-    if student.image_token_id is None or teacher.image_token_id is None:
-        return Row(name, "note", "no vision encoder on one side or both", "--lambda-vsd 0")
-    seen = [
-        (theirs.inputs["pixel_values"], ours.inputs["pixel_values"])
-        for theirs, ours in pairs
-        if "pixel_values" in theirs.inputs and "pixel_values" in ours.inputs
-    ]
-    same = all(a.shape == b.shape and torch.equal(a, b) for a, b in seen)
-    settings = [image_processor_fingerprint(side.processor) for side in (teacher, student)]
-    if settings[0] == settings[1]:
-        return Row(name, "ok", f"the same settings, {len(seen)} sample(s) with the same pixels")
-    if seen and same:
-        return Row(name, "ok", f"other settings, but the same pixels in {len(seen)} sample(s)")
-    found = "other settings" + (
-        f": pixels {tuple(seen[0][0].shape)} and {tuple(seen[0][1].shape)}" if seen else ""
-    )
-    fix = "nothing, if it is meant: the cache holds what the teacher saw, V_S gets the student's own pixels"
-    return Row(name, "note", found, fix)
-
-
-def switch_rows(teacher: _Side, student: _Side, bridge: str | None = None) -> list[Row]:
-    """What lies between the student's features and the teacher's projector."""
-    if bridge is not None:
-        return [_bridge_row(teacher, student)]
-    if teacher.image_token_id is None or student.image_token_id is None:
-        return [Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align")]
-    differences = switch_differences(teacher.config, student.config)
-    if not differences:
-        width = getattr(student.config.vision_config, family_of(student.config).width)
-        return [Row("switch", "ok", f"the same family, layer and grid; features of width {width:,}")]
-    fix = "a student with the teacher's kind of vision encoder, or --lambda-vsd 0"
-    if _bridge_row(teacher, student).state != "refused":
-        fix = f"--switch-bridge linear (beyond the paper); or {fix}"
-    return [
-        Row(f"switch: {found.name}", "refused", f"{found.teacher} for the teacher, {found.student}", fix)
-        for found in differences
-    ]
-
-
-def _bridge_row(teacher: _Side, student: _Side) -> Row:
-    try:
-        plan = plan_bridge(teacher.config, student.config)
-    except CachekdError as error:
-        found = error.problem + (f"; {error.found}" if error.found is not None else "")
-        return Row("switch bridge", "refused", found, error.fix)
-    fix = "nothing, if it is meant; a student of the teacher's shape needs none"
-    return Row("switch bridge", "note", f"trained, beyond the paper: {plan}", fix)
-
-
-def cache_rows(
-    path: str | Path, samples: Samples, student: _Side, teacher: str, pairs: list[tuple[Encoded, Encoded]]
-) -> list[Row]:
-    """A cache against data, student and teacher."""
-    cache = LogitCache(path)
-    known = [ours for _, ours in pairs if ours.key in cache]
-
-    def same_samples() -> None:
-        for encoded in known:
-            check_sample(cache, encoded, cache[encoded.key])
-
-    tries: dict[str, Callable[[], None]] = {
-        "cache: inputs and keys": partial(check_cache, cache, samples, student.processor, student.encoder),
-        "cache: samples": same_samples,
-        "cache: teacher": partial(check_teacher, cache, teacher),
-    }
-    return [_tried(name, attempt) for name, attempt in tries.items()]
-
-
-def split_row(name: str, side: _Side, encoded: Encoded) -> Row:
-    """Vision encoder, projector and language model one after the other, against the model's own forward."""
-    device = default_device()
-    model = load_model(side.path, dtype=default_dtype(device), device=device)
-    batch = collate([encoded], side.encoder.pad_token_id)
-    batch = {key: value.to(device) for key, value in batch.items()}
-    positions = predicting_positions(batch.pop("supervised"))
-    with torch.no_grad():
-        whole = logits_at(model, batch, positions)
-        if side.image_token_id is None or "pixel_values" not in batch:
-            return Row(f"{name}'s split", "note", "no image in the sample to take it apart with")
-        apart = decode(model, project(model, encode(model, batch), batch), batch, positions)
-    miss = float((apart.float() - whole.float()).abs().max())
-    if miss == 0:
-        return Row(f"{name}'s split", "ok", f"equals the whole forward at {len(whole)} tokens, bit by bit")
-    deviation = float(whole.float().std())
-    state: State = "note" if miss < _ROUNDING * deviation else "refused"
-    return Row(f"{name}'s split", state, f"off by {miss:.2g} nats, the logits' deviation is {deviation:.2g}")
-
-
-def _tried(name: str, attempt: Callable[[], None]) -> Row:
-    try:
-        attempt()
-    except CachekdError as error:
-        found = error.problem + (f"; {error.found}" if error.found is not None else "")
-        return Row(name, "refused", found, error.fix)
-    return Row(name, "ok", "matches")

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from cachekd.config import Config, DataSpec, Dtype, DumpConfig, TrainConfig, read_yaml
+from cachekd.config import Config, DataSpec, Dtype, DumpConfig, TrainConfig
+from cachekd.config_file import read_yaml
 from cachekd.errors import CachekdError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")

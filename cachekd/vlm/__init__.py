@@ -11,15 +11,14 @@ from cachekd.vlm.load import (
     default_dtype,
     load_config,
     load_model,
-    load_processor,
     load_without_tower,
-    weights_files,
-    weights_identity,
 )
 from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, reach_by_text, train_only
+from cachekd.vlm.processors import load_processor
 from cachekd.vlm.proof import prove_split
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
+from cachekd.vlm.weights import weights_files, weights_identity
 
 __all__ = [
     "BridgePlan",

@@ -1,10 +1,9 @@
-"""Load VLMs, language models and processors, with messages for people where transformers raises its own."""
+"""Load VLMs and language models, with messages for people where transformers raises its own."""
 
 from __future__ import annotations
 
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,20 +12,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from cachekd.errors import CachekdError
-from cachekd.files import BRIDGE_FILE
-from cachekd.fingerprint import weights_fingerprint
-from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
-from cachekd.vlm.processors import load_without_video
 from cachekd.vlm.steady import keep_statistics
 from cachekd.vlm.tinyllava import is_tinyllava
 
@@ -76,45 +69,6 @@ def load_config(path: str) -> Any:
     return config
 
 
-def load_processor(path: str) -> Any:
-    """A VLM's processor: image processor, tokenizer and chat template. A language model's tokenizer."""
-    if family_of(load_config(path)) is TEXT_ONLY:
-        return TextProcessor(_load_tokenizer(path))
-    try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        processor = load_without_video(path)
-        if processor is None:
-            reason = next(line for line in str(error).splitlines() if line.strip())
-            raise CachekdError(
-                "no processor can be loaded",
-                where=str(path),
-                expected="processor_config.json and tokenizer files beside the model",
-                found=reason.strip(),
-            ) from None
-    if not hasattr(processor, "tokenizer"):
-        raise CachekdError(
-            "the processor has no tokenizer and image processor",
-            where=str(path),
-            found=type(processor).__name__,
-            fix="save the model's AutoProcessor into its folder",
-        )
-    return processor
-
-
-def _load_tokenizer(path: str) -> Any:
-    folder, options = source(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise CachekdError(
-            "no tokenizer can be loaded",
-            where=str(path),
-            expected="tokenizer.json beside the model",
-            found=f"{error}".strip().splitlines()[0],
-        ) from None
-
-
 def load_model(
     path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
 ) -> PreTrainedModel:
@@ -122,23 +76,14 @@ def load_model(
 
     Args:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+
+    Raises:
+        CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, or a
+            package is missing.
     """
     text_only = family_of(load_config(path)) is TEXT_ONLY
     auto_class = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
     return _load(auto_class, path, dtype, device, quantization)
-
-
-def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
-    """Take a vision encoder's modules away, in place, all but the projector's."""
-
-    def refuse(*_args: Any, **_kwargs: Any) -> None:
-        raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
-
-    for name in set(tower._modules) - set(kept):
-        delattr(tower, name)
-    for name in list(tower._parameters):
-        delattr(tower, name)
-    tower.forward = refuse
 
 
 def load_without_tower(
@@ -148,6 +93,9 @@ def load_without_tower(
 
     Args:
         quantization: see `load_model`.
+
+    Raises:
+        CachekdError: as `load_model`.
     """
     config = load_config(path)
     name, kept = vision_tower_name(config), family_of(config).inside
@@ -165,6 +113,19 @@ def load_without_tower(
     # transformers renames a checkpoint's weights only for classes that it knows as its own.
     Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__
     return _load(Towerless, path, dtype, device, quantization).requires_grad_(False)
+
+
+def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
+    """Take a vision encoder's modules away, in place, all but the projector's."""
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("this teacher was loaded without its vision encoder: call it with image features")
+
+    for name in set(tower._modules) - set(kept):
+        delattr(tower, name)
+    for name in list(tower._parameters):
+        delattr(tower, name)
+    tower.forward = refuse
 
 
 def quantization_config(settings: dict[str, Any]) -> Any:
@@ -239,35 +200,3 @@ def _from_pretrained(model_class: Any, path: str, **kwargs: Any) -> PreTrainedMo
             found=f"{len(missing)} missing or of another shape: {', '.join(missing[:3])}",
         )
     return model
-
-
-def weights_files(path: str) -> list[Path]:
-    """The weight files of a local model folder (or the GGUF file itself), sorted; none for a hub name.
-
-    A run's switch bridge is none.
-
-    Raises:
-        CachekdError: a local folder has none.
-    """
-    folder = Path(path)
-    if is_gguf(path):
-        return [folder]
-    if not folder.is_dir():
-        return []
-    files = sorted(path for path in folder.glob("*.safetensors") if path.name != BRIDGE_FILE)
-    files = files or sorted(folder.glob("*.bin"))
-    if not files:
-        raise CachekdError(
-            "the model's folder has no weights", where=path, expected="*.safetensors or *.bin files"
-        )
-    return files
-
-
-def weights_identity(path: str, config: Any) -> str:
-    """Which weights these are: sha256 over a local folder's, or hub:commit.
-
-    Args:
-        config: as it was loaded from `path`.
-    """
-    files = weights_files(path)
-    return weights_fingerprint(files) if files else f"hub:{getattr(config, '_commit_hash', None)}"

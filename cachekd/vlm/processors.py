@@ -1,4 +1,7 @@
-"""Processors without their video part, which needs torchvision and which no image needs."""
+"""Load processors and tokenizers, with messages for people where transformers raises its own.
+
+Without torchvision a processor is loaded without its video part, which needs it, and which no image needs.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,60 @@ import logging
 from functools import cache
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from cachekd.errors import CachekdError
+from cachekd.samples.text_processor import TextProcessor
+from cachekd.vlm.families import TEXT_ONLY, family_of
+from cachekd.vlm.gguf import source
+from cachekd.vlm.load import load_config
+
 log = logging.getLogger(__name__)
+
+
+def load_processor(path: str) -> Any:
+    """A VLM's processor: image processor, tokenizer and chat template. A language model's tokenizer.
+
+    Raises:
+        CachekdError: there is none at `path`, or it has no tokenizer.
+    """
+    if family_of(load_config(path)) is TEXT_ONLY:
+        return TextProcessor(_load_tokenizer(path))
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        processor = load_without_video(path)
+        if processor is None:
+            reason = next(line for line in str(error).splitlines() if line.strip())
+            raise CachekdError(
+                "no processor can be loaded",
+                where=str(path),
+                expected="processor_config.json and tokenizer files beside the model",
+                found=reason.strip(),
+            ) from None
+    if not hasattr(processor, "tokenizer"):
+        raise CachekdError(
+            "the processor has no tokenizer and image processor",
+            where=str(path),
+            found=type(processor).__name__,
+            fix="save the model's AutoProcessor into its folder",
+        )
+    return processor
+
+
+def _load_tokenizer(path: str) -> Any:
+    folder, options = source(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise CachekdError(
+            "no tokenizer can be loaded",
+            where=str(path),
+            expected="tokenizer.json beside the model",
+            found=f"{error}".strip().splitlines()[0],
+        ) from None
 
 
 def load_without_video(path: str) -> Any | None:

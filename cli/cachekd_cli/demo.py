@@ -31,7 +31,8 @@ def demo_command(
 
     Example: cachekd demo --seed 1
     """
-    from cachekd.config import DumpConfig, TrainConfig, read_config
+    from cachekd.config import DumpConfig, TrainConfig
+    from cachekd.config_file import read_config
     from cachekd.report import write_report
     from cachekd_cli import dump, evaluate, train
 

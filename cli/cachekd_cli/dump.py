@@ -15,7 +15,7 @@ from cachekd_cli.signals import exit_code
 if TYPE_CHECKING:
     from cachekd.config import DumpConfig
     from cachekd.dump import DumpSummary
-    from cachekd.pilot import Estimate
+    from cachekd.dump_estimate import Estimate
 
 
 def dump_command(
@@ -75,10 +75,11 @@ def dump_command(
 
     Example: cachekd dump --teacher models/llava-7b --data data/train --out caches/llava-7b
     """
-    from cachekd.config import DumpConfig, read_config
+    from cachekd.config import DumpConfig
+    from cachekd.config_file import read_config
 
     quiet_libraries()
-    config: DumpConfig = read_config(
+    config = read_config(
         None,
         DumpConfig,
         {

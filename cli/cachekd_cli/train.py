@@ -118,7 +118,8 @@ def train_command(
     training, a mapping of any other fields of transformers.TrainingArguments.
     """
     options = {n: v for n, v in locals().items() if n not in ("config", "estimate", "json")}
-    from cachekd.config import TrainConfig, read_config
+    from cachekd.config import TrainConfig
+    from cachekd.config_file import read_config
 
     quiet_libraries()
     settings = read_config(config, TrainConfig, options)

@@ -93,7 +93,7 @@ def mend_manifest(cache: Path) -> list[str]:
     """A manifest that cannot be read is written again from the dump's records."""
     from cachekd.cache import Manifest
     from cachekd.cache.manifest import MANIFEST_FILE
-    from cachekd.repair import restore_manifest
+    from cachekd.cache.mend import restore_manifest
 
     try:
         Manifest.load(cache)
@@ -113,7 +113,7 @@ def run_repair(
     done: list[str],
 ) -> None:
     """What can be mended is, shards by the teacher; a line for each goes to `done`."""
-    from cachekd.repair import tidy
+    from cachekd.cache.mend import tidy
 
     try:
         done += tidy(cache)

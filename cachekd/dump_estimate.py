@@ -1,0 +1,127 @@
+"""What a dump will cost in bytes, time and memory, from its pilot."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+
+from cachekd.cache import CodecSettings, TailSetting, TokenTargets
+from cachekd.cache.fit import SketchEncoder
+from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.pilot import Pilot, evenly
+from cachekd.teacher import Teacher
+
+SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the whole dump will be like.
+
+    Attributes:
+        tokens: answer tokens.
+        tokens_error: one standard error of that.
+        bytes_per_token: of the shards.
+        shard_bytes, sketch_bytes: on the disk.
+        seconds: with this process alone.
+        peak_memory: bytes; of the GPU if there is one, else of the process.
+    """
+
+    samples: int
+    tokens: int
+    tokens_error: int
+    bytes_per_token: float
+    shard_bytes: int
+    sketch_bytes: int
+    seconds: float
+    peak_memory: int
+    codec: CodecSettings
+
+    @property
+    def size(self) -> int:
+        """Bytes of the cache."""
+        return self.shard_bytes + self.sketch_bytes
+
+
+def estimate(
+    pilot: Pilot,
+    teacher: Teacher,
+    codec: CodecSettings,
+    samples: int,
+    shard_samples: int | None = None,
+    workers: int = 0,
+) -> Estimate:
+    """What a dump will cost.
+
+    Args:
+        codec: to be used; the pilot may have had a larger top_k.
+        samples: of the data set.
+        shard_samples: per shard; None for SHARD_TOKENS answer tokens.
+        workers: processes that read samples.
+    """
+    encoder = pilot.fit(teacher, codec) if TailSetting.parse(codec.tail).sketch else None
+    counts = torch.tensor(pilot.tokens, dtype=torch.float64)
+    usable = samples * len(counts) / (len(counts) + len(pilot.bad))
+    error = float(counts.std(correction=0)) * (max(0.0, 1 - len(counts) / samples) / len(counts)) ** 0.5
+    tokens = round(usable * float(counts.mean()))
+    shard_tokens = SHARD_TOKENS if shard_samples is None else shard_samples * float(counts.mean())
+    shard_bytes = _shard_bytes(pilot, codec, encoder, tokens, shard_tokens)
+    run = pilot.run_seconds / len(pilot.answers)
+    read = pilot.read_seconds / (len(counts) + len(pilot.bad)) / max(1, workers)
+    return Estimate(
+        samples=samples,
+        tokens=tokens,
+        tokens_error=round(usable * error),
+        bytes_per_token=shard_bytes / tokens,
+        shard_bytes=round(shard_bytes),
+        sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
+        seconds=usable * max(run, read),  # they overlap
+        peak_memory=peak_memory(teacher.model.device),
+        codec=codec,
+    )
+
+
+def _shard_bytes(
+    pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None, tokens: int, shard_tokens: float
+) -> float:
+    """Of `tokens` tokens in shards of `shard_tokens`.
+
+    Tables and rare ids weigh more in a small shard. So the pilot's own tokens are packed, as many as a shard
+    has if there are so many and half of that, and what lies beyond is on their line.
+    """
+    targets = pilot.targets.truncate(codec.top_k)
+    if encoder is not None:
+        targets = replace(targets, sketch=encoder.encode(pilot.states))
+    whole = min(1.0, shard_tokens / len(targets))
+    less, small = _packed(pilot, targets, whole / 2, codec.logprob_step)
+    more, large = _packed(pilot, targets, whole, codec.logprob_step)
+    rate = (large - small) / (more - less) if more > less else large / more
+    shards = max(1.0, tokens / shard_tokens)
+    return shards * (large - rate * more) + (rate + (encoder.surplus if encoder else 0.0)) * tokens
+
+
+def _packed(pilot: Pilot, targets: TokenTargets, share: float, step: float) -> tuple[int, int]:
+    """Tokens and bytes of a shard with a share of the pilot's samples.
+
+    Args:
+        targets: of all of them.
+        step: nats, of the logprobs that are kept.
+    """
+    samples = [(answer.key, answer.content_hash, len(answer.targets)) for answer in pilot.answers.values()]
+    parts = targets.split([tokens for _, _, tokens in samples])
+    # Every so manieth sample, so that shards of two sizes both have some of everything.
+    chosen = evenly(list(range(len(samples))), max(1, round(share * len(samples))), 0)
+    some = TokenTargets.concatenate([parts[index] for index in chosen])
+    shard = make_shard([samples[index] for index in chosen], some)
+    return len(shard.targets), len(pack_shard(shard, step))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was in use so far, of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
