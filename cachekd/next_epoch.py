@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cachekd.prefetch import prefetched
+
 
 class ReadsOn(DataLoader):
     """A DataLoader that begins its next epoch as soon as it has handed out the last batch of one.
@@ -31,7 +33,10 @@ class ReadsOn(DataLoader):
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
         batches, self._begun = self._begun, None
-        yield from super().__iter__() if batches is None else batches
+        batches = super().__iter__() if batches is None else batches
+        # A batch comes as a file handle for each tensor, asked for one by one of a worker that encodes
+        # meanwhile. On a GPU the thread that pins memory has this wait; else one of ours has it.
+        yield from batches if self.pin_memory else prefetched(batches, 1)
         if self._goes_on():
             self.begins_next = True
             self._begun = super().__iter__()  # gives the workers their first batches at once
