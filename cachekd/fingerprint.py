@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cachekd.samples import SampleEncoder
+from cachekd.samples.probe import probe_encoding
+
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
 
 
@@ -33,6 +36,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def template_fingerprint(template: str) -> str:
     """The chat template's text."""
     return _sha256(template)
+
+
+def encoding_fingerprint(encoder: SampleEncoder) -> str | None:
+    """The token ids of a fixed conversation, and which are supervised; None where it cannot be encoded.
+
+    The parts' own fingerprints do not say how they are put together, such as who writes BOS.
+    """
+    found = probe_encoding(encoder)
+    return None if found is None else _sha256([values.tolist() for values in found])
 
 
 def image_processor_fingerprint(processor: Any) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 from cachekd.cache.manifest import Header, Manifest, ShardInfo, Source
 from cachekd.errors import CachekdError
 
+ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
+
 
 def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
     """What a cache depends on, by names for people. Where things lie is not among it.
@@ -26,6 +28,7 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
         "chat template": prints.chat_template,
         "image processing": prints.image_processor,
         "image token": prints.image_token,
+        ENCODING: prints.encoding,
         **{f"setting {name}": value for name, value in codec.model_dump().items()},
     }
     if source is None:
@@ -55,6 +58,7 @@ def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str
         CachekdError: they differ; in what, old and new.
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in names if name != ENCODING or None not in (old.get(name), new.get(name))]
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:6])})" if names[1:] else ""
         raise CachekdError(
