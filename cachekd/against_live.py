@@ -11,9 +11,13 @@ from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 
 
-def value_bound(codec: CodecSettings, tolerance: float) -> float:
-    """Nats by which `value_error` may differ from 0: the codec's own bound, and the teacher's tolerance."""
-    return codec.logprob_step + TAIL_STEP / 2 + tolerance
+def value_bound(codec: CodecSettings, tolerance: float, cuts: int = 0) -> float:
+    """Nats by which `value_error` may differ from 0: the codec's own bound, and the teacher's tolerance.
+
+    Args:
+        cuts: of `cachekd.cache.recompress.cuts`; each rounds the mass that is not kept again.
+    """
+    return codec.logprob_step + (1 + cuts) * TAIL_STEP / 2 + tolerance
 
 
 def value_error(cached: CachedTargets, live: Tensor) -> float:

@@ -7,6 +7,8 @@ the teacher did not see: it does not match.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +38,12 @@ class Binding(Sealed):
     data: str = Field(description="the data set, as it was named")
     keys: dict[str, str] = Field(description="from the data's key to the cache's, where they differ")
     unbound: list[str] = Field(description="keys of the data of which the cache has no sample")
+
+    @property
+    def identity(self) -> str:
+        """sha256 over what it says, whatever the cache's checksum is: a repaired cache is bound again."""
+        said = [sorted(self.keys.items()), sorted(self.unbound)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def require_cache(self, cache: LogitCache, where: str) -> None:
         """Refuse another cache than the one that was bound.

@@ -86,7 +86,7 @@ def fingerprints(manifest: Manifest) -> Rows:
     return {
         "teacher's weights": manifest.teacher.weights_sha256,
         "teacher's configuration": manifest.teacher.config_sha256,
-        **{name.replace("_", " "): value for name, value in manifest.fingerprints},
+        **{name.replace("_", " "): value for name, value in manifest.fingerprints if value is not None},
         "manifest": manifest.sha256 or "",
     }
 

@@ -12,7 +12,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cachekd.samples import SampleEncoder
+from cachekd.samples.probe import probe_encoding
+
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
+
+
+# Of a family's own processor, not of its image processor: how many tokens an image has in the text.
+_IMAGE_TOKENS = (
+    "image_seq_length",  # InternVL, Gemma 3
+    "image_seq_len",  # Idefics3, SmolVLM
+    "num_image_tokens",  # LLaVA-OneVision
+    "vision_aspect_ratio",
+    "spatial_merge_size",  # Mistral 3
+)
 
 
 def _sha256(value: Any) -> str:
@@ -35,8 +48,17 @@ def template_fingerprint(template: str) -> str:
     return _sha256(template)
 
 
+def encoding_fingerprint(encoder: SampleEncoder) -> str | None:
+    """The token ids of a fixed conversation, and which are supervised; None where it cannot be encoded.
+
+    The parts' own fingerprints do not say how they are put together, such as who writes BOS.
+    """
+    found = probe_encoding(encoder)
+    return None if found is None else _sha256([values.tolist() for values in found])
+
+
 def image_processor_fingerprint(processor: Any) -> str:
-    """The image processor's settings and real class, and what the processor makes of a grid of patches.
+    """The image processor's settings and real class, and how many tokens the processor makes of an image.
 
     A language model's is that of nothing.
     """
@@ -46,7 +68,9 @@ def image_processor_fingerprint(processor: Any) -> str:
     settings = {key: value for key, value in images.to_dict().items() if not key.startswith("_")}
     grid = {name: getattr(processor, name, None) for name in ("patch_size", "num_additional_image_tokens")}
     strategy = getattr(processor, "vision_feature_select_strategy", None)
-    return _sha256([type(images).__name__, settings, grid, strategy])
+    counts = {name: getattr(processor, name, None) for name in _IMAGE_TOKENS if name not in settings}
+    has = {name: value for name, value in counts.items() if value is not None}
+    return _sha256([type(images).__name__, settings, grid, strategy, *([has] if has else [])])
 
 
 # Where a model was loaded from, by what, and how it computes: no part of what it is.

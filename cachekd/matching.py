@@ -9,6 +9,7 @@ from cachekd.cache.compare import require_same
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
     config_fingerprint,
+    encoding_fingerprint,
     image_processor_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -25,7 +26,7 @@ def check_cache(
     *,
     may_lack_samples: bool = False,
 ) -> None:
-    """Refuse a cache of another tokenizer, chat template or data set.
+    """Refuse a cache of another tokenizer, chat template, way to encode or data set.
 
     Args:
         may_lack_samples: whether samples beyond the cache are meant to be there. A cache that has none of
@@ -48,6 +49,7 @@ def check_cache(
                 found=f"sha256 {ours}",
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
+    _check_encoding(cache, encoder)
     missing = [key for key in samples.keys if key not in cache]
     if missing and not (may_lack_samples and len(missing) < len(samples)):
         raise CachekdError(
@@ -57,6 +59,22 @@ def check_cache(
             found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
             fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only; "
             "`cachekd bind` finds samples that have other keys in the cache",
+        )
+
+
+def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:
+    theirs = cache.manifest.fingerprints.encoding
+    if theirs is None:  # an older cache, or a template that takes no text without images
+        return
+    ours = encoding_fingerprint(encoder)
+    if ours != theirs:
+        raise CachekdError(
+            "the cache was made with a different encoding of text than the student's",
+            where=f"{cache.path} and {encoder.processor.tokenizer.name_or_path}",
+            expected=f"sha256 {theirs} over the token ids of a probe text",
+            found="it cannot be encoded" if ours is None else f"sha256 {ours}",
+            fix="the teacher's inputs had other tokens than the student's, such as a BOS token more or less: "
+            "give the student the teacher's processor, or run `cachekd dump` again",
         )
 
 

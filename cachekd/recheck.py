@@ -14,6 +14,7 @@ from cachekd.cache import LogitCache, TailStates
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import Header
+from cachekd.cache.recompress import cuts
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Samples
 from cachekd.teacher import Teacher
@@ -134,7 +135,7 @@ class _Judge:
         self, cache: LogitCache, teacher: Teacher, encoders: Sequence[SketchEncoder], tolerance: float
     ) -> None:
         self.cache, self.teacher, self.encoders, self.tolerance = cache, teacher, encoders, tolerance
-        self.bound = value_bound(cache.manifest.codec, tolerance)
+        self.bound = value_bound(cache.manifest.codec, tolerance, cuts(cache.manifest))
         self.tokens, self.max_error, self.max_code_error = 0, 0.0, 0.0
 
     def __call__(self, encoded: Encoded) -> str | None:

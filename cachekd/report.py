@@ -211,6 +211,7 @@ def _cache_rows(run: Run) -> dict[str, str]:
         "tokenizer": prints.tokenizer[:16],
         "chat template": prints.chat_template[:16],
         "image processor": prints.image_processor[:16],
+        **({} if prints.encoding is None else {"encoding": prints.encoding[:16]}),
         "weights": manifest.teacher.weights_sha256[:16],
     }
 

@@ -1,6 +1,6 @@
 """A run's folder: begun, gone on with, finished; a finished one is never overwritten.
 
-cachekd_started.json    the settings, written before the first step
+cachekd_started.json    the settings, and which cache and binding were read; written before the first step
 checkpoints/            the Trainer's, to go on from
 model.safetensors ...   the student with its processor
 cachekd_run.json        written last: the run is finished
@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cachekd.bind import Binding
+from cachekd.cache import LogitCache
+from cachekd.cache.compare import identity
 from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"
+INPUTS = "inputs"  # in that file: what was read, by its content
 # Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
 # stands for is in the others.)
 FREE_SETTINGS = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing", "stage"}
@@ -38,6 +42,8 @@ class RunFolder:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
         self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=FREE_SETTINGS)
+        self._inputs: dict[str, str] = {}
+        self._earlier_inputs: dict[str, str] | None = None  # of a new run, or of one that did not note them
         if (self.path / RUN_FILE).exists():
             raise CachekdError(
                 "the run is finished, and a finished run is never overwritten",
@@ -50,6 +56,7 @@ class RunFolder:
             return
         # A setting that there was not yet when the run began is at its default.
         earlier = defaults_of(TrainConfig) | json.loads(started.read_text())
+        self._earlier_inputs = earlier.pop(INPUTS, None)
         changed = sorted(name for name, value in self.settings.items() if earlier.get(name) != value)
         if changed:
             raise CachekdError(
@@ -59,6 +66,28 @@ class RunFolder:
                 found=", ".join(f"{name}: {self.settings.get(name)}" for name in changed),
                 fix="repeat the command that began it, choose another --out, or remove the folder",
             )
+
+    def require_inputs(self, cache: LogitCache | None, binding: Path | None) -> None:
+        """Note what the run reads; of a run that is gone on with, refuse what was made anew since it began.
+
+        Raises:
+            CachekdError: the cache or the binding is another.
+        """
+        if cache is not None:
+            self._inputs["cache"] = identity(cache.manifest)
+        if binding is not None:
+            self._inputs["binding"] = Binding.read(binding).identity
+        if self._earlier_inputs is None:
+            return
+        for name, found in self._inputs.items():
+            if found != self._earlier_inputs.get(name):
+                raise CachekdError(
+                    f"the run was begun with another {name} at the same path",
+                    where=f"{self.path / STARTED_FILE} and {self.settings[name]}",
+                    expected=f"content with sha256 {self._earlier_inputs.get(name)}",
+                    found=f"sha256 {found}",
+                    fix=f"put the {name} back that it began with, choose another --out, or remove the folder",
+                )
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint; the Trainer writes its state last, so one without was cut short."""
@@ -75,7 +104,7 @@ class RunFolder:
         """
         if main:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write(STARTED_FILE, self.settings)
+            self._write(STARTED_FILE, self.settings | {INPUTS: self._inputs})
         try:
             yield
         except BaseException:

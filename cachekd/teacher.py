@@ -15,6 +15,7 @@ from cachekd.cache.select import select_and_normalise
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import (
     config_fingerprint,
+    encoding_fingerprint,
     image_processor_fingerprint,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -206,6 +207,7 @@ class Teacher:
             chat_template=template_fingerprint(self.encoder.template),
             image_processor=image_processor_fingerprint(self.processor),
             image_token=self.processor.image_token or "",
+            encoding=encoding_fingerprint(self.encoder),
         )
 
 

@@ -85,6 +85,7 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
     folder = RunFolder(config)
     with memory_advice(config):
         trainer = make_trainer(config, folder.checkpoints, callbacks)
+        folder.require_inputs(trainer.train_dataset.cache, config.binding)
         with folder.begun(main=trainer.is_world_process_zero()):
             checkpoint = folder.last_checkpoint()
             resumed_from = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])

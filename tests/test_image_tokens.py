@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 
@@ -15,6 +16,7 @@ from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import BadSample
 from cachekd.files import RUN_FILE
+from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.samples import Sample, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.samples.conversation import messages_from_turns
@@ -37,6 +39,47 @@ def many_images() -> Sample:
     sizes = [(32, 32), (64, 32), (32, 96), (80, 80)]
     images = tuple(noise_image(index, size) for index, size in enumerate(sizes))
     return Sample("k", images, tuple(messages_from_turns(TURNS, len(images), "test")), "test")
+
+
+@pytest.mark.parametrize("name", WITH_TEMPLATE)
+def test_what_changes_an_images_tokens_changes_the_fingerprint(name):
+    """Every number of the processor's own: whichever of them has another, it is seen."""
+    sample = many_images()
+    numbers = {
+        setting: value
+        for setting, value in vars(FAMILIES[name].processor()).items()
+        if type(value) is int and not setting.endswith("_id")
+    }
+    for setting, value in numbers.items():
+        processor = FAMILIES[name].processor()
+        before = SampleEncoder(processor)(sample).inputs["input_ids"].tolist()
+        fingerprint = image_processor_fingerprint(processor)
+        setattr(processor, setting, 4 * value)
+        same = SampleEncoder(processor)(sample).inputs["input_ids"].tolist() == before
+        assert same or image_processor_fingerprint(processor) != fingerprint, setting
+
+
+def test_other_settings_of_an_images_tokens_change_the_fingerprint():
+    """Gemma 3 writes its tokens out when it is made; LLaVA-OneVision's limit of tiles is a text."""
+    gemma = FAMILIES["gemma3"].processor()
+    other = type(gemma)(
+        gemma.image_processor, gemma.tokenizer, chat_template=gemma.chat_template, image_seq_length=9
+    )
+    lengths = [len(SampleEncoder(each)(many_images())) for each in (gemma, other)]
+    assert lengths[1] - lengths[0] == 4 * (9 - gemma.image_seq_length)
+    assert image_processor_fingerprint(gemma) != image_processor_fingerprint(other)
+    one, nine = (FAMILIES["llava_onevision"].processor() for _ in range(2))
+    one.vision_aspect_ratio = "anyres_max_1"
+    assert image_processor_fingerprint(one) != image_processor_fingerprint(nine)
+
+
+def test_a_processor_without_such_settings_keeps_the_fingerprint_that_it_had():
+    processor = tiny_processor()
+    settings = {name: value for name, value in processor.image_processor.to_dict().items() if name[0] != "_"}
+    grid = {"patch_size": 8, "num_additional_image_tokens": 1}
+    parts = [type(processor.image_processor).__name__, settings, grid, "default"]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    assert image_processor_fingerprint(processor) == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("name", WITH_TEMPLATE)

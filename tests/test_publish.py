@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -448,6 +450,27 @@ def test_a_published_cache_is_read_by_its_address(watched, skipping_cache, tmp_p
     with pytest.raises(CachekdError, match="no file"):
         local_folder("watched:///org/c")  # another cache: the one that is here is not taken for it
     assert LogitCache(cache.path).manifest == cache.manifest
+
+
+def test_a_fetched_cache_that_has_changed_is_not_used(watched, skipping_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / "home"))
+    push_cache(skipping_cache, "watched:///org/c")
+    folder = local_folder("watched:///org/c")
+    whole = files_of(folder)
+    for name in published(folder).keys() - {"manifest.json"}:
+        for content in (whole[name][:-1], None):
+            file = folder / name
+            file.unlink() if content is None else file.write_bytes(content)
+            with pytest.raises(CachekdError, match="a fetched file") as caught:
+                local_folder("watched:///org/c")
+            assert f"where: {file}" in str(caught.value)
+            assert f"expected: {len(whole[name]):,} bytes" in str(caught.value)
+            (fix,) = re.findall(r"try: cachekd (pull .+)", str(caught.value))
+            assert CliRunner().invoke(app, shlex.split(fix)).exit_code == 0
+            assert files_of(local_folder("watched:///org/c")) == whole
+    reseal(folder / "manifest.json", lambda values: values["shards"][0].update(entries=1))
+    with pytest.raises(CachekdError, match="no longer what is published"):
+        LogitCache("watched:///org/c")
 
 
 def test_training_takes_an_address(

@@ -21,6 +21,7 @@ from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.arrays import pack_arrays, read_arrays
 from cachekd.cache.mend import restore_manifest, tidy
 from cachekd.cache.merge import merge_caches
+from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_samples
 from cachekd.config import TrainConfig
@@ -355,14 +356,14 @@ def test_a_good_cache_passes(skipping_cache, plain, teacher_path, data_path, bro
         assert found.max_code_error <= found.code_bound
 
 
-def repack(path: Path, number: int, change: Any) -> set[str]:
+def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[str]:
     """Alter the values of a shard, with checksums and seals that fit; returns the keys of its samples."""
     name = Manifest.load(path).shards[number].name
     file = path / "shards" / name
-    shard = read_shard(file, 1 / 16, sketch=Manifest.load(path).shards[number].sketch is not None)
+    shard = read_shard(file, step, sketch=Manifest.load(path).shards[number].sketch is not None)
     shard = replace(shard, targets=change(shard.targets))
     file.unlink()
-    file.write_bytes(pack_shard(shard, 1 / 16))
+    file.write_bytes(pack_shard(shard, step))
     content = file.read_bytes()
     info = {
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -413,6 +414,35 @@ def least_for_most(targets):
 
 def other_knee(targets):
     return replace(targets, knee=np.ones_like(targets.knee))
+
+
+def test_a_cache_that_was_cut_again_and_again_passes(tmp_path, teacher_path, data_path):
+    """Each cut rounds the odds of what is not kept once more, by more than the fine steps of `exact`."""
+    whole = path = dump_cache(tmp_path / "whole", teacher_path, data_path, tail="exact", top_p=0.999)
+    for top_k in (100, 64, 50, 32, 16):
+        recompress(path, tmp_path / str(top_k), top_k=top_k, tail="none" if path == whole else None)
+        path = tmp_path / str(top_k)
+    found = ask(path, teacher_path, data_path)
+    assert found.mismatches == []
+    assert ask(whole, teacher_path, data_path).bound < found.max_error < found.bound  # a false alarm, without
+    assert found.bound == pytest.approx(1 / 256 + 6 / 64 + 0.01)
+    keys = repack(path, 0, more_tail, step=1 / 256)
+    assert {mismatch.key for mismatch in ask(path, teacher_path, data_path).mismatches} == keys
+
+
+def test_cuts_are_counted_along_the_longest_way(tmp_path):
+    write_cache(tmp_path / "a")
+    assert cuts(Manifest.load(tmp_path / "a")) == 0
+    recompress(tmp_path / "a", tmp_path / "b", top_k=16)
+    recompress(tmp_path / "b", tmp_path / "c", top_k=8)
+    keys = set(LogitCache(tmp_path / "c"))
+    first = {min(keys)}
+    part = select_samples(tmp_path / "c", tmp_path / "d", first)
+    rest = select_samples(tmp_path / "c", tmp_path / "e", keys - first)
+    merged = merge_caches([tmp_path / "d", tmp_path / "e"], tmp_path / "m")
+    assert [cuts(manifest) for manifest in (part, rest, merged)] == [2, 2, 2]
+    recompress(tmp_path / "m", tmp_path / "n", top_k=4)
+    assert cuts(Manifest.load(tmp_path / "n")) == 3
 
 
 @pytest.mark.parametrize("change", [shifted, other_ids, more_tail, least_for_most, other_knee])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any
 
-from cachekd.cache.manifest import Header, Source
+from cachekd.cache.manifest import Header, Manifest, ShardInfo, Source
 from cachekd.errors import CachekdError
+
+ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
 
 
 def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
@@ -24,6 +28,7 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
         "chat template": prints.chat_template,
         "image processing": prints.image_processor,
         "image token": prints.image_token,
+        ENCODING: prints.encoding,
         **{f"setting {name}": value for name, value in codec.model_dump().items()},
     }
     if source is None:
@@ -53,6 +58,7 @@ def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str
         CachekdError: they differ; in what, old and new.
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in names if name != ENCODING or None not in (old.get(name), new.get(name))]
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:6])})" if names[1:] else ""
         raise CachekdError(
@@ -62,3 +68,20 @@ def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str
             found="; ".join(f"{name} {new.get(name)}" for name in names[:6]),
             fix="give it what it was made with, or dump into a new folder",
         )
+
+
+def identity(manifest: Manifest) -> str:
+    """sha256 over what a cache holds, by which a run knows it again.
+
+    A shard that the teacher can make again (`cachekd verify --repair`) counts by its samples: on another
+    machine it may round otherwise, and its checksum is another then. All others count by their bytes.
+    """
+    values = manifest.model_dump(mode="json", exclude={"sha256", "lineage", "fidelity", "skipped", "shards"})
+    shards = [_shard_identity(info) for info in manifest.shards]
+    return hashlib.sha256(json.dumps([values, shards], sort_keys=True).encode()).hexdigest()
+
+
+def _shard_identity(info: ShardInfo) -> list[Any]:
+    again = info.span is not None and info.samples_sha256 is not None
+    held = [info.span, info.samples_sha256] if again else info.sha256
+    return [info.name, info.source, info.sketch, info.samples, info.tokens, held]

@@ -18,6 +18,7 @@ from cachekd.cache.manifest import (
     CodecSettings,
     Derivation,
     Fidelity,
+    Fingerprints,
     Manifest,
     ShardInfo,
     SketchInfo,
@@ -133,7 +134,7 @@ class DerivedCache:
         """
         manifest = Manifest(
             teacher=parents[0].teacher,
-            fingerprints=parents[0].fingerprints,
+            fingerprints=_fingerprints_of_all(parents),
             codec=codec or parents[0].codec,
             sources=self._sources,
             sketches=self._sketches,
@@ -152,6 +153,14 @@ class DerivedCache:
         if source not in self._sources:
             self._sources.append(source)
         return self._sources.index(source)
+
+
+def _fingerprints_of_all(parents: Sequence[Manifest]) -> Fingerprints:
+    """What is known of every parent; they differ, if at all, in whether the encoding is known."""
+    first = parents[0].fingerprints
+    if all(parent.fingerprints == first for parent in parents):
+        return first
+    return first.model_copy(update={"encoding": None})
 
 
 def _sketch_name(place: int) -> str:

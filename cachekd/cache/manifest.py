@@ -41,6 +41,14 @@ class Fingerprints(Part):
     chat_template: str
     image_processor: str
     image_token: str = Field(description="the placeholder's text")
+    encoding: str | None = Field(
+        None, description="over the token ids and the supervised mask of a fixed text; null: not known"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_encoding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)  # as in `Manifest`: it came later
+        return {name: value for name, value in values.items() if name != "encoding" or value is not None}
 
 
 class DataInfo(Part):

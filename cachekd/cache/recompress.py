@@ -43,6 +43,18 @@ def odds_bound(logprob_step: float) -> float:
     return logprob_step + 1.5 * TAIL_STEP
 
 
+def cuts(manifest: Manifest) -> int:
+    """How often, at most, a token of a cache lost entries: each time its odds were rounded once more."""
+    codecs: dict[str | None, CodecSettings] = {
+        parent: step.parent_codec for step in manifest.lineage for parent in step.parents
+    }
+    made: dict[str | None, int] = {}  # by the manifest's sha256; None: this one's
+    for step in manifest.lineage:  # parents' steps come first
+        fewer = codecs.get(step.result, manifest.codec).top_k < step.parent_codec.top_k
+        made[step.result] = max(made.get(parent, 0) for parent in step.parents) + fewer
+    return made.get(None, 0)
+
+
 def recompress(
     path: Path,
     out: Path,

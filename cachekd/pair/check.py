@@ -12,6 +12,7 @@ from cachekd.pair.rows import (
     Side,
     answers_row,
     cache_rows,
+    encoding_row,
     image_tokens_row,
     pixels_row,
     split_row,
@@ -74,6 +75,7 @@ def check_pair(
     rows = [
         vocabulary_row(theirs, ours),
         template_row(theirs, ours),
+        encoding_row(theirs, ours),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),

@@ -12,7 +12,7 @@ import torch
 
 from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import image_processor_fingerprint, template_fingerprint
+from cachekd.fingerprint import encoding_fingerprint, image_processor_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, predicting_positions
 from cachekd.vlm import (
@@ -99,6 +99,20 @@ def template_row(teacher: Side, student: Side) -> Row:
         return Row("chat template", "ok", "the same text")
     fix = "save the teacher's chat_template.jinja beside the student's processor"
     return Row("chat template", "refused", f"sha256 {theirs[:12]} and {ours[:12]}", fix)
+
+
+def encoding_row(teacher: Side, student: Side) -> Row:
+    """The same tokens for the same text: a BOS token, for one, may be missing on one side."""
+    theirs, ours = (encoding_fingerprint(side.encoder) for side in (teacher, student))
+    if theirs is None or ours is None:
+        whose = " and ".join(
+            name for name, found in (("teacher", theirs), ("student", ours)) if found is None
+        )
+        return Row("encoding", "note", f"the {whose}'s processor takes no text without images", "nothing")
+    if theirs == ours:
+        return Row("encoding", "ok", "a probe text has the same tokens, and the same are supervised")
+    fix = "the same tokenizer, chat template and kind of processor for both"
+    return Row("encoding", "refused", f"sha256 {theirs[:12]} and {ours[:12]} over a probe text's tokens", fix)
 
 
 def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:

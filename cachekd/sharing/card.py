@@ -97,6 +97,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("tokenizer", fingerprints.tokenizer),
         ("chat template", fingerprints.chat_template),
         ("image processing", fingerprints.image_processor),
+        *([("encoding", fingerprints.encoding)] if fingerprints.encoding is not None else []),
         ("manifest", manifest.sha256),
     ]
 

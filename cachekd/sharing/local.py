@@ -9,7 +9,9 @@ from filelock import FileLock
 
 from cachekd.cache.files import make_folder
 from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.sharing.pull import pull_from, read_published
+from cachekd.errors import CachekdError
+from cachekd.sharing.contents import listed_files
+from cachekd.sharing.pull import Published, pull_from, read_published
 from cachekd.sharing.store import Progress, open_store
 
 
@@ -36,8 +38,8 @@ def local_folder(
         progress, total: as for `pull_cache`.
 
     Raises:
-        CachekdError: as `pull_cache`. The store has to be reached even if the cache is here, to know that it
-            is the same.
+        CachekdError: as `pull_cache`; or the cache is here, but not as it was fetched. The store has to be
+            reached even if the cache is here, to know that it is the same.
     """
     store = open_store(address)
     published = read_published(store)
@@ -45,6 +47,35 @@ def local_folder(
     folder = cache_home() / f"{name}-{str(published.manifest.sha256)[:16]}"
     make_folder(folder.parent)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not (folder / MANIFEST_FILE).is_file():
+        if (folder / MANIFEST_FILE).is_file():
+            _require_as_fetched(folder, address, published)
+        else:
             pull_from(store, folder, published, progress=progress, total=total)
     return folder
+
+
+def _require_as_fetched(folder: Path, address: str, published: Published) -> None:
+    """By sizes: checksums are compared as each file is read.
+
+    Raises:
+        CachekdError: the manifest is not the published one, or a file has another size.
+    """
+    if (folder / MANIFEST_FILE).read_bytes() != published.content:
+        raise CachekdError(
+            "a fetched cache is no longer what is published",
+            where=str(folder / MANIFEST_FILE),
+            expected=f"the manifest of {address}",
+            found="another, written after it was fetched",
+            fix=f"remove {folder}, and it is fetched anew; or name that folder in the address's place",
+        )
+    for file in listed_files(published.manifest):
+        path = folder / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.bytes:
+            raise CachekdError(
+                "a fetched file is missing" if size is None else "a fetched file was cut short or changed",
+                where=str(path),
+                expected=f"{file.bytes:,} bytes",
+                found="no file" if size is None else f"{size:,} bytes",
+                fix=f"cachekd pull {address} {folder}",
+            )

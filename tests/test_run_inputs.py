@@ -1,0 +1,128 @@
+"""A run that is gone on with reads the cache and the binding that it began with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from caches import copied, dump_cache, reseal
+from test_repair import break_shard, repack, repair
+from test_train_runs import CutShort
+
+from cachekd.bind import Binding, bind
+from cachekd.cache import LogitCache, Manifest
+from cachekd.cache.compare import identity
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.run_folder import STARTED_FILE
+from cachekd.samples import open_samples
+from cachekd.train import train
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, data_path: Path) -> Path:
+    return dump_cache(tmp_path_factory.mktemp("caches") / "made", teacher_path, data_path, tail="none")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, data_path: Path) -> Path:
+    out = tmp_path_factory.mktemp("caches") / "other"
+    return dump_cache(out, teacher_path, data_path, tail="none", top_k=16)
+
+
+@pytest.fixture
+def config(tmp_path, student_path, data_path, made) -> TrainConfig:
+    return TrainConfig(
+        student=str(student_path),
+        data=str(data_path),
+        cache=copied(made, tmp_path / "cache"),
+        out=tmp_path / "run",
+        batch_size=6,
+        lambda_vsd=0,
+        save_steps=1,
+    )
+
+
+def cut(config: TrainConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, [CutShort(1)])
+
+
+def put(config: TrainConfig, cache: Path) -> None:
+    """Another cache in the first one's place."""
+    shutil.rmtree(str(config.cache))
+    copied(cache, Path(str(config.cache)))
+
+
+def less_tail(targets):
+    """As another machine might round."""
+    return replace(targets, tail_logmass=targets.tail_logmass - 1 / 16)
+
+
+def test_another_cache_at_the_same_path_is_refused(config, other):
+    before = identity(Manifest.load(Path(str(config.cache))))
+    cut(config)
+    noted = (config.out / STARTED_FILE).read_bytes()
+    put(config, other)
+    now = identity(Manifest.load(Path(str(config.cache))))
+    with pytest.raises(CachekdError, match="begun with another cache") as caught:
+        train(config)
+    told = str(caught.value)
+    assert f"expected: content with sha256 {before}" in told
+    assert f"found: sha256 {now}" in told
+    assert str(config.cache) in told
+    assert (config.out / STARTED_FILE).read_bytes() == noted  # the next try is refused as well
+    values = json.loads(noted)
+    del values["inputs"]
+    (config.out / STARTED_FILE).write_text(json.dumps(values))  # begun before inputs were noted
+    assert train(config).resumed_from == 1
+
+
+def test_a_repaired_cache_is_gone_on_with(config, teacher_path, data_path):
+    cache = Path(str(config.cache))
+    repack(cache, 1, less_tail)
+    begun = Manifest.load(cache)
+    cut(config)
+    break_shard(cache, 1, "gone")
+    assert "its bytes differ" in repair(cache, teacher_path, data_path)["repaired"][0]
+    assert Manifest.load(cache).sha256 != begun.sha256
+    assert train(config).resumed_from == 1
+
+
+def test_another_binding_at_the_same_path_is_refused(config, tmp_path):
+    path, cache = tmp_path / "binding.json", LogitCache(str(config.cache))
+    bind(cache, open_samples(config.data)).write(path, cache, config.data)
+    whole = path.read_bytes()
+    config = config.model_copy(update={"binding": path, "missing": "ce-only"})
+    cut(config)
+    reseal(path, lambda values: values["unbound"].append("s003"))
+    with pytest.raises(CachekdError, match="begun with another binding"):
+        train(config)
+    path.write_bytes(whole)
+    reseal(path, lambda values: values.update(data="elsewhere"))  # the same samples, by another name
+    assert train(config).resumed_from == 1
+
+
+def test_what_a_cache_is_known_again_by(made, tmp_path):
+    """All but the bytes of what the teacher can make again."""
+    manifest = Manifest.load(made)
+    other = {"sha256": "0" * 64, "bytes": 5, "entries": 7, "fidelity": None}
+    for change, same in (
+        (other, True),
+        ({"samples_sha256": "0" * 64}, False),
+        ({"tokens": 1}, False),
+        ({"span": None}, False),
+    ):
+        shard = manifest.shards[0].model_copy(update=change)
+        changed = manifest.model_copy(update={"shards": [shard, *manifest.shards[1:]]})
+        assert (identity(changed) == identity(manifest)) is same, change
+    cut_shards = [info.model_copy(update={"span": None}) for info in manifest.shards]
+    cut_cache = manifest.model_copy(update={"shards": cut_shards})
+    other_bytes = [cut_shards[0].model_copy(update=other), *cut_shards[1:]]
+    assert identity(manifest.model_copy(update={"shards": other_bytes})) != identity(cut_cache)
+    again = Binding(cache_sha256="x", data="d", keys={"a": "b"}, unbound=["c"])
+    assert again.identity == again.model_copy(update={"cache_sha256": "y"}).identity
+    assert again.identity != again.model_copy(update={"keys": {"a": "z"}}).identity
