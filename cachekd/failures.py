@@ -1,59 +1,14 @@
-"""What can go wrong in the middle of training, said so that it can be mended."""
+"""Out of memory, said so that it can be mended."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-
-if TYPE_CHECKING:
-    from cachekd.trainer import SwitchKDTrainer
-
-
-def stop_if_not_finite(
-    trainer: SwitchKDTrainer,
-    loss: Tensor,
-    terms: dict[str, Tensor],
-    keys: list[str],
-    inputs: dict[str, Any],
-) -> None:
-    """Refuse to train on: one such step and every weight is NaN.
-
-    What it takes to see it again goes into one file: the batch, its targets, the terms and the weights.
-
-    Raises:
-        CachekdError: the loss is NaN or infinite; samples, terms and the file are named.
-    """
-    if torch.isfinite(loss):
-        return
-    step = trainer.state.global_step
-    values = {name: float(term) for name, term in terms.items()}
-    path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-process-{trainer.args.process_index}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = trainer.vlm.state_dict()
-    bridge = {} if trainer.bridge is None else {"switch_bridge": trainer.bridge.state_dict()}
-    torch.save(
-        {"step": step, "terms": values, "keys": keys, "inputs": inputs, "student": weights} | bridge, path
-    )
-    broken = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    raise CachekdError(
-        "the loss is not finite",
-        where=f"step {step + 1}, samples {', '.join(map(repr, keys))}",
-        expected="finite terms",
-        found=", ".join(f"{name} {value:g}" for name, value in values.items())
-        + (f"; the student's weights are not finite already, first {broken[0]}" if broken else ""),
-        fix=(
-            "lower --learning-rate, raise --warmup" if broken else "look at these samples, or --dtype float32"
-        )
-        + f"; batch, targets and weights are in {path}: torch.load(path, weights_only=False)",
-    )
 
 
 @contextmanager

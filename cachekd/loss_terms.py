@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -71,7 +72,7 @@ class LossTerms:
         inputs: dict[str, Tensor],
         supervised: Tensor,
         targets: Targets | None,
-        covered: Tensor,
+        covered: Tensor | None,
         for_teacher: dict[str, Tensor] | None,
         *,
         switches: bool,
@@ -90,14 +91,15 @@ class LossTerms:
             )
         if targets is None:
             return self._own_path(states, answer_ids, None)
-        terms = self._own_path(states[covered], answer_ids[covered], targets)
-        if not covered.all():
+        if covered is None:
+            terms = self._own_path(states, answer_ids, targets)
+        else:
+            terms = self._own_path(states[covered], answer_ids[covered], targets)
             terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
         # Without an image z_W is z_T: no difference, and no gradient.
-        if switches and vision.output is not None:
+        if switches and "pixel_values" in inputs:
             self._prove(inputs, positions)
-            output = vision.output
-            _require_gradient(output)
+            output = _require_gradient(vision.output)
             if self.bridge is not None:
                 output = self.bridge(output)
                 if for_teacher is not None:  # its own number of places for an image
@@ -110,14 +112,15 @@ class LossTerms:
         """L_CE and, with targets, L_Align."""
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            with self.autocast():
-                logits = self.head.logits(some)
+            logits = self.head.logits(some)
             terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
             if targets is not None and self.align:
                 terms["align"] = self.dbild(logits, targets, rows)
             return terms
 
-        return summed_over_chunks(loss, states, self.logit_chunk)
+        # Around all chunks: the head's weights are cast once.
+        with self.autocast():
+            return summed_over_chunks(loss, states, self.logit_chunk)
 
     def _switched_path(
         self,
@@ -125,7 +128,7 @@ class LossTerms:
         inputs: dict[str, Tensor],
         positions: Tensor,
         targets: Targets,
-        covered: Tensor,
+        covered: Tensor | None,
     ) -> Tensor:
         """L_VSD."""
         assert self.teacher is not None  # as the trainer checked
@@ -136,27 +139,32 @@ class LossTerms:
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
             return {"vsd": self.dbild(head.logits(some), targets, rows)}
 
-        return summed_over_chunks(loss, states[covered], self.logit_chunk)["vsd"]
+        states = states if covered is None else states[covered]
+        return summed_over_chunks(loss, states, self.logit_chunk)["vsd"]
 
     def dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
         """DBiLD summed over the answer tokens `rows` [n] int64, whose [n, V] logits are given."""
         if logits.shape[1] > targets.vocab_size:
             # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
             logits = logits[:, : targets.vocab_size]
-        return dbild_loss(
-            logits,
-            targets.select(rows),
-            temperature=self.temperature,
-            window=targets.window,
-            min_k=targets.min_k,
-            reduction="sum",
-        )
+        with torch.autocast(logits.device.type, enabled=False):  # a live teacher has a dtype of its own
+            return dbild_loss(
+                logits,
+                targets.select(rows),
+                temperature=self.temperature,
+                window=targets.window,
+                min_k=targets.min_k,
+                reduction="sum",
+            )
 
 
-def _require_gradient(output: ModelOutput) -> None:
+def _require_gradient(output: ModelOutput | None) -> ModelOutput:
+    if output is None:
+        raise CachekdError("the student's forward did not run its vision encoder, though there are images")
     tensors = [value for value in output.values() if isinstance(value, Tensor)]
     if not any(tensor.requires_grad for tensor in tensors):
         raise CachekdError(
             "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
             fix="train the vision encoder, or set --lambda-vsd 0",
         )
+    return output

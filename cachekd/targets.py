@@ -41,7 +41,7 @@ class TeacherTargets(Protocol):
 
         Returns:
             ids [N, K] int64 and logprobs [N, K] float32 in descending order, and k [N] int64: row i holds
-            k[i] valid entries; what follows them is padding (K = max k).
+            k[i] valid entries; what follows them is padding (K = max k, on a GPU more).
         """
         ...
 

@@ -16,9 +16,9 @@ from transformers.trainer_callback import PrinterCallback
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
-from cachekd.failures import stop_if_not_finite
 from cachekd.loss_terms import LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
+from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import predicting_positions
 from cachekd.training_data import IGNORE, checked, collate_with_targets
@@ -55,7 +55,7 @@ class SwitchKDTrainer(Trainer):
 
     Raises:
         CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
-            loss that is not finite; a bridge under FSDP or DeepSpeed.
+            loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed.
     """
 
     # Losses below are divided by the tokens of the whole accumulated step already.
@@ -86,6 +86,13 @@ class SwitchKDTrainer(Trainer):
                 found=f"{args.n_gpu} GPUs",
                 fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
                 "or one GPU: CUDA_VISIBLE_DEVICES=0",
+            )
+        if args.torch_compile and lambda_vsd > 0:
+            raise CachekdError(
+                "L_VSD takes what the vision encoder says out of the student's forward, which a compiled one "
+                "does not give",
+                where="setting 'training.torch_compile'",
+                fix="leave it out, or train without the switched path: --lambda-vsd 0",
             )
         super().__init__(
             model=student,
@@ -125,6 +132,7 @@ class SwitchKDTrainer(Trainer):
         # Of each term, and of its tokens; on the device, as a look at each would wait for it.
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
         self.last_terms: dict[str, float] = {}
+        self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self._reader: ReadsOn | None = None
 
@@ -147,13 +155,16 @@ class SwitchKDTrainer(Trainer):
         keys = batch.pop("keys")
         supervised = batch.pop("labels") != IGNORE
         for_teacher = batch.get("for_teacher")
-        targets, covered = self._targets(batch, supervised)
+        token_ids = batch["input_ids"][supervised]
+        targets, covered = self._targets(batch, supervised, token_ids)
         terms = self.loss_terms(model, batch, supervised, targets, covered, for_teacher)
-        self._remember(terms, covered)
+        self._remember(terms, len(token_ids), covered)
         weights = {"ce": 1.0, "align": self.lambda_align, "vsd": self.lambda_vsd}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
-        stop_if_not_finite(self, loss, terms, keys, inputs)
-        loss = loss / (len(covered) if num_items_in_batch is None else num_items_in_batch)
+        self._step.append(
+            Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, keys, inputs)
+        )
+        loss = loss / (len(token_ids) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, terms) if return_outputs else loss
@@ -163,18 +174,19 @@ class SwitchKDTrainer(Trainer):
         """Whether the switched path runs in this optimizer step."""
         return self.lambda_vsd > 0 and self.state.global_step % self.vsd_every == 0
 
-    def _targets(self, batch: dict[str, Any], supervised: Tensor) -> tuple[Targets | None, Tensor]:
-        """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers."""
-        token_ids = batch["input_ids"][supervised]
-        everything = torch.ones_like(token_ids, dtype=torch.bool)
+    def _targets(
+        self, batch: dict[str, Any], supervised: Tensor, token_ids: Tensor
+    ) -> tuple[Targets | None, Tensor | None]:
+        """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers, if
+        not all."""
         for_teacher = batch.pop("for_teacher", None)
         if self.live is not None:
             if self.lambda_align == 0 and not self.switches:
-                return None, everything
+                return None, None
             seen = batch if for_teacher is None else {**for_teacher}
             where = supervised if for_teacher is None else seen.pop("supervised")
-            return self.live.targets(seen, predicting_positions(where), token_ids), everything
-        return batch.pop("targets", None), batch.pop("covered", everything)
+            return self.live.targets(seen, predicting_positions(where), token_ids), None
+        return batch.pop("targets", None), batch.pop("covered", None)
 
     def loss_terms(
         self,
@@ -182,7 +194,7 @@ class SwitchKDTrainer(Trainer):
         inputs: dict[str, Tensor],
         supervised: Tensor,
         targets: Targets | None,
-        covered: Tensor,
+        covered: Tensor | None = None,
         for_teacher: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
@@ -191,17 +203,17 @@ class SwitchKDTrainer(Trainer):
             inputs: the batch as the model takes it.
             supervised: [B, S] bool, with N true.
             targets: the teacher at M of the N tokens; None at none.
-            covered: [N] bool, with M true where there are targets.
+            covered: [N] bool, with M true where there are targets; None where M is N.
             for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
                 a switched path with a bridge looks at it.
         """
         return self.terms(model, inputs, supervised, targets, covered, for_teacher, switches=self.switches)
 
-    def _remember(self, terms: dict[str, Tensor], covered: Tensor) -> None:
+    def _remember(self, terms: dict[str, Tensor], tokens: int, covered: Tensor | None) -> None:
         for row, name in enumerate(TERMS):
             if name in terms:
                 self._sums[row, 0] += terms[name].detach()
-                self._sums[row, 1] += len(covered) if name == "ce" else covered.sum()
+                self._sums[row, 1] += tokens if name == "ce" or covered is None else covered.sum()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -231,7 +243,16 @@ class SwitchKDTrainer(Trainer):
         return super()._clip_grad_norm(self._with_bridge(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self._with_bridge(model), grad_norm)
+        """The Trainer's; it asks for it before every step of the optimizer, whose last chance this is."""
+        grad_norm = super()._get_grad_norm(self._with_bridge(model), grad_norm)
+        stop_if_not_finite(self, self._step, grad_norm)
+        self._step.clear()
+        return grad_norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The Trainer's; weights that are not finite are never saved."""
+        stop_if_weights_not_finite(self)
+        super().save_model(output_dir, _internal_call)
 
     def _with_bridge(self, model: nn.Module) -> nn.Module:
         """All parameters that one gradient norm is of."""

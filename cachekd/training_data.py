@@ -135,9 +135,10 @@ def collate_with_targets(examples: list[Example | CachekdError], pad_token_id: i
 
     Returns:
         the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
-        `keys` of the samples. With targets: `targets` of all samples that have some, and `covered` [N] bool,
-        which of the answer tokens these are. For a teacher with inputs of its own: `for_teacher`, these
-        with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first one, alone.
+        `keys` of the samples. With targets: `targets` of all samples that have some, and, where not all
+        have, `covered` [N] bool, which of the answer tokens these are. For a teacher with inputs of its own:
+        `for_teacher`, these with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first
+        one, alone.
     """
     faults = [example for example in examples if isinstance(example, CachekdError)]
     if faults:
@@ -153,8 +154,9 @@ def _batch(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
     targets = [example.targets for example in examples]
     if any(target is not None for target in targets):
         batch["targets"] = CachedTargets.cat([target for target in targets if target is not None])
-        has_targets = torch.tensor([target is not None for target in targets])
-        batch["covered"] = has_targets.repeat_interleave(supervised.sum(1))
+        if any(target is None for target in targets):
+            has_targets = torch.tensor([target is not None for target in targets])
+            batch["covered"] = has_targets.repeat_interleave(supervised.sum(1))
     others = [example.for_teacher for example in examples if example.for_teacher is not None]
     if others:
         batch["for_teacher"] = collate(others, pad_token_id)

@@ -251,7 +251,7 @@ def test_the_switched_path_is_the_teachers_text_with_the_bridged_features(pair, 
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(3)], 0)
     supervised, theirs = batch["labels"] != -100, dict(batch["for_teacher"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    arguments = (trainer.model, inputs, supervised, batch["targets"], batch["covered"], theirs)
+    arguments = (trainer.model, inputs, supervised, batch["targets"], None, theirs)
     vsd = trainer.loss_terms(*arguments)["vsd"]
     positions = predicting_positions(theirs.pop("supervised"))
     assert positions.shape[1] - supervised.shape[1] == 16 - 4

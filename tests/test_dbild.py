@@ -132,6 +132,21 @@ def test_float32_is_close_to_float64_on_a_confident_teacher(temperature):
     torch.testing.assert_close(single.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+def test_columns_beyond_every_k_change_nothing(monkeypatch):
+    """On a GPU none are cut off: a look at the largest k would wait."""
+    generator = torch.Generator().manual_seed(3)
+    logits, teacher = 3 * torch.randn(2, 7, 200, generator=generator, dtype=torch.float64)
+    results = []
+    for cut in (True, False):
+        if not cut:
+            monkeypatch.setattr("cachekd.losses.kneedle.widest", lambda k, width: width)
+        student = logits.clone().requires_grad_()
+        loss = dbild_loss(student, DenseTargets(teacher), window=64, reduction="none")
+        results.append((loss, *torch.autograd.grad(loss.sum(), student)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_bfloat16_autocast_computes_in_float32():
     student, teacher = random_logits(8, 60, 0).float(), random_logits(8, 60, 1).float()
     plain = dbild_loss(student, DenseTargets(teacher))

@@ -69,13 +69,36 @@ def test_the_loss_is_the_papers_sum(config, tmp_path):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_chunks_under_autocast_are_the_whole(config, tmp_path, live):
+    """In bfloat16: the head's weights are cast once around all chunks, a live float32 teacher's never."""
+    changed = {"dtype": "bfloat16", "live_teacher": live, "cache": None if live else config.cache}
+    losses, gradients = [], []
+    for chunk in (None, 2):
+        changed |= {"logit_chunk": chunk}
+        trainer = make_trainer(config.model_copy(update=changed), tmp_path / str(chunk))
+        if live:
+            trainer.teacher.model.float()
+        batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in trainer.vlm.parameters() if p.grad is not None])
+        )
+        expected = torch.float32 if live else torch.bfloat16
+        assert trainer.teacher.model.dtype == expected
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
 def test_vsd_reaches_the_vision_encoder_only_and_the_teacher_stays(config, tmp_path):
     trainer = make_trainer(config, tmp_path / "t")
     teacher = trainer.teacher.model
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     batch, inputs = plain_batch(trainer, range(3))
     supervised = batch["labels"] != -100
-    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"], batch["covered"])
+    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"])
     terms["vsd"].backward()
     touched = {
         name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0

@@ -231,19 +231,65 @@ def test_a_cache_of_other_data_is_refused_even_so(settings, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
-    config = TrainConfig(**settings | {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup": 0.0})
-    with pytest.raises(CachekdError, match="not finite") as caught:
+    """One step too long; the second, of two batches, has no finite loss."""
+    changed = {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup": 0.0}
+    config = TrainConfig(**settings | changed | {"batch_size": 2, "gradient_accumulation": 2})
+    with pytest.raises(CachekdError, match="the loss is not finite") as caught:
         train(config)
     (path,) = (config.out / "checkpoints").glob("not-finite*.pt")
-    assert str(path) in str(caught.value)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "the weights have grown to 1" in text
+    assert "lower --learning-rate (it is 1e+30)" in text
     saved = torch.load(path, weights_only=False)
-    assert len(saved["keys"]) == 4
-    assert all(repr(key) in str(caught.value) for key in saved["keys"])
+    (batch,) = saved["batches"]
+    assert len(batch["keys"]) == 2
+    assert all(repr(key) in text for key in batch["keys"])
     trainer = make_trainer(config, config.out / "again")
     trainer.vlm.load_state_dict(saved["student"])
-    with pytest.raises(CachekdError, match="not finite"):
-        trainer.compute_loss(trainer.model, saved["inputs"])
+    assert not torch.isfinite(trainer.compute_loss(trainer.model, batch["inputs"]))
     assert not (config.out / RUN_FILE).exists()
+
+
+class NotFinite(TrainerCallback):
+    """A gradient of NaN beside a loss that is fine, in a step's backward."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step - 1:
+            weight = next(model.parameters())
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are(settings):
+    """In the last step, after which no loss would tell."""
+    config = TrainConfig(**settings | {"save_steps": 2})
+    with pytest.raises(CachekdError, match="the gradient is not finite") as caught:
+        train(config, [NotFinite(6)])
+    assert "step 6" in str(caught.value)
+    assert "look at these samples" in str(caught.value)
+    (path,) = (config.out / "checkpoints").glob("not-finite*.pt")
+    saved = torch.load(path, weights_only=False)
+    assert all(weight.isfinite().all() for weight in saved["student"].values())
+    assert not (config.out / RUN_FILE).exists()
+    assert train(config).resumed_from == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings):
+    """The last step is too long for any weight; there is no loss after it."""
+    changed = {"learning_rate": 3e38, "warmup": 0.0, "training": {"max_steps": 1}}
+    with pytest.raises(CachekdError, match="the student's weights are not finite") as caught:
+        train(TrainConfig(**settings | changed))
+    assert "lower --learning-rate (it is 3e+38)" in str(caught.value)
+    assert not (settings["out"] / RUN_FILE).exists()
+
+
+def test_a_compiled_student_is_refused_where_its_vision_encoder_is_listened_to(settings):
+    with pytest.raises(CachekdError, match="a compiled one") as caught:
+        train(TrainConfig(**settings, training={"torch_compile": True}))
+    assert "--lambda-vsd 0" in str(caught.value)
 
 
 def test_out_of_memory_says_what_to_turn(settings):

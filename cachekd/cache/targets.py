@@ -13,6 +13,7 @@ from cachekd.cache.mixed import MixedTail, join_sketch_tails
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
+from cachekd.losses.kneedle import widest
 
 _NOWHERE = 2**31 - 1  # an id that no token has
 _MOST_PADDED = 2**29  # entries, 12 bytes each: one token of 65,535 must not make a million rows as long
@@ -180,16 +181,18 @@ class CachedTargets:
                 fix="use the cache's settings, or dump again with --window and --min-k",
             )
         k = torch.minimum(self.knee.clamp(min=min_k), self.k)
-        longest = max(1, int(k.max())) if len(k) else 1
-        return self.ids[:, :longest].clamp(max=self.vocab_size - 1), self.logprobs[:, :longest], k
+        width = widest(k, self.ids.shape[1])
+        return self.ids[:, :width].clamp(max=self.vocab_size - 1), self.logprobs[:, :width], k
 
     def gather(self, ids: Tensor) -> Tensor:
         """Logprobs [N, k] float32 at `ids` [N, k] int64: kept ones as stored, others from the tail.
 
         Raises:
-            CachekdError: an id outside the vocabulary.
+            CachekdError: an id outside the vocabulary. Not on a GPU, where a look at the ids would wait for
+                all that was queued before.
         """
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+        on_cpu = ids.device.type == "cpu"
+        if on_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise CachekdError(
                 "ids outside the teacher's vocabulary",
                 expected=f"0 to {self.vocab_size - 1}",

@@ -38,6 +38,6 @@ def summed_over_chunks(loss: Callable[[Tensor, Tensor], Terms], states: Tensor, 
         return loss(states, rows)
     totals: Terms = {}
     for some_states, some_rows in zip(states.split(chunk), rows.split(chunk), strict=True):
-        terms = checkpoint(loss, some_states, some_rows, use_reentrant=False)
+        terms = checkpoint(loss, some_states, some_rows, use_reentrant=False, preserve_rng_state=False)
         totals = {name: totals.get(name, 0.0) + term for name, term in terms.items()}
     return totals

@@ -42,10 +42,21 @@ def leading_window(logits: Tensor, window: int, min_k: int) -> tuple[Tensor, Ten
 
     Returns:
         ids [N, K] int64 in descending order of their logits, the logits there [N, K], and k [N] int64. Row i
-        has k[i] valid entries; what follows them is padding (K = max k).
+        has k[i] valid entries; what follows them is padding (K = max k, on a GPU `window`).
     """
     values, ids = logits.topk(min(window, logits.shape[-1]), dim=-1)
     finite = values.isfinite().sum(-1)
     k = torch.minimum(kneedle_k(values).clamp(min=min_k), finite)
-    longest = max(1, int(k.max())) if len(k) else 1
-    return ids[:, :longest], values[:, :longest], k
+    width = widest(k, ids.shape[1])
+    return ids[:, :width], values[:, :width], k
+
+
+def widest(k: Tensor, width: int) -> int:
+    """Columns of `width` that hold every row's first `k` [N] int64 entries; at least one.
+
+    Fewer than `width` where that is known for nothing: a look at a number on a GPU waits until everything
+    before it has run, which costs more there than the columns do.
+    """
+    if k.device.type != "cpu":
+        return width
+    return max(1, int(k.max())) if len(k) else 1
