@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from cachekd.cache import CodecSettings, TailSetting, TokenTargets
-from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.shard import make_shard, pack_shard
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.pilot import Pilot, evenly
 from cachekd.teacher import Teacher
 

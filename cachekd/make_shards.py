@@ -7,10 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import BadSample, CachekdError
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cachekd.cache import CodecSettings, Geometry, Plan, TailSetting, TailStates, TokenTargets
-from cachekd.cache.fit import SketchEncoder, fit_sketch
+from cachekd.cache.fit import fit_sketch
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded

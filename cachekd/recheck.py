@@ -12,9 +12,9 @@ import numpy as np
 from cachekd.against_live import code_bound, code_error, knee_error, order_error, value_bound, value_error
 from cachekd.cache import LogitCache, TailStates
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import Header
 from cachekd.cache.recompress import cuts
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Samples
 from cachekd.teacher import Teacher

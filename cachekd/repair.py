@@ -12,10 +12,10 @@ from cachekd.cache import Finding, Manifest, Plan
 from cachekd.cache.build import SHARD_FOLDER, CacheBuild, mean_fidelity
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import commit, make_folder
-from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, Header, ShardInfo
 from cachekd.cache.mend import tidy
 from cachekd.cache.plan import ShardRecord
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards

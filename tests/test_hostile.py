@@ -172,8 +172,8 @@ def recoded(folder: Path, change: Callable[[dict[str, np.ndarray]], None], **cou
 
 def other_sketch(name: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        from cachekd.cache.fit import read_encoder
         from cachekd.cache.sketch import SKETCH_FORMAT
+        from cachekd.cache.sketch_encoder import read_encoder
 
         encoder = read_encoder(folder / "sketch.zarr.zip")
         arrays = {**encoder.sketch.arrays(), "analysis": encoder.analysis.numpy()}

@@ -44,8 +44,9 @@ from cachekd.cache import (
     verify_files,
 )
 from cachekd.cache.fidelity import gradient_cosine, loss_and_gradient
-from cachekd.cache.fit import SketchEncoder, fit_sketch, read_encoder
+from cachekd.cache.fit import fit_sketch
 from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.errors import CachekdError
 from cachekd.targets import DenseTargets
 from cachekd.vlm import output_head

@@ -23,10 +23,10 @@ from pydantic import ValidationError
 
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import commit, commit_first, is_temporary, make_folder, remove_stale
-from cachekd.cache.fit import SketchEncoder, read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Fidelity, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.records import SketchCodes, TokenTargets
 from cachekd.cache.rounding import (
     BASIS_FINENESS,
@@ -27,6 +26,7 @@ from cachekd.cache.rounding import (
     worth_keeping,
 )
 from cachekd.cache.sketch import SHIFT_STEP, SketchTail, TailSketch
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from cachekd import __version__
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.files import commit, make_folder, sync_folder
-from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -27,6 +26,7 @@ from cachekd.cache.manifest import (
 from cachekd.cache.plan import Skipped
 from cachekd.cache.reader import LogitCache, shard_counts
 from cachekd.cache.shard_codes import Counts, cut_shard
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError

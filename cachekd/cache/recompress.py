@@ -18,12 +18,12 @@ from cachekd.cache.coarsen import Coarsening, coarsen, sampled_tokens
 from cachekd.cache.codec import TAIL_STEP, encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
-from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
 from cachekd.cache.reader import LogitCache, shard_counts
 from cachekd.cache.records import SketchCodes, TokenTargets, first_of_run
 from cachekd.cache.shard import decode_targets
 from cachekd.cache.shard_codes import id_arrays, pack_codes, read_codes
+from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
 from cachekd.cache.targets import CachedTargets

@@ -10,13 +10,13 @@ import torch
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.files import commit
-from cachekd.cache.fit import SketchEncoder
 from cachekd.cache.manifest import Fidelity, ShardInfo
 from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import ShardRecord, Skipped
 from cachekd.cache.probes import Probes
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import CachekdError
 
 ENCODED_TOKENS = 4_096  # coded at a time

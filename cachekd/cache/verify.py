@@ -11,11 +11,11 @@ from cachekd.cache.array_metadata import MOST_DECODED
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import require_plain
-from cachekd.cache.fit import read_encoder
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import Skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.shard_outline import read_outline
+from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
 from cachekd.errors import CachekdError
 

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from cachekd.cache.build import CacheBuild, find_plan
-from cachekd.cache.fit import SketchEncoder, fit_sketch
+from cachekd.cache.fit import fit_sketch
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -22,6 +22,7 @@ from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import Plan
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard_writer import ShardWriter, check_sample
+from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
 from cachekd.errors import CachekdError
 
