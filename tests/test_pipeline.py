@@ -17,18 +17,20 @@ from typing import Any
 import pytest
 import yaml
 from caches import times_of
+from datasets import Dataset
 from filelock import FileLock, Timeout
-from tiny import tar_members, write_tar
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache.sketch import read_sketch
 from cachekd.config_file import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
-from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.inputs import model_content
 from cachekd.pipeline.run import LOCK_FILE, _free_memory
 from cachekd.pipeline.state import STATE_FILE
+from cachekd.samples import open_samples
 from cachekd.stages import PARTS
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
@@ -361,6 +363,73 @@ def test_a_step_that_failed_after_its_output_was_whole_is_done(short, tmp_path):
         run(pipeline, train=cannot_print)
     assert states(pipeline) == {"one": "done", "two": "waiting"}
     assert run(pipeline) == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "message", "where"),
+    [
+        (3, {"training": {"optm": "adamw_torch"}}, "no such setting", "step 'dft': setting 'training.optm'"),
+        (3, {"lora": {"rr": 4}}, "peft refuses", "step 'dft': setting 'lora'"),
+        (3, {"student_quantization": {"load_in_4bit": True}}, "quantised weights", "step 'dft': setting"),
+        (3, {"student": "nope"}, "no such step or model", "step 'dft': nope"),
+        (3, {"student": "models/nope"}, "no model can be loaded", "step 'dft': models/nope"),
+        (3, {"cache": "nope"}, "not a cache", "step 'dft': nope"),
+        (3, {"binding": "nope.json"}, "cannot be read", "step 'dft': nope.json"),
+        (4, {"models": ["dpt", "nope"]}, "no such step or model", "step 'scores': nope"),
+        (4, {"data": "nodata"}, "the data set does not exist", "step 'scores': nodata"),
+        (4, {"data": "no/data"}, "cannot be loaded", "step 'scores': no/data"),
+        (4, {"data": "memory://no/x.tar"}, "does not exist", "step 'scores': memory://no/x.tar"),
+        (5, {"run": "cache"}, "not a run", "step 'page': cache"),
+        (5, {"baselines": ["nope"]}, "not a run", "step 'page': nope"),
+    ],
+)
+def test_what_a_later_step_would_fail_of_is_said_first(values, tmp_path, step, change, message, where):
+    values["steps"][step] |= change
+    pipeline = read(values, tmp_path)
+    began: list[str] = []
+    with pytest.raises(CachekdError, match=message) as caught:
+        run_pipeline(pipeline, runners(quiet=True), lambda begun: began.append(begun.step.name))
+    assert caught.value.where.startswith(where)
+    assert began == []
+    assert not Path(values["out"]).exists()
+
+
+def test_models_that_do_not_go_together_are_said_first(values, tmp_path):
+    processor = tiny_processor()
+    processor.chat_template += "{# another #}"
+    other = save_vlm(tmp_path / "other", processor, seed=2)
+    values["steps"][1]["student"] = str(other)
+    with pytest.raises(CachekdError, match="chat template") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dpt'" in caught.value.where
+    wide = save_vlm(tmp_path / "wide", tiny_processor(), vision_width=64)
+    values["steps"][1]["student"] = str(wide)
+    with pytest.raises(CachekdError, match="cannot be switched") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in caught.value.where  # whose student is what the steps above make of it
+
+
+def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):
+    (Path(values["out"]) / "dft").mkdir(parents=True)
+    (Path(values["out"]) / "dft" / "thesis.tex").write_text("x")
+    with pytest.raises(CachekdError, match="did not make") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in caught.value.where
+    assert not (Path(values["out"]) / "cache").exists()
+
+
+def test_data_by_a_pattern_or_with_options_are_opened_once(tmp_path, data_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(inputs, "open_samples", lambda *a, **k: opened.append(a) or open_samples(*a, **k))
+    Dataset.from_dict({"x": [1]}).save_to_disk(tmp_path / "saved")
+    for spec in (f"{data_path}/{{0..1}}.tar", f"{data_path}/*.tar"):
+        known: dict[str, Any] = {}
+        assert inputs.data_content(spec, None, known) == inputs.data_content(spec, None, known)
+    assert len(opened) == 2
+    assert not inputs.is_hub_data(f"{tmp_path}/saved?split=train")
+    monkeypatch.chdir(tmp_path.parent)
+    assert not inputs.is_hub_data(f"{tmp_path.name}/saved?split=train")
+    assert inputs.is_hub_data("org/name?split=train")
 
 
 @pytest.mark.parametrize(

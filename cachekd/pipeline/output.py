@@ -16,7 +16,7 @@ _LATER = {"train": {EVAL_FILE, REPORT_FILE}}  # what `eval` and `report` leave i
 
 
 def files_of(step: PlannedStep) -> dict[str, int]:
-    """The files right in a step's folder and their bytes, for its record; none of a dump, which has a manifest.
+    """The files right in a step's folder and their bytes, for its record; none of a dump: it has a manifest.
 
     Not what is in folders: a finished run does without its checkpoints.
     """

@@ -72,9 +72,7 @@ def run_pipeline(
     before = PipelineState.read(pipeline.out)
     found = states_of(steps, before)  # what is missing is missed now, not in ten hours
     _refuse_damaged(found)
-    for step in steps:
-        if step.name not in before.steps:
-            _refuse_foreign(step)
+    _refuse_what_would_fail(steps, found, before)
     with _alone(pipeline.out, _PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
@@ -88,6 +86,17 @@ def run_pipeline(
             else:
                 _do(step, now, state, pipeline.out, runners[step.kind], watch)
         return states_of(steps, state)
+
+
+def _refuse_what_would_fail(steps: list[PlannedStep], found: list[StepState], before: PipelineState) -> None:
+    for step in steps:
+        if step.name not in before.steps:
+            _refuse_foreign(step)
+    names = {state.name for state in found if state.state != "done"}
+    if names:
+        from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
+
+        check_steps(steps, names)
 
 
 def _do(
