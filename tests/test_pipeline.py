@@ -402,11 +402,13 @@ def test_models_that_do_not_go_together_are_said_first(values, tmp_path):
     with pytest.raises(CachekdError, match="chat template") as caught:
         run(read(values, tmp_path))
     assert "step 'dpt'" in caught.value.where
+    assert not Path(values["out"]).exists()
     wide = save_vlm(tmp_path / "wide", tiny_processor(), vision_width=64)
     values["steps"][1]["student"] = str(wide)
     with pytest.raises(CachekdError, match="cannot be switched") as caught:
         run(read(values, tmp_path))
     assert "step 'dft'" in caught.value.where  # whose student is what the steps above make of it
+    assert not Path(values["out"]).exists()
 
 
 def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):
