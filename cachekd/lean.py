@@ -17,6 +17,7 @@ from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
+from cachekd.vlm.load import quantization_config
 
 ADAPTER_FOLDER = "adapter"
 
@@ -50,12 +51,7 @@ def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
             settings; adapters outside the parts that train.
     """
-    if config.student_quantization is not None and config.lora is None:
-        raise CachekdError(
-            "quantised weights cannot be trained",
-            where="setting 'student_quantization'",
-            fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
-        )
+    check_lean_settings(config)
     student = load_model(
         config.student, dtype=torch.float32, device=device, quantization=config.student_quantization
     )
@@ -67,6 +63,43 @@ def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
     return adapted
 
 
+def check_lean_settings(config: TrainConfig) -> None:
+    """Refuse settings that peft or transformers would refuse once the weights are loaded.
+
+    Raises:
+        CachekdError: quantised weights without adapters to train, peft is not installed, or no such setting.
+    """
+    if config.student_quantization is not None and config.lora is None:
+        raise CachekdError(
+            "quantised weights cannot be trained",
+            where="setting 'student_quantization'",
+            fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
+        )
+    for settings in (config.student_quantization, config.teacher_quantization):
+        if settings is not None:
+            quantization_config(settings)
+    if config.lora is not None:
+        lora_config(config.lora)
+
+
+def lora_config(settings: dict[str, Any]) -> Any:
+    """`peft.LoraConfig`.
+
+    Raises:
+        CachekdError: peft is not installed, or has no such setting.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise CachekdError(
+            "peft is not installed", where="setting 'lora'", fix="pip install 'cachekd[peft]'"
+        ) from None
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
+
+
 def with_adapters(
     student: PreTrainedModel, settings: dict[str, Any], trainable: tuple[StudentPart, ...] = PARTS
 ) -> nn.Module:
@@ -76,16 +109,13 @@ def with_adapters(
         settings: of `peft.LoraConfig`.
         trainable: the parts that may have adapters.
     """
-    try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    except ImportError:
-        raise CachekdError(
-            "peft is not installed", where="setting 'lora'", fix="pip install 'cachekd[peft]'"
-        ) from None
+    adapters = lora_config(within(student, settings, trainable))
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
     if getattr(student, "is_quantized", False):
         student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
     try:
-        return get_peft_model(student, LoraConfig(**within(student, settings, trainable)))
+        return get_peft_model(student, adapters)
     except (TypeError, ValueError) as error:
         raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
 

@@ -8,24 +8,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from caches import times_of
-from filelock import FileLock
-from tiny import tar_members, write_tar
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
+from cachekd.cache.sketch import read_sketch
 from cachekd.config_file import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
-from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.inputs import model_content
-from cachekd.pipeline.run import LOCK_FILE
+from cachekd.pipeline.run import LOCK_FILE, _free_memory
 from cachekd.pipeline.state import STATE_FILE
+from cachekd.samples import open_samples
 from cachekd.stages import PARTS
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
@@ -296,6 +301,196 @@ def test_done_is_what_has_its_whole_output(short, tmp_path):
     ]
     assert run(pipeline) == ["one", "two"]
     assert (Path(short["out"]) / "two.old-1" / RUN_FILE).exists()
+
+
+def test_a_damaged_run_is_refused_and_done_again_when_it_is_moved_away(short, tmp_path):
+    pipeline = read(short, tmp_path)
+    run(pipeline)
+    one = Path(short["out"]) / "one"
+    (one / "cachekd_eval.json").write_text("{}")  # what comes and goes later is no damage
+    shutil.rmtree(one / "checkpoints", ignore_errors=True)
+    assert run(pipeline) == []
+    content = (one / "model.safetensors").read_bytes()
+    (one / "model.safetensors").write_bytes(content[:-1])
+    assert look(pipeline)[0].text.startswith("damaged: model.safetensors has ")
+    (one / "model.safetensors").unlink()
+    assert states(pipeline) == {"one": "damaged", "two": "done"}
+    before = times_of(Path(short["out"]))
+    with pytest.raises(CachekdError, match="output is damaged") as caught:
+        run(pipeline)
+    assert caught.value.where == f"step 'one': {one}"
+    assert caught.value.found == "model.safetensors is missing"
+    assert "move the folder away" in caught.value.fix
+    assert times_of(Path(short["out"])) == before
+    (one / "model.safetensors").write_bytes(content)
+    assert run(pipeline) == []
+    (one / "tokenizer.json").unlink()
+    one.rename(one.with_name("one.broken"))
+    assert run(pipeline) == ["one", "two"]
+
+
+def test_a_damaged_cache_is_refused(values, tmp_path):
+    values["steps"] = values["steps"][:1]
+    pipeline = read(values, tmp_path)
+    run(pipeline)
+    shard = next((Path(values["out"]) / "cache" / "shards").iterdir())
+    shard.unlink()
+    (state,) = look(pipeline)
+    assert state.text == f"damaged: shards/{shard.name} is missing"
+    with pytest.raises(CachekdError, match="damaged") as caught:
+        run(pipeline)
+    assert "cachekd verify" in caught.value.fix
+
+
+def test_a_file_in_a_steps_place_is_moved_aside(short, tmp_path):
+    short["steps"] = short["steps"][:1]
+    pipeline = read(short, tmp_path)
+    run(pipeline)
+    one = Path(short["out"]) / "one"
+    shutil.rmtree(one)
+    one.write_text("notes")
+    assert run(pipeline) == ["one"]
+    assert one.with_name("one.old-1").read_text() == "notes"
+
+
+def test_a_step_that_failed_after_its_output_was_whole_is_done(short, tmp_path):
+    def cannot_print(config: Any) -> None:
+        runners(quiet=True)["train"](config)
+        raise BrokenPipeError
+
+    pipeline = read(short, tmp_path)
+    with pytest.raises(BrokenPipeError):
+        run(pipeline, train=cannot_print)
+    assert states(pipeline) == {"one": "done", "two": "waiting"}
+    assert run(pipeline) == ["two"]
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "message", "where"),
+    [
+        (3, {"training": {"optm": "adamw_torch"}}, "no such setting", "step 'dft': setting 'training.optm'"),
+        (3, {"lora": {"rr": 4}}, "peft refuses", "step 'dft': setting 'lora'"),
+        (3, {"student_quantization": {"load_in_4bit": True}}, "quantised weights", "step 'dft': setting"),
+        (3, {"student": "nope"}, "no such step or model", "step 'dft': nope"),
+        (3, {"student": "models/nope"}, "no model can be loaded", "step 'dft': models/nope"),
+        (3, {"cache": "nope"}, "not a cache", "step 'dft': nope"),
+        (3, {"binding": "nope.json"}, "cannot be read", "step 'dft': nope.json"),
+        (4, {"models": ["dpt", "nope"]}, "no such step or model", "step 'scores': nope"),
+        (4, {"data": "nodata"}, "the data set does not exist", "step 'scores': nodata"),
+        (4, {"data": "no/data"}, "cannot be loaded", "step 'scores': no/data"),
+        (4, {"data": "memory://no/x.tar"}, "does not exist", "step 'scores': memory://no/x.tar"),
+        (5, {"run": "cache"}, "not a run", "step 'page': cache"),
+        (5, {"baselines": ["nope"]}, "not a run", "step 'page': nope"),
+    ],
+)
+def test_what_a_later_step_would_fail_of_is_said_first(values, tmp_path, step, change, message, where):
+    values["steps"][step] |= change
+    pipeline = read(values, tmp_path)
+    began: list[str] = []
+    with pytest.raises(CachekdError, match=message) as caught:
+        run_pipeline(pipeline, runners(quiet=True), lambda begun: began.append(begun.step.name))
+    assert caught.value.where.startswith(where)
+    assert began == []
+    assert not Path(values["out"]).exists()
+
+
+def test_models_that_do_not_go_together_are_said_first(values, tmp_path):
+    processor = tiny_processor()
+    processor.chat_template += "{# another #}"
+    other = save_vlm(tmp_path / "other", processor, seed=2)
+    values["steps"][1]["student"] = str(other)
+    with pytest.raises(CachekdError, match="chat template") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dpt'" in caught.value.where
+    assert not Path(values["out"]).exists()
+    wide = save_vlm(tmp_path / "wide", tiny_processor(), vision_width=64)
+    values["steps"][1]["student"] = str(wide)
+    with pytest.raises(CachekdError, match="cannot be switched") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in caught.value.where  # whose student is what the steps above make of it
+    assert not Path(values["out"]).exists()
+
+
+def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):
+    (Path(values["out"]) / "dft").mkdir(parents=True)
+    (Path(values["out"]) / "dft" / "thesis.tex").write_text("x")
+    with pytest.raises(CachekdError, match="did not make") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in caught.value.where
+    assert not (Path(values["out"]) / "cache").exists()
+
+
+def test_data_by_a_pattern_or_with_options_are_opened_once(tmp_path, data_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(inputs, "open_samples", lambda *a, **k: opened.append(a) or open_samples(*a, **k))
+    Dataset.from_dict({"x": [1]}).save_to_disk(tmp_path / "saved")
+    for spec in (f"{data_path}/{{0..1}}.tar", f"{data_path}/*.tar"):
+        known: dict[str, Any] = {}
+        assert inputs.data_content(spec, None, known) == inputs.data_content(spec, None, known)
+    assert len(opened) == 2
+    assert not inputs.is_hub_data(f"{tmp_path}/saved?split=train")
+    monkeypatch.chdir(tmp_path.parent)
+    assert not inputs.is_hub_data(f"{tmp_path.name}/saved?split=train")
+    assert inputs.is_hub_data("org/name?split=train")
+
+
+@pytest.mark.parametrize(
+    ("fix", "told"),
+    [
+        (None, "mend that, and run the same command again: finished steps stay as they are"),
+        ("eat less", "eat less; then run the same command again: finished steps stay as they are"),
+        ("rest, then run the same command again", "rest, then run the same command again"),
+    ],
+)
+def test_what_to_do_after_a_failure_is_whole(short, tmp_path, fix, told):
+    def fails(config: Any) -> None:
+        raise CachekdError("no", fix=fix)
+
+    with pytest.raises(CachekdError, match="no") as caught:
+        run(read(short, tmp_path), train=fails)
+    assert caught.value.fix == told
+
+
+def test_a_lock_that_a_step_waits_for_is_not_the_pipelines(short, tmp_path):
+    def waits(config: Any) -> None:
+        raise Timeout("some/other.lock")
+
+    with pytest.raises(Timeout, match="other"):
+        run(read(short, tmp_path), train=waits)
+
+
+def test_a_look_at_the_status_does_not_stop_a_run_that_begins(short, tmp_path):
+    short["steps"] = short["steps"][:1]
+    lock = FileLock(Path(short["out"]) / LOCK_FILE, thread_local=False)
+    Path(short["out"]).mkdir()
+    lock.acquire()
+    threading.Timer(0.1, lock.release).start()
+    assert run(read(short, tmp_path)) == ["one"]
+
+
+def test_data_that_change_while_a_step_runs_stop_what_takes_its_output(short, tmp_path):
+    data = tmp_path / "data"
+    write_tar(data / "0.tar", tar_members(6))
+    short["steps"][0]["data"] = str(data)
+
+    def meanwhile(config: Any) -> None:
+        runners(quiet=True)["train"](config)
+        if config.out.name == "one":
+            write_tar(data / "0.tar", tar_members(5))
+
+    pipeline = read(short, tmp_path)
+    with pytest.raises(CachekdError, match="step 'one', whose output it takes") as caught:
+        run(pipeline, train=meanwhile)
+    assert caught.value.found == f"changed: content of {data} changed"
+    assert run(pipeline) == ["one", "two"]
+
+
+def test_sketches_on_a_device_go_with_their_step(cache_path):
+    path = next(cache_path.glob("sketch*"))
+    there = weakref.ref(read_sketch(path).to("meta"))
+    assert there() is not None
+    _free_memory()
+    assert there() is None
 
 
 def test_missing_inputs_are_missed_before_anything_begins(values, tmp_path):

@@ -183,6 +183,11 @@ def read_sketch(path: Path, sha256: str | None = None, shape: tuple[int, int] | 
     return _read(path, sha256, shape, status.st_mtime_ns, status.st_size)
 
 
+def forget_sketches() -> None:
+    """Let go of the sketches that were read, and so of their copies on other devices."""
+    _read.cache_clear()
+
+
 @functools.lru_cache(maxsize=16)  # a merged cache has several
 def _read(
     path: Path, sha256: str | None, shape: tuple[int, int] | None, _changed: int, _size: int

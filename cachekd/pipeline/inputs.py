@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from glob import glob
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -15,9 +16,10 @@ from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
 from cachekd.samples import open_samples
 from cachekd.samples.open import content_hash, keys_hash
-from cachekd.samples.tar_urls import is_remote
+from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # one without a slash would be taken for a mistyped step
+_OPTIONS = re.compile(r"(.+?)\?\w+=.*", re.DOTALL)  # ?split=train
 _OF_A_MODEL = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -46,7 +48,11 @@ def model_content(name: str, known: dict[str, Known]) -> str | None:
     if not folder.exists():
         if _HUB_NAME.fullmatch(name):
             return None
-        raise CachekdError("there is no such model", where=name, expected="a model folder or hub name")
+        raise CachekdError(
+            "there is no such step or model",
+            where=name,
+            expected="a train step above, a model folder, or a hub name, which has a slash: org/name",
+        )
     files = _read_by_transformers(folder)
     listing = _listing(files)
     place = f"model {name}"
@@ -70,24 +76,41 @@ def _read_by_transformers(model: Path) -> list[Path]:
 def data_content(spec: str, map: str | None, known: dict[str, Known]) -> str | None:
     """Which data these are: their keys in order, and up to 32 samples; None for a URL or hub name.
 
+    Args:
+        known: what was found before, by what; it is kept up to date.
+
     Raises:
         CachekdError: there are no such data on this disk.
     """
-    path = Path(spec)
-    if is_remote(spec) or (not path.exists() and _is_hub_name(spec)):
+    if is_remote(spec) or is_hub_data(spec):
         return None
-    listing = _listing(sorted(path.rglob("*")) if path.is_dir() else [path]) if path.exists() else ""
+    listing = _listing(_data_files(spec))
     place = f"data {spec} {map or ''}".rstrip()
-    if place not in known or not listing or known[place].listing != listing:
+    if place not in known or known[place].listing != listing:
         samples = open_samples(spec, map=map)
         content = hashlib.sha256(f"{keys_hash(samples)} {content_hash(samples)}".encode()).hexdigest()
         known[place] = Known(listing=listing, content=content)
     return known[place].content
 
 
-def _is_hub_name(spec: str) -> bool:
-    name = spec.partition("?")[0]
-    return _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix
+def is_hub_data(spec: str) -> bool:
+    """Whether the hub is meant, and nothing on this disk."""
+    name = _without_options(spec)
+    return not Path(name).exists() and _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix
+
+
+def _without_options(spec: str) -> str:
+    options = None if Path(spec).exists() else _OPTIONS.fullmatch(spec)
+    return options[1] if options else spec
+
+
+def _data_files(spec: str) -> list[Path]:
+    path = Path(_without_options(spec))
+    if path.is_dir():
+        return sorted(path.rglob("*"))
+    if path.exists():
+        return [path]
+    return [Path(name) for name in (find_tars(spec) if is_tar(spec) else sorted(glob(spec, recursive=True)))]
 
 
 def _listing(files: list[Path]) -> str:

@@ -62,7 +62,7 @@ class PlannedStep:
 
     @property
     def finished(self) -> bool:
-        """Whether the output is there, whole."""
+        """Whether its last file is there. Whether all are: `damage_of`."""
         return (self.out / LAST_FILE[self.kind]).exists()
 
     @property

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from cachekd.cache.files import make_folder
+from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
+from cachekd.pipeline.output import damage_of, files_of
+from cachekd.pipeline.plan import LAST_FILE, PlannedStep, in_step, plan_steps
 from cachekd.pipeline.state import PipelineState, Record, StepState, states_of
 
 LOCK_FILE = ".pipeline.lock"
-GO_ON = "then run the same command again: finished steps stay as they are"
+GO_ON = "run the same command again: finished steps stay as they are"
+_PATIENCE = 0.5  # seconds; somebody's --status holds the lock for a moment
 Runner = Callable[[Any], object]
 
 
@@ -66,17 +70,33 @@ def run_pipeline(
     refuse_many_processes()
     steps = plan_steps(pipeline)
     before = PipelineState.read(pipeline.out)
-    states_of(steps, before)  # what is missing is missed now, not in ten hours
-    with _alone(pipeline.out):
+    found = states_of(steps, before)  # what is missing is missed now, not in ten hours
+    _refuse_damaged(found)
+    _refuse_what_would_fail(steps, found, before)
+    with _alone(pipeline.out, _PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
         for index, step in enumerate(steps):
-            now = states_of(steps, state)[index]
+            found = states_of(steps, state)
+            _refuse_damaged(found)
+            _require_upstream(step, found)
+            now = found[index]
             if now.state == "done":
                 _accept(state, step, pipeline.out)
             else:
                 _do(step, now, state, pipeline.out, runners[step.kind], watch)
         return states_of(steps, state)
+
+
+def _refuse_what_would_fail(steps: list[PlannedStep], found: list[StepState], before: PipelineState) -> None:
+    for step in steps:
+        if step.name not in before.steps:
+            _refuse_foreign(step)
+    names = {state.name for state in found if state.state != "done"}
+    if names:
+        from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
+
+        check_steps(steps, names)
 
 
 def _do(
@@ -110,10 +130,10 @@ def _do(
             error.problem if isinstance(error, CachekdError) else f"{type(error).__name__}: {error}"
         )
         if isinstance(error, CachekdError):
-            raise in_step(step.name, error, GO_ON) from error
+            raise in_step(step.name, error, _then(error)) from error
         raise
     else:
-        record.state = "done"
+        record.state, record.files = "done", files_of(step)
     finally:
         record.seconds += time.perf_counter() - started
         state.write(folder)
@@ -122,18 +142,60 @@ def _do(
 
 def _accept(state: PipelineState, step: PlannedStep, folder: Path) -> None:
     """A step that was finished by a process that died before it could say so."""
-    if state.steps[step.name].state != "done":
-        state.steps[step.name].state = "done"
+    record = state.steps[step.name]
+    if record.state != "done":
+        record.state, record.error, record.files = "done", None, files_of(step)
         state.write(folder)
 
 
 def _require_output(step: PlannedStep) -> None:
-    if not step.finished:
+    problem = damage_of(step, {}) if step.finished else f"no {LAST_FILE[step.kind]}"
+    if problem:
         raise CachekdError(
             "the step ended without its whole output",
             where=str(step.out),
-            fix="other processes may still be at work on it",
+            found=problem,
+            fix="if other processes are still at work on it, wait for them",
         )
+
+
+def _then(error: CachekdError) -> str | None:
+    """How to go on, after what the error itself advises."""
+    if error.fix is None:
+        return f"mend that, and {GO_ON}"
+    return None if "same command again" in error.fix else f"then {GO_ON}"
+
+
+def _refuse_damaged(states: list[StepState]) -> None:
+    """To put a file back takes minutes, to dump again days: which of the two is not for us to choose."""
+    for step in states:
+        if step.state == "damaged":
+            mend = f"`cachekd verify {step.out} --repair`" if step.kind == "dump" else "put the file back"
+            raise in_step(
+                step.name,
+                CachekdError(
+                    "the step is finished, but its output is damaged",
+                    where=step.out,
+                    found=step.why,
+                    fix=f"{mend}; or move the folder away: then the step is done again, and what took its "
+                    "output too",
+                ),
+            )
+
+
+def _require_upstream(step: PlannedStep, states: list[StepState]) -> None:
+    """The steps above were done a moment ago: now they are not if what they read was changed meanwhile."""
+    for above in states:
+        if above.name in step.upstream and above.state != "done":
+            raise in_step(
+                step.name,
+                CachekdError(
+                    f"step {above.name!r}, whose output it takes, is not up to date any more",
+                    where=above.out,
+                    found=above.text,
+                    fix="run the same command again when nothing is being changed any more",
+                ),
+            )
 
 
 def _refuse_foreign(step: PlannedStep) -> None:
@@ -151,28 +213,32 @@ def _refuse_foreign(step: PlannedStep) -> None:
 
 def _move_aside(path: Path) -> Path | None:
     """Keep an old output under another name; returns it, or None where there is nothing."""
-    if not path.exists() or not any(path.iterdir()):
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return None
     number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
         number += 1
     path.rename(aside)
     return aside
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """One process at a time; the system lets go of the lock when it dies."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        with FileLock(folder / LOCK_FILE, timeout=0):
-            yield
+        lock.acquire(timeout=patience)
     except Timeout:
         raise CachekdError(
             "another process runs this pipeline",
             where=str(folder),
             fix="wait for it; --status shows where it is",
         ) from None
+    try:  # not within the other: a step may wait for some lock of its own in vain
+        yield
+    finally:
+        lock.release()
 
 
 def _under_way(folder: Path) -> bool:
@@ -201,7 +267,8 @@ def refuse_many_processes() -> None:
 
 
 def _free_memory() -> None:
-    """The next step's models need the room of this one's."""
+    """The next step's models need the room of this one's, and of its sketch on the GPU."""
+    forget_sketches()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cachekd.cache.files import commit
 from cachekd.errors import CachekdError
 from cachekd.pipeline.inputs import Known, data_content, model_content
+from cachekd.pipeline.output import damage_of
 from cachekd.pipeline.plan import PlannedStep, in_step
 
 STATE_FILE = "pipeline_state.json"
 Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's output depends on
-State = Literal["done", "changed", "waiting", "running", "interrupted", "failed"]
+State = Literal["done", "damaged", "changed", "waiting", "running", "interrupted", "failed"]
 
 
 class Record(BaseModel):
@@ -30,6 +31,7 @@ class Record(BaseModel):
         state: begun, done or failed; begun and not under way: it was interrupted.
         seconds: of all sessions that came to an end.
         error: the problem, if it failed.
+        files: the bytes of what it left, when it was done.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +41,7 @@ class Record(BaseModel):
     state: Literal["begun", "done", "failed"]
     seconds: float = 0.0
     error: str | None = None
+    files: dict[str, int] = {}
 
 
 class PipelineState(BaseModel):
@@ -81,7 +84,7 @@ class StepState:
     """How a step is today.
 
     Attributes:
-        why: for a step that changed or failed.
+        why: for a step that changed, failed or is damaged.
         seconds: that it took; 0 if it was not begun.
         facts: what its output depends on now.
     """
@@ -143,14 +146,15 @@ def _judge(
 ) -> tuple[State, str]:
     if record is None:
         return "waiting", ""
-    redone = [name for name in step.upstream if above[name].state != "done"]
+    redone = [name for name in step.upstream if above[name].state not in ("done", "damaged")]
     changes = _changes({**record.facts, "settings": step.defaults | record.facts["settings"]}, facts)
     if changes or redone:
         return "changed", "; ".join([*changes, *(f"step {name} is to be redone" for name in redone)])
+    if step.finished:  # even where the process died, or could not print, before it could say so
+        problem = damage_of(step, record.files)
+        return ("damaged", problem) if problem else ("done", "")
     if record.state == "failed":
         return "failed", record.error or ""
-    if step.finished:  # even where the process died before it could say so
-        return "done", ""
     return ("changed", "its output is gone") if record.state == "done" else ("interrupted", "")
 
 

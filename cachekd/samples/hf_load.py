@@ -92,7 +92,7 @@ def _load(spec: HfSpec) -> Any:
     if os.path.isdir(path):
         _refuse(spec, "revision")
     else:
-        _require_on_hub(spec)
+        require_on_hub(spec)
     split = spec.split
     if split is None and not huggingface_hub.constants.HF_HUB_OFFLINE:
         # Asked first, so that choosing does not need a download of all of them.
@@ -133,7 +133,7 @@ def _refuse(spec: HfSpec, *options: str) -> None:
         )
 
 
-def _require_on_hub(spec: HfSpec) -> None:
+def require_on_hub(spec: HfSpec) -> None:
     """Ask the hub once: `datasets` itself retries for half a minute before it says that there is no network.
 
     Raises:

@@ -1,0 +1,186 @@
+"""What can be known of the steps before the first of them begins, so that it is not found out in ten hours.
+
+No weights are read: settings, configurations, processors, and whether data and caches are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from fsspec.core import url_to_fs
+
+from cachekd.bind import Binding
+from cachekd.cache.manifest import Manifest
+from cachekd.cache.tail import TailSetting
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.files import RUN_FILE
+from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
+from cachekd.lean import check_lean_settings
+from cachekd.pipeline.config import EvalConfig, ReportConfig
+from cachekd.pipeline.inputs import is_hub_data
+from cachekd.pipeline.plan import PlannedStep, in_step
+from cachekd.run_folder import CHECKPOINTS
+from cachekd.samples import SampleEncoder, open_samples
+from cachekd.samples.map_function import load_map
+from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
+from cachekd.sharing.store import is_address
+from cachekd.training_arguments import training_arguments
+from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor, plan_bridge
+
+
+def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
+    """Refuse now what a step would be refused for when its turn comes.
+
+    Args:
+        steps: all of the pipeline.
+        names: of those that are to run.
+
+    Raises:
+        CachekdError: the first that is wrong; the step is named.
+    """
+    models = _Models(steps)
+    for step in steps:
+        if step.name not in names:
+            continue
+        try:
+            _CHECKS[step.kind](step.config, models)
+            if step.data is not None:
+                _check_data(*step.data)
+        except CachekdError as error:
+            raise in_step(step.name, error) from None
+
+
+class _Models:
+    """Configurations and processors, each read once. What a train step will make has those of its student.
+
+    Attributes:
+        students: of train steps, by the folder of the run.
+        teachers: of dump steps, by the folder of the cache.
+    """
+
+    def __init__(self, steps: list[PlannedStep]) -> None:
+        self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
+        self.teachers = {str(step.out): step.config.teacher for step in steps if step.kind == "dump"}
+        self._processors: dict[str, Any] = {}
+
+    def source(self, name: str) -> str:
+        """The model, which is there, that this one begins from."""
+        while name in self.students:
+            name = self.students[name]
+        return name
+
+    def config(self, name: str) -> Any:
+        return load_config(self.source(name))
+
+    def processor(self, name: str) -> Any:
+        source = self.source(name)
+        if source not in self._processors:
+            self._processors[source] = load_processor(source)
+        return self._processors[source]
+
+
+def _check_dump(config: DumpConfig, models: _Models) -> None:
+    TailSetting.parse(config.tail)
+    SampleEncoder(models.processor(config.teacher))
+
+
+def _check_train(config: TrainConfig, models: _Models) -> None:
+    training_arguments(config, config.out / CHECKPOINTS)
+    check_lean_settings(config)
+    if config.binding is not None:
+        Binding.read(config.binding)
+    student = SampleEncoder(models.processor(config.student))
+    if config.cache is not None and not is_address(config.cache):
+        _check_cache(config.cache, student, models)
+    if config.runs_teacher:
+        _check_teacher(config, models)
+
+
+def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:
+    """A dump above will have its teacher's fingerprints, a cache that is there has its own."""
+    tokenizer = student.processor.tokenizer
+    if (name := models.teachers.get(cache)) is not None:
+        teacher = SampleEncoder(models.processor(name))
+        check_tokenizers(teacher.processor.tokenizer, tokenizer)
+        theirs = _fingerprints(teacher)
+    else:
+        stored = Manifest.load(Path(cache)).fingerprints
+        theirs = (stored.tokenizer, stored.chat_template, stored.encoding)
+    facts = ("tokenizer", "chat template", "encoding of text")
+    for fact, wanted, found in zip(facts, theirs, _fingerprints(student), strict=True):
+        if wanted not in (None, found):  # older caches do not know of the last
+            raise CachekdError(
+                f"the cache's {fact} and the student's are different",
+                where=f"{name or cache} and {tokenizer.name_or_path}",
+                expected=f"sha256 {wanted}",
+                found=f"sha256 {found}",
+                fix="give the student the teacher's processor",
+            )
+
+
+def _fingerprints(encoder: SampleEncoder) -> tuple[str, str, str | None]:
+    return (
+        tokenizer_fingerprint(encoder.processor.tokenizer),
+        template_fingerprint(encoder.template),
+        encoding_fingerprint(encoder),
+    )
+
+
+def _check_teacher(config: TrainConfig, models: _Models) -> None:
+    teacher, student = str(config.teacher), config.student
+    if config.switch_bridge is not None:
+        plan_bridge(models.config(teacher), models.config(student))
+    elif config.lambda_vsd > 0:
+        check_switch(models.config(teacher), models.config(student))
+    check_tokenizers(models.processor(teacher).tokenizer, models.processor(student).tokenizer)
+
+
+def _check_eval(config: EvalConfig, models: _Models) -> None:
+    names = [*([config.teacher] if config.teacher else []), *config.models]
+    first, *others = (models.processor(name) for name in names)
+    SampleEncoder(first)
+    for other in others:
+        check_tokenizers(first.tokenizer, other.tokenizer)
+
+
+def _check_report(config: ReportConfig, models: _Models) -> None:
+    for run in (config.run, *config.baselines):
+        if run not in models.students and not (Path(run) / RUN_FILE).is_file():
+            raise CachekdError(
+                "this is not a run", where=run, expected=f"a train step above, or a folder with {RUN_FILE}"
+            )
+
+
+_CHECKS: dict[str, Callable[[Any, _Models], None]] = {
+    "dump": _check_dump,
+    "train": _check_train,
+    "eval": _check_eval,
+    "report": _check_report,
+}
+
+
+def _check_data(spec: str, map: str | None) -> None:
+    """Data on this disk were opened already, to be compared; of others, whether they are there."""
+    if map is not None:
+        load_map(map)
+    if is_remote(spec):
+        first = find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar")[0]
+        with named_errors(first, "the data cannot be reached"):
+            fs, path = url_to_fs(first)
+            fs.info(path)
+    elif is_hub_data(spec):
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            open_samples(spec, map=map)  # what was downloaded before
+        else:
+            _require_on_hub(spec)
+
+
+def _require_on_hub(spec: str) -> None:
+    from cachekd.samples.hf_load import HfSpec, require_on_hub  # importing `datasets` takes seconds
+
+    name, _, query = spec.partition("?")
+    require_on_hub(HfSpec.parse(name, query))
