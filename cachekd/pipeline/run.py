@@ -19,8 +19,15 @@ from cachekd.cache.files import make_folder
 from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.output import damage_of, files_of
-from cachekd.pipeline.plan import LAST_FILE, PlannedStep, in_step, plan_steps
+from cachekd.pipeline.output import files_of
+from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
+from cachekd.pipeline.refuse import (
+    refuse_damaged,
+    refuse_foreign,
+    refuse_many_processes,
+    require_output,
+    require_upstream,
+)
 from cachekd.pipeline.state import PipelineState, Record, StepState, states_of
 
 LOCK_FILE = ".pipeline.lock"
@@ -71,15 +78,15 @@ def run_pipeline(
     steps = plan_steps(pipeline)
     before = PipelineState.read(pipeline.out)
     found = states_of(steps, before)  # what is missing is missed now, not in ten hours
-    _refuse_damaged(found)
+    refuse_damaged(found)
     _refuse_what_would_fail(steps, found, before)
     with _alone(pipeline.out, _PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
         for index, step in enumerate(steps):
             found = states_of(steps, state)
-            _refuse_damaged(found)
-            _require_upstream(step, found)
+            refuse_damaged(found)
+            require_upstream(step, found)
             now = found[index]
             if now.state == "done":
                 _accept(state, step, pipeline.out)
@@ -91,7 +98,7 @@ def run_pipeline(
 def _refuse_what_would_fail(steps: list[PlannedStep], found: list[StepState], before: PipelineState) -> None:
     for step in steps:
         if step.name not in before.steps:
-            _refuse_foreign(step)
+            refuse_foreign(step)
     names = {state.name for state in found if state.state != "done"}
     if names:
         from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
@@ -112,7 +119,7 @@ def _do(
     moved = None
     if not goes_on:
         if record is None:
-            _refuse_foreign(step)
+            refuse_foreign(step)
         moved = _move_aside(step.out)
         record = Record(id=secrets.token_hex(8), facts=now.facts, state="begun")
     assert record is not None  # what goes on was begun
@@ -123,7 +130,7 @@ def _do(
     started = time.perf_counter()
     try:
         run(step.config)
-        _require_output(step)
+        require_output(step)
     except Exception as error:
         record.state = "failed"
         record.error = (
@@ -148,67 +155,11 @@ def _accept(state: PipelineState, step: PlannedStep, folder: Path) -> None:
         state.write(folder)
 
 
-def _require_output(step: PlannedStep) -> None:
-    problem = damage_of(step, {}) if step.finished else f"no {LAST_FILE[step.kind]}"
-    if problem:
-        raise CachekdError(
-            "the step ended without its whole output",
-            where=str(step.out),
-            found=problem,
-            fix="if other processes are still at work on it, wait for them",
-        )
-
-
 def _then(error: CachekdError) -> str | None:
     """How to go on, after what the error itself advises."""
     if error.fix is None:
         return f"mend that, and {GO_ON}"
     return None if "same command again" in error.fix else f"then {GO_ON}"
-
-
-def _refuse_damaged(states: list[StepState]) -> None:
-    """To put a file back takes minutes, to dump again days: which of the two is not for us to choose."""
-    for step in states:
-        if step.state == "damaged":
-            mend = f"`cachekd verify {step.out} --repair`" if step.kind == "dump" else "put the file back"
-            raise in_step(
-                step.name,
-                CachekdError(
-                    "the step is finished, but its output is damaged",
-                    where=step.out,
-                    found=step.why,
-                    fix=f"{mend}; or move the folder away: then the step is done again, and what took its "
-                    "output too",
-                ),
-            )
-
-
-def _require_upstream(step: PlannedStep, states: list[StepState]) -> None:
-    """The steps above were done a moment ago: now they are not if what they read was changed meanwhile."""
-    for above in states:
-        if above.name in step.upstream and above.state != "done":
-            raise in_step(
-                step.name,
-                CachekdError(
-                    f"step {above.name!r}, whose output it takes, is not up to date any more",
-                    where=above.out,
-                    found=above.text,
-                    fix="run the same command again when nothing is being changed any more",
-                ),
-            )
-
-
-def _refuse_foreign(step: PlannedStep) -> None:
-    if step.out.exists() and (not step.out.is_dir() or any(step.out.iterdir())):
-        raise in_step(
-            step.name,
-            CachekdError(
-                "its folder holds something that this pipeline did not make",
-                where=str(step.out),
-                expected="a new or empty folder",
-                fix="move it away, or give the step another name",
-            ),
-        )
 
 
 def _move_aside(path: Path) -> Path | None:
@@ -250,20 +201,6 @@ def _under_way(folder: Path) -> bool:
             return False
     except CachekdError:
         return True
-
-
-def refuse_many_processes() -> None:
-    """A pipeline is one process.
-
-    Raises:
-        CachekdError: torchrun or accelerate started several.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CachekdError(
-            "a pipeline runs in one process",
-            found=f"WORLD_SIZE {os.environ['WORLD_SIZE']}",
-            fix="start `cachekd run` alone, or the steps' own commands with accelerate launch",
-        )
 
 
 def _free_memory() -> None:
