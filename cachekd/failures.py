@@ -193,7 +193,10 @@ def _knobs(config: TrainConfig) -> list[str]:
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
     if config.lora is None:
-        knobs.append("training: {optim: adamw_8bit} or lora: {r: 16, target_modules: all-linear} in the YAML")
+        knobs.append(
+            "training: {optim: adamw_8bit} (with bitsandbytes) or lora: {r: 16, target_modules: all-linear} "
+            "in the YAML"
+        )
     knobs.append("--logit-chunk 32")
     return knobs
 

@@ -23,6 +23,7 @@ from cachekd.matching import check_cache, check_teacher
 from cachekd.run_folder import RunFolder
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.trainer import SwitchKDTrainer
+from cachekd.trainer_settings import explained
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.vlm import (
@@ -139,21 +140,26 @@ def make_trainer(
     if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
         teacher_encoder = SampleEncoder(load_processor(str(config.teacher)))
     set_seed(config.seed)  # adapters begin at random
-    return SwitchKDTrainer(
-        load_student(config, arguments.device),
-        arguments,
-        TrainingSamples(samples, encoder, cache, teacher_encoder),
-        pad_token_id=encoder.pad_token_id,
-        teacher=teacher,
-        live=live,
-        bridge=bridge,
-        lambda_align=config.lambda_align,
-        lambda_vsd=config.lambda_vsd,
-        vsd_every=config.vsd_every,
-        temperature=config.temperature,
-        logit_chunk=config.logit_chunk,
-        callbacks=callbacks,
-    )
+    student = load_student(config, arguments.device)
+    data = TrainingSamples(samples, encoder, cache, teacher_encoder)
+    with explained(config.training):
+        trainer = SwitchKDTrainer(
+            student,
+            arguments,
+            data,
+            pad_token_id=encoder.pad_token_id,
+            teacher=teacher,
+            live=live,
+            bridge=bridge,
+            lambda_align=config.lambda_align,
+            lambda_vsd=config.lambda_vsd,
+            vsd_every=config.vsd_every,
+            temperature=config.temperature,
+            logit_chunk=config.logit_chunk,
+            callbacks=callbacks,
+        )
+        trainer.get_optimizer_cls_and_kwargs(arguments, student)  # some look for their modules in the model
+    return trainer
 
 
 def open_cache(

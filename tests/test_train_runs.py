@@ -18,7 +18,8 @@ from cachekd.files import RUN_FILE
 from cachekd.run_folder import STARTED_FILE
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
-from cachekd.training_arguments import OWN_NAMES, REFUSED, training_arguments
+from cachekd.trainer_settings import OWN_NAMES, REFUSED
+from cachekd.training_arguments import training_arguments
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_names_that_conflict_are_refused(settings, tmp_path, name):
         training_arguments(TrainConfig(**settings, training={name: 1}), tmp_path)
     assert f"training.{name}" in str(caught.value)
     if name in OWN_NAMES:
-        assert f"set `{OWN_NAMES[name]}` instead" in str(caught.value)
+        assert f"set `{OWN_NAMES[name]}` at the top level, outside `training`" in str(caught.value)
 
 
 def test_own_names_and_refused_names_are_the_trainers(settings):
