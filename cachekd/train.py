@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 from cachekd.bind import Binding, BoundSamples
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.data_wait import MOST
+from cachekd.data_wait import advice
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import image_processor_fingerprint, library_versions
@@ -103,13 +103,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
-    if summary.data_wait > MOST and trainer.is_world_process_zero():
-        workers = trainer.args.dataloader_num_workers
-        log.warning(
-            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead in as many processes",
-            100 * summary.data_wait,
-            workers + 2,
-        )
+    workers = trainer.args.dataloader_num_workers
+    waited = advice(summary.data_wait, workers, summary.steps - resumed_from, seconds)
+    if waited is not None and trainer.is_world_process_zero():
+        log.warning("%s", waited)
     return summary
 
 

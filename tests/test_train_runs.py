@@ -227,8 +227,13 @@ def test_samples_beyond_the_cache_train_by_ce_alone(settings, tmp_path):
 
 def test_a_cache_of_other_data_is_refused_even_so(settings, tmp_path):
     write_tar(tmp_path / "other" / "0.tar", tar_members(3, start=50))
-    with pytest.raises(CachekdError, match="lacks samples"):
+    with pytest.raises(CachekdError, match="lacks samples") as caught:
         train(TrainConfig(**settings | {"data": str(tmp_path / "other"), "missing": "ce-only"}))
+    assert "cachekd bind" in caught.value.fix
+    assert "ce-only" not in caught.value.fix  # that is what was asked for
+    with pytest.raises(CachekdError, match="lacks samples") as caught:
+        train(TrainConfig(**settings | {"data": str(tmp_path / "other")}))
+    assert "--missing ce-only" in caught.value.fix
 
 
 def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
