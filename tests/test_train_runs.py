@@ -275,8 +275,43 @@ def test_the_estimate_leaves_nothing_and_counts_right(settings, student_path):
     assert estimate.memory["optimizer"] >= 2 * 0.9 * 4 * size  # AdamW, where there are gradients
     assert 0.9 * 4 * size <= estimate.memory["gradients"] <= 4 * size
     assert sum(estimate.memory.values()) == estimate.peak_bytes
+    assert estimate.memory["before the models"] > 50e6  # Python and its libraries: they are no activations
     assert estimate.seconds_per_step > 0
     assert not settings["out"].exists()
+    assert estimate.settings["batch_size"] == 4
+    assert estimate.settings["trainable"] == ["vision_encoder", "projector", "language_model"]
+
+
+def test_the_estimates_peak_is_of_the_longest_samples(settings, tmp_path):
+    """Two of 20 samples are long, and not among the first."""
+    members = tar_members(20)
+    for index in (2 * 17 + 1, 2 * 19 + 1):
+        name, content = members[index]
+        record = json.loads(content)
+        record["conversations"][-1]["value"] += " and a red cat" * 400
+        members[index] = (name, json.dumps(record).encode())
+    write_tar(tmp_path / "long" / "0.tar", members)
+    changed = {"data": str(tmp_path / "long"), "batch_size": 2, "lambda_align": 0.0, "lambda_vsd": 0.0}
+    plain = {"cache": None, "teacher": None, "training": {"train_sampling_strategy": "sequential"}}
+    estimate = estimate_training(TrainConfig(**settings | changed | plain))
+    assert estimate.longest_batch[0] == 2
+    assert estimate.longest_batch[1] > 1200
+    assert estimate.peak_bytes == max(estimate.longest_peak_bytes, estimate.random_peak_bytes)
+    assert estimate.longest_peak_bytes > estimate.random_peak_bytes
+    assert estimate.logits_bytes > 4 * 200
+
+
+def test_an_estimate_reports_nowhere(settings, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    training = {"report_to": ["tensorboard"], "push_to_hub": True, "save_strategy": "epoch"}
+    estimate_training(TrainConfig(**settings, training=training))
+    assert not list(tmp_path.rglob("*tfevents*"))
+    trainer = make_trainer(
+        TrainConfig(**settings, training=training | {"push_to_hub": False}), tmp_path / "t"
+    )
+    assert any(type(c).__name__ == "TensorBoardCallback" for c in trainer.callback_handler.callbacks)
 
 
 # ---- adapters and quantised weights
