@@ -63,8 +63,11 @@ REFUSED = {
     "length_column_name": "lengths are counted from the text",
     "use_liger_kernel": "the head and its losses run in chunks already",
 }
-# Names of earlier versions of the Trainer.
-RENAMED = {"group_by_length": "train_sampling_strategy: group_by_length"}
+# Names of earlier versions of the Trainer, and what to set now.
+RENAMED = {
+    "group_by_length": "training: {train_sampling_strategy: group_by_length}",
+    "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
+}
 
 
 def checked_settings(training: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +131,13 @@ def explained(training: dict[str, Any]) -> Iterator[None]:
 
 
 def meant_by(error: Exception, training: dict[str, Any]) -> str:
-    """The settings whose name or value the Trainer's words have in them; all of them if there is none."""
-    meant = [name for name, value in training.items() if name in str(error) or str(value) in str(error)]
+    """The settings whose name the Trainer's words have in them, or whose value where it is a text; all of
+    them if there is none."""
+
+    def named(name: str, value: Any) -> bool:
+        return name in str(error) or (isinstance(value, str) and value in str(error))
+
+    meant = [name for name, value in training.items() if named(name, value)]
     return ", ".join(_where(name) for name in meant or training)
 
 
@@ -152,13 +160,13 @@ def _check_name(name: str) -> None:
     if name in REFUSED:
         raise CachekdError(f"{name!r} cannot be set here", where=where, expected=REFUSED[name])
     if name not in FIELDS:
-        near = RENAMED.get(name) or next(iter(get_close_matches(name, FIELDS, 1)), None)
+        near = get_close_matches(name, FIELDS, 1, cutoff=0.8)
         raise CachekdError(
             "the Trainer has no such setting",
             where=where,
             expected="a field of transformers.TrainingArguments",
             found=name,
-            fix=None if near is None else f"training: {{{near}}}" if name in RENAMED else f"{near!r}?",
+            fix=RENAMED.get(name, f"did you mean {near[0]!r}?" if near else None),
         )
 
 
@@ -169,6 +177,14 @@ def _check_choices(training: dict[str, Any]) -> None:
             where=_where("train_sampling_strategy"),
             expected="random, sequential or group_by_length",
             found="batch_rebalance",
+        )
+    steps = training.get("max_steps", -1)
+    if isinstance(steps, int) and (steps == 0 or steps < -1):
+        raise CachekdError(
+            "a run of so few steps would be one of `epochs`",
+            where=_where("max_steps"),
+            expected="at least 1",
+            found=steps,
         )
     if training.get("save_strategy") == "best":
         raise CachekdError(

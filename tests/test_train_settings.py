@@ -32,6 +32,8 @@ def config(training: dict, **changed) -> TrainConfig:
         ({"report_to": "trackio"}, "pip install trackio"),
         ({"report_to": ["nosuch"]}, "tensorboard, trackio, wandb"),
         ({"max_steps": "three"}, "valid integer"),
+        ({"max_steps": 0}, "at least 1"),
+        ({"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"),
         ({"adam_beta2": "much"}, "valid number"),
         ({"save_strategy": "best"}, "`cachekd eval` scores a run"),
         ({"eval_on_start": True}, "`cachekd eval` scores a run"),
@@ -41,7 +43,7 @@ def config(training: dict, **changed) -> TrainConfig:
         ({"debug": "underflow_overflow"}, "looks at logits"),
         ({"logging_steps": 3}, "set `logging_steps` at the top level, outside `training`"),
         ({"group_by_length": True}, "training: {train_sampling_strategy: group_by_length}"),
-        ({"adam_beta3": 1}, "'adam_beta"),
+        ({"adam_beta3": 1}, "did you mean 'adam_beta"),
     ],
 )
 def test_a_setting_that_would_fail_late_is_refused_at_once(tmp_path, training, says):
@@ -70,9 +72,9 @@ def test_other_settings_of_accelerate_leave_ours(tmp_path):
 
 
 def test_what_the_trainer_refuses_late_names_the_setting(tmp_path, student_path, data_path):
-    there = config({"neftune_noise_alpha": 5, "optim": "galore_adamw"}, student=str(student_path))
+    there = config({"neftune_noise_alpha": 1, "optim": "galore_adamw"}, student=str(student_path))
     with pytest.raises(CachekdError, match="cannot be built") as caught, explained(there.training):
-        raise ValueError("You need to define `optim_target_modules` to use galore_adamw optimizers")
+        raise ValueError("You need to define `optim_target_modules` to use 1 of galore_adamw")
     assert caught.value.where == "setting 'training.optim'"
     with pytest.raises(ValueError, match="plain"), explained({}):
         raise ValueError("plain")
