@@ -130,7 +130,8 @@ def train_command(
         from cachekd.train_estimate import estimate_training
 
         result = estimate_training(settings)
-        print_json(asdict(result)) if json else print_estimate(result)
+        if is_main_process():
+            print_json(asdict(result)) if json else print_estimate(result)
         return
     if is_main_process() and not json:
         print_settings(settings)
