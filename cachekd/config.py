@@ -98,7 +98,7 @@ class TrainConfig(Config):
 
     Raises:
         CachekdError: L_VSD is on and the student's vision encoder is frozen; L_VSD is off and there is a
-            bridge for it.
+            bridge for it; `training` has a token in it.
     """
 
     student: str = Field(description="model folder or hub name")
@@ -178,6 +178,17 @@ class TrainConfig(Config):
     training: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments, by its own name"
     )
+
+    @field_validator("training")
+    @classmethod
+    def _has_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if "hub_token" in value:
+            raise CachekdError(
+                "settings are written into the run's folder in clear, and a token is a secret",
+                where="setting 'training.hub_token'",
+                fix="HF_TOKEN in the environment, or `hf auth login`",
+            )
+        return value
 
     @model_validator(mode="before")
     @classmethod

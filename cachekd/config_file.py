@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,33 +20,84 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
     """A config from a YAML file, with options (those that are not None) overriding it.
 
     Raises:
-        CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range.
+        CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range. Every
+            such value is named, unknown names first.
     """
     values = {} if path is None else read_yaml(path)
-    values |= {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        return model(**values)
+        return model(**values | given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        names = ", ".join(model.model_fields)
-        unknown = first["type"] == "extra_forbidden"
-        raise CachekdError(
-            f"unknown setting {name!r}" if unknown else f"setting {name!r}: {first['msg'].lower()}",
-            where=str(path) if path is not None and name not in options else "the command line",
-            expected=f"one of {names}" if unknown else None,
-            found=None if first["type"] == "missing" else first.get("input"),
-        ) from None
+        # The typo before what is missing because of it.
+        errors = sorted(error.errors(), key=lambda each: not _unknown(each))
+        raise _refusal(errors, path, given, list(model.model_fields)) from None
+
+
+def _refusal(errors: list[Any], path: Path | None, given: Iterable[str], known: list[str]) -> CachekdError:
+    places = [
+        "the command line" if path is None or (e["loc"][:1] and e["loc"][0] in given) else str(path)
+        for e in errors
+    ]
+    problems = [_problem(each, known) for each in errors]
+    one = len(errors) == 1
+    lines = [
+        f"\n  {problem}{_found(each)}, {place}"
+        for problem, each, place in zip(problems, errors, places, strict=True)
+    ]
+    return CachekdError(
+        problems[0] if one else f"{len(errors)} settings are wrong:" + "".join(lines),
+        where=" and ".join(dict.fromkeys(places)),
+        expected=f"one of {', '.join(known)}" if any(map(_unknown, errors)) else None,
+        found=errors[0].get("input") if one and errors[0]["type"] != "missing" else None,
+    )
+
+
+def _unknown(error: Any) -> bool:
+    return bool(error["type"] == "extra_forbidden")
+
+
+def _found(error: Any) -> str:
+    return "" if error["type"] == "missing" else f": {error.get('input')!r}"
+
+
+def _problem(error: Any, known: list[str]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if not _unknown(error):
+        return f"setting {name!r}: {error['msg'].removeprefix('Value error, ').lower()}"
+    near = get_close_matches(name, known, 1)
+    return f"unknown setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+class _EachOnce(yaml.SafeLoader):
+    """YAML of which no mapping has a key twice: the last would win without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in first:
+                raise CachekdError(
+                    f"{key.value!r} is given twice",
+                    where=f"{self.name}, line {line}",
+                    expected="every name once",
+                    found=f"it is on line {first[key.tag, key.value]} too",
+                )
+            first[key.tag, key.value] = line
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        CachekdError: the file is missing, not YAML, or no mapping.
+        CachekdError: the file is missing, not YAML, no mapping, or has a name twice.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        with path.open() as file:
+            values = yaml.load(file, Loader=_EachOnce) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
     if not isinstance(values, dict):

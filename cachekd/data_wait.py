@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 Batch = TypeVar("Batch")
 
-# Above this share a run is worth reading data for in more processes.
+# Above this share a run is worth reading data for in more processes; not a run that is over in a moment.
 MOST = 0.02
+FEWEST_STEPS = 20
+SHORTEST = 5.0  # seconds
+
+
+def usable_cores() -> int:
+    """Of this process's machine, those that it may run on, shared among the processes that train there."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def advice(share: float, workers: int, steps: int, seconds: float) -> str | None:
+    """What would shorten the waiting; None where there is nothing to be said.
+
+    Args:
+        share: of the time in which the steps waited (`Waited.share`).
+        workers: processes that read, as they were.
+        steps: of the optimizer, in this session.
+        seconds: that they took.
+    """
+    if share <= MOST or steps < FEWEST_STEPS or seconds < SHORTEST:
+        return None
+    cores = usable_cores()
+    if cores <= max(workers, 1):
+        return None  # none is left for a reader: the steps need one
+    more = min(workers + 2, cores)
+    waited = f"the steps waited for data in {share:.1%} of the time"
+    return f"{waited}: --workers {more} reads ahead in as many processes"
 
 
 class Waited(NamedTuple):

@@ -10,26 +10,49 @@ import torch
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 
+# What a failed allocation says; only some of them have a class of their own.
+_NO_ROOM_ON_THE_GPU = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUSPARSE_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+)
+_NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
+
 
 @contextmanager
 def memory_advice(config: TrainConfig) -> Iterator[None]:
-    """Turn out-of-memory errors into which knob to turn, the cheapest first.
+    """Turn out-of-memory errors into which knob to turn, the cheapest first. Other errors go on unchanged.
 
     Raises:
         CachekdError: memory ran out.
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        text = str(error)
-        if type(error) is RuntimeError and "can't allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        device = _out_of_memory_on(error)
+        if device is None:
             raise
+        text = str(error)
         raise CachekdError(
             "out of memory",
-            where="stage two, on " + ("the GPU" if isinstance(error, torch.OutOfMemoryError) else "the CPU"),
+            where=f"stage two, on the {device}",
             found=text.splitlines()[0] if text else None,
             fix="; or ".join(_knobs(config)) + ". `cachekd train --estimate` shows what needs how much",
         ) from error
+
+
+def _out_of_memory_on(error: Exception) -> str | None:
+    """CPU or GPU; None if it is another error."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(said in text for said in _NO_ROOM_ON_THE_GPU):
+        return "GPU"
+    if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
+        return "CPU"
+    return None
 
 
 def _knobs(config: TrainConfig) -> list[str]:
@@ -46,7 +69,10 @@ def _knobs(config: TrainConfig) -> list[str]:
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
     if config.lora is None:
-        knobs.append("training: {optim: adamw_8bit} or lora: {r: 16, target_modules: all-linear} in the YAML")
+        knobs.append(
+            "training: {optim: adamw_8bit} (with bitsandbytes) or lora: {r: 16, target_modules: all-linear} "
+            "in the YAML"
+        )
     knobs.append("--logit-chunk 32")
     return knobs
 

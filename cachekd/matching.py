@@ -51,7 +51,16 @@ def check_cache(
             )
     _check_encoding(cache, encoder)
     missing = [key for key in samples.keys if key not in cache]
-    if missing and not (may_lack_samples and len(missing) < len(samples)):
+    if may_lack_samples and missing and len(missing) == len(samples):
+        raise CachekdError(
+            "the cache lacks samples of the data set: it has none of them, and all would train by L_CE alone",
+            where=str(cache.path),
+            expected=f"some of {len(samples):,} samples, as {missing[0]!r}",
+            found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
+            fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
+            "--lambda-align 0 --lambda-vsd 0 for plain CE",
+        )
+    if missing and not may_lack_samples:
         raise CachekdError(
             "the cache lacks samples of the data set",
             where=str(cache.path),

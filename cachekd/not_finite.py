@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from cachekd.errors import CachekdError
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
 
-_GROWN = 1e3  # no weight of a sound model is as large
+HUGE = 1e4  # no weight of a trained model is near it; what has grown to it overflows in the next forward
+BOLD = 0.01  # AdamW moves every weight by about the learning rate in a step
+_SLOWER = "lower --learning-rate, or raise --warmup"
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,13 @@ def stop_if_weights_not_finite(trainer: SwitchKDTrainer) -> None:
     Raises:
         CachekdError: a weight is NaN or infinite; the first such tensor is named.
     """
-    broken = _broken(trainer)
-    if broken:
+    name, size = _largest(trainer)
+    if not math.isfinite(size):
         raise CachekdError(
             "the student's weights are not finite",
-            where=f"after step {trainer.state.global_step}",
-            found=f"{len(broken)} tensor(s), first {broken[0]}",
-            fix="nothing of them was saved; " + _slower(trainer),
+            where=f"{name}, after step {trainer.state.global_step}",
+            found=_rate(trainer),
+            fix=f"nothing of them was saved; {_SLOWER}",
         )
 
 
@@ -85,30 +88,46 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
         for batch, row in zip(batches, rows, strict=True)
     ]
     torch.save({"step": step, "batches": saved, "student": trainer.vlm.state_dict()} | bridge, path)
+    name, size = _largest(trainer)
+    terms = [", ".join(f"{term} {value:g}" for term, value in row.items()) for row in rows]
     raise CachekdError(
         problem,
         where=f"step {step + 1}, samples {', '.join(repr(key) for batch in batches for key in batch.keys)}",
         expected=expected,
-        found="; ".join(", ".join(f"{name} {value:g}" for name, value in row.items()) for row in rows),
-        fix=f"{_advice(trainer)}; batches, targets and weights are in {path}: "
+        found="; ".join([*terms, _rate(trainer), f"largest |weight| {size:g}, in {name}"]),
+        fix=f"{_advice(trainer, size)}; batches, targets and weights are in {path}: "
         "torch.load(path, weights_only=False)",
     )
 
 
-def _advice(trainer: SwitchKDTrainer) -> str:
-    if broken := _broken(trainer):
-        return f"the weights are not finite already, first {broken[0]}: {_slower(trainer)}"
-    largest = max(float(weight.detach().abs().max()) for weight in trainer.vlm.parameters() if len(weight))
-    if largest > _GROWN:
-        return f"the weights have grown to {largest:.3g}: {_slower(trainer)}"
-    half = trainer.args.bf16 or trainer.args.fp16
-    return "look at these samples" + (", or --dtype float32" if half else f", or {_slower(trainer)}")
+def _advice(trainer: SwitchKDTrainer, largest: float) -> str:
+    args = trainer.args
+    if not largest <= HUGE:  # NaN is not
+        return f"{_SLOWER}: weights this large are a run that diverged"
+    advice = "look at these samples"
+    if args.learning_rate >= BOLD:
+        advice = f"{_SLOWER}; or {advice}"
+    if args.fp16:
+        advice += "; or --dtype bfloat16, whose range is that of float32"
+    elif args.bf16:
+        advice += "; or --dtype float32"
+    return advice
 
 
-def _slower(trainer: SwitchKDTrainer) -> str:
-    return f"lower --learning-rate (it is {trainer.args.learning_rate:g}), or raise --warmup"
+def _rate(trainer: SwitchKDTrainer) -> str:
+    now = float(trainer.optimizer.param_groups[0]["lr"])
+    return f"learning rate {now:g} of at most {trainer.args.learning_rate:g}"
 
 
-def _broken(trainer: SwitchKDTrainer) -> list[str]:
-    named = trainer.vlm.state_dict().items()
-    return [name for name, weight in named if weight.is_floating_point() and not weight.isfinite().all()]
+def _largest(trainer: SwitchKDTrainer) -> tuple[str, float]:
+    """The first weight tensor that is not finite, with NaN or inf; else that of the largest |weight|."""
+    name, largest = "", 0.0
+    for each, weight in trainer.vlm.state_dict().items():
+        if not weight.is_floating_point() or weight.numel() == 0:
+            continue
+        size = float(weight.detach().abs().max())
+        if not math.isfinite(size):
+            return each, size
+        if size > largest:
+            name, largest = each, size
+    return name, largest

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, set_seed
 from cachekd.bind import Binding, BoundSamples
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.data_wait import MOST
+from cachekd.data_wait import advice
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import image_processor_fingerprint, library_versions
@@ -23,6 +23,7 @@ from cachekd.matching import check_cache, check_teacher
 from cachekd.run_folder import RunFolder
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.trainer import SwitchKDTrainer
+from cachekd.trainer_settings import explained
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.vlm import (
@@ -102,13 +103,10 @@ def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -
                 trainer.data_wait.total.share,
             )
             save_run(folder, config, trainer, summary)
-    if summary.data_wait > MOST and trainer.is_world_process_zero():
-        workers = trainer.args.dataloader_num_workers
-        log.warning(
-            "the steps waited for data in %.1f %% of the time: --workers %d reads ahead in as many processes",
-            100 * summary.data_wait,
-            workers + 2,
-        )
+    workers = trainer.args.dataloader_num_workers
+    waited = advice(summary.data_wait, workers, summary.steps - resumed_from, seconds)
+    if waited is not None and trainer.is_world_process_zero():
+        log.warning("%s", waited)
     return summary
 
 
@@ -139,21 +137,26 @@ def make_trainer(
     if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
         teacher_encoder = SampleEncoder(load_processor(str(config.teacher)))
     set_seed(config.seed)  # adapters begin at random
-    return SwitchKDTrainer(
-        load_student(config, arguments.device),
-        arguments,
-        TrainingSamples(samples, encoder, cache, teacher_encoder),
-        pad_token_id=encoder.pad_token_id,
-        teacher=teacher,
-        live=live,
-        bridge=bridge,
-        lambda_align=config.lambda_align,
-        lambda_vsd=config.lambda_vsd,
-        vsd_every=config.vsd_every,
-        temperature=config.temperature,
-        logit_chunk=config.logit_chunk,
-        callbacks=callbacks,
-    )
+    student = load_student(config, arguments.device)
+    data = TrainingSamples(samples, encoder, cache, teacher_encoder)
+    with explained(config.training):
+        trainer = SwitchKDTrainer(
+            student,
+            arguments,
+            data,
+            pad_token_id=encoder.pad_token_id,
+            teacher=teacher,
+            live=live,
+            bridge=bridge,
+            lambda_align=config.lambda_align,
+            lambda_vsd=config.lambda_vsd,
+            vsd_every=config.vsd_every,
+            temperature=config.temperature,
+            logit_chunk=config.logit_chunk,
+            callbacks=callbacks,
+        )
+        trainer.get_optimizer_cls_and_kwargs(arguments, student)  # some look for their modules in the model
+    return trainer
 
 
 def open_cache(

@@ -17,6 +17,7 @@ from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
+from cachekd.training_data import IGNORE, TrainingSamples
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -24,28 +25,50 @@ _RESET_PEAK = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class TrainEstimate:
-    """Measured on the first steps.
+    """Measured on the first steps, and on one batch of the longest samples.
 
     Attributes:
+        settings: those that memory and time depend on, presets resolved.
         student_parameters, trained_parameters, teacher_parameters: numbers of them.
         bridge_parameters: of the switch bridge; 0 without one.
-        memory: bytes at the peak by part: weights, gradients, optimizer state, and the rest (activations,
-            logits, and what libraries hold).
-        peak_bytes: of the GPU's allocator; without a GPU, of the whole process.
+        memory: bytes at the peak by part: weights, gradients, optimizer state, what the process held before
+            the models were loaded (on a GPU its allocator, so next to nothing), and the rest: activations,
+            logits and what is read.
+        logits_bytes: of one array of logits, counted, not measured: V float32 of every answer token that is
+            looked at at a time. A loss holds about five such arrays; they are in the rest.
+        peak_bytes: of the GPU's allocator; without a GPU, of the whole process. The larger one of the next
+            two.
+        random_peak_bytes: of the first steps, whose samples are as they come: a lower bound of a run's.
+        longest_peak_bytes: of a forward and backward of the longest samples, all in one batch.
+        longest_batch: samples and tokens in it, padding included: what was measured for that.
         seconds_per_step: of the optimizer's steps.
         steps: of the whole run.
         measured_steps: that were run.
     """
 
+    settings: dict[str, Any]
     student_parameters: int
     trained_parameters: int
     teacher_parameters: int
     bridge_parameters: int
     memory: dict[str, int]
+    logits_bytes: int
     peak_bytes: int
+    random_peak_bytes: int
+    longest_peak_bytes: int
+    longest_batch: tuple[int, int]
     seconds_per_step: float
     steps: int
     measured_steps: int
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    """Bytes: before the models were loaded, in random steps, in a batch of the longest samples."""
+
+    before: int
+    random: int
+    longest: int
 
 
 class _Stopwatch(TrainerCallback):
@@ -73,7 +96,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def estimate_training(config: TrainConfig) -> TrainEstimate:
-    """Run a few steps of a run and throw them away; `config.out` is not touched.
+    """Run a few steps of a run and throw them away; `config.out` is not touched, and nothing is reported.
 
     Raises:
         CachekdError: what `train` raises, out of memory among it.
@@ -81,16 +104,49 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
     # One round of `vsd_every` steps has one with the switched path in it.
     watch = _Stopwatch(max(STEPS, config.vsd_every))
     with tempfile.TemporaryDirectory() as folder, memory_advice(config):
-        _reset_peak()
-        quick = config.model_copy(update={"save_steps": 0})
-        trainer = make_trainer(quick, Path(folder), [watch])
+        before = _reset_peak()
+        trainer = make_trainer(_quiet(config), Path(folder), [watch])
         trainer.train()
-        peak = _peak_bytes()
-    return _estimate(trainer, watch, peak)
+        random = _peak_bytes()
+        batch = _longest(trainer)
+        _reset_peak()
+        _run(trainer, batch)
+        longest = _peak_bytes()
+    return _estimate(config, trainer, watch, batch, _Peaks(before, random, longest))
 
 
-def _estimate(trainer: SwitchKDTrainer, watch: _Stopwatch, peak: int) -> TrainEstimate:
+def _quiet(config: TrainConfig) -> TrainConfig:
+    """The same without checkpoints, reports and uploads."""
+    quiet = {"save_strategy": "no", "report_to": [], "push_to_hub": False}
+    return config.model_copy(update={"save_steps": 0, "training": config.training | quiet})
+
+
+def _longest(trainer: SwitchKDTrainer) -> dict[str, Any]:
+    """A batch of the longest samples, as their texts tell (`rough_lengths`)."""
+    data: TrainingSamples = trainer.train_dataset
+    lengths = data.lengths()
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return trainer.data_collator([data[i] for i in longest[: trainer.args.train_batch_size]])
+
+
+def _run(trainer: SwitchKDTrainer, batch: dict[str, Any]) -> None:
+    """Forward and backward, the switched path among it, beside the optimizer's state; where gradients are
+    accumulated, once more beside the gradients."""
+    trainer.state.global_step = 0  # in which the switched path runs, whatever `vsd_every` is
+    tokens = int((batch["labels"] != IGNORE).sum())
+    for _ in range(min(2, trainer.args.gradient_accumulation_steps)):
+        trainer.training_step(trainer.model_wrapped, batch, tokens)
+
+
+def _estimate(
+    config: TrainConfig,
+    trainer: SwitchKDTrainer,
+    watch: _Stopwatch,
+    batch: dict[str, Any],
+    peaks: _Peaks,
+) -> TrainEstimate:
     student, teacher = trainer.vlm, None if trainer.teacher is None else trainer.teacher.model
+    peak = max(peaks.random, peaks.longest)
     memory = {
         "student": _weights(student),
         "teacher": 0 if teacher is None else _weights(teacher),
@@ -101,20 +157,48 @@ def _estimate(trainer: SwitchKDTrainer, watch: _Stopwatch, peak: int) -> TrainEs
     if trainer.bridge is not None:
         memory["switch bridge"] = _weights(trainer.bridge)
         memory["gradients"] += _weights(trainer.bridge)
-    memory["activations, logits, libraries"] = max(0, peak - sum(memory.values()))
+    memory["before the models"] = min(peaks.before, max(0, peak - sum(memory.values())))
+    memory["activations, logits, data"] = max(0, peak - sum(memory.values()))
     durations = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
     timed = durations[1:] or durations
+    samples, tokens = batch["labels"].shape
     return TrainEstimate(
+        settings=_settings(config, trainer),
         student_parameters=sum(p.numel() for p in student.parameters()),
         trained_parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
         teacher_parameters=0 if teacher is None else sum(p.numel() for p in teacher.parameters()),
         bridge_parameters=bridge,
         memory=memory,
+        logits_bytes=_logits(trainer, int((batch["labels"] != IGNORE).sum())),
         peak_bytes=peak,
+        random_peak_bytes=peaks.random,
+        longest_peak_bytes=peaks.longest,
+        longest_batch=(samples, tokens),
         seconds_per_step=sum(timed) / len(timed),
         steps=watch.total_steps,
         measured_steps=len(durations),
     )
+
+
+def _settings(config: TrainConfig, trainer: SwitchKDTrainer) -> dict[str, Any]:
+    args = trainer.args
+    half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    return {
+        "batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+        "dtype": half or "float32",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "trainable": list(config.trainable),
+        "lora": config.lora is not None,
+        "optim": str(args.optim.value),
+    }
+
+
+def _logits(trainer: SwitchKDTrainer, answer_tokens: int) -> int:
+    terms = trainer.terms
+    at_a_time = answer_tokens if terms.head.reason else min(answer_tokens, terms.logit_chunk)
+    return 4 * at_a_time * terms.head.vocab_size
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -125,11 +209,13 @@ def _weights(model: nn.Module) -> int:
     return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
 
 
-def _reset_peak() -> None:
+def _reset_peak() -> int:
+    """Begin anew, and how much is in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _RESET_PEAK.exists():
         _RESET_PEAK.write_text("5")
+    return _peak_bytes()
 
 
 def _peak_bytes() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +10,13 @@ from transformers import TrainingArguments
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.trainer_settings import FIELDS, check_packages, checked_settings, meant_by
 from cachekd.vlm import default_device
 
-_FIELDS = {field.name for field in fields(TrainingArguments) if field.init}
 # transformers 5.23 renamed it, and warns of the old name.
 _CHECKPOINTING = (
-    "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
+    "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 )
-
-# The Trainer's name -> ours. One setting has one name.
-OWN_NAMES = {
-    "output_dir": "out",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "logging_steps": "logging_steps",
-    "save_steps": "save_steps",
-    "dataloader_num_workers": "workers",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-}
-# What would be ignored, or break the loss, in silence.
-REFUSED = {
-    "remove_unused_columns": "the model's inputs are chosen by the processor",
-    "label_names": "answers are found by the chat template",
-    "label_smoothing_factor": "the loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD",
-    "resume_from_checkpoint": "the same command goes on from the last checkpoint by itself",
-    "save_only_model": "a checkpoint without its optimizer cannot be gone on from",
-    "do_train": "this is `cachekd train`",
-    "do_eval": "`cachekd eval` scores a run",
-    "do_predict": "`cachekd eval` scores a run",
-    "eval_strategy": "`cachekd eval` scores a run",
-    "load_best_model_at_end": "`cachekd eval` scores a run",
-    "length_column_name": "lengths are counted from the text",
-    "use_liger_kernel": "the head and its losses run in chunks already",
-}
 
 
 def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
@@ -64,7 +27,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
 
     Raises:
         CachekdError: `training` has an unknown name, one that has a name of ours, or a value that the
-            Trainer refuses.
+            Trainer refuses, or one whose package is not installed.
     """
     on_gpu = default_device().type == "cuda"
     workers = default_workers(on_gpu=on_gpu) if config.workers is None else config.workers
@@ -97,16 +60,22 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": True,  # a vision_feature_layer of -2 leaves the last layer unused
     }
-    _check_names(config.training)
+    theirs = checked_settings(config.training)
+    if isinstance(theirs.get("accelerator_config"), dict):
+        theirs["accelerator_config"] = settings["accelerator_config"] | theirs["accelerator_config"]
     if config.gradient_checkpointing:
         settings[_CHECKPOINTING] = True
         settings[f"{_CHECKPOINTING}_kwargs"] = {"use_reentrant": False}
     try:
-        return TrainingArguments(output_dir=str(out), **(settings | config.training))
+        arguments = TrainingArguments(output_dir=str(out), **(settings | theirs))
     except (TypeError, ValueError, ImportError) as error:
         raise CachekdError(
-            "the Trainer refuses these settings", where="setting 'training'", found=str(error)
+            "the Trainer refuses these settings",
+            where=meant_by(error, config.training) or "the settings",
+            found=str(error),
         ) from error
+    check_packages(arguments)
+    return arguments
 
 
 def default_workers(*, on_gpu: bool) -> int:
@@ -116,28 +85,3 @@ def default_workers(*, on_gpu: bool) -> int:
         return 0
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(4, share - 1))
-
-
-def _check_names(training: dict[str, Any]) -> None:
-    if training.get("train_sampling_strategy") == "batch_rebalance":
-        raise CachekdError(
-            "the Trainer rebalances batches of Hugging Face data sets with a column of lengths only",
-            where="setting 'training.train_sampling_strategy'",
-            expected="random, sequential or group_by_length",
-            found="batch_rebalance",
-        )
-    for name in training:
-        where = f"setting 'training.{name}'"
-        if name in OWN_NAMES:
-            raise CachekdError(
-                f"{name!r} has a setting of its own", where=where, fix=f"set `{OWN_NAMES[name]}` instead"
-            )
-        if name in REFUSED:
-            raise CachekdError(f"{name!r} cannot be set here", where=where, expected=REFUSED[name])
-        if name not in _FIELDS:
-            raise CachekdError(
-                "the Trainer has no such setting",
-                where=where,
-                expected="a field of transformers.TrainingArguments",
-                found=name,
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_train_runs import CutShort, losses, settings  # noqa: F401
 from tiny import QUESTIONS, noise_image, png_bytes, tar_members, tiny_processor, write_tar
 from torch.utils.data import BatchSampler
 
+from cachekd import data_wait
 from cachekd.config import TrainConfig
 from cachekd.data_wait import DataWait
 from cachekd.errors import CachekdError
@@ -363,6 +365,9 @@ def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypa
         return real(self, index)
 
     monkeypatch.setattr(TrainingSamples, "_example", late)
+    monkeypatch.setattr(data_wait, "FEWEST_STEPS", 4)
+    monkeypatch.setattr(data_wait, "SHORTEST", 0.5)
+    monkeypatch.setattr(data_wait, "usable_cores", lambda: 8)
     with caplog.at_level("WARNING", logger="cachekd.train"):
         summary = train(TrainConfig(**settings | {"epochs": 1, "batch_size": 3}))
     run = json.loads((settings["out"] / RUN_FILE).read_text())
@@ -370,3 +375,23 @@ def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypa
     assert all(0 <= entry["data_wait"] <= 1 for entry in entries(settings["out"]))
     assert max(entry["data_wait"] for entry in entries(settings["out"])) > 0.02
     assert "--workers 2" in caplog.text
+
+
+def test_no_more_workers_are_advised_than_there_are_cores(monkeypatch):
+    def advised(workers: int, cores: int, **changed: float) -> str | None:
+        monkeypatch.setattr(data_wait, "usable_cores", lambda: cores)
+        return data_wait.advice(**{"share": 0.3, "workers": workers, "steps": 100, "seconds": 60.0} | changed)
+
+    assert "--workers 4 reads" in str(advised(2, 8))
+    assert "--workers 3 reads" in str(advised(2, 3))
+    assert "--workers 2 reads" in str(advised(0, 2))
+    assert [advised(workers, cores) for workers, cores in ((2, 1), (2, 2), (0, 1), (4, 4))] == [None] * 4
+    assert advised(2, 8, share=0.01) is advised(2, 8, steps=19) is advised(2, 8, seconds=2.0) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are bound on Linux")
+def test_cores_are_those_that_this_process_may_run_on(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3, 5, 6})
+    assert data_wait.usable_cores() == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert data_wait.usable_cores() == 1

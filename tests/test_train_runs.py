@@ -18,7 +18,8 @@ from cachekd.files import RUN_FILE
 from cachekd.run_folder import STARTED_FILE
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
-from cachekd.training_arguments import OWN_NAMES, REFUSED, training_arguments
+from cachekd.trainer_settings import OWN_NAMES, REFUSED
+from cachekd.training_arguments import training_arguments
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_names_that_conflict_are_refused(settings, tmp_path, name):
         training_arguments(TrainConfig(**settings, training={name: 1}), tmp_path)
     assert f"training.{name}" in str(caught.value)
     if name in OWN_NAMES:
-        assert f"set `{OWN_NAMES[name]}` instead" in str(caught.value)
+        assert f"set `{OWN_NAMES[name]}` at the top level, outside `training`" in str(caught.value)
 
 
 def test_own_names_and_refused_names_are_the_trainers(settings):
@@ -226,8 +227,13 @@ def test_samples_beyond_the_cache_train_by_ce_alone(settings, tmp_path):
 
 def test_a_cache_of_other_data_is_refused_even_so(settings, tmp_path):
     write_tar(tmp_path / "other" / "0.tar", tar_members(3, start=50))
-    with pytest.raises(CachekdError, match="lacks samples"):
+    with pytest.raises(CachekdError, match="lacks samples") as caught:
         train(TrainConfig(**settings | {"data": str(tmp_path / "other"), "missing": "ce-only"}))
+    assert "cachekd bind" in caught.value.fix
+    assert "ce-only" not in caught.value.fix  # that is what was asked for
+    with pytest.raises(CachekdError, match="lacks samples") as caught:
+        train(TrainConfig(**settings | {"data": str(tmp_path / "other")}))
+    assert "--missing ce-only" in caught.value.fix
 
 
 def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
@@ -239,8 +245,8 @@ def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
     (path,) = (config.out / "checkpoints").glob("not-finite*.pt")
     text = str(caught.value)
     assert str(path) in text
-    assert "the weights have grown to 1" in text
-    assert "lower --learning-rate (it is 1e+30)" in text
+    assert "a run that diverged" in text
+    assert "lower --learning-rate" in text
     saved = torch.load(path, weights_only=False)
     (batch,) = saved["batches"]
     assert len(batch["keys"]) == 2
@@ -282,7 +288,7 @@ def test_weights_that_are_not_finite_are_not_saved(settings):
     changed = {"learning_rate": 3e38, "warmup": 0.0, "training": {"max_steps": 1}}
     with pytest.raises(CachekdError, match="the student's weights are not finite") as caught:
         train(TrainConfig(**settings | changed))
-    assert "lower --learning-rate (it is 3e+38)" in str(caught.value)
+    assert "of at most 3e+38" in str(caught.value)
     assert not (settings["out"] / RUN_FILE).exists()
 
 
@@ -315,8 +321,43 @@ def test_the_estimate_leaves_nothing_and_counts_right(settings, student_path):
     assert estimate.memory["optimizer"] >= 2 * 0.9 * 4 * size  # AdamW, where there are gradients
     assert 0.9 * 4 * size <= estimate.memory["gradients"] <= 4 * size
     assert sum(estimate.memory.values()) == estimate.peak_bytes
+    assert estimate.memory["before the models"] > 50e6  # Python and its libraries: they are no activations
     assert estimate.seconds_per_step > 0
     assert not settings["out"].exists()
+    assert estimate.settings["batch_size"] == 4
+    assert estimate.settings["trainable"] == ["vision_encoder", "projector", "language_model"]
+
+
+def test_the_estimates_peak_is_of_the_longest_samples(settings, tmp_path):
+    """Two of 20 samples are long, and not among the first."""
+    members = tar_members(20)
+    for index in (2 * 17 + 1, 2 * 19 + 1):
+        name, content = members[index]
+        record = json.loads(content)
+        record["conversations"][-1]["value"] += " and a red cat" * 400
+        members[index] = (name, json.dumps(record).encode())
+    write_tar(tmp_path / "long" / "0.tar", members)
+    changed = {"data": str(tmp_path / "long"), "batch_size": 2, "lambda_align": 0.0, "lambda_vsd": 0.0}
+    plain = {"cache": None, "teacher": None, "training": {"train_sampling_strategy": "sequential"}}
+    estimate = estimate_training(TrainConfig(**settings | changed | plain))
+    assert estimate.longest_batch[0] == 2
+    assert estimate.longest_batch[1] > 1200
+    assert estimate.peak_bytes == max(estimate.longest_peak_bytes, estimate.random_peak_bytes)
+    assert estimate.longest_peak_bytes > estimate.random_peak_bytes
+    assert estimate.logits_bytes > 4 * 200
+
+
+def test_an_estimate_reports_nowhere(settings, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    training = {"report_to": ["tensorboard"], "push_to_hub": True, "save_strategy": "epoch"}
+    estimate_training(TrainConfig(**settings, training=training))
+    assert not list(tmp_path.rglob("*tfevents*"))
+    trainer = make_trainer(
+        TrainConfig(**settings, training=training | {"push_to_hub": False}), tmp_path / "t"
+    )
+    assert any(type(c).__name__ == "TensorBoardCallback" for c in trainer.callback_handler.callbacks)
 
 
 # ---- adapters and quantised weights

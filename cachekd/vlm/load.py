@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import struct
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +24,7 @@ from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
 from cachekd.vlm.steady import keep_statistics
 from cachekd.vlm.tinyllava import is_tinyllava
+from cachekd.vlm.weights import weights_files
 
 
 def default_device() -> torch.device:
@@ -78,8 +81,8 @@ def load_model(
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
 
     Raises:
-        CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, or a
-            package is missing.
+        CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, they
+            cannot be read, or a package is missing.
     """
     text_only = family_of(load_config(path)) is TEXT_ONLY
     auto_class = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
@@ -158,8 +161,17 @@ def _load(
     config = load_config(path)
     if is_gguf(path):
         return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
+    weights_files(path)  # with a message of its own where a folder has none
     try:
         model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
+    except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise CachekdError(
+            "the model's weights cannot be read",
+            where=str(path),
+            expected="whole files: *.safetensors or *.bin",
+            found=next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)),
+            fix="a file was cut short or changed: fetch or save the model again",
+        ) from None
     except ImportError as error:
         raise CachekdError(
             "the model cannot be loaded: a package is missing",

@@ -91,6 +91,13 @@ def byte_progress(bar: Progress, description: str) -> tuple[Callable[[int], None
     return advance, set_total
 
 
+def duration(seconds: float) -> str:
+    """In the unit that says most: seconds, minutes or hours."""
+    if seconds < 60:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.2f} h"
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     result = Table(title=escape(title), title_justify="left")

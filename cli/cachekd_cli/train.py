@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from cachekd_cli.console import (
     byte_progress,
     console,
+    duration,
     print_json,
     progress_bar,
     quiet_hub,
@@ -128,7 +130,8 @@ def train_command(
         from cachekd.train_estimate import estimate_training
 
         result = estimate_training(settings)
-        print_json(asdict(result)) if json else print_estimate(result)
+        if is_main_process():
+            print_json(asdict(result)) if json else print_estimate(result)
         return
     if is_main_process() and not json:
         print_settings(settings)
@@ -221,16 +224,30 @@ def print_summary(summary: TrainSummary) -> None:
 
 
 def print_estimate(estimate: TrainEstimate) -> None:
-    """Parameters, memory by part and time, before anything long starts."""
+    """Settings, parameters, memory by part and time, before anything long starts."""
+    settings, (samples, tokens) = estimate.settings, estimate.longest_batch
+    a_step = [settings[name] for name in ("batch_size", "gradient_accumulation", "processes")]
+    seconds = estimate.seconds_per_step
     rows = [
+        ("samples a step", f"{' x '.join(map(str, a_step))} = {prod(a_step):,}"),
+        ("dtype", settings["dtype"]),
+        ("gradient checkpointing", "on" if settings["gradient_checkpointing"] else "off"),
+        ("trainable", ", ".join(settings["trainable"]) + (" (adapters)" if settings["lora"] else "")),
+        ("optimizer", settings["optim"]),
         ("student parameters", f"{estimate.student_parameters:,}"),
         ("of them trained", f"{estimate.trained_parameters:,}"),
         ("teacher parameters", f"{estimate.teacher_parameters:,}"),
         *([("switch bridge's", f"{estimate.bridge_parameters:,}")] if estimate.bridge_parameters else []),
         *((f"memory: {name}", f"{size / 1e6:,.1f} MB") for name, size in estimate.memory.items()),
+        ("of these, an array of logits", f"{estimate.logits_bytes / 1e6:,.1f} MB, counted"),
         ("peak memory", f"{estimate.peak_bytes / 1e6:,.1f} MB"),
-        ("time per step", f"{estimate.seconds_per_step:.2f} s"),
+        (f"in {estimate.measured_steps} random steps", f"{estimate.random_peak_bytes / 1e6:,.1f} MB"),
+        (
+            f"in the {samples} longest samples, up to {tokens:,} tokens",
+            f"{estimate.longest_peak_bytes / 1e6:,.1f} MB",
+        ),
+        ("time per step", f"{seconds:.2f} s"),
         ("steps", f"{estimate.steps:,}"),
-        ("time of the run", f"{estimate.seconds_per_step * estimate.steps / 3600:.2f} h"),
+        ("time of the run", duration(seconds * estimate.steps)),
     ]
     console.print(table(f"estimate from {estimate.measured_steps} steps", ("", "value"), rows))

@@ -1,0 +1,77 @@
+"""Settings in a YAML file: every mistake at once, each with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config_file import read_config, read_yaml
+from cachekd.errors import CachekdError
+from cachekd.pipeline.config import read_pipeline
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def refused(path: Path | None, options: dict) -> CachekdError:
+    with pytest.raises(CachekdError) as caught:
+        read_config(path, TrainConfig, dict.fromkeys(TrainConfig.model_fields) | options)
+    return caught.value
+
+
+def test_a_value_is_looked_for_where_it_stands(tmp_path):
+    """The command line hands over every option, most of them None."""
+    path = written(tmp_path, "student: s\ndata: d\nout: o\nbatch_size: big\n")
+    error = refused(path, {})
+    assert error.where == str(path)
+    assert (error.problem.split(":")[0], error.found) == ("setting 'batch_size'", "big")
+    assert refused(path, {"batch_size": "huge"}).where == "the command line"
+    assert refused(None, {"student": "s", "data": "d"}).where == "the command line"
+    assert refused(written(tmp_path, "student: s\ndata: d\n"), {}).where == str(path)  # `out` is missing
+
+
+def test_every_mistake_is_shown_and_the_typo_first(tmp_path):
+    path = written(tmp_path, "studnet: s\ndata: d\nlearning_rate: -1\nzzz: 1\n")
+    error = refused(path, {"out": "o", "temperature": 0})
+    lines = error.problem.splitlines()
+    assert lines[0] == "5 settings are wrong:"
+    assert {line.split("'")[1] for line in lines[1:3]} == {"studnet", "zzz"}
+    assert any("unknown setting 'studnet' (did you mean 'student'?)" in line for line in lines)
+    assert any("'student': field required" in line for line in lines)
+    assert any("'learning_rate'" in line and "-1" in line and str(path) in line for line in lines)
+    assert any("'temperature'" in line and "the command line" in line for line in lines)
+    assert "learning_rate" in str(error.expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "line", "before"),
+    [
+        ("student: a\ndata: d\nstudent: b\n", "student", 3, 1),
+        ("student: a\ntraining:\n  optim: sgd\n  optim: adafactor\n", "optim", 4, 3),
+        ("student: a\nlora: {r: 1, r: 2}\n", "r", 2, 2),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(tmp_path, text, name, line, before):
+    path = written(tmp_path, text)
+    for read in (read_yaml, read_pipeline):
+        with pytest.raises(CachekdError, match="given twice") as caught:
+            read(path)
+        assert repr(name) in caught.value.problem
+        assert caught.value.where == f"{path}, line {line}"
+        assert f"line {before}" in str(caught.value.found)
+
+
+def test_merged_mappings_may_overwrite(tmp_path):
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, y: 4}\n"
+    assert read_yaml(written(tmp_path, text))["c"] == {"x": 1, "y": 4}
+
+
+def test_a_dump_is_read_in_the_same_way(tmp_path):
+    path = written(tmp_path, "teacher: t\ndata: d\nout: o\ntopk: 3\n")
+    with pytest.raises(CachekdError, match="did you mean 'top_k'"):
+        read_config(path, DumpConfig, {"top_k": None})

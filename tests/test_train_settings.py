@@ -1,0 +1,101 @@
+"""What `cachekd train` is told wrongly: refused before anything is loaded, and said so."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.train import make_trainer
+from cachekd.trainer_settings import explained
+from cachekd.training_arguments import training_arguments
+
+
+def config(training: dict, **changed) -> TrainConfig:
+    plain = {"student": "s", "data": "d", "out": Path("o"), "lambda_align": 0, "lambda_vsd": 0}
+    return TrainConfig(**plain | changed, training=training)
+
+
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"hub_token": "hf_SECRET"}, "HF_TOKEN in the environment, or `hf auth login`"),
+        ({"optim": "adamw_8bit"}, "pip install bitsandbytes"),
+        ({"optim": "lomo"}, "pip install lomo-optim"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["q_proj"]}, "pip install galore-torch"),
+        ({"report_to": ["wandb"]}, "pip install wandb"),
+        ({"report_to": "trackio"}, "pip install trackio"),
+        ({"report_to": ["nosuch"]}, "tensorboard, trackio, wandb"),
+        ({"max_steps": "three"}, "valid integer"),
+        ({"max_steps": 0}, "at least 1"),
+        ({"logging_dir": "x"}, "TENSORBOARD_LOGGING_DIR"),
+        ({"adam_beta2": "much"}, "valid number"),
+        ({"save_strategy": "best"}, "`cachekd eval` scores a run"),
+        ({"eval_on_start": True}, "`cachekd eval` scores a run"),
+        ({"dataloader_multiprocessing_context": "bogus"}, "spawn"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "every process reads its own samples"),
+        ({"accelerator_config": {"bogus": True}}, "bogus"),
+        ({"debug": "underflow_overflow"}, "looks at logits"),
+        ({"logging_steps": 3}, "set `logging_steps` at the top level, outside `training`"),
+        ({"group_by_length": True}, "training: {train_sampling_strategy: group_by_length}"),
+        ({"adam_beta3": 1}, "did you mean 'adam_beta"),
+    ],
+)
+def test_a_setting_that_would_fail_late_is_refused_at_once(tmp_path, training, says):
+    package = says.removeprefix("pip install ").replace("-", "_")
+    if says.startswith("pip install ") and find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(CachekdError) as caught:
+        training_arguments(config(training), tmp_path)
+    assert says in str(caught.value)
+    assert "training" in str(caught.value.where)
+    assert "hf_SECRET" not in str(caught.value)
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    """To YAML 1e-7 without a point is a text."""
+    arguments = training_arguments(config({"adam_epsilon": "1e-7", "max_steps": 3}), tmp_path)
+    assert arguments.adam_epsilon == 1e-7
+    assert arguments.max_steps == 3
+
+
+def test_other_settings_of_accelerate_leave_ours(tmp_path):
+    arguments = training_arguments(config({"accelerator_config": {"even_batches": False}}), tmp_path)
+    assert isinstance(arguments, TrainingArguments)
+    assert arguments.accelerator_config.even_batches is False
+    assert arguments.accelerator_config.non_blocking is not None
+
+
+def test_what_the_trainer_refuses_late_names_the_setting(tmp_path, student_path, data_path):
+    there = config({"neftune_noise_alpha": 1, "optim": "galore_adamw"}, student=str(student_path))
+    with pytest.raises(CachekdError, match="cannot be built") as caught, explained(there.training):
+        raise ValueError("You need to define `optim_target_modules` to use 1 of galore_adamw")
+    assert caught.value.where == "setting 'training.optim'"
+    with pytest.raises(ValueError, match="plain"), explained({}):
+        raise ValueError("plain")
+    late = config({"optim": "adamw_torch_npu_fused"}, student=str(student_path), data=str(data_path))
+    with pytest.raises(CachekdError, match="cannot be built") as caught:
+        make_trainer(late, tmp_path)
+    assert "training.optim" in str(caught.value)
+    assert "torch_npu" in str(caught.value)
+
+
+def test_a_model_without_weights_or_with_half_of_them(tmp_path, student_path, data_path):
+    half, none = tmp_path / "half", tmp_path / "none"
+    for folder in (half, none):
+        shutil.copytree(student_path, folder)
+    (none / "model.safetensors").unlink()
+    weights = half / "model.safetensors"
+    for size in (1000, weights.stat().st_size // 2):
+        weights.write_bytes((Path(student_path) / "model.safetensors").read_bytes()[:size])
+        with pytest.raises(CachekdError, match="weights cannot be read") as caught:
+            make_trainer(config({}, student=str(half), data=str(data_path)), tmp_path / "t")
+        assert str(half) in str(caught.value)
+    with pytest.raises(CachekdError, match="folder has no weights") as caught:
+        make_trainer(config({}, student=str(none), data=str(data_path)), tmp_path / "t")
+    assert str(none) in str(caught.value)
