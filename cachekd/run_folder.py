@@ -190,7 +190,7 @@ class RunFolder:
 
 def saved_models(out: Path) -> list[str]:
     """What was saved of a trained student, by name: weights, and adapters."""
-    files = [path.name for kind in ("*.safetensors", "*.bin") for path in out.glob(kind)]
+    files = [path.name for path in out.glob("*.safetensors")]
     return sorted([*files, *([ADAPTER_FOLDER] if (out / ADAPTER_FOLDER).exists() else [])])
 
 
