@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -264,16 +265,19 @@ def command_of(settings: dict[str, Any], *more: str) -> list[str]:  # noqa: F811
 
 
 @pytest.mark.slow
-def test_sigterm_and_the_same_command_again(plain, tmp_path):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_signal_and_the_same_command_again(plain, tmp_path, number, workers):
+    """Ctrl-C reaches the whole group: with workers, them too."""
     given = {name: value for name, value in plain.items() if value is not None} | {"epochs": 20}
-    given |= {"save_steps": 3}
-    with subprocess.Popen(command_of(given), stderr=subprocess.PIPE, text=True) as process:
+    given |= {"save_steps": 3, "workers": workers}
+    command = command_of(given)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         while not (plain["out"] / CHECKPOINTS / "checkpoint-3").exists():
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         told = process.communicate()[1]
-    assert process.returncode == 128 + signal.SIGTERM, told
+    assert process.returncode == 128 + number, told
     (step,) = re.findall(r"stopped at step (\d+) of 60: the same command goes on from step \1\n", told)
     assert 0 < int(step) < 60
     summary = train(TrainConfig(**given))
