@@ -160,6 +160,9 @@ class TrainConfig(Config):
         "need, and up to 4 beside a GPU",
     )
     save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
+    keep_checkpoints: bool = Field(
+        False, description="leave them in a finished run; by default they go, as nothing reads them any more"
+    )
     logit_chunk: int | None = Field(
         None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
     )

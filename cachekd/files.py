@@ -4,3 +4,4 @@ RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
 EVAL_FILE = "cachekd_eval.json"  # scores of the run and its teacher
 REPORT_FILE = "report.html"
 BRIDGE_FILE = "switch_bridge.safetensors"
+ADAPTER_FOLDER = "adapter"  # in a run that trained adapters

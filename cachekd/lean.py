@@ -15,11 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.files import ADAPTER_FOLDER
 from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
 from cachekd.vlm.load import quantization_config
-
-ADAPTER_FOLDER = "adapter"
 
 
 def recompute_frozen_layers(teacher: PreTrainedModel) -> int:

@@ -98,20 +98,21 @@ def check_teacher(cache: LogitCache, path: str) -> None:
         CachekdError: weights, configuration or image processing differ; old and new.
     """
     stored, config = cache.manifest, load_config(path)
+    between = f"the cache (of the teacher {stored.teacher.name})", f"{cache.path} and {path}"
     require_same(
         {
             "teacher's configuration": stored.teacher.config_sha256,
             "image processing": stored.fingerprints.image_processor,
-            "teacher's weights": stored.teacher.weights_sha256,
         },
         {
             "teacher's configuration": config_fingerprint(config),
             "image processing": image_processor_fingerprint(load_processor(path)),
-            "teacher's weights": weights_identity(path, config),
         },
-        f"the cache (of the teacher {stored.teacher.name})",
-        f"{cache.path} and {path}",
+        *between,
     )
+    # Last: all bytes of the weights are read for it.
+    weights, found = "teacher's weights", weights_identity(path, config)
+    require_same({weights: stored.teacher.weights_sha256}, {weights: found}, *between)
 
 
 def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) -> None:

@@ -1,9 +1,9 @@
 """A run's folder: begun, gone on with, finished; a finished one is never overwritten.
 
-cachekd_started.json    the settings, and which cache and binding were read; written before the first step
-checkpoints/            the Trainer's, to go on from
+cachekd_started.json    the settings, and what was read, by its content; written before the first step
+checkpoints/            the Trainer's, to go on from; gone when the run is finished
 model.safetensors ...   the student with its processor
-cachekd_run.json        written last: the run is finished
+cachekd_run.json        the run is finished
 """
 
 from __future__ import annotations
@@ -12,38 +12,51 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.bind import Binding
-from cachekd.cache import LogitCache
-from cachekd.cache.compare import identity
+from cachekd.cache.files import commit
 from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.files import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"
 INPUTS = "inputs"  # in that file: what was read, by its content
+KNOWN = "known"  # models that were hashed, so that they need not be again
+PROCESSES = "processes"
 # Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
 # stands for is in the others.)
-FREE_SETTINGS = {"out", "workers", "save_steps", "logit_chunk", "gradient_checkpointing", "stage"}
+FREE_SETTINGS = {
+    "out",
+    "workers",
+    "save_steps",
+    "keep_checkpoints",
+    "logit_chunk",
+    "gradient_checkpointing",
+    "stage",
+}
 
 
 class RunFolder:
     """Where a run is written.
 
     Raises:
-        CachekdError: the folder holds a finished run, a run with other settings, or something else.
+        CachekdError: the folder holds a finished run, a run with other settings, one that is trained but can
+            neither be finished nor gone on with, or something else.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
+        self.keep_checkpoints = config.keep_checkpoints
         self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=FREE_SETTINGS)
-        self._inputs: dict[str, str] = {}
-        self._earlier_inputs: dict[str, str] | None = None  # of a new run, or of one that did not note them
+        self.known: dict[str, Any] = {}  # of models, by `inputs_of`
+        self._facts: dict[str, Any] = {}
+        self._earlier: dict[str, Any] = {}  # facts of the session that began the run
+        self._trained = False
+        self._not_there = [path for path in (self.path, *self.path.parents) if not path.exists()]
         if (self.path / RUN_FILE).exists():
             raise CachekdError(
                 "the run is finished, and a finished run is never overwritten",
@@ -51,75 +64,162 @@ class RunFolder:
                 fix="choose another --out, or remove the folder",
             )
         started = self.path / STARTED_FILE
-        if not started.exists():
+        self._is_new = not started.exists()
+        if self._is_new:
             require_new_folder(self.path, "run")
             return
         # A setting that there was not yet when the run began is at its default.
         earlier = defaults_of(TrainConfig) | json.loads(started.read_text())
-        self._earlier_inputs = earlier.pop(INPUTS, None)
+        self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
+        self.known = earlier.get(KNOWN, {})
+        self._require_same_settings(earlier)
+        if self.last_checkpoint() is None and (saved := saved_models(self.path)):
+            raise CachekdError(
+                "the run is trained, but it was not finished, and there is no checkpoint to finish it from",
+                where=str(self.path),
+                found=", ".join(saved),
+                fix="these are the trained student, as far as it was saved: use them, or move them away; to "
+                "train it again choose another --out, or remove the folder",
+            )
+
+    def _require_same_settings(self, earlier: dict[str, Any]) -> None:
         changed = sorted(name for name, value in self.settings.items() if earlier.get(name) != value)
         if changed:
             raise CachekdError(
                 "the run was begun with other settings",
-                where=str(started),
+                where=str(self.path / STARTED_FILE),
                 expected=", ".join(f"{name}: {earlier.get(name)}" for name in changed),
                 found=", ".join(f"{name}: {self.settings.get(name)}" for name in changed),
                 fix="repeat the command that began it, choose another --out, or remove the folder",
             )
 
-    def require_inputs(self, cache: LogitCache | None, binding: Path | None) -> None:
-        """Note what the run reads; of a run that is gone on with, refuse what was made anew since it began.
+    def require_inputs(self, found: dict[str, str], *, processes: int) -> None:
+        """Note what the run reads, and in how many processes; of a run that is gone on with, refuse what is
+        another than when it began. (What an older run did not note is taken as it is.)
+
+        Args:
+            found: of `inputs_of`.
 
         Raises:
-            CachekdError: the cache or the binding is another.
+            CachekdError: an input or the number of processes is another.
         """
-        if cache is not None:
-            self._inputs["cache"] = identity(cache.manifest)
-        if binding is not None:
-            self._inputs["binding"] = Binding.read(binding).identity
-        if self._earlier_inputs is None:
-            return
-        for name, found in self._inputs.items():
-            if found != self._earlier_inputs.get(name):
+        self._facts = {INPUTS: found, PROCESSES: processes}
+        earlier: dict[str, str] = self._earlier.get(INPUTS, {})
+        for name, content in found.items():
+            if content != earlier.get(name, content):
                 raise CachekdError(
                     f"the run was begun with another {name} at the same path",
                     where=f"{self.path / STARTED_FILE} and {self.settings[name]}",
-                    expected=f"content with sha256 {self._earlier_inputs.get(name)}",
-                    found=f"sha256 {found}",
+                    expected=f"content with sha256 {earlier[name]}",
+                    found=f"sha256 {content}",
                     fix=f"put the {name} back that it began with, choose another --out, or remove the folder",
                 )
+        begun_with = self._earlier.get(PROCESSES, processes)
+        if begun_with != processes:
+            raise CachekdError(
+                "the run was begun with another number of processes",
+                where=str(self.path / STARTED_FILE),
+                expected=f"{begun_with} processes, which share the samples of each step",
+                found=processes,
+                fix=f"start {begun_with} (accelerate launch --num_processes {begun_with} ...), choose "
+                "another --out, or remove the folder",
+            )
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint; the Trainer writes its state last, so one without was cut short."""
-        found = [path for path in self.checkpoints.glob("checkpoint-*") if _is_whole(path)]
-        newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        newest = _newest_checkpoint(self.checkpoints)
         return None if newest is None else str(newest)
 
-    @contextmanager
-    def begun(self, *, main: bool) -> Iterator[None]:
-        """Mark the folder as a run; if the block fails with nothing to go on from, leave nothing behind.
+    def begin(self) -> None:
+        """Mark the folder as a run; in one process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(STARTED_FILE, self.settings | self._facts | {KNOWN: self.known})
 
-        Args:
-            main: whether this process is the one that writes.
-        """
-        if main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write(STARTED_FILE, self.settings | {INPUTS: self._inputs})
+    @contextmanager
+    def kept_if_worth_it(self) -> Iterator[None]:
+        """If the block fails in a new run before there is anything to go on from, or to look at, leave
+        nothing behind. What training made stays."""
         try:
             yield
         except BaseException:
-            if main and not (self.checkpoints.exists() and any(self.checkpoints.iterdir())):
-                shutil.rmtree(self.path, ignore_errors=True)
+            if self._is_new and not self._trained and _is_first_process():
+                self._remove_what_is_worthless()
             raise
 
+    def _remove_what_is_worthless(self) -> None:
+        if self.last_checkpoint() is not None or any(self.checkpoints.glob("not-finite-*")):
+            return
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        with suppress(OSError):
+            (self.path / STARTED_FILE).unlink(missing_ok=True)
+            for made in self._not_there:  # folders that are not empty stay
+                made.rmdir()
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """The student is trained, and the block saves it: whatever happens now, nothing is removed.
+
+        Raises:
+            CachekdError: it could not be saved; what there is, and what to do.
+        """
+        self._trained = True
+        try:
+            yield
+        except Exception as error:
+            raise CachekdError(
+                "the student is trained, but the run could not be finished",
+                where=str(self.path),
+                found=f"{type(error).__name__}: {error}".splitlines()[0],
+                fix=f"mend this, or free some space; {how_to_go_on(self.path)}",
+            ) from error
+
     def finish(self, run: dict[str, Any]) -> None:
-        """Everything the report needs, beside the model; the run is finished with it."""
+        """Everything the report needs, beside the model; the run is finished with it, and nothing goes on
+        from a checkpoint any more."""
         self._write(RUN_FILE, run)
+        if self.keep_checkpoints:
+            return
+        for checkpoint in self.checkpoints.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with suppress(OSError):  # the logs of TensorBoard stay
+            self.checkpoints.rmdir()
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
-        temporary = self.path / f".{name}.tmp-{os.getpid()}"
-        temporary.write_text(json.dumps(value, indent=1))
-        temporary.replace(self.path / name)
+        commit(self.path / name, json.dumps(value, indent=1).encode())
+
+
+def saved_models(out: Path) -> list[str]:
+    """What was saved of a trained student, by name: weights, and adapters."""
+    files = [path.name for path in out.glob("*.safetensors")]
+    return sorted([*files, *([ADAPTER_FOLDER] if (out / ADAPTER_FOLDER).exists() else [])])
+
+
+def how_to_go_on(out: Path) -> str:
+    """What a run's folder holds after it was stopped or failed, and what its command does next."""
+    newest = _newest_checkpoint(out / CHECKPOINTS)
+    if (out / RUN_FILE).exists():
+        return f"the run is finished: {out}"
+    if newest is not None:
+        return f"the same command goes on from step {_step_of(newest):,}"
+    if saved := saved_models(out):
+        return (
+            f"{', '.join(saved)} in {out}: the trained student, as far as it was saved. Without a checkpoint "
+            "the run cannot be finished, and the same command does not overwrite it"
+        )
+    return "there was no checkpoint yet: the same command begins anew"
+
+
+def _is_first_process() -> bool:
+    """Before there is a Trainer to ask; launchers, or accelerate in their place, number the processes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from cachekd.bind import Binding, BoundSamples
-from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_wait import advice
-from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
-from cachekd.fingerprint import image_processor_fingerprint, library_versions
-from cachekd.lean import ADAPTER_FOLDER, load_student, recompute_frozen_layers, save_merged
-from cachekd.matching import check_cache, check_teacher
+from cachekd.files import ADAPTER_FOLDER
+from cachekd.fingerprint import library_versions
+from cachekd.lean import save_merged
+from cachekd.load_trainer import load_trainer, make_trainer
+from cachekd.open_run import open_run
 from cachekd.run_folder import RunFolder
-from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.run_inputs import inputs_of
+from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
-from cachekd.trainer_settings import explained
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
-from cachekd.vlm import (
-    LiveTeacher,
-    SwitchBridge,
-    SwitchedTeacher,
-    check_switch,
-    check_tokenizers,
-    default_dtype,
-    load_config,
-    load_processor,
-    plan_bridge,
-)
 
 log = logging.getLogger(__name__)
 
@@ -74,178 +61,57 @@ class TrainSummary:
     data_wait: float = 0.0
 
 
-def train(config: TrainConfig, callbacks: list[TrainerCallback] | None = None) -> TrainSummary:
+def train(
+    config: TrainConfig,
+    callbacks: list[TrainerCallback] | None = None,
+    *,
+    asked_to_stop: Callable[[], int] = never,
+    phase: Callable[[str], None] = lambda _: None,
+) -> TrainSummary:
     """Train a student and save it, with its processor, to `config.out`.
 
     The same call goes on from the last checkpoint of a run that was cut short.
 
+    Args:
+        asked_to_stop: looked at after each optimizer step; as `StopInOrder` has it.
+        phase: told what is read or loaded, until the first step.
+
     Raises:
         CachekdError: bad input, a stale cache, a finished run, out of memory, a loss that is not finite. A
             run that fails before its first checkpoint leaves nothing behind.
+        RunStopped: it was asked to stop; there is a checkpoint of that step.
     """
     folder = RunFolder(config)
-    with memory_advice(config):
-        trainer = make_trainer(config, folder.checkpoints, callbacks)
-        folder.require_inputs(trainer.train_dataset.cache, config.binding)
-        with folder.begun(main=trainer.is_world_process_zero()):
-            checkpoint = folder.last_checkpoint()
-            resumed_from = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
-            started = time.perf_counter()
-            trainer.train(resume_from_checkpoint=checkpoint)
-            seconds = time.perf_counter() - started
-            summary = TrainSummary(
-                config.out,
-                trainer.state.global_step,
-                seconds,
-                trainer.last_terms,
-                resumed_from,
-                trainer.train_dataset.uncovered,
-                trainer.data_wait.total.share,
-            )
+    with folder.kept_if_worth_it(), memory_advice(config):
+        opened = open_run(config, folder.checkpoints, phase)
+        phase("hashing the student and a part of the data")
+        found = inputs_of(config, opened.samples, opened.cache, folder.known)
+        folder.require_inputs(found, processes=opened.arguments.world_size)
+        stopper = StopInOrder(asked_to_stop)
+        trainer = load_trainer(config, opened, [*(callbacks or []), stopper], phase)
+        if trainer.is_world_process_zero():
+            folder.begin()
+        checkpoint = folder.last_checkpoint()
+        resumed_from = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        stopper.raise_if_stopped(trainer.state)
+        summary = TrainSummary(
+            config.out,
+            trainer.state.global_step,
+            time.perf_counter() - started,
+            trainer.last_terms,
+            resumed_from,
+            trainer.train_dataset.uncovered,
+            trainer.data_wait.total.share,
+        )
+        with folder.finishing():
             save_run(folder, config, trainer, summary)
-    workers = trainer.args.dataloader_num_workers
-    waited = advice(summary.data_wait, workers, summary.steps - resumed_from, seconds)
+    workers, here = trainer.args.dataloader_num_workers, summary.steps - resumed_from
+    waited = advice(summary.data_wait, workers, here, summary.seconds)
     if waited is not None and trainer.is_world_process_zero():
         log.warning("%s", waited)
     return summary
-
-
-def make_trainer(
-    config: TrainConfig, checkpoints: Path, callbacks: list[TrainerCallback] | None = None
-) -> SwitchKDTrainer:
-    """Everything read, checked and loaded, ready to train.
-
-    Args:
-        checkpoints: where the Trainer writes; it does not have to exist.
-    """
-    config.require_inputs()
-    samples: Samples = open_samples(config.data, map=config.map)
-    if config.binding is not None:
-        samples = BoundSamples(samples, Binding.read(config.binding))
-    load_config(config.student)
-    processor = load_processor(config.student)
-    encoder = SampleEncoder(processor)
-    cache = open_cache(config, samples, processor, encoder)
-    arguments = training_arguments(config, checkpoints)
-    bridge = switch_bridge(config)
-    teacher = load_teacher(config, processor, arguments.device)
-    if teacher is not None and cache is not None:
-        check_teacher(cache, str(config.teacher))
-    live, teacher_encoder = None, None
-    if config.live_teacher and teacher is not None:
-        live, teacher_encoder = live_teacher(config, teacher, processor)
-    if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
-        teacher_encoder = SampleEncoder(load_processor(str(config.teacher)))
-    set_seed(config.seed)  # adapters begin at random
-    student = load_student(config, arguments.device)
-    data = TrainingSamples(samples, encoder, cache, teacher_encoder)
-    with explained(config.training):
-        trainer = SwitchKDTrainer(
-            student,
-            arguments,
-            data,
-            pad_token_id=encoder.pad_token_id,
-            teacher=teacher,
-            live=live,
-            bridge=bridge,
-            lambda_align=config.lambda_align,
-            lambda_vsd=config.lambda_vsd,
-            vsd_every=config.vsd_every,
-            temperature=config.temperature,
-            logit_chunk=config.logit_chunk,
-            callbacks=callbacks,
-        )
-        trainer.get_optimizer_cls_and_kwargs(arguments, student)  # some look for their modules in the model
-    return trainer
-
-
-def open_cache(
-    config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
-) -> LogitCache | None:
-    """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
-    if not config.distils or config.live_teacher:
-        return None
-    assert config.cache is not None  # as `require_inputs` saw
-    cache = LogitCache(config.cache)
-    if config.binding is not None:
-        Binding.read(config.binding).require_cache(cache, str(config.binding))
-    check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
-    codec = cache.manifest.codec
-    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
-        ours = getattr(config, name)
-        if ours not in (None, theirs):
-            raise CachekdError(
-                "the cache was made with another Kneedle setting",
-                where=f"setting {name!r}",
-                expected=f"{theirs}, as in {cache.path}",
-                found=ours,
-                fix=f"leave {name!r} out: a cache has its own",
-            )
-    return cache
-
-
-def load_teacher(config: TrainConfig, processor: Any, device: torch.device) -> SwitchedTeacher | None:
-    """P_T, L_T and the head, if L_VSD is on; the vision encoder too, if the teacher is live."""
-    if not config.runs_teacher:
-        return None
-    assert config.teacher is not None  # as `require_inputs` saw
-    if config.lambda_vsd > 0 and config.switch_bridge is None:
-        check_switch(load_config(config.teacher), load_config(config.student))
-    check_tokenizers(load_processor(config.teacher).tokenizer, processor.tokenizer)
-    teacher = SwitchedTeacher.load(
-        config.teacher,
-        dtype=default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
-        device=device,
-        quantization=config.teacher_quantization,
-        with_tower=config.live_teacher,
-    )
-    if config.gradient_checkpointing:
-        recompute_frozen_layers(teacher.model)
-    return teacher
-
-
-def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
-    """The bridge between V_S and P_T, where one is asked for; what it is goes into the log.
-
-    Raises:
-        CachekdError: it is not needed, or not sound for this pair.
-    """
-    if config.switch_bridge is None:
-        return None
-    plan = plan_bridge(load_config(str(config.teacher)), load_config(config.student))
-    bridge = SwitchBridge(plan, config.seed)
-    log.warning(
-        "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
-        plan,
-        f"{bridge.describe()['parameters']:,}",
-    )
-    return bridge
-
-
-def live_teacher(
-    config: TrainConfig, teacher: SwitchedTeacher, processor: Any
-) -> tuple[LiveTeacher, SampleEncoder | None]:
-    """The teacher in the cache's place, and its own encoder if it prepares images in another way.
-
-    Raises:
-        CachekdError: it has another chat template, which a cache would be refused for.
-    """
-    own = load_processor(str(config.teacher))
-    if SampleEncoder(own).template != SampleEncoder(processor).template:
-        raise CachekdError(
-            "teacher and student have different chat templates",
-            where=f"{config.teacher} and {config.student}",
-            fix="save the teacher's chat_template.jinja beside the student's processor",
-        )
-    rows = teacher.model.get_output_embeddings().weight.shape[0]
-    live = LiveTeacher(
-        teacher,
-        vocab_size=min(len(own.tokenizer), rows),
-        window=config.window or 128,
-        min_k=config.min_k or 2,
-    )
-    same = image_processor_fingerprint(own) == image_processor_fingerprint(processor)
-    return live, None if same else SampleEncoder(own)
 
 
 def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, summary: TrainSummary) -> None:

@@ -27,6 +27,21 @@ from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, 
 TERMS = ("ce", "align", "vsd")
 
 
+def require_one_gpu(args: TrainingArguments) -> None:
+    """Refuse a process that would spread its batches over several GPUs.
+
+    Raises:
+        CachekdError: it sees more than one.
+    """
+    if args.n_gpu > 1:
+        raise CachekdError(
+            "one process cannot train on several GPUs here",
+            found=f"{args.n_gpu} GPUs",
+            fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
+            "or one GPU: CUDA_VISIBLE_DEVICES=0",
+        )
+
+
 class SwitchKDTrainer(Trainer):
     """A Trainer whose loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD (Switch-KD, section 3).
 
@@ -80,13 +95,7 @@ class SwitchKDTrainer(Trainer):
     ) -> None:
         if lambda_vsd > 0 and teacher is None:
             raise CachekdError("L_VSD needs a teacher to switch into", fix="pass teacher=, or lambda_vsd=0")
-        if args.n_gpu > 1:
-            raise CachekdError(
-                "one process cannot train on several GPUs here",
-                found=f"{args.n_gpu} GPUs",
-                fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
-                "or one GPU: CUDA_VISIBLE_DEVICES=0",
-            )
+        require_one_gpu(args)
         if args.torch_compile and lambda_vsd > 0:
             raise CachekdError(
                 "L_VSD takes what the vision encoder says out of the student's forward, which a compiled one "

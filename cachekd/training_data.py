@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class TrainingSamples(Dataset):
         would wrap the error into its own text and traceback."""
         if get_worker_info() is None:
             return self._example(index)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the step's batches still come
         try:
             return self._example(index)
         except CachekdError as error:

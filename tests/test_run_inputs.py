@@ -11,6 +11,7 @@ import pytest
 from caches import copied, dump_cache, reseal
 from test_repair import break_shard, repack, repair
 from test_train_runs import CutShort
+from tiny import tar_members, write_tar
 
 from cachekd.bind import Binding, bind
 from cachekd.cache import LogitCache, Manifest
@@ -104,6 +105,83 @@ def test_another_binding_at_the_same_path_is_refused(config, tmp_path):
     path.write_bytes(whole)
     reseal(path, lambda values: values.update(data="elsewhere"))  # the same samples, by another name
     assert train(config).resumed_from == 1
+
+
+@pytest.fixture
+def plain(tmp_path, student_path) -> TrainConfig:
+    """L_CE alone, from data and a student that can be changed."""
+    data, student = tmp_path / "data", tmp_path / "student"
+    write_tar(data / "0.tar", tar_members(12))
+    shutil.copytree(student_path, student)
+    settings = {"student": str(student), "data": str(data), "out": tmp_path / "run", "batch_size": 6}
+    return TrainConfig(**settings, lambda_align=0, lambda_vsd=0, save_steps=1)
+
+
+@pytest.mark.parametrize("change", ["keys", "content", "fewer"])
+def test_other_data_at_the_same_path_are_refused(plain, change):
+    cut(plain)
+    members = tar_members(12, start=1 if change == "keys" else 0)
+    if change == "content":
+        members = [(name, body.replace(b"what", b"which")) for name, body in members]
+        assert members != tar_members(12)
+    write_tar(Path(plain.data) / "0.tar", members[:-2] if change == "fewer" else members)
+    with pytest.raises(CachekdError, match="begun with another data at") as caught:
+        train(plain)
+    assert plain.data in str(caught.value)
+    write_tar(Path(plain.data) / "0.tar", tar_members(12))
+    assert train(plain).resumed_from == 1
+
+
+def test_another_student_at_the_same_path_is_refused(plain, monkeypatch):
+    cut(plain)
+    weights = Path(plain.student) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CachekdError, match="begun with another student"):
+        train(plain)
+    weights.write_bytes(whole)
+    monkeypatch.setattr("cachekd.pipeline.inputs.weights_fingerprint", hashed)
+    with pytest.raises(RuntimeError, match="hashed"):  # the file's time is another
+        train(plain)
+    monkeypatch.undo()
+    assert train(plain).resumed_from == 1
+
+
+def hashed(_files):
+    raise RuntimeError("hashed")
+
+
+def test_models_that_did_not_change_are_not_hashed_again(plain, monkeypatch):
+    cut(plain)
+    monkeypatch.setattr("cachekd.pipeline.inputs.weights_fingerprint", hashed)
+    assert train(plain).resumed_from == 1
+
+
+def test_another_live_teacher_at_the_same_path_is_refused(plain, tmp_path, teacher_path):
+    teacher = shutil.copytree(teacher_path, tmp_path / "teacher")
+    live = {"teacher": str(teacher), "live_teacher": True, "lambda_align": 1.0}
+    config = plain.model_copy(update=live)
+    cut(config)
+    weights = teacher / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CachekdError, match="begun with another teacher"):
+        train(config)
+
+
+def test_another_number_of_processes_is_refused(plain):
+    cut(plain)
+    noted = json.loads((plain.out / STARTED_FILE).read_text())
+    assert noted["processes"] == 1
+    (plain.out / STARTED_FILE).write_text(json.dumps(noted | {"processes": 2}))
+    with pytest.raises(CachekdError, match="another number of processes") as caught:
+        train(plain)
+    assert "expected: 2 processes" in str(caught.value)
+    assert "found: 1" in str(caught.value)
+    assert "--num_processes 2" in str(caught.value)
+    older = {name: value for name, value in noted.items() if name not in ("processes", "inputs", "known")}
+    (plain.out / STARTED_FILE).write_text(json.dumps(older))
+    assert train(plain).resumed_from == 1
 
 
 def test_what_a_cache_is_known_again_by(made, tmp_path):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import train_in_two_processes
+from launch import launch_command, train_in_two_processes
 from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.train import train
@@ -34,6 +39,7 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
         "logging_steps": 1,
         "vsd_every": 3,
         "save_steps": 3,
+        "keep_checkpoints": True,
         # As large as the steps are: Adam divides a gradient by its own size, and rounding with it.
         "training": {"optim": "sgd"},
     }
@@ -69,3 +75,25 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     assert moved > 1e-4
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-3 * float(moved))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_after_the_same_step(tmp_path, student_path, data_path):
+    """The launcher passes SIGTERM on to both; the same command goes on, in as many processes only."""
+    out, recipe = tmp_path / "two", tmp_path / "two.yaml"
+    settings = {"student": str(student_path), "data": str(data_path), "out": str(out), "batch_size": 3}
+    settings |= {"lambda_align": 0.0, "lambda_vsd": 0.0, "epochs": 30, "save_steps": 2, "logging_steps": 1}
+    recipe.write_text(json.dumps(settings))
+    with subprocess.Popen(launch_command(recipe), stderr=subprocess.PIPE, text=True) as process:
+        while not (out / CHECKPOINTS / "checkpoint-2").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate()[1]
+    (step,) = re.findall(r"stopped at step (\d+) of 60: the same command goes on from step \1\n", told)
+    with pytest.raises(CachekdError, match="another number of processes"):
+        train(TrainConfig(**settings))
+    done = train_in_two_processes(recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = json.loads((out / RUN_FILE).read_text())
+    assert (run["resumed_from"], run["steps"]) == (int(step), 60)

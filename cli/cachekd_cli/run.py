@@ -45,7 +45,8 @@ def run_command(
     try:
         states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
     except KeyboardInterrupt as stop:
-        errors.print("stopped: the same command goes on from here; what is finished stays", soft_wrap=True)
+        text = f"{str(stop) or 'stopped'}: the same command goes on from here; what is finished stays"
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code(stop)) from None
     if json:
         print_json([{name: x for name, x in asdict(s).items() if name != "facts"} for s in states])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,52 @@ def terminate_like_interrupt() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+def interrupt(number: int, text: str = "") -> KeyboardInterrupt:
+    """What a signal raises.
+
+    Args:
+        number: SIGTERM or SIGINT.
+        text: what was done about it.
+    """
+    return Terminated(text) if number == signal.SIGTERM else KeyboardInterrupt(text)
+
+
 def exit_code(error: KeyboardInterrupt) -> int:
     """As shells have it: 128 and the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
+    """For a loop that ends in order: its first SIGINT or SIGTERM is only noted, a second one stops at once.
+
+    Args:
+        under_way: whether the loop runs; before it does, the first one stops at once too.
+        say: called at the first one, between any two instructions.
+
+    Yields:
+        what tells the number of the signal that came; 0 if none has.
+
+    Raises:
+        KeyboardInterrupt: one was noted, and the block came to its end nevertheless.
+    """
+    noted = 0
+
+    def note(number: int, _frame: Any) -> None:
+        nonlocal noted
+        if noted or not under_way():
+            raise interrupt(number)
+        noted = number
+        say()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if noted:
+        raise interrupt(noted)
 
 
 @contextmanager

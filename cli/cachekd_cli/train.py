@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from cachekd_cli.console import (
     byte_progress,
     console,
     duration,
+    errors,
     print_json,
     progress_bar,
     quiet_hub,
     quiet_libraries,
     table,
 )
+from cachekd_cli.signals import exit_code, interrupt, noting_the_first
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from cachekd.config import TrainConfig
     from cachekd.train import TrainSummary
     from cachekd.train_estimate import TrainEstimate
@@ -94,6 +99,9 @@ def train_command(
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0: none. Default: 500.")
     ] = None,
+    keep_checkpoints: Annotated[
+        bool | None, typer.Option("--keep-checkpoints", help="Leave them in the finished run.")
+    ] = None,
     logit_chunk: Annotated[
         int | None, typer.Option(help="Answer tokens whose logits exist at a time. Default: 64 MiB of them.")
     ] = None,
@@ -115,7 +123,8 @@ def train_command(
 
     Plain cross-entropy, as a baseline: --lambda-align 0 --lambda-vsd 0 (needs neither teacher nor cache)
 
-    A run that was cut short goes on when its command is repeated. Several GPUs: accelerate launch
+    A run that was cut short goes on when its command is repeated. Ctrl-C and SIGTERM let the step that runs
+    end and write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
     -m cachekd_cli.main train ... In the YAML alone: lora, teacher_quantization, student_quantization, and
     training, a mapping of any other fields of transformers.TrainingArguments.
     """
@@ -125,6 +134,15 @@ def train_command(
 
     quiet_libraries()
     settings = read_config(config, TrainConfig, options)
+    try:
+        train_or_estimate(settings, estimate=estimate, json=json)
+    except KeyboardInterrupt as stop:
+        print_stopped(stop, settings.out)
+        raise typer.Exit(exit_code(stop)) from None
+
+
+def train_or_estimate(settings: TrainConfig, *, estimate: bool, json: bool) -> None:
+    """Fetch what is not here yet, run, and print the result; one process prints."""
     fetch_cache(settings)
     if estimate:
         from cachekd.train_estimate import estimate_training
@@ -162,18 +180,64 @@ def is_main_process() -> bool:
 
 
 def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
-    """Train behind a progress bar that shows the terms."""
-    from transformers import TrainerCallback
+    """Train behind a progress bar that shows the terms; before the first step, what is being loaded.
 
+    Raises:
+        KeyboardInterrupt: SIGINT or SIGTERM came. Its text says after which step, if there is a checkpoint of
+            that step.
+    """
+    from cachekd.stopping import RunStopped
     from cachekd.train import train
 
-    bar = progress_bar("steps")
-    bar.disable = not is_main_process()
-    with bar:
-        task = bar.add_task(description, total=None, note="")
+    with TrainBar(description) as bar, noting_the_first(bar.under_way, bar.show_stopping) as noted:
+        try:
+            return train(config, [bar.callback()], asked_to_stop=noted, phase=bar.show_phase)
+        except RunStopped as stop:
+            raise interrupt(stop.reason, str(stop)) from None
+
+
+class TrainBar:
+    """A line that says what is loaded, then a bar of steps; of several processes the first shows them."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.hidden = not is_main_process()
+        self.loading = errors.status(f"{description}: starting")
+        self.bar = progress_bar("steps")
+        self.bar.disable = self.hidden
+        self.task = self.bar.add_task(description, total=None, note="")
+
+    def __enter__(self) -> TrainBar:
+        if not self.hidden:
+            self.loading.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.loading.stop()
+        self.bar.stop()
+
+    def show_phase(self, phase: str) -> None:
+        """What is done before the first step."""
+        self.loading.update(f"{self.description}: {escape(phase)}")
+
+    def under_way(self) -> bool:
+        """Whether the steps have begun."""
+        return self.bar.tasks[self.task].total is not None
+
+    def show_stopping(self) -> None:
+        """A signal came: no printing here, in the middle of whatever ran."""
+        self.bar.update(self.task, description=f"{self.description}: stopping after this step")
+
+    def callback(self) -> TrainerCallback:
+        """What moves the bar."""
+        from transformers import TrainerCallback
+
+        bar, task, loading = self.bar, self.task, self.loading
 
         class ShowProgress(TrainerCallback):
             def on_train_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+                loading.stop()
+                bar.start()
                 bar.update(task, total=state.max_steps)
 
             def on_step_end(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
@@ -184,7 +248,7 @@ def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
                 if terms:
                     bar.update(task, note="  ".join(f"{name} {value:.3f}" for name, value in terms.items()))
 
-        return train(config, [ShowProgress()])
+        return ShowProgress()
 
 
 def print_settings(config: TrainConfig) -> None:
@@ -205,6 +269,15 @@ def print_settings(config: TrainConfig) -> None:
         ),
     ]
     console.print(table("settings (the others are at their defaults)", ("", "value"), rows))
+
+
+def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
+    """After which step, and how to go on."""
+    from cachekd.run_folder import how_to_go_on
+
+    if is_main_process():
+        text = f"{str(stop) or 'stopped'}: {how_to_go_on(out)}"
+        errors.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_summary(summary: TrainSummary) -> None:

@@ -1,0 +1,121 @@
+"""What a training run reads, opened and checked before any model's weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from cachekd.bind import Binding, BoundSamples
+from cachekd.cache import LogitCache
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.matching import check_cache, check_teacher
+from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.trainer import require_one_gpu
+from cachekd.training_arguments import training_arguments
+from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """What a run reads, checked as far as it can be without any model's weights in memory."""
+
+    samples: Samples
+    processor: Any
+    encoder: SampleEncoder
+    cache: LogitCache | None
+    arguments: TrainingArguments
+
+
+def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None]) -> OpenRun:
+    """Data, cache, processors and settings; whatever can be refused is refused before weights are loaded.
+
+    Raises:
+        CachekdError: what does not go together, or a run of no steps.
+    """
+    config.require_inputs()
+    phase("opening the data")
+    samples: Samples = open_samples(config.data, map=config.map)
+    if config.binding is not None:
+        samples = BoundSamples(samples, Binding.read(config.binding))
+    load_config(config.student)
+    processor = load_processor(config.student)
+    encoder = SampleEncoder(processor)
+    phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
+    cache = open_cache(config, samples, processor, encoder)
+    arguments = training_arguments(config, checkpoints)
+    require_one_gpu(arguments)
+    require_steps(len(samples), arguments)
+    if config.runs_teacher:
+        phase("comparing the teacher with the student and the cache")
+        check_the_teacher(config, processor, cache)
+    return OpenRun(samples, processor, encoder, cache, arguments)
+
+
+def require_steps(samples: int, arguments: TrainingArguments) -> None:
+    """Refuse a run whose every epoch drops its only batch: it would end at once, the student untrained.
+
+    Raises:
+        CachekdError: `dataloader_drop_last` is on, and all samples are fewer than one batch.
+    """
+    a_batch = arguments.per_device_train_batch_size * arguments.world_size
+    if not arguments.dataloader_drop_last or samples >= a_batch:
+        return
+    raise CachekdError(
+        "the run would have no steps: the only batch is not full, and it is dropped",
+        where="settings 'batch_size' and 'training.dataloader_drop_last'",
+        expected=f"at least {a_batch} samples, one batch of {arguments.world_size} process(es)",
+        found=f"{samples} samples",
+        fix=f"--batch-size {max(1, samples // arguments.world_size)}, or leave dataloader_drop_last out",
+    )
+
+
+def open_cache(
+    config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
+) -> LogitCache | None:
+    """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
+    if not config.distils or config.live_teacher:
+        return None
+    assert config.cache is not None  # as `require_inputs` saw
+    cache = LogitCache(config.cache)
+    if config.binding is not None:
+        Binding.read(config.binding).require_cache(cache, str(config.binding))
+    check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
+    codec = cache.manifest.codec
+    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
+        ours = getattr(config, name)
+        if ours not in (None, theirs):
+            raise CachekdError(
+                "the cache was made with another Kneedle setting",
+                where=f"setting {name!r}",
+                expected=f"{theirs}, as in {cache.path}",
+                found=ours,
+                fix=f"leave {name!r} out: a cache has its own",
+            )
+    return cache
+
+
+def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | None) -> None:
+    """What its files say, without a model of them; their bytes are hashed last, as it takes longest.
+
+    Raises:
+        CachekdError: the pair cannot be switched, has other tokens or another template, or the cache is of
+            another teacher.
+    """
+    assert config.teacher is not None  # as `require_inputs` saw
+    if config.lambda_vsd > 0 and config.switch_bridge is None:
+        check_switch(load_config(config.teacher), load_config(config.student))
+    theirs = load_processor(config.teacher)
+    check_tokenizers(theirs.tokenizer, processor.tokenizer)
+    if config.live_teacher and SampleEncoder(theirs).template != SampleEncoder(processor).template:
+        raise CachekdError(
+            "teacher and student have different chat templates",
+            where=f"{config.teacher} and {config.student}",
+            fix="save the teacher's chat_template.jinja beside the student's processor",
+        )
+    if cache is not None:
+        check_teacher(cache, config.teacher)
