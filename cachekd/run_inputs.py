@@ -38,7 +38,7 @@ def inputs_of(
         found["cache"] = identity(cache.manifest)
     if config.binding is not None:
         found["binding"] = Binding.read(config.binding).identity
-    content = "" if is_remote(config.data) else content_hash(samples)
+    content = "" if is_remote(str(config.data)) else content_hash(samples)
     found["data"] = hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
     models = {place: Known.model_validate(value) for place, value in known.items()}
     found["student"] = _model(config.student, models)

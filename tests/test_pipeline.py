@@ -383,7 +383,10 @@ def test_a_step_that_failed_after_its_output_was_whole_is_done(short, tmp_path):
         (5, {"baselines": ["nope"]}, "not a run", "step 'page': nope"),
     ],
 )
-def test_what_a_later_step_would_fail_of_is_said_first(values, tmp_path, step, change, message, where):
+def test_what_a_later_step_would_fail_of_is_said_first(
+    values, tmp_path, monkeypatch, step, change, message, where
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # nobody waits for a hub here
     values["steps"][step] |= change
     pipeline = read(values, tmp_path)
     began: list[str] = []
