@@ -33,10 +33,9 @@ def advice(share: float, workers: int, steps: int, seconds: float) -> str | None
     """
     if share <= MOST or steps < FEWEST_STEPS or seconds < SHORTEST:
         return None
-    cores = usable_cores()
-    if cores <= max(workers, 1):
-        return None  # none is left for a reader: the steps need one
-    more = min(workers + 2, cores)
+    more = min(workers + 2, usable_cores() - 1)  # the steps need one
+    if more <= workers:
+        return None
     waited = f"the steps waited for data in {share:.1%} of the time"
     return f"{waited}: --workers {more} reads ahead in as many processes"
 

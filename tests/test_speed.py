@@ -383,9 +383,11 @@ def test_no_more_workers_are_advised_than_there_are_cores(monkeypatch):
         return data_wait.advice(**{"share": 0.3, "workers": workers, "steps": 100, "seconds": 60.0} | changed)
 
     assert "--workers 4 reads" in str(advised(2, 8))
-    assert "--workers 3 reads" in str(advised(2, 3))
-    assert "--workers 2 reads" in str(advised(0, 2))
-    assert [advised(workers, cores) for workers, cores in ((2, 1), (2, 2), (0, 1), (4, 4))] == [None] * 4
+    assert "--workers 3 reads" in str(advised(2, 4))
+    assert "--workers 1 reads" in str(advised(0, 2))
+    assert [advised(workers, cores) for workers, cores in ((2, 1), (1, 2), (2, 3), (0, 1), (4, 4))] == [
+        None
+    ] * 5
     assert advised(2, 8, share=0.01) is advised(2, 8, steps=19) is advised(2, 8, seconds=2.0) is None
 
 
