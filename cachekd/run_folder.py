@@ -69,7 +69,7 @@ class RunFolder:
             require_new_folder(self.path, "run")
             return
         # A setting that there was not yet when the run began is at its default.
-        earlier = defaults_of(TrainConfig) | json.loads(started.read_text())
+        earlier = defaults_of(TrainConfig) | _read(started)
         self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
         self.known = earlier.get(KNOWN, {})
         self._require_same_settings(earlier)
@@ -186,6 +186,19 @@ class RunFolder:
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         commit(self.path / name, json.dumps(value, indent=1).encode())
+
+
+def _read(started: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = dict(json.loads(started.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CachekdError(
+            "what the run began with cannot be read",
+            where=str(started),
+            found=str(error),
+            fix="restore the file, choose another --out, or remove the folder",
+        ) from None
+    return found
 
 
 def saved_models(out: Path) -> list[str]:

@@ -204,3 +204,13 @@ def test_what_a_cache_is_known_again_by(made, tmp_path):
     again = Binding(cache_sha256="x", data="d", keys={"a": "b"}, unbound=["c"])
     assert again.identity == again.model_copy(update={"cache_sha256": "y"}).identity
     assert again.identity != again.model_copy(update={"keys": {"a": "z"}}).identity
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "\udc80"])
+def test_a_damaged_record_of_what_began_is_named(plain, text):
+    plain.out.mkdir()
+    (plain.out / STARTED_FILE).write_text(text, errors="surrogateescape")
+    with pytest.raises(CachekdError, match="cannot be read") as caught:
+        train(plain)
+    assert str(plain.out / STARTED_FILE) in str(caught.value)
+    assert [path.name for path in plain.out.iterdir()] == [STARTED_FILE]
