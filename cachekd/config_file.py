@@ -65,7 +65,16 @@ def _problem(error: Any, known: list[str]) -> str:
     if not _unknown(error):
         return f"setting {name!r}: {error['msg'].removeprefix('Value error, ').lower()}"
     near = get_close_matches(name, known, 1)
-    return f"unknown setting {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if "training" in known and _is_the_trainers(name):
+        hint = " (a field of the Trainer: put it under `training`)"
+    return f"unknown setting {name!r}{hint}"
+
+
+def _is_the_trainers(name: str) -> bool:
+    from cachekd.trainer_settings import FIELDS  # importing the Trainer takes seconds
+
+    return name in FIELDS
 
 
 class _EachOnce(yaml.SafeLoader):

@@ -75,3 +75,13 @@ def test_a_dump_is_read_in_the_same_way(tmp_path):
     path = written(tmp_path, "teacher: t\ndata: d\nout: o\ntopk: 3\n")
     with pytest.raises(CachekdError, match="did you mean 'top_k'"):
         read_config(path, DumpConfig, {"top_k": None})
+
+
+def test_a_field_of_the_trainer_is_sent_under_training(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: sgd\n")
+    with pytest.raises(CachekdError, match="put it under `training`"):
+        read_config(path, TrainConfig, {"student": "s", "data": "d", "out": "o"})
+    with pytest.raises(CachekdError, match="unknown setting 'optim'") as caught:
+        read_config(path, DumpConfig, {"teacher": "t", "data": "d", "out": "o"})
+    assert "`training`" not in caught.value.problem
