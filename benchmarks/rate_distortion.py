@@ -132,7 +132,7 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     )
     path = folder / "cache"
     with LogitCacheWriter(path, **states_header(codec, len(states.head)), encoder=encoder) as writer:
-        begun = time.perf_counter()  # the sketch is written once, however many tokens follow
+        begun = time.perf_counter()  # the sketch's own file, once per cache, is in it
         for number, (targets, hidden, normaliser) in enumerate(samples):
             writer.add(str(number), targets, bytes(16), TailStates(hidden, normaliser))
     encoded = time.perf_counter()
