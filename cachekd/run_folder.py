@@ -213,7 +213,7 @@ def how_to_go_on(out: Path) -> str:
     if (out / RUN_FILE).exists():
         return f"the run is finished: {out}"
     if newest is not None:
-        return f"the same command goes on from step {_step_of(newest):,}"
+        return f"the same command goes on from step {step_of(newest):,}"
     if saved := saved_models(out):
         return (
             f"{', '.join(saved)} in {out}: the trained student, as far as it was saved. Without a checkpoint "
@@ -228,10 +228,11 @@ def _is_first_process() -> bool:
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
-    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=_step_of, default=None)
+    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=step_of, default=None)
 
 
-def _step_of(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that are in a checkpoint, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -18,7 +18,7 @@ from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import open_run
-from cachekd.run_folder import RunFolder
+from cachekd.run_folder import RunFolder, step_of
 from cachekd.run_inputs import inputs_of
 from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
@@ -92,7 +92,7 @@ def train(
         if trainer.is_world_process_zero():
             folder.begin()
         checkpoint = folder.last_checkpoint()
-        resumed_from = 0 if checkpoint is None else int(checkpoint.rpartition("-")[2])
+        resumed_from = 0 if checkpoint is None else step_of(Path(checkpoint))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         stopper.raise_if_stopped(trainer.state)
