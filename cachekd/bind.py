@@ -69,7 +69,7 @@ class BoundSamples:
     """
 
     def __init__(self, samples: Samples, binding: Binding) -> None:
-        self._samples = samples
+        self._samples, self.notes = samples, samples.notes
         unbound = set(binding.unbound)
         self.keys = [
             f"{_UNBOUND}{key}" if key in unbound else binding.keys.get(key, key) for key in samples.keys

@@ -39,7 +39,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("opening the data")
-    samples: Samples = open_samples(config.data, map=config.map)
+    samples: Samples = open_samples(config)
     if config.binding is not None:
         samples = BoundSamples(samples, Binding.read(config.binding))
     load_config(config.student)

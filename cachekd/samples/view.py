@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from cachekd.errors import CachekdError
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
@@ -17,22 +16,17 @@ class SamplesView:
         samples: the data set.
         limit: how many at most; None: all.
         shuffle_seed: of the permutation; None: the data set's own order.
-
-    Raises:
-        CachekdError: `limit` is below 1, or the seed below 0.
     """
 
     def __init__(
         self, samples: Samples, *, limit: int | None = None, shuffle_seed: int | None = None
     ) -> None:
-        for name, value, least in (("limit", limit, 1), ("shuffle-seed", shuffle_seed, 0)):
-            if value is not None and value < least:
-                raise CachekdError(f"--{name} is too small", expected=f"at least {least}", found=value)
         order = np.arange(len(samples))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(len(samples))
         self._samples, self._order = samples, order[:limit].copy()
         self.keys = [samples.keys[index] for index in self._order]
+        self.notes = samples.notes
 
     def __len__(self) -> int:
         return len(self.keys)
