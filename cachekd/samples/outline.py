@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.samples.conversation import IMAGE_PLACEHOLDER, first_given
+from cachekd.samples.conversation import IMAGE_PLACEHOLDER, TURN_FIELDS, first_given
 from cachekd.samples.encode import SampleEncoder
+from cachekd.samples.image_fields import pictures_of
 from cachekd.samples.protocol import Samples
-from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
+from cachekd.samples.records import SYSTEM_FIELDS
 
 _AT_A_TIME = 1024  # texts per call of the tokenizer
 _MEASURED = 16  # samples that are encoded as a whole
@@ -24,20 +25,40 @@ class Outline(NamedTuple):
     images: int
 
 
-def outline_of_record(record: Mapping[str, Any]) -> Outline:
-    """Of `{"image" or "images", "conversations" or "messages"}`; what the image fields hold is not looked at.
+def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Outline:
+    """Of what `sample_from_record` takes; what the image fields hold is not looked at.
 
-    What is wrong with a record shows when the sample is read; here it has no text.
+    The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
+    shows when the sample is read; here it has no text.
     """
+    try:
+        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in _texts(record)]
+        images = _indexed(first_given(record, *TURN_FIELDS)) or len(pictures_of(record, image_fields))
+    except RecursionError:  # lists in lists, hundreds deep
+        return Outline([], 0)
+    return Outline(texts, images)
+
+
+def _texts(record: Mapping[str, Any]) -> list[str]:
     turns = first_given(record, *TURN_FIELDS)
     if isinstance(turns, Mapping):  # of lists, as older `datasets` make of a list of mappings
-        columns = first_given(turns, "value", "content")
-        texts = [_text(value) for value in columns] if isinstance(columns, list) else []
-    else:
-        texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
-    given = first_given(record, *IMAGE_FIELDS)
-    images = len(given) if isinstance(given, list | tuple) else int(given is not None and given != "")
-    return Outline([text.replace(IMAGE_PLACEHOLDER, "") for text in texts], images)
+        turns = first_given(turns, "value", "content")
+    texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
+    system = first_given(record, *SYSTEM_FIELDS)
+    if isinstance(system, str) and system and system not in texts:
+        texts.insert(0, system)
+    if tools := record.get("tools"):
+        texts.insert(0, str(tools))
+    return texts
+
+
+def _indexed(turns: Any) -> int:
+    """How many parts say which image they are: an image may stand in several places."""
+    if isinstance(turns, Mapping):
+        if turns.get("type") == "image":
+            return int(turns.get("index") is not None)
+        turns = first_given(turns, "value", "content")
+    return sum(map(_indexed, turns)) if isinstance(turns, list) else 0
 
 
 def _text(turn: Any) -> str:
