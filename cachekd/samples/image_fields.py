@@ -6,7 +6,10 @@ name: under another name it would make text of the sample in silence.
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -21,14 +24,12 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0c
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
 _SHORTEST_BASE64 = 64  # characters; no picture is smaller
 _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of ISO media that are pictures
+# Tuples are quicker than unions, and a mix has a million records.
+_NUMBERS, _LISTS, _BYTES = (int, float, type(None)), (list, tuple), (bytes, bytearray, memoryview)
 # What is read for other things; a turn's text may end in anything.
+_SAID = frozenset(("from", "value", "role", "content"))
 _READ = frozenset(
-    [
-        "system",
-        "system_prompt",
-        "tools",
-        *(f"{turns}.{name}" for turns in TURN_FIELDS for name in ("from", "value", "role", "content")),
-    ]
+    ("system", "system_prompt", "tools", *(f"{turns}.{name}" for turns in TURN_FIELDS for name in _SAID))
 )
 
 
@@ -45,8 +46,9 @@ class Picture(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What looks like a picture: its path or address, if it has one, and whether it is held itself."""
+    """What looks like a picture: where, its path or address if it has one, and whether it is held itself."""
 
+    name: str
     file: str
     embedded: bool
 
@@ -65,6 +67,16 @@ def pictures_of(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> 
     return next((pictures for pictures in listed if pictures), [])
 
 
+def decoded(source: Any) -> Any:
+    """The bytes of a picture that is written as base64; anything else as it is."""
+    if not isinstance(source, str) or not _is_base64(source):
+        return source
+    try:
+        return base64.b64decode(source)
+    except ValueError:  # cut off
+        return source
+
+
 def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where: str) -> None:
     """Refuse a record that has more pictures than `image` or `images` gave.
 
@@ -80,20 +92,24 @@ def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where
         BadSample: what looks like a picture was not taken.
     """
     taken = pictures[0].name.partition("[")[0] if pictures else None
-    found = dict(_pictures_elsewhere(record, taken))
+    found = list(_pictures_elsewhere(record, taken))
     if pictures and found:
-        sources = [_picture_in(picture.source) for picture in pictures]
-        names = [_file_name(source.file) for source in sources if source and source.file]
-        found = {
-            name: other
-            for name, other in found.items()
-            if other.embedded or not (_is_address(other.file) or _file_name(other.file) in names)
-        }
-        others = {_file_name(other.file) for other in found.values()}
-        if len(others) <= len(sources) - len(names) and not any(other.embedded for other in found.values()):
-            return
+        found = _without_metadata(found, pictures)
     if found:
-        raise _untaken(list(found), taken, where)
+        raise _untaken(list(dict.fromkeys(other.name for other in found)), taken, where)
+
+
+def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[_Found]:
+    sources = [_picture_in(picture.name, picture.source) for picture in pictures]
+    names = [_file_name(source.file) for source in sources if source and source.file]
+    found = [
+        other
+        for other in found
+        if other.embedded or not (_is_address(other.file) or _file_name(other.file) in names)
+    ]
+    nameless = len(pictures) - len(names)
+    embedded = any(other.embedded for other in found)
+    return found if embedded or len({_file_name(other.file) for other in found}) > nameless else []
 
 
 def _untaken(found: list[str], taken: str | None, where: str) -> BadSample:
@@ -116,57 +132,68 @@ def _untaken(found: list[str], taken: str | None, where: str) -> BadSample:
 def _listed(name: str, value: Any) -> list[Picture]:
     if value is None or (isinstance(value, str) and not value):
         return []
-    if isinstance(value, list | tuple):
+    if isinstance(value, _LISTS):
         return [Picture(f"{name}[{number}]", one) for number, one in enumerate(value)]
     return [Picture(name, value)]
 
 
 def _value_at(value: Any, path: str) -> Any:
-    """What a dotted name stands for; a name that has a dot itself comes first."""
-    if isinstance(value, list | tuple):
+    """What a dotted name stands for; names may have dots themselves."""
+    if isinstance(value, _LISTS):
         return [picture.source for item in value for picture in _listed("", _value_at(item, path))]
     if not isinstance(value, Mapping):
         return None
-    head, _, rest = path.partition(".")
-    return value[path] if path in value or not rest else _value_at(value.get(head), rest)
+    if path in value:
+        return value[path]
+    cuts = (match.start() for match in re.finditer(r"\.", path))
+    cut = next((cut for cut in cuts if path[:cut] in value), None)
+    return None if cut is None else _value_at(value[path[:cut]], path[cut + 1 :])
 
 
-def _pictures_elsewhere(record: Mapping[str, Any], taken: str | None) -> Iterator[tuple[str, _Found]]:
-    """What looks like a picture, by its dotted name; of a list, the list's."""
+def _pictures_elsewhere(record: Mapping[str, Any], taken: str | None) -> Iterator[_Found]:
+    """What looks like a picture, by its dotted name, which is a list's for what is in it."""
     waiting = [(name, value) for name, value in record.items() if name != taken]
     while waiting:
         name, value = waiting.pop()
-        if name in _READ or value is None or isinstance(value, int | float):
+        if name in _READ or isinstance(value, _NUMBERS):
             continue
-        if found := _picture_in(value):
-            yield name, found
+        if found := _picture_in(name, value):
+            yield found
         elif isinstance(value, Mapping):
             waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
-        elif isinstance(value, list | tuple):
-            waiting += [(name, inner) for inner in value]
+        elif isinstance(value, _LISTS) and not (name in TURN_FIELDS and all(map(_only_says, value))):
+            waiting += [(name, inner) for inner in value if not isinstance(inner, _NUMBERS)]
 
 
-def _picture_in(value: Any) -> _Found | None:
+def _only_says(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.keys() <= _SAID
+
+
+def _picture_in(name: str, value: Any) -> _Found | None:
     """What of a value is a picture or names one; not what is within a list, or deeper in a mapping."""
+    if isinstance(value, PurePath):
+        value = str(value)
     if isinstance(value, str):
         if value[:11].lower() == "data:image/" or _is_base64(value):
-            return _Found("", embedded=True)
-        return _Found(value, embedded=False) if _names_picture(value) else None
-    if isinstance(value, bytes | bytearray | memoryview):
-        return _Found("", embedded=True) if _has_magic(bytes(value[:16])) else None
+            return _Found(name, "", embedded=True)
+        return _Found(name, value, embedded=False) if _names_picture(value) else None
+    if isinstance(value, _BYTES):
+        return _Found(name, "", embedded=True) if _has_magic(bytes(value[:16])) else None
     if isinstance(value, Image.Image):
-        return _Found("", embedded=True)
+        return _Found(name, "", embedded=True)
     if not isinstance(value, Mapping):
         return None
     # As `datasets` stores a picture.
     content, path = value.get("bytes"), value.get("path")
     named = path if isinstance(path, str) and _names_picture(path) else ""
-    held = isinstance(content, bytes | bytearray | memoryview) and (named or _has_magic(bytes(content[:16])))
-    return _Found(named, embedded=bool(held)) if held or named else None
+    held = isinstance(content, _BYTES) and (named or _has_magic(bytes(content[:16])))
+    return _Found(name, named, embedded=bool(held)) if held or named else None
 
 
 def _names_picture(text: str) -> bool:
-    if len(text) > _LONGEST_PATH or not _without_query(text).lower().endswith(_SUFFIXES):
+    if len(text) > _LONGEST_PATH or "." not in text:
+        return False
+    if not _without_query(text).lower().endswith(_SUFFIXES):
         return False
     return len(text) <= _LONGEST_WITH_SPACES or len(text.split()) == 1
 

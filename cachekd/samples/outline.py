@@ -31,47 +31,52 @@ def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = (
     The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
     shows when the sample is read; here it has no text.
     """
+    contents = _contents(first_given(record, *TURN_FIELDS))
     try:
-        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in _texts(record)]
-        images = _indexed(first_given(record, *TURN_FIELDS)) or len(pictures_of(record, image_fields))
+        texts = [_text(content) for content in contents]
+        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in (*_texts_beside(record, texts), *texts)]
+        return Outline(texts, _indexed(contents) or len(pictures_of(record, image_fields)))
     except RecursionError:  # lists in lists, hundreds deep
         return Outline([], 0)
-    return Outline(texts, images)
 
 
-def _texts(record: Mapping[str, Any]) -> list[str]:
-    turns = first_given(record, *TURN_FIELDS)
+def _contents(turns: Any) -> list[Any]:
     if isinstance(turns, Mapping):  # of lists, as older `datasets` make of a list of mappings
         turns = first_given(turns, "value", "content")
-    texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
+    if not isinstance(turns, list):
+        return []
+    return [first_given(turn, "value", "content") if isinstance(turn, Mapping) else turn for turn in turns]
+
+
+def _texts_beside(record: Mapping[str, Any], texts: list[str]) -> Iterator[str]:
+    """Of tools, and of a system text that is not among the turns."""
+    if tools := record.get("tools"):
+        yield str(tools)
     system = first_given(record, *SYSTEM_FIELDS)
     if isinstance(system, str) and system and system not in texts:
-        texts.insert(0, system)
-    if tools := record.get("tools"):
-        texts.insert(0, str(tools))
-    return texts
+        yield system
 
 
-def _indexed(turns: Any) -> int:
+def _indexed(contents: list[Any]) -> int:
     """How many parts say which image they are: an image may stand in several places."""
-    if isinstance(turns, Mapping):
-        if turns.get("type") == "image":
-            return int(turns.get("index") is not None)
-        turns = first_given(turns, "value", "content")
-    return sum(map(_indexed, turns)) if isinstance(turns, list) else 0
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(
+        isinstance(part, Mapping) and part.get("type") == "image" and part.get("index") is not None
+        for part in parts
+    )
 
 
-def _text(turn: Any) -> str:
-    """Of a turn, its content, or one of its parts; an image is its placeholder."""
-    if isinstance(turn, str):
-        return turn
-    if isinstance(turn, list):
-        return "".join(_text(part) for part in turn)
-    if not isinstance(turn, Mapping):
+def _text(content: Any) -> str:
+    """Of a turn's content, or of one of its parts; an image is its placeholder."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_text(part) for part in content)
+    if not isinstance(content, Mapping):
         return ""
-    if turn.get("type") == "image":
+    if content.get("type") == "image":
         return IMAGE_PLACEHOLDER
-    return _text(first_given(turn, "value", "content", "text"))
+    return _text(first_given(content, "value", "content", "text"))
 
 
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:

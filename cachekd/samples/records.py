@@ -11,7 +11,7 @@ from PIL import Image
 
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import TURN_FIELDS, first_given, messages_from_turns
-from cachekd.samples.image_fields import IMAGE_FIELDS, pictures_of, refuse_untaken
+from cachekd.samples.image_fields import IMAGE_FIELDS, decoded, pictures_of, refuse_untaken
 from cachekd.samples.images import open_image
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.turn_fields import is_given, refuse_media
@@ -54,7 +54,7 @@ def sample_from_record(
     pictures = pictures_of(record, image_fields)
     if not image_fields:
         refuse_untaken(record, pictures, where)
-    images = tuple(open_image(picture.source, where=where, folder=folder) for picture in pictures)
+    images = tuple(open_image(decoded(picture.source), where=where, folder=folder) for picture in pictures)
     return sample_from_llava(
         key,
         first_given(record, *TURN_FIELDS),

@@ -28,6 +28,9 @@ REFUSED_FIELDS = {
 }
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+# Hardly a turn has one of these, and a mix has millions of turns.
+_HEEDED = frozenset((*SUPERVISION_FIELDS, *KEPT_FIELDS))
+_REFUSED = frozenset((*REFUSED_FIELDS, *MEDIA_FIELDS))
 
 
 def is_given(value: Any) -> bool:
@@ -44,6 +47,8 @@ def message_fields(turn: Mapping[str, Any], role: str, where: str) -> dict[str, 
     Raises:
         BadSample: one of these has a value that cannot be heeded.
     """
+    if _HEEDED.isdisjoint(turn):
+        return {}
     kept = {name: turn[name] for name in KEPT_FIELDS if is_given(turn.get(name))}
     for name, value in kept.items():
         if not isinstance(value, str):
@@ -57,15 +62,16 @@ def refuse_fields(turn: Mapping[str, Any], where: str) -> None:
     Raises:
         BadSample: it has a field of REFUSED_FIELDS or MEDIA_FIELDS, or the role of a call.
     """
-    for name, fix in REFUSED_FIELDS.items():
-        if is_given(turn.get(name)):
-            raise BadSample(
-                f'a turn has "{name}", which is not read',
-                where=where,
-                found=repr(turn[name])[:120],
-                fix=fix,
-            )
-    refuse_media(turn, where, "a turn")
+    if not _REFUSED.isdisjoint(turn):
+        for name, fix in REFUSED_FIELDS.items():
+            if is_given(turn.get(name)):
+                raise BadSample(
+                    f'a turn has "{name}", which is not read',
+                    where=where,
+                    found=repr(turn[name])[:120],
+                    fix=fix,
+                )
+        refuse_media(turn, where, "a turn")
     role = turn.get("from") or turn.get("role")
     if role in _CALL_ROLES:
         raise BadSample(
