@@ -8,14 +8,15 @@ import timeit
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import conversation, noise_image, png_bytes
 
 from cachekd.errors import BadSample
-from cachekd.samples import Sample, sample_from_record
-from cachekd.samples.image_fields import pictures_of
+from cachekd.samples import Sample, open_samples, sample_from_record
+from cachekd.samples.image_fields import pictures_of, refuse_untaken
 from cachekd.samples.outline import outline_of_record
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "see a.png"}]
@@ -146,6 +147,18 @@ def test_the_metadata_of_a_picture_are_left_alone(tmp_path):
     refused({"image": named, "file_name": "6.jpg"}, "file_name")
 
 
+@pytest.mark.parametrize(
+    "column", [{"picture": [STRUCT]}, {"jpg": [PNG]}, {"image_paths": [["a.png", "b.png"]]}]
+)
+def test_a_tables_column_is_refused_when_its_row_is_read(tmp_path, column):
+    table = datasets.Dataset.from_dict({"conversations": [TURNS], **column})
+    table.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(BadSample, match="another name") as caught:
+        open_samples(tmp_path / "d.parquet")[0]
+    assert caught.value.found == next(iter(column))
+    assert "row 0" in str(caught.value.where)
+
+
 # ---- fields that are named
 
 
@@ -239,8 +252,6 @@ def test_an_outline_of_lists_in_lists_is_empty():
 def test_looking_for_pictures_costs_next_to_nothing():
     """A mix has 665,000 records."""
     record = {"id": "1", "image": "coco/1.jpg", "source": "x", "conversations": conversation(1, turns=5)}
-    from cachekd.samples.image_fields import refuse_untaken
-
     pictures = pictures_of(record)
     seconds = min(timeit.repeat(lambda: refuse_untaken(record, pictures, "here"), number=500, repeat=5)) / 500
     assert seconds < 200e-6
