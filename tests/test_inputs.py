@@ -253,7 +253,7 @@ def test_map_reads_peoples_own_tars(mapped, tmp_path: Path):
     tar = write_tar(tmp_path / "d.tar", [("a.gif", gif.getvalue()), ("a.txt", b"what?|red"), ("b.txt", b"")])
     samples = open_samples(tar, map=f"{mapped}:from_tar")
     assert samples[0].questions[0][1] == "red"
-    assert samples[0].questions[0][0]["content"][1]["text"] == "a: what?"
+    assert samples[0].questions[0][0][0]["content"][1]["text"] == "a: what?"
     with pytest.raises(BadSample, match="KeyError: 'gif'"):
         samples[1]
 
