@@ -18,7 +18,7 @@ from cachekd.errors import BadSample
 from cachekd.samples.conversation import TURN_FIELDS
 
 IMAGE_FIELDS = ("image", "images")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")
 _LONGEST_PATH, _LONGEST_WITH_SPACES = 400, 100  # characters; what is longer is prose
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ")
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
@@ -62,7 +62,7 @@ def pictures_of(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> 
             lists of mappings are gone through. Without them, `image` or else `images` is taken.
     """
     if image_fields:
-        return [picture for name in image_fields for picture in _listed(name, _value_at(record, name))]
+        return [picture for name in image_fields for picture in _listed(name, value_at(record, name))]
     listed = (_listed(name, record.get(name)) for name in IMAGE_FIELDS)
     return next((pictures for pictures in listed if pictures), [])
 
@@ -137,17 +137,17 @@ def _listed(name: str, value: Any) -> list[Picture]:
     return [Picture(name, value)]
 
 
-def _value_at(value: Any, path: str) -> Any:
+def value_at(value: Any, path: str) -> Any:
     """What a dotted name stands for; names may have dots themselves."""
     if isinstance(value, _LISTS):
-        return [picture.source for item in value for picture in _listed("", _value_at(item, path))]
+        return [picture.source for item in value for picture in _listed("", value_at(item, path))]
     if not isinstance(value, Mapping):
         return None
     if path in value:
         return value[path]
     cuts = (match.start() for match in re.finditer(r"\.", path))
     cut = next((cut for cut in cuts if path[:cut] in value), None)
-    return None if cut is None else _value_at(value[path[:cut]], path[cut + 1 :])
+    return None if cut is None else value_at(value[path[:cut]], path[cut + 1 :])
 
 
 def _pictures_elsewhere(record: Mapping[str, Any], taken: str | None) -> Iterator[_Found]:
@@ -193,7 +193,7 @@ def _picture_in(name: str, value: Any) -> _Found | None:
 def _names_picture(text: str) -> bool:
     if len(text) > _LONGEST_PATH or "." not in text:
         return False
-    if not _without_query(text).lower().endswith(_SUFFIXES):
+    if not _without_query(text).lower().endswith(IMAGE_SUFFIXES):
         return False
     return len(text) <= _LONGEST_WITH_SPACES or len(text.split()) == 1
 
