@@ -44,11 +44,14 @@ class Fingerprints(Part):
     encoding: str | None = Field(
         None, description="over the token ids and the supervised mask of a fixed text; null: not known"
     )
+    image_reading: Positive | None = Field(
+        None, description="not a hash: the version of how images are read into pixels; null: not known"
+    )
 
     @model_serializer(mode="wrap")
-    def _without_unknown_encoding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = handler(self)  # as in `Manifest`: it came later
-        return {name: value for name, value in values.items() if name != "encoding" or value is not None}
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = handler(self)  # as in `Manifest`: these came later
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class DataInfo(Part):
