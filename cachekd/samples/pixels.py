@@ -31,7 +31,7 @@ _TURNS = {
 }
 # TIFF tags.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SMALLEST, _LARGEST = 258, 262, 339, 340, 341
-_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
+_WHITE_IS_ZERO, _SIGNED = 0, 2
 
 
 class UnknownPixelsError(ValueError):
@@ -52,8 +52,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
       (and as Pillow itself has it for a JPEG whose EXIF block is damaged). Nothing else of EXIF is looked at.
 
     Raises:
-        UnknownPixelsError: the image's numbers have no known range, or (a transparent colour of 16 bits) Pillow
-            does not read them all.
+        UnknownPixelsError: the image's numbers have no known range, or Pillow does not read them all (a
+            transparent colour of 16 bits per channel).
         Exception: Pillow's, of many classes, on a broken file.
     """
     raw_mode = _raw_mode(image)
@@ -104,7 +104,7 @@ def _scaled(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits as `L`, black at the lower end of its range and white at the upper."""
     low, high = _range(image)
     stored: NDArray[Any] = np.asarray(image)
-    if image.mode == "I" and _tag(image, _SAMPLE_FORMAT) == _UNSIGNED:
+    if image.mode == "I" and _tag(image, _SAMPLE_FORMAT) != _SIGNED:
         stored = stored.view(np.uint32)
     light = np.clip((stored - low) * (255 / (high - low)), 0, 255)
     if np.isnan(light).any():
