@@ -239,7 +239,7 @@ def test_of_an_image_in_memory_the_mode_says_what_its_numbers_are():
         assert np.abs(read(Image.new("HSV", (1, 1), hsv)) - wanted).max() == 0
         stored = np.array([[(lab[0], lab[1] ^ 128, lab[2] ^ 128)]], np.uint8)  # a and b are signed in a file
         for source in (Image.frombytes("LAB", (1, 1), stored.tobytes()), tiff(stored, photometric=8)):
-            assert np.abs(read(source) - wanted).max() <= 4
+            assert np.abs(read(source) - wanted).max() <= 6  # D50, through a profile
 
 
 def test_reading_does_not_change_the_callers_image():
