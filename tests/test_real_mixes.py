@@ -225,12 +225,8 @@ def test_a_second_picture_of_a_tars_sample_is_not_dropped(tmp_path):
     with pytest.raises(BadSample, match="image under another name") as caught:
         open_samples(tar)[0]
     assert caught.value.found == "a.mask.png"
-    assert [
-        len(open_samples(tar, image_field=fields)[0].images) for fields in ("png", ("png", "mask.png"))
-    ] == [
-        1,
-        2,
-    ]
+    assert len(open_samples(tar, image_field="png")[0].images) == 1
+    assert len(open_samples(tar, image_field=["png", "mask.png"])[0].images) == 2
 
 
 def test_pictures_that_a_tars_json_names_start_at_the_image_root(tmp_path):

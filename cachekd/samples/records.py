@@ -54,7 +54,10 @@ def sample_from_record(
     pictures = pictures_of(record, image_fields)
     if not image_fields:
         refuse_untaken(record, pictures, where)
-    images = tuple(open_image(decoded(picture.source), where=where, folder=folder) for picture in pictures)
+    images = tuple(
+        open_image(decoded(picture.source), where=where, folder=folder, name=picture.name)
+        for picture in pictures
+    )
     return sample_from_llava(
         key,
         first_given(record, *TURN_FIELDS),
