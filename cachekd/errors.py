@@ -38,3 +38,7 @@ class CachekdError(Exception):
 
 class BadSample(CachekdError):
     """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out."""
+
+
+class LeftOut(BadSample):
+    """A sample that the settings leave out, whatever `--on-error` says."""

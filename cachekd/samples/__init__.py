@@ -1,6 +1,7 @@
 """Image-text conversations in, model inputs and a supervised mask out."""
 
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.samples.limits import Limits, TooLong
 from cachekd.samples.open import open_samples
 from cachekd.samples.outline import Outline, rough_lengths
 from cachekd.samples.protocol import Samples
@@ -10,10 +11,12 @@ from cachekd.samples.sample import Sample
 
 __all__ = [
     "Encoded",
+    "Limits",
     "Outline",
     "Sample",
     "SampleEncoder",
     "Samples",
+    "TooLong",
     "collate",
     "open_samples",
     "predicting_positions",

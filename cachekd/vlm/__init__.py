@@ -5,6 +5,7 @@ from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.head import output_head
+from cachekd.vlm.limits import limits_of
 from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
     default_device,
@@ -37,6 +38,7 @@ __all__ = [
     "family_of",
     "hidden_and_logits_at",
     "language_model",
+    "limits_of",
     "load_config",
     "load_model",
     "load_processor",
