@@ -6,13 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cachekd.pair.lengths import Lengths, length_row, lengths_of
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
     Side,
     answers_row,
     cache_rows,
+    embedding_rows_row,
     encoding_row,
+    end_of_turn_row,
     image_tokens_row,
     pixels_row,
     split_row,
@@ -22,7 +25,11 @@ from cachekd.pair.rows import (
 )
 from cachekd.pair.size import Sizes, sizes_of
 from cachekd.samples import open_samples
-from cachekd.vlm import default_device, default_dtype
+from cachekd.samples.tar_urls import is_remote
+from cachekd.samples.view import SamplesView
+from cachekd.vlm import default_device, default_dtype, limits_of
+
+FAR_SAMPLES = 256  # of data on another machine, whose lengths are looked at
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,13 @@ class PairReport:
     """All rows, and what a person would want to look at.
 
     Attributes:
+        lengths: of the data set's samples, as the student reads them; None where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
     """
 
     rows: list[Row]
     sizes: Sizes
+    lengths: Lengths | None = None
     previews: list[tuple[str, list[Run]]] = field(default_factory=list)
 
     @property
@@ -53,6 +62,7 @@ def check_pair(
     samples: int = 2,
     forward: bool = False,
     switch_bridge: Literal["linear"] | None = None,
+    max_tokens: int | None = None,
 ) -> PairReport:
     """Look at everything that has to fit; what does not is a row, not an error.
 
@@ -64,6 +74,7 @@ def check_pair(
         samples: how many are looked at.
         forward: load both models and prove that each, taken apart, says what it says whole.
         switch_bridge: as for training.
+        max_tokens: of a sample, where both models' contexts allow more.
 
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
@@ -72,10 +83,17 @@ def check_pair(
     opened = open_samples(data, map=map)
     some = [opened[index] for index in range(min(samples, len(opened)))]
     pairs = [(theirs.encoder(sample), ours.encoder(sample)) for sample in some]
+    limits = limits_of([theirs.config, ours.config], max_tokens=max_tokens)
+    # Reading a record from afar takes a request each.
+    near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if is_remote(data) else opened
+    lengths = lengths_of(near, ours.encoder, limits)
     rows = [
         vocabulary_row(theirs, ours),
+        embedding_rows_row(limits, theirs, pairs),
         template_row(theirs, ours),
+        end_of_turn_row(ours),
         encoding_row(theirs, ours),
+        length_row(lengths),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
@@ -90,4 +108,4 @@ def check_pair(
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    return PairReport(rows, sizes, shown)
+    return PairReport(rows, sizes, lengths, shown)

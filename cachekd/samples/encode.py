@@ -107,6 +107,19 @@ class SampleEncoder:
         token = self.processor.image_token
         return None if token is None else int(self.processor.tokenizer.convert_tokens_to_ids(token))
 
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None where the chat template writes none.
+
+        Raises:
+            CachekdError: answers cannot be found in what the template writes.
+        """
+        tokenizer = self.processor.tokenizer
+        if takes_suffix(self.processor):
+            return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        ending = self._chat.frame.ending
+        return None if ending is None else int(tokenizer(ending, add_special_tokens=False)["input_ids"][-1])
+
     def without_limits(self) -> SampleEncoder:
         """The same, for samples as long as they are."""
         return SampleEncoder(self.processor)
@@ -129,7 +142,7 @@ class SampleEncoder:
         ids = inputs["input_ids"]
         is_image = ids == (-1 if self.image_token_id is None else self.image_token_id)
         kept = self.limits.tokens_kept(ids, numbers >= 0, is_image, sample)
-        self.limits.require_rows(ids[:kept], is_image[:kept], self.processor.tokenizer, sample)
+        self.limits.require_rows(ids[:kept], is_image[:kept], self.processor.tokenizer, sample.where)
         if kept == len(ids):
             return inputs, numbers
         cut = {name: value[:kept] if name in _PER_TOKEN else value for name, value in inputs.items()}

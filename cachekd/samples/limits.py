@@ -63,11 +63,12 @@ class Limits:
             )
         return kept
 
-    def require_rows(self, ids: Tensor, is_image: Tensor, tokenizer: Any, sample: Sample) -> None:
+    def require_rows(self, ids: Tensor, is_image: Tensor, tokenizer: Any, where: str) -> None:
         """Refuse tokens without an embedding. (Where an image's placeholder has none, no model looks it up.)
 
         Args:
             ids, is_image: as for `tokens_kept`.
+            where: the sample, for the message.
 
         Raises:
             BadSample: the sample has one.
@@ -79,7 +80,7 @@ class Limits:
             token = int(beyond[0])
             raise BadSample(
                 f"the model has no embedding for the token {tokenizer.convert_ids_to_tokens(token)!r}",
-                where=sample.where,
+                where=where,
                 expected=f"ids below {self.embedding_rows:,}, the embedding rows of {self.embedding_rows_of}",
                 found=f"id {token:,}",
                 fix=NO_ROW,

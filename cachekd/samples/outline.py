@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cachekd.errors import BadSample
 from cachekd.samples.conversation import IMAGE_PLACEHOLDER, first_given
 from cachekd.samples.encode import SampleEncoder
 from cachekd.samples.protocol import Samples
@@ -15,6 +16,8 @@ from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
 
 _AT_A_TIME = 1024  # texts per call of the tokenizer
 _MEASURED = 16  # samples that are encoded as a whole
+_TRIED = 256  # to find these among bad ones
+_UNREADABLE = 0  # the length of a sample whose record cannot be read; others have at least a token
 
 
 class Outline(NamedTuple):
@@ -54,42 +57,63 @@ def _text(turn: Any) -> str:
 
 
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
-    """About how many tokens each sample has, in the data set's order.
+    """About how many tokens each sample has, in the data set's order, whatever the encoder's limits are.
 
     The text's tokens are counted. What turns and images add is fitted to a few samples at random, the only
     ones whose images are read; so lengths are next to exact where every image has the same number of
     tokens, and miss the differences where that depends on its size.
 
+    Returns:
+        of each sample; 0 where its record cannot be read.
+
     Raises:
-        CachekdError: one of the few cannot be used, or the data set cannot be read.
+        BadSample: none of many samples can be used.
+        CachekdError: the data set cannot be read.
     """
-    added = _fitted(samples, encoder)
+    added = _fitted(samples, encoder.without_limits())
     lengths: list[int] = []
     for start in range(0, len(samples), _AT_A_TIME):
         indices = range(start, min(start + _AT_A_TIME, len(samples)))
-        outlines = [samples.outline(index) for index in indices]
-        for outline, tokens in zip(outlines, _text_tokens(outlines, encoder), strict=True):
-            lengths.append(max(1, tokens + round(float(added @ _features(outline)))))
+        outlines = [_outline(samples, index) for index in indices]
+        there = [outline for outline in outlines if outline is not None]
+        found = iter(_text_tokens(there, encoder) + np.rint(_features(there) @ added).astype(int))
+        lengths += [_UNREADABLE if outline is None else max(1, int(next(found))) for outline in outlines]
     return lengths
 
 
-def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.float64]:
+def _outline(samples: Samples, index: int) -> Outline | None:
+    try:
+        return samples.outline(index)
+    except BadSample:  # which shows when it is read
+        return None
+
+
+def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.floating[Any]]:
     """Tokens that come on top of the text's: in every sample, per turn, per image."""
-    count = min(_MEASURED, len(samples))
     # At random, not evenly spread: data sets have periods.
-    some = np.random.default_rng(0).choice(len(samples), count, replace=False).tolist()
-    outlines = [samples.outline(index) for index in some]
-    texts = _text_tokens(outlines, encoder)
-    rest = [len(encoder(samples[index])) - tokens for index, tokens in zip(some, texts, strict=True)]
-    features = np.array([_features(outline) for outline in outlines])
-    return np.linalg.lstsq(features, np.array(rest), rcond=None)[0]
+    some = np.random.default_rng(0).choice(len(samples), min(_TRIED, len(samples)), replace=False).tolist()
+    outlines, lengths = [], []
+    for index in some:
+        try:
+            lengths.append(len(encoder(samples[index])))
+            outlines.append(samples.outline(index))
+        except BadSample:
+            if not lengths and index == some[-1]:
+                raise
+        if len(lengths) == _MEASURED:
+            break
+    rest = np.array(lengths) - _text_tokens(outlines, encoder)
+    return np.linalg.lstsq(_features(outlines), rest, rcond=None)[0]
 
 
-def _features(outline: Outline) -> tuple[int, int, int]:
-    return 1, len(outline.texts), outline.images
+def _features(outlines: list[Outline]) -> NDArray[np.float64]:
+    """[N, 3]: one, turns, images."""
+    return np.array([(1.0, len(outline.texts), outline.images) for outline in outlines]).reshape(-1, 3)
 
 
-def _text_tokens(outlines: list[Outline], encoder: SampleEncoder) -> Iterator[int]:
+def _text_tokens(outlines: list[Outline], encoder: SampleEncoder) -> NDArray[np.int64]:
+    """[N], the tokens of each one's texts."""
     texts = ["\n".join(outline.texts) for outline in outlines]
-    ids = encoder.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return (len(some) for some in ids)
+    # Not by transformers' own call, which makes lists of everything: half the time.
+    encoded = encoder.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return np.array([len(some) for some in encoded], np.int64)
