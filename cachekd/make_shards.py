@@ -11,7 +11,7 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
@@ -120,6 +120,8 @@ class _Health:
         if isinstance(answer, Answer):
             self._good, self._bad_in_a_row = index, 0
             return
+        if isinstance(answer, LeftOut):
+            return
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= ALL_BAD:
             raise _vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
@@ -156,7 +158,7 @@ def _pass_on(key: str, answer: Answer | BadSample, writer: ShardWriter, on_error
     if isinstance(answer, Answer):
         writer.add(answer.key, answer.targets, answer.content_hash, answer.states)
         return len(answer.targets)
-    if on_error == "stop":
+    if on_error == "stop" and not isinstance(answer, LeftOut):
         raise answer
     found = "" if answer.found is None else f": {answer.found}"
     writer.skip(key, f"{answer.problem}{found}")
