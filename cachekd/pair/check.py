@@ -37,7 +37,8 @@ class PairReport:
     """All rows, and what a person would want to look at.
 
     Attributes:
-        lengths: of the data set's samples, as the student reads them; None where no record can be read.
+        lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
+            where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
     """
 
@@ -86,7 +87,8 @@ def check_pair(
     limits = limits_of([theirs.config, ours.config], max_tokens=max_tokens)
     # Reading a record from afar takes a request each.
     near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if is_remote(data) else opened
-    lengths = lengths_of(near, ours.encoder, limits)
+    theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
+    lengths = lengths_of(near, theirs.encoder if theirs_are_longer else ours.encoder, limits)
     rows = [
         vocabulary_row(theirs, ours),
         embedding_rows_row(limits, theirs, pairs),
