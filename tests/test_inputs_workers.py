@@ -75,7 +75,7 @@ def test_workers_give_what_this_thread_gives_in_order(mixed, start_method, capfd
     workers = read_encoded(samples, encoder, indices, workers=2 if start_method == "fork" else 1)
     read = [next(workers) for _ in range(10)]
     read += list(workers)
-    keys = [one.key if isinstance(one, Encoded) else str(one).split("'")[1] for one in direct]
+    keys = [one.key if isinstance(one, Encoded) else str(one.where).split("'")[1] for one in direct]
     assert keys == [samples.keys[index] for index in indices]
     assert len(read) == len(direct)
     assert all(same(a, b) for a, b in zip(read, direct, strict=True))

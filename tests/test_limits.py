@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,15 @@ import torch
 from caches import SMALL
 from test_families import TWO, WIDE, encoder_of, every_family, sample
 from test_text_only import save_lm, write_texts
-from tiny import noise_image, save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from tiny import (
+    noise_image,
+    save_vlm,
+    tar_members,
+    tiny_processor,
+    tiny_vlm,
+    write_llava_json,
+    write_tar,
+)
 from tiny_families import build
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 from typer.testing import CliRunner
@@ -19,10 +26,22 @@ from typer.testing import CliRunner
 from cachekd import dump as stage_one
 from cachekd.cache import CodecSettings, LogitCache
 from cachekd.config import DumpConfig
+from cachekd.data_options import DataOptions
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.fingerprint import encoding_fingerprint
-from cachekd.samples import Limits, SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.pair import PairReport, Row, check_pair
+from cachekd.pair import check as check_module
+from cachekd.pair.survey import counts_of, lengths_of
+from cachekd.samples import (
+    Limits,
+    SampleEncoder,
+    collate,
+    open_samples,
+    predicting_positions,
+    rough_lengths,
+    survey,
+)
 from cachekd.teacher import Answer, Teacher, load_encoder
 from cachekd.vlm import limits_of, logits_at
 from cachekd_cli.main import app
@@ -162,26 +181,29 @@ def test_a_dump_refuses_what_the_teacher_has_no_context_for(tmp_path, teacher_pa
     assert skipped["reason"].startswith("the sample is too long: 1,")
 
 
-def test_samples_that_are_left_out_never_stop_a_dump(tmp_path, teacher_path, monkeypatch):
+def test_samples_that_are_left_out_never_stop_a_dump(tmp_path, teacher_path):
     """However many in a row, from the first on; not even where a bad sample would."""
-    monkeypatch.setattr(stage_one, "load_encoder", partial(load_encoder, max_tokens=300, too_long="skip"))
+    short = {"max_tokens": 300, "too_long": "skip"}
     data = with_long_ones(tmp_path / "data", 40, tuple(range(20)) + (30,))
-    summary = dump(settings(teacher_path, data, tmp_path / "c", on_error="stop"))
+    summary = dump(settings(teacher_path, data, tmp_path / "c", on_error="stop", **short))
     assert (summary.finished, summary.samples, summary.skipped) == (True, 19, 21)
     everything = with_long_ones(tmp_path / "all", 20, tuple(range(20)))
     with pytest.raises(CachekdError, match="no sample can be used") as caught:
-        dump(settings(teacher_path, everything, tmp_path / "none", on_error="skip"))
+        dump(settings(teacher_path, everything, tmp_path / "none", on_error="skip", **short))
     assert "300 tokens, --max-tokens" in str(caught.value)
 
 
-def test_a_cut_sample_is_cached_up_to_the_cut(tmp_path, teacher_path, monkeypatch):
-    cut = partial(load_encoder, max_tokens=100, too_long="cut")
+def test_a_cut_sample_is_cached_up_to_the_cut(tmp_path, teacher_path):
+    cut = {"max_tokens": 100, "too_long": "cut"}
     data = with_long_ones(tmp_path / "data", 8, (2, 5))
     dump(settings(teacher_path, data, tmp_path / "whole", on_error="skip"))
-    monkeypatch.setattr(stage_one, "load_encoder", cut)
-    summary = dump(settings(teacher_path, data, tmp_path / "c"))
+    summary = dump(settings(teacher_path, data, tmp_path / "c", **cut))
     assert (summary.samples, summary.skipped) == (8, 0)
-    encoder, samples, cache = cut(str(teacher_path)), open_samples(data), LogitCache(tmp_path / "c")
+    encoder, samples, cache = (
+        load_encoder(str(teacher_path), **cut),
+        open_samples(data),
+        LogitCache(tmp_path / "c"),
+    )
     whole = LogitCache(tmp_path / "whole")
     for index, key in enumerate(samples.keys):
         assert torch.equal(cache[key].token_ids, encoder(samples[index]).token_ids)
@@ -282,3 +304,81 @@ def test_a_language_model_has_limits_too(tmp_path):
     data = write_texts(tmp_path / "data.jsonl", 6)
     with pytest.raises(BadSample, match="has no embedding for the token"):
         dump(settings(teacher, data, tmp_path / "c"))
+
+
+# --- check ------------------------------------------------------------------------------------------
+
+
+def row_of(report: PairReport, name: str) -> Row:
+    return next(row for row in report.rows if row.name == name)
+
+
+def true_lengths(data: Path) -> list[int]:
+    samples, encoder = open_samples(data), SampleEncoder(tiny_processor())
+    return sorted(len(encoder(samples[index])) for index in range(len(samples)))
+
+
+def test_check_shows_how_long_samples_are_and_how_many_are_too_long(tmp_path, teacher_path, student_path):
+    data = with_long_ones(tmp_path / "data", 150, (7, 70))
+    command = ["check", "--teacher", str(teacher_path), "--student", str(student_path), "--data", str(data)]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    found, true = json.loads(done.stdout)["lengths"], true_lengths(data)
+    assert found["samples"] == 150
+    assert found["beyond"] == 2
+    assert (found["limit"], found["limit_of"].startswith("the context of")) == (512, True)
+    assert found["median"] == pytest.approx(true[75], abs=4)
+    assert found["p99"] == pytest.approx(true[-2], abs=4)
+    assert found["longest"] == pytest.approx(true[-1], abs=4)
+    lowered = check_pair(str(teacher_path), str(student_path), DataOptions.of(data, max_tokens=46))
+    assert lowered.lengths is not None
+    assert lowered.lengths.beyond == sum(length > 46 for length in true)
+    row = row_of(lowered, "length")
+    assert (row.state, "about" in row.found, "beyond 46, --max-tokens" in row.found) == ("note", True, True)
+    short = write_llava_json(tmp_path / "short", 4)
+    row = row_of(check_pair(str(teacher_path), str(student_path), str(short)), "length")
+    assert (row.state, "none beyond 512" in row.found) == ("ok", True)
+
+
+@pytest.mark.parametrize(("tokens", "index", "state"), [(1, 0, "refused"), (1, 1, "note"), (0, 0, "ok")])
+def test_check_says_how_many_tokens_have_no_embedding(tmp_path, teacher_path, tokens, index, state):
+    """Refused where a sample that is looked at has one."""
+    student = rows_short_by(tokens, tmp_path / "student")
+    data = write_llava_json(tmp_path / "data", 2)
+    data.write_text(json.dumps([json.loads(data.read_text())[index]]))
+    report = check_pair(str(teacher_path), str(student), str(data))
+    row = row_of(report, "embedding rows")
+    assert row.state == state
+    assert report.fits == (state != "refused")
+    if tokens:
+        assert f"317 in {student} for 318 tokens: 1 have none" in row.found
+
+
+def test_lengths_do_without_bad_samples_and_bad_records(tmp_path, teacher_path, student_path):
+    """Half of the images cannot be opened, and a record cannot be read."""
+    members = tar_members(40)
+    for index in range(0, 40, 2):
+        members[2 * index] = (members[2 * index][0], b"not a png")
+    members[2 * 9 + 1] = (members[2 * 9 + 1][0], b"{")
+    data = write_tar(tmp_path / "data" / "0.tar", members)
+    samples, encoder = open_samples(data), SampleEncoder(tiny_processor(), Limits(20))
+    lengths, whole = rough_lengths(samples, encoder), encoder.without_limits()
+    assert len(lengths) == 40
+    assert [index for index, length in enumerate(lengths) if length == 0] == [9]
+    for index in range(1, 40, 2):
+        if index != 9:
+            assert lengths[index] == pytest.approx(len(whole(samples[index])), abs=3)
+    seen = survey(samples, encoder)
+    assert lengths_of(seen, Limits()).samples == 39
+    assert counts_of(seen, samples.notes).unreadable == 1
+    nothing = write_tar(tmp_path / "none.tar", [(name, b"{") for name, _ in tar_members(4)])
+    with pytest.raises(BadSample):
+        rough_lengths(open_samples(nothing), encoder)
+
+
+def test_of_data_elsewhere_a_part_is_looked_at(tmp_path, teacher_path, student_path, monkeypatch):
+    monkeypatch.setattr(check_module, "FAR_SAMPLES", 5)
+    write_tar(tmp_path / "0.tar", tar_members(12))
+    report = check_pair(str(teacher_path), str(student_path), f"file://{tmp_path}/0.tar")
+    assert report.lengths is not None
+    assert report.lengths.samples == 5

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_train_runs import CutShort, losses, settings  # noqa: F401 - a fixture
 from tiny import tar_members, write_tar
-from transformers import TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback
 from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig
@@ -83,8 +83,12 @@ def test_a_trained_student_is_never_removed(plain, monkeypatch, full_at):
 
 def test_with_a_checkpoint_it_is_finished_without_another_step(plain, monkeypatch):
     config = TrainConfig(**plain)
-    monkeypatch.setattr("transformers.ProcessorMixin.save_pretrained", full_disk)
-    # The checkpoints have no processor.
+    whole = ProcessorMixin.save_pretrained
+
+    def fill(processor: ProcessorMixin, folder: Path) -> object:  # checkpoints have one too
+        return (full_disk if Path(folder) == config.out else whole)(processor, folder)
+
+    monkeypatch.setattr("transformers.ProcessorMixin.save_pretrained", fill)
     with pytest.raises(CachekdError, match="could not be finished") as caught:
         train(config)
     assert "the same command goes on from step 6" in str(caught.value)

@@ -42,7 +42,8 @@ class PairReport:
 
     Attributes:
         data: how many samples there are, with and without images.
-        lengths: of the data set's samples, as the student reads them; None where no record can be read.
+        lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
+            where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
     """
 
@@ -87,7 +88,8 @@ def check_pair(
     pairs, bad = _first_pairs(opened, theirs, ours, samples)
     # Reading a record from afar takes a request each.
     near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if is_remote(said.data) else opened
-    seen = survey(near, ours.encoder)
+    theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
+    seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
     counts, lengths = counts_of(seen, opened.notes), lengths_of(seen, limits)
     rows = [
         vocabulary_row(theirs, ours),

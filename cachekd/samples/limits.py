@@ -99,4 +99,7 @@ class Limits:
 
 NO_LIMITS = Limits()
 LONGER = "--too-long skip leaves such samples out, --too-long cut drops the end of their answers"
-NO_ROW = "model.resize_token_embeddings(len(tokenizer)) and save the model again; or leave the token out"
+NO_ROW = (
+    "the tokenizer that the model was trained with; or resize_token_embeddings(len(tokenizer)), whose new "
+    "rows are untrained"
+)

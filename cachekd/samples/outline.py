@@ -132,14 +132,17 @@ def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.floating[Any
     """Tokens that come on top of the text's: in every sample, per turn, per image."""
     # At random, not evenly spread: data sets have periods.
     some = np.random.default_rng(0).choice(len(samples), min(_TRIED, len(samples)), replace=False).tolist()
-    outlines, lengths = [], []
+    outlines: list[Outline] = []
+    lengths: list[int] = []
     for index in some:
         try:
-            lengths.append(len(encoder(samples[index])))
-            outlines.append(samples.outline(index))
+            outline, length = samples.outline(index), len(encoder(samples[index]))
         except BadSample:
             if not lengths and index == some[-1]:
                 raise
+            continue
+        outlines.append(outline)
+        lengths.append(length)
         if len(lengths) == _MEASURED:
             break
     rest = np.array(lengths) - _text_tokens(outlines, encoder)
