@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cachekd.bind import Binding, BoundSamples
+from cachekd.bind import Binding, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
@@ -39,9 +39,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("opening the data")
-    samples: Samples = open_samples(config.data, map=config.map)
-    if config.binding is not None:
-        samples = BoundSamples(samples, Binding.read(config.binding))
+    samples = open_samples(config.data, map=config.map)
     load_config(config.student)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor)
@@ -83,7 +81,7 @@ def open_cache(
     assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     if config.binding is not None:
-        Binding.read(config.binding).require_cache(cache, str(config.binding))
+        cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
     check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
