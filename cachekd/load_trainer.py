@@ -66,7 +66,9 @@ def load_trainer(
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
     student = load_student(config, opened.arguments.device)
-    data = TrainingSamples(opened.samples, opened.encoder, opened.cache, teacher_encoder)
+    data = TrainingSamples(
+        opened.samples, opened.encoder, opened.cache, teacher_encoder, on_error=config.on_error
+    )
     phase("reading the first sample")
     with explained(config.training):
         trainer = SwitchKDTrainer(

@@ -122,7 +122,7 @@ class _Health:
             return
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= ALL_BAD:
-            raise _vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
+            raise vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
 
     def refuse_vanished_data(self) -> None:
         """Read again what was good.
@@ -135,10 +135,15 @@ class _Health:
         try:
             self._teacher.encoder(self._samples[self._good])
         except BadSample as error:
-            raise _vanished("a sample that was good is bad now", error) from None
+            raise vanished("a sample that was good is bad now", error) from None
 
 
-def _vanished(problem: str, error: BadSample) -> CachekdError:
+def vanished(problem: str, error: BadSample) -> CachekdError:
+    """What to say of data that have gone.
+
+    Args:
+        error: of the last sample.
+    """
     return CachekdError(
         f"{problem}, so the data have probably gone",
         where=error.where,

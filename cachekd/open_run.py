@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from cachekd.bind import Binding, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.matching import check_cache, check_teacher
+from cachekd.left_out import LeftOutSamples
+from cachekd.matching import check_cache, check_teacher, missing_samples
 from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
 from cachekd.training_arguments import training_arguments
 from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
@@ -22,13 +24,19 @@ from cachekd.vlm import check_switch, check_tokenizers, load_config, load_proces
 
 @dataclass(frozen=True)
 class OpenRun:
-    """What a run reads, checked as far as it can be without any model's weights in memory."""
+    """What a run reads, checked as far as it can be without any model's weights in memory.
+
+    Attributes:
+        samples: to train on.
+        missing: that the cache lacks and that are left out of them.
+    """
 
     samples: Samples
     processor: Any
     encoder: SampleEncoder
     cache: LogitCache | None
     arguments: TrainingArguments
+    missing: LeftOutSamples
 
 
 def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None]) -> OpenRun:
@@ -45,13 +53,23 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     encoder = SampleEncoder(processor)
     phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
     cache = open_cache(config, samples, processor, encoder)
+    missing: dict[str, str] = {}
+    if cache is not None and config.missing == "skip":
+        missing = missing_samples(cache, samples)
+        samples = without(samples, missing)
     arguments = training_arguments(config, checkpoints)
     require_one_gpu(arguments)
     require_steps(len(samples), arguments)
     if config.runs_teacher:
         phase("comparing the teacher with the student and the cache")
         check_the_teacher(config, processor, cache)
-    return OpenRun(samples, processor, encoder, cache, arguments)
+    return OpenRun(samples, processor, encoder, cache, arguments, LeftOutSamples.of(missing))
+
+
+def without(samples: Samples, missing: Container[str]) -> Samples:
+    """The others, in their order."""
+    kept = [index for index, key in enumerate(samples.keys) if key not in missing]
+    return samples if len(kept) == len(samples) else SamplesView(samples, only=kept)
 
 
 def require_steps(samples: int, arguments: TrainingArguments) -> None:
@@ -82,7 +100,7 @@ def open_cache(
     cache = LogitCache(config.cache)
     if config.binding is not None:
         cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
-    check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
+    check_cache(cache, samples, processor, encoder, missing=config.missing)
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
         ours = getattr(config, name)

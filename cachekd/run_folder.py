@@ -30,6 +30,7 @@ PROCESSES = "processes"
 # stands for is in the others.)
 FREE_SETTINGS = {
     "out",
+    "on_error",
     "workers",
     "save_steps",
     "keep_checkpoints",

@@ -203,7 +203,7 @@ def test_a_binding_hides_nothing(models, mixed, tmp_path):
     trainer = make_trainer(config.model_copy(update={"missing": "ce-only"}), tmp_path / "t")
     examples = {key: trainer.train_dataset[keys.index(key)] for key in good}
     assert {key for key, example in examples.items() if example.targets is None} == {"new", "s001", "s002"}
-    assert trainer.train_dataset.uncovered == 3
+    assert trainer.train_dataset.uncovered() == 3
     assert torch.equal(examples["s006"].targets.everywhere(), cache["s007"].everywhere())
 
 
