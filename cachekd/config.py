@@ -1,4 +1,4 @@
-"""What the stages can be told. Small, closed models: an unknown name is an error, not a silent default."""
+"""What the stages can be told, each beside what can be said of its data (`DataOptions`)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ByteSize,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -17,6 +15,8 @@ from pydantic import (
 )
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
+from cachekd.config_file import Config
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.stages import (
     PARTS,
@@ -28,32 +28,15 @@ from cachekd.stages import (
     with_stage,
 )
 
-DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
 CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class Config(BaseModel):
-    """Closed and unchanging."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DumpConfig(Config):
+class DumpConfig(DataOptions):
     """Stage one."""
 
     teacher: str = Field(description="model folder or hub name")
-    data: DataSpec = Field(
-        description="LLaVA .json/.jsonl, WebDataset tars (folder, glob, {000..009}, URL), or a `datasets` "
-        "folder, parquet or hub name"
-    )
     out: Path = Field(description="the cache's folder: new, empty, or a dump to go on with")
-    limit: int | None = Field(None, ge=1, description="only the first so many samples")
-    shuffle_seed: int | None = Field(None, ge=0, description="shuffle the samples first")
-    map: str | None = Field(None, description="module:function that makes a record of your own format")
-    on_error: Literal["stop", "skip"] = Field(
-        "stop", description="a bad sample stops the dump, or is left out and named in skipped.jsonl"
-    )
     top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
@@ -93,7 +76,7 @@ class DumpConfig(Config):
         return value
 
 
-class TrainConfig(Config):
+class TrainConfig(DataOptions):
     """Stage two.
 
     Raises:
@@ -102,8 +85,6 @@ class TrainConfig(Config):
     """
 
     student: str = Field(description="model folder or hub name")
-    data: DataSpec = Field(description="the data set that was dumped, or a part of it")
-    map: str | None = Field(None, description="as for the dump")
     out: Path = Field(description="the run's folder: new, empty, or a run to go on with")
     teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
     cache: CacheSpec | None = Field(
@@ -119,9 +100,6 @@ class TrainConfig(Config):
     )
     missing: Literal["error", "skip", "ce-only"] = Field(
         "error", description="samples that the cache lacks stop the run, are left out, or train by L_CE alone"
-    )
-    on_error: Literal["stop", "skip"] = Field(
-        "stop", description="a bad sample stops the run, or is left out and named in its record"
     )
     window: int | None = Field(
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"

@@ -1,4 +1,4 @@
-"""Settings from a YAML file and the command line, checked."""
+"""Settings: closed models, read from a YAML file and the command line."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cachekd.config import Config
 from cachekd.errors import CachekdError
+
+
+class Config(BaseModel):
+    """Closed and unchanging: an unknown name is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 AConfig = TypeVar("AConfig", bound=Config)
 

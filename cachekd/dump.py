@@ -150,7 +150,7 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
         CachekdError: bad input.
     """
     codec = codec_of(config)
-    samples = open_samples(config.data, map=config.map, limit=config.limit, shuffle_seed=config.shuffle_seed)
+    samples = open_samples(config)
     return samples, open_teacher(config.teacher, samples, codec, config.dtype, on_error=config.on_error)
 
 

@@ -24,6 +24,9 @@ from cachekd.teacher import Teacher
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8
 
+# What the manifest says of how the data were read, under the same names.
+_RECORDED = {"limit", "shuffle_seed", "map", "key", "image_field", "max_tokens", "too_long"}
+
 
 def codec_of(config: DumpConfig) -> CodecSettings:
     """The settings that were asked for; a disk budget may choose others."""
@@ -152,10 +155,10 @@ def _plan(
         path=config.data,
         samples=len(samples),
         sha256=keys_hash(samples),
-        limit=config.limit,
-        shuffle_seed=config.shuffle_seed,
-        map=config.map,
         content_sha256=content_hash(samples),
+        repeated_keys=samples.notes.repeated_keys,
+        left_out=len(samples.notes.left_out),
+        **config.model_dump(include=_RECORDED),
     )
     return Plan(
         teacher=teacher.info(),

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachekd.data_options import Data, DataOptions
 from cachekd.losses import forward_kl_loss
 from cachekd.samples import (
     Encoded,
@@ -65,7 +65,7 @@ class Evaluation:
 
 def evaluate(
     models: list[str],
-    data: str | Path,
+    data: Data,
     *,
     teacher: str | None = None,
     batch_size: int = 128,
@@ -114,7 +114,7 @@ def evaluate(
             score.top1_agreement, score.kl = agreed[index] / tokens, divergence[index] / tokens
     first = 1 if teacher else 0
     return Evaluation(
-        data=str(data),
+        data=DataOptions.of(data).data,
         questions=int(types.total()),
         types={name: int(value) for name, value in types.values.items()},
         teacher=scores[0] if teacher else None,

@@ -47,7 +47,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("opening the data")
-    samples = open_samples(config.data, map=config.map)
+    samples = open_samples(config)
     load_config(config.student)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor)

@@ -16,41 +16,42 @@ from cachekd.cache.manifest import MANIFEST_FILE, Header, ShardInfo
 from cachekd.cache.mend import tidy
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.data_options import Data, DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import make_shards
 from cachekd.samples import Samples, open_samples
-from cachekd.samples.map_function import require_map
+from cachekd.samples.dumped import as_dumped
 from cachekd.samples.open import keys_hash
 from cachekd.teacher import Teacher
 
 
-def find_source(
-    manifest: Manifest, findings: Sequence[Finding], data: str, map_function: str | None = None
-) -> tuple[int, Samples]:
+def find_source(manifest: Manifest, findings: Sequence[Finding], data: Data) -> tuple[int, Samples]:
     """Which dump's broken shards can be made again from a data set.
 
     Args:
         findings: of `verify_files`.
-        data, map_function: as for the dump; limit and seed are the manifest's.
+        data: as for the dump; what is not said in it is the manifest's, limit and seed in any case.
 
     Returns:
         the dump's index in the manifest's sources, and the data set as that dump read it.
 
     Raises:
-        CachekdError: none, or the dump had a map function and `map_function` is None.
+        CachekdError: none, or the dump had a map function and `data` has not.
     """
     broken = sorted({manifest.shards[f.shard].source for f in findings if f.shard is not None})
     for number in broken:
         info = manifest.sources[number].data
-        function = require_map(map_function, info.map, f"source {number} of the cache")
-        samples = open_samples(data, map=function, limit=info.limit, shuffle_seed=info.shuffle_seed)
+        named = as_dumped(DataOptions.of(data), info, f"source {number} of the cache")
+        samples = open_samples(
+            named.model_copy(update={"limit": info.limit, "shuffle_seed": info.shuffle_seed})
+        )
         if keys_hash(samples) == info.sha256:
             return number, samples
     infos = [manifest.sources[number].data for number in broken]
     raise CachekdError(
         "the data set is not the one that the broken shards are of",
-        where=data,
+        where=DataOptions.of(data).data,
         expected=" or ".join(
             f"{info.samples:,} samples with keys sha256 {info.sha256[:16]}... ({info.path})" for info in infos
         ),

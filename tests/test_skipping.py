@@ -1,4 +1,4 @@
-"""What the dump left out, or what is broken, is left out of training and of evaluations: counted and named."""
+"""What the dump left out, or what is broken, is left out of training and evaluations: counted and named."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def batches_of(epoch: int, size: int) -> list[list[int]]:
 def reference(settings: dict[str, Any], in_a_step: int) -> dict[str, torch.Tensor]:
     """The student's weights after plain descent over the good samples of each step, one sample at a time.
 
-    Whole models, whole logits, no Trainer. Each step's loss is its mean over the answer tokens that are there.
+    Whole models, whole logits, no Trainer. A step's loss is the mean over the answer tokens that are there.
     """
     student = load_model(settings["student"], dtype=torch.float32, device=CPU)
     teacher = load_model(settings["teacher"], dtype=torch.float32, device=CPU).requires_grad_(False)

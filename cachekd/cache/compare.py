@@ -40,7 +40,7 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
         found["setting disk_budget"] = source.geometry.disk_budget
         found["disk budget's settings"] = source.geometry.budget_for
         found["setting calibration_tokens"] = source.geometry.calibration_tokens
-    data = source.data.model_dump(exclude={"path", "sha256", "content_sha256"})
+    data = source.data.model_dump(exclude={"path", "sha256", "content_sha256", "repeated_keys", "left_out"})
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}

@@ -6,12 +6,12 @@ Nothing that is said here has to be said again: training reads window, codec and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from cachekd.cache.files import address_of
-from cachekd.cache.sealed import Part, Sealed, cannot_be_read, read_json
+from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
 from cachekd.errors import CachekdError
 
 FORMAT_VERSION = 1
@@ -41,14 +41,9 @@ class Fingerprints(Part):
     chat_template: str
     image_processor: str
     image_token: str = Field(description="the placeholder's text")
-    encoding: str | None = Field(
+    encoding: Annotated[str | None, LATER] = Field(
         None, description="over the token ids and the supervised mask of a fixed text; null: not known"
     )
-
-    @model_serializer(mode="wrap")
-    def _without_unknown_encoding(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = handler(self)  # as in `Manifest`: it came later
-        return {name: value for name, value in values.items() if name != "encoding" or value is not None}
 
 
 class DataInfo(Part):
@@ -63,6 +58,20 @@ class DataInfo(Part):
     content_sha256: str | None = Field(
         None, description="over the content of up to 32 samples from all over it; null where it is not known"
     )
+    key: Annotated[str | None, LATER] = Field(None, description="the field that the keys were taken from")
+    image_field: Annotated[tuple[str, ...], LATER] = Field(
+        (), description="the fields that pictures were taken from, if not the usual ones"
+    )
+    max_tokens: Annotated[Positive | None, LATER] = Field(
+        None, description="most tokens of a sample, where it was not the teacher's context"
+    )
+    too_long: Annotated[Literal["error", "skip", "cut"], LATER] = Field(
+        "error", description="what was done with longer ones; cut: their answers lack the end"
+    )
+    repeated_keys: Annotated[Count, LATER] = Field(
+        0, description="samples that have #2, #3, ... behind their key, which came before; without any limit"
+    )
+    left_out: Annotated[Count, LATER] = Field(0, description="files that are no data, likewise")
 
 
 class Geometry(Part):
@@ -180,14 +189,10 @@ class Manifest(Header):
     sketches: list[SketchInfo] = Field(description="empty without a tail sketch; several in a merged cache")
     fidelity: Fidelity | None = Field(None, description="of all shards; null where it was not measured")
     skipped: SkippedInfo | None = Field(None, description="null where no sample was left out")
-    lineage: list[Derivation] = Field([], description="parents' steps first; not there in a dump's own cache")
+    lineage: Annotated[list[Derivation], LATER] = Field(
+        [], description="parents' steps first; not there in a dump's own cache"
+    )
     shards: list[ShardInfo] = Field(min_length=1)
-
-    @model_serializer(mode="wrap")
-    def _without_empty_lineage(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Fields that came later are left out where they say nothing: docs/format.md, compatibility.
-        values = handler(self)
-        return {name: value for name, value in values.items() if name != "lineage" or value}
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:

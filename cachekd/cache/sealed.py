@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from cachekd.cache.files import read_plain
 from cachekd.errors import CachekdError
@@ -16,10 +23,24 @@ MOST_JSON = 2**25  # bytes; some 50,000 shards
 _RESTORE = "restore it from where the cache came from, or run `cachekd verify --repair`"
 
 
+LATER = "later"  # marks a field, in Annotated, that came after the first caches
+
+
 class Part(BaseModel):
-    """A part of such a file: closed and unchanging."""
+    """A part of such a file: closed and unchanging.
+
+    A field that is marked `LATER` is left out of the JSON where it is at its default, so that a version
+    without it can still read what has nothing to say there: docs/format.md, compatibility.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_silent_fields(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        silent = {n for n, f in fields.items() if LATER in f.metadata and getattr(self, n) == f.default}
+        return {name: value for name, value in values.items() if name not in silent}
 
 
 class Sealed(Part):

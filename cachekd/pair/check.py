@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cachekd.data_options import Data
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
@@ -46,9 +47,8 @@ class PairReport:
 def check_pair(
     teacher: str,
     student: str,
-    data: str,
+    data: Data,
     *,
-    map: str | None = None,
     cache: str | Path | None = None,
     samples: int = 2,
     forward: bool = False,
@@ -59,7 +59,6 @@ def check_pair(
     Args:
         teacher, student: model folders or hub names.
         data: as for a dump.
-        map: likewise.
         cache: checked too where it is given; a folder or an address.
         samples: how many are looked at.
         forward: load both models and prove that each, taken apart, says what it says whole.
@@ -69,7 +68,7 @@ def check_pair(
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
     theirs, ours = Side.open(teacher), Side.open(student)
-    opened = open_samples(data, map=map)
+    opened = open_samples(data)
     some = [opened[index] for index in range(min(samples, len(opened)))]
     pairs = [(theirs.encoder(sample), ours.encoder(sample)) for sample in some]
     rows = [

@@ -16,6 +16,7 @@ from cachekd.bind import Binding
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.tail import TailSetting
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
@@ -49,7 +50,7 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
         try:
             _CHECKS[step.kind](step.config, models)
             if step.data is not None:
-                _check_data(*step.data)
+                _check_data(step.data)
         except CachekdError as error:
             raise in_step(step.name, error) from None
 
@@ -163,10 +164,11 @@ _CHECKS: dict[str, Callable[[Any, _Models], None]] = {
 }
 
 
-def _check_data(spec: str, map: str | None) -> None:
+def _check_data(data: DataOptions) -> None:
     """Data on this disk were opened already, to be compared; of others, whether they are there."""
-    if map is not None:
-        load_map(map)
+    spec = data.data
+    if data.map is not None:
+        load_map(data.map)
     if is_remote(spec):
         first = find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar")[0]
         with named_errors(first, "the data cannot be reached"):
@@ -174,7 +176,7 @@ def _check_data(spec: str, map: str | None) -> None:
             fs.info(path)
     elif is_hub_data(spec):
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            open_samples(spec, map=map)  # what was downloaded before
+            open_samples(data)  # what was downloaded before
         else:
             _require_on_hub(spec)
 

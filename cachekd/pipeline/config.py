@@ -9,18 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from cachekd.config import Config, DataSpec, Dtype, DumpConfig, TrainConfig
-from cachekd.config_file import read_yaml
+from cachekd.config import Dtype, DumpConfig, TrainConfig
+from cachekd.config_file import Config, read_yaml
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
-class EvalConfig(Config):
-    """Exact match, and agreement with the teacher."""
+class EvalConfig(DataOptions):
+    """Exact match, and agreement with the teacher, on held-out data."""
 
     models: list[str] = Field(description="steps, or model folders; by default every train step above")
-    data: DataSpec = Field(description="held-out data, in any form that dump takes")
     out: Path = Field(description="the folder of scores.json")
     teacher: str | None = Field(None, description="adds its own row, and every model's agreement with it")
     batch_size: int = Field(128, ge=1, description="questions per forward")
@@ -65,7 +65,8 @@ def _said(model: type[Config], base: type[Config], *own: str) -> Any:
 
 _Dump: Any = _said(DumpConfig, Step, "out", "rank", "world_size")
 _Train: Any = _said(TrainConfig, Step, "out")
-_TrainDefaults: Any = _said(TrainConfig, Config, "out", "teacher", "student", "data", "map")
+_TrainDefaults: Any = _said(TrainConfig, Config, "out", "teacher", "student", *DataOptions.model_fields)
+_DataDefaults: Any = _said(DataOptions, Config)
 _Eval: Any = _said(EvalConfig, Step, "out")
 _Report: Any = _said(ReportConfig, Step, "out")
 
@@ -103,13 +104,15 @@ class TrainDefaults(_TrainDefaults):
     """Any settings of all train steps."""
 
 
-class Defaults(Config):
-    """What steps share. A step's own setting, or its stage, comes before these."""
+class Defaults(_DataDefaults):
+    """What steps share. A step's own setting, or its stage, comes before these.
+
+    What is said of the data is of dump and train steps; eval steps, whose data are others, share how records
+    are read, and what is done with bad and long ones.
+    """
 
     teacher: str | None = Field(None, description="of dump, train and eval steps")
     student: str | None = Field(None, description="of the first train step")
-    data: DataSpec | None = Field(None, description="of dump and train steps")
-    map: str | None = Field(None, description="of dump and train steps")
     dtype: Dtype | None = Field(None, description="of dump and train steps")
     workers: int | None = Field(None, ge=0, description="of dump and train steps")
     train: TrainDefaults | None = Field(None, description="any other setting of all train steps")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
 from cachekd.samples import open_samples
@@ -73,7 +74,7 @@ def _read_by_transformers(model: Path) -> list[Path]:
     )
 
 
-def data_content(spec: str, map: str | None, known: dict[str, Known]) -> str | None:
+def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
     """Which data these are: their keys in order, and up to 32 samples; None for a URL or hub name.
 
     Args:
@@ -82,12 +83,13 @@ def data_content(spec: str, map: str | None, known: dict[str, Known]) -> str | N
     Raises:
         CachekdError: there are no such data on this disk.
     """
-    if is_remote(spec) or is_hub_data(spec):
+    if is_remote(data.data) or is_hub_data(data.data):
         return None
-    listing = _listing(_data_files(spec))
-    place = f"data {spec} {map or ''}".rstrip()
+    listing = _listing(_data_files(data.data))
+    said = data.model_dump_json(include=set(DataOptions.model_fields), exclude_defaults=True)
+    place = f"data {said}"
     if place not in known or known[place].listing != listing:
-        samples = open_samples(spec, map=map)
+        samples = open_samples(data)
         content = hashlib.sha256(f"{keys_hash(samples)} {content_hash(samples)}".encode()).hexdigest()
         known[place] = Known(listing=listing, content=content)
     return known[place].content

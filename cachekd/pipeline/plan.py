@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.config import Config, DumpConfig, TrainConfig, defaults_of
+from cachekd.config import DumpConfig, TrainConfig, defaults_of
+from cachekd.config_file import Config
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import EvalConfig, PipelineConfig, ReportConfig
@@ -34,6 +36,10 @@ FREE = {
 }
 
 
+_OF_DATA = set(DataOptions.model_fields)
+_OF_THE_TRAINING_SET = {"data", "image_root", "limit", "shuffle_seed"}
+
+
 @dataclass(frozen=True)
 class PlannedStep:
     """One step.
@@ -44,7 +50,7 @@ class PlannedStep:
         config: of that kind, whole.
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
-        data: (data set, map function) that it reads.
+        data: that it reads.
         files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
@@ -53,7 +59,7 @@ class PlannedStep:
     config: Any
     upstream: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    data: tuple[str, str | None] | None = None
+    data: DataOptions | None = None
     files: tuple[Path, ...] = ()
 
     @property
@@ -114,11 +120,11 @@ def _said(model: Config) -> dict[str, Any]:
 
 
 def _dump_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    return {**_shared(above, "teacher", "data", "map", "dtype", "workers"), **said}
+    return {**_shared(above, "teacher", "dtype", "workers", *_OF_DATA), **said}
 
 
 def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", "student", "data", "map", "dtype", "workers")
+    shared = _shared(above, "teacher", "student", "dtype", "workers", *_OF_DATA)
     if (previous := above.last("train")) is not None:
         shared["student"] = previous
     preset = STAGES[said["stage"]] if "stage" in said else {}
@@ -132,7 +138,11 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    values = {**_shared(above, "teacher"), "models": above.of_kind["train"], **said}
+    values = {
+        **_shared(above, "teacher", *_OF_DATA - _OF_THE_TRAINING_SET),
+        "models": above.of_kind["train"],
+        **said,
+    }
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
 
@@ -183,7 +193,7 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         config,
         upstream=tuple(dict.fromkeys(upstream)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
-        data=None if kind == "report" else (config.data, None if kind == "eval" else config.map),
+        data=config if kind != "report" else None,
         files=_files(config, made) if kind == "train" else (),
     )
 

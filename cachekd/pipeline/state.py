@@ -132,7 +132,7 @@ def _facts(step: PlannedStep, state: PipelineState) -> Facts:
         f"files of {name}": model_content(name, state.known) for name in step.models
     }
     if step.data is not None:
-        inputs[f"content of {step.data[0]}"] = data_content(*step.data, state.known)
+        inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
     for path in step.files:
         if path.is_file():
             inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,44 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.samples.hf_load import HfSpec, load_split
-from cachekd.samples.keys import unique_keys
-from cachekd.samples.map_function import MapFunction
 from cachekd.samples.outline import Outline, outline_of_record
-from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS, sample_from_record
+from cachekd.samples.protocol import DataNotes
+from cachekd.samples.record_reader import KEY_FIELDS, RecordReader
+from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
 from cachekd.samples.sample import Sample
-
-KEY_COLUMNS = ("id", "key", "__key__")
 
 
 class HfDatasetSamples:
     """A map-style data set over one split. Images stay encoded until their sample is read.
 
-    The keys are the column `id`, `key` or `__key__` (the first there is), or else the row numbers.
+    The keys are the column `id`, `key` or `__key__` (the first there is), or else the row numbers. They are
+    taken before the mapping, which would read every image; only a `--key` that is no column is taken after.
 
     Args:
         spec: what to load.
-        map: applied to each row, as a dict whose images are `{"bytes", "path"}`.
+        reader: how rows become samples. A map function is given each row, as a dict whose images are
+            `{"bytes", "path"}`.
 
     Raises:
-        CachekdError: it cannot be loaded, lacks columns, or has an absent or repeated key.
+        CachekdError: it cannot be loaded, lacks columns, or has keys that are none.
     """
 
-    def __init__(self, spec: HfSpec, map: MapFunction | None = None) -> None:
+    def __init__(self, spec: HfSpec, reader: RecordReader) -> None:
         dataset = load_split(spec)
         self._origin = spec.path if spec.split is None else f"{spec.path}?split={spec.split}"
-        self._folder = _folder(spec)
-        self._map = map
-        if map is None:
-            _require_columns(dataset, self._origin)
+        self._reader = reader.beside(_folder(spec))
+        images = self._reader.image_fields or IMAGE_FIELDS
+        if self._reader.map is None:
+            _require_columns(dataset, self._origin, images)
         self._features = datasets.Features(
             {name: _undecoded(feature) for name, feature in dataset.features.items()}
         )
@@ -50,8 +51,9 @@ class HfDatasetSamples:
         # What `outline` reads without a map function: the turns, and of images how many there are.
         names = [name for name in dataset.column_names if name in TURN_FIELDS]
         self._turns = self._rows.select_columns(names)
-        self._image_columns = [name for name in IMAGE_FIELDS if name in dataset.column_names]
-        self.keys = _keys(dataset, self._origin)
+        self._image_columns = [name for name in images if name in dataset.column_names]
+        self.keys, repeated = self._reader.keys(self._key_values(dataset), self._origin, row="row")
+        self.notes = DataNotes(repeated_keys=repeated)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -64,12 +66,15 @@ class HfDatasetSamples:
             CachekdError: the row cannot be read.
         """
         record = self._record(self._rows, index)
-        return sample_from_record(self.keys[index], record, origin=self._place(index), folder=self._folder)
+        place = self._place(index)
+        return self._reader.sample(
+            self.keys[index], self._reader.mapped(record, self.keys[index], place), place
+        )
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""
-        if self._map is not None:
-            return outline_of_record(self._record(self._rows, index))
+        if self._reader.map is not None:
+            return self._reader.outline(self._mapped(index))
         return outline_of_record({**self._record(self._turns, index), "images": [None] * self._images(index)})
 
     def _images(self, index: int) -> int:
@@ -86,6 +91,9 @@ class HfDatasetSamples:
     def _place(self, index: int) -> str:
         return f"{self._origin}, row {index}"
 
+    def _mapped(self, index: int) -> Mapping[str, Any]:
+        return self._reader.mapped(self._record(self._rows, index), self.keys[index], self._place(index))
+
     def _record(self, rows: datasets.Dataset, index: int) -> Mapping[str, Any]:
         origin = self._place(index)
         try:
@@ -97,28 +105,40 @@ class HfDatasetSamples:
             raise CachekdError(
                 "a row of the data set cannot be read", where=origin, found=f"{type(error).__name__}: {error}"
             ) from error
-        return row if self._map is None else self._map(row, self.keys[index], origin)
+        return row
+
+    def _key_values(self, dataset: datasets.Dataset) -> list[Any]:
+        """Of every row, what its key is; None for the row's number."""
+        wished, columns = self._reader.key, dataset.column_names
+        if wished == ROW_NUMBERS:
+            return [None] * len(dataset)
+        names = KEY_FIELDS if wished is None else (wished, wished.partition(".")[0])
+        column = next((name for name in names if name in columns), None)
+        if column is not None:
+            rows = dataset.with_format(None).select_columns([column])
+            if column in KEY_FIELDS or column == wished:
+                return list(rows[:][column])
+            return [self._reader.key_of(row) for row in rows]
+        if wished is None or self._reader.map is None:
+            return [None] * len(dataset)
+        records = (self._record(self._rows, index) for index in range(len(dataset)))
+        return [self._reader.mapped_key(row, place, self._origin) for place, row in enumerate(records)]
 
 
-def _keys(dataset: datasets.Dataset, origin: str) -> list[str]:
-    column = next((name for name in KEY_COLUMNS if name in dataset.column_names), None)
-    if column is None:
-        return [f"{index:08d}" for index in range(len(dataset))]
-    values = dataset.with_format(None).select_columns([column])[:][column]
-    return unique_keys(values, origin, row="row", rows="rows")
-
-
-def _require_columns(dataset: datasets.Dataset, origin: str) -> None:
+def _require_columns(dataset: datasets.Dataset, origin: str, images: Sequence[str]) -> None:
     columns = dataset.column_names
     # Text alone is data for a language model; images that would not be read are a mistake.
-    unread = not set(IMAGE_FIELDS) & set(columns) and "Image(" in repr(dataset.features)
+    unread = not {name.partition(".")[0] for name in images} & set(columns) and "Image(" in repr(
+        dataset.features
+    )
     if unread or not set(TURN_FIELDS) & set(columns):
         raise CachekdError(
             "the data set lacks columns",
             where=origin,
-            expected=f"{' or '.join(TURN_FIELDS)}, and for images {' or '.join(IMAGE_FIELDS)}",
+            expected=f"{' or '.join(TURN_FIELDS)}, and for images {' or '.join(images)}",
             found=", ".join(columns),
-            fix="give --map module:function, which makes such a record of a row",
+            fix="--image-field NAME takes images from another column; --map module:function makes such a "
+            "record of a row",
         )
 
 

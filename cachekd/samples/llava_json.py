@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cachekd.errors import CachekdError
-from cachekd.samples.keys import unique_keys
-from cachekd.samples.map_function import MapFunction
-from cachekd.samples.outline import Outline, outline_of_record
-from cachekd.samples.records import sample_from_record
+from cachekd.samples.outline import Outline
+from cachekd.samples.protocol import DataNotes
+from cachekd.samples.record_reader import RecordReader
 from cachekd.samples.sample import Sample
 
 
 class LlavaJsonSamples:
-    """A map-style data set over a `.json` or `.jsonl` file; image paths are relative to the file's folder.
+    """A map-style data set over a file that holds a list of objects, or an object a line.
+
+    The keys are the field `id`, `key` or `__key__` of each record after its mapping (the first there is), or
+    else its number.
 
     Args:
         path: the file.
-        map: applied to each entry, as a dict.
+        reader: how records become samples; it is given each entry, as a dict.
 
     Raises:
-        CachekdError: the file cannot be read, is no list of objects, or has an absent or repeated id.
+        CachekdError: the file cannot be read, is no list of objects, or has keys that are none.
     """
 
-    def __init__(self, path: Path, map: MapFunction | None = None) -> None:
-        self.path, self._map = path, map
+    def __init__(self, path: Path, reader: RecordReader) -> None:
+        self.path, self._reader, self._origin = path, reader, str(path)
         self._records = _read_records(path)
-        self.keys = unique_keys((record.get("id") for record in self._records), str(path))
+        values = [
+            reader.mapped_key(record, position, self._origin) for position, record in enumerate(self._records)
+        ]
+        self.keys, repeated = reader.keys(values, self._origin)
+        self.notes = DataNotes(repeated_keys=repeated)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -44,45 +49,74 @@ class LlavaJsonSamples:
         """
         if not self.path.parent.exists():
             raise CachekdError("the data set's folder has gone", where=str(self.path.parent))
-        record = self._record(index)
-        return sample_from_record(self.keys[index], record, origin=str(self.path), folder=self.path.parent)
+        return self._reader.sample(self.keys[index], self._record(index), self._origin)
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`."""
-        return outline_of_record(self._record(index))
+        return self._reader.outline(self._record(index))
 
     def _record(self, index: int) -> Mapping[str, Any]:
-        record = self._records[index]
-        if self._map is None:
-            return record
-        # A copy: a function may change what it gets, and a sample may be read again.
-        return self._map(copy.deepcopy(record), self.keys[index], str(self.path))
+        return self._reader.mapped(self._records[index], self.keys[index], self._origin)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    where = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        records: Any = []
-        if path.suffix == ".jsonl":
-            # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
-            for number, line in enumerate(text.split("\n"), 1):
-                where = f"line {number} of {path}"
-                if line.strip():
-                    records.append(json.loads(line))
-        else:
-            records = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CachekdError("the data file is not valid JSON", where=where, found=str(error)) from None
+        text = path.read_text(encoding="utf-8-sig")  # with or without a BOM
+    except UnicodeDecodeError as error:
+        raise _not_json(str(path), error) from None
     except OSError as error:
         raise CachekdError("the data file cannot be read", where=str(path), found=str(error)) from None
+    # What it holds counts, not how it is called: lists are called .jsonl and lines .json.
+    first = text.lstrip()[:1]
+    records = list(_lines(text, path)) if first == "{" else _parse(text or "[]", str(path))
     listed = isinstance(records, list)
     odd = [item for item in records if not isinstance(item, dict)] if listed else [records]
     if odd:
         raise CachekdError(
             "the data file has an unexpected form",
             where=str(path),
-            expected='a list of {"id", "image", "conversations"} objects',
+            expected='a list of {"id", "image", "conversations"} objects, or such an object a line',
             found=("a list with " if listed else "") + type(odd[0]).__name__,
         )
     return records
+
+
+def _lines(text: str, path: Path) -> Iterator[Any]:
+    # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
+    lines = text.split("\n")
+    if _is_one_object(lines):
+        raise CachekdError(
+            "the data file holds one object",
+            where=str(path),
+            expected='a list of {"id", "image", "conversations"} objects, or such an object a line',
+            found=f"an object of {', '.join(map(repr, list(json.loads(text))[:8]))}",
+            fix="save the list in it as a file of its own",
+        )
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _parse(line, f"line {number} of {path}")
+
+
+def _is_one_object(lines: list[str]) -> bool:
+    """Whether the file is an object over several lines, which would be a list's wrapping, not a record."""
+    try:
+        json.loads(next(line for line in lines if line.strip()))
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return False
+    try:
+        return isinstance(json.loads("\n".join(lines)), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise _not_json(where, error) from None
+
+
+def _not_json(where: str, error: Exception) -> CachekdError:
+    return CachekdError("the data file is not valid JSON", where=where, found=str(error)[:200])

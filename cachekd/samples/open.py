@@ -6,72 +6,99 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.llava_json import LlavaJsonSamples
-from cachekd.samples.map_function import MapFunction, load_map
 from cachekd.samples.protocol import Samples
+from cachekd.samples.record_reader import RecordReader
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
 from cachekd.samples.view import SamplesView
 from cachekd.samples.web_dataset import WebDatasetSamples
 
 FORMS = (
-    "a .json or .jsonl file in LLaVA's form; a .tar, a folder of them, or a pattern as in "
-    "'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
+    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
+    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
     "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
 )
 _OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)  # not the wildcard of "train-00?.tar"
 _TABLES = (".parquet", ".arrow")
-_FILES = (".json", ".jsonl", ".tar", ".gz", ".tgz", ".zip")  # of which "data/x.json" is no name on the hub
+_JSON = (".json", ".jsonl")
+_FILES = (*_JSON, ".tar", ".gz", ".tgz", ".zip")  # of which "data/x.json" is no name on the hub
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
-def open_samples(
-    spec: str | Path, *, map: str | None = None, limit: int | None = None, shuffle_seed: int | None = None
-) -> Samples:
+def open_samples(data: Data, **options: Any) -> Samples:
     """Open a data set: LLaVA JSON, WebDataset tars or Hugging Face `datasets`.
 
     Args:
-        spec: a `.json` or `.jsonl` file; a `.tar`, a folder of them, a glob or brace pattern, or a URL or
-            pattern of URLs that fsspec reads; a `save_to_disk` folder, parquet file, folder or glob, or
-            `org/name` of the hub, with `?name=`, `split=` and `revision=` joined by `&`.
-        map: `module:function`, called with each raw record (a JSON entry; a row, images undecoded; a tar's
-            `{"__key__", extension: bytes}`); returns what `sample_from_record` takes.
-        limit: keep the first so many, after shuffling.
-        shuffle_seed: shuffle by a permutation with this seed.
+        data: a `.json` or `.jsonl` file, or a folder of one; a `.tar`, a folder of them, a glob or brace
+            pattern, or a URL or pattern of URLs that fsspec reads; a `save_to_disk` folder, parquet file,
+            folder or glob, or `org/name` of the hub, with `?name=`, `split=` and `revision=` joined by `&`.
+            Or all that can be said about a data set.
+        options: otherwise, what else `DataOptions` has, such as `map`, `limit` and `shuffle_seed`. A map
+            function is called with each raw record (a JSON entry; a row, images undecoded; a tar's
+            `{"__key__", extension: bytes}`) and returns what `sample_from_record` takes.
 
     Raises:
         CachekdError: it does not exist, is none of these, is empty or inconsistent, or an option is bad.
     """
-    function = None if map is None else load_map(map)
-    samples = _open(str(spec), function)
+    said = DataOptions.of(data, **options)
+    samples = _open(said.data, RecordReader.of(said))
     if len(samples) == 0:
-        raise CachekdError("the data set is empty", where=str(spec), expected="at least one sample", found=0)
-    if limit is None and shuffle_seed is None:
+        left = samples.notes.left_out
+        raise CachekdError(
+            "the data set is empty",
+            where=said.data,
+            expected="at least one sample",
+            found=f"0, and {len(left)} files that are no data, such as {left[0]}" if left else 0,
+        )
+    if said.limit is None and said.shuffle_seed is None:
         return samples
-    return SamplesView(samples, limit=limit, shuffle_seed=shuffle_seed)
+    return SamplesView(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
 
 
-def _open(spec: str, map: MapFunction | None) -> Samples:
+def _open(spec: str, reader: RecordReader) -> Samples:
     if is_remote(spec):
-        return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), map)
-    options = None if os.path.exists(spec) else _OPTIONS.fullmatch(spec)
-    name, query = (options[1], options[2]) if options else (spec, "")
+        return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), reader)
+    chosen = None if os.path.exists(spec) else _OPTIONS.fullmatch(spec)
+    name, query = (chosen[1], chosen[2]) if chosen else (spec, "")
     path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long
     tars = sorted(str(tar) for tar in path.glob("*.tar")) if exists and path.is_dir() else []
     if _has_tables(path, tars) if exists else _names_tables(name):
-        return _open_hugging_face(name, query, map)
+        return _open_hugging_face(name, query, reader)
     if query:
         raise CachekdError(
             "options are for Hugging Face data sets only", where=name, expected=FORMS, found=f"?{query}"
         )
-    if path.suffix in (".json", ".jsonl") and exists:
-        return LlavaJsonSamples(path, map)
+    if exists and not tars and (file := _json_file(path)) is not None:
+        return LlavaJsonSamples(file, reader.beside(file.parent))
     if tars or (is_tar(name) and (exists or _is_pattern(name))):
-        return WebDatasetSamples(tars or find_tars(name), map)
+        return WebDatasetSamples(tars or find_tars(name), reader)
     raise CachekdError(
         "no data found" if exists else "the data set does not exist", where=name, expected=FORMS
     )
+
+
+def _json_file(path: Path) -> Path | None:
+    """The file, or the only one of a folder; None where there is none.
+
+    Raises:
+        CachekdError: the folder has several.
+    """
+    if not path.is_dir():
+        return path if path.suffix in _JSON else None
+    here = sorted(file for file in path.iterdir() if file.suffix in _JSON and not file.name.startswith("."))
+    if len(here) > 1:
+        raise CachekdError(
+            "the folder holds several JSON files",
+            where=str(path),
+            expected="one data set",
+            found=", ".join(file.name for file in here[:5]),
+            fix=f"name the one that is meant, as in {here[0]}",
+        )
+    return here[0] if here else None
 
 
 def _has_tables(path: Path, tars: list[str]) -> bool:
@@ -98,12 +125,12 @@ def _names_tables(name: str) -> bool:
     return name.endswith(_TABLES) or (not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None)
 
 
-def _open_hugging_face(name: str, query: str, map: MapFunction | None) -> Samples:
+def _open_hugging_face(name: str, query: str, reader: RecordReader) -> Samples:
     # Here, because importing `datasets` takes seconds that the other forms need not wait for.
     from cachekd.samples.hf_dataset import HfDatasetSamples
     from cachekd.samples.hf_load import HfSpec
 
-    return HfDatasetSamples(HfSpec.parse(name, query), map)
+    return HfDatasetSamples(HfSpec.parse(name, query), reader)
 
 
 def _is_pattern(name: str) -> bool:

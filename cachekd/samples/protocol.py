@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from cachekd.samples.sample import Sample
@@ -10,10 +11,29 @@ if TYPE_CHECKING:
     from cachekd.samples.outline import Outline
 
 
+@dataclass(frozen=True)
+class DataNotes:
+    """What was noticed of a whole data set when it was opened, before any limit.
+
+    Attributes:
+        repeated_keys: samples whose key came before, so that theirs has `#2`, `#3`, ... behind it.
+        left_out: files that are no data, such as a Mac's `._x`.
+    """
+
+    repeated_keys: int = 0
+    left_out: tuple[str, ...] = ()
+
+
 class Samples(Protocol):
-    """A map-style data set whose keys are known before anything is read; it can be pickled."""
+    """A map-style data set whose keys are known before anything is read; it can be pickled.
+
+    Attributes:
+        keys: all different, in the data set's order.
+        notes: what was noticed when it was opened.
+    """
 
     keys: list[str]
+    notes: DataNotes
 
     def __len__(self) -> int: ...
 

@@ -1,15 +1,17 @@
 """Where every member of every tar lies: found header by header, kept in a few arrays.
 
-The index is what makes keys known before anything runs, duplicates found instead of passing in silence, and
-any sample one range read away. It takes some 50 bytes a sample besides the key.
+The index is what makes keys known before anything runs, repeated ones counted instead of joined in silence,
+and any sample one range read away. It takes some 50 bytes a sample besides the key.
 """
 
 from __future__ import annotations
 
+import re
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -22,6 +24,8 @@ from cachekd.samples.keys import require_text
 from cachekd.samples.tar_urls import named_errors
 
 _CHUNK = 1 << 16
+# What people's tars hold besides data: a Mac's ._x and .DS_Store, and what is there to be read.
+_NO_DATA = re.compile(r"\.|(readme|licen[cs]e|notice|copying|changelog)(\.(md|txt|rst))?$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,9 @@ class TarIndex:
     Attributes:
         urls: of the tars.
         extensions: that occur, in lower case and without the dot.
-        keys: S, in the order of the tars and of each key's first member.
+        names: S, of the members without their extension, in the order of the tars and of each sample's first
+            member; a name may come again.
+        left_out: members that are no data.
         tars: [S] uint32, into `urls`: a sample lies in one tar.
         starts: [S + 1] int64, into the members.
         kinds: [M] uint32, into `extensions`.
@@ -41,7 +47,8 @@ class TarIndex:
 
     urls: tuple[str, ...]
     extensions: tuple[str, ...]
-    keys: list[str]
+    names: list[str]
+    left_out: tuple[str, ...]
     tars: NDArray[np.uint32]
     starts: NDArray[np.int64]
     kinds: NDArray[np.uint32]
@@ -81,26 +88,30 @@ class TarIndex:
 
 
 def index_tars(urls: Sequence[str]) -> TarIndex:
-    """Index tars.
+    """Index tars. A name whose extension came before in the same tar begins another sample, as does one that
+    came in another tar.
 
     Raises:
-        CachekdError: a tar cannot be read to its end, a key appears twice (in two tars, or with the same
-            extension in one), a member is no plain file, or has no extension.
+        CachekdError: a tar cannot be read to its end, a member is no plain file, or has no extension.
     """
-    samples: dict[str, int] = {}
+    names: list[str] = []
     extensions: dict[str, int] = {}
     tars, owners, kinds = array("I"), array("q"), array("I")
     offsets, sizes = array("q"), array("q")
+    left_out: list[str] = []
     for number, url in enumerate(urls):
-        names: set[str] = set()
+        here: dict[str, tuple[int, set[str]]] = {}  # the last sample of each name, and its extensions
         for info in _files(url):
-            key, extension = _split_name(info.name, url)
-            sample = samples.setdefault(key, len(samples))
-            if sample == len(tars):
+            if _NO_DATA.match(PurePosixPath(info.name).name):
+                left_out.append(f"{info.name} in {url}")
+                continue
+            name, extension = _split_name(info.name, url)
+            if name not in here or extension in here[name][1]:
+                here[name] = (len(names), set())
+                names.append(name)
                 tars.append(number)
-            elif tars[sample] != number or f"{key}.{extension}" in names:
-                raise _twice(key, extension, urls[tars[sample]], url)
-            names.add(f"{key}.{extension}")
+            sample, members = here[name]
+            members.add(extension)
             owners.append(sample)
             kinds.append(extensions.setdefault(extension, len(extensions)))
             offsets.append(info.offset_data)
@@ -110,9 +121,10 @@ def index_tars(urls: Sequence[str]) -> TarIndex:
     return TarIndex(
         urls=tuple(urls),
         extensions=tuple(extensions),
-        keys=list(samples),
+        names=names,
+        left_out=tuple(left_out),
         tars=np.array(tars, np.uint32),
-        starts=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(samples)))]).astype(np.int64),
+        starts=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(names)))]).astype(np.int64),
         kinds=np.array(kinds, np.uint32)[order],
         offsets=np.array(offsets, np.int64)[order],
         sizes=np.array(sizes, np.int64)[order],
@@ -168,12 +180,3 @@ def _split_name(name: str, url: str) -> tuple[str, str]:
         raise CachekdError("a file in the tar has no extension", where=f"{name} in {url}")
     require_text(name, url)
     return key, extension.lower()  # as webdataset does: x.PNG is x.png
-
-
-def _twice(key: str, extension: str, first: str, second: str) -> CachekdError:
-    return CachekdError(
-        f"the key {key!r} appears twice",
-        where=f"{first} and {second}" if first != second else f"{key}.{extension}, both in {first}",
-        expected="keys that are unique over all tars: the cache is looked up by them",
-        fix="rename one of them, for example by prefixing its source",
-    )

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cachekd.errors import CachekdError
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
@@ -20,9 +19,6 @@ class SamplesView:
         limit: how many at most; None: all.
         shuffle_seed: of the permutation; None: the data set's own order.
         only: indices, of which the others are left out beforehand; None: all.
-
-    Raises:
-        CachekdError: `limit` is below 1, or the seed below 0.
     """
 
     def __init__(
@@ -33,14 +29,12 @@ class SamplesView:
         shuffle_seed: int | None = None,
         only: Sequence[int] | None = None,
     ) -> None:
-        for name, value, least in (("limit", limit, 1), ("shuffle-seed", shuffle_seed, 0)):
-            if value is not None and value < least:
-                raise CachekdError(f"--{name} is too small", expected=f"at least {least}", found=value)
         order = np.arange(len(samples)) if only is None else np.array(only)
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(order)
         self._samples, self._order = samples, order[:limit].copy()
         self.keys = [samples.keys[index] for index in self._order]
+        self.notes = samples.notes
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import first_given
-from cachekd.samples.map_function import MapFunction
-from cachekd.samples.outline import Outline, outline_of_record
-from cachekd.samples.records import IMAGE_FIELDS, sample_from_record
+from cachekd.samples.outline import Outline
+from cachekd.samples.protocol import DataNotes
+from cachekd.samples.record_reader import RecordReader
+from cachekd.samples.records import IMAGE_FIELDS
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.tar_index import index_tars
 
@@ -33,16 +35,19 @@ class WebDatasetSamples:
 
     Args:
         urls: the tars' paths or fsspec URLs.
-        map: applied to each sample as `{"__key__": key, extension: bytes, ...}`; without it, the sample is
-            its JSON with the image members as its images.
+        reader: how records become samples. A map function is given `{"__key__": key, extension: bytes, ...}`;
+            without one, the sample is its JSON with the image members as its images.
 
     Raises:
         CachekdError: a tar cannot be indexed (see `index_tars`).
     """
 
-    def __init__(self, urls: Sequence[str], map: MapFunction | None = None) -> None:
-        self._index, self._map = index_tars(urls), map
-        self.keys = self._index.keys
+    def __init__(self, urls: Sequence[str], reader: RecordReader) -> None:
+        self._index, self._reader = index_tars(urls), reader
+        names, where = self._index.names, ", ".join(urls[:2])
+        keys = reader.keys(list(map(self._key, range(len(names)))), where, row="sample")
+        self.keys, repeated = keys
+        self.notes = DataNotes(repeated, self._index.left_out)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -55,32 +60,39 @@ class WebDatasetSamples:
             CachekdError: its tar has gone or changed.
         """
         key, origin = self.keys[index], self._index.url(index)
-        if self._map is not None:
-            return sample_from_record(key, self._mapped(self._map, index), origin=origin)
-        members, record = self._index.members(index), self._record(index)
-        if "images" in record:
+        record = dict(self._record(index))
+        if self._reader.map is None and "images" in record:
+            members = self._index.members(index)
             record["images"] = [self._index.read(index, members[extension]) for extension in record["images"]]
-        return sample_from_record(key, record, origin=origin)
+        return self._reader.sample(key, record, origin)
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole sample, bytes of images and all."""
-        return outline_of_record(self._record(index) if self._map is None else self._mapped(self._map, index))
+        return self._reader.outline(self._record(index))
 
-    def _record(self, index: int) -> dict[str, Any]:
-        """The sample's JSON; its images, if it has any, are extensions, not read yet."""
-        key, origin, members = self.keys[index], self._index.url(index), self._index.members(index)
+    def _key(self, index: int) -> Any:
+        """The members' name, or what the record says, for which it is read."""
+        if self._reader.key in (None, ROW_NUMBERS):
+            return self._index.names[index] if self._reader.key is None else None
+        try:
+            return self._reader.key_of(self._record(index))
+        except BadSample:  # said again when the sample is read
+            return None
+
+    def _record(self, index: int) -> Mapping[str, Any]:
+        """What the map function makes of the sample; without one, its JSON, and its images, if it has any,
+        as extensions, not read yet."""
+        name, origin, members = self._index.names[index], self._index.url(index), self._index.members(index)
+        if self._reader.map is not None:
+            files = {extension: self._index.read(index, member) for extension, member in members.items()}
+            return self._reader.mapped({"__key__": name, **files}, name, origin)
         text_alone = "json" in members and members.keys() <= _TEXT_ALONE
-        images = [] if text_alone else _image_extensions(members, key, origin)
-        record = _parse_json(self._index.read(index, members["json"]), key, origin)
+        images = [] if text_alone else _image_extensions(members, name, origin)
+        record = _parse_json(self._index.read(index, members["json"]), name, origin)
         if text_alone and first_given(record, *IMAGE_FIELDS):
-            raise _lacks("image", members, key, origin)
-        record = {name: value for name, value in record.items() if name not in IMAGE_FIELDS}
+            raise _lacks("image", members, name, origin)
+        record = {field: value for field, value in record.items() if field not in IMAGE_FIELDS}
         return {**record, "images": images} if images else record
-
-    def _mapped(self, map: MapFunction, index: int) -> Mapping[str, Any]:
-        key, members = self.keys[index], self._index.members(index)
-        files = {extension: self._index.read(index, member) for extension, member in members.items()}
-        return map({"__key__": key, **files}, key, self._index.url(index))
 
 
 def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:

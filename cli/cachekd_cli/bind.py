@@ -9,6 +9,7 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
     from cachekd.bind import BindReport
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 SHOWN = 5
 
 
+@takes_data()
 def bind_command(
     cache: Annotated[str, typer.Argument(help="The cache: a folder, or the address of a published one.")],
-    data: Annotated[str, typer.Option(help="A data set with its images, in any order, folder, container.")],
-    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
+    data: Given,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the binding, for `cachekd train --binding`.")
     ] = None,
@@ -27,6 +28,8 @@ def bind_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, all keys, as JSON.")] = False,
 ) -> None:
     """Find a cache's samples in a data set, by key and by content (messages and pixels).
+
+    The data may lie in another order, folder or container.
 
     Exit code 0 if the cache has every sample of the data set (it may have more), 1 if some are changed,
     unknown or unreadable.
@@ -42,16 +45,17 @@ def bind_command(
         raise CachekdError(
             "the file for the binding exists already", where=str(out), fix="choose another --out"
         )
-    opened, samples = LogitCache(cache), open_samples(data, map=map_function)
+    options = read_data(data)
+    opened, samples = LogitCache(cache), open_samples(options)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "bind", len(samples))
         report = bind(opened, samples, workers=workers, progress=lambda done: advance(done, done))
     if out is not None:
-        report.write(out, opened, data)
+        report.write(out, opened, options.data)
     if as_json:
         print_json(as_dict(report))
     else:
-        print_report(report, cache, data, out)
+        print_report(report, cache, options.data, out)
     if report.unbound:
         raise typer.Exit(1)
 

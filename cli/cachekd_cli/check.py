@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
     from cachekd.pair import PairReport, Run, Sizes
@@ -18,12 +19,12 @@ _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
 
 
+@takes_data()
 def check_command(
     teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
     student: Annotated[str, typer.Option(help="Student: a model folder or hub name.")],
-    data: Annotated[str, typer.Option(help="The data set, in any form that dump takes.")],
+    data: Given,
     cache: Annotated[str | None, typer.Option(help="A cache, to check too: a folder or an address.")] = None,
-    map: Annotated[str | None, typer.Option(help="module:function, as for dump.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to look at, and to show.")] = 2,
     forward: Annotated[
         bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")
@@ -51,8 +52,7 @@ def check_command(
         report = check_pair(
             teacher,
             student,
-            data,
-            map=map,
+            read_data(data),
             cache=cache,
             samples=samples,
             forward=forward,

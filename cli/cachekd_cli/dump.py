@@ -10,6 +10,7 @@ import typer
 from rich.progress import TaskID
 
 from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, table
+from cachekd_cli.data_options import Given, takes_data
 from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
@@ -18,24 +19,11 @@ if TYPE_CHECKING:
     from cachekd.dump_estimate import Estimate
 
 
+@takes_data()
 def dump_command(
     teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="LLaVA .json/.jsonl; WebDataset tars: a folder, 'train-*.tar', 'train-{000..009}.tar', "
-            "s3://...; a `datasets` folder, .parquet or hub name, with '?split=train'."
-        ),
-    ],
+    data: Given,
     out: Annotated[Path, typer.Option(help="The cache's folder: new, empty, or a dump to go on with.")],
-    limit: Annotated[int | None, typer.Option(help="Only the first so many samples.")] = None,
-    shuffle_seed: Annotated[int | None, typer.Option(help="Shuffle the samples first.")] = None,
-    map_function: Annotated[
-        str | None, typer.Option("--map", help="module:function that makes a record of your own format.")
-    ] = None,
-    on_error: Annotated[
-        str, typer.Option(help="A bad sample: stop, or skip it and name it in skipped.jsonl.")
-    ] = "stop",
     top_k: Annotated[int, typer.Option(help="Most logprobs kept per answer token.")] = 128,
     top_p: Annotated[
         float | None,
@@ -84,12 +72,8 @@ def dump_command(
         DumpConfig,
         {
             "teacher": teacher,
-            "data": data,
+            **data,
             "out": out,
-            "limit": limit,
-            "shuffle_seed": shuffle_seed,
-            "map": map_function,
-            "on_error": on_error,
             "top_k": top_k,
             "top_p": top_p,
             "tail": tail,

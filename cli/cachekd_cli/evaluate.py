@@ -11,16 +11,19 @@ import typer
 
 from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
+    from cachekd.data_options import Data
     from cachekd.evaluate import Evaluation
 
 
+@takes_data()
 def eval_command(
     models: Annotated[
         list[str], typer.Argument(help="Model or run folders; all are asked the same questions.")
     ],
-    data: Annotated[Path, typer.Option(help="Held-out data, in any form that dump takes.")],
+    data: Given,
     teacher: Annotated[
         str | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
     ] = None,
@@ -34,7 +37,7 @@ def eval_command(
     Example: cachekd eval runs/ce runs/switch-kd --teacher models/llava-7b --data data/test
     """
     quiet_libraries()
-    result = run_eval(models, data, teacher, batch_size)
+    result = run_eval(models, read_data(data), teacher, batch_size)
     save_in_runs(result)
     if as_json:
         print_json(asdict(result))
@@ -42,7 +45,7 @@ def eval_command(
         print_tables(result)
 
 
-def run_eval(models: list[str], data: str | Path, teacher: str | None, batch_size: int = 128) -> Evaluation:
+def run_eval(models: list[str], data: Data, teacher: str | None, batch_size: int = 128) -> Evaluation:
     """Evaluate behind a progress bar."""
     from cachekd.evaluate import evaluate
     from cachekd.samples import open_samples

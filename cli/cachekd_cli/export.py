@@ -10,6 +10,7 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli.console import console, print_json, progress_bar
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 
 class Form(StrEnum):
@@ -19,12 +20,12 @@ class Form(StrEnum):
     webdataset = "webdataset"
 
 
+@takes_data(required=False)
 def export_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
-    data: Annotated[str | None, typer.Option(help="The data that were dumped; for webdataset.")] = None,
-    map_: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
+    data: Given,
     top_k: Annotated[int | None, typer.Option(help="Most logprobs per token; all that are kept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -38,10 +39,10 @@ def export_command(
     from cachekd.export import export_parquet, export_webdataset
     from cachekd.samples import open_samples
 
-    if (data is None) == (to is Form.webdataset):
+    if ("data" in data) != (to is Form.webdataset):
         raise CachekdError(
             "--data goes with --to webdataset, and only with it",
-            found=f"--to {to.value} {'without' if data is None else 'with'} --data",
+            found=f"--to {to.value} {'with' if 'data' in data else 'without'} --data",
             fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
         )
     with progress_bar("samples") as bar:
@@ -50,10 +51,10 @@ def export_command(
         def advance(done: int) -> None:
             bar.advance(task, done)
 
-        if data is None:
+        if to is Form.parquet:
             written = export_parquet(cache, out, top_k=top_k, progress=advance)
         else:
-            samples = open_samples(data, map=map_)
+            samples = open_samples(read_data(data))
             written = export_webdataset(cache, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if as_json:

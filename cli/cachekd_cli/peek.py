@@ -23,9 +23,11 @@ from cachekd_cli.console import (
     require_place,
     write_page,
 )
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
+    from cachekd.data_options import DataOptions
     from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
     from cachekd.peek_data import PeekedData
     from cachekd.token_texts import TokenReader
@@ -42,16 +44,13 @@ class Order(StrEnum):
     surprising = "surprising"
 
 
+@takes_data(required=False)
 def peek_command(
+    data: Given,
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     key: Annotated[
         str | None, typer.Argument(help="A sample's key; default: chosen by --order and --limit.")
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="The data set that was dumped: shows question and image, and checks them."),
-    ] = None,
-    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
     ] = None,
@@ -84,7 +83,7 @@ def peek_command(
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
         errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
-    samples = None if data is None else open_data(opened, data, map_function, reader)
+    samples = open_data(opened, read_data(data), reader) if data else None
     if key is not None:
         opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
         keys = [key]
@@ -105,14 +104,13 @@ def peek_command(
             print_sample(sample)
 
 
-def open_data(cache: LogitCache, data: str, map_function: str | None, reader: TokenReader) -> PeekedData:
+def open_data(cache: LogitCache, data: DataOptions, reader: TokenReader) -> PeekedData:
     """The data set, by key."""
     from cachekd.peek_data import PeekedData
     from cachekd.samples import open_samples
-    from cachekd.samples.map_function import require_map
+    from cachekd.samples.dumped import as_dumped
 
-    named = cache.manifest.sources[0].data.map
-    samples = open_samples(data, map=require_map(map_function, named, str(cache.path)))
+    samples = open_samples(as_dumped(data, cache.manifest.sources[0].data, str(cache.path)))
     return PeekedData(cache, samples, reader.processor)
 
 

@@ -79,7 +79,7 @@ def eval_step(config: EvalConfig) -> Evaluation:
     from cachekd.cache.files import commit
     from cachekd.pipeline.plan import SCORES_FILE
 
-    result = evaluate.run_eval(config.models, config.data, config.teacher, config.batch_size)
+    result = evaluate.run_eval(config.models, config, config.teacher, config.batch_size)
     evaluate.save_in_runs(result)
     config.out.mkdir(parents=True, exist_ok=True)
     commit(config.out / SCORES_FILE, json_module.dumps(asdict(result), indent=1).encode())

@@ -22,6 +22,7 @@ from cachekd_cli.console import (
     quiet_libraries,
     table,
 )
+from cachekd_cli.data_options import Given, takes_data
 from cachekd_cli.signals import exit_code, interrupt, noting_the_first
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from cachekd.train_estimate import TrainEstimate
 
 
+@takes_data(required=False)
 def train_command(
+    data: Given,
     config: Annotated[
         Path | None, typer.Option(help="YAML with any of these settings; options override it.")
     ] = None,
@@ -47,7 +50,6 @@ def train_command(
     binding: Annotated[
         Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="The data set that was dumped, or a part of it.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
     ] = None,
@@ -128,7 +130,7 @@ def train_command(
     -m cachekd_cli.main train ... In the YAML alone: lora, teacher_quantization, student_quantization, and
     training, a mapping of any other fields of transformers.TrainingArguments.
     """
-    options = {n: v for n, v in locals().items() if n not in ("config", "estimate", "json")}
+    options = {n: v for n, v in locals().items() if n not in ("config", "data", "estimate", "json")} | data
     from cachekd.config import TrainConfig
     from cachekd.config_file import read_config
 

@@ -18,9 +18,11 @@ from cachekd_cli.console import (
     sample_progress,
     table,
 )
+from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
     from cachekd.cache import Finding, Manifest
+    from cachekd.data_options import DataOptions
     from cachekd.recheck import Recheck
     from cachekd.samples import Samples
     from cachekd.teacher import Teacher
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
+@takes_data(required=False)
 def verify_command(
+    data: Given,
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     teacher: Annotated[
         str | None, typer.Option(help="Ask this teacher again (with --data), and make repairs with it.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="The data set that was dumped.")] = None,
-    map_function: Annotated[str | None, typer.Option("--map", help="As for the dump.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
@@ -52,17 +54,18 @@ def verify_command(
     from cachekd.cache.manifest import require_manifest
 
     quiet_libraries()
-    if (teacher is None) != (data is None):
+    options = read_data(data) if data else None
+    if (teacher is None) != (options is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
     require_manifest(cache)
     done = mend_manifest(cache) if repair else []
     found = check_files(cache)
     live = None
     if repair and found:
-        run_repair(cache, found, teacher, data, map_function, workers, done)
+        run_repair(cache, found, teacher, options, workers, done)
         found = check_files(cache)
-    if teacher is not None and data is not None and not found:
-        live = ask_again(cache, teacher, data, map_function, sample, seed)
+    if teacher is not None and options is not None and not found:
+        live = ask_again(cache, teacher, options, sample, seed)
     if as_json:
         print_json(as_dict(cache, found, done, live))
     else:
@@ -107,8 +110,7 @@ def run_repair(
     cache: Path,
     found: list[Finding],
     teacher: str | None,
-    data: str | None,
-    map_function: str | None,
+    data: DataOptions | None,
     workers: int,
     done: list[str],
 ) -> None:
@@ -117,7 +119,7 @@ def run_repair(
 
     try:
         done += tidy(cache)
-        done += make_shards_again(cache, found, teacher, data, map_function, workers)
+        done += make_shards_again(cache, found, teacher, data, workers)
     except CachekdError:
         for line in done:  # what was done before stays
             errors.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -128,8 +130,7 @@ def make_shards_again(
     cache: Path,
     found: list[Finding],
     teacher: str | None,
-    data: str | None,
-    map_function: str | None,
+    data: DataOptions | None,
     workers: int,
 ) -> list[str]:
     """The teacher's part of a repair."""
@@ -148,7 +149,7 @@ def make_shards_again(
             fix="add --teacher and --data",
         )
     manifest = Manifest.load(cache)
-    source, samples = find_source(manifest, broken, data, map_function)
+    source, samples = find_source(manifest, broken, data)
     model = open_teacher(manifest, teacher, samples)
     shards = [manifest.shards[finding.shard] for finding in broken if finding.shard is not None]
     spans = [info.span for info in shards if info.span is not None and info.source == source]
@@ -157,18 +158,15 @@ def make_shards_again(
         return repair(cache, broken, source, model, samples, workers=workers, progress=advance)
 
 
-def ask_again(
-    cache: Path, teacher: str, data: str, map_function: str | None, count: int, seed: int
-) -> Recheck:
+def ask_again(cache: Path, teacher: str, data: DataOptions, count: int, seed: int) -> Recheck:
     """Run some samples again behind a progress bar."""
     from cachekd.cache import LogitCache
     from cachekd.recheck import recheck
     from cachekd.samples import open_samples
-    from cachekd.samples.map_function import require_map
+    from cachekd.samples.dumped import as_dumped
 
     opened = LogitCache(cache)
-    named = opened.manifest.sources[0].data.map
-    samples = open_samples(data, map=require_map(map_function, named, str(cache)))
+    samples = open_samples(as_dumped(data, opened.manifest.sources[0].data, str(cache)))
     model = open_teacher(opened.manifest, teacher, samples)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "ask again", min(count, len(opened)))

@@ -1,0 +1,64 @@
+"""What can be said about a data set, in every command: which samples there are, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cachekd.config_file import Config, read_config
+
+DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
+ROW_NUMBERS = "index"  # --key index
+
+
+def _fields(given: object) -> object:
+    return (given,) if isinstance(given, str) else given
+
+
+class DataOptions(Config):
+    """A data set, and how its records become samples."""
+
+    data: DataSpec = Field(
+        description="LLaVA .json/.jsonl; WebDataset tars: a folder, 'train-*.tar', 'train-{000..009}.tar', "
+        "s3://...; a `datasets` folder, .parquet or hub name, with '?split=train'"
+    )
+    map: str | None = Field(
+        None, description="your own function, module:function, that makes a record of your format"
+    )
+    key: str | None = Field(
+        None,
+        min_length=1,
+        description="the field (dotted) that holds a sample's key, or index: the row's number; by default id",
+    )
+    image_field: Annotated[tuple[str, ...], BeforeValidator(_fields)] = Field(
+        (), description="a field (dotted) that holds pictures, again for several; by default image, images"
+    )
+    image_root: Path | None = Field(
+        None, description="where relative paths of pictures start; by default the data's folder"
+    )
+    limit: int | None = Field(None, ge=1, description="only the first so many samples")
+    shuffle_seed: int | None = Field(None, ge=0, description="shuffle the samples first")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description="a bad sample stops the command, or is left out, counted and named"
+    )
+    max_tokens: int | None = Field(
+        None, ge=1, description="most tokens of a sample; by default the models' context"
+    )
+    too_long: Literal["error", "skip", "cut"] = Field(
+        "error",
+        description="a longer sample is a bad one, is left out, or loses its answers' end (never a picture)",
+    )
+
+    @classmethod
+    def of(cls, data: Data, **options: Any) -> DataOptions:
+        """Those that are given, or those of a data set that is only named.
+
+        Raises:
+            CachekdError: an option is unknown or out of range.
+        """
+        return data if isinstance(data, DataOptions) else read_config(None, cls, {"data": data, **options})
+
+
+Data = str | Path | DataOptions

@@ -1,0 +1,24 @@
+"""Reading data as a dump read them, by what its manifest says."""
+
+from __future__ import annotations
+
+from cachekd.cache.manifest import DataInfo
+from cachekd.data_options import DataOptions
+from cachekd.samples.map_function import require_map
+
+# Which sample a record becomes, under which key, with which tokens; not how many of them.
+_AS_DUMPED = ("key", "image_field", "max_tokens", "too_long")
+
+
+def as_dumped(options: DataOptions, info: DataInfo, where: str) -> DataOptions:
+    """The user's options, and what they do not say as the dump had it.
+
+    Args:
+        where: the cache.
+
+    Raises:
+        CachekdError: the dump had a map function, which only the user may name, and they do not.
+    """
+    unsaid = {name: getattr(info, name) for name in _AS_DUMPED if name not in options.model_fields_set}
+    map_function = require_map(options.map, info.map, where)
+    return options.model_copy(update={**unsaid, "map": map_function})
