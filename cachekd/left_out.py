@@ -61,7 +61,7 @@ class BadSamples:
         self.reasons: dict[str, str] = {}
         self._in_a_row = 0
 
-    def saw(self, bad: Mapping[str, BadSample], good: int) -> None:
+    def saw(self, bad: Mapping[str, CachekdError], good: int) -> None:
         """Take note of what was read next.
 
         Args:

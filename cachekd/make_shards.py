@@ -138,7 +138,7 @@ class _Health:
             raise vanished("a sample that was good is bad now", error) from None
 
 
-def vanished(problem: str, error: BadSample) -> CachekdError:
+def vanished(problem: str, error: CachekdError) -> CachekdError:
     """What to say of data that have gone.
 
     Args:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tar_members, write_tar
+from launch import train_in_two_processes
+from tiny import tar_members, write_llava_json, write_tar
+from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from cachekd.bind import bind
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.files import RUN_FILE
+from cachekd.data_options import DataOptions
+from cachekd.errors import BadSample, CachekdError
+from cachekd.evaluate import evaluate
+from cachekd.files import EVAL_FILE, RUN_FILE
+from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
-from cachekd.train import train
+from cachekd.train import make_trainer, train
+from cachekd.train_estimate import estimate_training
 from cachekd.vlm import load_model, load_processor, logits_at
+from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
 BROKEN = (1, 4, 6, 9)  # of 12; with this seed one batch of two has nothing else
@@ -120,3 +135,202 @@ def test_training_without_broken_samples_is_that_over_the_others(settings, tmp_p
         "missing": {"samples": 0, "first": {}},
         "bad": {"samples": 4, "first": summary.bad.first},
     }
+
+
+def test_a_run_that_goes_on_counts_the_same_samples(settings, tmp_path):
+    """From its last checkpoint it does not read again what it left out before."""
+    settings |= {"save_steps": 8, "out": tmp_path / "run", "keep_checkpoints": True}
+    whole = train(TrainConfig(**settings))
+    student = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / RUN_FILE).unlink()  # as a run that was killed after its eighth step leaves it
+    (tmp_path / "run" / "model.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS / "checkpoint-12")
+    resumed = train(TrainConfig(**settings))
+    assert resumed.resumed_from == 8
+    assert resumed.bad == whole.bad
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == student
+
+
+def test_a_run_that_a_bad_sample_stopped_goes_on_without_it(settings, tmp_path):
+    settings |= {"out": tmp_path / "run", "save_steps": 1}
+    with pytest.raises(CachekdError, match="cannot be read"):
+        train(TrainConfig(**settings | {"on_error": "stop"}))
+    assert train(TrainConfig(**settings)).bad.samples == 4
+
+
+def test_each_is_logged_once_and_many_are_not(caplog):
+    bad = BadSamples()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            for index in range(13):
+                bad.saw({f"s{index:03d}": BadSample("broken", found="no png")}, good=1)
+    assert Counter(line.split(" is ")[0] for line in caplog.messages) == Counter(
+        [
+            *(f"sample 's{index:03d}'" for index in range(10)),
+            "more samples are left out; they are counted, and named at the end",
+        ]
+    )
+    assert len(bad.reasons) == 13
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_have_gone_stop_the_run(student_path, tmp_path, workers):
+    """In the middle of it: 16 samples in a row are bad. The fault is not the samples'."""
+    data = write_llava_json(tmp_path / "data", 40)
+
+    class Vanish(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            for image in data.parent.glob("*.png"):
+                image.unlink()
+
+    config = TrainConfig(
+        student=str(student_path), data=data, out=tmp_path / "run", batch_size=4, on_error="skip",
+        lambda_align=0, lambda_vsd=0, workers=workers,
+    )  # fmt: skip
+    with pytest.raises(CachekdError, match="samples in a row are bad, so the data have probably gone"):
+        train(config, [Vanish()])
+
+
+def test_data_of_which_all_is_bad_do_not_begin(student_path, tmp_path):
+    data = write_llava_json(tmp_path / "data", 40)
+    for image in data.parent.glob("*.png"):
+        image.unlink()
+    plain = {"student": str(student_path), "lambda_align": 0, "lambda_vsd": 0, "on_error": "skip"}
+    with pytest.raises(CachekdError, match="16 samples in a row are bad"):
+        train(TrainConfig(**plain, data=data, out=tmp_path / "run"))
+    with pytest.raises(CachekdError, match="an image is missing"):  # fewer than could be chance
+        train(TrainConfig(**plain, data=data, limit=3, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_stale_is_never_left_out(settings, tmp_path):
+    members = tar_members(12)
+    members[7] = (members[7][0], members[7][1].replace(b"red", b"blue").replace(b"yes", b"maybe"))
+    settings |= {"data": write_tar(tmp_path / "changed" / "0.tar", members), "out": tmp_path / "run"}
+    with pytest.raises(CachekdError, match="answer tokens differ"):
+        train(TrainConfig(**settings))
+
+
+def test_an_estimate_is_of_good_samples(settings, tmp_path):
+    settings |= {"out": tmp_path / "run", "batch_size": 8}
+    found = estimate_training(TrainConfig(**settings))
+    assert found.longest_batch[0] == 8
+
+
+@pytest.mark.slow
+def test_two_processes_without_broken_samples_equal_one(settings, tmp_path):
+    """One of them has steps with nothing left; both make as many forwards, and each names its own."""
+    # Batch b of an epoch goes to process b % 2.
+    lonely = [set(batch) <= {*BROKEN} for epoch in range(2) for batch in batches_of(epoch, 2)]
+    assert any(lonely)
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(json.dumps(settings | {"out": str(tmp_path / "two"), "workers": 1}))
+    done = train_in_two_processes(recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(tmp_path / "two", reference(settings, 4), settings["student"])
+    assert set(record_of(tmp_path / "two")["left_out"]["bad"]["first"]) == {f"s{i:03d}" for i in BROKEN}
+    assert "left out: 4 samples that cannot be used" in done.stdout
+
+
+# ---- samples that the cache lacks
+
+
+def test_samples_that_the_dump_left_out_are_left_out(
+    student_path, teacher_path, skipping_cache, broken_data, tmp_path
+):
+    """The whole way of the issue: `dump --on-error skip`, then the same data."""
+    config = TrainConfig(
+        student=str(student_path), teacher=str(teacher_path), cache=str(skipping_cache), data=broken_data,
+        missing="skip", out=tmp_path / "run", batch_size=4,
+    )  # fmt: skip
+    summary = train(config)
+    assert (summary.steps, summary.uncovered, summary.bad.samples) == (4, 0, 0)  # 13 samples
+    assert [*summary.missing.first] == [f"s{index:03d}" for index in (7, 12, 13, 14, 15, 16, 17)]
+    assert "the dump left it out: an image cannot be read" in summary.missing.first["s007"]
+    assert record_of(tmp_path / "run")["left_out"]["missing"]["samples"] == 7
+
+
+def test_training_without_missing_samples_is_that_on_the_others(settings, tmp_path):
+    """Bit by bit that on data which do not have them."""
+    more = write_tar(tmp_path / "more" / "0.tar", tar_members(14))
+    same = write_tar(tmp_path / "same" / "0.tar", tar_members(12))
+    students = []
+    for name, data, missing in (("a", more, "skip"), ("b", same, "error")):
+        train(TrainConfig(**settings | {"data": str(data), "missing": missing, "out": tmp_path / name}))
+        students.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
+    assert record_of(tmp_path / "a")["left_out"]["missing"] == {
+        "samples": 2,
+        "first": {"s012": "the cache lacks it", "s013": "the cache lacks it"},
+    }
+
+
+def test_a_cache_with_none_of_the_data_is_refused(settings, tmp_path):
+    other = write_tar(tmp_path / "other" / "0.tar", tar_members(3, start=20))
+    with pytest.raises(CachekdError, match="it has none of them, and nothing would be left"):
+        make_trainer(
+            TrainConfig(**settings | {"data": str(other), "missing": "skip", "out": tmp_path / "r"}), tmp_path
+        )
+
+
+def test_unbound_samples_are_left_out(settings, tmp_path):
+    """The binding's own reason is the same: the cache has nothing of them."""
+    members = [(f"x{name}", content) for name, content in tar_members(13)]
+    data, binding = write_tar(tmp_path / "renamed" / "0.tar", members), tmp_path / "binding.json"
+    cache = LogitCache(settings["cache"])
+    bind(cache, open_samples(data)).write(binding, cache, str(data))
+    settings |= {
+        "data": str(data),
+        "binding": binding,
+        "missing": "skip",
+        "out": tmp_path / "run",
+        "epochs": 1,
+    }
+    assert train(TrainConfig(**settings)).missing == LeftOutSamples(1, {"xs012": "the cache lacks it"})
+
+
+# ---- evaluations
+
+
+def test_an_evaluation_without_broken_samples_is_that_of_the_others(
+    student_path, teacher_path, broken, tmp_path
+):
+    members = tar_members(12)
+    good = [
+        member for index in range(12) if index not in BROKEN for member in members[2 * index : 2 * index + 2]
+    ]
+    rest = write_tar(tmp_path / "rest" / "0.tar", good)
+    models, settings = [str(student_path)], {"teacher": str(teacher_path), "batch_size": 5}
+    with pytest.raises(CachekdError, match="cannot be read"):
+        evaluate(models, broken, **settings)
+    progress = []
+    found = evaluate(
+        models, DataOptions(data=broken, on_error="skip"), progress=lambda *n: progress.append(n), **settings
+    )
+    expected = evaluate(models, rest, **settings)
+    assert found.left_out.samples == 4
+    assert "cannot be read" in found.left_out.first["s001"]
+    assert replace(found, data="", left_out=LeftOutSamples()) == replace(expected, data="")
+    assert sum(samples for samples, _ in progress) == 12
+
+
+def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
+    run = shutil.copytree(student_path, tmp_path / "run")
+    (run / RUN_FILE).write_text("{}")
+    done = CliRunner().invoke(app, ["eval", str(run), "--data", str(broken), "--on-error", "skip"])
+    assert done.exit_code == 0, done.output
+    assert "left out: 4 samples that cannot be used" in done.stdout
+    assert "s001: an image cannot be read" in done.stdout
+    assert json.loads((run / EVAL_FILE).read_text())["left_out"]["samples"] == 4
+
+
+def test_an_evaluation_of_nothing_is_refused(student_path, tmp_path):
+    data = write_llava_json(tmp_path / "data", 20)
+    for image in data.parent.glob("*.png"):
+        image.unlink()
+    with pytest.raises(CachekdError, match="16 samples in a row are bad"):
+        evaluate([str(student_path)], DataOptions(data=data, on_error="skip"))
+    with pytest.raises(
+        CachekdError, match=r"no sample of the data can be used[\s\S]*s000: an image is missing"
+    ):
+        evaluate([str(student_path)], DataOptions(data=data, on_error="skip", limit=4))
