@@ -6,7 +6,7 @@ from typing import Any
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
-from cachekd.cache.skipped import read_skipped
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
     config_fingerprint,
@@ -15,6 +15,7 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from cachekd.missing import MissingSamples, missing_samples
 from cachekd.samples import Encoded, SampleEncoder, Samples
 from cachekd.vlm import load_config, load_processor, weights_identity
 
@@ -25,13 +26,18 @@ def check_cache(
     processor: Any,
     encoder: SampleEncoder,
     *,
+    data: DataOptions | None,
     missing: str = "error",
-) -> None:
+) -> MissingSamples:
     """Refuse a cache of another tokenizer, chat template, way to encode or data set.
 
     Args:
+        data: how the samples were opened; None where their keys are not the dump's (a binding).
         missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
             none of the data is refused whatever it is.
+
+    Returns:
+        the samples that it lacks.
 
     Raises:
         CachekdError: what differs, and how.
@@ -51,44 +57,20 @@ def check_cache(
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
     _check_encoding(cache, encoder)
-    lacking = missing_samples(cache, samples)
+    lacking = missing_samples(cache, samples, data)
     if lacking and missing != "error" and len(lacking) == len(samples):
+        then = "all would train by L_CE alone" if missing == "ce-only" else "nothing would be left"
         raise CachekdError(
-            "the cache lacks samples of the data set: it has none of them, and "
-            + (
-                "all would train by L_CE alone"
-                if missing == "ce-only"
-                else "nothing would be left to train on"
-            ),
+            f"the cache lacks samples of the data set: it has none of them, and {then}",
             where=str(cache.path),
-            expected=f"some of {len(samples):,} samples, as {next(iter(lacking))!r}",
+            expected=f"some of {len(samples):,} samples, as {samples.keys[0]!r}",
             found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
             fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
             "--lambda-align 0 --lambda-vsd 0 for plain CE",
         )
     if lacking and missing == "error":
-        raise CachekdError(
-            "the cache lacks samples of the data set",
-            where=str(cache.path),
-            expected=f"all {len(samples):,} samples",
-            found=f"{len(lacking):,} are missing, the first is {next(iter(lacking))!r}",
-            fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only; "
-            "`cachekd bind` finds samples that have other keys in the cache",
-        )
-
-
-def missing_samples(cache: LogitCache, samples: Samples) -> dict[str, str]:
-    """Samples of a data set that a cache lacks, in order: key to why, as far as the cache knows.
-
-    Raises:
-        CachekdError: its skipped.jsonl is damaged.
-    """
-    missing = [key for key in samples.keys if key not in cache]
-    if not missing:
-        return {}
-    skipped = read_skipped(cache.path, cache.manifest.skipped)
-    reasons = {sample.key: f"the dump left it out: {sample.reason}" for sample in skipped}
-    return {key: reasons.get(key, "the cache lacks it") for key in missing}
+        raise lacking.error(cache, samples)
+    return lacking
 
 
 def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:

@@ -14,7 +14,7 @@ from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.left_out import LeftOutSamples
-from cachekd.matching import check_cache, check_teacher, missing_samples
+from cachekd.matching import check_cache, check_teacher
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
@@ -52,11 +52,11 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor)
     phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
-    cache = open_cache(config, samples, processor, encoder)
-    missing: dict[str, str] = {}
-    if cache is not None and config.missing == "skip":
-        missing = missing_samples(cache, samples)
+    cache, missing = open_cache(config, samples, processor, encoder)
+    if config.missing == "skip":
         samples = without(samples, missing)
+    else:
+        missing = {}
     arguments = training_arguments(config, checkpoints)
     require_one_gpu(arguments)
     require_steps(len(samples), arguments)
@@ -92,15 +92,19 @@ def require_steps(samples: int, arguments: TrainingArguments) -> None:
 
 def open_cache(
     config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
-) -> LogitCache | None:
-    """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
+) -> tuple[LogitCache | None, dict[str, str]]:
+    """The cache, checked against the student's tokenizer, the template and the data; None if none is used.
+
+    With it the samples that it lacks, key to why.
+    """
     if not config.distils or config.live_teacher:
-        return None
+        return None, {}
     assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     if config.binding is not None:
         cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
-    check_cache(cache, samples, processor, encoder, missing=config.missing)
+    data = None if config.binding is not None else config
+    lacking = check_cache(cache, samples, processor, encoder, data=data, missing=config.missing)
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
         ours = getattr(config, name)
@@ -112,7 +116,7 @@ def open_cache(
                 found=ours,
                 fix=f"leave {name!r} out: a cache has its own",
             )
-    return cache
+    return cache, lacking.reasons
 
 
 def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import dump_cache, files_of
 from launch import train_in_two_processes
 from tiny import tar_members, write_llava_json, write_tar
 from transformers import TrainerCallback
@@ -26,6 +27,7 @@ from cachekd.evaluate import evaluate
 from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.open_run import open_run
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
@@ -287,6 +289,87 @@ def test_unbound_samples_are_left_out(settings, tmp_path):
         "epochs": 1,
     }
     assert train(TrainConfig(**settings)).missing == LeftOutSamples(1, {"xs012": "the cache lacks it"})
+
+
+# ---- the message advises what will work
+
+
+@pytest.fixture
+def dumped(teacher_path, data_path, tmp_path):
+    """Dumps a part of what `data_path` has."""
+
+    def make(name: str, **settings: Any) -> str:
+        out = dump_cache(tmp_path / name, teacher_path, data_path, tail="none", **settings)
+        return str(out)
+
+    return make
+
+
+def refused(settings: dict[str, Any], scratch: Path) -> str:
+    with pytest.raises(CachekdError, match="the cache lacks samples of the data set") as caught:
+        make_trainer(TrainConfig(**settings), scratch)
+    assert "--missing skip" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_beyond_a_limit(settings, dumped, data_path, tmp_path, seed):
+    settings |= {"cache": dumped("c", limit=7, shuffle_seed=seed), "data": data_path, "out": tmp_path / "run"}
+    part = "--limit 7" if seed is None else "--limit 7 --shuffle-seed 3"
+    text = refused(settings, tmp_path)
+    assert f"5 are beyond its {part}" in text
+    assert f"{part} is the part that was dumped" in text
+    settings |= {"limit": 7, "shuffle_seed": seed}
+    assert len(make_trainer(TrainConfig(**settings), tmp_path).train_dataset) == 7
+    found = open_run(
+        TrainConfig(**settings | {"limit": 9, "missing": "skip"}), tmp_path, lambda _: None
+    ).missing
+    assert set(found.first.values()) == {f"it is beyond the dump's {part}"}
+    assert (found.samples, len(found.first)) == (2, 2)
+
+
+def test_left_out_by_the_dump_and_beyond_its_limit(settings, teacher_path, broken_data, tmp_path):
+    cache = dump_cache(tmp_path / "c", teacher_path, broken_data, tail="none", limit=9, on_error="skip")
+    settings |= {"cache": str(cache), "data": broken_data, "out": tmp_path / "run"}
+    text = refused(settings, tmp_path)
+    assert "12 are missing, the first is 's007'" in text
+    assert "the dump left 1 out, such as 's007': an image cannot be read" in text
+    assert "11 are beyond its --limit 9" in text
+    text = refused(settings | {"limit": 9}, tmp_path)
+    assert "--missing ce-only" not in text  # it cannot be read for that either
+    assert "or mend what was left out, and dump these data into a new folder" in text
+    assert len(make_trainer(TrainConfig(**settings | {"missing": "skip"}), tmp_path).train_dataset) == 8
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "said"),
+    [
+        ({"key": "index"}, {}, "--key was index for the dump, and is not given here"),
+        ({}, {"key": "index"}, "--key was not given for the dump, and is index here"),
+        ({"limit": 3}, {"shuffle_seed": 1}, "--shuffle-seed was not given for the dump, and is 1 here"),
+    ],
+)
+def test_read_otherwise(settings, teacher_path, tmp_path, theirs, ours, said):
+    data = write_llava_json(tmp_path / "data", 6)
+    cache = dump_cache(tmp_path / "c", teacher_path, data, tail="none", **theirs)
+    text = refused(settings | {"cache": str(cache), "data": data, "out": tmp_path / "run", **ours}, tmp_path)
+    assert said in text
+    assert "or read the data as the dump did" in text
+    assert "cachekd bind" not in text
+
+
+def test_the_skipped_file_names_samples_and_pictures_and_is_the_same_again(teacher_path, tmp_path):
+    data = write_llava_json(tmp_path / "data", 5)
+    (data.parent / "2.png").write_bytes(b"not a png")
+    caches = [
+        dump_cache(tmp_path / name, teacher_path, data, tail="none", on_error="skip") for name in ("a", "b")
+    ]
+    first, again = (files_of(cache) for cache in caches)
+    assert first == again
+    found = json.loads(first["skipped.jsonl"])
+    assert found["key"] == "s002"
+    assert "2.png" in found["reason"]
+    assert " at 0x" not in found["reason"]  # an object's, which another process has elsewhere
 
 
 # ---- evaluations

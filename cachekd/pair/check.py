@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cachekd.data_options import Data
+from cachekd.data_options import Data, DataOptions
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
@@ -68,6 +68,7 @@ def check_pair(
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
     theirs, ours = Side.open(teacher), Side.open(student)
+    data = DataOptions.of(data)
     opened = open_samples(data)
     some = [opened[index] for index in range(min(samples, len(opened)))]
     pairs = [(theirs.encoder(sample), ours.encoder(sample)) for sample in some]
@@ -81,7 +82,7 @@ def check_pair(
         *switch_rows(theirs, ours, switch_bridge),
     ]
     if cache is not None:
-        rows += cache_rows(cache, opened, ours, teacher, pairs)
+        rows += cache_rows(cache, opened, data, ours, teacher, pairs)
     if forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
