@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from cachekd.bind import Binding, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
 from cachekd.samples import SampleEncoder, Samples, open_samples
@@ -62,7 +62,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     require_steps(len(samples), arguments)
     if config.runs_teacher:
         phase("comparing the teacher with the student and the cache")
-        check_the_teacher(config, processor, cache)
+        check_the_teacher(config, processor, samples, cache)
     return OpenRun(samples, processor, encoder, cache, arguments, LeftOutSamples.of(missing))
 
 
@@ -88,6 +88,36 @@ def require_steps(samples: int, arguments: TrainingArguments) -> None:
         found=f"{samples} samples",
         fix=f"--batch-size {max(1, samples // arguments.world_size)}, or leave dataloader_drop_last out",
     )
+
+
+def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str] | None) -> None:
+    """Refuse L_VSD where no sample feeds it; text alone has nothing to switch.
+
+    Args:
+        cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
+
+    Raises:
+        CachekdError: none of them has a picture, as their records tell.
+    """
+    if config.lambda_vsd == 0:
+        return
+    distilled = [index for index, key in enumerate(samples.keys) if cache is None or key in cache]
+    if any(_has_picture(samples, index) for index in distilled):
+        return
+    raise CachekdError(
+        "no sample feeds L_VSD: none has a picture",
+        where=f"setting 'lambda_vsd', and {config.data}",
+        expected="samples with pictures among those that are distilled",
+        found=f"{len(distilled):,} of text alone",
+        fix="--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0",
+    )
+
+
+def _has_picture(samples: Samples, index: int) -> bool:
+    try:
+        return samples.outline(index).images > 0
+    except BadSample:  # which is met again when it is read
+        return False
 
 
 def open_cache(
@@ -119,12 +149,14 @@ def open_cache(
     return cache, lacking.reasons
 
 
-def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | None) -> None:
+def check_the_teacher(
+    config: TrainConfig, processor: Any, samples: Samples, cache: LogitCache | None
+) -> None:
     """What its files say, without a model of them; their bytes are hashed last, as it takes longest.
 
     Raises:
-        CachekdError: the pair cannot be switched, has other tokens or another template, or the cache is of
-            another teacher.
+        CachekdError: the pair cannot be switched, or has nothing to switch; it has other tokens or another
+            template; or the cache is of another teacher.
     """
     assert config.teacher is not None  # as `require_inputs` saw
     if config.lambda_vsd > 0 and config.switch_bridge is None:
@@ -137,5 +169,6 @@ def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | N
             where=f"{config.teacher} and {config.student}",
             fix="save the teacher's chat_template.jinja beside the student's processor",
         )
+    require_pictures(config, samples, cache)
     if cache is not None:
         check_teacher(cache, config.teacher)

@@ -372,6 +372,32 @@ def test_the_skipped_file_names_samples_and_pictures_and_is_the_same_again(teach
     assert " at 0x" not in found["reason"]  # an object's, which another process has elsewhere
 
 
+# ---- samples that feed no term
+
+
+def test_l_vsd_that_no_sample_feeds_is_refused_before_any_weights(
+    settings, teacher_path, tmp_path, monkeypatch
+):
+    """Text alone; and a picture that only a sample has of which the cache has nothing."""
+    data = write_llava_json(tmp_path / "data", 5)
+    records = json.loads(data.read_text())
+    for record in records[:4]:
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].removeprefix("<image>\n")
+        del record["image"]
+    data.write_text(json.dumps(records))
+    cache = dump_cache(tmp_path / "c", teacher_path, data, tail="none", limit=4)
+    monkeypatch.setattr("cachekd.load_trainer.load_student", None)
+    monkeypatch.setattr("cachekd.load_trainer.load_teacher", None)
+    settings |= {"cache": str(cache), "data": str(data), "out": tmp_path / "run"}
+    for more in ({"limit": 4}, {"missing": "skip"}, {"missing": "ce-only"}):
+        with pytest.raises(
+            CachekdError, match=r"no sample feeds L_VSD[\s\S]*4 of text alone[\s\S]*--lambda-vsd 0"
+        ):
+            train(TrainConfig(**settings | more))
+    monkeypatch.undo()
+    assert train(TrainConfig(**settings | {"limit": 4, "lambda_vsd": 0})).steps == 4
+
+
 # ---- evaluations
 
 
