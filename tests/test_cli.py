@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.errors import CachekdError
@@ -78,7 +78,6 @@ def bad_data(folder: Path, kind: str) -> Path:
         "unreadable image": (2, (members[2][0], b"GIF89a nonsense")),
         "no assistant": (3, (members[3][0], b'{"conversations": [{"from": "human", "value": "hi"}]}')),
         "missing image": (2, ("s001.txt", b"")),
-        "duplicate key": (4, ("s000.png", png_bytes(noise_image(9)))),
     }
     at, member = changes[kind]
     members[at] = member
@@ -93,7 +92,6 @@ def bad_data(folder: Path, kind: str) -> Path:
         ("unreadable image", "sample 's001'"),
         ("missing image", "sample 's001'"),
         ("no assistant", "no assistant turn"),
-        ("duplicate key", "'s000' appears twice"),
     ],
 )
 def test_bad_data_is_explained_and_nothing_is_written(tmp_path, teacher_path, kind, says):

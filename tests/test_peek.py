@@ -231,7 +231,7 @@ def test_a_key_that_is_not_there_is_explained(cache, data, tmp_path):
     fewer = copied(data.parent, tmp_path / "data") / data.name
     fewer.write_text(json.dumps(json.loads(fewer.read_text())[:5]))
     assert "the data set has no sample 's005'" in str(run(cache.path, "s005", "--data", fewer).exception)
-    assert len(json.loads(run(cache.path, "--data", fewer, "--limit", 9, "--json").stdout)) == 5
+    assert len(json.loads(run(cache.path, "--data", fewer, "--samples", 9, "--json").stdout)) == 5
 
 
 @settings(max_examples=50)

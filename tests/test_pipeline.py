@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache.sketch import read_sketch
 from cachekd.config_file import read_yaml
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
@@ -429,7 +430,8 @@ def test_data_by_a_pattern_or_with_options_are_opened_once(tmp_path, data_path, 
     Dataset.from_dict({"x": [1]}).save_to_disk(tmp_path / "saved")
     for spec in (f"{data_path}/{{0..1}}.tar", f"{data_path}/*.tar"):
         known: dict[str, Any] = {}
-        assert inputs.data_content(spec, None, known) == inputs.data_content(spec, None, known)
+        data = DataOptions(data=spec)
+        assert inputs.data_content(data, known) == inputs.data_content(data, known)
     assert len(opened) == 2
     assert not inputs.is_hub_data(f"{tmp_path}/saved?split=train")
     monkeypatch.chdir(tmp_path.parent)

@@ -45,7 +45,7 @@ def open_samples(data: Data, **options: Any) -> Samples:
         CachekdError: it does not exist, is none of these, is empty or inconsistent, or an option is bad.
     """
     said = DataOptions.of(data, **options)
-    samples = _open(said.data, RecordReader.of(said))
+    samples = _open(str(said.data), RecordReader.of(said))
     if len(samples) == 0:
         left = samples.notes.left_out
         raise CachekdError(

@@ -101,14 +101,18 @@ class RecordReader:
         return first_given(record, *KEY_FIELDS) if self.key is None else field_at(record, self.key)
 
     def mapped_key(self, record: Mapping[str, Any], position: int, origin: str) -> Any:
-        """The same of a record that is not mapped yet. One that the function fails on has none: that is said
-        when the sample is read."""
+        """The same of a record before its mapping: what the mapped one says, or else the raw one.
+
+        A record that the function fails on is named by its raw key when it is read.
+        """
+        raw = self.key_of(record)
         if self.map is None or self.key == ROW_NUMBERS:
-            return self.key_of(record)
+            return raw
         try:
-            return self.key_of(self.mapped(record, str(position), origin))
+            mapped = self.key_of(self.mapped(record, str(position), origin))
         except BadSample:
-            return None
+            return raw
+        return raw if mapped is None else mapped
 
 
 def field_at(record: Mapping[str, Any], name: str) -> Any:

@@ -49,7 +49,7 @@ def peek_command(
     data: Given,
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     key: Annotated[
-        str | None, typer.Argument(help="A sample's key; default: chosen by --order and --limit.")
+        str | None, typer.Argument(help="A sample's key; default: chosen by --order and --samples.")
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
@@ -58,7 +58,7 @@ def peek_command(
         int | None,
         typer.Option(min=1, max=1000, help="Alternatives per token; default: 5, with --html 10."),
     ] = None,
-    limit: Annotated[
+    samples: Annotated[
         int | None,
         typer.Option(min=1, help=f"How many samples; default: 1, with --html {PAGE_SAMPLES}."),
     ] = None,
@@ -83,16 +83,16 @@ def peek_command(
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
         errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
-    samples = open_data(opened, read_data(data), reader) if data else None
+    seen = open_data(opened, read_data(data), reader) if data else None
     if key is not None:
         opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
         keys = [key]
     else:
-        there: Container[str] = opened if samples is None else samples
+        there: Container[str] = opened if seen is None else seen
         with errors.status("choosing samples"):
-            keys = choose(opened, limit or (1 if html is None else PAGE_SAMPLES), order.value, there)
+            keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order.value, there)
     with_images = html is not None
-    found, images = look(opened, keys, samples, reader, top or (10 if html else 5), with_images=with_images)
+    found, images = look(opened, keys, seen, reader, top or (10 if html else 5), with_images=with_images)
     if html is not None:
         from cachekd.peek_page import peek_page
 

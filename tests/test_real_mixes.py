@@ -1,0 +1,226 @@
+"""What people's data sets are like: ids that repeat or are missing, odd names, files that are no data.
+
+And one set of options for all commands.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import typer
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import noise_image, png_bytes, write_tar
+
+from cachekd.data_options import DataOptions
+from cachekd.errors import CachekdError
+from cachekd.samples import open_samples
+from cachekd.samples.keys import unique_keys
+from cachekd_cli.data_options import takes_data
+from cachekd_cli.main import app
+
+TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+
+
+def turns(answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": "what?"}, {"from": "gpt", "value": answer}]
+
+
+def write_json(path: Path, records: list[dict], *, lines: bool = False, bom: bool = False) -> Path:
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
+    return path
+
+
+def answers(samples) -> list[str]:
+    return [samples[index].questions[0][1] for index in range(len(samples))]
+
+
+def by_hand(ids: list[str | None]) -> list[str]:
+    """The rule, word by word: the n-th of equal ones is `id#n`, past what the data themselves write so."""
+    written = {str(index).zfill(8) if key is None else key for index, key in enumerate(ids)}
+    keys: list[str] = []
+    for index, key in enumerate(ids):
+        name = str(index).zfill(8) if key is None else key
+        if name not in keys:
+            keys.append(name)
+            continue
+        number = 2
+        while f"{name}#{number}" in written or f"{name}#{number}" in keys:
+            number += 1
+        keys.append(f"{name}#{number}")
+    return keys
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "a#2", "a#2#2", "00000001"])), max_size=12))
+def test_every_sample_has_a_key_of_its_own_by_a_rule_that_can_be_said(ids):
+    keys, repeated = unique_keys(ids, "here")
+    assert keys == by_hand(ids)
+    assert len(set(keys)) == len(ids)
+    assert repeated == len(ids) - len({str(i).zfill(8) if key is None else key for i, key in enumerate(ids)})
+
+
+def records(ids: list[object]) -> list[dict]:
+    return [
+        {**({} if key is None else {"id": key}), "conversations": turns(f"answer {index}")}
+        for index, key in enumerate(ids)
+    ]
+
+
+def test_repeated_and_missing_ids_in_every_form(tmp_path):
+    ids = ["a", "b", "a", None, "a"]
+    expected = ["a", "b", "a#2", "00000003", "a#3"]
+    file = write_json(tmp_path / "d.json", records(ids))
+    table = tmp_path / "d.parquet"
+    Dataset.from_list(records(ids)).to_parquet(table)
+    for data in (file, table):
+        samples = open_samples(data)
+        assert samples.keys == expected
+        assert samples.notes.repeated_keys == 2
+        assert answers(samples) == [f"answer {index}" for index in range(5)]
+        assert open_samples(data, limit=3).keys == expected[:3]
+        assert sorted(open_samples(data, shuffle_seed=1).keys) == sorted(expected)
+
+
+def test_repeated_names_in_tars(tmp_path):
+    def member(name: str, answer: str) -> list[tuple[str, bytes]]:
+        text = json.dumps({"conversations": turns(answer)}).encode()
+        return [(f"{name}.png", png_bytes(noise_image(len(answer)))), (f"{name}.json", text)]
+
+    write_tar(tmp_path / "d" / "0.tar", [*member("a", "1"), *member("b", "22"), *member("a", "333")])
+    write_tar(tmp_path / "d" / "1.tar", [*member("b", "4444"), *member("c", "55555")])
+    samples = open_samples(tmp_path / "d")
+    assert samples.keys == ["a", "b", "a#2", "b#2", "c"]
+    assert answers(samples) == ["1", "22", "333", "4444", "55555"]
+    for index in range(5):  # each with its own picture
+        assert samples[index].images[0].tobytes() == noise_image(index + 1).tobytes()
+    assert samples.notes.repeated_keys == 2
+
+
+def test_another_field_is_the_key_or_the_rows_number(tmp_path):
+    rows = [{"id": "x", "meta": {"uid": 7 - index}, "conversations": turns(str(index))} for index in range(3)]
+    file = write_json(tmp_path / "d.jsonl", rows, lines=True)
+    table = tmp_path / "d.parquet"
+    Dataset.from_list(rows).to_parquet(table)
+    tar = write_tar(
+        tmp_path / "d.tar", [(f"m{number}.json", json.dumps(row).encode()) for number, row in enumerate(rows)]
+    )
+    for data in (file, table, tar):
+        assert open_samples(data, key="meta.uid").keys == ["7", "6", "5"]
+        assert open_samples(data, key="index").keys == ["00000000", "00000001", "00000002"]
+        with pytest.raises(CachekdError, match=r"no record has the field 'meta\.udi'"):
+            open_samples(data, key="meta.udi")
+    assert open_samples(file).keys == ["x", "x#2", "x#3"]
+    assert open_samples(tar).keys == ["m0", "m1", "m2"]
+
+
+MAP = """
+def named(record):
+    return {"id": "my-" + str(record["number"]), "conversations": record["turns"]}
+
+def unnamed(record):
+    return {"conversations": record["turns"]}
+
+def uid(record):
+    return {"uid": "u" + str(record["number"]), "conversations": record["turns"]}
+"""
+
+
+def test_keys_are_taken_after_the_map(tmp_path, monkeypatch):
+    (tmp_path / "keys_after_map.py").write_text(MAP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    rows = [{"number": number, "turns": turns(str(number))} for number in (4, 5)]
+    file = write_json(tmp_path / "d.json", rows)
+    assert open_samples(file, map="keys_after_map:named").keys == ["my-4", "my-5"]
+    assert open_samples(file, map="keys_after_map:unnamed").keys == ["00000000", "00000001"]
+    assert open_samples(file, map="keys_after_map:uid", key="uid").keys == ["u4", "u5"]
+    with_ids = write_json(tmp_path / "e.json", [{"id": f"raw-{row['number']}", **row} for row in rows])
+    assert open_samples(with_ids, map="keys_after_map:unnamed").keys == ["raw-4", "raw-5"]
+    table = tmp_path / "d.parquet"
+    Dataset.from_list(rows).to_parquet(table)
+    assert open_samples(table, map="keys_after_map:uid", key="uid").keys == ["u4", "u5"]
+
+
+@pytest.mark.parametrize("bom", [False, True])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("lines", [False, True])
+def test_json_is_read_by_what_it_holds(tmp_path, bom, suffix, lines):
+    path = write_json(tmp_path / f"d{suffix}", records(["a", "b"]), lines=lines, bom=bom)
+    samples = open_samples(path)
+    assert samples.keys == ["a", "b"]
+    assert answers(samples) == ["answer 0", "answer 1"]
+
+
+def test_a_folder_of_one_json_is_that_file(tmp_path):
+    noise_image(3).save(tmp_path / "0.png")
+    write_json(tmp_path / "train.json", [{"id": 1, "image": "0.png", "conversations": TURNS}])
+    (tmp_path / "._train.json").write_text("a Mac's")
+    samples = open_samples(tmp_path)
+    assert samples[0].images[0].tobytes() == noise_image(3).tobytes()
+    write_json(tmp_path / "val.json", records(["a"]))
+    with pytest.raises(CachekdError, match="several JSON files") as caught:
+        open_samples(tmp_path)
+    assert "train.json, val.json" in str(caught.value)
+
+
+def test_relative_pictures_start_at_the_image_root(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    noise_image(5).save(tmp_path / "pictures" / "0.png")
+    rows = [{"id": "a", "image": "0.png", "conversations": TURNS}]
+    file = write_json(tmp_path / "texts" / "d.json", rows)
+    table = tmp_path / "texts" / "d.parquet"
+    Dataset.from_list(rows).to_parquet(table)
+    for data in (file, table):
+        with pytest.raises(CachekdError, match=r"missing|no such file"):
+            open_samples(data)[0]
+        read = open_samples(data, image_root=tmp_path / "pictures")[0]
+        assert read.images[0].tobytes() == noise_image(5).tobytes()
+    with pytest.raises(CachekdError, match="image root is no folder"):
+        open_samples(file, image_root=tmp_path / "nowhere")
+
+
+def test_files_that_are_no_data_are_left_out_of_tars_and_counted(tmp_path):
+    text = json.dumps({"conversations": TURNS}).encode()
+    junk = ["._a.json", "sub/._a.png", ".DS_Store", "LICENSE", "README.md", "sub/NOTICE.txt"]
+    members = [(junk[0], b"\0"), ("a.json", text), *((name, b"\0") for name in junk[1:])]
+    tar = write_tar(tmp_path / "d.tar", members)
+    samples = open_samples(tar)
+    assert samples.keys == ["a"]
+    assert samples.notes.left_out == tuple(f"{name} in {tar}" for name in junk)
+    with pytest.raises(CachekdError, match="data set is empty") as caught:
+        open_samples(write_tar(tmp_path / "e.tar", [("._a.json", b"")]))
+    assert "1 files that are no data, such as ._a.json" in str(caught.value)
+    with pytest.raises(CachekdError, match="no extension"):
+        open_samples(write_tar(tmp_path / "f.tar", [("a.json", text), ("0001", b"a picture, perhaps")]))
+
+
+DATA_COMMANDS = ("check", "dump", "train", "eval", "verify", "peek", "bind", "export")
+
+
+@pytest.mark.parametrize("name", DATA_COMMANDS)
+def test_every_command_that_reads_data_takes_all_options_of_data(name):
+    parameters = typer.main.get_command(app).commands[name].params
+    options = [option for parameter in parameters for option in parameter.opts]
+    for field in DataOptions.model_fields:
+        assert options.count(f"--{field.replace('_', '-')}") == 1
+
+
+def test_what_is_given_is_passed_on_and_nothing_else():
+    seen: list[dict] = []
+
+    @takes_data()
+    def command(cache: str, data: dict, times: int = 1) -> None:
+        seen.append({"cache": cache, "times": times, **data})
+
+    names = Counter(list(inspect.signature(command).parameters))
+    assert names == Counter(["cache", "times", *(f"data_{name}" for name in DataOptions.model_fields)])
+    empty = {f"data_{name}": None for name in DataOptions.model_fields}
+    command(cache="c", times=2, **{**empty, "data_data": "d", "data_image_field": [], "data_limit": 3})
+    assert seen == [{"cache": "c", "times": 2, "data": "d", "limit": 3}]
