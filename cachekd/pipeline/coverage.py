@@ -75,8 +75,8 @@ def _refuse_other_samples(config: TrainConfig, samples: Samples, dump: DumpConfi
                 f"{name} is {getattr(dump, name)} there and {getattr(config, name)} here"
                 for name in differing
             ),
-            fix="missing: skip leaves them out, missing: ce-only trains them by L_CE alone; or say of the data "
-            "what the dump step says",
+            fix="missing: skip leaves them out, missing: ce-only trains them by L_CE alone; or say the "
+            "same of these data as in the dump step",
         )
 
 
