@@ -103,6 +103,21 @@ def test_nothing_is_typed_twice(values, tmp_path):
     assert set(steps["page"].upstream) == {"dft", "sft", "scores"}
 
 
+def test_what_is_said_of_data_is_said_once(values, tmp_path, data_path):
+    values["defaults"] |= {"key": "uid", "on_error": "skip", "max_tokens": 99, "limit": 7, "shuffle_seed": 3}
+    values["defaults"]["train"]["missing"] = "skip"
+    values["steps"][1]["data"] = str(data_path)  # dpt has data of its own
+    values["steps"][4]["max_tokens"] = 50
+    planned = {step.name: step.config for step in plan_steps(read(values, tmp_path))}
+    for name in ("cache", "dpt", "sft", "dft", "scores"):
+        assert (planned[name].key, planned[name].on_error) == ("uid", "skip")
+    for name in ("cache", "sft", "dft"):
+        assert (planned[name].limit, planned[name].shuffle_seed, planned[name].max_tokens) == (7, 3, 99)
+    for name in ("dpt", "scores"):
+        assert (planned[name].limit, planned[name].shuffle_seed) == (None, None)
+    assert (planned["dpt"].max_tokens, planned["scores"].max_tokens) == (99, 50)
+
+
 def test_a_steps_own_setting_then_its_stage_then_defaults(values, tmp_path):
     values["defaults"]["train"] |= {"lambda_align": 0.5, "temperature": 2.0, "trainable": "language_model"}
     values["defaults"]["train"] |= {"lambda_vsd": 0}

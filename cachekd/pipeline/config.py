@@ -107,8 +107,9 @@ class TrainDefaults(_TrainDefaults):
 class Defaults(_DataDefaults):
     """What steps share. A step's own setting, or its stage, comes before these.
 
-    What is said of the data is of dump and train steps; eval steps, whose data are others, share how records
-    are read, and what is done with bad and long ones.
+    Data and what is said of them are of dump and train steps. A step that names other data, as eval steps do,
+    shares how records are read and what is done with bad and long ones, not `image_root`, `limit` and
+    `shuffle_seed`.
     """
 
     teacher: str | None = Field(None, description="of dump, train and eval steps")

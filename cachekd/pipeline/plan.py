@@ -37,7 +37,7 @@ FREE = {
 
 
 _OF_DATA = set(DataOptions.model_fields)
-_OF_THE_TRAINING_SET = {"data", "image_root", "limit", "shuffle_seed"}
+_OF_ONE_SET = {"data", "image_root", "limit", "shuffle_seed"}  # which other data do not share
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,11 @@ def _said(model: Config) -> dict[str, Any]:
 
 
 def _dump_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    return {**_shared(above, "teacher", "dtype", "workers", *_OF_DATA), **said}
+    return {**_shared(above, "teacher", "dtype", "workers"), **_data_shared(said, above), **said}
 
 
 def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", "student", "dtype", "workers", *_OF_DATA)
+    shared = _shared(above, "teacher", "student", "dtype", "workers") | _data_shared(said, above)
     if (previous := above.last("train")) is not None:
         shared["student"] = previous
     preset = STAGES[said["stage"]] if "stage" in said else {}
@@ -138,11 +138,8 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    values = {
-        **_shared(above, "teacher", *_OF_DATA - _OF_THE_TRAINING_SET),
-        "models": above.of_kind["train"],
-        **said,
-    }
+    shared = _shared(above, "teacher", *_OF_DATA - _OF_ONE_SET)  # held-out data have to be named
+    values = {**shared, "models": above.of_kind["train"], **said}
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
 
@@ -155,6 +152,11 @@ def _report_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 
 
 _VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "report": _report_values}
+
+
+def _data_shared(said: dict[str, Any], above: _Above) -> dict[str, Any]:
+    """Of a step that names data of its own, only how records are read."""
+    return _shared(above, *(_OF_DATA - _OF_ONE_SET if "data" in said else _OF_DATA))
 
 
 def _shared(above: _Above, *names: str) -> dict[str, Any]:
