@@ -82,11 +82,11 @@ def lineage(manifest: Manifest) -> Rows:
 
 
 def fingerprints(manifest: Manifest) -> Rows:
-    """sha256 of what must not change."""
+    """What must not change: sha256 of it, mostly."""
     return {
         "teacher's weights": manifest.teacher.weights_sha256,
         "teacher's configuration": manifest.teacher.config_sha256,
-        **{name.replace("_", " "): value for name, value in manifest.fingerprints if value is not None},
+        **{name.replace("_", " "): str(value) for name, value in manifest.fingerprints if value is not None},
         "manifest": manifest.sha256 or "",
     }
 

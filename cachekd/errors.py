@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
+
+_MOST = 200  # characters of a sample's data in one field of a message
+_MEMORY_ADDRESS = re.compile(r"(?: at 0x[0-9a-fA-F]+)+(?=>)")  # another in every run
 
 
 class CachekdError(Exception):
@@ -37,4 +41,37 @@ class CachekdError(Exception):
 
 
 class BadSample(CachekdError):
-    """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out."""
+    """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out.
+
+    What it says may quote the data: each field but `fix` is cut to 200 characters, and loses addresses in
+    memory (`<Image at 0x7f...>`), so that equal dumps leave equal reasons.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        where: str | None = None,
+        expected: object = None,
+        found: object = None,
+        fix: str | None = None,
+    ) -> None:
+        problem, where, expected, found = map(_told, (problem, where, expected, found))
+        super().__init__(problem, where=where, expected=expected, found=found, fix=fix)
+
+
+def clipped(text: str, most: int = _MOST) -> str:
+    """A text of at most `most` characters; of a longer one both ends."""
+    if len(text) <= most:
+        return text
+    head = (most - 5) // 2
+    return f"{text[:head]} ... {text[len(text) - (most - 5 - head) :]}"
+
+
+def _told(value: Any) -> Any:
+    """As it is, unless its text is too long or holds an address. Doing it twice changes nothing: pickling."""
+    if value is None:
+        return None
+    text = str(value)
+    told = clipped(_MEMORY_ADDRESS.sub("", text))
+    return value if told == text else told

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from cachekd.samples import (
     open_samples,
     predicting_positions,
 )
+from cachekd.samples.sample import is_supervised
 from cachekd.targets import DenseTargets
 from cachekd.vlm import check_tokenizers, default_device, default_dtype, load_model, load_processor, logits_at
 
@@ -149,26 +151,31 @@ def evaluate(
 
 
 def ask_alone(sample: Sample) -> list[Sample]:
-    """One sample per question: its system turn, the images and the question, nothing of what came before."""
+    """One sample per question: its system turn, the images and the question, nothing of what came before.
+
+    Between question and answer tools may have been called; these turns are part of what is asked.
+    """
     images = [{"type": "image"}] * len(sample.images)
     system = [message for message in sample.messages if message["role"] == "system"]
     asked = []
-    for user, answer in sample.questions:
-        text = [part for part in user["content"] if part["type"] == "text"]
+    for leading, answer in sample.questions:
+        turns = [{**turn, "supervised": False} if is_supervised(turn) else turn for turn in leading]
         # An image may stand anywhere in its own question; asked later, the images come first.
-        own = user["content"] if len(text) + len(images) == len(user["content"]) else [*images, *text]
-        turns = [
-            *system,
-            {"role": "user", "content": own},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
-        asked.append(replace(sample, messages=tuple(turns)))
+        if sum(part["type"] == "image" for turn in turns for part in turn["content"]) != len(images):
+            turns = [{**turn, "content": _texts(turn)} for turn in turns]
+            turns[0]["content"][:0] = images
+        final = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        asked.append(replace(sample, messages=(*system, *turns, final)))
     return asked
+
+
+def _texts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in turn["content"] if part["type"] == "text"]
 
 
 def question_type(sample: Sample) -> str:
     """The first two words of the question."""
-    text = " ".join(part["text"] for part in sample.questions[0][0]["content"] if part["type"] == "text")
+    text = " ".join(part["text"] for part in _texts(sample.questions[0][0][0]))
     return " ".join(text.lower().split()[:2])
 
 

@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cachekd.cache.manifest import Fingerprints
 from cachekd.samples import SampleEncoder
+from cachekd.samples.pixels import READING
 from cachekd.samples.probe import probe_encoding
 
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
@@ -71,6 +73,20 @@ def image_processor_fingerprint(processor: Any) -> str:
     counts = {name: getattr(processor, name, None) for name in _IMAGE_TOKENS if name not in settings}
     has = {name: value for name, value in counts.items() if value is not None}
     return _sha256([type(images).__name__, settings, grid, strategy, *([has] if has else [])])
+
+
+def image_reading(processor: Any) -> int | None:
+    """The version of how images become the pixels that an image processor is given; None of a language model.
+
+    It is no reason to refuse a whole cache: most images are the same in every version, and those that are not
+    have another content hash.
+    """
+    return None if processor.image_processor is None else READING
+
+
+def reads_images_otherwise(stored: Fingerprints) -> bool:
+    """Whether a cache may be of images that were read in another way than today's."""
+    return stored.image_token != "" and stored.image_reading != READING
 
 
 # Where a model was loaded from, by what, and how it computes: no part of what it is.

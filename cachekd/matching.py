@@ -12,11 +12,13 @@ from cachekd.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
     image_processor_fingerprint,
+    reads_images_otherwise,
     template_fingerprint,
     tokenizer_fingerprint,
 )
 from cachekd.missing import MissingSamples, missing_samples
 from cachekd.samples import Encoded, SampleEncoder, Samples
+from cachekd.samples.pixels import READING
 from cachekd.vlm import load_config, load_processor, weights_identity
 
 
@@ -148,5 +150,16 @@ def check_content(cache: LogitCache, key: str, found: bytes) -> None:
             where=f"sample {key!r} of {cache.path}",
             expected=f"content hash {cache.sample_hash(key).hex()}",
             found=found.hex(),
-            fix="the data changed since the dump: run `cachekd dump` again",
+            fix=f"{_why_others(cache)}: run `cachekd dump` again",
         )
+
+
+def _why_others(cache: LogitCache) -> str:
+    prints = cache.manifest.fingerprints
+    if not reads_images_otherwise(prints):
+        return "the data changed since the dump"
+    theirs = prints.image_reading or "not recorded"
+    return (
+        "the data changed since the dump, or the cache is from before images such as the sample's were read "
+        f"as they are now, transparent or 16-bit ones, say (version {READING}, the cache's is {theirs})"
+    )

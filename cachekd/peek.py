@@ -14,7 +14,7 @@ from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
 from cachekd.cache.subset import sample_table
 from cachekd.errors import CachekdError
-from cachekd.samples.sample import Sample, message_text
+from cachekd.samples.sample import Sample, is_supervised, message_text
 
 ALTERNATIVES = 5
 Origin = Literal["kept", "sketch", "spread"]
@@ -44,7 +44,9 @@ class PeekedToken(Part):
     k: int = Field(description="logprobs that are kept")
     knee: int = Field(description="Kneedle's k on the full logits")
     kept_mass: float = Field(description="probability of all kept ids")
-    turn: int | None = Field(description="which answer of the conversation, from 0; null where unknown")
+    turn: int | None = Field(
+        description="which supervised answer of the conversation, from 0; null where unknown"
+    )
     alternatives: list[Alternative] = Field(description="the most probable ids, the answer's or not")
 
 
@@ -54,6 +56,7 @@ class PeekedMessage(Part):
     role: str
     text: str
     images: int = Field(description="how many stand in it")
+    supervised: bool = Field(description="whether it is an answer whose tokens are in the cache")
 
 
 class ImageSize(Part):
@@ -146,7 +149,12 @@ def peek(
 
 def _message(message: dict[str, Any]) -> PeekedMessage:
     images = sum(part["type"] == "image" for part in message["content"])
-    return PeekedMessage(role=message["role"], text=message_text(message), images=images)
+    return PeekedMessage(
+        role=message["role"],
+        text=message_text(message),
+        images=images,
+        supervised=is_supervised(message),
+    )
 
 
 def _tokens(

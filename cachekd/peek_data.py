@@ -12,6 +12,7 @@ from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
 from cachekd.matching import check_content
 from cachekd.samples import Sample, SampleEncoder, Samples
+from cachekd.samples.sample import is_supervised
 
 LARGEST = 640  # pixels, of an image on a page
 _SMALL = 128  # below that PNG is small, and exact
@@ -53,12 +54,12 @@ class PeekedData:
         return sample
 
     def turns(self, sample: Sample) -> list[int] | None:
-        """[N], which answer each answer token is in, from 0; None where that is unknown.
+        """[N], which supervised answer each answer token is in, from 0; None where that is unknown.
 
         Raises:
             BadSample: the answers cannot be located.
         """
-        if len(sample.questions) == 1:
+        if sum(map(is_supervised, sample.messages)) == 1:
             return [0] * len(self.cache[sample.key])
         if self._processor is None:
             return None

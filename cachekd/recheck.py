@@ -16,6 +16,7 @@ from cachekd.cache.manifest import Header
 from cachekd.cache.recompress import cuts
 from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.errors import BadSample, CachekdError
+from cachekd.fingerprint import reads_images_otherwise
 from cachekd.samples import Encoded, Samples
 from cachekd.teacher import Teacher
 
@@ -144,6 +145,8 @@ class _Judge:
         if encoded.token_ids.tolist() != cached.token_ids.tolist():
             return "its answer tokens are others"
         if encoded.content_hash != self.cache.sample_hash(encoded.key):
+            if reads_images_otherwise(self.cache.manifest.fingerprints):
+                return "its text or images have changed, or its images are read in another way since the dump"
             return "its text or images have changed"
         hidden, logits, _, _ = self.teacher.forward([encoded])
         logits = logits[:, : self.teacher.vocab_size].float()

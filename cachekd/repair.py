@@ -18,7 +18,7 @@ from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import library_versions
+from cachekd.fingerprint import library_versions, reads_images_otherwise
 from cachekd.make_shards import make_shards
 from cachekd.samples import Samples, open_samples
 from cachekd.samples.dumped import as_dumped
@@ -166,7 +166,8 @@ def _make_again(
             known={},
             progress=progress,
         )
-        made = _require_same_samples(build.record(local), old, path)
+        otherwise = reads_images_otherwise(manifest.fingerprints)
+        made = _require_same_samples(build.record(local), old, path, otherwise)
         commit(path / SHARD_FOLDER / old.name, build.shard_path(local).read_bytes())
     return made.model_copy(update={"name": old.name, "source": old.source, "sketch": old.sketch})
 
@@ -179,8 +180,13 @@ def _encoder_of(path: Path, manifest: Manifest, shard: ShardInfo) -> SketchEncod
     return read_encoder(path / info.name, info.sha256)
 
 
-def _require_same_samples(record: ShardRecord | None, old: ShardInfo, path: Path) -> ShardInfo:
+def _require_same_samples(
+    record: ShardRecord | None, old: ShardInfo, path: Path, read_otherwise: bool
+) -> ShardInfo:
     """The shard that was made, if it is of the samples of the old one.
+
+    Args:
+        read_otherwise: whether the dump may have read images in another way.
 
     Raises:
         CachekdError: it is not.
@@ -190,7 +196,7 @@ def _require_same_samples(record: ShardRecord | None, old: ShardInfo, path: Path
         return made
     bad = record.skipped[0] if record is not None and record.skipped else None
     raise CachekdError(
-        "the data set has changed since the dump",
+        "the data set has changed since the dump" + ", or images are read in another way" * read_otherwise,
         where=f"samples {old.span} of the data set, for {path / SHARD_FOLDER / old.name}",
         expected=f"{old.samples} usable samples with content sha256 {old.samples_sha256}",
         found=f"{made.samples if made else 0} with {made.samples_sha256 if made else None}"

@@ -17,6 +17,7 @@ from cachekd.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
     image_processor_fingerprint,
+    image_reading,
     template_fingerprint,
     tokenizer_fingerprint,
 )
@@ -208,6 +209,7 @@ class Teacher:
             image_processor=image_processor_fingerprint(self.processor),
             image_token=self.processor.image_token or "",
             encoding=encoding_fingerprint(self.encoder),
+            image_reading=image_reading(self.processor),
         )
 
 

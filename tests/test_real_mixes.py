@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import noise_image, png_bytes, write_tar
 
 from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys
 from cachekd_cli.data_options import takes_data
@@ -184,6 +184,59 @@ def test_relative_pictures_start_at_the_image_root(tmp_path):
         assert read.images[0].tobytes() == noise_image(5).tobytes()
     with pytest.raises(CachekdError, match="image root is no folder"):
         open_samples(file, image_root=tmp_path / "nowhere")
+
+
+def test_pictures_of_other_fields_in_every_form(tmp_path):
+    red, green = noise_image(1), noise_image(2)
+    for name, image in (("red.png", red), ("green.png", green)):
+        image.save(tmp_path / name)
+    rows = [
+        {"id": "two", "view": {"left": "red.png"}, "right": ["green.png"], "conversations": TURNS},
+        {"id": "none", "view": None, "right": None, "conversations": TURNS},
+    ]
+    file = write_json(tmp_path / "d.json", rows)
+    table = tmp_path / "d.parquet"
+    Dataset.from_list(rows).to_parquet(table)
+    text = json.dumps({"conversations": TURNS}).encode()
+    members = [("two.left.png", png_bytes(red)), ("two.right.png", png_bytes(green)), ("two.json", text)]
+    tar = write_tar(tmp_path / "d.tar", [*members, ("none.json", text)])
+    for data, fields in ((file, ("view.left", "right")), (table, ("view.left", "right"))):
+        samples = open_samples(data, image_field=fields)
+        assert [image.tobytes() for image in samples[0].images] == [red.tobytes(), green.tobytes()]
+        assert [samples.outline(index).images for index in range(2)] == [2, 0]
+        assert samples[1].images == ()
+        assert [image.tobytes() for image in open_samples(data, image_field="right")[0].images] == [
+            green.tobytes()
+        ]
+        with pytest.raises(BadSample, match="image under another name"):
+            open_samples(data)[0]
+    samples = open_samples(tar, image_field=["right.png", "left.png"])
+    assert [image.tobytes() for image in samples[0].images] == [green.tobytes(), red.tobytes()]
+    assert [samples.outline(index).images for index in range(2)] == [2, 0]
+    for data, message in ((file, "no record has the field 'rihgt'"), (table, "lacks columns")):
+        with pytest.raises(CachekdError, match=message):
+            open_samples(data, image_field="rihgt")
+
+
+def test_a_second_picture_of_a_tars_sample_is_not_dropped(tmp_path):
+    text = json.dumps({"conversations": TURNS}).encode()
+    picture, mask = png_bytes(noise_image(1)), png_bytes(noise_image(2))
+    tar = write_tar(tmp_path / "d.tar", [("a.png", picture), ("a.mask.png", mask), ("a.json", text)])
+    with pytest.raises(BadSample, match="image under another name") as caught:
+        open_samples(tar)[0]
+    assert caught.value.found == "a.mask.png"
+    assert len(open_samples(tar, image_field="png")[0].images) == 1
+    assert len(open_samples(tar, image_field=["png", "mask.png"])[0].images) == 2
+
+
+def test_pictures_that_a_tars_json_names_start_at_the_image_root(tmp_path):
+    noise_image(5).save(tmp_path / "0.png")
+    text = json.dumps({"image": "0.png", "conversations": TURNS}).encode()
+    tar = write_tar(tmp_path / "d.tar", [("a.json", text)])
+    with pytest.raises(BadSample, match="has no image"):
+        open_samples(tar)[0]
+    (image,) = open_samples(tar, image_root=tmp_path)[0].images
+    assert image.tobytes() == noise_image(5).tobytes()
 
 
 def test_files_that_are_no_data_are_left_out_of_tars_and_counted(tmp_path):

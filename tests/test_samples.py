@@ -183,8 +183,8 @@ def llava(tmp_path: Path, **changes) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image": "gone.png"}, "an image is missing"),
-        ({"image": "d.json"}, "an image cannot be read"),
+        ({"image": "gone.png"}, "the image 'gone.png' is missing"),
+        ({"image": "d.json"}, "the image 'd.json' cannot be read"),
         ({"image": None}, "placeholders differs from the number of images"),
         ({"image": None, "img": "0.png"}, "an image under another name"),
         ({"conversations": [{"from": "human", "value": "<image>\nhello?"}]}, "no assistant turn"),

@@ -33,6 +33,8 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
     }
     if source is None:
         return found
+    # Not of finished caches: images that another version reads otherwise are told by their content hashes.
+    found["reading of images"] = prints.image_reading
     if source.geometry is not None:
         if source.geometry.disk_budget is not None:  # it decides these
             for name in ("top_k", "top_p", "tail"):

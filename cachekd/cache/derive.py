@@ -156,11 +156,11 @@ class DerivedCache:
 
 
 def _fingerprints_of_all(parents: Sequence[Manifest]) -> Fingerprints:
-    """What is known of every parent; they differ, if at all, in whether the encoding is known."""
+    """What holds for every parent; they differ, if at all, in the encoding, which may be unknown, and in the
+    reading of images."""
     first = parents[0].fingerprints
-    if all(parent.fingerprints == first for parent in parents):
-        return first
-    return first.model_copy(update={"encoding": None})
+    differ = [name for name, value in first if any(getattr(p.fingerprints, name) != value for p in parents)]
+    return first.model_copy(update=dict.fromkeys(differ))
 
 
 def _sketch_name(place: int) -> str:

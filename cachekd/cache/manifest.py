@@ -44,6 +44,9 @@ class Fingerprints(Part):
     encoding: Annotated[str | None, LATER] = Field(
         None, description="over the token ids and the supervised mask of a fixed text; null: not known"
     )
+    image_reading: Annotated[Positive | None, LATER] = Field(
+        None, description="not a hash: the version of how images are read into pixels; null: not known"
+    )
 
 
 class DataInfo(Part):

@@ -34,9 +34,10 @@ def export_webdataset(
     """Write `00000.tar` and so on, one per shard: all of them or none.
 
     A sample has `NAME.png` (or `NAME.0.png`, `NAME.1.png`, ...; lossless, as the teacher saw them),
-    `NAME.json` with `id` and `messages`, and `NAME.targets.npz` with the arrays of `SparseTargets`, which
-    `np.load(..., allow_pickle=False)` reads. NAME is the sample's key, with what WebDataset would take for an
-    extension or a path percent-encoded. `cachekd.samples.open_samples` reads the tars as data.
+    `NAME.json` with `id`, `messages` and, if there are some, `tools`, and `NAME.targets.npz` with the arrays
+    of `SparseTargets`, which `np.load(..., allow_pickle=False)` reads. NAME is the sample's key, with what
+    WebDataset would take for an extension or a path percent-encoded. `cachekd.samples.open_samples` reads the
+    tars as data.
 
     Args:
         path: the cache.
@@ -127,4 +128,6 @@ def _members(name: str, sample: Sample) -> Iterator[Member]:
         image.save(stream, format="PNG")
         yield f"{name}.{number}.png" if len(sample.images) > 1 else f"{name}.png", stream.getvalue()
     record = {"id": sample.key, "messages": sample.messages}
+    if sample.tools:
+        record["tools"] = sample.tools
     yield f"{name}.json", json.dumps(record, ensure_ascii=False).encode()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
+from jinja2 import TemplateError
+
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.render import PROBE, Renderer, Span, find_answers
-from cachekd.samples.sample import Sample, message_text
+from cachekd.samples.render import NO_TOOL_TURNS, PROBE, Messages, Renderer, Span, find_answers
+from cachekd.samples.sample import Sample, is_supervised, message_text
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +57,32 @@ class ChatTemplate:
         """Render a conversation and find what is supervised.
 
         Returns:
-            the text, and for each answer a span of it: from where the model begins to generate (or from the
-            answer's beginning, where a template puts more than white space between) to the end of the
-            end-of-turn token. A template's `{% generation %}` marks may widen it.
+            the text, and for each supervised answer a span of it: from where the model begins to generate
+            (or from the answer's beginning, where a template puts more than white space between) to the end
+            of the end-of-turn token. A template's `{% generation %}` marks may widen it.
 
         Raises:
-            BadSample: the template drops or rewrites a turn, ends this answer in another way, or marks
-                something else; or a text contains one of the template's control tokens.
+            BadSample: the template refuses, drops or rewrites a turn, takes no tools, ends this answer in
+                another way, or marks something else; or a text contains one of its control tokens.
             CachekdError: answers cannot be found in what this template writes.
         """
         _refuse_control_tokens(sample, self.frame.control)
-        if self._has_marks:
-            text, written = self._renderer.text_and_marks(sample.messages)
-        else:
-            text, written = self._renderer.text(sample.messages), []
-        answers = find_answers(self._renderer, sample.messages, text, sample.where)
-        spans = [self._framed(text, answer, sample.where) for answer in answers]
+        renderer = self._renderer.with_tools(sample.tools)
+        try:
+            if self._has_marks:
+                text, written = renderer.text_and_marks(sample.messages)
+            else:
+                text, written = renderer.text(sample.messages), []
+        except TemplateError as error:
+            raise _refused(sample, error) from error
+        _prove_tools(self._renderer, sample, text)
+        answers = find_answers(renderer, sample.messages, text, sample.where)
+        turns = [is_supervised(turn) for turn in sample.messages if turn["role"] == "assistant"]
+        spans = [self._framed(text, answer, sample.where) for answer in compress(answers, turns)]
         if not self._has_marks:
             return text, spans
-        widened = zip(_marked_answers(written, text, answers, sample), spans, strict=True)
+        marks = compress(_marked_answers(written, text, answers, sample), turns)
+        widened = zip(marks, spans, strict=True)
         return text, [(min(mark[0], span[0]), max(mark[1], span[1])) for mark, span in widened]
 
     @cached_property
@@ -137,6 +148,58 @@ class ChatTemplate:
         return start, len(text) - len(rest) + len(ending)
 
 
+def _refused(sample: Sample, error: TemplateError) -> BadSample:
+    roles = [message["role"] for message in sample.messages]
+    with_tools = bool(sample.tools) or "tool" in roles
+    return BadSample(
+        "the chat template refuses the conversation",
+        where=sample.where,
+        expected="turns in an order and of roles that the template takes",
+        found=f"{error}; the roles are {', '.join(roles)}" + (", with tools" if sample.tools else ""),
+        fix=NO_TOOL_TURNS if with_tools else "change the data, or use a model whose chat template takes it",
+    )
+
+
+def _prove_tools(plain: Renderer, sample: Sample, text: str) -> None:
+    """Tools must change the text, and tool turns must not be written as if somebody else had said them.
+
+    Args:
+        plain: the renderer without tools.
+        text: with the sample's tools.
+
+    Raises:
+        BadSample: the template does not know them.
+    """
+    if sample.tools and _text_or_none(plain, sample.messages) == text:
+        raise BadSample(
+            "the chat template takes no tools",
+            where=sample.where,
+            expected="another text with the sample's tools than without",
+            found=f"the same, with {len(sample.tools)} tool(s)",
+            fix="use a model whose chat template takes tools, or write them into the system text",
+        )
+    if all(message["role"] != "tool" for message in sample.messages):
+        return
+    renderer = plain.with_tools(sample.tools)
+    for role in ("user", "assistant"):
+        turns = [{**turn, "role": role} if turn["role"] == "tool" else turn for turn in sample.messages]
+        if _text_or_none(renderer, turns) == text:
+            raise BadSample(
+                "the chat template takes no tool turns",
+                where=sample.where,
+                expected="tool turns that are written as such",
+                found=f"it writes them as the {role}'s",
+                fix=NO_TOOL_TURNS,
+            )
+
+
+def _text_or_none(renderer: Renderer, messages: Messages) -> str | None:
+    try:
+        return renderer.text(messages)
+    except TemplateError:
+        return None
+
+
 def _marked_answers(written: list[Span], text: str, answers: list[Span], sample: Sample) -> list[Span]:
     """What the template's author marks, which must hold one answer each."""
     marks: list[Span] = []
@@ -159,14 +222,16 @@ def _marked_answers(written: list[Span], text: str, answers: list[Span], sample:
 
 
 def _refuse_control_tokens(sample: Sample, control: frozenset[str]) -> None:
-    for message in sample.messages:
-        text = message_text(message)
+    texts = [(message["role"], message_text(message)) for message in sample.messages]
+    if sample.tools:
+        texts.append(("tools", json.dumps(sample.tools, ensure_ascii=False)))
+    for role, text in texts:
         found = sorted(token for token in control if token in text)
         if found:
             at = text.index(found[0])
             raise BadSample(
                 f"a text contains the control token {found[0]}, which would change the conversation",
                 where=sample.where,
-                found=f"{message['role']}: {text[max(at - 40, 0) : at + 60]}",
+                found=f"{role}: {text[max(at - 40, 0) : at + 60]}",
                 fix="remove it from the data",
             )

@@ -90,7 +90,7 @@ class SampleEncoder:
         return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0)
 
     def turns(self, sample: Sample) -> Tensor:
-        """[N] int64: for each answer token of a sample, which answer it is in, from 0.
+        """[N] int64: for each answer token of a sample, which supervised answer it is in, from 0.
 
         Raises:
             CachekdError: as for encoding.

@@ -13,11 +13,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.samples.hf_load import HfSpec, load_split
+from cachekd.samples.image_fields import pictures_of
 from cachekd.samples.outline import Outline, outline_of_record
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import KEY_FIELDS, RecordReader
-from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
+from cachekd.samples.records import IMAGE_FIELDS, SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.samples.sample import Sample
+
+_TEXTS = (*TURN_FIELDS, *SYSTEM_FIELDS, "tools")
 
 
 class HfDatasetSamples:
@@ -39,19 +42,17 @@ class HfDatasetSamples:
         dataset = load_split(spec)
         self._origin = spec.path if spec.split is None else f"{spec.path}?split={spec.split}"
         self._reader = reader.beside(_folder(spec))
-        images = self._reader.image_fields or IMAGE_FIELDS
         if self._reader.map is None:
-            _require_columns(dataset, self._origin, images)
+            _require_columns(dataset, self._origin, self._reader.image_fields)
         self._features = datasets.Features(
             {name: _undecoded(feature) for name, feature in dataset.features.items()}
         )
         # Rows are taken as Arrow and read by the features without decoders: a broken image is then met by
         # open_image like any other, and reading the keys does not open one.
         self._rows = dataset.with_format("arrow")
-        # What `outline` reads without a map function: the turns, and of images how many there are.
-        names = [name for name in dataset.column_names if name in TURN_FIELDS]
-        self._turns = self._rows.select_columns(names)
-        self._image_columns = [name for name in images if name in dataset.column_names]
+        # What `outline` reads without a map function: the texts, and of images how many there are.
+        names = [name for name in dataset.column_names if name in _TEXTS]
+        self._texts = self._rows.select_columns(names)
         self.keys, repeated = self._reader.keys(self._key_values(dataset), self._origin, row="row")
         self.notes = DataNotes(repeated_keys=repeated)
 
@@ -65,28 +66,28 @@ class HfDatasetSamples:
             BadSample: it cannot be used.
             CachekdError: the row cannot be read.
         """
-        record = self._record(self._rows, index)
-        place = self._place(index)
-        return self._reader.sample(
-            self.keys[index], self._reader.mapped(record, self.keys[index], place), place
-        )
+        return self._reader.sample(self.keys[index], self._mapped(index), self._place(index))
 
     def outline(self, index: int) -> Outline:
         """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""
         if self._reader.map is not None:
             return self._reader.outline(self._mapped(index))
-        return outline_of_record({**self._record(self._turns, index), "images": [None] * self._images(index)})
+        outline = outline_of_record(self._record(self._texts, index))
+        return outline if outline.images else outline._replace(images=self._images(index))
 
     def _images(self, index: int) -> int:
-        """How many; Arrow says so without reading one."""
+        """How many; of a column Arrow says so without reading one."""
         row = self._rows[index]
-        given = [row.column(name)[0] for name in self._image_columns]
-        first: Any = next((value for value in given if value.is_valid), None)
-        if isinstance(first, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-            return len(first)
-        if isinstance(first, pa.StringScalar | pa.LargeStringScalar):  # a path
-            return int(first.as_py() != "")
-        return int(first is not None)
+
+        def count(name: str) -> int:
+            if name in row.column_names:
+                return _count(row.column(name)[0])
+            return len(pictures_of(self._record(self._rows, index), [name]))  # a field within a column
+
+        if self._reader.image_fields:
+            return sum(map(count, self._reader.image_fields))
+        there = (count(name) for name in IMAGE_FIELDS if name in row.column_names)
+        return next((number for number in there if number), 0)
 
     def _place(self, index: int) -> str:
         return f"{self._origin}, row {index}"
@@ -125,17 +126,24 @@ class HfDatasetSamples:
         return [self._reader.mapped_key(row, place, self._origin) for place, row in enumerate(records)]
 
 
-def _require_columns(dataset: datasets.Dataset, origin: str, images: Sequence[str]) -> None:
+def _count(value: Any) -> int:
+    """How many pictures an Arrow value is."""
+    if not value.is_valid:
+        return 0
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+        return len(value)
+    is_text = isinstance(value, pa.StringScalar | pa.LargeStringScalar)  # a path
+    return int(not is_text or value.as_py() != "")
+
+
+def _require_columns(dataset: datasets.Dataset, origin: str, image_fields: Sequence[str]) -> None:
     columns = dataset.column_names
-    # Text alone is data for a language model; images that would not be read are a mistake.
-    unread = not {name.partition(".")[0] for name in images} & set(columns) and "Image(" in repr(
-        dataset.features
-    )
-    if unread or not set(TURN_FIELDS) & set(columns):
+    lacking = [name for name in image_fields if not {name, name.partition(".")[0]} & set(columns)]
+    if not set(TURN_FIELDS) & set(columns) or lacking:
         raise CachekdError(
             "the data set lacks columns",
             where=origin,
-            expected=f"{' or '.join(TURN_FIELDS)}, and for images {' or '.join(images)}",
+            expected=f"{' or '.join(TURN_FIELDS)}, and for images {', '.join(image_fields or IMAGE_FIELDS)}",
             found=", ".join(columns),
             fix="--image-field NAME takes images from another column; --map module:function makes such a "
             "record of a row",

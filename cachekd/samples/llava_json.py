@@ -31,6 +31,7 @@ class LlavaJsonSamples:
     def __init__(self, path: Path, reader: RecordReader) -> None:
         self.path, self._reader, self._origin = path, reader, str(path)
         self._records = _read_records(path)
+        reader.require_image_fields(self._records, self._origin)
         values = [
             reader.mapped_key(record, position, self._origin) for position, record in enumerate(self._records)
         ]

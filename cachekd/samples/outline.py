@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.samples.conversation import IMAGE_PLACEHOLDER, first_given
+from cachekd.samples.conversation import IMAGE_PLACEHOLDER, TURN_FIELDS, first_given
 from cachekd.samples.encode import SampleEncoder
+from cachekd.samples.image_fields import pictures_of
 from cachekd.samples.protocol import Samples
-from cachekd.samples.records import IMAGE_FIELDS, TURN_FIELDS
+from cachekd.samples.records import SYSTEM_FIELDS
 
 _AT_A_TIME = 1024  # texts per call of the tokenizer
 _MEASURED = 16  # samples that are encoded as a whole
@@ -24,33 +25,58 @@ class Outline(NamedTuple):
     images: int
 
 
-def outline_of_record(record: Mapping[str, Any]) -> Outline:
-    """Of `{"image" or "images", "conversations" or "messages"}`; what the image fields hold is not looked at.
+def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Outline:
+    """Of what `sample_from_record` takes; what the image fields hold is not looked at.
 
-    What is wrong with a record shows when the sample is read; here it has no text.
+    The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
+    shows when the sample is read; here it has no text.
     """
-    turns = first_given(record, *TURN_FIELDS)
+    contents = _contents(first_given(record, *TURN_FIELDS))
+    try:
+        texts = [_text(content) for content in contents]
+        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in (*_texts_beside(record, texts), *texts)]
+        return Outline(texts, _indexed(contents) or len(pictures_of(record, image_fields)))
+    except RecursionError:  # lists in lists, hundreds deep
+        return Outline([], 0)
+
+
+def _contents(turns: Any) -> list[Any]:
     if isinstance(turns, Mapping):  # of lists, as older `datasets` make of a list of mappings
-        columns = first_given(turns, "value", "content")
-        texts = [_text(value) for value in columns] if isinstance(columns, list) else []
-    else:
-        texts = [_text(turn) for turn in turns] if isinstance(turns, list) else []
-    given = first_given(record, *IMAGE_FIELDS)
-    images = len(given) if isinstance(given, list | tuple) else int(given is not None and given != "")
-    return Outline([text.replace(IMAGE_PLACEHOLDER, "") for text in texts], images)
+        turns = first_given(turns, "value", "content")
+    if not isinstance(turns, list):
+        return []
+    return [first_given(turn, "value", "content") if isinstance(turn, Mapping) else turn for turn in turns]
 
 
-def _text(turn: Any) -> str:
-    """Of a turn, its content, or one of its parts; an image is its placeholder."""
-    if isinstance(turn, str):
-        return turn
-    if isinstance(turn, list):
-        return "".join(_text(part) for part in turn)
-    if not isinstance(turn, Mapping):
+def _texts_beside(record: Mapping[str, Any], texts: list[str]) -> Iterator[str]:
+    """Of tools, and of a system text that is not among the turns."""
+    if tools := record.get("tools"):
+        yield str(tools)
+    system = first_given(record, *SYSTEM_FIELDS)
+    if isinstance(system, str) and system and system not in texts:
+        yield system
+
+
+def _indexed(contents: list[Any]) -> int:
+    """How many parts say which image they are: an image may stand in several places."""
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(
+        isinstance(part, Mapping) and part.get("type") == "image" and part.get("index") is not None
+        for part in parts
+    )
+
+
+def _text(content: Any) -> str:
+    """Of a turn's content, or of one of its parts; an image is its placeholder."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(_text(part) for part in content)
+    if not isinstance(content, Mapping):
         return ""
-    if turn.get("type") == "image":
+    if content.get("type") == "image":
         return IMAGE_PLACEHOLDER
-    return _text(first_given(turn, "value", "content", "text"))
+    return _text(first_given(content, "value", "content", "text"))
 
 
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:

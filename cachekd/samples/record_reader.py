@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from cachekd.data_options import ROW_NUMBERS, DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.conversation import first_given
+from cachekd.samples.image_fields import value_at
 from cachekd.samples.keys import Keys, unique_keys
 from cachekd.samples.map_function import MapFunction, load_map
 from cachekd.samples.outline import Outline, outline_of_record
@@ -73,11 +74,28 @@ class RecordReader:
         Raises:
             BadSample: it cannot be used.
         """
-        return sample_from_record(key, record, origin=origin, folder=self.folder)
+        return sample_from_record(
+            key, record, origin=origin, folder=self.folder, image_fields=self.image_fields
+        )
 
     def outline(self, record: Mapping[str, Any]) -> Outline:
         """Of a mapped record, without opening a picture."""
-        return outline_of_record(record)
+        return outline_of_record(record, self.image_fields)
+
+    def require_image_fields(self, records: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Refuse a name that is mistyped: it would make texts of all samples.
+
+        Raises:
+            CachekdError: no record has an image field that was asked for.
+        """
+        for name in self.image_fields if self.map is None else ():
+            if all(value_at(record, name) is None for record in records):
+                raise CachekdError(
+                    f"no record has the field {name!r} that is to hold pictures",
+                    where=where,
+                    found=f"fields such as {', '.join(list(records[0])[:8])}" if records else None,
+                    fix="--image-field FIELD (dotted for a field within a field)",
+                )
 
     def keys(self, values: list[Any], where: str, *, row: str = "entry") -> Keys:
         """Keys of the values of `key_of`.
@@ -98,7 +116,7 @@ class RecordReader:
         """What a mapped record says its key is; None: it is the row's number."""
         if self.key == ROW_NUMBERS:
             return None
-        return first_given(record, *KEY_FIELDS) if self.key is None else field_at(record, self.key)
+        return first_given(record, *KEY_FIELDS) if self.key is None else value_at(record, self.key)
 
     def mapped_key(self, record: Mapping[str, Any], position: int, origin: str) -> Any:
         """The same of a record before its mapping: what the mapped one says, or else the raw one.
@@ -113,15 +131,3 @@ class RecordReader:
         except BadSample:
             return raw
         return raw if mapped is None else mapped
-
-
-def field_at(record: Mapping[str, Any], name: str) -> Any:
-    """A field by its name, or by the dotted names of the fields that it lies in; None where it is not."""
-    if name in record:
-        return record[name]
-    value: Any = record
-    for part in name.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
-    return value

@@ -2,73 +2,167 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from cachekd.errors import BadSample
-from cachekd.samples.conversation import first_given, messages_from_turns
+from cachekd.samples.conversation import TURN_FIELDS, first_given, messages_from_turns
+from cachekd.samples.image_fields import IMAGE_FIELDS, decoded, pictures_of, refuse_untaken
 from cachekd.samples.images import open_image
 from cachekd.samples.sample import Sample, sample_place
+from cachekd.samples.turn_fields import is_given, refuse_media
 
-IMAGE_FIELDS = ("image", "images")
-TURN_FIELDS = ("conversations", "messages")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+__all__ = ["IMAGE_FIELDS", "TURN_FIELDS", "sample_from_llava", "sample_from_record", "system_of", "tools_of"]
+
+SYSTEM_FIELDS = ("system", "system_prompt")
 
 
 def sample_from_record(
-    key: str, record: Mapping[str, Any], *, origin: str, folder: Path | None = None
+    key: str,
+    record: Mapping[str, Any],
+    *,
+    origin: str,
+    folder: Path | None = None,
+    image_fields: Sequence[str] = (),
 ) -> Sample:
-    """Build a sample from `{"image" or "images", "conversations" or "messages"}`.
+    """Build a sample from `{"image" or "images", "conversations" or "messages"}`, and `system` and `tools`.
 
     A field that is None counts as absent; where both of a pair are there, the first named here is taken.
 
     Args:
         key: the sample's.
         record: `image` is one image and `images` a list of them (or one), each as `open_image` takes it;
-            `conversations` and `messages` are as `messages_from_turns` takes them.
+            `conversations` and `messages` are as `messages_from_turns` takes them; `system` or
+            `system_prompt` is the text of the first, system turn; `tools` is as `tools_of` takes it.
         origin: the file it came from, for error messages.
         folder: what relative image paths start from.
+        image_fields: dotted names of the fields that hold the images, in their order (see `pictures_of`);
+            nothing else is then looked at. None: `image` and `images`, and a sample with what looks like an
+            image elsewhere is refused.
 
     Raises:
-        BadSample: an image or the conversation cannot be used, or an image has another field's name.
+        BadSample: an image, the conversation, the system text or the tools cannot be used, an image has
+            another field's name, or there is video or audio.
     """
     where = sample_place(key, origin)
-    given = first_given(record, *IMAGE_FIELDS)
-    if given is None or (isinstance(given, str) and not given):
-        given = []
-        _refuse_unread_images(record, where)
-    sources = given if isinstance(given, list | tuple) else [given]
-    images = tuple(open_image(source, where=where, folder=folder) for source in sources)
-    return sample_from_llava(key, first_given(record, *TURN_FIELDS), images, origin=origin)
+    refuse_media(record, where, "the record")
+    _refuse_turns_images(image_fields, where)
+    pictures = pictures_of(record, image_fields)
+    if not image_fields:
+        refuse_untaken(record, pictures, where)
+    images = tuple(
+        open_image(decoded(picture.source), where=where, folder=folder, name=picture.name)
+        for picture in pictures
+    )
+    return sample_from_llava(
+        key,
+        first_given(record, *TURN_FIELDS),
+        images,
+        origin=origin,
+        system=system_of(record, where),
+        tools=tools_of(record, where),
+    )
 
 
-def _refuse_unread_images(record: Mapping[str, Any], where: str) -> None:
-    """A sample without an image is text; one whose image has another name must not become text in silence."""
-    found = [
-        name
-        for name, value in record.items()
-        if isinstance(value, Image.Image) or (isinstance(value, str) and value.lower().endswith(_SUFFIXES))
-    ]
-    if found:
-        raise BadSample(
-            "the sample has an image under another name",
-            where=where,
-            expected=" or ".join(IMAGE_FIELDS),
-            found=", ".join(found),
-            fix="rename the field, or give --map module:function, which makes such a record",
-        )
-
-
-def sample_from_llava(key: str, turns: Any, images: tuple[Image.Image, ...], *, origin: str) -> Sample:
+def sample_from_llava(
+    key: str,
+    turns: Any,
+    images: tuple[Image.Image, ...],
+    *,
+    origin: str,
+    system: str | None = None,
+    tools: Sequence[dict[str, Any]] = (),
+) -> Sample:
     """Build a sample from turns, `[{"from": "human", "value": "<image>\\nWhat?"}, ...]`, and RGB images; a
     sample without an image is text only.
+
+    Args:
+        key: the sample's.
+        turns: as `messages_from_turns` takes them; where image parts have an `index`, it is that of `images`.
+        images: the sample's.
+        origin: the file it came from, for error messages.
+        system: a text for the first, system turn.
+        tools: JSON values for the chat template.
 
     Raises:
         BadSample: a conversation that cannot be used (see `messages_from_turns`), or no image where it has a
             placeholder for one.
     """
-    messages = messages_from_turns(turns, len(images), sample_place(key, origin))
-    return Sample(key, images, tuple(messages), origin)
+    messages = messages_from_turns(turns, len(images), sample_place(key, origin), system)
+    parts = [part for message in messages for part in message["content"]]
+    order = [part.pop("index") for part in parts if "index" in part]
+    placed = tuple(images[index] for index in order) if order else images
+    return Sample(key, placed, tuple(messages), origin, tuple(tools))
+
+
+def system_of(record: Mapping[str, Any], where: str) -> str | None:
+    """The text of a record's `system` or `system_prompt`; None where it has none, or an empty one.
+
+    Raises:
+        BadSample: it is not text, or the two are different texts.
+    """
+    given = {name: record[name] for name in SYSTEM_FIELDS if is_given(record.get(name))}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise BadSample(
+                f'the record\'s "{name}" is not text', where=where, expected="text", found=repr(value)[:120]
+            )
+    if len(set(given.values())) > 1:
+        raise BadSample(
+            "the record has two system texts",
+            where=where,
+            found=", ".join(f'"{name}": {text[:60]!r}' for name, text in given.items()),
+            fix="keep one of them",
+        )
+    return next(iter(given.values()), None)
+
+
+def tools_of(record: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    """A record's `tools`, a list of mappings or the JSON text of one; none where it is empty.
+
+    What is None in a list's mappings is left out: a table gives each tool the fields of all. JSON text is
+    taken as it stands.
+
+    Raises:
+        BadSample: it is something else.
+    """
+    given = record.get("tools")
+    if not is_given(given):
+        return ()
+    try:
+        # To JSON and back: what is rendered and hashed must be JSON values.
+        tools = json.loads(given if isinstance(given, str) else json.dumps(_without_nulls(given)))
+        found = repr(given)
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: bytes and the like
+        tools, found = "", f"{type(error).__name__}: {error}"
+    if tools is None:  # the text "null"
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadSample(
+            'the record\'s "tools" cannot be read',
+            where=where,
+            expected="a list of JSON objects, or the JSON text of one",
+            found=found[:120],
+        )
+    return tuple(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _refuse_turns_images(image_fields: Sequence[str], where: str) -> None:
+    within = [name for name in image_fields if name.partition(".")[0] in TURN_FIELDS]
+    if within:
+        raise BadSample(
+            "images within turns cannot be taken",
+            where=where,
+            found=f"--image-field {within[0]}",
+            fix='put the images into the record\'s "images", and <image> where each stands',
+        )

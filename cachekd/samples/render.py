@@ -8,6 +8,7 @@ out, both must be equal; then a marker's place is where that text ends, whatever
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,6 +28,9 @@ PROBE: Messages = (
     {"role": "user", "content": [{"type": "text", "text": "question"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "answer"}]},
 )
+NO_TOOL_TURNS = (
+    "use a model whose chat template takes tool turns, or write what the tool said into the user's turn"
+)
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -37,9 +41,14 @@ class Renderer:
         processor: a transformers processor; its `image_token` is None for a language model.
         source: the template in Jinja.
 
+    Attributes:
+        tools: what the assistant may call, in every conversation.
+
     Raises:
         CachekdError: the template writes today's date.
     """
+
+    tools: Sequence[dict[str, Any]] = ()
 
     def __init__(self, processor: Any, source: str) -> None:
         self.processor, self.source = processor, source
@@ -49,6 +58,12 @@ class Renderer:
                 where=str(processor.tokenizer.name_or_path),
                 fix="put a fixed date in the place of strftime_now(...) in the chat template",
             )
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> Renderer:
+        """The same, for conversations with these tools."""
+        renderer = copy.copy(self)
+        renderer.tools = tools
+        return renderer
 
     def text(self, messages: Messages, *, generation_prompt: bool = False) -> str:
         """The conversation as text, each image being its placeholder."""
@@ -72,12 +87,15 @@ class Renderer:
     def _render(
         self, messages: Messages, strings: bool, **options: Any
     ) -> tuple[list[str], list[list[Span]]]:
-        conversation = [self._with_string(turn) if strings else turn for turn in messages]
+        # What is supervised is not the template's to know: some write all that a message holds.
+        turns = [{name: turn[name] for name in turn if name != "supervised"} for turn in messages]
+        conversation = [self._with_string(turn) if strings else turn for turn in turns]
         # Llama 3 writes today's date unless it is told one; this is its own fallback.
         date = {"date_string": "26 Jul 2024"} if "date_string" in self.source else {}
         rendered: Any = render_jinja_template(
             conversations=[conversation],
             chat_template=self.source,
+            tools=list(self.tools) or None,
             **options,
             **date,
             **self.processor.tokenizer.special_tokens_map,
@@ -96,8 +114,8 @@ def find_answers(renderer: Renderer, messages: Messages, text: str, where: str) 
     """Find the answers of a conversation in its rendered text.
 
     Returns:
-        where each answer stands: with as much of its leading white space as the template keeps, without what
-        trails.
+        where each answer stands, supervised or not: with as much of its leading white space as the template
+        keeps, without what trails.
 
     Raises:
         BadSample: the template drops, rewrites or repeats a turn.
@@ -179,6 +197,8 @@ def _not_the_same(owner: tuple[str, str] | None, found: str, where: str) -> BadS
         where=where,
         expected="the conversation's texts as they are" if owner is None else f"{owner[0]}: {owner[1][:200]}",
         found=found[-300:],
-        fix="write the data as the template does; where it removes thinking from earlier answers, leave the "
+        fix=NO_TOOL_TURNS
+        if owner is not None and owner[0] == "tool"
+        else "write the data as the template does; where it removes thinking from earlier answers, leave the "
         "thinking out or end conversations at such answers; where it takes no system turn, leave that out",
     )

@@ -18,19 +18,25 @@ class Sample:
     Attributes:
         key: unique in its data set; the cache is looked up by it.
         images: RGB, upright (EXIF rotation applied), in the order of their placeholders.
-        messages: for a chat template: `{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}`.
+        messages: for a chat template: `{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}`
+            and, where it has them, `name` and `tool_call_id`. An answer with `"supervised": False` is
+            context; other messages have no such field.
         origin: the file (and member) it came from, for error messages.
+        tools: what the assistant may call, for the chat template: JSON values.
     """
 
     key: str
     images: tuple[Image.Image, ...]
     messages: tuple[dict[str, Any], ...]
     origin: str
+    tools: tuple[dict[str, Any], ...] = ()
 
     @cached_property
     def content_hash(self) -> bytes:
-        """16 bytes over the messages and the pixels: changes with the sample, not with any processor."""
+        """16 bytes over messages, tools and pixels: changes with the sample, not with any processor."""
         digest = hashlib.blake2b(json.dumps(self.messages, sort_keys=True).encode(), digest_size=16)
+        if self.tools:
+            digest.update(json.dumps(self.tools).encode())  # templates write their keys in this order
         for image in self.images:
             digest.update(repr(image.size).encode())
             digest.update(image.tobytes())
@@ -42,15 +48,28 @@ class Sample:
         return sample_place(self.key, self.origin)
 
     @property
-    def questions(self) -> list[tuple[dict[str, Any], str]]:
-        """Each assistant turn as (the user message before it, the answer's text)."""
-        pairs = zip(self.messages, self.messages[1:], strict=False)
-        return [(user, message_text(turn)) for user, turn in pairs if turn["role"] == "assistant"]
+    def questions(self) -> list[tuple[tuple[dict[str, Any], ...], str]]:
+        """Each supervised answer to a user, as (the messages from the user's on that lead to it, its text).
+
+        Mostly one message leads to it; more where tools are called.
+        """
+        asked, start = [], None
+        for place, message in enumerate(self.messages):
+            if message["role"] == "user":
+                start = place
+            elif is_supervised(message) and start is not None:
+                asked.append((self.messages[start:place], message_text(message)))
+        return asked
 
 
 def sample_place(key: str, origin: str) -> str:
     """How error messages name a sample."""
     return f"sample {key!r} in {origin}"
+
+
+def is_supervised(message: dict[str, Any]) -> bool:
+    """Whether a message is an answer to learn from, not context."""
+    return message["role"] == "assistant" and bool(message.get("supervised", True))
 
 
 def message_text(message: dict[str, Any]) -> str:

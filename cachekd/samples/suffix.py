@@ -30,11 +30,11 @@ def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Te
         what the processor makes of it, with a batch axis of one; and [L] bool, the answer with its end token.
 
     Raises:
-        BadSample: not exactly one question and one answer, or no image; the tokens do not give back the
-            answer.
+        BadSample: not exactly one question and one answer, no image, or tools; the tokens do not give back
+            the answer.
     """
     _check(sample)
-    question, answer = sample.questions[0]
+    [((question,), answer)] = sample.questions
     text = processor.image_token * len(sample.images) + message_text(question)
     batch = dict(
         processor(
@@ -60,11 +60,12 @@ def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Te
 
 def _check(sample: Sample) -> None:
     roles = [message["role"] for message in sample.messages]
-    if roles != ["user", "assistant"] or not sample.images:
+    if roles != ["user", "assistant"] or not sample.images or sample.tools:
         raise BadSample(
             "PaliGemma takes images, one question and one answer",
             where=sample.where,
             expected="a user turn with at least one image, then an assistant turn",
-            found=f"{', '.join(roles)} with {len(sample.images)} image(s)",
+            found=f"{', '.join(roles)} with {len(sample.images)} image(s)"
+            + (f" and {len(sample.tools)} tool(s)" if sample.tools else ""),
             fix="one conversation per question, or a teacher of another family",
         )

@@ -1,4 +1,4 @@
-"""WebDataset tars: `key.png` (or jpg, webp; `key.0.png`, `key.1.png` for several) beside `key.json`.
+"""WebDataset tars: `key.png` (or jpg, webp, ...; `key.0.png`, `key.1.png` for several) beside `key.json`.
 
 A sample of text alone is its `key.json` alone, which names no image.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import first_given
+from cachekd.samples.image_fields import IMAGE_SUFFIXES
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import RecordReader
@@ -20,7 +21,7 @@ from cachekd.samples.records import IMAGE_FIELDS
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.tar_index import index_tars
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")
 # All that a sample of text alone may have; targets are what `cachekd export` writes. Anything else may be an
 # image that is not recognised, which must not make text of the sample.
@@ -36,7 +37,8 @@ class WebDatasetSamples:
     Args:
         urls: the tars' paths or fsspec URLs.
         reader: how records become samples. A map function is given `{"__key__": key, extension: bytes, ...}`;
-            without one, the sample is its JSON with the image members as its images.
+            without one, the sample is its JSON with the image members as its images. Image fields may be
+            extensions, such as `left.png`, as well as fields of the JSON.
 
     Raises:
         CachekdError: a tar cannot be indexed (see `index_tars`).
@@ -59,11 +61,12 @@ class WebDatasetSamples:
             BadSample: it cannot be used.
             CachekdError: its tar has gone or changed.
         """
-        key, origin = self.keys[index], self._index.url(index)
-        record = dict(self._record(index))
-        if self._reader.map is None and "images" in record:
+        key, origin, record = self.keys[index], self._index.url(index), self._record(index)
+        if self._reader.map is None:
             members = self._index.members(index)
-            record["images"] = [self._index.read(index, members[extension]) for extension in record["images"]]
+            for field, extensions in self._image_members(index).items():
+                images = [self._index.read(index, members[extension]) for extension in extensions]
+                record = {**record, field: images}
         return self._reader.sample(key, record, origin)
 
     def outline(self, index: int) -> Outline:
@@ -86,21 +89,41 @@ class WebDatasetSamples:
         if self._reader.map is not None:
             files = {extension: self._index.read(index, member) for extension, member in members.items()}
             return self._reader.mapped({"__key__": name, **files}, name, origin)
-        text_alone = "json" in members and members.keys() <= _TEXT_ALONE
-        images = [] if text_alone else _image_extensions(members, name, origin)
+        if "json" not in members:
+            raise _lacks("json", members, name, origin)
         record = _parse_json(self._index.read(index, members["json"]), name, origin)
-        if text_alone and first_given(record, *IMAGE_FIELDS):
+        images = self._image_members(index)
+        if not images and self._reader.folder is None and first_given(record, *IMAGE_FIELDS):
             raise _lacks("image", members, name, origin)
-        record = {field: value for field, value in record.items() if field not in IMAGE_FIELDS}
-        return {**record, "images": images} if images else record
+        if images and not self._reader.image_fields:
+            record = {field: value for field, value in record.items() if field not in IMAGE_FIELDS}
+        return {**record, **images}
+
+    def _image_members(self, index: int) -> dict[str, list[str]]:
+        """Which of the sample's members are images, by the field of the record that they stand for."""
+        name, origin, members = self._index.names[index], self._index.url(index), self._index.members(index)
+        if self._reader.image_fields:
+            return {field: [field] for field in self._reader.image_fields if field in members}
+        if members.keys() <= _TEXT_ALONE:
+            return {}
+        return {"images": _image_extensions(members, name, origin)}
 
 
 def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:
     """A sample's images: one without a number, or consecutive numbers."""
     found = {extension: match[1] for extension in members if (match := _IMAGE.fullmatch(extension))}
-    missing = "json" if "json" not in members else "image" if not found else None
-    if missing:
-        raise _lacks(missing, members, key, origin)
+    if not found:
+        raise _lacks("image", members, key, origin)
+    others = [name for name in members.keys() - found.keys() if f".{name}".endswith(IMAGE_SUFFIXES)]
+    if others:
+        raise BadSample(
+            "the sample has an image under another name",
+            where=sample_place(key, origin),
+            expected=f"images in {_names(key, found)} alone",
+            found=_names(key, sorted(others)),
+            fix=f"--image-field {next(iter(found))} to take this alone, and --image-field {min(others)} to "
+            "take that too",
+        )
     if len(found) == 1:
         return list(found)
     ordered = sorted(found, key=lambda extension: int(found[extension] or -1))
@@ -119,7 +142,8 @@ def _lacks(what: str, members: Mapping[str, Any], key: str, origin: str) -> BadS
     return BadSample(
         f"the sample has no {what}",
         where=sample_place(key, origin),
-        expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS)} (or {key}.0.png, {key}.1.png)",
+        expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS[:4])}, ... (or {key}.0.png, "
+        f"{key}.1.png)",
         found=_names(key, members),
         fix="dots in names split the key from the extension: name files without them",
     )

@@ -140,10 +140,10 @@ function conversation(sample) {
   const known = sample.messages && all.every(({ token }) => token.turn !== null);
   let turn = 0;
   (sample.messages || []).forEach((message) => {
-    const answer = known && message.role === "assistant";
+    const answer = known && message.supervised;
     const box = bubble(message.role, message.role);
     box.append(answer ? tokens(all.filter(({ token }) => token.turn === turn)) : element("div", "text", lines(message.text)));
-    if (message.role === "assistant") turn += 1;
+    if (message.supervised) turn += 1;
     made.append(box);
   });
   if (!known) {

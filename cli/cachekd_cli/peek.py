@@ -165,7 +165,7 @@ def print_sample(sample: PeekedSample) -> None:
     turn = 0
     for message in sample.messages:
         print_message(message)
-        if message.role == "assistant":
+        if message.supervised:
             console.print(token_table([token for token in sample.tokens if token.turn == turn]))
             turn += 1
 

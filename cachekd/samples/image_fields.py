@@ -1,0 +1,223 @@
+"""Which of a record's fields are its pictures, and what only looks like one.
+
+A sample without a picture is text. So whatever looks like a picture and is not taken is refused by its dotted
+name: under another name it would make text of the sample in silence.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from cachekd.errors import BadSample
+from cachekd.samples.conversation import TURN_FIELDS
+
+IMAGE_FIELDS = ("image", "images")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")
+_LONGEST_PATH, _LONGEST_WITH_SPACES = 400, 100  # characters; what is longer is prose
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ")
+_BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
+_SHORTEST_BASE64 = 64  # characters; no picture is smaller
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of ISO media that are pictures
+# Tuples are quicker than unions, and a mix has a million records.
+_NUMBERS, _LISTS, _BYTES = (int, float, type(None)), (list, tuple), (bytes, bytearray, memoryview)
+# What is read for other things; a turn's text may end in anything.
+_SAID = frozenset(("from", "value", "role", "content"))
+_READ = frozenset(
+    ("system", "system_prompt", "tools", *(f"{turns}.{name}" for turns in TURN_FIELDS for name in _SAID))
+)
+
+
+class Picture(NamedTuple):
+    """A picture of a record, not opened yet.
+
+    Attributes:
+        name: where it stands, as in `images[1]`.
+        source: as `open_image` takes it.
+    """
+
+    name: str
+    source: Any
+
+
+class _Found(NamedTuple):
+    """What looks like a picture: where, its path or address if it has one, and whether it is held itself."""
+
+    name: str
+    file: str
+    embedded: bool
+
+
+def pictures_of(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> list[Picture]:
+    """A record's pictures, in order. None, an empty text and an empty list are none.
+
+    Args:
+        record: as `sample_from_record` takes it.
+        image_fields: dotted names of the fields that hold them, each one picture or a list; on their way
+            lists of mappings are gone through. Without them, `image` or else `images` is taken.
+    """
+    if image_fields:
+        return [picture for name in image_fields for picture in _listed(name, value_at(record, name))]
+    listed = (_listed(name, record.get(name)) for name in IMAGE_FIELDS)
+    return next((pictures for pictures in listed if pictures), [])
+
+
+def decoded(source: Any) -> Any:
+    """The bytes of a picture that is written as base64; anything else as it is."""
+    if not isinstance(source, str) or not _is_base64(source):
+        return source
+    try:
+        return base64.b64decode(source)
+    except ValueError:  # cut off
+        return source
+
+
+def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where: str) -> None:
+    """Refuse a record that has more pictures than `image` or `images` gave.
+
+    Beside one that was taken, what only names a file may be its metadata: an address on the web, or its own
+    name. A picture that is held itself (bytes, a PIL image) has no name, so one name elsewhere may be its.
+
+    Args:
+        record: as `sample_from_record` takes it.
+        pictures: what was taken.
+        where: the sample, for error messages.
+
+    Raises:
+        BadSample: what looks like a picture was not taken.
+    """
+    taken = pictures[0].name.partition("[")[0] if pictures else None
+    found = list(_pictures_elsewhere(record, taken))
+    if pictures and found:
+        found = _without_metadata(found, pictures)
+    if found:
+        raise _untaken(list(dict.fromkeys(other.name for other in found)), taken, where)
+
+
+def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[_Found]:
+    sources = [_picture_in(picture.name, picture.source) for picture in pictures]
+    names = [_file_name(source.file) for source in sources if source and source.file]
+    found = [
+        other
+        for other in found
+        if other.embedded or not (_is_address(other.file) or _file_name(other.file) in names)
+    ]
+    nameless = len(pictures) - len(names)
+    embedded = any(other.embedded for other in found)
+    return found if embedded or len({_file_name(other.file) for other in found}) > nameless else []
+
+
+def _untaken(found: list[str], taken: str | None, where: str) -> BadSample:
+    first = next((name for name in found if name.partition(".")[0] not in TURN_FIELDS), None)
+    if first is None:
+        fix = 'put the images into the record\'s "images", and <image> where each stands'
+    elif taken is None:
+        fix = f"--image-field {first} to take it, or --map module:function, which makes such a record"
+    else:
+        fix = f"--image-field {taken} to take this alone, and --image-field {first} to take that too"
+    return BadSample(
+        "the sample has an image under another name",
+        where=where,
+        expected=" or ".join(IMAGE_FIELDS) if taken is None else f"images in {taken} alone",
+        found=", ".join(found),
+        fix=fix,
+    )
+
+
+def _listed(name: str, value: Any) -> list[Picture]:
+    if value is None or (isinstance(value, str) and not value):
+        return []
+    if isinstance(value, _LISTS):
+        return [Picture(f"{name}[{number}]", one) for number, one in enumerate(value)]
+    return [Picture(name, value)]
+
+
+def value_at(value: Any, path: str) -> Any:
+    """What a dotted name stands for; names may have dots themselves."""
+    if isinstance(value, _LISTS):
+        return [picture.source for item in value for picture in _listed("", value_at(item, path))]
+    if not isinstance(value, Mapping):
+        return None
+    if path in value:
+        return value[path]
+    cuts = (match.start() for match in re.finditer(r"\.", path))
+    cut = next((cut for cut in cuts if path[:cut] in value), None)
+    return None if cut is None else value_at(value[path[:cut]], path[cut + 1 :])
+
+
+def _pictures_elsewhere(record: Mapping[str, Any], taken: str | None) -> Iterator[_Found]:
+    """What looks like a picture, by its dotted name, which is a list's for what is in it."""
+    waiting = [(name, value) for name, value in record.items() if name != taken]
+    while waiting:
+        name, value = waiting.pop()
+        if name in _READ or isinstance(value, _NUMBERS):
+            continue
+        if found := _picture_in(name, value):
+            yield found
+        elif isinstance(value, Mapping):
+            waiting += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, _LISTS) and not (name in TURN_FIELDS and all(map(_only_says, value))):
+            waiting += [(name, inner) for inner in value if not isinstance(inner, _NUMBERS)]
+
+
+def _only_says(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.keys() <= _SAID
+
+
+def _picture_in(name: str, value: Any) -> _Found | None:
+    """What of a value is a picture or names one; not what is within a list, or deeper in a mapping."""
+    if isinstance(value, PurePath):
+        value = str(value)
+    if isinstance(value, str):
+        if value[:11].lower() == "data:image/" or _is_base64(value):
+            return _Found(name, "", embedded=True)
+        return _Found(name, value, embedded=False) if _names_picture(value) else None
+    if isinstance(value, _BYTES):
+        return _Found(name, "", embedded=True) if _has_magic(bytes(value[:16])) else None
+    if isinstance(value, Image.Image):
+        return _Found(name, "", embedded=True)
+    if not isinstance(value, Mapping):
+        return None
+    # As `datasets` stores a picture.
+    content, path = value.get("bytes"), value.get("path")
+    named = path if isinstance(path, str) and _names_picture(path) else ""
+    held = isinstance(content, _BYTES) and (named or _has_magic(bytes(content[:16])))
+    return _Found(name, named, embedded=bool(held)) if held or named else None
+
+
+def _names_picture(text: str) -> bool:
+    if len(text) > _LONGEST_PATH or "." not in text:
+        return False
+    if not _without_query(text).lower().endswith(IMAGE_SUFFIXES):
+        return False
+    return len(text) <= _LONGEST_WITH_SPACES or len(text.split()) == 1
+
+
+def _has_magic(start: bytes) -> bool:
+    return (
+        start.startswith(_MAGIC)
+        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
+        or (start[:2] == b"BM" and start[6:10] == bytes(4))  # a bitmap's size is in between
+        or (start[4:8] == b"ftyp" and start[8:12] in _BRANDS)
+    )
+
+
+def _is_base64(text: str) -> bool:
+    return text.startswith(_BASE64) and len(text) >= _SHORTEST_BASE64 and not _names_picture(text)
+
+
+def _without_query(text: str) -> str:
+    return text.partition("?")[0].partition("#")[0]
+
+
+def _is_address(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
+def _file_name(path: str) -> str:
+    return _without_query(path).replace("\\", "/").rpartition("/")[2].lower()
