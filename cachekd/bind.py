@@ -24,6 +24,7 @@ from cachekd.cache.files import commit
 from cachekd.cache.sealed import Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
+from cachekd.left_out import reason_of
 from cachekd.samples import Sample, Samples, read_encoded
 
 
@@ -131,7 +132,7 @@ def bind(
     read = read_encoded(samples, _identity, range(len(samples)), workers=workers)
     for key, found in zip(samples.keys, read, strict=True):
         if isinstance(found, BadSample):
-            report.unreadable[key] = ": ".join(filter(None, (found.problem, str(found.found or ""))))
+            report.unreadable[key] = reason_of(found)
         elif index.take(key, found):
             report.matched += 1
         else:

@@ -22,7 +22,8 @@ from cachekd.config import DumpConfig
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
 from cachekd.errors import BadSample
-from cachekd.make_shards import ALL_BAD, make_shards
+from cachekd.left_out import ALL_BAD, may_be_left_out
+from cachekd.make_shards import make_shards
 from cachekd.samples import Encoded, SampleEncoder, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
 from cachekd.vlm import default_device, default_dtype
@@ -178,8 +179,8 @@ def _first_good(samples: Samples, encoder: SampleEncoder, on_error: str) -> Enco
     for index in range(len(samples)):
         try:
             return encoder(samples[index])
-        except BadSample:
-            if on_error == "stop" or index + 1 >= min(len(samples), ALL_BAD):
+        except BadSample as error:
+            if not may_be_left_out(error, on_error) or index + 1 >= min(len(samples), ALL_BAD):
                 raise
     raise AssertionError("open_samples refuses an empty data set")
 

@@ -1,4 +1,4 @@
-"""Samples that a run or an evaluation leaves out: which, why, and when there are too many."""
+"""Samples that a dump, a run or an evaluation leaves out: which, why, and when there are too many."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from cachekd.cache.files import commit
 from cachekd.errors import BadSample, CachekdError
-from cachekd.make_shards import ALL_BAD, vanished
 
 log = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
+# A data folder that has gone makes every sample bad. Fewer than this in a row may be chance.
+ALL_BAD = 16
 NAMED = 100  # samples in a record; all are counted
 _FILE = "cachekd_left_out.json"  # in a checkpoint
 _LOGGED = 10  # a line each; what follows is counted
@@ -29,7 +30,22 @@ def may_be_left_out(error: CachekdError, on_error: str) -> bool:
 
 def reason_of(error: CachekdError) -> str:
     """What is wrong, in one line."""
-    return error.problem if error.found is None else f"{error.problem}: {error.found}"
+    found = "" if error.found is None else f": {error.found}"
+    return " ".join(f"{error.problem}{found}".split())
+
+
+def vanished(problem: str, error: CachekdError) -> CachekdError:
+    """What to say of data that have gone.
+
+    Args:
+        error: of the last sample.
+    """
+    return CachekdError(
+        f"{problem}, so the data have probably gone",
+        where=error.where,
+        found=error.problem,
+        fix="mend the data, then run the same command again: what is finished stays",
+    )
 
 
 @dataclass(frozen=True)

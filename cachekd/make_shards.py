@@ -11,14 +11,12 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample
+from cachekd.left_out import ALL_BAD, may_be_left_out, reason_of, vanished
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher
-
-# A data folder that has gone makes every sample bad. Fewer than this in a row may be chance.
-ALL_BAD = 16
 
 Span = tuple[int, int]
 
@@ -138,20 +136,6 @@ class _Health:
             raise vanished("a sample that was good is bad now", error) from None
 
 
-def vanished(problem: str, error: CachekdError) -> CachekdError:
-    """What to say of data that have gone.
-
-    Args:
-        error: of the last sample.
-    """
-    return CachekdError(
-        f"{problem}, so the data have probably gone",
-        where=error.where,
-        found=error.problem,
-        fix="mend the data, then run the same command again: what is finished stays",
-    )
-
-
 def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:
     return all(key in known for key in samples.keys[slice(*piece)])
 
@@ -161,8 +145,7 @@ def _pass_on(key: str, answer: Answer | BadSample, writer: ShardWriter, on_error
     if isinstance(answer, Answer):
         writer.add(answer.key, answer.targets, answer.content_hash, answer.states)
         return len(answer.targets)
-    if on_error == "stop":
+    if not may_be_left_out(answer, on_error):
         raise answer
-    found = "" if answer.found is None else f": {answer.found}"
-    writer.skip(key, f"{answer.problem}{found}")
+    writer.skip(key, reason_of(answer))
     return 0
