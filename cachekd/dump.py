@@ -21,10 +21,10 @@ from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
-from cachekd.errors import BadSample
-from cachekd.left_out import ALL_BAD, may_be_left_out
+from cachekd.errors import BadSample, CachekdError, LeftOut
+from cachekd.left_out import ALL_BAD
 from cachekd.make_shards import make_shards
-from cachekd.samples import Encoded, SampleEncoder, Samples, open_samples
+from cachekd.samples import Sample, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
 from cachekd.vlm import default_device, default_dtype
 
@@ -165,24 +165,39 @@ def open_teacher(path: str, samples: Samples, codec: CodecSettings, dtype: str, 
         CachekdError: no such model or processor, or one that does not fit the data.
     """
     encoder = load_encoder(path)
-    example = _first_good(samples, encoder, on_error)
+    _first_good(samples, encoder, on_error)
     device = default_device()
     kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     teacher = Teacher.load(path, encoder, codec, dtype=kind, device=device)
     if TailSetting.parse(codec.tail).sketch:
-        teacher.find_head(example)
+        _first_good(samples, lambda sample: teacher.find_head(encoder(sample)), on_error)
     return teacher
 
 
-def _first_good(samples: Samples, encoder: SampleEncoder, on_error: str) -> Encoded:
-    """A sample to try things on; an unusable template or data set shows here."""
+def _first_good(samples: Samples, attempt: Callable[[Sample], object], on_error: str) -> None:
+    """Try something on the first sample that it can be done with; an unusable template or data set shows.
+
+    Raises:
+        CachekdError: what is wrong with the first sample or, where bad ones are skipped, with too many.
+    """
+    bad, last = 0, BadSample("there is no sample")
     for index in range(len(samples)):
         try:
-            return encoder(samples[index])
+            attempt(samples[index])
+            return
         except BadSample as error:
-            if not may_be_left_out(error, on_error) or index + 1 >= min(len(samples), ALL_BAD):
-                raise
-    raise AssertionError("open_samples refuses an empty data set")
+            last = error
+            if not isinstance(error, LeftOut):
+                bad += 1
+                if on_error == "stop" or bad >= ALL_BAD:
+                    raise
+    raise CachekdError(
+        "no sample can be used",
+        where=last.where,
+        expected=last.expected,
+        found=f"{last.problem}: {last.found}",
+        fix=last.fix,
+    )
 
 
 def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:

@@ -13,7 +13,7 @@ from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, LeftOut
 from cachekd.fingerprint import library_versions
 from cachekd.make_shards import groups_of
 from cachekd.pilot import Pilot, run_pilot
@@ -62,8 +62,9 @@ def pilot_of(
         tokens=geometry.calibration_tokens,
         progress=progress,
     )
-    if pilot.bad and config.on_error == "stop":
-        raise pilot.bad[0]
+    for bad in pilot.bad if config.on_error == "stop" else []:
+        if not isinstance(bad, LeftOut):
+            raise bad
     return pilot
 
 

@@ -60,6 +60,10 @@ class BadSample(CachekdError):
         super().__init__(problem, where=where, expected=expected, found=found, fix=fix)
 
 
+class LeftOut(BadSample):
+    """A sample that the settings leave out, whatever `--on-error` says."""
+
+
 def clipped(text: str, most: int = _MOST) -> str:
     """A text of at most `most` characters; of a longer one both ends."""
     if len(text) <= most:

@@ -33,7 +33,7 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        device = _out_of_memory_on(error)
+        device = memory_that_ran_out(error)
         if device is None:
             raise
         text = str(error)
@@ -45,8 +45,8 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         ) from error
 
 
-def _out_of_memory_on(error: Exception) -> str | None:
-    """CPU or GPU; None if it is another error."""
+def memory_that_ran_out(error: Exception) -> str | None:
+    """Whose, as an error says: "CPU" or "GPU"; None if it is another error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(said in text for said in _NO_ROOM_ON_THE_GPU):
         return "GPU"

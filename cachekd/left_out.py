@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cachekd.cache.files import commit
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, LeftOut
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _LOGGED = 10  # a line each; what follows is counted
 
 def may_be_left_out(error: CachekdError, on_error: str) -> bool:
     """Whether to go on without a sample. What is stale, or no fault of one sample's, stops whatever runs."""
-    return isinstance(error, BadSample) and on_error == "skip"
+    return isinstance(error, LeftOut) or (isinstance(error, BadSample) and on_error == "skip")
 
 
 def reason_of(error: CachekdError) -> str:
@@ -89,7 +89,8 @@ class BadSamples:
         """
         for key, error in bad.items():
             self._note(key, reason_of(error))
-        self._in_a_row = 0 if good else self._in_a_row + len(bad)
+        in_a_row = sum(not isinstance(error, LeftOut) for error in bad.values())
+        self._in_a_row = 0 if good else self._in_a_row + in_a_row
         if self._in_a_row >= ALL_BAD:
             raise vanished(f"{self._in_a_row} samples in a row are bad", next(iter(bad.values())))
 

@@ -76,6 +76,7 @@ def load_trainer(
             opened.arguments,
             data,
             pad_token_id=opened.encoder.pad_token_id,
+            encoder=opened.encoder,
             teacher=teacher,
             live=live,
             bridge=bridge,

@@ -11,7 +11,7 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.errors import BadSample
+from cachekd.errors import BadSample, LeftOut
 from cachekd.left_out import ALL_BAD, may_be_left_out, reason_of, vanished
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples
@@ -117,6 +117,8 @@ class _Health:
         """
         if isinstance(answer, Answer):
             self._good, self._bad_in_a_row = index, 0
+            return
+        if isinstance(answer, LeftOut):
             return
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= ALL_BAD:

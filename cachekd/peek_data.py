@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 from PIL import Image
-from transformers import ProcessorMixin
 
 from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
@@ -27,7 +27,7 @@ class PeekedData:
         processor: that the cache was made with. It tells several answers apart; None: they are unknown.
     """
 
-    def __init__(self, cache: LogitCache, samples: Samples, processor: ProcessorMixin | None = None) -> None:
+    def __init__(self, cache: LogitCache, samples: Samples, processor: Any = None) -> None:
         self.cache, self.samples = cache, samples
         self._places = {key: index for index, key in enumerate(samples.keys)}
         self._processor = processor
@@ -64,7 +64,7 @@ class PeekedData:
         if self._processor is None:
             return None
         found: list[int] = SampleEncoder(self._processor).turns(sample).tolist()
-        return found
+        return found[: len(self.cache[sample.key])]  # the dump may have cut it
 
 
 def embedded(image: Image.Image) -> str:

@@ -25,7 +25,7 @@ class Pilot:
         codec, geometry: it was run with.
         answers: of the samples that were run, by key, in the order of the data set.
         tokens: answer tokens of every sample that was read, run or not.
-        bad: samples that could not be used.
+        bad: samples that could not be used, or are left out.
         run_seconds: of the teacher's forward and the selection.
         read_seconds: of reading and encoding samples.
     """

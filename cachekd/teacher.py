@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.select import select_and_normalise
 from cachekd.errors import BadSample, CachekdError
+from cachekd.failures import memory_that_ran_out
 from cachekd.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
@@ -21,9 +22,10 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.samples import Encoded, SampleEncoder, TooLong, collate, predicting_positions
 from cachekd.vlm import (
     hidden_and_logits_at,
+    limits_of,
     load_config,
     load_model,
     load_processor,
@@ -96,6 +98,7 @@ class Teacher:
         """Measure the head on a sample.
 
         Raises:
+            BadSample: the model cannot run on it.
             CachekdError: the logits do not follow from the states by a matrix, a scale and a cap.
         """
         hidden, logits, _, _ = self.forward([example])
@@ -126,17 +129,13 @@ class Teacher:
 
     @torch.inference_mode()
     def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
-        """One batch."""
+        """One batch; of one that the model cannot run on, sample by sample."""
         try:
             hidden, logits, token_ids, counts = self.forward(samples)
-        except torch.OutOfMemoryError as error:
-            longest = max(samples, key=len)
-            raise CachekdError(
-                "the GPU's memory is too small for this batch",
-                where=f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest)} tokens",
-                found=str(error).splitlines()[0],
-                fix="run the same command with a smaller --batch-size: what is finished stays",
-            ) from None
+        except BadSample as error:
+            if len(samples) == 1:
+                return [error]
+            return [answer for sample in samples for answer in self.run([sample])]
         logits = logits[:, : self.vocab_size]
         try:
             return self._answers(samples, hidden, logits, token_ids, counts)
@@ -183,7 +182,20 @@ class Teacher:
 
     @torch.inference_mode()
     def forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Hidden states [N, d], logits [N, V] and ids [N] at the answer tokens, and how many each has."""
+        """Hidden states [N, d], logits [N, V] and ids [N] at the answer tokens, and how many each has.
+
+        Raises:
+            BadSample: the model cannot run on them, or on one of them.
+            CachekdError: memory ran out, or the GPU failed.
+        """
+        try:
+            return self._forward(samples)
+        except CachekdError:
+            raise
+        except Exception as error:  # torch's, the model's own: each has its own
+            raise _explained(error, samples) from error
+
+    def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         batch = collate(samples, self.encoder.pad_token_id)
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
         supervised = batch.pop("supervised")
@@ -213,6 +225,31 @@ class Teacher:
         )
 
 
+def _explained(error: Exception, samples: list[Encoded]) -> CachekdError:
+    """What a forward raised, for people."""
+    longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    where = f"sample {longest.key!r} with {len(longest):,} tokens"
+    if len(samples) > 1:
+        where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
+    if (device := memory_that_ran_out(error)) is not None:
+        return CachekdError(
+            f"the {device}'s memory is too small for this batch",
+            where=where,
+            found=found,
+            fix="run the same command with a smaller --batch-size: what is finished stays",
+        )
+    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+        # It answers nothing any more: every later sample would look bad.
+        return CachekdError(
+            "the GPU failed while the teacher ran",
+            where=where,
+            found=found,
+            fix="run the same command again: what is finished stays. If it fails at the same samples, "
+            "CUDA_LAUNCH_BLOCKING=1 shows where",
+        )
+    return BadSample("the teacher cannot run on the sample", where=where, found=found)
+
+
 def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[list[tuple[int, Encoded]]]:
     """(place in the group, sample), cut into batches by length; bad samples are left out."""
     usable = [(index, sample) for index, sample in enumerate(group) if not isinstance(sample, BadSample)]
@@ -220,11 +257,15 @@ def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[li
     return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
 
 
-def load_encoder(path: str) -> SampleEncoder:
+def load_encoder(path: str, *, max_tokens: int | None = None, too_long: TooLong = "error") -> SampleEncoder:
     """What turns samples into the teacher's inputs; its configuration is checked before its weights are read.
+
+    Args:
+        max_tokens: of a sample, where the teacher's context allows more.
+        too_long: what becomes of a longer one, see `Limits`.
 
     Raises:
         CachekdError: an unknown family, or no usable processor or chat template.
     """
-    load_config(path)
-    return SampleEncoder(load_processor(path))
+    limits = limits_of([load_config(path)], max_tokens=max_tokens, too_long=too_long)
+    return SampleEncoder(load_processor(path), limits)

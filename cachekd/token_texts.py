@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import tokenizer_fingerprint
+from cachekd.vlm import load_processor
 
 _SPACE = "▁"  # how SentencePiece writes one
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # and a byte of a character that it does not know
@@ -57,7 +59,7 @@ class TokenReader:
     """
 
     texts: TokenTexts
-    processor: ProcessorMixin | None = None
+    processor: Any = None
 
 
 def find_reader(cache: LogitCache, path: str | None) -> TokenReader:
@@ -73,7 +75,7 @@ def find_reader(cache: LogitCache, path: str | None) -> TokenReader:
     if path is None and not Path(source).is_dir():
         return TokenReader(TokenTexts())
     found = _load(source)
-    processor = found if isinstance(found, ProcessorMixin) else None
+    processor = None if isinstance(found, PreTrainedTokenizerBase) else found
     tokenizer: Any = found if processor is None else processor.tokenizer
     expected, ours = cache.manifest.fingerprints.tokenizer, tokenizer_fingerprint(tokenizer)
     if ours != expected:
@@ -88,11 +90,14 @@ def find_reader(cache: LogitCache, path: str | None) -> TokenReader:
 
 
 def _load(source: str) -> Any:
+    """A processor, of a language model too, or what else of a folder's has a tokenizer."""
+    with suppress(CachekdError):  # a tokenizer may stand in a folder without a model
+        return load_processor(source)
     problem = "nothing"
     for kind in (AutoProcessor, AutoTokenizer):
         try:
             found = kind.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             problem = str(error).splitlines()[0]
             continue
         if isinstance(found, PreTrainedTokenizerBase | ProcessorMixin):

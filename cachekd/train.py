@@ -25,6 +25,7 @@ from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
+from cachekd.vlm import save_processor
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
         return
     if config.lora is not None:
         save_merged(config, folder.path)
-    data.encoder.processor.save_pretrained(folder.path)
+    save_processor(data.encoder, folder.path)
     if trainer.bridge is not None:
         trainer.bridge.save(folder.path)
     folder.finish(

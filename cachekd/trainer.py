@@ -22,9 +22,9 @@ from cachekd.loss_terms import LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import LengthGroups, RandomOrder
-from cachekd.samples import predicting_positions
+from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, first_good
-from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text
+from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
 
@@ -56,6 +56,7 @@ class SwitchKDTrainer(Trainer):
         args: the Trainer's.
         train_dataset: of `cachekd.training_data.Example`.
         pad_token_id: for batches.
+        encoder: the student's, whose processor is saved in each checkpoint; None: none is.
         teacher: the switched path; None where `lambda_vsd` is 0.
         live: takes the place of cached targets.
         bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
@@ -86,6 +87,7 @@ class SwitchKDTrainer(Trainer):
         *,
         pad_token_id: int,
         teacher: SwitchedTeacher | None,
+        encoder: SampleEncoder | None = None,
         live: LiveTeacher | None = None,
         bridge: SwitchBridge | None = None,
         lambda_align: float = 1.0,
@@ -115,6 +117,7 @@ class SwitchKDTrainer(Trainer):
             data_collator=partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded),
             callbacks=callbacks,
         )
+        self.encoder = encoder
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
@@ -264,9 +267,13 @@ class SwitchKDTrainer(Trainer):
         return grad_norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The Trainer's; weights that are not finite are never saved."""
+        """The Trainer's; weights that are not finite are never saved. A checkpoint, unlike a model that a
+        caller saves, has its processor beside it. (The Trainer's own way, `processing_class`, would change
+        the model's special tokens to the tokenizer's.)"""
         stop_if_weights_not_finite(self)
         super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.encoder is not None and self.args.should_save:
+            save_processor(self.encoder, Path(output_dir))
 
     def _with_bridge(self, model: nn.Module) -> nn.Module:
         """All parameters that one gradient norm is of."""

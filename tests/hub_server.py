@@ -313,7 +313,7 @@ _ROUTES = (
     (("POST",), f"/api/datasets/{_NAME}/preupload/([^/]+)", _Handler.preupload),
     (("POST",), f"/api/datasets/{_NAME}/commit/([^/]+)", _Handler.commit),
     (("POST",), rf"/datasets/{_NAME}\.git/info/lfs/objects/batch", _Handler.batch),
-    (("GET", "HEAD"), f"/datasets/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    (("GET", "HEAD"), f"(?:/datasets)?/{_NAME}/resolve/([^/]+)/(.+)", _Handler.resolve),
     (("PUT",), "/cdn/([0-9a-f]{64})", _Handler.upload),
     (("GET", "HEAD"), "/cdn/([0-9a-f]{64})", _Handler.download),
 )

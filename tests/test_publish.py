@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import pytest
 import yaml
 from caches import assert_same_samples, copied, files_of, flip, reseal
 from fsspec.implementations.memory import MemoryFileSystem
-from hub_server import TOKEN, HubServer, running_hub
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, verify_files
@@ -34,21 +33,6 @@ from cachekd.sharing.contents import listed_files
 from cachekd_cli.main import app
 
 REPO = "org/cache"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    with running_hub() as server:
-        # What HF_ENDPOINT sets, but it is read when the client is imported.
-        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        template = template.replace(huggingface_hub.constants.ENDPOINT, server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield server
 
 
 class WatchedFileSystem(MemoryFileSystem):

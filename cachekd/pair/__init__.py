@@ -4,5 +4,6 @@ from cachekd.pair.check import PairReport, check_pair
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import Row
 from cachekd.pair.size import Sizes, sizes_of
+from cachekd.pair.survey import Lengths
 
-__all__ = ["PairReport", "Row", "Run", "Sizes", "check_pair", "preview", "sizes_of"]
+__all__ = ["Lengths", "PairReport", "Row", "Run", "Sizes", "check_pair", "preview", "sizes_of"]

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Literal
 
 from cachekd.data_options import Data, DataOptions
+from cachekd.errors import BadSample
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
     Side,
     answers_row,
+    bad_rows,
     cache_rows,
+    embedding_rows_row,
     encoding_row,
+    end_of_turn_row,
     image_tokens_row,
     pixels_row,
     split_row,
@@ -22,8 +26,14 @@ from cachekd.pair.rows import (
     vocabulary_row,
 )
 from cachekd.pair.size import Sizes, sizes_of
-from cachekd.samples import open_samples
-from cachekd.vlm import default_device, default_dtype
+from cachekd.pair.survey import Counts, Lengths, counts_of, data_row, length_row, lengths_of
+from cachekd.samples import Encoded, Samples, open_samples, survey
+from cachekd.samples.tar_urls import is_remote
+from cachekd.samples.view import SamplesView
+from cachekd.vlm import default_device, default_dtype, limits_of
+
+MOST_BAD = 16  # after so many in vain it is the data, not a sample
+FAR_SAMPLES = 256  # of data on another machine, whose lengths are looked at
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,15 @@ class PairReport:
     """All rows, and what a person would want to look at.
 
     Attributes:
+        data: how many samples there are, with and without images.
+        lengths: of the data set's samples, as the student reads them; None where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
     """
 
     rows: list[Row]
     sizes: Sizes
+    data: Counts
+    lengths: Lengths | None = None
     previews: list[tuple[str, list[Run]]] = field(default_factory=list)
 
     @property
@@ -67,22 +81,30 @@ def check_pair(
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
-    theirs, ours = Side.open(teacher), Side.open(student)
-    data = DataOptions.of(data)
-    opened = open_samples(data)
-    some = [opened[index] for index in range(min(samples, len(opened)))]
-    pairs = [(theirs.encoder(sample), ours.encoder(sample)) for sample in some]
+    theirs, ours, said = Side.open(teacher), Side.open(student), DataOptions.of(data)
+    opened = open_samples(said)
+    limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
+    pairs, bad = _first_pairs(opened, theirs, ours, samples)
+    # Reading a record from afar takes a request each.
+    near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if is_remote(said.data) else opened
+    seen = survey(near, ours.encoder)
+    counts, lengths = counts_of(seen, opened.notes), lengths_of(seen, limits)
     rows = [
         vocabulary_row(theirs, ours),
+        embedding_rows_row(limits, theirs, pairs),
         template_row(theirs, ours),
+        end_of_turn_row(ours),
         encoding_row(theirs, ours),
+        data_row(counts, opened.notes, takes_images=None not in (theirs.image_token_id, ours.image_token_id)),
+        *bad_rows(bad, said.on_error),
+        length_row(lengths),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
         *switch_rows(theirs, ours, switch_bridge),
     ]
     if cache is not None:
-        rows += cache_rows(cache, opened, data, ours, teacher, pairs)
+        rows += cache_rows(cache, opened, said, ours, teacher, pairs)
     if forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
@@ -90,4 +112,26 @@ def check_pair(
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    return PairReport(rows, sizes, shown)
+    return PairReport(rows, sizes, counts, lengths, shown)
+
+
+def _first_pairs(
+    samples: Samples, teacher: Side, student: Side, count: int
+) -> tuple[list[tuple[Encoded, Encoded]], list[BadSample]]:
+    """The first samples that can be used, as either side reads them, and those before that cannot.
+
+    Raises:
+        BadSample: none of the first many can be.
+    """
+    pairs, bad = [], []
+    for index in range(len(samples)):
+        try:
+            sample = samples[index]
+            pairs.append((teacher.encoder(sample), student.encoder(sample)))
+        except BadSample as error:
+            bad.append(error)
+        if len(pairs) == count or len(bad) == MOST_BAD:
+            break
+    if not pairs:
+        raise bad[0]
+    return pairs, bad

@@ -12,15 +12,17 @@ import torch
 
 from cachekd.cache import LogitCache
 from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, image_processor_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher
-from cachekd.samples import Encoded, SampleEncoder, Samples, collate, predicting_positions
+from cachekd.samples import Encoded, Limits, SampleEncoder, Samples, collate, predicting_positions
+from cachekd.samples.limits import NO_ROW
 from cachekd.vlm import (
     decode,
     default_device,
     default_dtype,
     encode,
+    generation_stops,
     load_config,
     load_model,
     load_processor,
@@ -93,6 +95,41 @@ def vocabulary_row(teacher: Side, student: Side) -> Row:
     return Row("vocabulary", "ok", found)
 
 
+def embedding_rows_row(limits: Limits, teacher: Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+    """Tokens that one of the models has no embedding for are refused where a sample has one."""
+    name, rows, tokens = "embedding rows", limits.embedding_rows, len(teacher.processor.tokenizer)
+    if rows is None or tokens <= rows:
+        return Row(name, "ok", f"one for each of the {tokens:,} tokens")
+    found = f"{rows:,} in {limits.embedding_rows_of} for {tokens:,} tokens: {tokens - rows:,} have none"
+    for theirs, _ in pairs:
+        ids = theirs.inputs["input_ids"]
+        is_image = ids == (-1 if teacher.image_token_id is None else teacher.image_token_id)
+        try:
+            limits.require_rows(ids, is_image, teacher.processor.tokenizer, f"sample {theirs.key!r}")
+        except BadSample as error:
+            return Row(name, "refused", f"{found}; {error.where}: {error.problem}", NO_ROW)
+    return Row(name, "note", f"{found}; a sample with such a token is refused", NO_ROW)
+
+
+def end_of_turn_row(student: Side) -> Row:
+    """Whether generation stops where the template ends a turn."""
+    name, token = "end of turn", student.encoder.end_of_turn
+    if token is None:
+        fix = "write an end-of-turn token behind each answer in the chat template"
+        return Row(name, "note", "the chat template writes none: a student does not learn where to stop", fix)
+    tokenizer, stops = student.processor.tokenizer, generation_stops(student.path, student.config)
+    said = repr(tokenizer.convert_ids_to_tokens(token))
+    others = [tokenizer.convert_ids_to_tokens(stop) for stop in stops if stop != token]
+    if token in stops and tokenizer.eos_token_id == token:
+        return Row(name, "ok", f"the template's {said} is the tokenizer's EOS, and generation stops at it")
+    found = f"the template's is {said}, the tokenizer's EOS {tokenizer.eos_token!r}"
+    if token in stops:
+        return Row(name, "ok", f"{found}; generation stops at the template's")
+    shown = ", ".join(map(repr, others)) or "nothing"
+    fix = "nothing: the trained student is saved with a generation_config.json that has both"
+    return Row(name, "note", f"{found}; generation stops at {shown}", fix)
+
+
 def template_row(teacher: Side, student: Side) -> Row:
     """The same chat template, or every answer stands elsewhere."""
     theirs, ours = (template_fingerprint(side.encoder.template) for side in (teacher, student))
@@ -114,6 +151,14 @@ def encoding_row(teacher: Side, student: Side) -> Row:
         return Row("encoding", "ok", "a probe text has the same tokens, and the same are supervised")
     fix = "the same tokenizer, chat template and kind of processor for both"
     return Row("encoding", "refused", f"sha256 {theirs[:12]} and {ours[:12]} over a probe text's tokens", fix)
+
+
+def bad_rows(bad: list[BadSample], on_error: str) -> list[Row]:
+    """Samples among the first that cannot be used."""
+    state: State = "note" if on_error == "skip" else "refused"
+    return [
+        Row("bad sample", state, f"{error.where}: {error.problem}; {error.found}", error.fix) for error in bad
+    ]
 
 
 def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:

@@ -1,8 +1,9 @@
 """Image-text conversations in, model inputs and a supervised mask out."""
 
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.samples.limits import Limits, TooLong
 from cachekd.samples.open import open_samples
-from cachekd.samples.outline import Outline, rough_lengths
+from cachekd.samples.outline import Outline, Survey, rough_lengths, survey
 from cachekd.samples.protocol import Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.samples.records import sample_from_llava, sample_from_record
@@ -10,10 +11,13 @@ from cachekd.samples.sample import Sample
 
 __all__ = [
     "Encoded",
+    "Limits",
     "Outline",
     "Sample",
     "SampleEncoder",
     "Samples",
+    "Survey",
+    "TooLong",
     "collate",
     "open_samples",
     "predicting_positions",
@@ -21,4 +25,5 @@ __all__ = [
     "rough_lengths",
     "sample_from_llava",
     "sample_from_record",
+    "survey",
 ]

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.chat_template import ChatTemplate
+from cachekd.samples.limits import NO_LIMITS, Limits
 from cachekd.samples.sample import Sample
 from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
 from cachekd.samples.supervision import answer_numbers, expand_images
@@ -48,6 +49,7 @@ class SampleEncoder:
 
     Args:
         processor: a transformers processor with a chat template.
+        limits: what the models allow of a sample; by default anything.
 
     Attributes:
         template: the chat template's source.
@@ -57,8 +59,8 @@ class SampleEncoder:
             date.
     """
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, limits: Limits = NO_LIMITS) -> None:
+        self.processor, self.limits = processor, limits
         if takes_suffix(processor):
             self.template: str = LAYOUT
             return
@@ -83,7 +85,8 @@ class SampleEncoder:
         """Encode one sample.
 
         Raises:
-            BadSample: an answer cannot be located, or the processor or the chat template raised.
+            BadSample: an answer cannot be located, the processor or the chat template raised, or the sample
+                is beyond the limits.
             CachekdError: the chat template does not let answers be located at all.
         """
         inputs, numbers = self._guarded(sample)
@@ -98,9 +101,32 @@ class SampleEncoder:
         numbers = self._guarded(sample)[1]
         return numbers[numbers >= 0]
 
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder's, which an image is many of; None for a language model."""
+        token = self.processor.image_token
+        return None if token is None else int(self.processor.tokenizer.convert_tokens_to_ids(token))
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that ends an answer; None where the chat template writes none.
+
+        Raises:
+            CachekdError: answers cannot be found in what the template writes.
+        """
+        tokenizer = self.processor.tokenizer
+        if takes_suffix(self.processor):
+            return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        ending = self._chat.frame.ending
+        return None if ending is None else int(tokenizer(ending, add_special_tokens=False)["input_ids"][-1])
+
+    def without_limits(self) -> SampleEncoder:
+        """The same, for samples as long as they are."""
+        return SampleEncoder(self.processor)
+
     def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         try:
-            return self._encode(sample)
+            return self._limited(*self._encode(sample), sample)
         except (CachekdError, MemoryError):
             raise
         except Exception as error:  # jinja's, the tokenizer's, the image processor's: each has its own
@@ -109,6 +135,18 @@ class SampleEncoder:
                 where=sample.where,
                 found=f"{type(error).__name__}: {error}",
             ) from error
+
+    def _limited(
+        self, inputs: dict[str, Tensor], numbers: Tensor, sample: Sample
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        ids = inputs["input_ids"]
+        is_image = ids == (-1 if self.image_token_id is None else self.image_token_id)
+        kept = self.limits.tokens_kept(ids, numbers >= 0, is_image, sample)
+        self.limits.require_rows(ids[:kept], is_image[:kept], self.processor.tokenizer, sample.where)
+        if kept == len(ids):
+            return inputs, numbers
+        cut = {name: value[:kept] if name in _PER_TOKEN else value for name, value in inputs.items()}
+        return cut, numbers[:kept]
 
     def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs, and [L] the number of the answer that a token is in, or -1."""

@@ -34,6 +34,7 @@ def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
         [L] int64 token ids and [L] bool what is supervised, image placeholders left out; None where the
         chat template or the processor refuses the conversation.
     """
+    encoder = encoder.without_limits()  # which are no part of how text becomes tokens
     if takes_suffix(encoder.processor):
         sample = Sample("probe", (Image.new("RGB", (8, 8)),), tuple(CONVERSATION[:2]), "a probe text")
     else:
@@ -45,5 +46,5 @@ def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
     ids = encoded.inputs["input_ids"]
     if not sample.images:
         return ids, encoded.supervised
-    is_text = ids != encoder.processor.tokenizer.convert_tokens_to_ids(encoder.processor.image_token)
+    is_text = ids != encoder.image_token_id
     return ids[is_text], encoded.supervised[is_text]

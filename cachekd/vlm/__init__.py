@@ -4,7 +4,9 @@ from cachekd.vlm.bridge import BridgePlan, SwitchBridge, plan_bridge
 from cachekd.vlm.compat import check_switch, check_tokenizers
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
+from cachekd.vlm.generation import generation_stops, save_processor
 from cachekd.vlm.head import output_head
+from cachekd.vlm.limits import limits_of
 from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
     default_device,
@@ -35,8 +37,10 @@ __all__ = [
     "default_dtype",
     "encode",
     "family_of",
+    "generation_stops",
     "hidden_and_logits_at",
     "language_model",
+    "limits_of",
     "load_config",
     "load_model",
     "load_processor",
@@ -50,6 +54,7 @@ __all__ = [
     "projectors_in_tower",
     "prove_split",
     "reach_by_text",
+    "save_processor",
     "train_only",
     "vision_tower",
     "weights_files",

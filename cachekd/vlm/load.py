@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import cache
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AutoQuantizationConfig
+from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
@@ -44,7 +47,7 @@ def load_config(path: str) -> Any:
     """A supported VLM's configuration.
 
     Raises:
-        CachekdError: there is no model at `path`, or its family is not supported.
+        CachekdError: there is no model at `path`, its family is not supported, or an adapter is there.
     """
     try:
         # Never a checkpoint's own code, nor a question whether to run it.
@@ -52,7 +55,10 @@ def load_config(path: str) -> Any:
             gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path, trust_remote_code=False)
         )
     except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
-        if is_tinyllava(path):
+        reached = "couldn't connect" not in str(error)  # else each question takes half a minute more
+        if reached:
+            _refuse_adapter(path)
+        if reached and is_tinyllava(path):
             raise CachekdError(
                 "this checkpoint is in TinyLLaVA Factory's layout",
                 where=str(path),
@@ -67,9 +73,34 @@ def load_config(path: str) -> Any:
             found=f"{error}".strip().splitlines()[0],
             fix="pip install 'cachekd[gguf]'" if is_gguf(path) and isinstance(error, ImportError) else None,
         ) from None
+    _refuse_adapter(path)
     config.name_or_path = str(path)
     family_of(config)
     return config
+
+
+def _refuse_adapter(path: str) -> None:
+    """transformers applies one that it finds beside a model, but only where peft is installed."""
+    folder = source(path)[0]
+    if not (Path(folder, ADAPTER_CONFIG_NAME).is_file() if Path(folder).is_dir() else _hub_adapter(folder)):
+        return
+    raise CachekdError(
+        "an adapter is not a whole model: merge it first",
+        where=str(path),
+        expected="a model without adapters",
+        found=ADAPTER_CONFIG_NAME,
+        fix="with peft: PeftModel.from_pretrained(BASE_MODEL, ADAPTER).merge_and_unload()"
+        ".save_pretrained(NEW_FOLDER), and save the processor there too",
+    )
+
+
+@cache
+def _hub_adapter(name: str) -> bool:
+    """Whether a name on the hub has an adapter; asked once, and no where the hub cannot be reached."""
+    try:
+        return find_adapter_config_file(name) is not None
+    except OSError:  # no such name, or none that a hub could have
+        return False
 
 
 def load_model(
