@@ -32,7 +32,16 @@ from cachekd.samples import (
 )
 from cachekd.samples.sample import is_supervised
 from cachekd.targets import DenseTargets
-from cachekd.vlm import check_tokenizers, default_device, default_dtype, load_model, load_processor, logits_at
+from cachekd.vlm import (
+    check_tokenizers,
+    default_device,
+    default_dtype,
+    limits_of,
+    load_config,
+    load_model,
+    load_processor,
+    logits_at,
+)
 
 MAX_TYPES = 12
 Progress = Callable[[int, int], None]  # samples and questions done since the last call
@@ -96,8 +105,9 @@ def evaluate(
     for processor in processors[1:]:
         check_tokenizers(processors[0].tokenizer, processor.tokenizer)
     data = DataOptions.of(data)
+    limits = limits_of(map(load_config, paths), max_tokens=data.max_tokens, too_long=data.too_long)
     samples, bad = open_samples(data), BadSamples()
-    encoder = SampleEncoder(processors[0])
+    encoder = SampleEncoder(processors[0], limits)
     asked = _asked(samples, encoder, data.on_error, bad)
     loaded = [load_model(path, dtype=default_dtype(device), device=device) for path in paths]
 

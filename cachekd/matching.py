@@ -128,12 +128,16 @@ def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) ->
     ours, theirs = encoded.token_ids.tolist(), targets.token_ids.tolist()
     if ours != theirs:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        changed = "the data changed since the dump: run `cachekd dump` again"
+        cut = (
+            "if --too-long cut it in one of the two, say the same --max-tokens and --too-long in both; else "
+        )
         raise CachekdError(
             "the answer tokens differ from the cache's",
             where=f"sample {encoded.key!r} of {cache.path}",
             expected=f"{len(theirs)} tokens" + ("" if at is None else f", number {at} is {theirs[at]}"),
             found=f"{len(ours)} tokens" + ("" if at is None else f", number {at} is {ours[at]}"),
-            fix="the data changed since the dump: run `cachekd dump` again",
+            fix=changed if at is not None else cut + changed,
         )
     check_content(cache, encoded.key, encoded.content_hash)
 

@@ -19,7 +19,7 @@ from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
 from cachekd.training_arguments import training_arguments
-from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
+from cachekd.vlm import check_switch, check_tokenizers, limits_of, load_config, load_processor
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     config.require_inputs()
     phase("opening the data")
     samples = open_samples(config)
-    load_config(config.student)
+    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
+    limits = limits_of(map(load_config, read_by), max_tokens=config.max_tokens, too_long=config.too_long)
     processor = load_processor(config.student)
-    encoder = SampleEncoder(processor)
+    encoder = SampleEncoder(processor, limits)
     phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
     cache, missing = open_cache(config, samples, processor, encoder)
     if config.missing == "skip":

@@ -14,7 +14,7 @@ import pytest
 import torch
 from caches import dump_cache, files_of
 from launch import train_in_two_processes
-from tiny import tar_members, write_llava_json, write_tar
+from tiny import tar_members, tiny_processor, write_llava_json, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -22,7 +22,7 @@ from cachekd.bind import bind
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.evaluate import evaluate
 from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
@@ -200,7 +200,7 @@ def test_data_of_which_all_is_bad_do_not_begin(student_path, tmp_path):
     plain = {"student": str(student_path), "lambda_align": 0, "lambda_vsd": 0, "on_error": "skip"}
     with pytest.raises(CachekdError, match="16 samples in a row are bad"):
         train(TrainConfig(**plain, data=data, out=tmp_path / "run"))
-    with pytest.raises(CachekdError, match="an image is missing"):  # fewer than could be chance
+    with pytest.raises(CachekdError, match="is missing"):  # fewer than could be chance
         train(TrainConfig(**plain, data=data, limit=3, out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -248,7 +248,7 @@ def test_samples_that_the_dump_left_out_are_left_out(
     summary = train(config)
     assert (summary.steps, summary.uncovered, summary.bad.samples) == (4, 0, 0)  # 13 samples
     assert [*summary.missing.first] == [f"s{index:03d}" for index in (7, 12, 13, 14, 15, 16, 17)]
-    assert "the dump left it out: an image cannot be read" in summary.missing.first["s007"]
+    assert "the dump left it out: the image" in summary.missing.first["s007"]
     assert record_of(tmp_path / "run")["left_out"]["missing"]["samples"] == 7
 
 
@@ -333,7 +333,7 @@ def test_left_out_by_the_dump_and_beyond_its_limit(settings, teacher_path, broke
     settings |= {"cache": str(cache), "data": broken_data, "out": tmp_path / "run"}
     text = refused(settings, tmp_path)
     assert "12 are missing, the first is 's007'" in text
-    assert "the dump left 1 out, such as 's007': an image cannot be read" in text
+    assert "the dump left 1 out, such as 's007': the image" in text
     assert "11 are beyond its --limit 9" in text
     text = refused(settings | {"limit": 9}, tmp_path)
     assert "--missing ce-only" not in text  # it cannot be read for that either
@@ -370,6 +370,41 @@ def test_the_skipped_file_names_samples_and_pictures_and_is_the_same_again(teach
     assert found["key"] == "s002"
     assert "2.png" in found["reason"]
     assert " at 0x" not in found["reason"]  # an object's, which another process has elsewhere
+
+
+# ---- samples that are too long
+
+
+def test_samples_that_are_too_long_are_left_out_though_bad_ones_stop(settings, data_path, tmp_path):
+    """As `--too-long skip` says; more than 16 of them in a row are no data that have gone."""
+    settings |= {"data": str(data_path), "on_error": "stop", "epochs": 1, "out": tmp_path / "run"}
+    samples, encoder = open_samples(data_path), SampleEncoder(tiny_processor())
+    lengths = [len(encoder(samples[index])) for index in range(12)]
+    most = sorted(lengths)[2]
+    long = {key for key, length in zip(samples.keys, lengths, strict=True) if length > most}
+    with pytest.raises(BadSample, match="too long"):
+        train(TrainConfig(**settings | {"max_tokens": most}))
+    found = train(TrainConfig(**settings | {"max_tokens": most, "too_long": "skip"}))
+    assert {*found.bad.first} == long
+    assert len(long) >= 8
+    bad = BadSamples()
+    bad.saw({str(index): LeftOut("the sample is too long") for index in range(40)}, good=0)
+    models, data = [settings["student"]], {"data": data_path, "max_tokens": most}
+    with pytest.raises(BadSample, match="too long"):
+        evaluate(models, DataOptions(**data))
+    # Its questions are asked alone, and are shorter than the whole.
+    assert evaluate(models, DataOptions(**data, too_long="skip")).left_out.samples < len(long)
+
+
+def test_a_sample_that_only_the_dump_cut_is_no_changed_sample(settings, teacher_path, data_path, tmp_path):
+    cut = {"max_tokens": 40, "too_long": "cut"}
+    cache = dump_cache(tmp_path / "c", teacher_path, data_path, tail="none", on_error="skip", **cut)
+    settings |= {"cache": str(cache), "data": str(data_path), "missing": "skip", "out": tmp_path / "run"}
+    with pytest.raises(
+        CachekdError, match=r"answer tokens differ[\s\S]*say the same --max-tokens and --too-long"
+    ):
+        train(TrainConfig(**settings))
+    assert train(TrainConfig(**settings | cut | {"epochs": 1})).steps > 0
 
 
 # ---- samples that feed no term
@@ -429,7 +464,7 @@ def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
     done = CliRunner().invoke(app, ["eval", str(run), "--data", str(broken), "--on-error", "skip"])
     assert done.exit_code == 0, done.output
     assert "left out: 4 samples that cannot be used" in done.stdout
-    assert "s001: an image cannot be read" in done.stdout
+    assert "s001: the image" in done.stdout
     assert json.loads((run / EVAL_FILE).read_text())["left_out"]["samples"] == 4
 
 
@@ -440,6 +475,6 @@ def test_an_evaluation_of_nothing_is_refused(student_path, tmp_path):
     with pytest.raises(CachekdError, match="16 samples in a row are bad"):
         evaluate([str(student_path)], DataOptions(data=data, on_error="skip"))
     with pytest.raises(
-        CachekdError, match=r"no sample of the data can be used[\s\S]*s000: an image is missing"
+        CachekdError, match=r"no sample of the data can be used[\s\S]*s000: the image '0.png' is missing"
     ):
         evaluate([str(student_path)], DataOptions(data=data, on_error="skip", limit=4))
