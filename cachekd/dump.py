@@ -19,6 +19,7 @@ from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
+from cachekd.data_options import DataOptions
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
 from cachekd.errors import BadSample, CachekdError, LeftOut
@@ -44,6 +45,9 @@ class DumpSummary:
         finished: whether the cache is complete; if not, other processes are at work, or have died.
         shards, all_shards: how many are there, of how many.
         samples, tokens: in them; tokens are answer tokens.
+        without_image: of the samples, those of text alone.
+        repeated_keys: samples of the data set whose key came before.
+        left_out: files of it that are no data.
         skipped: samples that were left out.
         bytes: of the shards on disk; the tail sketch's own file is apart.
         sketch_bytes: of that file.
@@ -59,6 +63,9 @@ class DumpSummary:
     all_shards: int
     samples: int
     tokens: int
+    without_image: int
+    repeated_keys: int
+    left_out: int
     skipped: int
     bytes: int
     sketch_bytes: int
@@ -152,25 +159,28 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     """
     codec = codec_of(config)
     samples = open_samples(config)
-    return samples, open_teacher(config.teacher, samples, codec, config.dtype, on_error=config.on_error)
+    return samples, open_teacher(config.teacher, samples, config, codec, config.dtype)
 
 
-def open_teacher(path: str, samples: Samples, codec: CodecSettings, dtype: str, *, on_error: str) -> Teacher:
+def open_teacher(
+    path: str, samples: Samples, options: DataOptions, codec: CodecSettings, dtype: str
+) -> Teacher:
     """The teacher, tried on a sample.
 
     Args:
+        samples, options: the data, and what becomes of bad and long samples.
         dtype: of torch, or "auto".
 
     Raises:
         CachekdError: no such model or processor, or one that does not fit the data.
     """
-    encoder = load_encoder(path)
-    _first_good(samples, encoder, on_error)
+    encoder = load_encoder(path, max_tokens=options.max_tokens, too_long=options.too_long)
+    _first_good(samples, encoder, options.on_error)
     device = default_device()
     kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     teacher = Teacher.load(path, encoder, codec, dtype=kind, device=device)
     if TailSetting.parse(codec.tail).sketch:
-        _first_good(samples, lambda sample: teacher.find_head(encoder(sample)), on_error)
+        _first_good(samples, lambda sample: teacher.find_head(encoder(sample)), options.on_error)
     return teacher
 
 
@@ -216,6 +226,9 @@ def _summary(
         all_shards=shards,
         samples=sum(_shards(records, "samples")),
         tokens=tokens,
+        without_image=sum(count or 0 for count in _shards(records, "without_image")),
+        repeated_keys=build.plan.source.data.repeated_keys,
+        left_out=build.plan.source.data.left_out,
         skipped=sum(len(record.skipped) for record in records.values()),
         bytes=sum(_shards(records, "bytes")),
         sketch_bytes=sketch.bytes if sketch is not None else 0,

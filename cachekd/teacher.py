@@ -39,12 +39,14 @@ class Answer(NamedTuple):
 
     Attributes:
         states: for the tail sketch; None if it is not wanted.
+        images: how many the sample has.
     """
 
     key: str
     content_hash: bytes
     targets: TokenTargets
     states: TailStates | None
+    images: int
 
     def to(self, device: torch.device | str) -> Answer:
         """With its states on `device`."""
@@ -159,7 +161,7 @@ class Teacher:
             pairs = zip(hidden.split(counts), normaliser.split(counts), strict=True)
             states = [TailStates(*pair) for pair in pairs]
         return [
-            Answer(sample.key, sample.content_hash, target, state)
+            Answer(sample.key, sample.content_hash, target, state, sample.images)
             for sample, target, state in zip(samples, targets.split(counts), states, strict=True)
         ]
 

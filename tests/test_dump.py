@@ -132,7 +132,7 @@ def test_a_bad_sample_stops_the_dump_and_what_is_finished_stays(tmp_path, teache
         shard_samples=20,
         calibration_tokens=30,
     )
-    with pytest.raises(CachekdError, match="image cannot be read"):
+    with pytest.raises(CachekdError, match="cannot be read"):
         dump(config)
     assert len(list((tmp_path / "out" / "shards").glob("*.zip"))) == 3
     finished = everything(tmp_path / "out" / "shards")

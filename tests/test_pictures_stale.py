@@ -25,6 +25,7 @@ from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import TrainConfig
+from cachekd.data_options import DataOptions
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import image_reading
@@ -132,7 +133,7 @@ def test_the_teacher_is_asked_again_and_shards_are_made_again_where_images_are_t
     stale, mixed, teacher_path
 ):
     cache, samples = LogitCache(stale), open_samples(str(mixed))
-    teacher = open_teacher(str(teacher_path), samples, cache.manifest.codec, "float32", on_error="stop")
+    teacher = open_teacher(str(teacher_path), samples, DataOptions.of(mixed), cache.manifest.codec, "float32")
     found = recheck(cache, teacher, samples, 12)
     assert [mismatch.key for mismatch in found.mismatches] == [TRANSPARENT]
     assert "its images are read in another way" in found.mismatches[0].problem

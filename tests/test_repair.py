@@ -25,6 +25,7 @@ from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_samples
 from cachekd.config import TrainConfig
+from cachekd.data_options import DataOptions
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.recheck import Recheck, recheck
@@ -334,7 +335,9 @@ def test_repair_of_a_sound_cache_does_nothing(cache, teacher_path, broken_data):
 
 def ask(path: Path, teacher: Path, data: Path, count: int = 99, **options: Any) -> Recheck:
     cache, samples = LogitCache(path), open_samples(data)
-    model = open_teacher(str(teacher), samples, cache.manifest.codec, "float32", on_error="skip")
+    model = open_teacher(
+        str(teacher), samples, DataOptions.of(data, on_error="skip"), cache.manifest.codec, "float32"
+    )
     return recheck(cache, model, samples, count, **options)
 
 

@@ -244,7 +244,7 @@ def test_a_bad_tar_is_named(tmp_path: Path):
         open_samples(write_tar(tmp_path / "e.tar", [("000017", b"")]))
     with pytest.raises(CachekdError, match="JSON is not valid"):
         open_samples(write_tar(tmp_path / "f.tar", [("x.png", good[0][1]), ("x.json", b"{")]))[0]
-    with pytest.raises(CachekdError, match="an image cannot be read"):
+    with pytest.raises(CachekdError, match="cannot be read"):
         open_samples(
             write_tar(tmp_path / "g.tar", [("x.png", b"no png"), good[1]][:1] + [("x.json", good[1][1])])
         )[0]

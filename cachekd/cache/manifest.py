@@ -142,6 +142,9 @@ class ShardInfo(Part):
         None, description="of the source's data set, first and last + 1; null where shards were cut"
     )
     samples: Positive
+    without_image: Annotated[Count | None, LATER] = Field(
+        None, description="samples of text alone; null: not known"
+    )
     tokens: Count
     entries: Count = Field(description="logprobs stored")
     bytes: Positive

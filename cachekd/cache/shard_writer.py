@@ -50,15 +50,26 @@ class ShardWriter:
         self._uncoded: list[tuple[TokenTargets, TailStates]] = []
         self._uncoded_tokens = 0
         self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
+        self._images: list[int | None] = []  # of each sample
         self._coded: list[TokenTargets] = []
         self._skipped: list[Skipped] = []
 
     def add(
-        self, key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None = None
+        self,
+        key: str,
+        targets: TokenTargets,
+        content_hash: bytes,
+        states: TailStates | None = None,
+        images: int | None = None,
     ) -> None:
-        """Add one sample; for arguments and errors see `LogitCacheWriter.add`."""
+        """Add one sample; for arguments and errors see `LogitCacheWriter.add`.
+
+        Args:
+            images: how many it has; None: not known.
+        """
         check_sample(key, targets, content_hash, states, needs_states=self._encoder is not None)
         self._samples.append((key, content_hash, len(targets)))
+        self._images.append(images)
         if self._head is not None and states is not None:
             self._probes.offer(self.tokens, states)
         self.tokens += len(targets)
@@ -113,6 +124,7 @@ class ShardWriter:
             sketch=None if self._encoder is None else 0,
             span=self.span,
             samples=len(shard.keys),
+            without_image=None if None in self._images else self._images.count(0),
             tokens=len(targets),
             entries=len(targets.ids),
             bytes=len(content),

@@ -28,12 +28,14 @@ class Encoded:
         content_hash: the sample's 16-byte content hash.
         inputs: what the processor made: `input_ids` [L], and image tensors as the model takes them.
         supervised: [L] bool, true on exactly the assistant's tokens and their end-of-turn tokens.
+        images: how many the sample has.
     """
 
     key: str
     content_hash: bytes
     inputs: Mapping[str, Tensor]
     supervised: Tensor
+    images: int = 0
 
     @property
     def token_ids(self) -> Tensor:
@@ -90,7 +92,7 @@ class SampleEncoder:
             CachekdError: the chat template does not let answers be located at all.
         """
         inputs, numbers = self._guarded(sample)
-        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0)
+        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0, len(sample.images))
 
     def turns(self, sample: Sample) -> Tensor:
         """[N] int64: for each answer token of a sample, which supervised answer it is in, from 0.

@@ -171,7 +171,10 @@ def print_summary(summary: DumpSummary) -> None:
     rows = [
         ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
         ("samples", f"{summary.samples:,}"),
+        ("of them without an image", f"{summary.without_image:,}"),
         *([("left out (skipped.jsonl)", f"{summary.skipped:,}")] if summary.skipped else []),
+        *([("keys that came before", f"{summary.repeated_keys:,}")] if summary.repeated_keys else []),
+        *([("files that are no data", f"{summary.left_out:,}")] if summary.left_out else []),
         ("answer tokens", f"{summary.tokens:,}"),
         ("bytes per token", f"{summary.bytes_per_token:.1f}"),
         ("mean k", f"{summary.mean_k:.1f}"),

@@ -136,6 +136,7 @@ def make_shards_again(
     """The teacher's part of a repair."""
     from cachekd.cache import Manifest
     from cachekd.repair import find_source, refuse_what_cannot_be_made, repair
+    from cachekd.samples.dumped import as_dumped
 
     refuse_what_cannot_be_made(cache, found)
     broken = [finding for finding in found if finding.shard is not None]
@@ -150,7 +151,8 @@ def make_shards_again(
         )
     manifest = Manifest.load(cache)
     source, samples = find_source(manifest, broken, data)
-    model = open_teacher(manifest, teacher, samples)
+    options = as_dumped(data, manifest.sources[source].data, str(cache))
+    model = open_teacher(manifest, teacher, samples, options)
     shards = [manifest.shards[finding.shard] for finding in broken if finding.shard is not None]
     spans = [info.span for info in shards if info.span is not None and info.source == source]
     with progress_bar("tokens") as bar:
@@ -166,18 +168,20 @@ def ask_again(cache: Path, teacher: str, data: DataOptions, count: int, seed: in
     from cachekd.samples.dumped import as_dumped
 
     opened = LogitCache(cache)
-    samples = open_samples(as_dumped(data, opened.manifest.sources[0].data, str(cache)))
-    model = open_teacher(opened.manifest, teacher, samples)
+    options = as_dumped(data, opened.manifest.sources[0].data, str(cache))
+    samples = open_samples(options)
+    model = open_teacher(opened.manifest, teacher, samples, options)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "ask again", min(count, len(opened)))
         return recheck(opened, model, samples, count, seed=seed, progress=lambda done: advance(done, done))
 
 
-def open_teacher(manifest: Manifest, path: str, samples: Samples) -> Teacher:
+def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOptions) -> Teacher:
     """The teacher as it ran for the dump."""
     from cachekd.dump import open_teacher
 
-    return open_teacher(path, samples, manifest.codec, manifest.teacher.dtype, on_error="skip")
+    skipping = data.model_copy(update={"on_error": "skip"})
+    return open_teacher(path, samples, skipping, manifest.codec, manifest.teacher.dtype)
 
 
 def as_dict(cache: Path, found: list[Finding], done: list[str], live: Recheck | None) -> dict[str, Any]:
