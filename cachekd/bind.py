@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +24,8 @@ from cachekd.cache.files import commit
 from cachekd.cache.sealed import Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
+from cachekd.left_out import reason_of
 from cachekd.samples import Sample, Samples, read_encoded
-from cachekd.samples.outline import Outline
-
-_UNBOUND = "unbound:\n"  # no key has a line break
 
 
 class Binding(Sealed):
@@ -61,30 +59,20 @@ class Binding(Sealed):
             )
 
 
-class BoundSamples:
-    """A data set under the keys of a cache.
+def bound_cache(cache: LogitCache, binding: Binding, where: str) -> LogitCache:
+    """A cache under the keys of the data set that was bound to it.
 
-    A sample that the cache lacks gets a key that no cache has: training then treats it as it treats any that
-    is missing, even where the cache has another sample under its own key.
+    A sample of which the cache has nothing is not in it, even where the cache has another under that key:
+    training then treats it as it treats any that is missing.
+
+    Args:
+        where: the binding's file.
+
+    Raises:
+        CachekdError: the binding is of another cache.
     """
-
-    def __init__(self, samples: Samples, binding: Binding) -> None:
-        self._samples, self.notes = samples, samples.notes
-        unbound = set(binding.unbound)
-        self.keys = [
-            f"{_UNBOUND}{key}" if key in unbound else binding.keys.get(key, key) for key in samples.keys
-        ]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read one sample; raises what the data set does."""
-        return replace(self._samples[index], key=self.keys[index])
-
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`."""
-        return self._samples.outline(index)
+    binding.require_cache(cache, where)
+    return cache.renamed(binding.keys, without=set(binding.unbound))
 
 
 @dataclass
@@ -144,7 +132,7 @@ def bind(
     read = read_encoded(samples, _identity, range(len(samples)), workers=workers)
     for key, found in zip(samples.keys, read, strict=True):
         if isinstance(found, BadSample):
-            report.unreadable[key] = ": ".join(filter(None, (found.problem, str(found.found or ""))))
+            report.unreadable[key] = reason_of(found)
         elif index.take(key, found):
             report.matched += 1
         else:
@@ -174,8 +162,8 @@ class _Index:
         parts = [read_identities(cache.path / SHARD_FOLDER / info.name) for info in cache.manifest.shards]
         self._keys = [key for keys, _ in parts for key in keys]
         self._places = {key: place for place, key in enumerate(self._keys)}
-        # As fixed-width bytes: numpy sorts and compares these, and all have the same width.
-        self._hashes: NDArray[np.bytes_] = np.concatenate([hashes for _, hashes in parts]).view("S16")[:, 0]
+        # Not "S16": numpy takes zeros at the end of such a text for padding, and a hash may end in some.
+        self._hashes: NDArray[np.void] = np.concatenate([hashes for _, hashes in parts]).view("V16")[:, 0]
         self._order = np.argsort(self._hashes, kind="stable")
         self._sorted = self._hashes[self._order]
         self._taken = np.zeros(len(self._keys), bool)
@@ -186,14 +174,14 @@ class _Index:
     def take(self, key: str, content: bytes) -> bool:
         """Whether the sample is there under this key."""
         place = self._places.get(key)
-        if place is None or self._hashes[place] != np.bytes_(content):
+        if place is None or self._hashes[place].tobytes() != content:
             return False
         self._taken[place] = True
         return True
 
     def take_content(self, content: bytes) -> str | None:
         """The key of a sample with this content; of several equal ones, one that was not taken yet."""
-        first, last = (int(np.searchsorted(self._sorted, np.bytes_(content), side)) for side in _SIDES)
+        first, last = (int(np.searchsorted(self._sorted, np.void(content), side)) for side in _SIDES)
         places = self._order[first:last]
         if not len(places):
             return None

@@ -98,8 +98,9 @@ class TrainConfig(DataOptions):
     live_teacher: bool = Field(
         False, description="run the whole teacher at every step in place of a cache, as a baseline"
     )
-    missing: Literal["error", "ce-only"] = Field(
-        "error", description="samples that the cache lacks stop the run, or train by L_CE alone"
+    missing: Literal["error", "skip", "ce-only"] = Field(
+        "error",
+        description="samples that the cache lacks: they stop the run, are left out, or train by L_CE alone",
     )
     window: int | None = Field(
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"

@@ -23,7 +23,8 @@ from cachekd.data_options import DataOptions
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
 from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.make_shards import ALL_BAD, make_shards
+from cachekd.left_out import ALL_BAD
+from cachekd.make_shards import make_shards
 from cachekd.samples import Sample, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
 from cachekd.vlm import default_device, default_dtype

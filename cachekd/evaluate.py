@@ -8,8 +8,9 @@ answer exactly if, at each of its tokens and at its end, that token is the most 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.data_options import Data, DataOptions
+from cachekd.errors import CachekdError
+from cachekd.left_out import BadSamples, LeftOutSamples, may_be_left_out
 from cachekd.losses import forward_kl_loss
 from cachekd.samples import (
     Encoded,
@@ -29,7 +32,16 @@ from cachekd.samples import (
 )
 from cachekd.samples.sample import is_supervised
 from cachekd.targets import DenseTargets
-from cachekd.vlm import check_tokenizers, default_device, default_dtype, load_model, load_processor, logits_at
+from cachekd.vlm import (
+    check_tokenizers,
+    default_device,
+    default_dtype,
+    limits_of,
+    load_config,
+    load_model,
+    load_processor,
+    logits_at,
+)
 
 MAX_TYPES = 12
 Progress = Callable[[int, int], None]  # samples and questions done since the last call
@@ -56,13 +68,19 @@ class Score:
 
 @dataclass
 class Evaluation:
-    """Models on one data set, the teacher first if there is one."""
+    """Models on one data set, the teacher first if there is one.
+
+    Attributes:
+        questions: that were asked; of types, how many of each.
+        left_out: bad samples, none of whose questions was asked.
+    """
 
     data: str
     questions: int
     types: dict[str, int]
     teacher: Score | None
     models: list[Score] = field(default_factory=list)
+    left_out: LeftOutSamples = field(default_factory=LeftOutSamples)
 
 
 def evaluate(
@@ -75,21 +93,29 @@ def evaluate(
 ) -> Evaluation:
     """Score models, and their agreement with a teacher, on every question of a data set.
 
+    Args:
+        data: its `on_error` says whether a bad sample ends the evaluation or is left out.
+
     Raises:
-        CachekdError: bad input, or models whose tokenizers differ.
+        CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
     """
     device = default_device()
     paths = [*([teacher] if teacher else []), *models]
     processors = [load_processor(path) for path in paths]
     for processor in processors[1:]:
         check_tokenizers(processors[0].tokenizer, processor.tokenizer)
-    samples = open_samples(data)
+    data = DataOptions.of(data)
+    limits = limits_of(map(load_config, paths), max_tokens=data.max_tokens, too_long=data.too_long)
+    samples, bad = open_samples(data), BadSamples()
+    encoder = SampleEncoder(processors[0], limits)
+    asked = _asked(samples, encoder, data.on_error, bad)
     loaded = [load_model(path, dtype=default_dtype(device), device=device) for path in paths]
 
     types, hits = _Counts(), [_Counts() for _ in paths]
     agreed, divergence, tokens = [0.0] * len(paths), [0.0] * len(paths), 0
     seen: set[str] = set()
-    for questions, batch, supervised in _batches(samples, SampleEncoder(processors[0]), batch_size, device):
+    while some := list(islice(asked, batch_size)):
+        questions, batch, supervised = _batch(some, encoder.pad_token_id, device)
         answers, owner = batch["input_ids"][supervised], supervised.nonzero()[:, 0]
         kinds = [question_type(question) for question in questions]
         types.add(kinds, [1.0] * len(kinds))
@@ -107,6 +133,15 @@ def evaluate(
         progress(len({question.key for question in questions} - seen), len(questions))
         seen |= {question.key for question in questions}
 
+    left_out = LeftOutSamples.of(bad.reasons)
+    progress(left_out.samples, 0)
+    if not types.total():
+        raise CachekdError(
+            "no sample of the data can be used",
+            where=data.data,
+            expected="at least one question",
+            found="; ".join(f"{key}: {reason}" for key, reason in islice(left_out.first.items(), 3)),
+        )
     scores = [
         Score(path, count.total() / types.total(), count.shares(types))
         for path, count in zip(paths, hits, strict=True)
@@ -121,6 +156,7 @@ def evaluate(
         types={name: int(value) for name, value in types.values.items()},
         teacher=scores[0] if teacher else None,
         models=scores[first:],
+        left_out=left_out,
     )
 
 
@@ -172,19 +208,28 @@ class _Counts:
         return {kind: self.values[kind] / of.values[kind] for kind in common}
 
 
-def _batches(
-    samples: Samples, encoder: SampleEncoder, batch_size: int, device: torch.device
-) -> Iterator[tuple[list[Sample], dict[str, Tensor], Tensor]]:
-    pad = encoder.pad_token_id
-    waiting: list[tuple[Sample, Encoded]] = []
-    for index in range(len(samples)):
-        waiting += [(question, encoder(question)) for question in ask_alone(samples[index])]
-        while len(waiting) >= batch_size or (waiting and index == len(samples) - 1):
-            now, waiting = waiting[:batch_size], waiting[batch_size:]
-            batch = collate([encoded for _, encoded in now], pad)
-            batch = {name: value.to(device) for name, value in batch.items()}
-            supervised = batch.pop("supervised")
-            yield [question for question, _ in now], batch, supervised
+def _asked(
+    samples: Samples, encoder: SampleEncoder, on_error: str, bad: BadSamples
+) -> Iterator[tuple[Sample, Encoded]]:
+    """Every question of every sample; of a bad sample none, also where only one of them is bad."""
+    for index, key in enumerate(samples.keys):
+        try:
+            questions = [(question, encoder(question)) for question in ask_alone(samples[index])]
+        except CachekdError as error:
+            if not may_be_left_out(error, on_error):
+                raise
+            bad.saw({key: error}, good=0)
+            continue
+        bad.saw({}, good=1)
+        yield from questions
+
+
+def _batch(
+    asked: Sequence[tuple[Sample, Encoded]], pad_token_id: int, device: torch.device
+) -> tuple[list[Sample], dict[str, Tensor], Tensor]:
+    batch = collate([encoded for _, encoded in asked], pad_token_id)
+    batch = {name: value.to(device) for name, value in batch.items()}
+    return [question for question, _ in asked], batch, batch.pop("supervised")
 
 
 @torch.inference_mode()

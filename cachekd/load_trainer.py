@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, set_seed
@@ -60,13 +59,15 @@ def load_trainer(
         teacher = load_teacher(config, opened.arguments.device)
     live, teacher_encoder = None, None
     if config.live_teacher and teacher is not None:
-        live, teacher_encoder = live_teacher(config, teacher, opened.processor)
+        live, teacher_encoder = live_teacher(config, teacher, opened.encoder)
     if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
-        teacher_encoder = SampleEncoder(load_processor(str(config.teacher)))
+        teacher_encoder = SampleEncoder(load_processor(str(config.teacher)), opened.encoder.limits)
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
     student = load_student(config, opened.arguments.device)
-    data = TrainingSamples(opened.samples, opened.encoder, opened.cache, teacher_encoder)
+    data = TrainingSamples(
+        opened.samples, opened.encoder, opened.cache, teacher_encoder, on_error=config.on_error
+    )
     phase("reading the first sample")
     with explained(config.training):
         trainer = SwitchKDTrainer(
@@ -123,7 +124,7 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
 
 
 def live_teacher(
-    config: TrainConfig, teacher: SwitchedTeacher, processor: Any
+    config: TrainConfig, teacher: SwitchedTeacher, encoder: SampleEncoder
 ) -> tuple[LiveTeacher, SampleEncoder | None]:
     """The teacher in the cache's place, and its own encoder if it prepares images in another way."""
     own = load_processor(str(config.teacher))
@@ -134,5 +135,5 @@ def live_teacher(
         window=config.window or 128,
         min_k=config.min_k or 2,
     )
-    same = image_processor_fingerprint(own) == image_processor_fingerprint(processor)
-    return live, None if same else SampleEncoder(own)
+    same = image_processor_fingerprint(own) == image_processor_fingerprint(encoder.processor)
+    return live, None if same else SampleEncoder(own, encoder.limits)

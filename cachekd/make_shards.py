@@ -11,14 +11,12 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.errors import BadSample, CachekdError, LeftOut
+from cachekd.errors import BadSample, LeftOut
+from cachekd.left_out import ALL_BAD, may_be_left_out, reason_of, vanished
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher
-
-# A data folder that has gone makes every sample bad. Fewer than this in a row may be chance.
-ALL_BAD = 16
 
 Span = tuple[int, int]
 
@@ -124,7 +122,7 @@ class _Health:
             return
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= ALL_BAD:
-            raise _vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
+            raise vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
 
     def refuse_vanished_data(self) -> None:
         """Read again what was good.
@@ -137,16 +135,7 @@ class _Health:
         try:
             self._teacher.encoder(self._samples[self._good])
         except BadSample as error:
-            raise _vanished("a sample that was good is bad now", error) from None
-
-
-def _vanished(problem: str, error: BadSample) -> CachekdError:
-    return CachekdError(
-        f"{problem}, so the data have probably gone",
-        where=error.where,
-        found=error.problem,
-        fix="mend the data, then run the same command again: what is finished stays",
-    )
+            raise vanished("a sample that was good is bad now", error) from None
 
 
 def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:
@@ -158,8 +147,7 @@ def _pass_on(key: str, answer: Answer | BadSample, writer: ShardWriter, on_error
     if isinstance(answer, Answer):
         writer.add(answer.key, answer.targets, answer.content_hash, answer.states, answer.images)
         return len(answer.targets)
-    if on_error == "stop" and not isinstance(answer, LeftOut):
+    if not may_be_left_out(answer, on_error):
         raise answer
-    found = "" if answer.found is None else f": {answer.found}"
-    writer.skip(key, f"{answer.problem}{found}")
+    writer.skip(key, reason_of(answer))
     return 0

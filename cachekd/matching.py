@@ -6,6 +6,7 @@ from typing import Any
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
     config_fingerprint,
@@ -15,6 +16,7 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
+from cachekd.missing import MissingSamples, missing_samples
 from cachekd.samples import Encoded, SampleEncoder, Samples
 from cachekd.samples.pixels import READING
 from cachekd.vlm import load_config, load_processor, weights_identity
@@ -26,13 +28,18 @@ def check_cache(
     processor: Any,
     encoder: SampleEncoder,
     *,
-    may_lack_samples: bool = False,
-) -> None:
+    data: DataOptions | None,
+    missing: str = "error",
+) -> MissingSamples:
     """Refuse a cache of another tokenizer, chat template, way to encode or data set.
 
     Args:
-        may_lack_samples: whether samples beyond the cache are meant to be there. A cache that has none of
-            the data is refused all the same.
+        data: how the samples were opened; None where their keys are not the dump's (a binding).
+        missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
+            none of the data is refused whatever it is.
+
+    Returns:
+        the samples that it lacks.
 
     Raises:
         CachekdError: what differs, and how.
@@ -52,25 +59,20 @@ def check_cache(
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
     _check_encoding(cache, encoder)
-    missing = [key for key in samples.keys if key not in cache]
-    if may_lack_samples and missing and len(missing) == len(samples):
+    lacking = missing_samples(cache, samples, data)
+    if lacking and missing != "error" and len(lacking) == len(samples):
+        then = "all would train by L_CE alone" if missing == "ce-only" else "nothing would be left"
         raise CachekdError(
-            "the cache lacks samples of the data set: it has none of them, and all would train by L_CE alone",
+            f"the cache lacks samples of the data set: it has none of them, and {then}",
             where=str(cache.path),
-            expected=f"some of {len(samples):,} samples, as {missing[0]!r}",
+            expected=f"some of {len(samples):,} samples, as {samples.keys[0]!r}",
             found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
             fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
             "--lambda-align 0 --lambda-vsd 0 for plain CE",
         )
-    if missing and not may_lack_samples:
-        raise CachekdError(
-            "the cache lacks samples of the data set",
-            where=str(cache.path),
-            expected=f"all {len(samples):,} samples",
-            found=f"{len(missing):,} are missing, the first is {missing[0]!r}",
-            fix="run `cachekd dump` over this data set, or train these by L_CE alone: --missing ce-only; "
-            "`cachekd bind` finds samples that have other keys in the cache",
-        )
+    if lacking and missing == "error":
+        raise lacking.error(cache, samples)
+    return lacking
 
 
 def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:
@@ -126,12 +128,16 @@ def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) ->
     ours, theirs = encoded.token_ids.tolist(), targets.token_ids.tolist()
     if ours != theirs:
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        changed = "the data changed since the dump: run `cachekd dump` again"
+        cut = (
+            "if --too-long cut it in one of the two, say the same --max-tokens and --too-long in both; else "
+        )
         raise CachekdError(
             "the answer tokens differ from the cache's",
             where=f"sample {encoded.key!r} of {cache.path}",
             expected=f"{len(theirs)} tokens" + ("" if at is None else f", number {at} is {theirs[at]}"),
             found=f"{len(ours)} tokens" + ("" if at is None else f", number {at} is {ours[at]}"),
-            fix="the data changed since the dump: run `cachekd dump` again",
+            fix=changed if at is not None else cut + changed,
         )
     check_content(cache, encoded.key, encoded.content_hash)
 

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from cachekd.bind import Binding, BoundSamples
+from cachekd.bind import Binding, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
+from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
 from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
 from cachekd.training_arguments import training_arguments
-from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
+from cachekd.vlm import check_switch, check_tokenizers, limits_of, load_config, load_processor
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """What a run reads, checked as far as it can be without any model's weights in memory."""
+    """What a run reads, checked as far as it can be without any model's weights in memory.
+
+    Attributes:
+        samples: to train on.
+        missing: that the cache lacks and that are left out of them.
+    """
 
     samples: Samples
     processor: Any
     encoder: SampleEncoder
     cache: LogitCache | None
     arguments: TrainingArguments
+    missing: LeftOutSamples
 
 
 def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None]) -> OpenRun:
@@ -39,21 +47,30 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("opening the data")
-    samples: Samples = open_samples(config)
-    if config.binding is not None:
-        samples = BoundSamples(samples, Binding.read(config.binding))
-    load_config(config.student)
+    samples = open_samples(config)
+    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
+    limits = limits_of(map(load_config, read_by), max_tokens=config.max_tokens, too_long=config.too_long)
     processor = load_processor(config.student)
-    encoder = SampleEncoder(processor)
+    encoder = SampleEncoder(processor, limits)
     phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
-    cache = open_cache(config, samples, processor, encoder)
+    cache, missing = open_cache(config, samples, processor, encoder)
+    if config.missing == "skip":
+        samples = without(samples, missing)
+    else:
+        missing = {}
     arguments = training_arguments(config, checkpoints)
     require_one_gpu(arguments)
     require_steps(len(samples), arguments)
     if config.runs_teacher:
         phase("comparing the teacher with the student and the cache")
-        check_the_teacher(config, processor, cache)
-    return OpenRun(samples, processor, encoder, cache, arguments)
+        check_the_teacher(config, processor, samples, cache)
+    return OpenRun(samples, processor, encoder, cache, arguments, LeftOutSamples.of(missing))
+
+
+def without(samples: Samples, missing: Container[str]) -> Samples:
+    """The others, in their order."""
+    kept = [index for index, key in enumerate(samples.keys) if key not in missing]
+    return samples if len(kept) == len(samples) else SamplesView(samples, only=kept)
 
 
 def require_steps(samples: int, arguments: TrainingArguments) -> None:
@@ -74,17 +91,51 @@ def require_steps(samples: int, arguments: TrainingArguments) -> None:
     )
 
 
+def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str] | None) -> None:
+    """Refuse L_VSD where no sample feeds it; text alone has nothing to switch.
+
+    Args:
+        cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
+
+    Raises:
+        CachekdError: none of them has a picture, as their records tell.
+    """
+    if config.lambda_vsd == 0:
+        return
+    distilled = [index for index, key in enumerate(samples.keys) if cache is None or key in cache]
+    if any(_has_picture(samples, index) for index in distilled):
+        return
+    raise CachekdError(
+        "no sample feeds L_VSD: none has a picture",
+        where=f"setting 'lambda_vsd', and {config.data}",
+        expected="samples with pictures among those that are distilled",
+        found=f"{len(distilled):,} of text alone",
+        fix="--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0",
+    )
+
+
+def _has_picture(samples: Samples, index: int) -> bool:
+    try:
+        return samples.outline(index).images > 0
+    except BadSample:  # which is met again when it is read
+        return False
+
+
 def open_cache(
     config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
-) -> LogitCache | None:
-    """The cache, checked against the student's tokenizer, the template and the data; None if none is used."""
+) -> tuple[LogitCache | None, dict[str, str]]:
+    """The cache, checked against the student's tokenizer, the template and the data; None if none is used.
+
+    With it the samples that it lacks, key to why.
+    """
     if not config.distils or config.live_teacher:
-        return None
+        return None, {}
     assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     if config.binding is not None:
-        Binding.read(config.binding).require_cache(cache, str(config.binding))
-    check_cache(cache, samples, processor, encoder, may_lack_samples=config.missing == "ce-only")
+        cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
+    data = None if config.binding is not None else config
+    lacking = check_cache(cache, samples, processor, encoder, data=data, missing=config.missing)
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
         ours = getattr(config, name)
@@ -96,15 +147,17 @@ def open_cache(
                 found=ours,
                 fix=f"leave {name!r} out: a cache has its own",
             )
-    return cache
+    return cache, lacking.reasons
 
 
-def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | None) -> None:
+def check_the_teacher(
+    config: TrainConfig, processor: Any, samples: Samples, cache: LogitCache | None
+) -> None:
     """What its files say, without a model of them; their bytes are hashed last, as it takes longest.
 
     Raises:
-        CachekdError: the pair cannot be switched, has other tokens or another template, or the cache is of
-            another teacher.
+        CachekdError: the pair cannot be switched, or has nothing to switch; it has other tokens or another
+            template; or the cache is of another teacher.
     """
     assert config.teacher is not None  # as `require_inputs` saw
     if config.lambda_vsd > 0 and config.switch_bridge is None:
@@ -117,5 +170,6 @@ def check_the_teacher(config: TrainConfig, processor: Any, cache: LogitCache | N
             where=f"{config.teacher} and {config.student}",
             fix="save the teacher's chat_template.jinja beside the student's processor",
         )
+    require_pictures(config, samples, cache)
     if cache is not None:
         check_teacher(cache, config.teacher)

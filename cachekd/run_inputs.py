@@ -26,7 +26,6 @@ def inputs_of(
     it is.
 
     Args:
-        samples: under the keys of the binding, if there is one.
         known: models hashed before, as in JSON; kept up to date. They are hashed again only if names, sizes
             or times of their files have changed.
 

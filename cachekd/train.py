@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -16,6 +16,7 @@ from cachekd.failures import memory_advice
 from cachekd.files import ADAPTER_FOLDER
 from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
+from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import open_run
 from cachekd.run_folder import RunFolder, step_of
@@ -51,6 +52,8 @@ class TrainSummary:
         resumed_from: the step that this session went on from; 0 for a new run.
         uncovered: samples that the cache lacks, trained by L_CE alone.
         data_wait: share of this session's time in which the steps waited for data (`DataWait`).
+        missing: samples that the cache lacks and that were left out, with reasons.
+        bad: samples that were left out because they cannot be used, earlier sessions' included.
     """
 
     out: Path
@@ -60,6 +63,8 @@ class TrainSummary:
     resumed_from: int = 0
     uncovered: int = 0
     data_wait: float = 0.0
+    missing: LeftOutSamples = field(default_factory=LeftOutSamples)
+    bad: LeftOutSamples = field(default_factory=LeftOutSamples)
 
 
 def train(
@@ -97,14 +102,17 @@ def train(
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         stopper.raise_if_stopped(trainer.state)
+        bad = trainer.bad_samples()
         summary = TrainSummary(
             config.out,
             trainer.state.global_step,
             time.perf_counter() - started,
             trainer.last_terms,
             resumed_from,
-            trainer.train_dataset.uncovered,
+            trainer.train_dataset.uncovered(but=bad),
             trainer.data_wait.total.share,
+            opened.missing,
+            LeftOutSamples.of(bad),
         )
         with folder.finishing():
             save_run(folder, config, trainer, summary)
@@ -136,6 +144,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
+            "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -6,6 +6,7 @@ import resource
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_data import IGNORE, TrainingSamples
+from cachekd.training_data import IGNORE, Example, TrainingSamples
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -126,7 +127,8 @@ def _longest(trainer: SwitchKDTrainer) -> dict[str, Any]:
     data: TrainingSamples = trainer.train_dataset
     lengths = data.lengths()
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    return trainer.data_collator([data[i] for i in longest[: trainer.args.train_batch_size]])
+    usable = (found for index in longest if isinstance(found := data[index], Example))
+    return trainer.data_collator(list(islice(usable, trainer.args.train_batch_size)))
 
 
 def _run(trainer: SwitchKDTrainer, batch: dict[str, Any]) -> None:

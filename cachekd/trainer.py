@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -16,12 +17,13 @@ from transformers.trainer_callback import PrinterCallback
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
+from cachekd.left_out import BadSamples
 from cachekd.loss_terms import LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
-from cachekd.training_data import IGNORE, checked, collate_with_targets
+from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, first_good
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
@@ -105,12 +107,14 @@ class SwitchKDTrainer(Trainer):
                 where="setting 'training.torch_compile'",
                 fix="leave it out, or train without the switched path: --lambda-vsd 0",
             )
+        self.bad = BadSamples()
+        first = first_good(train_dataset, self.bad)
         super().__init__(
             model=student,
             args=args,
             train_dataset=train_dataset,
             # No lambda: it goes to spawned workers.
-            data_collator=partial(collate_with_targets, pad_token_id=pad_token_id),
+            data_collator=partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded),
             callbacks=callbacks,
         )
         self.encoder = encoder
@@ -128,7 +132,7 @@ class SwitchKDTrainer(Trainer):
         if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise no_sharding()
         self.lambda_align, self.lambda_vsd, self.vsd_every = lambda_align, lambda_vsd, vsd_every
-        tokens, positions = self._first_batch()
+        tokens, positions = self._measured_on(first)
         self.terms = LossTerms(
             self.vlm,
             teacher,
@@ -148,9 +152,9 @@ class SwitchKDTrainer(Trainer):
         self.data_wait = DataWait()
         self._reader: ReadsOn | None = None
 
-    def _first_batch(self) -> tuple[dict[str, Tensor], Tensor]:
+    def _measured_on(self, example: Example) -> tuple[dict[str, Tensor], Tensor]:
         """One sample, and where its answers are predicted; the heads are measured on it."""
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        batch = self._prepare_inputs(self.data_collator([example]))
         supervised = batch.pop("labels") != IGNORE
         tokens = {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "covered"}
         return tokens, predicting_positions(supervised)
@@ -176,7 +180,8 @@ class SwitchKDTrainer(Trainer):
         self._step.append(
             Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, keys, inputs)
         )
-        loss = loss / (len(token_ids) if num_items_in_batch is None else num_items_in_batch)
+        tokens = torch.as_tensor(len(token_ids) if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / tokens.clamp(min=1)  # where a whole step is left out, all is 0
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, terms) if return_outputs else loss
@@ -193,7 +198,7 @@ class SwitchKDTrainer(Trainer):
         not all."""
         for_teacher = batch.pop("for_teacher", None)
         if self.live is not None:
-            if self.lambda_align == 0 and not self.switches:
+            if not len(token_ids) or (self.lambda_align == 0 and not self.switches):
                 return None, None
             seen = batch if for_teacher is None else {**for_teacher}
             where = supervised if for_teacher is None else seen.pop("supervised")
@@ -230,10 +235,10 @@ class SwitchKDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one optimizer step; how long they took to come is counted."""
+        """The batches of one optimizer step. How long they took to come is counted, and what they lack."""
         if self.bridge is not None:
             self.bridge.zero_grad()  # the Trainer does it for the student alone
-        batches = self.data_wait.timed(checked(epoch_iterator))
+        batches = self.bad.out_of(self.data_wait.timed(checked(epoch_iterator)))
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -274,13 +279,22 @@ class SwitchKDTrainer(Trainer):
         """All parameters that one gradient norm is of."""
         return model if self.bridge is None else nn.ModuleList([model, self.bridge])
 
+    def bad_samples(self) -> dict[str, str]:
+        """Key and reason of those that were left out, in all processes, each of which has to ask."""
+        self.bad.add(gather_object([self.bad.reasons]))
+        return self.bad.reasons
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.bad_samples() and self.args.should_save:
+            self.bad.save(Path(output_dir))
         if self.bridge is not None and self.args.should_save:
             self.bridge.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.bad.load(Path(checkpoint))
         if self.bridge is not None and checkpoint is not None:
             self.bridge.load(Path(checkpoint))
 

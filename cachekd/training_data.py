@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.errors import CachekdError
+from cachekd.left_out import BadSamples, OnError, may_be_left_out
 from cachekd.matching import check_sample
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
 from cachekd.samples.reader import dead_worker, quiet_tokenizers
@@ -36,6 +37,21 @@ class Example:
     for_teacher: Encoded | None = None
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What there is of a sample that cannot be trained on.
+
+    Attributes:
+        key: the sample's.
+        error: what is wrong with it.
+        left_out: whether the run goes on without it.
+    """
+
+    key: str
+    error: CachekdError
+    left_out: bool
+
+
 class TrainingSamples(Dataset):
     """Samples, encoded, beside their cached targets, checked against each other.
 
@@ -45,6 +61,7 @@ class TrainingSamples(Dataset):
         cache: None for plain cross-entropy and for a live teacher.
         teacher_encoder: the teacher's own, where a live one prepares images in another way, or where an image
             has another number of places in its text.
+        on_error: whether a bad sample stops the run, or is left out of it.
     """
 
     def __init__(
@@ -53,33 +70,46 @@ class TrainingSamples(Dataset):
         encoder: SampleEncoder,
         cache: LogitCache | None,
         teacher_encoder: SampleEncoder | None = None,
+        *,
+        on_error: OnError = "stop",
     ) -> None:
         self.samples, self.encoder, self.cache = samples, encoder, cache
-        self.teacher_encoder = teacher_encoder
+        self.teacher_encoder, self.on_error = teacher_encoder, on_error
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def uncovered(self) -> int:
-        """Samples that the cache lacks."""
-        return 0 if self.cache is None else sum(key not in self.cache for key in self.samples.keys)
+    def uncovered(self, but: Container[str] = ()) -> int:
+        """How many samples the cache lacks.
+
+        Args:
+            but: keys of samples that do not count.
+        """
+        if self.cache is None:
+            return 0
+        return sum(key not in self.cache and key not in but for key in self.samples.keys)
 
     def lengths(self) -> list[int]:
         """About how many tokens each sample has, without reading more than a few images."""
         return rough_lengths(self.samples, self.encoder)
 
-    def __getitem__(self, index: int) -> Example | CachekdError:
-        """One example. In a worker process a fault of it is a value, which `checked` raises: a DataLoader
-        would wrap the error into its own text and traceback."""
-        if get_worker_info() is None:
-            return self._example(index)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the step's batches still come
+    def __getitem__(self, index: int) -> Example | Fault:
+        """One example; a `Fault` where it is left out.
+
+        In a worker process any fault of it is a value, which `checked` raises: a DataLoader would wrap the
+        error into its own text and traceback.
+        """
+        in_worker = get_worker_info() is not None
+        if in_worker:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the step's batches still come
         try:
             return self._example(index)
         except CachekdError as error:
+            left_out = may_be_left_out(error, self.on_error)
+            if not left_out and not in_worker:
+                raise
             error.__cause__ = error.__context__ = None  # their frames hold images, and cannot be pickled
-            return error.with_traceback(None)
+            return Fault(self.samples.keys[index], error.with_traceback(None), left_out)
 
     def _example(self, index: int) -> Example:
         sample = self.samples[index]
@@ -111,6 +141,26 @@ def check_answers(ours: Encoded, theirs: Encoded) -> None:
         )
 
 
+def first_good(data: Dataset, bad: BadSamples) -> Example:
+    """The first sample that is not left out, for whatever is tried on one.
+
+    Args:
+        data: of `Example` and `Fault`.
+        bad: is told of those before it.
+
+    Raises:
+        CachekdError: what is wrong with a sample where none is left out, or with all, or with too many.
+    """
+    samples: Any = data
+    for index in range(len(samples)):
+        found = samples[index]
+        if isinstance(found, Example):
+            bad.saw({}, good=1)
+            return found
+        bad.saw({found.key: found.error}, good=0)
+    raise found.error
+
+
 def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same batches, from workers or not.
 
@@ -132,20 +182,35 @@ def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield batch
 
 
-def collate_with_targets(examples: list[Example | CachekdError], pad_token_id: int) -> dict[str, Any]:
+def collate_with_targets(
+    examples: list[Example | Fault], pad_token_id: int, stand_in: Encoded | None = None
+) -> dict[str, Any]:
     """One batch of the Trainer.
+
+    Args:
+        stand_in: a sample that the model runs on where all of the batch are left out: without it this process
+            would compute nothing, and the others would wait for its gradients. None of it is predicted.
 
     Returns:
         the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
         `keys` of the samples. With targets: `targets` of all samples that have some, and, where not all
         have, `covered` [N] bool, which of the answer tokens these are. For a teacher with inputs of its own:
-        `for_teacher`, these with `supervised` [B, S'] bool. Where a worker met a fault: `error`, the first
-        one, alone.
+        `for_teacher`, these with `supervised` [B, S'] bool. Where samples are left out: `left_out`, what is
+        wrong with each, by its key. Where a worker met a fault that stops: `error`, the first one, alone.
     """
-    faults = [example for example in examples if isinstance(example, CachekdError)]
+    faults = [example for example in examples if isinstance(example, Fault)]
+    for fault in faults:
+        if not fault.left_out:
+            return {"error": fault.error}
+    good = [example for example in examples if isinstance(example, Example)]
+    if good or stand_in is None:
+        batch = _batch(good, pad_token_id)
+    else:
+        batch = _batch([Example(stand_in)], pad_token_id)
+        batch |= {"labels": torch.full_like(batch["labels"], IGNORE), "keys": []}
     if faults:
-        return {"error": faults[0]}
-    return _batch([example for example in examples if isinstance(example, Example)], pad_token_id)
+        batch["left_out"] = {fault.key: fault.error for fault in faults}
+    return batch
 
 
 def _batch(examples: list[Example], pad_token_id: int) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 from typer.testing import CliRunner
 
-from cachekd.bind import Binding, BoundSamples, bind
+from cachekd.bind import Binding, bind, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.samples import open_samples
+from cachekd.samples import open_samples, sample_from_llava
 from cachekd.train import make_trainer, train
 from cachekd_cli.main import app
 
@@ -114,6 +114,27 @@ def test_equal_samples_of_a_cache_are_told_apart_by_key(teacher_path, tmp_path):
     assert (report.moved, report.missing) == ({"x": "a", "y": "b"}, ["s001", "s002"])
 
 
+def test_a_hash_may_end_in_zeros(teacher_path, tmp_path):
+    """One in 256 does. The same sample matches by key, a renamed one by content."""
+    from caches import dump_cache
+
+    def turns(number: int) -> list[dict[str, str]]:
+        return [{"from": "human", "value": f"what is {number}?"}, {"from": "gpt", "value": "red"}]
+
+    def content_hash(number: int) -> bytes:
+        return sample_from_llava("a", turns(number), (), origin="test").content_hash
+
+    zero = {"conversations": turns(next(n for n in range(2**16) if content_hash(n).endswith(b"\0")))}
+    plain = [{"id": f"b{index}", "conversations": conversation(index)[2:]} for index in range(3)]
+    data = write_json(tmp_path, [{**zero, "id": "a"}, *plain])
+    cache = LogitCache(dump_cache(tmp_path / "cache", teacher_path, data, tail="none"))
+    report = bind(cache, open_samples(data))
+    assert (report.matched, report.moved, report.unbound) == (4, {}, [])
+    other = write_json(tmp_path, [*plain, {**zero, "id": "z"}])
+    report = bind(cache, open_samples(other))
+    assert (report.matched, report.moved, report.unbound, report.missing) == (3, {"z": "a"}, [], [])
+
+
 def settings(out: Path, student: Path, teacher: Path, cache: Path, data: Path, **more: Any) -> TrainConfig:
     return TrainConfig(
         student=str(student), teacher=str(teacher), cache=cache, data=data, out=out, batch_size=4, **more
@@ -172,16 +193,17 @@ def test_a_binding_hides_nothing(models, mixed, tmp_path):
     report.write(binding, cache, str(mixed))
     keys = [*open_samples(mixed).keys]
     good = [key for key in keys if key != "s003"]
-    bound = BoundSamples(samples, Binding.read(binding))
-    assert len(bound) == len(keys)
-    assert bound[keys.index("renamed")].key == "s004"
+    bound = bound_cache(cache, Binding.read(binding), str(binding))
+    assert {key for key in keys if key not in bound} == {"new", "s001", "s002"}
+    assert torch.equal(bound["renamed"].everywhere(), cache["s004"].everywhere())
+    assert "s001" in cache  # another, and the cache itself is as it was
     config = settings(tmp_path / "run", *models, mixed, binding=binding)
-    with pytest.raises(CachekdError, match=r"3 are missing, the first is 'unbound:"):
+    with pytest.raises(CachekdError, match=r"3 are missing, the first is 'new'"):
         make_trainer(config, tmp_path / "t")
     trainer = make_trainer(config.model_copy(update={"missing": "ce-only"}), tmp_path / "t")
     examples = {key: trainer.train_dataset[keys.index(key)] for key in good}
     assert {key for key, example in examples.items() if example.targets is None} == {"new", "s001", "s002"}
-    assert trainer.train_dataset.uncovered == 3
+    assert trainer.train_dataset.uncovered() == 3
     assert torch.equal(examples["s006"].targets.everywhere(), cache["s007"].everywhere())
 
 
@@ -216,7 +238,7 @@ def test_the_data_may_change_after_the_binding(models, as_json, tmp_path):
     (tmp_path / "images" / "2" / "5.bmp").write_bytes(as_jpeg(5))
     trainer = make_trainer(settings(tmp_path / "run", *models, as_json, binding=binding), tmp_path / "t")
     trainer.train_dataset[0]
-    with pytest.raises(CachekdError, match=r"text or image differs[\s\S]*'s005'"):
+    with pytest.raises(CachekdError, match=r"text or image differs[\s\S]*'coco/5'"):
         trainer.train_dataset[6]
 
 

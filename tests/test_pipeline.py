@@ -595,3 +595,65 @@ def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     page = (out / "page" / "report.html").read_text()
     assert "dft" in page
     assert "sft" in page
+
+
+# ---- samples that a dump leaves out
+
+
+@pytest.mark.parametrize(
+    ("dump", "train", "message"),
+    [
+        ({"on_error": "skip"}, {}, r"the dump may leave samples out[\s\S]*missing: skip"),
+        ({"too_long": "skip"}, {}, r"the dump may leave samples out"),
+        ({"limit": 4}, {}, r"will lack samples[\s\S]*8 others of 12[\s\S]*limit is 4 there and None here"),
+        (
+            {"limit": 4},
+            {"limit": 4, "shuffle_seed": 1},
+            r"will lack samples[\s\S]*shuffle_seed is None there",
+        ),
+        ({"key": "index"}, {}, r"will lack samples[\s\S]*key is index there and None here"),
+    ],
+)
+def test_samples_that_a_dump_will_not_have_are_missed_before_the_first_step(
+    values, tmp_path, dump, train, message
+):
+    values["steps"][0] |= dump
+    values["steps"][3] |= train
+    values["steps"][1] |= {"missing": "skip"}
+    with pytest.raises(CachekdError, match=message) as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in str(caught.value.where)
+    assert not Path(values["out"]).exists()
+
+
+def test_a_pipeline_that_leaves_samples_out_runs_through(values, tmp_path, broken_data):
+    """Bad ones, which the dump finds; beyond its limit; and in the evaluation."""
+    values["defaults"] |= {"data": str(broken_data), "on_error": "skip"}
+    values["defaults"]["train"] |= {"missing": "skip"}
+    values["steps"] = [values["steps"][index] for index in (0, 1, 4)]
+    values["steps"][0] |= {"limit": 10}
+    values["steps"][1] |= {"limit": 12}
+    values["steps"][2] |= {"data": str(broken_data)}
+    assert run(read(values, tmp_path)) == ["cache", "dpt", "scores"]
+    left_out = json.loads((Path(values["out"]) / "dpt" / RUN_FILE).read_text())["left_out"]
+    assert {*left_out["missing"]["first"]} == {"s007", "s010", "s011"}
+    scores = json.loads((Path(values["out"]) / "scores" / "scores.json").read_text())
+    assert scores["left_out"]["samples"] == 7
+    # What is there is asked, not what might have been.
+    values["steps"][1] |= {"missing": "error"}
+    with pytest.raises(
+        CachekdError, match=r"3 are missing, the first is 's007'; the dump left 1 out"
+    ) as caught:
+        run(read(values, tmp_path))
+    assert "step 'dpt'" in str(caught.value.where)
+
+
+def test_data_without_a_picture_are_refused_before_the_first_step(values, tmp_path):
+    data = tmp_path / "text.json"
+    turns = [{"from": "human", "value": "what is the color?"}, {"from": "gpt", "value": "red"}]
+    data.write_text(json.dumps([{"id": str(index), "conversations": turns} for index in range(4)]))
+    values["defaults"]["data"] = str(data)
+    with pytest.raises(CachekdError, match="no sample feeds L_VSD") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dft'" in str(caught.value.where)
+    assert not Path(values["out"]).exists()

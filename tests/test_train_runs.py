@@ -339,7 +339,11 @@ def test_the_estimates_peak_is_of_the_longest_samples(settings, tmp_path):
     write_tar(tmp_path / "long" / "0.tar", members)
     changed = {"data": str(tmp_path / "long"), "batch_size": 2, "lambda_align": 0.0, "lambda_vsd": 0.0}
     plain = {"cache": None, "teacher": None, "training": {"train_sampling_strategy": "sequential"}}
-    estimate = estimate_training(TrainConfig(**settings | changed | plain))
+    wide = shutil.copytree(settings["student"], tmp_path / "wide") / "config.json"
+    wide.write_text(
+        wide.read_text().replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096')
+    )
+    estimate = estimate_training(TrainConfig(**settings | changed | plain | {"student": str(wide.parent)}))
     assert estimate.longest_batch[0] == 2
     assert estimate.longest_batch[1] > 1200
     assert estimate.peak_bytes == max(estimate.longest_peak_bytes, estimate.random_peak_bytes)

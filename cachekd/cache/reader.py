@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,18 @@ class LogitCache:
             CachekdError: no such key, or its shard is damaged.
         """
         return self._rebuilt(self.shard_of(key), self.records(key))
+
+    def renamed(self, keys: Mapping[str, str], *, without: Container[str]) -> LogitCache:
+        """The same cache under other keys.
+
+        Args:
+            keys: from a sample's new key to its own; the others are called as they were.
+            without: keys that it does not have, whatever this one has under them.
+        """
+        other = copy.copy(self)
+        same = {key: place for key, place in self._places.items() if key not in without}
+        other._places = same | {new: self._place(key) for new, key in keys.items()}
+        return other
 
     def records(self, key: str) -> TokenTargets:
         """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""

@@ -106,7 +106,7 @@ def check_pair(
         *switch_rows(theirs, ours, switch_bridge),
     ]
     if cache is not None:
-        rows += cache_rows(cache, opened, ours, teacher, pairs)
+        rows += cache_rows(cache, opened, said, ours, teacher, pairs)
     if forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]

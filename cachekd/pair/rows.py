@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from cachekd.cache import LogitCache
+from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, image_processor_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher
@@ -235,7 +236,12 @@ def _bridge_row(teacher: Side, student: Side) -> Row:
 
 
 def cache_rows(
-    path: str | Path, samples: Samples, student: Side, teacher: str, pairs: list[tuple[Encoded, Encoded]]
+    path: str | Path,
+    samples: Samples,
+    data: DataOptions,
+    student: Side,
+    teacher: str,
+    pairs: list[tuple[Encoded, Encoded]],
 ) -> list[Row]:
     """A cache against data, student and teacher."""
     cache = LogitCache(path)
@@ -245,8 +251,11 @@ def cache_rows(
         for encoded in known:
             check_sample(cache, encoded, cache[encoded.key])
 
+    def same_inputs() -> None:
+        check_cache(cache, samples, student.processor, student.encoder, data=data)
+
     tries: dict[str, Callable[[], None]] = {
-        "cache: inputs and keys": partial(check_cache, cache, samples, student.processor, student.encoder),
+        "cache: inputs and keys": same_inputs,
         "cache: samples": same_samples,
         "cache: teacher": partial(check_teacher, cache, teacher),
     }

@@ -22,6 +22,7 @@ from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
 from cachekd.lean import check_lean_settings
 from cachekd.pipeline.config import EvalConfig, ReportConfig
+from cachekd.pipeline.coverage import check_coverage
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
@@ -43,7 +44,7 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
     Raises:
         CachekdError: the first that is wrong; the step is named.
     """
-    models = _Models(steps)
+    models = _Models(steps, names)
     for step in steps:
         if step.name not in names:
             continue
@@ -61,11 +62,15 @@ class _Models:
     Attributes:
         students: of train steps, by the folder of the run.
         teachers: of dump steps, by the folder of the cache.
+        dumps: those of them that are to run, likewise.
     """
 
-    def __init__(self, steps: list[PlannedStep]) -> None:
+    def __init__(self, steps: list[PlannedStep], names: set[str]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
         self.teachers = {str(step.out): step.config.teacher for step in steps if step.kind == "dump"}
+        self.dumps = {
+            str(step.out): step.config for step in steps if step.kind == "dump" and step.name in names
+        }
         self._processors: dict[str, Any] = {}
 
     def source(self, name: str) -> str:
@@ -99,6 +104,7 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
         _check_cache(config.cache, student, models)
     if config.runs_teacher:
         _check_teacher(config, models)
+    check_coverage(config, models.dumps)
 
 
 def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from cachekd.samples.outline import Outline
@@ -16,14 +18,20 @@ class SamplesView:
         samples: the data set.
         limit: how many at most; None: all.
         shuffle_seed: of the permutation; None: the data set's own order.
+        only: indices, of which the others are left out beforehand; None: all.
     """
 
     def __init__(
-        self, samples: Samples, *, limit: int | None = None, shuffle_seed: int | None = None
+        self,
+        samples: Samples,
+        *,
+        limit: int | None = None,
+        shuffle_seed: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        order = np.arange(len(samples))
+        order = np.arange(len(samples)) if only is None else np.array(only)
         if shuffle_seed is not None:
-            order = np.random.default_rng(shuffle_seed).permutation(len(samples))
+            order = np.random.default_rng(shuffle_seed).permutation(order)
         self._samples, self._order = samples, order[:limit].copy()
         self.keys = [samples.keys[index] for index in self._order]
         self.notes = samples.notes

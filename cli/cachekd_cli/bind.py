@@ -92,8 +92,8 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
         )
     if report.unbound:
         console.print(
-            f"{len(report.unbound):,} samples of the data cannot be aligned with this cache: leave them out, "
-            "or train them by L_CE alone (--missing ce-only, with the binding)",
+            f"{len(report.unbound):,} samples of the data cannot be aligned with this cache; with the "
+            "binding, --missing skip leaves them out, --missing ce-only trains them by L_CE alone",
             soft_wrap=True,
         )
     if out is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.errors import CachekdError
+
+if TYPE_CHECKING:
+    from cachekd.left_out import LeftOutSamples
+
+SHOWN = 5  # of the samples that a table is about
 
 console = Console()
 errors = Console(stderr=True)
@@ -106,6 +112,15 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
     for row in rows:
         result.add_row(*(escape(str(cell)) for cell in row))
     return result
+
+
+def print_left_out(what: str, left_out: LeftOutSamples) -> None:
+    """How many, and some of them with what is wrong; nothing where there are none."""
+    if not left_out.samples:
+        return
+    lines = [f"left out: {left_out.samples:,} {what}"]
+    lines += [f"  {key}: {reason}" for key, reason in islice(left_out.first.items(), SHOWN)]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def require_place(page: Path | None) -> None:

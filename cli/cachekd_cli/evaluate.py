@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekd.files import EVAL_FILE, RUN_FILE
-from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+from cachekd_cli.console import (
+    console,
+    print_json,
+    print_left_out,
+    progress_bar,
+    quiet_libraries,
+    sample_progress,
+    table,
+)
 from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
@@ -80,3 +88,4 @@ def print_tables(result: Evaluation) -> None:
         for kind in scores[0].by_type
     ]
     console.print(table("exact match by question type", ("question", "count", *names), rows))
+    print_left_out("samples that cannot be used", result.left_out)

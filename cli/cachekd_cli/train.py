@@ -17,6 +17,7 @@ from cachekd_cli.console import (
     duration,
     errors,
     print_json,
+    print_left_out,
     progress_bar,
     quiet_hub,
     quiet_libraries,
@@ -57,7 +58,11 @@ def train_command(
         bool | None, typer.Option("--live-teacher", help="Run the whole teacher in place of a cache.")
     ] = None,
     missing: Annotated[
-        str | None, typer.Option(help="Samples that the cache lacks: error, ce-only. Default: error.")
+        str | None,
+        typer.Option(
+            help="Samples that the cache lacks: error, skip (left out) or ce-only (train by L_CE alone). "
+            "Default: error. It means nothing beside --live-teacher."
+        ),
     ] = None,
     stage: Annotated[
         str | None,
@@ -293,6 +298,8 @@ def print_summary(summary: TrainSummary) -> None:
         *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
     ]
     console.print(table(f"student {summary.out}", ("", "value"), rows))
+    print_left_out("samples that the cache lacks", summary.missing)
+    print_left_out("samples that cannot be used", summary.bad)
     console.print(
         f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>", highlight=False
     )

@@ -1,0 +1,140 @@
+"""Samples of a data set that a cache lacks: which, why, and what can be done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cachekd.cache import DataInfo, LogitCache
+from cachekd.cache.skipped import read_skipped
+from cachekd.data_options import DataOptions
+from cachekd.errors import CachekdError
+from cachekd.samples import Samples
+from cachekd.samples.open import keys_hash
+from cachekd.samples.view import SamplesView
+
+# Of `DataOptions`, and of what a dump notes of its own: other ones make other keys, or other samples of them.
+_DECIDING = ("map", "key", "limit", "shuffle_seed")
+
+
+@dataclass(frozen=True)
+class MissingSamples:
+    """What a cache lacks of a data set, by key, in the data's order.
+
+    Attributes:
+        skipped: that the dump left out by name, and why.
+        beyond: of these data, beyond the part that was dumped (its limit).
+        others: of which nothing is known.
+        dumped: the data that were dumped, where it was one data set.
+        data: how these were opened; None where their keys are not the dump's.
+    """
+
+    skipped: dict[str, str]
+    beyond: list[str]
+    others: list[str]
+    dumped: DataInfo | None = None
+    data: DataOptions | None = None
+
+    def __len__(self) -> int:
+        return len(self.skipped) + len(self.beyond) + len(self.others)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Of each, in one line."""
+        return (
+            {key: f"the dump left it out: {reason}" for key, reason in self.skipped.items()}
+            | dict.fromkeys(self.beyond, f"it is beyond the dump's {self._part}")
+            | dict.fromkeys(self.others, "the cache lacks it")
+        )
+
+    @property
+    def _part(self) -> str:
+        """The options of the part that was dumped."""
+        if self.dumped is None:
+            return ""
+        seed = self.dumped.shuffle_seed
+        return f"--limit {self.dumped.limit}" + ("" if seed is None else f" --shuffle-seed {seed}")
+
+    @property
+    def _read_otherwise(self) -> dict[str, tuple[object, object]]:
+        """Options that the dump read with others than this run, where that may be why."""
+        if not self.others or self.dumped is None or self.data is None:
+            return {}
+        values = {name: (getattr(self.dumped, name), getattr(self.data, name)) for name in _DECIDING}
+        return {name: (theirs, ours) for name, (theirs, ours) in values.items() if theirs != ours}
+
+    def error(self, cache: LogitCache, samples: Samples) -> CachekdError:
+        """The refusal, with what will work."""
+        first = next(key for key in samples.keys if key not in cache)
+        return CachekdError(
+            "the cache lacks samples of the data set",
+            where=str(cache.path),
+            expected=f"all {len(samples):,} samples",
+            found="; ".join([f"{len(self):,} are missing, the first is {first!r}", *self._causes()]),
+            fix="; ".join(self._fixes()),
+        )
+
+    def _causes(self) -> list[str]:
+        causes = []
+        if self.skipped:
+            key, reason = next(iter(self.skipped.items()))
+            causes.append(f"the dump left {len(self.skipped):,} out, such as {key!r}: {reason}")
+        if self.beyond:
+            causes.append(f"{len(self.beyond):,} are beyond its {self._part}")
+        for name, (theirs, ours) in self._read_otherwise.items():
+            option = f"--{name.replace('_', '-')}"
+            causes.append(f"{option} was {_said(theirs)} for the dump, and is {_said(ours)} here")
+        return causes
+
+    def _fixes(self) -> list[str]:
+        fixes = ["--missing skip leaves them out"]
+        if self.beyond or self.others:
+            fixes.append("--missing ce-only trains them by L_CE alone")
+        if self.beyond:
+            fixes.append(f"{self._part} is the part that was dumped")
+        if self._read_otherwise:
+            fixes.append("or read the data as the dump did")
+        elif self.others and self.data is not None:
+            fixes.append("`cachekd bind` finds samples that have other keys in the cache")
+        mended = "mend what was left out, and " if self.skipped else ""
+        fixes.append(f"or {mended}dump these data into a new folder")
+        return fixes
+
+
+def missing_samples(cache: LogitCache, samples: Samples, data: DataOptions | None) -> MissingSamples:
+    """What a cache lacks of a data set.
+
+    Args:
+        data: how the samples were opened; None where their keys are not the dump's (a binding).
+
+    Raises:
+        CachekdError: its skipped.jsonl is damaged.
+    """
+    lacking = [key for key in samples.keys if key not in cache]
+    if not lacking:
+        return MissingSamples({}, [], [])
+    reasons = {sample.key: sample.reason for sample in read_skipped(cache.path, cache.manifest.skipped)}
+    skipped = {key: reasons[key] for key in lacking if key in reasons}
+    rest = [key for key in lacking if key not in reasons]
+    sources = cache.manifest.sources
+    dumped = sources[0].data if len(sources) == 1 else None  # parts of a merged cache are not told apart
+    part = None if dumped is None or data is None else _dumped_part(samples, data, dumped)
+    if part is None:
+        return MissingSamples(skipped, [], rest, dumped, data)
+    inside = set(part.keys)
+    beyond = [key for key in rest if key not in inside]
+    return MissingSamples(skipped, beyond, [key for key in rest if key in inside], dumped, data)
+
+
+def _dumped_part(samples: Samples, data: DataOptions, dumped: DataInfo) -> Samples | None:
+    """Those of the samples that the dump's limit took, if it read these very data."""
+    if dumped.limit is None:
+        return None
+    if data.limit is None and data.shuffle_seed is None:
+        part = SamplesView(samples, limit=dumped.limit, shuffle_seed=dumped.shuffle_seed)
+    else:
+        part = SamplesView(samples, limit=dumped.limit)
+    return part if keys_hash(part) == dumped.sha256 else None
+
+
+def _said(value: object) -> str:
+    return "not given" if value is None else str(value)
