@@ -278,7 +278,7 @@ def test_the_first_samples_need_not_be_ones_that_the_teacher_can_run_on(tmp_path
     order = sorted(range(12), key=lambda index: not is_bad[index])
     data.write_text(json.dumps([records[index] for index in order]))
     with pytest.MonkeyPatch.context() as patch:  # as if no config said how many rows there are
-        patch.setattr(stage_one, "load_encoder", lambda path: load_encoder(path).without_limits())
+        patch.setattr(stage_one, "load_encoder", lambda path, **_: load_encoder(path).without_limits())
         summary = dump(settings(teacher, data, tmp_path / "c", on_error="skip", tail="bytes=16"))
     assert (summary.samples, summary.skipped) == (12 - sum(is_bad), sum(is_bad))
 
