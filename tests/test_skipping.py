@@ -139,6 +139,35 @@ def test_training_without_broken_samples_is_that_over_the_others(settings, tmp_p
     }
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_batch_of_nothing_contributes_exactly_zero(settings, tmp_path, live):
+    """Every parameter that has a gradient has one all the same, so that processes keep in step."""
+    changed = {"live_teacher": live, "cache": None if live else settings["cache"], "out": tmp_path / "run"}
+    trainer = make_trainer(TrainConfig(**settings | changed), tmp_path / "t")
+    gradients = []
+    for index in (0, BROKEN[0]):
+        batch = trainer.data_collator([trainer.train_dataset[index]])
+        assert batch.pop("left_out", {}).keys() == ({"s001"} if index else set())
+        loss = trainer.compute_loss(
+            trainer.model, batch, num_items_in_batch=torch.tensor(5 - 5 * bool(index))
+        )
+        loss.backward()
+        gradients.append({n: p.grad for n, p in trainer.vlm.named_parameters() if p.grad is not None})
+        trainer.vlm.zero_grad()
+    good, none = gradients
+    assert loss == 0
+    assert batch["keys"] == []
+    assert good.keys() == none.keys()
+    assert any(gradient.any() for gradient in good.values())
+    assert not any(gradient.any() for gradient in none.values())
+
+
+def test_samples_of_similar_length_without_broken_ones(settings, tmp_path):
+    settings |= {"out": tmp_path / "run", "epochs": 1}
+    settings["training"] |= {"train_sampling_strategy": "group_by_length"}
+    assert train(TrainConfig(**settings)).bad.samples == 4
+
+
 def test_a_run_that_goes_on_counts_the_same_samples(settings, tmp_path):
     """From its last checkpoint it does not read again what it left out before."""
     settings |= {"save_steps": 8, "out": tmp_path / "run", "keep_checkpoints": True}
