@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
 from cachekd.data_options import DataOptions
@@ -117,6 +119,18 @@ def check_teacher(cache: LogitCache, path: str) -> None:
     # Last: all bytes of the weights are read for it.
     weights, found = "teacher's weights", weights_identity(path, config)
     require_same({weights: stored.teacher.weights_sha256}, {weights: found}, *between)
+
+
+def cut_alike(encoded: Encoded, targets: CachedTargets) -> tuple[Encoded, CachedTargets]:
+    """A sample and its targets up to the last answer token that both have.
+
+    Where samples are cut, the teacher may have read more of one than the student, or less: its images take
+    other numbers of tokens, or its context is another. Whether what is left is the same: `check_sample`.
+    """
+    both = min(len(encoded.token_ids), len(targets))
+    if len(encoded.token_ids) > both:
+        encoded = encoded.up_to(both)
+    return encoded, targets if len(targets) == both else targets.select(torch.arange(both))
 
 
 def check_sample(cache: LogitCache, encoded: Encoded, targets: CachedTargets) -> None:

@@ -15,7 +15,7 @@ from cachekd.config import TrainConfig
 from cachekd.errors import BadSample, CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
-from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.samples import Limits, SampleEncoder, Samples, open_samples
 from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
 from cachekd.training_arguments import training_arguments
@@ -48,12 +48,11 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     config.require_inputs()
     phase("opening the data")
     samples = open_samples(config)
-    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
-    limits = limits_of(map(load_config, read_by), max_tokens=config.max_tokens, too_long=config.too_long)
-    processor = load_processor(config.student)
-    encoder = SampleEncoder(processor, limits)
     phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
-    cache, missing = open_cache(config, samples, processor, encoder)
+    cache = open_cache(config)
+    processor = load_processor(config.student)
+    encoder = SampleEncoder(processor, length_limits(config, cache))
+    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
     if config.missing == "skip":
         samples = without(samples, missing)
     else:
@@ -121,21 +120,18 @@ def _has_picture(samples: Samples, index: int) -> bool:
         return False
 
 
-def open_cache(
-    config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
-) -> tuple[LogitCache | None, dict[str, str]]:
-    """The cache, checked against the student's tokenizer, the template and the data; None if none is used.
+def open_cache(config: TrainConfig) -> LogitCache | None:
+    """The cache, under the data's keys; None if none is used.
 
-    With it the samples that it lacks, key to why.
+    Raises:
+        CachekdError: it cannot be read, or was made with other settings of Kneedle.
     """
     if not config.distils or config.live_teacher:
-        return None, {}
+        return None
     assert config.cache is not None  # as `require_inputs` saw
     cache = LogitCache(config.cache)
     if config.binding is not None:
         cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
-    data = None if config.binding is not None else config
-    lacking = check_cache(cache, samples, processor, encoder, data=data, missing=config.missing)
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
         ours = getattr(config, name)
@@ -147,7 +143,30 @@ def open_cache(
                 found=ours,
                 fix=f"leave {name!r} out: a cache has its own",
             )
-    return cache, lacking.reasons
+    return cache
+
+
+def length_limits(config: TrainConfig, cache: LogitCache | None) -> Limits:
+    """What the models that read the samples allow, and the settings; those that the run does not say are as
+    in the dump."""
+    said = config.model_dump(include={"max_tokens", "too_long"})
+    if cache is not None and len(cache.manifest.sources) == 1:
+        dumped = cache.manifest.sources[0].data
+        said = {n: value if n in config.model_fields_set else getattr(dumped, n) for n, value in said.items()}
+    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
+    return limits_of(map(load_config, read_by), **said)
+
+
+def missing_in(
+    cache: LogitCache, config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
+) -> dict[str, str]:
+    """The samples that the cache lacks, key to why.
+
+    Raises:
+        CachekdError: it does not match the student's tokenizer, the template or the data.
+    """
+    data = None if config.binding is not None else config
+    return check_cache(cache, samples, processor, encoder, data=data, missing=config.missing).reasons
 
 
 def check_the_teacher(

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples, OnError, may_be_left_out
-from cachekd.matching import check_sample
+from cachekd.matching import check_sample, cut_alike
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
 from cachekd.samples.reader import dead_worker, quiet_tokenizers
 
@@ -115,14 +115,27 @@ class TrainingSamples(Dataset):
         sample = self.samples[index]
         encoded = self.encoder(sample)
         theirs = None if self.teacher_encoder is None else self.teacher_encoder(sample)
+        # `--missing` has decided before training whether a cache may lack samples.
+        targets = None if self.cache is None or encoded.key not in self.cache else self.cache[encoded.key]
+        if self.encoder.limits.too_long == "cut":
+            encoded, targets, theirs = _cut_alike(encoded, targets, theirs)
         if theirs is not None:
             check_answers(encoded, theirs)
-        # `--missing` has decided before training whether a cache may lack samples.
-        if self.cache is None or encoded.key not in self.cache:
-            return Example(encoded, for_teacher=theirs)
-        targets = self.cache[encoded.key]
-        check_sample(self.cache, encoded, targets)
+        if self.cache is not None and targets is not None:
+            check_sample(self.cache, encoded, targets)
         return Example(encoded, targets, theirs)
+
+
+def _cut_alike(
+    encoded: Encoded, targets: CachedTargets | None, theirs: Encoded | None
+) -> tuple[Encoded, CachedTargets | None, Encoded | None]:
+    """Up to the last answer token that all have."""
+    if theirs is not None:
+        both = min(len(encoded.token_ids), len(theirs.token_ids))
+        encoded, theirs = encoded.up_to(both), theirs.up_to(both)
+    if targets is not None:
+        encoded, targets = cut_alike(encoded, targets)
+    return encoded, targets, None if theirs is None else theirs.up_to(len(encoded.token_ids))
 
 
 def check_answers(ours: Encoded, theirs: Encoded) -> None:

@@ -14,7 +14,7 @@ from cachekd.cache import LogitCache
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, image_processor_fingerprint, template_fingerprint
-from cachekd.matching import check_cache, check_sample, check_teacher
+from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.samples import Encoded, Limits, SampleEncoder, Samples, collate, predicting_positions
 from cachekd.samples.limits import NO_ROW
 from cachekd.vlm import (
@@ -249,7 +249,10 @@ def cache_rows(
 
     def same_samples() -> None:
         for encoded in known:
-            check_sample(cache, encoded, cache[encoded.key])
+            ours, theirs = encoded, cache[encoded.key]
+            if "cut" in {source.data.too_long for source in cache.manifest.sources}:
+                ours, theirs = cut_alike(ours, theirs)
+            check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
         check_cache(cache, samples, student.processor, student.encoder, data=data)

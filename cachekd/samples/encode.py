@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class Encoded:
     inputs: Mapping[str, Tensor]
     supervised: Tensor
     images: int = 0
+
+    def up_to(self, answers: int) -> Encoded:
+        """The sample up to its n-th answer token, as one that was cut there."""
+        kept = int(self.supervised.nonzero()[answers - 1]) + 1
+        return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept])
 
     @property
     def token_ids(self) -> Tensor:
@@ -147,8 +152,7 @@ class SampleEncoder:
         self.limits.require_rows(ids[:kept], is_image[:kept], self.processor.tokenizer, sample.where)
         if kept == len(ids):
             return inputs, numbers
-        cut = {name: value[:kept] if name in _PER_TOKEN else value for name, value in inputs.items()}
-        return cut, numbers[:kept]
+        return _first(inputs, kept), numbers[:kept]
 
     def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs, and [L] the number of the answer that a token is in, or -1."""
@@ -211,6 +215,11 @@ def _refuse_second_bos(tokenizer: Any, input_ids: Tensor, sample: Sample) -> Non
 
 
 _PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def _first(inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+    """The first tokens of a sample, with all of its images."""
+    return {name: value[:kept] if name in _PER_TOKEN else value for name, value in inputs.items()}
 
 
 def _unbatched(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
