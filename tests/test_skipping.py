@@ -30,9 +30,10 @@ from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.open_run import open_run
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.samples import Limits, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
+from cachekd.training_data import TrainingSamples
 from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
@@ -425,15 +426,44 @@ def test_samples_that_are_too_long_are_left_out_though_bad_ones_stop(settings, d
     assert evaluate(models, DataOptions(**data, too_long="skip")).left_out.samples < len(long)
 
 
-def test_a_sample_that_only_the_dump_cut_is_no_changed_sample(settings, teacher_path, data_path, tmp_path):
+def test_a_run_cuts_where_its_cache_did(settings, teacher_path, data_path, tmp_path):
+    """Nothing has to be said again; what is said otherwise is no changed sample, and the message says so."""
     cut = {"max_tokens": 40, "too_long": "cut"}
     cache = dump_cache(tmp_path / "c", teacher_path, data_path, tail="none", on_error="skip", **cut)
-    settings |= {"cache": str(cache), "data": str(data_path), "missing": "skip", "out": tmp_path / "run"}
+    settings |= {"cache": str(cache), "data": str(data_path), "missing": "skip", "epochs": 1}
+    unsaid = train(TrainConfig(**settings | {"out": tmp_path / "unsaid"}))
+    said = train(TrainConfig(**settings | cut | {"out": tmp_path / "said"}))
+    assert unsaid.terms == said.terms
     with pytest.raises(
         CachekdError, match=r"answer tokens differ[\s\S]*say the same --max-tokens and --too-long"
     ):
-        train(TrainConfig(**settings))
-    assert train(TrainConfig(**settings | cut | {"epochs": 1})).steps > 0
+        train(TrainConfig(**settings | {"out": tmp_path / "run", "too_long": "error", "max_tokens": 999}))
+
+
+def test_what_only_one_side_cut_is_cut_on_both(teacher_path, data_path, tmp_path):
+    """The student reads fewer tokens than the teacher did, or more: what both have is aligned."""
+    cut = {"max_tokens": 40, "too_long": "cut", "tail": "none"}
+    cache = LogitCache(dump_cache(tmp_path / "c", teacher_path, data_path, on_error="skip", **cut))
+    samples, processor = open_samples(data_path), load_processor(str(teacher_path))
+    shorter = 0
+    for index, key in enumerate(samples.keys):
+        if key not in cache:
+            continue
+        whole = SampleEncoder(processor)(samples[index])
+        for most in (36, 40, 44):
+            encoder = SampleEncoder(processor, Limits(most, too_long="cut"))
+            try:
+                example = TrainingSamples(samples, encoder, cache)[index]
+            except BadSample:  # cut that short, nothing would be left
+                continue
+            tokens = example.encoded.token_ids
+            assert tokens.tolist() == whole.token_ids[: len(tokens)].tolist()
+            alone = encoder(samples[index]).token_ids
+            assert len(tokens) == len(example.targets) == min(len(cache[key]), len(alone))
+            assert torch.equal(example.targets.logprobs, cache[key].logprobs[: len(tokens)])
+            assert len(example.encoded.inputs["input_ids"]) == len(example.encoded.supervised) <= most
+            shorter += len(tokens) < len(cache[key])
+    assert shorter > 0
 
 
 # ---- samples that feed no term
