@@ -100,3 +100,16 @@ def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
     assert live["loss"] == pytest.approx(naive["loss"], rel=1e-4)
     assert cached["loss"] == pytest.approx(recomputed["loss"], rel=1e-4)
     assert cached["peak_mb"] < naive["peak_mb"]
+
+
+@pytest.mark.slow
+def test_a_mix_as_people_have_it_runs_from_check_to_eval_and_is_counted_rightly():
+    """Ids that come again, broken pictures, too long samples, turns that are not supervised, text alone."""
+    sizes = ["--records", "400", "--test", "60", "--epochs", "0.2"]
+    command = [sys.executable, str(BENCHMARKS / "real_mix.py"), *sizes, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == {}
+    assert found["counts"]["dump: skipped"] == 15
+    assert [run["command"] for run in found["runs"]] == ["check", "dump", "train", "eval"]
