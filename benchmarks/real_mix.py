@@ -3,8 +3,8 @@
 python benchmarks/real_mix.py --json
 
 A LLaVA-style JSON of 200,000 records over easy-VQA's pictures, with a BOM: 40 % of the ids come again, a
-tenth of the samples is text alone, a tenth has a turn with `loss: false`, ten pictures are broken, five answers are
-longer than the models' context. The demo's teacher and its untrained student; a process for every command.
+tenth of the samples is text alone, a tenth has a turn with `loss: false`, ten pictures are broken, five
+answers are longer than the models' context. The demo's teacher and its untrained student.
 `peak_mb` is that process' resident memory at the most; its workers, if it has any, are apart.
 """
 

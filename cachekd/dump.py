@@ -47,7 +47,7 @@ class DumpSummary:
         samples, tokens: in them; tokens are answer tokens.
         without_image: of the samples, those of text alone.
         repeated_keys: samples of the data set whose key came before.
-        left_out: files of it that are no data.
+        other_files: files of it that are no data.
         skipped: samples that were left out.
         bytes: of the shards on disk; the tail sketch's own file is apart.
         sketch_bytes: of that file.
@@ -65,7 +65,7 @@ class DumpSummary:
     tokens: int
     without_image: int
     repeated_keys: int
-    left_out: int
+    other_files: int
     skipped: int
     bytes: int
     sketch_bytes: int
@@ -228,7 +228,7 @@ def _summary(
         tokens=tokens,
         without_image=sum(count or 0 for count in _shards(records, "without_image")),
         repeated_keys=build.plan.source.data.repeated_keys,
-        left_out=build.plan.source.data.left_out,
+        other_files=build.plan.source.data.other_files,
         skipped=sum(len(record.skipped) for record in records.values()),
         bytes=sum(_shards(records, "bytes")),
         sketch_bytes=sketch.bytes if sketch is not None else 0,

@@ -158,7 +158,7 @@ def _plan(
         sha256=keys_hash(samples),
         content_sha256=content_hash(samples),
         repeated_keys=samples.notes.repeated_keys,
-        left_out=len(samples.notes.left_out),
+        other_files=len(samples.notes.other_files),
         **config.model_dump(include=_RECORDED),
     )
     return Plan(

@@ -170,11 +170,30 @@ def test_named_fields_are_taken_in_their_order():
         (("cameras.right", "cameras.left"), [1, 0]),
         (("views.at", "image", "none", "nowhere.at.all"), [2, 2]),
         (("a.b.c",), [0]),
-        (("none",), []),
     ]:
         sample = read(record, image_fields=names)
         assert [image.tobytes() for image in sample.images] == [noise_image(i).tobytes() for i in expected]
         assert outline_of_record(record, names).images == len(expected)
+
+
+def test_fields_that_hold_nothing_make_no_text_of_what_has_pictures():
+    """A record of text alone is text; one whose picture is elsewhere is not."""
+    assert read({"none": None, "source": "a book"}, image_fields=["none"]).images == ()
+    with pytest.raises(BadSample, match="image under another name") as caught:
+        read({"none": None, "image": PNG}, image_fields=["none"])
+    assert caught.value.fix.startswith("--image-field none --image-field image")
+    for nothing in ({"bytes": None, "path": None}, [], ""):  # as tables fill it in
+        assert read({"image": nothing}).images == ()
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_picture():
+    """Stereo and depth sets are named so; the end of a path is the same file."""
+    noise_image(0).save(Path("left") / "1.png")
+    for other in ("right/1.png", {"path": "depth/1.png"}, ["a/left/2.png"]):
+        with pytest.raises(BadSample, match="image under another name"):
+            read({"image": "left/1.png", "other": other})
+    for same in ("1.png", "left/1.png", "./left/1.png", "data/left/1.PNG", "https://x.org/right/1.png"):
+        assert len(read({"image": "left/1.png", "other": same}).images) == 1
 
 
 def test_base64_is_decoded():

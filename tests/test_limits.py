@@ -32,7 +32,7 @@ from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.fingerprint import encoding_fingerprint
 from cachekd.pair import PairReport, Row, check_pair
 from cachekd.pair import check as check_module
-from cachekd.pair.survey import counts_of, lengths_of
+from cachekd.pair.data_rows import counts_of, lengths_of
 from cachekd.samples import (
     Limits,
     SampleEncoder,
@@ -370,7 +370,7 @@ def test_lengths_do_without_bad_samples_and_bad_records(tmp_path, teacher_path, 
             assert lengths[index] == pytest.approx(len(whole(samples[index])), abs=3)
     seen = survey(samples, encoder)
     assert lengths_of(seen, Limits()).samples == 39
-    assert counts_of(seen, samples.notes).unreadable == 1
+    assert counts_of(seen, samples).unreadable == 1
     nothing = write_tar(tmp_path / "none.tar", [(name, b"{") for name, _ in tar_members(4)])
     with pytest.raises(BadSample):
         rough_lengths(open_samples(nothing), encoder)

@@ -116,6 +116,8 @@ def test_another_field_is_the_key_or_the_rows_number(tmp_path):
         assert open_samples(data, key="index").keys == ["00000000", "00000001", "00000002"]
         with pytest.raises(CachekdError, match=r"no record has the field 'meta\.udi'"):
             open_samples(data, key="meta.udi")
+        with pytest.raises(CachekdError, match=r"no record has the field 'id\.x'"):
+            open_samples(data, key="id.x")
     assert open_samples(file).keys == ["x", "x#2", "x#3"]
     assert open_samples(tar).keys == ["m0", "m1", "m2"]
 
@@ -218,6 +220,45 @@ def test_pictures_of_other_fields_in_every_form(tmp_path):
             open_samples(data, image_field="rihgt")
 
 
+def test_a_field_that_is_mistyped_makes_no_texts(tmp_path):
+    """Whatever the form, and however deep the name."""
+    red, text = noise_image(1), json.dumps({"conversations": TURNS}).encode()
+    red.save(tmp_path / "red.png")
+    half = [
+        {"id": "a", "picture": "red.png", "meta": {"pic": "red.png"}, "conversations": TURNS},
+        {"id": "b", "image": "red.png", "conversations": TURNS},
+    ]
+    file = write_json(tmp_path / "half.json", half)
+    samples = open_samples(file, image_field="picture")
+    assert len(samples[0].images) == 1
+    with pytest.raises(BadSample, match="image under another name") as caught:
+        samples[1]
+    assert "--image-field picture --image-field image" in str(caught.value)
+    assert len(open_samples(file, image_field=["picture", "image"])[1].images) == 1
+    tar = write_tar(
+        tmp_path / "d.tar",
+        [
+            ("x.png", png_bytes(red)),
+            ("x.json", text),
+            ("y.Left.png", png_bytes(red)),
+            ("y.json", text),
+        ],
+    )
+    for field, texts in (("pgn", (0, 1)), ("left.png", (0,)), ("Left.PNG", (0,)), ("png", (1,))):
+        samples = open_samples(tar, image_field=field)
+        for index in range(2):
+            if index in texts:
+                with pytest.raises(BadSample, match="image under another name"):
+                    samples[index]
+            else:
+                assert len(samples[index].images) == 1
+    table = tmp_path / "d.parquet"
+    Dataset.from_list(half[:1]).to_parquet(table)
+    assert len(open_samples(table, image_field="meta.pic")[0].images) == 1
+    with pytest.raises(CachekdError, match="lacks columns"):
+        open_samples(table, image_field="meta.pics")
+
+
 def test_a_second_picture_of_a_tars_sample_is_not_dropped(tmp_path):
     text = json.dumps({"conversations": TURNS}).encode()
     picture, mask = png_bytes(noise_image(1)), png_bytes(noise_image(2))
@@ -246,7 +287,7 @@ def test_files_that_are_no_data_are_left_out_of_tars_and_counted(tmp_path):
     tar = write_tar(tmp_path / "d.tar", members)
     samples = open_samples(tar)
     assert samples.keys == ["a"]
-    assert samples.notes.left_out == tuple(f"{name} in {tar}" for name in junk)
+    assert samples.notes.other_files == tuple(f"{name} in {tar}" for name in junk)
     with pytest.raises(CachekdError, match="data set is empty") as caught:
         open_samples(write_tar(tmp_path / "e.tar", [("._a.json", b"")]))
     assert "1 files that are no data, such as ._a.json" in str(caught.value)

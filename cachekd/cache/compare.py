@@ -42,7 +42,9 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
         found["setting disk_budget"] = source.geometry.disk_budget
         found["disk budget's settings"] = source.geometry.budget_for
         found["setting calibration_tokens"] = source.geometry.calibration_tokens
-    data = source.data.model_dump(exclude={"path", "sha256", "content_sha256", "repeated_keys", "left_out"})
+    data = source.data.model_dump(
+        exclude={"path", "sha256", "content_sha256", "repeated_keys", "other_files"}
+    )
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}

@@ -74,7 +74,7 @@ class DataInfo(Part):
     repeated_keys: Annotated[Count, LATER] = Field(
         0, description="samples that have #2, #3, ... behind their key, which came before; without any limit"
     )
-    left_out: Annotated[Count, LATER] = Field(0, description="files that are no data, likewise")
+    other_files: Annotated[Count, LATER] = Field(0, description="files that are no data, likewise")
 
 
 class Geometry(Part):

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample
+from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
@@ -26,14 +27,13 @@ from cachekd.pair.rows import (
     vocabulary_row,
 )
 from cachekd.pair.size import Sizes, sizes_of
-from cachekd.pair.survey import Counts, Lengths, counts_of, data_row, length_row, lengths_of
 from cachekd.samples import Encoded, Samples, open_samples, survey
 from cachekd.samples.tar_urls import is_remote
 from cachekd.samples.view import SamplesView
 from cachekd.vlm import default_device, default_dtype, limits_of
 
 MOST_BAD = 16  # after so many in vain it is the data, not a sample
-FAR_SAMPLES = 256  # of data on another machine, whose lengths are looked at
+FAR_SAMPLES = 256  # that are looked at where every record costs much
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,10 @@ def check_pair(
     opened = open_samples(said)
     limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
     pairs, bad = _first_pairs(opened, theirs, ours, samples)
-    # Reading a record from afar takes a request each.
-    near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if is_remote(said.data) else opened
+    near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(said) else opened
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
-    counts, lengths = counts_of(seen, opened.notes), lengths_of(seen, limits)
+    counts, lengths = counts_of(seen, opened), lengths_of(seen, limits)
     rows = [
         vocabulary_row(theirs, ours),
         embedding_rows_row(limits, theirs, pairs),
@@ -115,6 +114,11 @@ def check_pair(
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
     return PairReport(rows, sizes, counts, lengths, shown)
+
+
+def _is_costly(data: DataOptions) -> bool:
+    """Whether a record takes a request, or a map function gets all of a sample's images with it."""
+    return is_remote(data.data) or (data.map is not None and not data.data.endswith((".json", ".jsonl")))
 
 
 def _first_pairs(

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.render import NO_TOOL_TURNS, PROBE, Messages, Renderer, Span, find_answers
 from cachekd.samples.sample import Sample, is_supervised, message_text
+from cachekd.samples.turn_fields import KEPT_FIELDS
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +223,11 @@ def _marked_answers(written: list[Span], text: str, answers: list[Span], sample:
 
 
 def _refuse_control_tokens(sample: Sample, control: frozenset[str]) -> None:
-    texts = [(message["role"], message_text(message)) for message in sample.messages]
+    texts = [
+        (message["role"], text)
+        for message in sample.messages
+        for text in (message_text(message), *(message.get(name, "") for name in KEPT_FIELDS))
+    ]
     if sample.tools:
         texts.append(("tools", json.dumps(sample.tools, ensure_ascii=False)))
     for role, text in texts:

@@ -11,6 +11,7 @@ from cachekd.samples.sample import is_supervised, message_text
 from cachekd.samples.turn_fields import message_fields, refuse_fields
 
 TURN_FIELDS = ("conversations", "messages")
+SYSTEM_FIELDS = ("system", "system_prompt")
 IMAGE_PLACEHOLDER = "<image>"
 _MEDIA_PLACEHOLDERS = ("<video>", "<audio>")
 _ROLES = {

@@ -12,12 +12,12 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
+from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.samples.hf_load import HfSpec, load_split
-from cachekd.samples.image_fields import pictures_of
+from cachekd.samples.image_fields import IMAGE_FIELDS, pictures_of
 from cachekd.samples.outline import Outline, outline_of_record
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import KEY_FIELDS, RecordReader
-from cachekd.samples.records import IMAGE_FIELDS, SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.samples.sample import Sample
 
 _TEXTS = (*TURN_FIELDS, *SYSTEM_FIELDS, "tools")
@@ -117,7 +117,7 @@ class HfDatasetSamples:
         column = next((name for name in names if name in columns), None)
         if column is not None:
             rows = dataset.with_format(None).select_columns([column])
-            if column in KEY_FIELDS or column == wished:
+            if wished is None or column == wished:
                 return list(rows[:][column])
             return [self._reader.key_of(row) for row in rows]
         if wished is None or self._reader.map is None:
@@ -138,7 +138,7 @@ def _count(value: Any) -> int:
 
 def _require_columns(dataset: datasets.Dataset, origin: str, image_fields: Sequence[str]) -> None:
     columns = dataset.column_names
-    lacking = [name for name in image_fields if not {name, name.partition(".")[0]} & set(columns)]
+    lacking = [name for name in image_fields if not _leads_somewhere(dict(dataset.features), name)]
     if not set(TURN_FIELDS) & set(columns) or lacking:
         raise CachekdError(
             "the data set lacks columns",
@@ -148,6 +148,20 @@ def _require_columns(dataset: datasets.Dataset, origin: str, image_fields: Seque
             fix="--image-field NAME takes images from another column; --map module:function makes such a "
             "record of a row",
         )
+
+
+def _leads_somewhere(feature: Any, path: str) -> bool:
+    """Whether a dotted name is that of a field, within lists too."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _leads_somewhere(feature.feature, path)
+    if isinstance(feature, list):
+        return _leads_somewhere(feature[0], path)
+    if not isinstance(feature, Mapping):
+        return False
+    cuts = [at for at, character in enumerate(path) if character == "."]
+    return path in feature or any(
+        path[:cut] in feature and _leads_somewhere(feature[path[:cut]], path[cut + 1 :]) for cut in cuts
+    )
 
 
 def _undecoded(feature: Any) -> Any:

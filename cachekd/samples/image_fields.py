@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from cachekd.errors import BadSample
-from cachekd.samples.conversation import TURN_FIELDS
+from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
+from cachekd.samples.turn_fields import IMAGES_BESIDE, is_given
 
 IMAGE_FIELDS = ("image", "images")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")
@@ -28,9 +29,7 @@ _BRANDS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # of ISO media
 _NUMBERS, _LISTS, _BYTES = (int, float, type(None)), (list, tuple), (bytes, bytearray, memoryview)
 # What is read for other things; a turn's text may end in anything.
 _SAID = frozenset(("from", "value", "role", "content"))
-_READ = frozenset(
-    ("system", "system_prompt", "tools", *(f"{turns}.{name}" for turns in TURN_FIELDS for name in _SAID))
-)
+_READ = frozenset((*SYSTEM_FIELDS, "tools", *(f"{turns}.{name}" for turns in TURN_FIELDS for name in _SAID)))
 
 
 class Picture(NamedTuple):
@@ -77,8 +76,10 @@ def decoded(source: Any) -> Any:
         return source
 
 
-def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where: str) -> None:
-    """Refuse a record that has more pictures than `image` or `images` gave.
+def refuse_untaken(
+    record: Mapping[str, Any], pictures: Sequence[Picture], where: str, image_fields: Sequence[str] = ()
+) -> None:
+    """Refuse a record that has more pictures than its fields gave.
 
     Beside one that was taken, what only names a file may be its metadata: an address on the web, or its own
     name. A picture that is held itself (bytes, a PIL image) has no name, so one name elsewhere may be its.
@@ -87,6 +88,7 @@ def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where
         record: as `sample_from_record` takes it.
         pictures: what was taken.
         where: the sample, for error messages.
+        image_fields: where they were looked for; empty: in `image` and `images`.
 
     Raises:
         BadSample: what looks like a picture was not taken.
@@ -96,41 +98,44 @@ def refuse_untaken(record: Mapping[str, Any], pictures: Sequence[Picture], where
     if pictures and found:
         found = _without_metadata(found, pictures)
     if found:
-        raise _untaken(list(dict.fromkeys(other.name for other in found)), taken, where)
+        raise _untaken(list(dict.fromkeys(other.name for other in found)), taken, where, image_fields)
 
 
 def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[_Found]:
     sources = [_picture_in(picture.name, picture.source) for picture in pictures]
-    names = [_file_name(source.file) for source in sources if source and source.file]
+    names = [source.file for source in sources if source and source.file]
     found = [
         other
         for other in found
-        if other.embedded or not (_is_address(other.file) or _file_name(other.file) in names)
+        if other.embedded
+        or not (_is_address(other.file) or any(_is_same(other.file, name) for name in names))
     ]
     nameless = len(pictures) - len(names)
     embedded = any(other.embedded for other in found)
     return found if embedded or len({_file_name(other.file) for other in found}) > nameless else []
 
 
-def _untaken(found: list[str], taken: str | None, where: str) -> BadSample:
+def _untaken(found: list[str], taken: str | None, where: str, image_fields: Sequence[str]) -> BadSample:
     first = next((name for name in found if name.partition(".")[0] not in TURN_FIELDS), None)
     if first is None:
-        fix = 'put the images into the record\'s "images", and <image> where each stands'
+        fix = IMAGES_BESIDE
     elif taken is None:
-        fix = f"--image-field {first} to take it, or --map module:function, which makes such a record"
+        named = " ".join(f"--image-field {name}" for name in (*image_fields, first))
+        fix = f"{named} to take it, or --map module:function, which makes such a record"
     else:
         fix = f"--image-field {taken} to take this alone, and --image-field {first} to take that too"
     return BadSample(
         "the sample has an image under another name",
         where=where,
-        expected=" or ".join(IMAGE_FIELDS) if taken is None else f"images in {taken} alone",
+        expected=" or ".join(image_fields or IMAGE_FIELDS) if taken is None else f"images in {taken} alone",
         found=", ".join(found),
         fix=fix,
     )
 
 
 def _listed(name: str, value: Any) -> list[Picture]:
-    if value is None or (isinstance(value, str) and not value):
+    # Nothing of no bytes is a broken picture.
+    if not is_given(value) and not isinstance(value, _BYTES):
         return []
     if isinstance(value, _LISTS):
         return [Picture(f"{name}[{number}]", one) for number, one in enumerate(value)]
@@ -219,5 +224,15 @@ def _is_address(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
+def _is_same(one: str, other: str) -> bool:
+    """Whether two paths may be of one file: `1.png` may be `left/1.png`, `right/1.png` may not."""
+    shorter, longer = sorted(("/" + _path(one), "/" + _path(other)), key=len)
+    return longer.endswith(shorter)
+
+
+def _path(path: str) -> str:
+    return _without_query(path).replace("\\", "/").lower().removeprefix("./").lstrip("/")
+
+
 def _file_name(path: str) -> str:
-    return _without_query(path).replace("\\", "/").rpartition("/")[2].lower()
+    return _path(path).rpartition("/")[2]

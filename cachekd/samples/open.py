@@ -47,7 +47,7 @@ def open_samples(data: Data, **options: Any) -> Samples:
     said = DataOptions.of(data, **options)
     samples = _open(str(said.data), RecordReader.of(said))
     if len(samples) == 0:
-        left = samples.notes.left_out
+        left = samples.notes.other_files
         raise CachekdError(
             "the data set is empty",
             where=said.data,

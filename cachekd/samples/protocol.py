@@ -17,11 +17,11 @@ class DataNotes:
 
     Attributes:
         repeated_keys: samples whose key came before, so that theirs has `#2`, `#3`, ... behind it.
-        left_out: files that are no data, such as a Mac's `._x`.
+        other_files: files that are no data, such as a Mac's `._x`.
     """
 
     repeated_keys: int = 0
-    left_out: tuple[str, ...] = ()
+    other_files: tuple[str, ...] = ()
 
 
 class Samples(Protocol):

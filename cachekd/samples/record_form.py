@@ -96,7 +96,9 @@ class SampleRecord(BaseModel):
 
     model_config = ConfigDict(json_schema_extra=_needs_turns)
     id: str | int | None = Field(
-        None, description="the sample's key, unique; in LLaVA files required, in tars the members' name"
+        None,
+        description="the sample's key: without one the row's number, in tars the members' name; one that "
+        "comes again gets #2, #3, ... behind it",
     )
     image: str | None = Field(
         None, description="the image's path from the file's folder; tars and tables hold it themselves"

@@ -10,15 +10,11 @@ from typing import Any
 from PIL import Image
 
 from cachekd.errors import BadSample
-from cachekd.samples.conversation import TURN_FIELDS, first_given, messages_from_turns
-from cachekd.samples.image_fields import IMAGE_FIELDS, decoded, pictures_of, refuse_untaken
+from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS, first_given, messages_from_turns
+from cachekd.samples.image_fields import decoded, pictures_of, refuse_untaken
 from cachekd.samples.images import open_image
 from cachekd.samples.sample import Sample, sample_place
-from cachekd.samples.turn_fields import is_given, refuse_media
-
-__all__ = ["IMAGE_FIELDS", "TURN_FIELDS", "sample_from_llava", "sample_from_record", "system_of", "tools_of"]
-
-SYSTEM_FIELDS = ("system", "system_prompt")
+from cachekd.samples.turn_fields import IMAGES_BESIDE, is_given, refuse_media
 
 
 def sample_from_record(
@@ -40,9 +36,9 @@ def sample_from_record(
             `system_prompt` is the text of the first, system turn; `tools` is as `tools_of` takes it.
         origin: the file it came from, for error messages.
         folder: what relative image paths start from.
-        image_fields: dotted names of the fields that hold the images, in their order (see `pictures_of`);
-            nothing else is then looked at. None: `image` and `images`, and a sample with what looks like an
-            image elsewhere is refused.
+        image_fields: dotted names of the fields that hold the images, in their order (see `pictures_of`).
+            Where they hold one, nothing else is looked at. Empty: `image` and `images`. A sample with what
+            looks like an image elsewhere is refused.
 
     Raises:
         BadSample: an image, the conversation, the system text or the tools cannot be used, an image has
@@ -52,8 +48,8 @@ def sample_from_record(
     refuse_media(record, where, "the record")
     _refuse_turns_images(image_fields, where)
     pictures = pictures_of(record, image_fields)
-    if not image_fields:
-        refuse_untaken(record, pictures, where)
+    if not (image_fields and pictures):  # else the user has said which they are
+        refuse_untaken(record, pictures, where, image_fields)
     images = tuple(
         open_image(decoded(picture.source), where=where, folder=folder, name=picture.name)
         for picture in pictures
@@ -164,5 +160,5 @@ def _refuse_turns_images(image_fields: Sequence[str], where: str) -> None:
             "images within turns cannot be taken",
             where=where,
             found=f"--image-field {within[0]}",
-            fix='put the images into the record\'s "images", and <image> where each stands',
+            fix=IMAGES_BESIDE,
         )

@@ -37,7 +37,7 @@ class TarIndex:
         extensions: that occur, in lower case and without the dot.
         names: S, of the members without their extension, in the order of the tars and of each sample's first
             member; a name may come again.
-        left_out: members that are no data.
+        other_files: members that are no data.
         tars: [S] uint32, into `urls`: a sample lies in one tar.
         starts: [S + 1] int64, into the members.
         kinds: [M] uint32, into `extensions`.
@@ -48,7 +48,7 @@ class TarIndex:
     urls: tuple[str, ...]
     extensions: tuple[str, ...]
     names: list[str]
-    left_out: tuple[str, ...]
+    other_files: tuple[str, ...]
     tars: NDArray[np.uint32]
     starts: NDArray[np.int64]
     kinds: NDArray[np.uint32]
@@ -98,12 +98,12 @@ def index_tars(urls: Sequence[str]) -> TarIndex:
     extensions: dict[str, int] = {}
     tars, owners, kinds = array("I"), array("q"), array("I")
     offsets, sizes = array("q"), array("q")
-    left_out: list[str] = []
+    other_files: list[str] = []
     for number, url in enumerate(urls):
         here: dict[str, tuple[int, set[str]]] = {}  # the last sample of each name, and its extensions
         for info in _files(url):
             if _NO_DATA.match(PurePosixPath(info.name).name):
-                left_out.append(f"{info.name} in {url}")
+                other_files.append(f"{info.name} in {url}")
                 continue
             name, extension = _split_name(info.name, url)
             if name not in here or extension in here[name][1]:
@@ -122,7 +122,7 @@ def index_tars(urls: Sequence[str]) -> TarIndex:
         urls=tuple(urls),
         extensions=tuple(extensions),
         names=names,
-        left_out=tuple(left_out),
+        other_files=tuple(other_files),
         tars=np.array(tars, np.uint32),
         starts=np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(names)))]).astype(np.int64),
         kinds=np.array(kinds, np.uint32)[order],

@@ -17,13 +17,13 @@ KEPT_FIELDS = ("name", "tool_call_id")
 
 _CALL = "write the call into the turn's text, as the chat template writes it, and leave this field out"
 _THINKING = "write the thinking into the answer's text, as the chat template writes it (<think>...</think>)"
-_PICTURE = 'put the images into the record\'s "images", and <image> where each stands'
+IMAGES_BESIDE = 'put the images into the record\'s "images", and <image> where each stands'
 _FINER = 'supervise whole turns: "loss": true or false'
 _MEDIA = "cachekd reads text and images; leave such samples out"
 REFUSED_FIELDS = {
     **dict.fromkeys(("tool_calls", "function_call"), _CALL),
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), _THINKING),
-    **dict.fromkeys(("image", "images"), _PICTURE),
+    **dict.fromkeys(("image", "images"), IMAGES_BESIDE),
     **dict.fromkeys(("loss_mask", "loss_scale", "loss_weight", "train_detail", "training"), _FINER),
 }
 MEDIA_FIELDS = ("video", "videos", "audio", "audios")

@@ -13,11 +13,10 @@ from typing import Any
 from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import first_given
-from cachekd.samples.image_fields import IMAGE_SUFFIXES
+from cachekd.samples.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, pictures_of
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import RecordReader
-from cachekd.samples.records import IMAGE_FIELDS
 from cachekd.samples.sample import Sample, sample_place
 from cachekd.samples.tar_index import index_tars
 
@@ -49,7 +48,7 @@ class WebDatasetSamples:
         names, where = self._index.names, ", ".join(urls[:2])
         keys = reader.keys(list(map(self._key, range(len(names)))), where, row="sample")
         self.keys, repeated = keys
-        self.notes = DataNotes(repeated, self._index.left_out)
+        self.notes = DataNotes(repeated, self._index.other_files)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,16 +96,32 @@ class WebDatasetSamples:
             raise _lacks("image", members, name, origin)
         if images and not self._reader.image_fields:
             record = {field: value for field, value in record.items() if field not in IMAGE_FIELDS}
-        return {**record, **images}
+        record = {**record, **images}
+        if self._reader.image_fields and not pictures_of(record, self._reader.image_fields):
+            _refuse_images(members, self._reader.image_fields, name, origin)
+        return record
 
     def _image_members(self, index: int) -> dict[str, list[str]]:
         """Which of the sample's members are images, by the field of the record that they stand for."""
         name, origin, members = self._index.names[index], self._index.url(index), self._index.members(index)
-        if self._reader.image_fields:
-            return {field: [field] for field in self._reader.image_fields if field in members}
+        if fields := self._reader.image_fields:
+            return {field: [field.lower()] for field in fields if field.lower() in members}
         if members.keys() <= _TEXT_ALONE:
             return {}
         return {"images": _image_extensions(members, name, origin)}
+
+
+def _refuse_images(members: Mapping[str, Any], fields: Sequence[str], key: str, origin: str) -> None:
+    """Refuse a sample whose images would not be read: it would become text."""
+    found = [extension for extension in members if f".{extension}".endswith(IMAGE_SUFFIXES)]
+    if found:
+        raise BadSample(
+            "the sample has an image under another name",
+            where=sample_place(key, origin),
+            expected=_names(key, fields),
+            found=_names(key, found),
+            fix=" ".join(f"--image-field {name}" for name in (*fields, found[0])) + " to take it",
+        )
 
 
 def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:

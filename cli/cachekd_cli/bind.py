@@ -29,7 +29,8 @@ def bind_command(
 ) -> None:
     """Find a cache's samples in a data set, by key and by content (messages and pixels).
 
-    The data may lie in another order, folder or container.
+    The data may lie in another order, folder or container. Bad samples are listed, whatever --on-error says;
+    how long samples are does not matter.
 
     Exit code 0 if the cache has every sample of the data set (it may have more), 1 if some are changed,
     unknown or unreadable.

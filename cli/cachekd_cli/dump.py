@@ -174,7 +174,7 @@ def print_summary(summary: DumpSummary) -> None:
         ("of them without an image", f"{summary.without_image:,}"),
         *([("left out (skipped.jsonl)", f"{summary.skipped:,}")] if summary.skipped else []),
         *([("keys that came before", f"{summary.repeated_keys:,}")] if summary.repeated_keys else []),
-        *([("files that are no data", f"{summary.left_out:,}")] if summary.left_out else []),
+        *([("files that are no data", f"{summary.other_files:,}")] if summary.other_files else []),
         ("answer tokens", f"{summary.tokens:,}"),
         ("bytes per token", f"{summary.bytes_per_token:.1f}"),
         ("mean k", f"{summary.mean_k:.1f}"),

@@ -31,15 +31,17 @@ def export_command(
 ) -> None:
     """Write a cache's logprobs for trainers other than cachekd.
 
-    Exported is what is kept exactly, and the mass of the rest; the tail sketch is not.
+    Exported is what is kept exactly, and the mass of the rest; the tail sketch is not. What is not said of
+    the data is as in the dump; every sample of the cache has to be there, whatever --on-error says.
 
     Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
     """
     from cachekd.cache import Manifest
     from cachekd.export import export_parquet, export_webdataset
     from cachekd.samples import open_samples
+    from cachekd.samples.dumped import as_dumped
 
-    if ("data" in data) != (to is Form.webdataset):
+    if bool(data) != (to is Form.webdataset):
         raise CachekdError(
             "--data goes with --to webdataset, and only with it",
             found=f"--to {to.value} {'with' if 'data' in data else 'without'} --data",
@@ -54,7 +56,8 @@ def export_command(
         if to is Form.parquet:
             written = export_parquet(cache, out, top_k=top_k, progress=advance)
         else:
-            samples = open_samples(read_data(data))
+            dumped = Manifest.load(cache).sources[0].data
+            samples = open_samples(as_dumped(read_data(data), dumped, str(cache)))
             written = export_webdataset(cache, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if as_json:

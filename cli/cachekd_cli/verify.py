@@ -47,7 +47,8 @@ def verify_command(
 ) -> None:
     """Check a cache: every file against its checksum; with --teacher and --data, values against the teacher.
 
-    Exit code 1 if anything is wrong.
+    Exit code 1 if anything is wrong. What is not said of the data is as in the dump, in a repair --limit and
+    --shuffle-seed in any case; a bad sample counts as a mismatch, whatever --on-error says.
 
     Example: cachekd verify caches/llava-7b --teacher models/llava-7b --data data/train --sample 64
     """

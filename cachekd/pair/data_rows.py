@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cachekd.pair.rows import Row
-from cachekd.samples import Limits, Survey
+from cachekd.samples import Limits, Samples, Survey
 from cachekd.samples.limits import LONGER
 from cachekd.samples.protocol import DataNotes
 
@@ -55,28 +55,31 @@ class Counts:
     """Of a data set's samples and files.
 
     Attributes:
-        samples: that were looked at.
-        without_image: samples of text alone.
-        unreadable: samples of which no record can be read.
-        repeated_keys, left_out: see `DataNotes`, of the whole data set.
+        samples: in all.
+        looked_at: of these, all or a part at random.
+        without_image: of those, the ones of text alone.
+        unreadable: of those, the ones whose record cannot be read.
+        repeated_keys, other_files: see `DataNotes`.
     """
 
     samples: int
+    looked_at: int
     without_image: int
     unreadable: int
     repeated_keys: int
-    left_out: int
+    other_files: int
 
 
-def counts_of(found: Survey, notes: DataNotes) -> Counts:
-    """Of the samples that were looked at."""
-    there = found.lengths > 0
+def counts_of(found: Survey, samples: Samples) -> Counts:
+    """Of a data set, by the samples that were looked at."""
+    there, notes = found.lengths > 0, samples.notes
     return Counts(
-        samples=len(there),
+        samples=len(samples),
+        looked_at=len(there),
         without_image=int((there & (found.images == 0)).sum()),
         unreadable=int((~there).sum()),
         repeated_keys=notes.repeated_keys,
-        left_out=len(notes.left_out),
+        other_files=len(notes.other_files),
     )
 
 
@@ -86,17 +89,19 @@ def data_row(counts: Counts, notes: DataNotes, *, takes_images: bool) -> Row:
     Args:
         takes_images: whether both models do.
     """
-    found = [f"{counts.samples:,} samples, {counts.without_image:,} of them without an image"]
+    whole = counts.looked_at == counts.samples
+    of_them = "of them" if whole else f"of {counts.looked_at:,} of them"
+    found = [f"{counts.samples:,} samples, {counts.without_image:,} {of_them} without an image"]
     if counts.unreadable:
         found.append(f"{counts.unreadable:,} whose record cannot be read")
     if counts.repeated_keys:
         found.append(f"{counts.repeated_keys:,} whose key came before: they have #2, #3, ... behind it")
-    if counts.left_out:
-        found.append(f"{counts.left_out:,} files that are no data, such as {notes.left_out[0]}")
+    if counts.other_files:
+        found.append(f"{counts.other_files:,} files that are no data, such as {notes.other_files[0]}")
     text = "; ".join(found)
-    if takes_images and counts.without_image == counts.samples:
+    if takes_images and counts.without_image == counts.looked_at:
         fix = "--image-field NAME takes images from another field; texts alone train with --lambda-vsd 0"
-        return Row("data", "refused", text, fix)
+        return Row("data", "refused" if whole else "note", text, fix)
     return Row("data", "note" if found[1:] else "ok", text, "nothing, if it is meant" if found[1:] else None)
 
 
