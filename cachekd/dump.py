@@ -46,6 +46,7 @@ class DumpSummary:
         shards, all_shards: how many are there, of how many.
         samples, tokens: in them; tokens are answer tokens.
         without_image: of the samples, those of text alone.
+        cut: of the samples, those whose answers lack the end.
         repeated_keys: samples of the data set whose key came before.
         other_files: files of it that are no data.
         skipped: samples that were left out.
@@ -64,6 +65,7 @@ class DumpSummary:
     samples: int
     tokens: int
     without_image: int
+    cut: int
     repeated_keys: int
     other_files: int
     skipped: int
@@ -227,6 +229,7 @@ def _summary(
         samples=sum(_shards(records, "samples")),
         tokens=tokens,
         without_image=sum(count or 0 for count in _shards(records, "without_image")),
+        cut=sum(count or 0 for count in _shards(records, "cut")),
         repeated_keys=build.plan.source.data.repeated_keys,
         other_files=build.plan.source.data.other_files,
         skipped=sum(len(record.skipped) for record in records.values()),

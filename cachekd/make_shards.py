@@ -145,7 +145,7 @@ def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> boo
 def _pass_on(key: str, answer: Answer | BadSample, writer: ShardWriter, on_error: str) -> int:
     """Give an answer to the writer; returns its number of tokens."""
     if isinstance(answer, Answer):
-        writer.add(answer.key, answer.targets, answer.content_hash, answer.states, answer.images)
+        writer.add(answer.key, answer.targets, answer.content_hash, answer.states, answer.images, answer.cut)
         return len(answer.targets)
     if not may_be_left_out(answer, on_error):
         raise answer

@@ -98,7 +98,7 @@ def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -
             "the data set has none of the cache's samples",
             where=str(cache.path),
             expected=f"keys such as {next(iter(cache))!r}",
-            fix="pass the data set that was dumped, read by the same --map",
+            fix="pass the data set that was dumped, read by the same --map and --key",
         )
     return keys[:limit]
 

@@ -47,7 +47,7 @@ class PeekedData:
                 f"the data set has no sample {key!r}",
                 where=str(self.cache.path),
                 expected=f"one of its {len(self.samples):,} keys, such as {self.samples.keys[0]!r}",
-                fix="pass the data set that was dumped, read by the same --map",
+                fix="pass the data set that was dumped, read by the same --map and --key",
             )
         sample = self.samples[self._places[key]]
         check_content(self.cache, key, sample.content_hash)

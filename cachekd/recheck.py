@@ -123,7 +123,7 @@ def _choose(cache: LogitCache, places: dict[str, int], count: int, seed: int) ->
             where=str(cache.path),
             expected=f"keys such as {next(iter(cache))!r}",
             found=f"keys such as {next(iter(places), None)!r}",
-            fix="pass the data set that was dumped, read by the same --map",
+            fix="pass the data set that was dumped, read by the same --map and --key",
         )
     chosen = np.random.default_rng(seed).permutation(len(keys))[:count]
     return [keys[index] for index in sorted(chosen.tolist())], len(keys)

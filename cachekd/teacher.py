@@ -40,6 +40,7 @@ class Answer(NamedTuple):
     Attributes:
         states: for the tail sketch; None if it is not wanted.
         images: how many the sample has.
+        cut: whether the end of its answers was left out.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Answer(NamedTuple):
     targets: TokenTargets
     states: TailStates | None
     images: int
+    cut: bool
 
     def to(self, device: torch.device | str) -> Answer:
         """With its states on `device`."""
@@ -161,7 +163,7 @@ class Teacher:
             pairs = zip(hidden.split(counts), normaliser.split(counts), strict=True)
             states = [TailStates(*pair) for pair in pairs]
         return [
-            Answer(sample.key, sample.content_hash, target, state, sample.images)
+            Answer(sample.key, sample.content_hash, target, state, sample.images, sample.cut)
             for sample, target, state in zip(samples, targets.split(counts), states, strict=True)
         ]
 

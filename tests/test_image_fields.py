@@ -176,26 +176,6 @@ def test_named_fields_are_taken_in_their_order():
         assert outline_of_record(record, names).images == len(expected)
 
 
-def test_fields_that_hold_nothing_make_no_text_of_what_has_pictures():
-    """A record of text alone is text; one whose picture is elsewhere is not."""
-    assert read({"none": None, "source": "a book"}, image_fields=["none"]).images == ()
-    with pytest.raises(BadSample, match="image under another name") as caught:
-        read({"none": None, "image": PNG}, image_fields=["none"])
-    assert caught.value.fix.startswith("--image-field none --image-field image")
-    for nothing in ({"bytes": None, "path": None}, [], ""):  # as tables fill it in
-        assert read({"image": nothing}).images == ()
-
-
-def test_a_file_of_the_same_name_in_another_folder_is_another_picture():
-    """Stereo and depth sets are named so; the end of a path is the same file."""
-    noise_image(0).save(Path("left") / "1.png")
-    for other in ("right/1.png", {"path": "depth/1.png"}, ["a/left/2.png"]):
-        with pytest.raises(BadSample, match="image under another name"):
-            read({"image": "left/1.png", "other": other})
-    for same in ("1.png", "left/1.png", "./left/1.png", "data/left/1.PNG", "https://x.org/right/1.png"):
-        assert len(read({"image": "left/1.png", "other": same}).images) == 1
-
-
 def test_base64_is_decoded():
     for form in ("PNG", "JPEG", "GIF", "WEBP"):
         content = encoded(form)
@@ -274,3 +254,53 @@ def test_looking_for_pictures_costs_next_to_nothing():
     pictures = pictures_of(record)
     seconds = min(timeit.repeat(lambda: refuse_untaken(record, pictures, "here"), number=500, repeat=5)) / 500
     assert seconds < 200e-6
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(f"a/0{suffix}" for suffix in (".jfif", ".jpe", ".ico", ".ppm", ".svg", ".heif", ".JXL", ".tga")),
+        " 0.png\n",
+        "https://x.org/get?file=0.png",
+    ],
+)
+def test_pictures_of_rarer_kinds_make_no_texts(value):
+    with pytest.raises(BadSample, match="image under another name"):
+        read({"thumb": value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"video_path": "v/1.mp4"}, "video_path"),
+        ({"clip": ["x.AVI"]}, "clip"),
+        ({"media": {"type": "video", "url": "https://x.org/x.webm?t=3"}}, "media.url"),
+        ({"audio_file": "x.wav"}, "audio_file"),
+    ],
+)
+def test_video_and_audio_under_any_name_make_no_texts(fields, name):
+    with pytest.raises(BadSample, match="video or audio") as caught:
+        read(fields)
+    assert str(caught.value.found).startswith(f"{name}: ")
+    assert len(read({"image": PNG, **fields}).images) == 1  # a frame, perhaps, and where it is from
+
+
+def test_fields_that_hold_nothing_make_no_text_of_what_has_pictures():
+    """A record of text alone is text; one whose picture is elsewhere is not."""
+    assert read({"none": None, "source": "a book"}, image_fields=["none"]).images == ()
+    with pytest.raises(BadSample, match="image under another name") as caught:
+        read({"none": None, "image": PNG}, image_fields=["none"])
+    assert str(caught.value.fix).startswith("--image-field none --image-field image")
+    for nothing in ({"bytes": None, "path": None}, [], ""):  # as tables fill it in
+        assert read({"image": nothing}).images == ()
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_picture(tmp_path, monkeypatch):
+    """Stereo and depth sets are named so; the end of a path is the same file."""
+    monkeypatch.chdir(tmp_path)
+    Path("left").mkdir()
+    noise_image(0).save("left/1.png")
+    for other in ("right/1.png", {"path": "depth/1.png"}, ["a/left/2.png"]):
+        refused({"image": "left/1.png", "other": other}, "other")
+    for same in ("1.png", "left/1.png", "./left/1.png", "data/left/1.PNG", "https://x.org/right/1.png"):
+        assert len(read({"image": "left/1.png", "other": same}).images) == 1

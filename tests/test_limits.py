@@ -198,7 +198,7 @@ def test_a_cut_sample_is_cached_up_to_the_cut(tmp_path, teacher_path):
     data = with_long_ones(tmp_path / "data", 8, (2, 5))
     dump(settings(teacher_path, data, tmp_path / "whole", on_error="skip"))
     summary = dump(settings(teacher_path, data, tmp_path / "c", **cut))
-    assert (summary.samples, summary.skipped) == (8, 0)
+    assert (summary.samples, summary.skipped, summary.cut) == (8, 0, 2)
     encoder, samples, cache = (
         load_encoder(str(teacher_path), **cut),
         open_samples(data),

@@ -21,7 +21,7 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys
-from cachekd_cli.data_options import takes_data
+from cachekd_cli.data_options import read_optional, takes_data
 from cachekd_cli.main import app
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
@@ -160,6 +160,21 @@ def test_json_is_read_by_what_it_holds(tmp_path, bom, suffix, lines):
     assert answers(samples) == ["answer 0", "answer 1"]
 
 
+def test_one_record_over_several_lines_is_a_record(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps(records(["a"])[0], indent=2))
+    assert answers(open_samples(tmp_path / "d.json")) == ["answer 0"]
+
+
+def test_an_empty_id_and_no_number_are_no_ids():
+    assert unique_keys(["", float("nan"), "", "a", 0], "here").keys == [
+        "00000000",
+        "00000001",
+        "00000002",
+        "a",
+        "0",
+    ]
+
+
 def test_a_folder_of_one_json_is_that_file(tmp_path):
     noise_image(3).save(tmp_path / "0.png")
     write_json(tmp_path / "train.json", [{"id": 1, "image": "0.png", "conversations": TURNS}])
@@ -282,7 +297,7 @@ def test_pictures_that_a_tars_json_names_start_at_the_image_root(tmp_path):
 
 def test_files_that_are_no_data_are_left_out_of_tars_and_counted(tmp_path):
     text = json.dumps({"conversations": TURNS}).encode()
-    junk = ["._a.json", "sub/._a.png", ".DS_Store", "LICENSE", "README.md", "sub/NOTICE.txt"]
+    junk = ["._a.json", "sub/._a.png", ".DS_Store", "LICENSE", "README.md", "sub/NOTICE.txt", "Thumbs.db"]
     members = [(junk[0], b"\0"), ("a.json", text), *((name, b"\0") for name in junk[1:])]
     tar = write_tar(tmp_path / "d.tar", members)
     samples = open_samples(tar)
@@ -304,6 +319,12 @@ def test_every_command_that_reads_data_takes_all_options_of_data(name):
     options = [option for parameter in parameters for option in parameter.opts]
     for field in DataOptions.model_fields:
         assert options.count(f"--{field.replace('_', '-')}") == 1
+
+
+def test_options_of_data_without_data_are_refused():
+    assert read_optional({}) is None
+    with pytest.raises(CachekdError, match="--image-field, --limit without data"):
+        read_optional({"image_field": ["x"], "limit": 3})
 
 
 def test_what_is_given_is_passed_on_and_nothing_else():

@@ -503,6 +503,12 @@ def test_columns_of_turns_must_be_of_one_length():
         ({"videos": ["a.mp4"]}, 'the record has "videos"'),
         ({"audio": {"bytes": b"RIFF", "path": None}}, 'the record has "audio"'),
         ({"messages": [{"role": "user", "content": "<video>\nwhat?"}, ANSWER]}, "a turn has <video>"),
+        ({"messages": [{"role": "user", "content": "<VIDEO>\nwhat?"}, ANSWER]}, "a turn has <VIDEO>"),
+        (
+            {"messages": [{"role": "user", "content": "<|video_pad|>?"}, ANSWER]},
+            r"a turn has <\|video_pad\|>",
+        ),
+        ({"messages": [{"role": "user", "content": "<video_0> what?"}, ANSWER]}, "a turn has <video_0>"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "<audio>"}]}, ANSWER]},
             "<audio>",

@@ -214,7 +214,8 @@ def test_a_bad_sample_is_named(tmp_path: Path, changes, message):
     [
         ("[]", "empty"),
         ("{", "not valid JSON"),
-        ('{\n"data": []}', "holds one object"),
+        ('{\n"data": [{"id": 1}]}', "holds one object"),
+        ('{"meta": 1, "data": [{"id": 1}]}', "holds one object"),
         ('[{"id": 1}, 2]', "unexpected form"),
         ('{"id": 1}\n2', "unexpected form"),
         ('[{"id": [1]}]', "neither text nor a number"),

@@ -229,6 +229,7 @@ def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path, counts: 
         "span": None,
         "samples": len(samples),
         "without_image": 0 if info.without_image == 0 else None,
+        "cut": 0 if info.cut == 0 else None,
         "tokens": tokens,
         "entries": entries,
         "bytes": len(content),

@@ -145,6 +145,9 @@ class ShardInfo(Part):
     without_image: Annotated[Count | None, LATER] = Field(
         None, description="samples of text alone; null: not known"
     )
+    cut: Annotated[Count | None, LATER] = Field(
+        0, description="samples whose answers lack the end, as they were too long; null: not known"
+    )
     tokens: Count
     entries: Count = Field(description="logprobs stored")
     bytes: Positive

@@ -51,6 +51,7 @@ class ShardWriter:
         self._uncoded_tokens = 0
         self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
         self._images: list[int | None] = []  # of each sample
+        self._cut = 0
         self._coded: list[TokenTargets] = []
         self._skipped: list[Skipped] = []
 
@@ -61,15 +62,18 @@ class ShardWriter:
         content_hash: bytes,
         states: TailStates | None = None,
         images: int | None = None,
+        cut: bool = False,
     ) -> None:
         """Add one sample; for arguments and errors see `LogitCacheWriter.add`.
 
         Args:
             images: how many it has; None: not known.
+            cut: whether the end of its answers is left out.
         """
         check_sample(key, targets, content_hash, states, needs_states=self._encoder is not None)
         self._samples.append((key, content_hash, len(targets)))
         self._images.append(images)
+        self._cut += cut
         if self._head is not None and states is not None:
             self._probes.offer(self.tokens, states)
         self.tokens += len(targets)
@@ -124,6 +128,7 @@ class ShardWriter:
             sketch=None if self._encoder is None else 0,
             span=self.span,
             samples=len(shard.keys),
+            cut=self._cut,
             without_image=None if None in self._images else self._images.count(0),
             tokens=len(targets),
             entries=len(targets.ids),

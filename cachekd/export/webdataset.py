@@ -83,7 +83,7 @@ def member_name(key: str) -> str:
     'coco/train%2E2017/17'
     """
     whole = all(key.split("/"))  # no empty name in it
-    return quote(key, safe="/ " if whole else " ").replace(".", "%2E") or "%"
+    return quote(key, safe="/ #" if whole else " #").replace(".", "%2E") or "%"
 
 
 def _places(cache: LogitCache, samples: Samples) -> dict[str, int]:

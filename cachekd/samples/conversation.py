@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from cachekd.samples.turn_fields import message_fields, refuse_fields
 TURN_FIELDS = ("conversations", "messages")
 SYSTEM_FIELDS = ("system", "system_prompt")
 IMAGE_PLACEHOLDER = "<image>"
-_MEDIA_PLACEHOLDERS = ("<video>", "<audio>")
+# <video>, <|video|>, <|video_pad|>, <video_0>
+_MEDIA_PLACEHOLDER = re.compile(r"<\|?(video|audio)(_pad|_?[0-9]+)?\|?>", re.IGNORECASE)
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -133,7 +135,7 @@ def _read_part(part: Any, where: str) -> list[Part]:
 
 
 def _refuse_media_placeholders(parts: list[Part], where: str) -> None:
-    found = [mark for mark in _MEDIA_PLACEHOLDERS if any(mark in part.get("text", "") for part in parts)]
+    found = next(filter(None, (_MEDIA_PLACEHOLDER.search(part.get("text", "")) for part in parts)), None)
     if found:
         raise BadSample(
             f"a turn has {found[0]}, which is not read",

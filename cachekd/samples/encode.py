@@ -29,6 +29,7 @@ class Encoded:
         inputs: what the processor made: `input_ids` [L], and image tensors as the model takes them.
         supervised: [L] bool, true on exactly the assistant's tokens and their end-of-turn tokens.
         images: how many the sample has.
+        cut: whether the end of its answers is left out.
     """
 
     key: str
@@ -36,11 +37,13 @@ class Encoded:
     inputs: Mapping[str, Tensor]
     supervised: Tensor
     images: int = 0
+    cut: bool = False
 
     def up_to(self, answers: int) -> Encoded:
-        """The sample up to its n-th answer token, as one that was cut there."""
+        """The sample up to its n-th answer token, counted from 1, as one that was cut there."""
         kept = int(self.supervised.nonzero()[answers - 1]) + 1
-        return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept])
+        cut = self.cut or answers < len(self.token_ids)
+        return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept], cut=cut)
 
     @property
     def token_ids(self) -> Tensor:
@@ -96,8 +99,8 @@ class SampleEncoder:
                 is beyond the limits.
             CachekdError: the chat template does not let answers be located at all.
         """
-        inputs, numbers = self._guarded(sample)
-        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0, len(sample.images))
+        inputs, numbers, cut = self._guarded(sample)
+        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0, len(sample.images), cut)
 
     def turns(self, sample: Sample) -> Tensor:
         """[N] int64: for each answer token of a sample, which supervised answer it is in, from 0.
@@ -131,7 +134,8 @@ class SampleEncoder:
         """The same, for samples as long as they are."""
         return SampleEncoder(self.processor)
 
-    def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+    def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor, bool]:
+        """As `_encode` has it, within the limits; and whether the end of the answers is cut off."""
         try:
             return self._limited(*self._encode(sample), sample)
         except (CachekdError, MemoryError):
@@ -145,14 +149,14 @@ class SampleEncoder:
 
     def _limited(
         self, inputs: dict[str, Tensor], numbers: Tensor, sample: Sample
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor, bool]:
         ids = inputs["input_ids"]
         is_image = ids == (-1 if self.image_token_id is None else self.image_token_id)
         kept = self.limits.tokens_kept(ids, numbers >= 0, is_image, sample)
         self.limits.require_rows(ids[:kept], is_image[:kept], self.processor.tokenizer, sample.where)
         if kept == len(ids):
-            return inputs, numbers
-        return _first(inputs, kept), numbers[:kept]
+            return inputs, numbers, False
+        return _first(inputs, kept), numbers[:kept], bool((numbers[kept:] >= 0).any())
 
     def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs, and [L] the number of the answer that a token is in, or -1."""

@@ -16,10 +16,19 @@ from PIL import Image
 
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
-from cachekd.samples.turn_fields import IMAGES_BESIDE, is_given
+from cachekd.samples.turn_fields import IMAGES_BESIDE, MEDIA_FIX, is_given
 
 IMAGE_FIELDS = ("image", "images")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jp2")
+# The usual ones first: messages name these.
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jxl"),
+    *(".apng", ".dib", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".pbm", ".pgm", ".pnm", ".ppm", ".qoi"),
+    *(".svg", ".tga"),
+)
+_MEDIA_SUFFIXES = (
+    *(".mp4", ".m4v", ".avi", ".webm", ".mov", ".mkv"),
+    *(".mp3", ".m4a", ".wav", ".flac", ".ogg"),
+)
 _LONGEST_PATH, _LONGEST_WITH_SPACES = 400, 100  # characters; what is longer is prose
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\0\0\0\x0cJXL ")
 _BASE64 = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF and WebP
@@ -45,11 +54,15 @@ class Picture(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What looks like a picture: where, its path or address if it has one, and whether it is held itself."""
+    """What looks like a picture: where, its path or address if it has one, and whether it is held itself.
+
+    Or what looks like video or audio.
+    """
 
     name: str
     file: str
-    embedded: bool
+    embedded: bool = False
+    is_media: bool = False
 
 
 def pictures_of(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> list[Picture]:
@@ -91,10 +104,20 @@ def refuse_untaken(
         image_fields: where they were looked for; empty: in `image` and `images`.
 
     Raises:
-        BadSample: what looks like a picture was not taken.
+        BadSample: what looks like a picture was not taken, or there is video or audio and no picture.
     """
     taken = pictures[0].name.partition("[")[0] if pictures else None
-    found = list(_pictures_elsewhere(record, taken))
+    looking_so = list(_pictures_elsewhere(record, taken))
+    media = [other for other in looking_so if other.is_media]
+    if media and not pictures:  # else it may say where the pictures are from
+        raise BadSample(
+            "the sample has video or audio, which is not read",
+            where=where,
+            expected="text and images",
+            found=f"{media[0].name}: {media[0].file}",
+            fix=MEDIA_FIX,
+        )
+    found = [other for other in looking_so if not other.is_media]
     if pictures and found:
         found = _without_metadata(found, pictures)
     if found:
@@ -181,7 +204,9 @@ def _picture_in(name: str, value: Any) -> _Found | None:
     if isinstance(value, str):
         if value[:11].lower() == "data:image/" or _is_base64(value):
             return _Found(name, "", embedded=True)
-        return _Found(name, value, embedded=False) if _names_picture(value) else None
+        if _names(value, IMAGE_SUFFIXES):
+            return _Found(name, value)
+        return _Found(name, value, is_media=True) if _names(value, _MEDIA_SUFFIXES) else None
     if isinstance(value, _BYTES):
         return _Found(name, "", embedded=True) if _has_magic(bytes(value[:16])) else None
     if isinstance(value, Image.Image):
@@ -190,15 +215,18 @@ def _picture_in(name: str, value: Any) -> _Found | None:
         return None
     # As `datasets` stores a picture.
     content, path = value.get("bytes"), value.get("path")
-    named = path if isinstance(path, str) and _names_picture(path) else ""
+    named = path if isinstance(path, str) and _names(path, IMAGE_SUFFIXES) else ""
     held = isinstance(content, _BYTES) and (named or _has_magic(bytes(content[:16])))
     return _Found(name, named, embedded=bool(held)) if held or named else None
 
 
-def _names_picture(text: str) -> bool:
+def _names(text: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a text is the path or address of a file with one of these suffixes."""
     if len(text) > _LONGEST_PATH or "." not in text:
         return False
-    if not _without_query(text).lower().endswith(IMAGE_SUFFIXES):
+    text = text.strip().lower()
+    # Of an address the query may name the file.
+    if not (_without_query(text).endswith(suffixes) or (_is_address(text) and text.endswith(suffixes))):
         return False
     return len(text) <= _LONGEST_WITH_SPACES or len(text.split()) == 1
 
@@ -213,7 +241,7 @@ def _has_magic(start: bytes) -> bool:
 
 
 def _is_base64(text: str) -> bool:
-    return text.startswith(_BASE64) and len(text) >= _SHORTEST_BASE64 and not _names_picture(text)
+    return text.startswith(_BASE64) and len(text) >= _SHORTEST_BASE64 and not _names(text, IMAGE_SUFFIXES)
 
 
 def _without_query(text: str) -> str:

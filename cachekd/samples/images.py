@@ -40,6 +40,7 @@ def open_image(
             known range.
         CachekdError: the disk could not be read, which says nothing about the sample.
     """
+    given = source
     if isinstance(source, Mapping):
         content, path = source.get("bytes"), source.get("path")
         if content is None:
@@ -50,9 +51,7 @@ def open_image(
         source, name = _content(source, where, folder, name)
     image = _named(name)
     if not isinstance(source, bytes | bytearray | Image.Image):
-        raise BadSample(
-            f"{image} is of an unknown kind", where=where, expected=_FORMS, found=type(source).__name__
-        )
+        raise BadSample(f"{image} is of an unknown kind", where=where, expected=_FORMS, found=_kind(given))
     try:
         if isinstance(source, Image.Image):
             return upright_rgb(source)
@@ -69,6 +68,12 @@ def open_image(
         # Not a list of classes: on broken files Pillow's decoders raise OSError, SyntaxError, ValueError,
         # struct.error, zlib.error, DecompressionBombError, IndexError, ...
         raise _unreadable(image, where, f"{type(error).__name__}: {error}") from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
+    return type(value).__name__
 
 
 def _named(name: str | None) -> str:

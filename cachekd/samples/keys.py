@@ -20,8 +20,8 @@ class Keys(NamedTuple):
 
 
 def unique_keys(values: Sequence[Any], where: str, *, row: str = "entry") -> Keys:
-    """The values as keys. One that is None becomes the row's number; the second of two equal ones becomes
-    `key#2`, the third `key#3`, in the order of the data.
+    """The values as keys. One that is None, empty or NaN becomes the row's number; the second of two equal
+    ones becomes `key#2`, the third `key#3`, in the order of the data.
 
     Args:
         values: one per row, in order.
@@ -46,7 +46,7 @@ def unique_keys(values: Sequence[Any], where: str, *, row: str = "entry") -> Key
 
 
 def _key(value: Any, position: int, where: str, row: str) -> str:
-    if value is None:
+    if value is None or value == "" or value != value:  # NaN, which tables write for nothing
         return f"{position:08d}"
     if not isinstance(value, str | int | float):
         raise CachekdError(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cachekd.errors import CachekdError
+from cachekd.samples.conversation import TURN_FIELDS
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import RecordReader
 from cachekd.samples.sample import Sample
+
+_FORM = 'a list of {"id", "image", "conversations"} objects, or such an object a line'
 
 
 class LlavaJsonSamples:
@@ -31,6 +34,8 @@ class LlavaJsonSamples:
     def __init__(self, path: Path, reader: RecordReader) -> None:
         self.path, self._reader, self._origin = path, reader, str(path)
         self._records = _read_records(path)
+        if reader.map is None:
+            _refuse_wrapping(self._records, path)
         reader.require_image_fields(self._records, self._origin)
         values = [
             reader.mapped_key(record, position, self._origin) for position, record in enumerate(self._records)
@@ -69,47 +74,59 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         raise CachekdError("the data file cannot be read", where=str(path), found=str(error)) from None
     # What it holds counts, not how it is called: lists are called .jsonl and lines .json.
     first = text.lstrip()[:1]
-    records = list(_lines(text, path)) if first == "{" else _parse(text or "[]", str(path))
+    records = _objects(text, path) if first == "{" else _parse(text or "[]", str(path))
     listed = isinstance(records, list)
     odd = [item for item in records if not isinstance(item, dict)] if listed else [records]
     if odd:
         raise CachekdError(
             "the data file has an unexpected form",
             where=str(path),
-            expected='a list of {"id", "image", "conversations"} objects, or such an object a line',
+            expected=_FORM,
             found=("a list with " if listed else "") + type(odd[0]).__name__,
         )
     return records
 
 
-def _lines(text: str, path: Path) -> Iterator[Any]:
+def _objects(text: str, path: Path) -> list[Any]:
+    """An object a line; or one over several lines."""
     # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
-    lines = text.split("\n")
-    if _is_one_object(lines):
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    try:
+        return [_parse(line, f"line {number} of {path}") for number, line in lines]
+    except CachekdError:
+        if _is_json(lines[0][1]) or not _is_json(text):
+            raise
+        return [json.loads(text)]
+
+
+def _refuse_wrapping(records: list[dict[str, Any]], path: Path) -> None:
+    """Refuse a file whose only object is no record: it wraps the list."""
+    only = records[0] if len(records) == 1 else {}
+    lists = [name for name, value in only.items() if isinstance(value, list) and _holds_objects(value)]
+    if lists and not any(name in only for name in TURN_FIELDS):
         raise CachekdError(
             "the data file holds one object",
             where=str(path),
-            expected='a list of {"id", "image", "conversations"} objects, or such an object a line',
-            found=f"an object of {', '.join(map(repr, list(json.loads(text))[:8]))}",
-            fix="save the list in it as a file of its own",
+            expected=_FORM,
+            found=f"an object of {', '.join(map(repr, list(only)[:8]))}",
+            fix=f"save the list in {lists[0]!r} as a file of its own",
         )
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse(line, f"line {number} of {path}")
 
 
-def _is_one_object(lines: list[str]) -> bool:
-    """Whether the file is an object over several lines, which would be a list's wrapping, not a record."""
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _holds_objects(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _is_json(text: str) -> bool:
     try:
-        json.loads(next(line for line in lines if line.strip()))
-    except (ValueError, RecursionError):
-        pass
-    else:
-        return False
-    try:
-        return isinstance(json.loads("\n".join(lines)), dict)
+        json.loads(text)
     except (ValueError, RecursionError):
         return False
+    return True
 
 
 def _parse(text: str, where: str) -> Any:

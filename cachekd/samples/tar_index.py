@@ -24,8 +24,11 @@ from cachekd.samples.keys import require_text
 from cachekd.samples.tar_urls import named_errors
 
 _CHUNK = 1 << 16
-# What people's tars hold besides data: a Mac's ._x and .DS_Store, and what is there to be read.
-_NO_DATA = re.compile(r"\.|(readme|licen[cs]e|notice|copying|changelog)(\.(md|txt|rst))?$", re.IGNORECASE)
+# What people's tars hold besides data: a Mac's ._x and .DS_Store, Windows' own, and what is there to be read.
+_NO_DATA = re.compile(
+    r"\.|(thumbs\.db|desktop\.ini|(readme|licen[cs]e|notice|copying|changelog)(\.(md|txt|rst))?)$",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

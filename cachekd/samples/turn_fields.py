@@ -11,7 +11,10 @@ from typing import Any
 from cachekd.errors import BadSample
 
 # Whether a turn is supervised; the value is what "yes" says. `supervised` is how `cachekd export` writes it.
-SUPERVISION_FIELDS = {"loss": True, "train": True, "weight": True, "supervised": True, "mask": False}
+SUPERVISION_FIELDS = {
+    **dict.fromkeys(("loss", "train", "trainable", "weight", "supervised"), True),
+    **dict.fromkeys(("mask", "masked"), False),
+}
 # What templates may write of a turn beside its content.
 KEPT_FIELDS = ("name", "tool_call_id")
 
@@ -19,7 +22,7 @@ _CALL = "write the call into the turn's text, as the chat template writes it, an
 _THINKING = "write the thinking into the answer's text, as the chat template writes it (<think>...</think>)"
 IMAGES_BESIDE = 'put the images into the record\'s "images", and <image> where each stands'
 _FINER = 'supervise whole turns: "loss": true or false'
-_MEDIA = "cachekd reads text and images; leave such samples out"
+MEDIA_FIX = "cachekd reads text and images; leave such samples out"
 REFUSED_FIELDS = {
     **dict.fromkeys(("tool_calls", "function_call"), _CALL),
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning"), _THINKING),
@@ -95,7 +98,7 @@ def refuse_media(fields: Mapping[str, Any], where: str, what: str) -> None:
                 where=where,
                 expected="text and images",
                 found=repr(fields[name])[:120],
-                fix=_MEDIA,
+                fix=MEDIA_FIX,
             )
 
 

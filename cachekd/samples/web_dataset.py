@@ -160,8 +160,19 @@ def _lacks(what: str, members: Mapping[str, Any], key: str, origin: str) -> BadS
         expected=f"{key}.json and one of {_names(key, IMAGE_EXTENSIONS[:4])}, ... (or {key}.0.png, "
         f"{key}.1.png)",
         found=_names(key, members),
-        fix="dots in names split the key from the extension: name files without them",
+        fix=_way_on(what, members),
     )
+
+
+def _way_on(what: str, members: Mapping[str, Any]) -> str:
+    if what == "json":
+        return "--map module:function makes a record of what there is"
+    if other := next((name for name in members if f".{name}".endswith(IMAGE_SUFFIXES)), None):
+        return (
+            f"--image-field {other} takes it; dots in names split the key from the extension: name files "
+            "without them"
+        )
+    return "--image-root DIR, where the JSON names a file that is not in the tar; else leave the sample out"
 
 
 def _names(key: str, extensions: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ from cachekd_cli.data_options import Given, read_data, takes_data
 
 if TYPE_CHECKING:
     from cachekd.bind import BindReport
+    from cachekd.cache import LogitCache
+    from cachekd.data_options import DataOptions
 
 SHOWN = 5
 
@@ -57,6 +59,7 @@ def bind_command(
         print_json(as_dict(report))
     else:
         print_report(report, cache, options.data, out)
+        print_why(report, opened, options)
     if report.unbound:
         raise typer.Exit(1)
 
@@ -101,6 +104,18 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
         console.print(f"next: cachekd train --binding {out} ...", markup=False, soft_wrap=True)
     elif report.moved or report.unbound:
         console.print("next: the same with --out binding.json, for `cachekd train --binding`", soft_wrap=True)
+
+
+def print_why(report: BindReport, cache: LogitCache, options: DataOptions) -> None:
+    """What of the reading, and not of the data, may be why samples do not match."""
+    from cachekd.fingerprint import reads_images_otherwise
+
+    named = {source.data.map for source in cache.manifest.sources} - {None}
+    if report.unbound and named and options.map is None:
+        told = f"the cache's data were read by --map {' and '.join(map(str, named))}, these without"
+        console.print(told, markup=False, soft_wrap=True)
+    if report.changed and reads_images_otherwise(cache.manifest.fingerprints):
+        console.print("some images are read in another way since that dump: dump again", soft_wrap=True)
 
 
 def _some(values: list[str]) -> str:

@@ -11,6 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from cachekd.data_options import DataOptions
+from cachekd.errors import CachekdError
 
 PANEL = "Data"
 _OURS = "data_"  # before their names as parameters: a command may have a `key` of its own
@@ -53,6 +54,18 @@ def read_data(given: Given) -> DataOptions:
     from cachekd.config_file import read_config
 
     return read_config(None, DataOptions, given)
+
+
+def read_optional(given: Given) -> DataOptions | None:
+    """The same; None where no option of data was given at all.
+
+    Raises:
+        CachekdError: there are some without --data.
+    """
+    if given and "data" not in given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise CachekdError(f"{options} without data", expected="--data", fix="add --data, or leave them out")
+    return read_data(given) if given else None
 
 
 def _parameter(name: str, field: FieldInfo, *, required: bool) -> inspect.Parameter:

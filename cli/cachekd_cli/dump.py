@@ -172,6 +172,7 @@ def print_summary(summary: DumpSummary) -> None:
         ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
         ("samples", f"{summary.samples:,}"),
         ("of them without an image", f"{summary.without_image:,}"),
+        *([("of them cut", f"{summary.cut:,}")] if summary.cut else []),
         *([("left out (skipped.jsonl)", f"{summary.skipped:,}")] if summary.skipped else []),
         *([("keys that came before", f"{summary.repeated_keys:,}")] if summary.repeated_keys else []),
         *([("files that are no data", f"{summary.other_files:,}")] if summary.other_files else []),

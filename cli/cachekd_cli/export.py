@@ -10,7 +10,7 @@ import typer
 
 from cachekd.errors import CachekdError
 from cachekd_cli.console import console, print_json, progress_bar
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.data_options import Given, read_optional, takes_data
 
 
 class Form(StrEnum):
@@ -41,7 +41,8 @@ def export_command(
     from cachekd.samples import open_samples
     from cachekd.samples.dumped import as_dumped
 
-    if bool(data) != (to is Form.webdataset):
+    said = read_optional(data)
+    if (said is None) == (to is Form.webdataset):
         raise CachekdError(
             "--data goes with --to webdataset, and only with it",
             found=f"--to {to.value} {'with' if 'data' in data else 'without'} --data",
@@ -53,11 +54,11 @@ def export_command(
         def advance(done: int) -> None:
             bar.advance(task, done)
 
-        if to is Form.parquet:
+        if said is None:
             written = export_parquet(cache, out, top_k=top_k, progress=advance)
         else:
             dumped = Manifest.load(cache).sources[0].data
-            samples = open_samples(as_dumped(read_data(data), dumped, str(cache)))
+            samples = open_samples(as_dumped(said, dumped, str(cache)))
             written = export_webdataset(cache, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if as_json:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
 from cachekd_cli import (
     bind,
     check,
@@ -31,7 +31,7 @@ from cachekd_cli import (
     train,
     verify,
 )
-from cachekd_cli.console import print_error
+from cachekd_cli.console import errors, print_error
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
@@ -86,6 +86,8 @@ def main() -> None:
         app()
     except CachekdError as error:
         print_error(error)
+        if isinstance(error, BadSample) and sys.argv[1:2] in (["dump"], ["train"], ["eval"]):
+            errors.print("  or: --on-error skip leaves such samples out, counted and named", highlight=False)
         sys.exit(2)
 
 

@@ -13,6 +13,7 @@ from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
+from cachekd.errors import BadSample
 from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
@@ -23,13 +24,14 @@ from cachekd_cli.console import (
     require_place,
     write_page,
 )
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.data_options import Given, read_optional, takes_data
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
     from cachekd.data_options import DataOptions
     from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
     from cachekd.peek_data import PeekedData
+    from cachekd.samples import Sample
     from cachekd.token_texts import TokenReader
 
 PAGE_SAMPLES = 100
@@ -83,7 +85,8 @@ def peek_command(
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
         errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
-    seen = open_data(opened, read_data(data), reader) if data else None
+    options = read_optional(data)
+    seen = None if options is None else open_data(opened, options, reader)
     if key is not None:
         opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
         keys = [key]
@@ -92,7 +95,9 @@ def peek_command(
         with errors.status("choosing samples"):
             keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order.value, there)
     with_images = html is not None
-    found, images = look(opened, keys, seen, reader, top or (10 if html else 5), with_images=with_images)
+    skip = options is not None and options.on_error == "skip"
+    shown = top or (10 if html else 5)
+    found, images = look(opened, keys, seen, reader, shown, with_images=with_images, skip=skip)
     if html is not None:
         from cachekd.peek_page import peek_page
 
@@ -122,19 +127,39 @@ def look(
     top: int,
     *,
     with_images: bool,
+    skip: bool = False,
 ) -> tuple[list[PeekedSample], list[list[str]]]:
-    """The samples, and of each its images as a page embeds them."""
+    """The samples, and of each its images as a page embeds them.
+
+    Args:
+        skip: show what the cache has of a sample that cannot be read.
+    """
     from cachekd.peek import peek
     from cachekd.peek_data import embedded
 
     found, images = [], []
     for key in watched(keys):
-        sample = None if data is None else data[key]
+        sample = None if data is None else read_sample(data, key, skip=skip)
         turns = None if data is None or sample is None else data.turns(sample)
         text_of = reader.texts.__getitem__
         found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
         images.append([embedded(image) for image in sample.images] if sample and with_images else [])
     return found, images
+
+
+def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
+    """From the data set; None for a bad one that is skipped.
+
+    Raises:
+        CachekdError: it cannot be read, or is not the one that the teacher saw.
+    """
+    try:
+        return data[key]
+    except BadSample as error:
+        if not skip:
+            raise
+        errors.print(f"{error.where}: {error.problem}", markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
 def watched(keys: list[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from cachekd_cli.console import (
     sample_progress,
     table,
 )
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.data_options import Given, read_optional, takes_data
 
 if TYPE_CHECKING:
     from cachekd.cache import Finding, Manifest
@@ -55,7 +55,7 @@ def verify_command(
     from cachekd.cache.manifest import require_manifest
 
     quiet_libraries()
-    options = read_data(data) if data else None
+    options = read_optional(data)
     if (teacher is None) != (options is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
     require_manifest(cache)
