@@ -322,7 +322,7 @@ def test_check_shows_how_long_samples_are_and_how_many_are_too_long(tmp_path, te
     data = with_long_ones(tmp_path / "data", 150, (7, 70))
     command = ["check", "--teacher", str(teacher_path), "--student", str(student_path), "--data", str(data)]
     done = CliRunner().invoke(app, [*command, "--json"])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 2, done.output  # a dump would stop at the first of them
     found, true = json.loads(done.stdout)["lengths"], true_lengths(data)
     assert found["samples"] == 150
     assert found["beyond"] == 2
@@ -330,11 +330,19 @@ def test_check_shows_how_long_samples_are_and_how_many_are_too_long(tmp_path, te
     assert found["median"] == pytest.approx(true[75], abs=4)
     assert found["p99"] == pytest.approx(true[-2], abs=4)
     assert found["longest"] == pytest.approx(true[-1], abs=4)
-    lowered = check_pair(str(teacher_path), str(student_path), DataOptions.of(data, max_tokens=46))
-    assert lowered.lengths is not None
-    assert lowered.lengths.beyond == sum(length > 46 for length in true)
-    row = row_of(lowered, "length")
-    assert (row.state, "about" in row.found, "beyond 46, --max-tokens" in row.found) == ("note", True, True)
+    for options, state, told in (
+        ({}, "refused", ""),
+        ({"on_error": "skip"}, "note", ", which are left out"),
+        ({"too_long": "skip"}, "note", ", which are left out"),
+        ({"too_long": "cut"}, "note", ", which are cut"),
+    ):
+        asked = DataOptions.of(data, max_tokens=46, **options)
+        lowered = check_pair(str(teacher_path), str(student_path), asked)
+        assert lowered.lengths is not None
+        assert lowered.lengths.beyond == sum(length > 46 for length in true)
+        row = row_of(lowered, "length")
+        assert (row.state, "about" in row.found) == (state, True)
+        assert row.found.endswith(f"beyond 46, --max-tokens{told}")
     short = write_llava_json(tmp_path / "short", 4)
     row = row_of(check_pair(str(teacher_path), str(student_path), str(short)), "length")
     assert (row.state, "none beyond 512" in row.found) == ("ok", True)

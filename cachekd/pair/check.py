@@ -98,7 +98,7 @@ def check_pair(
         encoding_row(theirs, ours),
         data_row(counts, opened.notes, takes_images=None not in (theirs.image_token_id, ours.image_token_id)),
         *bad_rows(bad, said.on_error),
-        length_row(lengths),
+        length_row(lengths, said),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),

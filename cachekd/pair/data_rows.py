@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cachekd.data_options import DataOptions
 from cachekd.pair.rows import Row
 from cachekd.samples import Limits, Samples, Survey
 from cachekd.samples.limits import LONGER
@@ -105,8 +106,12 @@ def data_row(counts: Counts, notes: DataNotes, *, takes_images: bool) -> Row:
     return Row("data", "note" if found[1:] else "ok", text, "nothing, if it is meant" if found[1:] else None)
 
 
-def length_row(lengths: Lengths | None) -> Row:
-    """The distribution, and how many samples a dump and a run would refuse."""
+def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
+    """The distribution, and how many samples are too long; refused where one of them would stop a dump.
+
+    Args:
+        data: says what becomes of them.
+    """
     name = "length"
     if lengths is None:
         return Row(name, "note", "no record can be read", "mend the data")
@@ -119,4 +124,9 @@ def length_row(lengths: Lengths | None) -> Row:
     allowed = f"{lengths.limit:,}, {lengths.limit_of}"
     if not lengths.beyond:
         return Row(name, "ok", f"{found}; none beyond {allowed}")
-    return Row(name, "note", f"{found}; about {lengths.beyond:,} beyond {allowed}", LONGER)
+    beyond = f"{found}; about {lengths.beyond:,} beyond {allowed}"
+    if data.too_long == "cut":
+        return Row(name, "note", f"{beyond}, which are cut", "nothing, if it is meant")
+    if data.too_long == "skip" or data.on_error == "skip":
+        return Row(name, "note", f"{beyond}, which are left out", "nothing, if it is meant")
+    return Row(name, "refused", beyond, LONGER)
