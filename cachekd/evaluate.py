@@ -95,7 +95,8 @@ def evaluate(
     """Score models, and their agreement with a teacher, on every question of a data set.
 
     Args:
-        data: its `on_error` says whether a bad sample ends the evaluation or is left out.
+        data: its `on_error` says whether a bad sample ends the evaluation or is left out. With
+            `too_long` "cut" a longer one is left out too, as with "skip": half an answer is easier to say.
 
     Raises:
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
@@ -106,7 +107,7 @@ def evaluate(
     for processor in processors[1:]:
         check_tokenizers(processors[0].tokenizer, processor.tokenizer)
     data = DataOptions.of(data)
-    too_long = data.too_long
+    too_long = "skip" if data.too_long == "cut" else data.too_long
     limits = limits_of(map(load_config, paths), max_tokens=data.max_tokens, too_long=too_long)
     samples, bad = open_samples(data), BadSamples()
     encoder = SampleEncoder(processors[0], limits)

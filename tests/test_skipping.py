@@ -23,7 +23,7 @@ from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import evaluate
+from cachekd.evaluate import ask_alone, evaluate
 from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
@@ -499,6 +499,21 @@ def test_an_evaluation_without_broken_samples_is_that_of_the_others(
     assert "cannot be read" in found.left_out.first["s001"]
     assert replace(found, data="", left_out=LeftOutSamples()) == replace(expected, data="")
     assert sum(samples for samples, _ in progress) == 12
+
+
+def test_an_evaluation_scores_no_half_answers(student_path, data_path):
+    """Where a dump cuts samples, an evaluation leaves them out."""
+    samples, encoder = open_samples(data_path), SampleEncoder(tiny_processor())
+    asked = {key: ask_alone(samples[index]) for index, key in enumerate(samples.keys)}
+    longest = {key: max(len(encoder(one)) for one in questions) for key, questions in asked.items()}
+    most = max(longest.values()) - 1  # an answer's end would be cut off
+    long = {key for key, tokens in longest.items() if tokens > most}
+    models, data = [str(student_path)], {"data": data_path, "max_tokens": most}
+    cut, skipped = (evaluate(models, DataOptions(**data, too_long=name)) for name in ("cut", "skip"))
+    assert cut == skipped
+    assert {*cut.left_out.first} == long
+    assert all(reason.startswith("the sample is too long: ") for reason in cut.left_out.first.values())
+    assert cut.questions == sum(len(questions) for key, questions in asked.items() if key not in long)
 
 
 def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
