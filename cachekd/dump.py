@@ -19,13 +19,12 @@ from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
+from cachekd.data_health import first_good
 from cachekd.data_options import DataOptions
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
-from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.left_out import ALL_BAD
 from cachekd.make_shards import make_shards
-from cachekd.samples import Sample, Samples, open_samples
+from cachekd.samples import Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
 from cachekd.vlm import default_device, default_dtype
 
@@ -177,39 +176,13 @@ def open_teacher(
         CachekdError: no such model or processor, or one that does not fit the data.
     """
     encoder = load_encoder(path, max_tokens=options.max_tokens, too_long=options.too_long)
-    _first_good(samples, encoder, options.on_error)
+    first_good(len(samples), lambda index: encoder(samples[index]), options.on_error)
     device = default_device()
     kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     teacher = Teacher.load(path, encoder, codec, dtype=kind, device=device)
     if TailSetting.parse(codec.tail).sketch:
-        _first_good(samples, lambda sample: teacher.find_head(encoder(sample)), options.on_error)
+        first_good(len(samples), lambda index: teacher.find_head(encoder(samples[index])), options.on_error)
     return teacher
-
-
-def _first_good(samples: Samples, attempt: Callable[[Sample], object], on_error: str) -> None:
-    """Try something on the first sample that it can be done with; an unusable template or data set shows.
-
-    Raises:
-        CachekdError: what is wrong with the first sample or, where bad ones are skipped, with too many.
-    """
-    bad, last = 0, BadSample("there is no sample")
-    for index in range(len(samples)):
-        try:
-            attempt(samples[index])
-            return
-        except BadSample as error:
-            last = error
-            if not isinstance(error, LeftOut):
-                bad += 1
-                if on_error == "stop" or bad >= ALL_BAD:
-                    raise
-    raise CachekdError(
-        "no sample can be used",
-        where=last.where,
-        expected=last.expected,
-        found=f"{last.problem}: {last.found}",
-        fix=last.fix,
-    )
 
 
 def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound=Exception)
 
 _MOST = 200  # characters of a sample's data in one field of a message
 _MEMORY_ADDRESS = re.compile(r"(?: at 0x[0-9a-fA-F]+)+(?=>)")  # another in every run
@@ -62,6 +64,13 @@ class BadSample(CachekdError):
 
 class LeftOut(BadSample):
     """A sample that the settings leave out, whatever `--on-error` says."""
+
+
+def without_frames(error: E) -> E:
+    """The error, to be kept as a value: without the frames that led to it, which hold images and tensors and
+    cannot be pickled."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def clipped(text: str, most: int = _MOST) -> str:

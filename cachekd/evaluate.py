@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cachekd.data_health import DataHealth
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples, LeftOutSamples, may_be_left_out
@@ -94,7 +95,8 @@ def evaluate(
     """Score models, and their agreement with a teacher, on every question of a data set.
 
     Args:
-        data: its `on_error` says whether a bad sample ends the evaluation or is left out.
+        data: its `on_error` says whether a bad sample ends the evaluation or is left out. With
+            `too_long` "cut" a longer one is left out too, as with "skip": half an answer is easier to say.
 
     Raises:
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
@@ -105,7 +107,8 @@ def evaluate(
     for processor in processors[1:]:
         check_tokenizers(processors[0].tokenizer, processor.tokenizer)
     data = DataOptions.of(data)
-    limits = limits_of(map(load_config, paths), max_tokens=data.max_tokens, too_long=data.too_long)
+    too_long = "skip" if data.too_long == "cut" else data.too_long
+    limits = limits_of(map(load_config, paths), max_tokens=data.max_tokens, too_long=too_long)
     samples, bad = open_samples(data), BadSamples()
     encoder = SampleEncoder(processors[0], limits)
     asked = _asked(samples, encoder, data.on_error, bad)
@@ -137,7 +140,7 @@ def evaluate(
     progress(left_out.samples, 0)
     if not types.total():
         raise CachekdError(
-            "no sample of the data can be used",
+            "no sample can be used",
             where=data.data,
             expected="at least one question",
             found="; ".join(f"{key}: {reason}" for key, reason in islice(left_out.first.items(), 3)),
@@ -151,7 +154,7 @@ def evaluate(
             score.top1_agreement, score.kl = agreed[index] / tokens, divergence[index] / tokens
     first = 1 if teacher else 0
     return Evaluation(
-        data=DataOptions.of(data).data,
+        data=data.data,
         questions=int(types.total()),
         types={name: int(value) for name, value in types.values.items()},
         teacher=scores[0] if teacher else None,
@@ -212,15 +215,17 @@ def _asked(
     samples: Samples, encoder: SampleEncoder, on_error: str, bad: BadSamples
 ) -> Iterator[tuple[Sample, Encoded]]:
     """Every question of every sample; of a bad sample none, also where only one of them is bad."""
+    health = DataHealth(len(samples), samples.__getitem__)
     for index, key in enumerate(samples.keys):
         try:
             questions = [(question, encoder(question)) for question in ask_alone(samples[index])]
         except CachekdError as error:
             if not may_be_left_out(error, on_error):
                 raise
-            bad.saw({key: error}, good=0)
+            bad.note(key, error)
+            health.bad([error])
             continue
-        bad.saw({}, good=1)
+        health.good(index)
         yield from questions
 
 

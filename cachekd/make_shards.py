@@ -11,8 +11,9 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.errors import BadSample, LeftOut
-from cachekd.left_out import ALL_BAD, may_be_left_out, reason_of, vanished
+from cachekd.data_health import DataHealth
+from cachekd.errors import BadSample
+from cachekd.left_out import may_be_left_out, reason_of
 from cachekd.prefetch import prefetched
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
@@ -60,7 +61,7 @@ def make_shards(
     read = read_encoded(samples, teacher.encoder, list(unknown), workers=workers)
     stream = prefetched(read, geometry.group_samples)
     finishing: Future[ShardRecord] | None = None
-    health = _Health(samples, teacher)
+    health = DataHealth(len(samples), samples.__getitem__)
     with ThreadPoolExecutor(1, "finish-shard") as background:
         try:
             for number in numbers:
@@ -68,10 +69,13 @@ def make_shards(
                 for piece in pieces[number]:
                     answers = _answers(piece, stream, samples, teacher, batch_size, known)
                     for index, answer in zip(range(*piece), answers, strict=True):
-                        health.saw(index, answer)
+                        if isinstance(answer, Answer):
+                            health.good(index)
+                        else:
+                            health.bad([answer])
                         progress(1, _pass_on(samples.keys[index], answer, writer, on_error))
                 if writer.skips:
-                    health.refuse_vanished_data()
+                    health.require_there()  # before the shard says for good that they are bad
                 if finishing is not None:
                     finishing.result()  # at most one shard waits: memory is bounded, errors are seen
                 finishing = background.submit(writer.finish)
@@ -99,43 +103,6 @@ def _answers(
     if _is_known(piece, samples, known):
         return (known[key].to(teacher.model.device) for key in samples.keys[slice(*piece)])
     return teacher.answers(list(islice(stream, piece[1] - piece[0])), batch_size, known)
-
-
-class _Health:
-    """Tells samples that are bad from data that have gone, before a shard says so for good."""
-
-    def __init__(self, samples: Samples, teacher: Teacher) -> None:
-        self._samples, self._teacher = samples, teacher
-        self._bad_in_a_row = 0
-        self._good: int | None = None  # the last one
-
-    def saw(self, index: int, answer: Answer | BadSample) -> None:
-        """Take note of the next sample.
-
-        Raises:
-            CachekdError: too many in a row were bad.
-        """
-        if isinstance(answer, Answer):
-            self._good, self._bad_in_a_row = index, 0
-            return
-        if isinstance(answer, LeftOut):
-            return
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= ALL_BAD:
-            raise vanished(f"{self._bad_in_a_row} samples in a row are bad", answer)
-
-    def refuse_vanished_data(self) -> None:
-        """Read again what was good.
-
-        Raises:
-            CachekdError: it is bad now.
-        """
-        if self._good is None:
-            return
-        try:
-            self._teacher.encoder(self._samples[self._good])
-        except BadSample as error:
-            raise vanished("a sample that was good is bad now", error) from None
 
 
 def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cachekd.cache import CodecSettings, Geometry, Plan, TailSetting, TailStates, TokenTargets
@@ -12,9 +12,8 @@ from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Samples
 from cachekd.samples.reader import read_encoded
+from cachekd.spread import evenly, spread
 from cachekd.teacher import Answer, Teacher, batches_of
-
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass
@@ -136,20 +135,3 @@ def _run(pilot: Pilot, teacher: Teacher, batch: list[Encoded]) -> int:
     good = [answer for answer in answers if isinstance(answer, Answer)]
     pilot.answers |= {answer.key: answer.to("cpu") for answer in good}
     return sum(len(answer.targets) for answer in good)
-
-
-def spread(count: int) -> Iterator[int]:
-    """0 to count - 1, each once, at any time evenly spread."""
-    seen = set()
-    for turn in range(20 * count):
-        number = int(turn * GOLDEN_RATIO % 1 * count)
-        if number not in seen:
-            seen.add(number)
-            yield number
-    yield from (number for number in range(count) if number not in seen)
-
-
-def evenly(batches: list, wanted: int, turn: int) -> list:
-    """`wanted` of the batches, short and long ones alike, others at every turn."""
-    offset = turn * GOLDEN_RATIO % 1
-    return [batches[int((place + offset) * len(batches) / wanted)] for place in range(wanted)]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.select import select_and_normalise
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.failures import memory_that_ran_out
 from cachekd.fingerprint import (
     config_fingerprint,
@@ -137,13 +137,18 @@ class Teacher:
         try:
             hidden, logits, token_ids, counts = self.forward(samples)
         except BadSample as error:
-            if len(samples) == 1:
-                return [error]
-            return [answer for sample in samples for answer in self.run([sample])]
-        logits = logits[:, : self.vocab_size]
+            bad = without_frames(error)  # whose inputs and activations would stay as long as the answer
+        else:
+            return self._checked(samples, hidden, logits[:, : self.vocab_size], token_ids, counts)
+        return [bad] if len(samples) == 1 else [answer for sample in samples for answer in self.run([sample])]
+
+    def _checked(
+        self, samples: list[Encoded], hidden: Tensor, logits: Tensor, token_ids: Tensor, counts: list[int]
+    ) -> list[Answer | BadSample]:
+        """The answers; of a batch whose logits are not all finite, sample by sample."""
         try:
             return self._answers(samples, hidden, logits, token_ids, counts)
-        except CachekdError:  # find the sample whose logits are not finite
+        except CachekdError:  # find the sample
             return self._one_by_one(samples, hidden, logits, token_ids, counts)
 
     def _answers(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
+from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples
@@ -23,7 +24,7 @@ from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
-from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, first_good
+from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
@@ -108,7 +109,10 @@ class SwitchKDTrainer(Trainer):
                 fix="leave it out, or train without the switched path: --lambda-vsd 0",
             )
         self.bad = BadSamples()
-        first = first_good(train_dataset, self.bad)
+        samples, read = len(cast(Sized, train_dataset)), reading(train_dataset, self.bad)
+        place, first = first_good(samples, read)
+        self.health = DataHealth(samples, read)
+        self.health.good(place)
         super().__init__(
             model=student,
             args=args,
@@ -238,7 +242,7 @@ class SwitchKDTrainer(Trainer):
         """The batches of one optimizer step. How long they took to come is counted, and what they lack."""
         if self.bridge is not None:
             self.bridge.zero_grad()  # the Trainer does it for the student alone
-        batches = self.bad.out_of(self.data_wait.timed(checked(epoch_iterator)))
+        batches = without_bad(self.data_wait.timed(checked(epoch_iterator)), self.bad, self.health)
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

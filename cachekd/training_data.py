@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
-from cachekd.errors import CachekdError
+from cachekd.data_health import DataHealth
+from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.left_out import BadSamples, OnError, may_be_left_out
 from cachekd.matching import check_sample, cut_alike
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
@@ -108,8 +109,7 @@ class TrainingSamples(Dataset):
             left_out = may_be_left_out(error, self.on_error)
             if not left_out and not in_worker:
                 raise
-            error.__cause__ = error.__context__ = None  # their frames hold images, and cannot be pickled
-            return Fault(self.samples.keys[index], error.with_traceback(None), left_out)
+            return Fault(self.samples.keys[index], without_frames(error), left_out)
 
     def _example(self, index: int) -> Example:
         sample = self.samples[index]
@@ -154,24 +154,43 @@ def check_answers(ours: Encoded, theirs: Encoded) -> None:
         )
 
 
-def first_good(data: Dataset, bad: BadSamples) -> Example:
-    """The first sample that is not left out, for whatever is tried on one.
+def reading(data: Dataset, bad: BadSamples) -> Callable[[int], Example | BadSample]:
+    """Reads one sample in this process, by its index, whatever workers read; what is wrong with one that is
+    left out is a value, and `bad` is told of it.
 
     Args:
         data: of `Example` and `Fault`.
-        bad: is told of those before it.
-
-    Raises:
-        CachekdError: what is wrong with a sample where none is left out, or with all, or with too many.
     """
     samples: Any = data
-    for index in range(len(samples)):
-        found = samples[index]
+
+    def read(index: int) -> Example | BadSample:
+        found: Example | Fault = samples[index]
         if isinstance(found, Example):
-            bad.saw({}, good=1)
             return found
-        bad.saw({found.key: found.error}, good=0)
-    raise found.error
+        assert isinstance(found.error, BadSample)  # or it would have been raised
+        bad.note(found.key, found.error)
+        return found.error
+
+    return read
+
+
+def without_bad(
+    batches: Iterator[dict[str, Any]], bad: BadSamples, health: DataHealth
+) -> Iterator[dict[str, Any]]:
+    """The same batches; which samples each lacks is noted, and no longer in it.
+
+    Raises:
+        CachekdError: data that have gone.
+    """
+    for batch in batches:
+        left_out: dict[str, CachekdError] = batch.pop("left_out", {})
+        for key, error in left_out.items():
+            bad.note(key, error)
+        if batch["keys"]:
+            health.good()
+        else:
+            health.bad(left_out.values())
+        yield batch
 
 
 def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

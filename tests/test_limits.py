@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -283,11 +284,16 @@ def test_the_first_samples_need_not_be_ones_that_the_teacher_can_run_on(tmp_path
     assert (summary.samples, summary.skipped) == (12 - sum(is_bad), sum(is_bad))
 
 
-def test_others_of_a_failed_batch_keep_their_answers():
+def teacher_without_a_row() -> Teacher:
+    """One that cannot run on samples with the last token."""
     processor = tiny_processor()
     model = tiny_vlm(processor, vocab_size=len(processor.tokenizer) - 1)
     codec = CodecSettings(top_k=8, top_p=0.99, window=64, min_k=2, logprob_step=0.1, tail="none")
-    teacher = Teacher("tiny", model, processor, SampleEncoder(processor), codec)
+    return Teacher("tiny", model, processor, SampleEncoder(processor), codec)
+
+
+def test_others_of_a_failed_batch_keep_their_answers():
+    teacher = teacher_without_a_row()
     good, bad = (sample("good", "?", "2"), sample("bad", "what is the color?", "no"))
     good, bad = (teacher.encoder(one) for one in (good, bad))
     answers = teacher.run([good, bad, good])
@@ -297,6 +303,22 @@ def test_others_of_a_failed_batch_keep_their_answers():
     (alone,) = teacher.run([good])
     for answer in (answers[0], answers[2]):
         assert answer.targets.ids.tolist() == alone.targets.ids.tolist()
+
+
+def test_bad_answers_keep_no_tensor_alive():
+    """Neither the inputs nor what the model had made of them when it failed."""
+    teacher = teacher_without_a_row()
+    encoded = [teacher.encoder(sample(f"s{i}", "what is the color?", "no")) for i in range(20)]
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+    before = tensors()
+    answers = [*teacher.run(encoded[:4]), *(answer for one in encoded[4:] for answer in teacher.run([one]))]
+    assert [type(answer) for answer in answers] == [BadSample] * 20
+    assert "IndexError" in str(answers[0])
+    assert tensors() == before
 
 
 def test_a_language_model_has_limits_too(tmp_path):

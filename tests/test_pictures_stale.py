@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, flip, reseal
+from caches import copied, dump_cache, files_of, flip, reseal
 from PIL import Image, ImageOps
 from tiny import (
     conversation,
@@ -180,12 +180,11 @@ def test_equal_dumps_leave_out_the_same_and_name_the_image(teacher_path, tmp_pat
     records.append({"id": "far", "image": "https://a.b/c.png", "conversations": conversation(1)})
     data.write_text(json.dumps(records))
     settings = {"on_error": "skip", "tail": "none"}
-    left_out = [
-        (dump_cache(tmp_path / name, teacher_path, data, **settings) / "skipped.jsonl").read_bytes()
-        for name in ("a", "b")
-    ]
-    assert left_out[0] == left_out[1]
-    assert [json.loads(line) for line in left_out[0].splitlines()] == [
+    first, again = (
+        files_of(dump_cache(tmp_path / name, teacher_path, data, **settings)) for name in ("a", "b")
+    )
+    assert first == again
+    assert [json.loads(line) for line in first["skipped.jsonl"].splitlines()] == [
         {
             "key": "s001",
             "reason": "the image '1.png' cannot be read: not a picture in any format that Pillow knows",

@@ -16,7 +16,7 @@ from cachekd.config import DumpConfig
 from cachekd.disk_budget import ALL_THAT_BYTES_BUY
 from cachekd.dump import dump, estimate_dump
 from cachekd.errors import CachekdError
-from cachekd.pilot import evenly, spread
+from cachekd.spread import evenly, spread
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = 240

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cachekd.data_health import attempts
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample
 from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
@@ -32,7 +33,7 @@ from cachekd.samples.tar_urls import is_remote
 from cachekd.samples.view import SamplesView
 from cachekd.vlm import default_device, default_dtype, limits_of
 
-MOST_BAD = 16  # after so many in vain it is the data, not a sample
+_SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much
 
 
@@ -97,7 +98,7 @@ def check_pair(
         end_of_turn_row(ours),
         encoding_row(theirs, ours),
         data_row(counts, opened.notes, takes_images=None not in (theirs.image_token_id, ours.image_token_id)),
-        *bad_rows(bad, said.on_error),
+        *bad_rows(bad[:_SHOWN], said.on_error),
         length_row(lengths, said),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
@@ -129,14 +130,18 @@ def _first_pairs(
     Raises:
         BadSample: none of the first many can be.
     """
+
+    def read(index: int) -> tuple[Encoded, Encoded]:
+        sample = samples[index]
+        return teacher.encoder(sample), student.encoder(sample)
+
     pairs, bad = [], []
-    for index in range(len(samples)):
-        try:
-            sample = samples[index]
-            pairs.append((teacher.encoder(sample), student.encoder(sample)))
-        except BadSample as error:
-            bad.append(error)
-        if len(pairs) == count or len(bad) == MOST_BAD:
+    for _, found in attempts(len(samples), read, "skip"):
+        if isinstance(found, BadSample):
+            bad.append(found)
+        else:
+            pairs.append(found)
+        if len(pairs) == count:
             break
     if not pairs:
         raise bad[0]

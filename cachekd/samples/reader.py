@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
 
@@ -62,9 +62,7 @@ class _Reader(Generic[T_co]):
         try:
             return self.encoder(self.samples[index])
         except CachekdError as error:
-            # A caller may keep many of these: without the frames, which hold images, of what led to them.
-            error.__cause__ = error.__context__ = None
-            return error.with_traceback(None)
+            return without_frames(error)  # a caller may keep many of these
 
 
 def _from_workers(read: _Reader[T], indices: Sequence[int], workers: int) -> Generator[T | CachekdError]:
