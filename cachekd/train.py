@@ -21,6 +21,7 @@ from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import open_run
 from cachekd.run_folder import RunFolder, step_of
 from cachekd.run_inputs import inputs_of
+from cachekd.samples import Limits
 from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
@@ -90,6 +91,7 @@ def train(
     folder = RunFolder(config)
     with folder.kept_if_worth_it(), memory_advice(config):
         opened = open_run(config, folder.checkpoints, phase)
+        say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
         found = inputs_of(config, opened.samples, opened.cache, folder.known)
         folder.require_inputs(found, processes=opened.arguments.world_size)
@@ -123,9 +125,17 @@ def train(
     return summary
 
 
+def say_what_is_cut(limits: Limits) -> None:
+    """Samples are cut where the run says so, or its cache: neither in silence."""
+    if limits.too_long == "cut" and limits.max_tokens is not None:
+        most = f"{limits.max_tokens:,} tokens ({limits.max_tokens_of})"
+        log.warning("samples of more than %s lose the end of their answers", most)
+
+
 def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
     """The student as a plain model with its processor, and everything the report needs."""
     data: TrainingSamples = trainer.train_dataset
+    limits = data.encoder.limits
     trainer.save_model(str(folder.path if config.lora is None else folder.path / ADAPTER_FOLDER))
     if not trainer.is_world_process_zero():
         return
@@ -137,6 +147,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
     folder.finish(
         {
             "config": config.model_dump(mode="json"),
+            "limits": {"max_tokens": limits.max_tokens, "too_long": limits.too_long},
             "versions": library_versions(),
             "cache": None if data.cache is None else data.cache.manifest.model_dump(mode="json"),
             "k_histogram": None if data.cache is None else data.cache.histogram(),

@@ -410,12 +410,16 @@ def test_samples_that_are_too_long_are_left_out_though_bad_ones_stop(settings, d
     assert evaluate(models, DataOptions(**data, too_long="skip")).left_out.samples < len(long)
 
 
-def test_a_run_cuts_where_its_cache_did(settings, teacher_path, data_path, tmp_path):
+def test_a_run_cuts_where_its_cache_did(settings, teacher_path, data_path, tmp_path, caplog):
     """Nothing has to be said again; what is said otherwise is no changed sample, and the message says so."""
     cut = {"max_tokens": 40, "too_long": "cut"}
     cache = dump_cache(tmp_path / "c", teacher_path, data_path, tail="none", on_error="skip", **cut)
     settings |= {"cache": str(cache), "data": str(data_path), "missing": "skip", "epochs": 1}
-    unsaid = train(TrainConfig(**settings | {"out": tmp_path / "unsaid"}))
+    with caplog.at_level(logging.WARNING):
+        unsaid = train(TrainConfig(**settings | {"out": tmp_path / "unsaid"}))
+    assert "samples of more than 40 tokens (--max-tokens) lose the end of their answers" in caplog.text
+    run = json.loads((tmp_path / "unsaid" / RUN_FILE).read_text())
+    assert run["limits"] == {"max_tokens": 40, "too_long": "cut"}
     said = train(TrainConfig(**settings | cut | {"out": tmp_path / "said"}))
     assert unsaid.terms == said.terms
     with pytest.raises(
