@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field
 from cachekd.config_file import Config, read_config
 
 DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
+OnError = Literal["stop", "skip"]
+TooLong = Literal["error", "skip", "cut"]
 ROW_NUMBERS = "index"  # --key index
 
 
@@ -40,13 +42,13 @@ class DataOptions(Config):
     )
     limit: int | None = Field(None, ge=1, description="only the first so many samples")
     shuffle_seed: int | None = Field(None, ge=0, description="shuffle the samples first")
-    on_error: Literal["stop", "skip"] = Field(
+    on_error: OnError = Field(
         "stop", description="a bad sample stops the command, or is left out, counted and named"
     )
     max_tokens: int | None = Field(
         None, ge=1, description="most tokens of a sample; by default the models' context"
     )
-    too_long: Literal["error", "skip", "cut"] = Field(
+    too_long: TooLong = Field(
         "error",
         description="a longer sample is a bad one, is left out, or loses its answers' end (never a picture)",
     )

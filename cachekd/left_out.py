@@ -8,14 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from cachekd.cache.files import commit
 from cachekd.errors import BadSample, CachekdError, LeftOut
 
 log = logging.getLogger(__name__)
 
-OnError = Literal["stop", "skip"]
 NAMED = 100  # samples in a record; all are counted
 _FILE = "cachekd_left_out.json"  # in a checkpoint
 _LOGGED = 10  # a line each; what follows is counted

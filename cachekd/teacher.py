@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.select import select_and_normalise
+from cachekd.data_options import TooLong
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.failures import memory_that_ran_out
 from cachekd.fingerprint import (
@@ -22,7 +23,7 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.samples import Encoded, SampleEncoder, TooLong, collate, predicting_positions
+from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
 from cachekd.vlm import (
     hidden_and_logits_at,
     limits_of,

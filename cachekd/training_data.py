@@ -13,8 +13,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.data_health import DataHealth
+from cachekd.data_options import OnError
 from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.left_out import BadSamples, OnError, may_be_left_out
+from cachekd.left_out import BadSamples, may_be_left_out
 from cachekd.matching import check_sample, cut_alike
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
 from cachekd.samples.reader import dead_worker, quiet_tokenizers

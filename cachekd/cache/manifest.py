@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from cachekd.cache.files import address_of
 from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
+from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
 
 FORMAT_VERSION = 1
@@ -68,7 +69,7 @@ class DataInfo(Part):
     max_tokens: Annotated[Positive | None, LATER] = Field(
         None, description="most tokens of a sample, where it was not the teacher's context"
     )
-    too_long: Annotated[Literal["error", "skip", "cut"], LATER] = Field(
+    too_long: Annotated[TooLong, LATER] = Field(
         "error", description="what was done with longer ones; cut: their answers lack the end"
     )
     repeated_keys: Annotated[Count, LATER] = Field(

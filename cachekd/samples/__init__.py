@@ -1,7 +1,7 @@
 """Image-text conversations in, model inputs and a supervised mask out."""
 
 from cachekd.samples.encode import Encoded, SampleEncoder, collate, predicting_positions
-from cachekd.samples.limits import Limits, TooLong
+from cachekd.samples.limits import Limits
 from cachekd.samples.open import open_samples
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import Samples
@@ -18,7 +18,6 @@ __all__ = [
     "SampleEncoder",
     "Samples",
     "Survey",
-    "TooLong",
     "collate",
     "open_samples",
     "predicting_positions",

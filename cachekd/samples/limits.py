@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
+from cachekd.data_options import TooLong
 from cachekd.errors import BadSample, LeftOut
 from cachekd.samples.sample import Sample
 
-TooLong = Literal["error", "skip", "cut"]
 MAX_TOKENS = "--max-tokens"
 
 

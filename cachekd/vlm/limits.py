@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cachekd.samples.limits import MAX_TOKENS, Limits, TooLong
+from cachekd.data_options import TooLong
+from cachekd.samples.limits import MAX_TOKENS, Limits
 
 # transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
 # the scaled one; a model without positions (Bloom, Mamba) has none.
