@@ -32,6 +32,7 @@ def check_cache(
     *,
     data: DataOptions | None,
     missing: str = "error",
+    on_error: str = "stop",
 ) -> MissingSamples:
     """Refuse a cache of another tokenizer, chat template, way to encode or data set.
 
@@ -39,6 +40,7 @@ def check_cache(
         data: how the samples were opened; None where their keys are not the dump's (a binding).
         missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
             none of the data is refused whatever it is.
+        on_error: what is done with bad ones, likewise.
 
     Returns:
         the samples that it lacks.
@@ -72,8 +74,7 @@ def check_cache(
             fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
             "--lambda-align 0 --lambda-vsd 0 for plain CE",
         )
-    if lacking and missing == "error":
-        raise lacking.error(cache, samples)
+    lacking.refuse(cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long)
     return lacking
 
 

@@ -12,8 +12,9 @@ from cachekd.samples import Samples
 from cachekd.samples.open import keys_hash
 from cachekd.samples.view import SamplesView
 
-# Of `DataOptions`, and of what a dump notes of its own: other ones make other keys, or other samples of them.
-_DECIDING = ("map", "key", "limit", "shuffle_seed")
+# Of `DataOptions`: which samples there are, and what they are called.
+DECIDING = ("data", "map", "key", "limit", "shuffle_seed")
+_TOO_LONG = "the sample is too long"  # as a reason begins
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,38 @@ class MissingSamples:
         """Options that the dump read with others than this run, where that may be why."""
         if not self.others or self.dumped is None or self.data is None:
             return {}
-        values = {name: (getattr(self.dumped, name), getattr(self.data, name)) for name in _DECIDING}
+        theirs = {name: getattr(self.dumped, "path" if name == "data" else name) for name in DECIDING}
+        values = {name: (value, getattr(self.data, name)) for name, value in theirs.items()}
         return {name: (theirs, ours) for name, (theirs, ours) in values.items() if theirs != ours}
+
+    def refuse(
+        self, cache: LogitCache, samples: Samples, *, missing: str, on_error: str, too_long: str
+    ) -> None:
+        """Refuse what would not begin without them, or would stop at them.
+
+        Args:
+            missing, on_error, too_long: the run's, as `TrainConfig` has them.
+
+        Raises:
+            CachekdError: with what will work.
+        """
+        if missing == "error" and len(self):
+            raise self.error(cache, samples)
+        bad = {
+            key: reason
+            for key, reason in self.skipped.items()
+            if too_long != "skip" or not reason.startswith(_TOO_LONG)
+        }
+        if missing == "ce-only" and on_error == "stop" and bad:
+            key, reason = next(iter(bad.items()))
+            raise CachekdError(
+                "the dump left bad samples out, and training them by L_CE alone would stop at them",
+                where=str(cache.path),
+                expected="--on-error skip beside --missing ce-only",
+                found=f"{len(bad):,} of them, such as {key!r}: {reason}",
+                fix="add --on-error skip: it leaves out those that this run cannot use either; or --missing "
+                "skip, which leaves out whatever the cache lacks",
+            )
 
     def error(self, cache: LogitCache, samples: Samples) -> CachekdError:
         """The refusal, with what will work."""
@@ -88,10 +119,12 @@ class MissingSamples:
     def _fixes(self) -> list[str]:
         fixes = ["--missing skip leaves them out"]
         if self.beyond or self.others:
-            fixes.append("--missing ce-only trains them by L_CE alone")
+            stops = self.skipped and (self.data is None or self.data.on_error == "stop")
+            also = " --on-error skip" if stops else ""
+            fixes.append(f"--missing ce-only{also} trains by L_CE alone those that can be read")
         if self.beyond:
             fixes.append(f"{self._part} is the part that was dumped")
-        if self._read_otherwise:
+        if self._read_otherwise.keys() - {"data"}:
             fixes.append("or read the data as the dump did")
         elif self.others and self.data is not None:
             fixes.append("`cachekd bind` finds samples that have other keys in the cache")
@@ -115,14 +148,19 @@ def missing_samples(cache: LogitCache, samples: Samples, data: DataOptions | Non
     reasons = {sample.key: sample.reason for sample in read_skipped(cache.path, cache.manifest.skipped)}
     skipped = {key: reasons[key] for key in lacking if key in reasons}
     rest = [key for key in lacking if key not in reasons]
-    sources = cache.manifest.sources
-    dumped = sources[0].data if len(sources) == 1 else None  # parts of a merged cache are not told apart
+    dumped = dumped_data(cache)
     part = None if dumped is None or data is None else _dumped_part(samples, data, dumped)
     if part is None:
         return MissingSamples(skipped, [], rest, dumped, data)
     inside = set(part.keys)
     beyond = [key for key in rest if key not in inside]
     return MissingSamples(skipped, beyond, [key for key in rest if key in inside], dumped, data)
+
+
+def dumped_data(cache: LogitCache) -> DataInfo | None:
+    """The data that a cache is of; None where it was merged of several dumps, which are not told apart."""
+    sources = cache.manifest.sources
+    return sources[0].data if len(sources) == 1 else None
 
 
 def _dumped_part(samples: Samples, data: DataOptions, dumped: DataInfo) -> Samples | None:

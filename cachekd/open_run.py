@@ -10,11 +10,13 @@ from typing import Any
 from transformers import TrainingArguments
 
 from cachekd.bind import Binding, bound_cache
-from cachekd.cache import LogitCache
+from cachekd.cache import DataInfo, LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
+from cachekd.missing import dumped_data
 from cachekd.samples import Limits, SampleEncoder, Samples, open_samples
 from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
@@ -147,14 +149,22 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
 
 
 def length_limits(config: TrainConfig, cache: LogitCache | None) -> Limits:
-    """What the models that read the samples allow, and the settings; those that the run does not say are as
-    in the dump."""
-    said = config.model_dump(include={"max_tokens", "too_long"})
-    if cache is not None and len(cache.manifest.sources) == 1:
-        dumped = cache.manifest.sources[0].data
-        said = {n: value if n in config.model_fields_set else getattr(dumped, n) for n, value in said.items()}
+    """What the models that read the samples allow, and the settings."""
+    said = length_settings(config, None if cache is None else dumped_data(cache))
     read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
     return limits_of(map(load_config, read_by), **said)
+
+
+def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:
+    """`max_tokens` and `too_long`; those that the run does not say are as in the dump.
+
+    Args:
+        dumped: of its cache, where it has one (see `dumped_data`).
+    """
+    said = config.model_dump(include={"max_tokens", "too_long"})
+    if dumped is None:
+        return said
+    return {n: value if n in config.model_fields_set else getattr(dumped, n) for n, value in said.items()}
 
 
 def missing_in(
@@ -163,10 +173,12 @@ def missing_in(
     """The samples that the cache lacks, key to why.
 
     Raises:
-        CachekdError: it does not match the student's tokenizer, the template or the data.
+        CachekdError: it does not match the student's tokenizer, the template or the data; or the run would
+            stop at them.
     """
     data = None if config.binding is not None else config
-    return check_cache(cache, samples, processor, encoder, data=data, missing=config.missing).reasons
+    choices = {"missing": config.missing, "on_error": config.on_error}
+    return check_cache(cache, samples, processor, encoder, data=data, **choices).reasons
 
 
 def check_the_teacher(

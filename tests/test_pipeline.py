@@ -605,6 +605,16 @@ def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     [
         ({"on_error": "skip"}, {}, r"the dump may leave samples out[\s\S]*missing: skip"),
         ({"too_long": "skip"}, {}, r"the dump may leave samples out"),
+        (
+            {"on_error": "skip"},
+            {"missing": "ce-only"},
+            r"this step would stop at them[\s\S]*missing: ce-only with on_error: skip",
+        ),
+        (
+            {"too_long": "skip"},
+            {"missing": "ce-only", "too_long": "error"},
+            r"this step would stop at them[\s\S]*too_long: skip there",
+        ),
         ({"limit": 4}, {}, r"will lack samples[\s\S]*8 others of 12[\s\S]*limit is 4 there and None here"),
         (
             {"limit": 4},
@@ -646,6 +656,25 @@ def test_a_pipeline_that_leaves_samples_out_runs_through(values, tmp_path, broke
     ) as caught:
         run(read(values, tmp_path))
     assert "step 'dpt'" in str(caught.value.where)
+    values["steps"][1] |= {"missing": "ce-only", "on_error": "stop"}
+    with pytest.raises(CachekdError, match=r"would stop at them[\s\S]*1 of them, such as 's007'"):
+        run(read(values, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dump", "train"), [({"on_error": "skip"}, {"on_error": "skip"}), ({"too_long": "skip"}, {})]
+)
+def test_a_step_that_leaves_out_what_its_dump_does_is_begun(values, tmp_path, dump, train):
+    """L_CE alone for what the cache lacks; the dump's lengths are the step's own, unless it says others."""
+    values["steps"][0] |= dump
+    for step in values["steps"][1:4]:
+        step |= {"missing": "ce-only"} | train
+
+    def begun(*_: Any) -> None:
+        raise CachekdError("the dump is begun")
+
+    with pytest.raises(CachekdError, match="the dump is begun"):
+        run(read(values, tmp_path), dump=begun)
 
 
 def test_data_without_a_picture_are_refused_before_the_first_step(values, tmp_path):

@@ -371,6 +371,48 @@ def test_left_out_by_the_dump_and_beyond_its_limit(settings, teacher_path, broke
     assert len(make_trainer(TrainConfig(**settings | {"missing": "skip"}), tmp_path).train_dataset) == 8
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    for name in ("load_student", "load_teacher"):
+        monkeypatch.setattr(f"cachekd.load_trainer.{name}", None)
+
+
+def test_training_by_l_ce_alone_what_the_dump_found_bad_is_refused(
+    settings, skipping_cache, broken_data, tmp_path, no_weights
+):
+    """It would stop at the first of them, hours later."""
+    settings |= {"cache": str(skipping_cache), "data": broken_data, "out": tmp_path / "run"}
+    settings |= {"missing": "ce-only", "on_error": "stop"}
+    with pytest.raises(CachekdError, match="training them by L_CE alone would stop at them") as caught:
+        train(TrainConfig(**settings))
+    assert "7 of them, such as 's007': the image" in str(caught.value.found)
+    assert "add --on-error skip" in str(caught.value.fix)
+
+
+def test_what_is_advised_works(settings, teacher_path, broken_data, tmp_path):
+    cache = dump_cache(tmp_path / "c", teacher_path, broken_data, tail="none", limit=9, on_error="skip")
+    settings |= {"cache": str(cache), "data": broken_data, "out": tmp_path / "run", "epochs": 1}
+    text = refused(settings | {"on_error": "stop"}, tmp_path)
+    assert "--missing ce-only --on-error skip trains by L_CE alone those that can be read" in text
+    summary = train(TrainConfig(**settings | {"missing": "ce-only", "on_error": "skip"}))
+    assert (summary.uncovered, summary.bad.samples) == (5, 7)  # of the other 12 none can be read but 5
+
+
+def test_what_the_dump_left_out_for_its_length_needs_no_other_option(
+    settings, teacher_path, data_path, tmp_path
+):
+    """The run leaves it out for the same reason, as nothing else is said."""
+    lengths = {"max_tokens": 40, "too_long": "skip"}
+    cache = dump_cache(tmp_path / "c", teacher_path, data_path, tail="none", **lengths)
+    too_long = 12 - len(LogitCache(cache))
+    assert 0 < too_long < 12
+    settings |= {"cache": str(cache), "data": str(data_path), "on_error": "stop", "missing": "ce-only"}
+    settings |= {"epochs": 1, "out": tmp_path / "run"}
+    assert train(TrainConfig(**settings)).bad.samples == too_long
+    with pytest.raises(CachekdError, match=r"would stop at them[\s\S]*the sample is too long"):
+        make_trainer(TrainConfig(**settings | {"too_long": "error"}), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours", "said"),
     [

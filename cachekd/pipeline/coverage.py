@@ -8,15 +8,12 @@ from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd.missing import missing_samples
-from cachekd.open_run import require_pictures
+from cachekd.missing import DECIDING, dumped_data, missing_samples
+from cachekd.open_run import length_settings, require_pictures
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.samples import Samples, open_samples
 from cachekd.samples.tar_urls import is_remote
 from cachekd.sharing.store import is_address
-
-# Options that decide which samples there are, and what they are called.
-_DECIDING = ("data", "map", "key", "limit", "shuffle_seed")
 
 
 def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None:
@@ -26,41 +23,46 @@ def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None
         dumps: those that are to run, by the folder of their cache.
 
     Raises:
-        CachekdError: samples are missing or may be, and the step does not say what to do with them; or no
-            sample has a picture for L_VSD.
+        CachekdError: samples are missing or may be, and the step does not say what to do with them, or would
+            stop at them; or no sample has a picture for L_VSD.
     """
     dump = None if config.cache is None else dumps.get(config.cache)
-    strict = config.cache is not None and config.missing == "error" and config.binding is None
-    if strict and dump is not None:
-        _refuse_skipping(dump, str(config.cache))
+    matters = config.cache is not None and config.missing != "skip" and config.binding is None
+    if matters and dump is not None:
+        _refuse_skipping(config, dump)
     if not _on_this_disk(config):
         return
     samples = open_samples(config)
     require_pictures(config, samples, None)
-    if not strict or is_address(str(config.cache)):
+    if not matters or is_address(str(config.cache)):
         return
     if dump is not None:
-        _refuse_other_samples(config, samples, dump)
+        if config.missing == "error":
+            _refuse_other_samples(config, samples, dump)
         return
     cache = LogitCache(str(config.cache))
-    if lacking := missing_samples(cache, samples, config):
-        raise lacking.error(cache, samples)
+    too_long = length_settings(config, dumped_data(cache))["too_long"]
+    choices = {"missing": config.missing, "on_error": config.on_error, "too_long": too_long}
+    missing_samples(cache, samples, config).refuse(cache, samples, **choices)
 
 
-def _refuse_skipping(dump: DumpConfig, cache: str) -> None:
-    for name in ("on_error", "too_long"):
-        if getattr(dump, name) == "skip":
+def _refuse_skipping(config: TrainConfig, dump: DumpConfig) -> None:
+    settings = {"on_error": config.on_error, "too_long": length_settings(config, dump)["too_long"]}
+    for name, ours in settings.items():
+        stops = "skip" not in (config.on_error, ours)
+        if getattr(dump, name) == "skip" and (config.missing == "error" or stops):
+            then = "not begin without them" if config.missing == "error" else "stop at them"
             raise CachekdError(
-                "the dump may leave samples out, and this step would not begin without them",
-                where=f"settings 'missing', and {name!r} of the step that writes {cache}",
-                expected="missing: skip or missing: ce-only",
-                found=f"missing: error, and {name}: skip",
+                f"the dump may leave samples out, and this step would {then}",
+                where=f"settings 'missing', and {name!r} of the step that writes {config.cache}",
+                expected="missing: skip, or missing: ce-only" + " with on_error: skip" * stops,
+                found=f"missing: {config.missing}, on_error: {config.on_error}; and {name}: skip there",
                 fix="missing: skip leaves the same samples out; it is nothing where the dump left none out",
             )
 
 
 def _refuse_other_samples(config: TrainConfig, samples: Samples, dump: DumpConfig) -> None:
-    differing = [name for name in _DECIDING if getattr(config, name) != getattr(dump, name)]
+    differing = [name for name in DECIDING if getattr(config, name) != getattr(dump, name)]
     if not differing or not _on_this_disk(dump):
         return
     dumped = set(open_samples(dump).keys)
