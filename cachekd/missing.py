@@ -100,11 +100,12 @@ class MissingSamples:
             "the cache lacks samples of the data set",
             where=str(cache.path),
             expected=f"all {len(samples):,} samples",
-            found="; ".join([f"{len(self):,} are missing, the first is {first!r}", *self._causes()]),
-            fix="; ".join(self._fixes()),
+            found="; ".join([f"{len(self):,} are missing, the first is {first!r}", *self.causes()]),
+            fix="; ".join(self._fixes(some_are_there=len(self) < len(samples))),
         )
 
-    def _causes(self) -> list[str]:
+    def causes(self) -> list[str]:
+        """Why they are missing, as far as that is known."""
         causes = []
         if self.skipped:
             key, reason = next(iter(self.skipped.items()))
@@ -116,9 +117,9 @@ class MissingSamples:
             causes.append(f"{option} was {_said(theirs)} for the dump, and is {_said(ours)} here")
         return causes
 
-    def _fixes(self) -> list[str]:
-        fixes = ["--missing skip leaves them out"]
-        if self.beyond or self.others:
+    def _fixes(self, *, some_are_there: bool) -> list[str]:
+        fixes = ["--missing skip leaves them out"] if some_are_there else []
+        if some_are_there and (self.beyond or self.others):
             stops = self.skipped and (self.data is None or self.data.on_error == "stop")
             also = " --on-error skip" if stops else ""
             fixes.append(f"--missing ce-only{also} trains by L_CE alone those that can be read")

@@ -28,6 +28,7 @@ from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.open_run import open_run
+from cachekd.pair import check_pair
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
 from cachekd.samples import Limits, SampleEncoder, collate, open_samples, predicting_positions
@@ -335,11 +336,27 @@ def dumped(teacher_path, data_path, tmp_path):
     return make
 
 
-def refused(settings: dict[str, Any], scratch: Path) -> str:
+def refused(settings: dict[str, Any], scratch: Path, *, all_of_them: bool = False) -> str:
     with pytest.raises(CachekdError, match="the cache lacks samples of the data set") as caught:
         make_trainer(TrainConfig(**settings), scratch)
-    assert "--missing skip" in str(caught.value)
+    # Where all are missing, nothing would be left.
+    assert ("--missing skip" in str(caught.value)) == (not all_of_them)
     return str(caught.value)
+
+
+def test_check_takes_a_cache_that_lacks_samples_for_a_reason(settings, dumped, data_path, tmp_path):
+    """What the dump left out, or did not come to, is a note; what nobody knows of is not."""
+    pair = (settings["teacher"], settings["student"])
+    cut = {"max_tokens": 40, "too_long": "skip"}
+    for name, options, told in (
+        ("limit", {"limit": 7}, "beyond its --limit 7"),
+        ("skip", cut, "the dump left"),
+    ):
+        report = check_pair(*pair, DataOptions.of(data_path, **cut), cache=dumped(name, **options))
+        (row,) = (row for row in report.rows if row.name == "cache: lacks")
+        assert (row.state, told in row.found, report.fits) == ("note", True, True)
+    report = check_pair(*pair, DataOptions.of(data_path, key="index"), cache=str(settings["cache"]))
+    assert not report.fits
 
 
 @pytest.mark.parametrize("seed", [None, 3])
@@ -424,7 +441,8 @@ def test_what_the_dump_left_out_for_its_length_needs_no_other_option(
 def test_read_otherwise(settings, teacher_path, tmp_path, theirs, ours, said):
     data = write_llava_json(tmp_path / "data", 6)
     cache = dump_cache(tmp_path / "c", teacher_path, data, tail="none", **theirs)
-    text = refused(settings | {"cache": str(cache), "data": data, "out": tmp_path / "run", **ours}, tmp_path)
+    settings |= {"cache": str(cache), "data": data, "out": tmp_path / "run", **ours}
+    text = refused(settings, tmp_path, all_of_them="key" in {**theirs, **ours})
     assert said in text
     assert "or read the data as the dump did" in text
     assert "cachekd bind" not in text

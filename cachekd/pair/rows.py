@@ -246,6 +246,7 @@ def cache_rows(
     """A cache against data, student and teacher."""
     cache = LogitCache(path)
     known = [ours for _, ours in pairs if ours.key in cache]
+    notes: list[Row] = []  # samples that are missing for a reason
 
     def same_samples() -> None:
         for encoded in known:
@@ -255,14 +256,19 @@ def cache_rows(
             check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
-        check_cache(cache, samples, student.processor, student.encoder, data=data)
+        lacking = check_cache(cache, samples, student.processor, student.encoder, data=data, missing="skip")
+        if lacking.others:
+            raise lacking.error(cache, samples)
+        if len(lacking):
+            causes = "; ".join([f"{len(lacking):,} of {len(samples):,} samples", *lacking.causes()])
+            notes.append(Row("cache: lacks", "note", causes, "train with --missing skip"))
 
     tries: dict[str, Callable[[], None]] = {
         "cache: inputs and keys": same_inputs,
         "cache: samples": same_samples,
         "cache: teacher": partial(check_teacher, cache, teacher),
     }
-    return [_tried(name, attempt) for name, attempt in tries.items()]
+    return [_tried(name, attempt) for name, attempt in tries.items()] + notes
 
 
 def split_row(name: str, side: Side, encoded: Encoded) -> Row:
