@@ -1,4 +1,4 @@
-"""Out of memory, said so that it can be mended."""
+"""Out of memory, said so that it can be mended; and what a disk says that failed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _NO_ROOM_ON_THE_GPU = (
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
+# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
+_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 
 
 @contextmanager
@@ -53,6 +55,11 @@ def memory_that_ran_out(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
         return "CPU"
     return None
+
+
+def is_failed_write(error: Exception) -> bool:
+    """Whether a file could not be written, whoever wrote it."""
+    return isinstance(error, OSError) or any(said in str(error) for said in _NO_WRITE)
 
 
 def _knobs(config: TrainConfig) -> list[str]:

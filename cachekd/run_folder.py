@@ -19,6 +19,7 @@ from typing import Any
 from cachekd.cache.files import commit
 from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
+from cachekd.failures import is_failed_write
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
@@ -221,6 +222,32 @@ def how_to_go_on(out: Path) -> str:
             "the run cannot be finished, and the same command does not overwrite it"
         )
     return "there was no checkpoint yet: the same command begins anew"
+
+
+@contextmanager
+def saving_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """If the block, which saves it, fails for the disk, remove what there is of it: it takes room.
+
+    Raises:
+        CachekdError: it could not be saved; what there is to go on from.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        if not _is_whole(checkpoint):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        newest = _newest_checkpoint(checkpoint.parent)
+        then = "there is no earlier one, and the same command begins anew"
+        if newest is not None:
+            then = f"{newest.name} stays, and the same command goes on from step {step_of(newest):,}"
+        raise CachekdError(
+            "a checkpoint could not be saved: the disk is full, or cannot be written",
+            where=str(checkpoint),
+            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            fix=f"free some space on this disk; {then}",
+        ) from error
 
 
 def _is_first_process() -> bool:

@@ -22,6 +22,7 @@ from cachekd.left_out import BadSamples
 from cachekd.loss_terms import LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
+from cachekd.run_folder import saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
@@ -74,7 +75,7 @@ class SwitchKDTrainer(Trainer):
 
     Raises:
         CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
-            loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed.
+            loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed; a full disk.
     """
 
     # Losses below are divided by the tokens of the whole accumulated step already.
@@ -287,6 +288,10 @@ class SwitchKDTrainer(Trainer):
         """Key and reason of those that were left out, in all processes, each of which has to ask."""
         self.bad.add(gather_object([self.bad.reasons]))
         return self.bad.reasons
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with saving_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

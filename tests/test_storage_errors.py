@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tar_members, write_tar
 
+from cachekd import trainer
 from cachekd.cache import LogitCache, verify_files
 from cachekd.cache.status import dump_status
-from cachekd.config import DumpConfig
+from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
+from cachekd.run_folder import CHECKPOINTS
+from cachekd.train import train
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed write's file may still be open
 
 
 def test_a_full_disk_stops_the_dump_and_what_is_finished_stays(
@@ -109,6 +115,62 @@ def test_images_that_all_vanish_stop_even_a_dump_that_skips(tmp_path, teacher_pa
 
     with pytest.raises(CachekdError, match="samples in a row are bad"):
         dump(config, take_away)
+
+
+def training(student: Path, data: Path, out: Path) -> TrainConfig:
+    return TrainConfig(
+        student=str(student), data=str(data), out=out, batch_size=1, lambda_align=0, lambda_vsd=0,
+        save_steps=2, training={"max_steps": 6},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("kilobytes", "step"), [(400, 0), (1100, 2), (1300, 2)])
+def test_a_full_disk_while_a_checkpoint_is_saved(student_path, data, small_disk, tmp_path, kilobytes, step):
+    """While the weights are written, the processor, the optimizer's state: all say it in other ways."""
+    remount = ["mount", "-o", f"remount,size={kilobytes}k", str(small_disk)]
+    subprocess.run(remount, check=True)
+    config, checkpoints = training(student_path, data, small_disk / "run"), small_disk / "run" / CHECKPOINTS
+    with pytest.raises(CachekdError, match="a checkpoint could not be saved: the disk is full") as caught:
+        train(config)
+    assert str(checkpoints / f"checkpoint-{step + 2}") in str(caught.value.where)
+    assert caught.value.__cause__ is not None
+    if step:
+        assert "checkpoint-2 stays, and the same command goes on from step 2" in str(caught.value.fix)
+        assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+    else:
+        assert "the same command begins anew" in str(caught.value.fix)
+        assert not (small_disk / "run").exists()
+    subprocess.run([*remount[:2], "remount,size=10M", str(small_disk)], check=True)
+    assert train(config).resumed_from == step
+    train(training(student_path, data, tmp_path / "whole"))
+    student = "model.safetensors"
+    assert (small_disk / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
+def test_no_room_for_a_checkpoints_processor(student_path, data, tmp_path, monkeypatch):
+    """The same where nothing can be mounted."""
+    saved, save = [], trainer.save_processor
+
+    def out_of_room(encoder: Any, folder: Path) -> None:
+        saved.append(folder)
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(encoder, folder)
+
+    monkeypatch.setattr(trainer, "save_processor", out_of_room)
+    config = training(student_path, data, tmp_path / "run")
+    with pytest.raises(CachekdError, match=r"No space left on device[\s\S]*goes on from step 2"):
+        train(config)
+    assert train(config).resumed_from == 2
+
+
+def test_what_is_no_disks_fault_goes_on_as_it_is(student_path, data, tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise RuntimeError("NCCL: a process has gone")
+
+    monkeypatch.setattr(trainer, "save_processor", fail)
+    with pytest.raises(RuntimeError, match="NCCL"):
+        train(training(student_path, data, tmp_path / "run"))
 
 
 def test_bad_samples_are_left_out_counted_and_named(tmp_path, teacher_path):
