@@ -9,12 +9,12 @@ from cachekd.cache.skipped import read_skipped
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.samples import Samples
+from cachekd.samples.limits import TOO_LONG
 from cachekd.samples.open import keys_hash
 from cachekd.samples.view import SamplesView
 
 # Of `DataOptions`: which samples there are, and what they are called.
 DECIDING = ("data", "map", "key", "limit", "shuffle_seed")
-_TOO_LONG = "the sample is too long"  # as a reason begins
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MissingSamples:
         bad = {
             key: reason
             for key, reason in self.skipped.items()
-            if too_long != "skip" or not reason.startswith(_TOO_LONG)
+            if too_long != "skip" or not reason.startswith(TOO_LONG)
         }
         if missing == "ce-only" and on_error == "stop" and bad:
             key, reason = next(iter(bad.items()))

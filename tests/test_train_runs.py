@@ -233,7 +233,8 @@ def test_a_cache_of_other_data_is_refused_even_so(settings, tmp_path):
     assert "ce-only" not in caught.value.fix  # that is what was asked for
     with pytest.raises(CachekdError, match="lacks samples") as caught:
         train(TrainConfig(**settings | {"data": str(tmp_path / "other")}))
-    assert "--missing ce-only" in caught.value.fix
+    assert "cachekd bind" in caught.value.fix
+    assert "--missing" not in caught.value.fix  # which would be refused: nothing would be left
 
 
 def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):

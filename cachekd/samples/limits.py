@@ -12,6 +12,7 @@ from cachekd.errors import BadSample, LeftOut
 from cachekd.samples.sample import Sample
 
 MAX_TOKENS = "--max-tokens"
+TOO_LONG = "the sample is too long"  # as a reason begins
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Limits:
             return len(ids)
         if self.too_long != "cut":
             kind = LeftOut if self.too_long == "skip" else BadSample
-            raise kind("the sample is too long", **self._details(len(ids), sample))
+            raise kind(TOO_LONG, **self._details(len(ids), sample))
         answered = supervised[: self.max_tokens].nonzero()
         kept = int(answered[-1]) + 1 if len(answered) else 0
         if not kept or is_image[kept:].any():
             lost = "an image" if kept else "all answers"
             raise BadSample(
-                f"the sample is too long, and cutting it would cut off {lost}",
+                f"{TOO_LONG}, and cutting it would cut off {lost}",
                 **self._details(len(ids), sample),
             )
         return kept

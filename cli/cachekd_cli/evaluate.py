@@ -88,4 +88,4 @@ def print_tables(result: Evaluation) -> None:
         for kind in scores[0].by_type
     ]
     console.print(table("exact match by question type", ("question", "count", *names), rows))
-    print_left_out("samples that cannot be used", result.left_out)
+    print_left_out("samples that cannot be used, or are too long", result.left_out)
