@@ -45,9 +45,8 @@ class WebDatasetSamples:
 
     def __init__(self, urls: Sequence[str], reader: RecordReader) -> None:
         self._index, self._reader = index_tars(urls), reader
-        names, where = self._index.names, ", ".join(urls[:2])
-        keys = reader.keys(list(map(self._key, range(len(names)))), where, row="sample")
-        self.keys, repeated = keys
+        values = [self._key(index) for index in range(len(self._index.names))]
+        self.keys, repeated = reader.keys(values, ", ".join(urls[:2]), row="sample")
         self.notes = DataNotes(repeated, self._index.other_files)
 
     def __len__(self) -> int:
