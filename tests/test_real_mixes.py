@@ -16,6 +16,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import noise_image, png_bytes, write_tar
+from typer.testing import CliRunner
 
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
@@ -319,6 +320,17 @@ def test_every_command_that_reads_data_takes_all_options_of_data(name):
     options = [option for parameter in parameters for option in parameter.opts]
     for field in DataOptions.model_fields:
         assert options.count(f"--{field.replace('_', '-')}") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_an_address_is_no_path(name, student_path, tmp_path):
+    """Of which `http://` would become `http:/`."""
+    url = "http://127.0.0.1:9/d.tar"  # where nobody answers
+    out = ["--out", str(tmp_path / "run"), "--lambda-align", "0", "--lambda-vsd", "0"]
+    own = ["--student", str(student_path), *out] if name == "train" else [str(student_path)]
+    done = CliRunner().invoke(app, [name, *own, "--data", url])
+    assert isinstance(done.exception, CachekdError)
+    assert done.exception.where == url
 
 
 def test_options_of_data_without_data_are_refused():
