@@ -25,7 +25,9 @@ from cachekd.evaluate import ask_alone
 from cachekd.export import export_webdataset
 from cachekd.samples import Sample, SampleEncoder, open_samples, sample_from_record
 from cachekd.samples.outline import outline_of_record
+from cachekd.samples.record_form import LlavaTurn, Message
 from cachekd.samples.sample import is_supervised
+from cachekd.samples.turn_fields import SUPERVISION_FIELDS
 from cachekd_cli.main import app
 
 PICTURES = [noise_image(seed) for seed in range(4)]
@@ -122,7 +124,12 @@ def test_images_stand_where_their_indices_say(data, images):
 # ---- which answers are supervised
 
 CONTEXT = [{"loss": False}, {"train": False}, {"weight": 0}, {"weight": 0.0}, {"mask": True}, {"mask": 1}]
-CONTEXT += [{"supervised": False}, {"loss": False, "weight": 0, "mask": True, "train": None}]
+CONTEXT += [
+    {"trainable": False},
+    {"masked": True},
+    {"supervised": False},
+    {"loss": False, "weight": 0, "mask": True, "train": None},
+]
 LEARNED = [{"loss": True}, {"train": 1}, {"weight": 1.0}, {"mask": False}, {"mask": None, "loss": None}]
 
 
@@ -556,3 +563,8 @@ def test_an_export_is_the_same_data(tmp_path):
     for sample in (samples[0], samples[1]):
         record = {"messages": sample.messages, "tools": sample.tools}
         jsonschema.validate(json.loads(json.dumps(record)), schema("sample"))
+
+
+def test_the_schema_says_every_field_that_decides_what_is_supervised():
+    assert SUPERVISION_FIELDS.keys() < Message.model_fields.keys()
+    assert SUPERVISION_FIELDS.keys() < LlavaTurn.model_fields.keys()

@@ -113,10 +113,6 @@ def _refuse_wrapping(records: list[dict[str, Any]], path: Path) -> None:
         )
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _holds_objects(value: list[Any]) -> bool:
     return bool(value) and all(isinstance(item, dict) for item in value)
 

@@ -50,9 +50,11 @@ class Turn(BaseModel):
     model_config = ConfigDict(json_schema_extra=_refuse_in_turns)
     loss: YesOrNo = Field(None, description="false: an answer is context")
     train: YesOrNo = Field(None, description="likewise")
+    trainable: YesOrNo = Field(None, description="likewise")
     weight: YesOrNo = Field(None, description="likewise; between 0 and 1 there is nothing")
     supervised: YesOrNo = Field(None, description="likewise, as `cachekd export` writes it")
     mask: YesOrNo = Field(None, description="true: an answer is context")
+    masked: YesOrNo = Field(None, description="likewise")
     name: str | None = Field(None, description="for the chat template")
     tool_call_id: str | None = Field(None, description="for the chat template")
 
