@@ -11,6 +11,7 @@ from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailS
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig
+from cachekd.data_options import DataOptions
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError, LeftOut
@@ -25,7 +26,7 @@ from cachekd.teacher import Teacher
 BATCHES_PER_SORT = 8
 
 # What the manifest says of how the data were read, under the same names.
-_RECORDED = {"limit", "shuffle_seed", "map", "key", "image_field", "max_tokens", "too_long"}
+_RECORDED = set(DataOptions.model_fields) & set(DataInfo.model_fields)
 
 
 def codec_of(config: DumpConfig) -> CodecSettings:

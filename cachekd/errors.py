@@ -27,12 +27,18 @@ class CachekdError(Exception):
         found: object = None,
         fix: str | None = None,
     ) -> None:
+        problem, where, expected, found = map(self._told, (problem, where, expected, found))
         self.problem, self.where, self.expected, self.found, self.fix = problem, where, expected, found, fix
         lines = [problem]
         for label, value in (("where", where), ("expected", expected), ("found", found), ("try", fix)):
             if value is not None:
                 lines.append(f"  {label}: {value}")
         super().__init__("\n".join(lines))
+
+    @staticmethod
+    def _told(value: Any) -> Any:
+        """A field as it is said."""
+        return value
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the fields: worker processes send these, and Exception's own way knows the text only."""
@@ -49,17 +55,14 @@ class BadSample(CachekdError):
     memory (`<Image at 0x7f...>`), so that equal dumps leave equal reasons.
     """
 
-    def __init__(
-        self,
-        problem: str,
-        *,
-        where: str | None = None,
-        expected: object = None,
-        found: object = None,
-        fix: str | None = None,
-    ) -> None:
-        problem, where, expected, found = map(_told, (problem, where, expected, found))
-        super().__init__(problem, where=where, expected=expected, found=found, fix=fix)
+    @staticmethod
+    def _told(value: Any) -> Any:
+        """As it is, unless its text is too long or holds an address. Twice changes nothing: pickling."""
+        if value is None:
+            return None
+        text = str(value)
+        told = clipped(_MEMORY_ADDRESS.sub("", text))
+        return value if told == text else told
 
 
 class LeftOut(BadSample):
@@ -79,12 +82,3 @@ def clipped(text: str, most: int = _MOST) -> str:
         return text
     head = (most - 5) // 2
     return f"{text[:head]} ... {text[len(text) - (most - 5 - head) :]}"
-
-
-def _told(value: Any) -> Any:
-    """As it is, unless its text is too long or holds an address. Doing it twice changes nothing: pickling."""
-    if value is None:
-        return None
-    text = str(value)
-    told = clipped(_MEMORY_ADDRESS.sub("", text))
-    return value if told == text else told

@@ -18,6 +18,7 @@ from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
 from cachekd.missing import dumped_data
 from cachekd.samples import Limits, SampleEncoder, Samples, open_samples
+from cachekd.samples.dumped import unsaid
 from cachekd.samples.view import SamplesView
 from cachekd.trainer import require_one_gpu
 from cachekd.training_arguments import training_arguments
@@ -162,9 +163,7 @@ def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) 
         dumped: of its cache, where it has one (see `dumped_data`).
     """
     said = config.model_dump(include={"max_tokens", "too_long"})
-    if dumped is None:
-        return said
-    return {n: value if n in config.model_fields_set else getattr(dumped, n) for n, value in said.items()}
+    return said if dumped is None else said | unsaid(config, dumped, *said)
 
 
 def missing_in(

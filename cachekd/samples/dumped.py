@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cachekd.cache.manifest import DataInfo
 from cachekd.data_options import DataOptions
 from cachekd.samples.map_function import require_map
@@ -19,6 +21,10 @@ def as_dumped(options: DataOptions, info: DataInfo, where: str) -> DataOptions:
     Raises:
         CachekdError: the dump had a map function, which only the user may name, and they do not.
     """
-    unsaid = {name: getattr(info, name) for name in _AS_DUMPED if name not in options.model_fields_set}
     map_function = require_map(options.map, info.map, where)
-    return options.model_copy(update={**unsaid, "map": map_function})
+    return options.model_copy(update={**unsaid(options, info, *_AS_DUMPED), "map": map_function})
+
+
+def unsaid(options: DataOptions, dumped: DataInfo | DataOptions, *names: str) -> dict[str, Any]:
+    """Those of these options that the user does not say, as the dump had them."""
+    return {name: getattr(dumped, name) for name in names if name not in options.model_fields_set}

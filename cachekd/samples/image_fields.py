@@ -140,13 +140,7 @@ def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[
 
 def _untaken(found: list[str], taken: str | None, where: str, image_fields: Sequence[str]) -> BadSample:
     first = next((name for name in found if name.partition(".")[0] not in TURN_FIELDS), None)
-    if first is None:
-        fix = IMAGES_BESIDE
-    elif taken is None:
-        named = " ".join(f"--image-field {name}" for name in (*image_fields, first))
-        fix = f"{named} to take it, or --map module:function, which makes such a record"
-    else:
-        fix = f"--image-field {taken} to take this alone, and --image-field {first} to take that too"
+    fix = IMAGES_BESIDE if first is None else how_to_take(first, taken=taken, asked=image_fields)
     return BadSample(
         "the sample has an image under another name",
         where=where,
@@ -154,6 +148,20 @@ def _untaken(found: list[str], taken: str | None, where: str, image_fields: Sequ
         found=", ".join(found),
         fix=fix,
     )
+
+
+def how_to_take(name: str, *, taken: str | None = None, asked: Sequence[str] = ()) -> str:
+    """What to do about an image that was not taken.
+
+    Args:
+        name: of its field.
+        taken: the field that was taken in its place.
+        asked: the fields that were asked for, and hold nothing.
+    """
+    if taken is not None:
+        return f"--image-field {taken} to take this alone, and --image-field {name} to take that too"
+    named = " ".join(f"--image-field {field}" for field in (*asked, name))
+    return f"{named} to take it, or --map module:function, which makes such a record"
 
 
 def _listed(name: str, value: Any) -> list[Picture]:

@@ -13,7 +13,7 @@ from typing import Any
 from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import first_given
-from cachekd.samples.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, pictures_of
+from cachekd.samples.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
 from cachekd.samples.outline import Outline
 from cachekd.samples.protocol import DataNotes
 from cachekd.samples.record_reader import RecordReader
@@ -119,7 +119,7 @@ def _refuse_images(members: Mapping[str, Any], fields: Sequence[str], key: str, 
             where=sample_place(key, origin),
             expected=_names(key, fields),
             found=_names(key, found),
-            fix=" ".join(f"--image-field {name}" for name in (*fields, found[0])) + " to take it",
+            fix=how_to_take(found[0], asked=fields),
         )
 
 
@@ -135,8 +135,7 @@ def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list
             where=sample_place(key, origin),
             expected=f"images in {_names(key, found)} alone",
             found=_names(key, sorted(others)),
-            fix=f"--image-field {next(iter(found))} to take this alone, and --image-field {min(others)} to "
-            "take that too",
+            fix=how_to_take(min(others), taken=next(iter(found))),
         )
     if len(found) == 1:
         return list(found)
