@@ -1,0 +1,6 @@
+"""How good is a student: exact match, agreement with the teacher, and what both are worth."""
+
+from cachekd.evaluation.record import read_records, save_in_runs
+from cachekd.evaluation.scores import Difference, Evaluation, QuestionSet, Score
+
+__all__ = ["Difference", "Evaluation", "QuestionSet", "Score", "read_records", "save_in_runs"]

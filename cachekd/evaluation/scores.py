@@ -1,0 +1,159 @@
+"""What an evaluation found: a score for each model, and how sure their differences are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from cachekd.evaluation.bootstrap import paired_interval
+from cachekd.left_out import LeftOutSamples
+
+
+class Score(BaseModel):
+    """One row: a model, or what stands for one, on a set of questions.
+
+    Attributes:
+        name: the model's path; of the prior, the data that its answers are from.
+        exact_match: share of questions whose greedy answer is the true one.
+        by_type: the same per question type, the first two words of the question.
+        top1_agreement: share of answer tokens where model and teacher prefer the same one.
+        kl: KL(teacher || model) in nats, mean over the answer tokens.
+        correct: a character for each question, in the set's order: 1 where the answer is right, else 0.
+        blind: the same model where every picture is replaced by its mean colour.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    exact_match: float
+    by_type: dict[str, float]
+    top1_agreement: float | None = None
+    kl: float | None = None
+    correct: str
+    blind: Score | None = None
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """[Q] bool, of `correct`."""
+        return np.frombuffer(self.correct.encode(), np.uint8) == ord("1")
+
+
+class Difference(BaseModel):
+    """Two rows compared on the same questions.
+
+    Attributes:
+        row, against: their names, as `Evaluation.rows` has them.
+        difference: share of right answers of the first less that of the second.
+        low, high: its paired 95 % interval, see `paired_interval`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    row: str
+    against: str
+    difference: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, ours: tuple[str, Score], theirs: tuple[str, Score], per_sample: list[int]) -> Self:
+        """Of two named rows.
+
+        Args:
+            per_sample: see `Evaluation`.
+        """
+        (row, our), (against, their) = ours, theirs
+        interval = paired_interval(our.right, their.right, per_sample)
+        difference = our.exact_match - their.exact_match
+        return cls(row=row, against=against, difference=difference, **interval._asdict())
+
+
+class QuestionSet(BaseModel):
+    """The questions that were asked. Scores of different sets are not to be compared.
+
+    Attributes:
+        data: as it was named.
+        fingerprint: sha256 over the key and content of every sample whose questions were asked, and over
+            `history`. It does not change with the data's place, form or order.
+        history: "none" or "full", what of a conversation stands before a question.
+        questions: how many were asked.
+        per_sample: how many about each sample, in the order of the samples' keys.
+        types: how many of each type, all of them.
+        answers_to_nobody: answers that follow another answer: nothing asks for them.
+        left_out: samples none of whose questions was asked, for they are bad or too long.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str
+    fingerprint: str
+    history: str
+    questions: int
+    per_sample: list[int]
+    types: dict[str, int]
+    answers_to_nobody: int = 0
+    left_out: LeftOutSamples = LeftOutSamples()
+
+
+class Evaluation(BaseModel):
+    """Models on one set of questions.
+
+    Attributes:
+        asked: the questions.
+        teacher: its row, if it was asked too.
+        models: a row each.
+        prior: for each question the most frequent answer to the same question in other data.
+        differences: between rows, see `compared`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    asked: QuestionSet
+    teacher: Score | None = None
+    models: list[Score] = []
+    prior: Score | None = None
+    differences: list[Difference] = []
+
+    @property
+    def rows(self) -> Iterator[tuple[str, Score]]:
+        """Every row with its name: the teacher, each model and the same without pictures, the prior."""
+        if self.teacher is not None:
+            yield f"teacher {self.teacher.name}", self.teacher
+        for model in self.models:
+            yield model.name, model
+            if model.blind is not None:
+                yield f"{model.name}, blind", model.blind
+        if self.prior is not None:
+            yield "prior", self.prior
+
+    def compared(self) -> Evaluation:
+        """With the differences between every two models, and between each model and the other rows: the
+        teacher, itself without pictures, the prior."""
+        named = {id(score): (name, score) for name, score in self.rows}
+        pairs: list[tuple[Score, Score | None]] = []
+        for place, model in enumerate(self.models):
+            pairs += [(model, other) for other in self.models[:place]]
+            pairs += [(model, other) for other in (self.teacher, model.blind, self.prior)]
+        differences = [
+            Difference.between(named[id(one)], named[id(other)], self.asked.per_sample)
+            for one, other in pairs
+            if other is not None
+        ]
+        return self.model_copy(update={"differences": differences})
+
+    def summary(self) -> dict[str, Any]:
+        """For scripts: everything but the answers to single questions."""
+        row: Any = {"correct": True, "blind": {"correct"}}
+        return self.model_dump(
+            mode="json",
+            exclude={
+                "asked": {"per_sample"},
+                "teacher": row,
+                "models": {"__all__": row},
+                "prior": row,
+            },
+        )
