@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import read_config
 from cachekd.dump import dump
-from cachekd.evaluate import evaluate
+from cachekd.evaluation import evaluate
 from cachekd.train import train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
@@ -58,7 +58,9 @@ def run_seed(work: Path, seed: int, methods: list[str], options: argparse.Namesp
     for method in methods:
         settings = {**common, "teacher": teacher, "cache": cache, "out": prepared / method}
         train(read_config(EXAMPLE / "recipe.yaml", TrainConfig, {**settings, **changed, **METHODS[method]}))
-    result = evaluate([str(prepared / method) for method in methods], prepared / "test", teacher=teacher)
+    runs = [str(prepared / method) for method in methods]
+    tested = {"models": runs, "data": prepared / "test", "teacher": teacher, "blind": False}
+    result = evaluate(read_config(None, EvalConfig, tested))
     assert result.teacher is not None
     scores = {method: score.exact_match for method, score in zip(methods, result.models, strict=True)}
     return {"teacher": result.teacher.exact_match, **scores}

@@ -16,7 +16,7 @@ from pydantic import (
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.config_file import Config
-from cachekd.data_options import DataOptions
+from cachekd.data_options import DataOptions, DataSpec
 from cachekd.errors import CachekdError
 from cachekd.stages import (
     PARTS,
@@ -30,6 +30,7 @@ from cachekd.stages import (
 
 CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+History = Literal["none", "full"]
 
 
 class DumpConfig(DataOptions):
@@ -235,6 +236,47 @@ class TrainConfig(DataOptions):
     def distils(self) -> bool:
         """Whether any teacher term is on; otherwise this is plain cross-entropy training."""
         return self.lambda_align > 0 or self.lambda_vsd > 0
+
+
+class EvalConfig(DataOptions):
+    """Exact match, and agreement with the teacher, on held-out data.
+
+    Raises:
+        CachekdError: there are both a teacher and a cache of it.
+    """
+
+    models: list[str] = Field(min_length=1, description="model or run folders; all are asked the same")
+    out: Path | None = Field(None, description="a folder for scores.json")
+    teacher: str | None = Field(None, description="adds its own row, and every model's agreement with it")
+    cache: CacheSpec | None = Field(
+        None, description="the teacher's logits of these data, for the agreement alone: it need not run"
+    )
+    history: History = Field(
+        "none",
+        description="what stands before a question: none of its conversation, or all of it, true answers "
+        "included",
+    )
+    blind: bool = Field(
+        True, description="ask every model again with each picture replaced by its mean colour"
+    )
+    prior_data: DataSpec | None = Field(
+        None,
+        description="the training data: adds the row of one who answers each question by what is its most "
+        "frequent answer there",
+    )
+    batch_size: int = Field(128, ge=1, description="questions per forward; halved when memory runs out")
+    workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
+    dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        if self.teacher is not None and self.cache is not None:
+            raise CachekdError(
+                "a cache takes the place of the teacher",
+                where="settings 'teacher' and 'cache'",
+                fix="leave one of them out: the teacher has a row of its own, a cache costs nothing",
+            )
+        return self
 
 
 def defaults_of(model: type[Config]) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 
 from cachekd.config import TrainConfig
-from cachekd.errors import CachekdError
+from cachekd.errors import BadSample, CachekdError
+
+if TYPE_CHECKING:
+    from cachekd.samples import Encoded
 
 # What a failed allocation says; only some of them have a class of their own.
 _NO_ROOM_ON_THE_GPU = (
@@ -55,6 +59,38 @@ def memory_that_ran_out(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
         return "CPU"
     return None
+
+
+def failed_forward(error: Exception, samples: Sequence[Encoded], who: str) -> CachekdError:
+    """What a forward raised, for people: a `BadSample` where it is the samples' fault.
+
+    Args:
+        samples: of the batch.
+        who: the model, such as "the teacher".
+    """
+    longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    where = f"sample {longest.key!r} with {len(longest):,} tokens"
+    if len(samples) > 1:
+        where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
+    if (device := memory_that_ran_out(error)) is not None:
+        return CachekdError(
+            f"the {device}'s memory is too small for this batch",
+            where=where,
+            found=found,
+            fix="run the same command with a smaller --batch-size: what is finished stays"
+            if len(samples) > 1
+            else "--max-tokens N --too-long skip leaves out what is longer",
+        )
+    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+        # It answers nothing any more: every later sample would look bad.
+        return CachekdError(
+            f"the GPU failed while {who} ran",
+            where=where,
+            found=found,
+            fix="run the same command again: what is finished stays. If it fails at the same samples, "
+            "CUDA_LAUNCH_BLOCKING=1 shows where",
+        )
+    return BadSample(f"{who} cannot run on the sample", where=where, found=found)
 
 
 def is_failed_write(error: Exception) -> bool:

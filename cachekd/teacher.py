@@ -14,7 +14,7 @@ from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, T
 from cachekd.cache.select import select_and_normalise
 from cachekd.data_options import TooLong
 from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.failures import memory_that_ran_out
+from cachekd.failures import failed_forward
 from cachekd.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
@@ -203,7 +203,7 @@ class Teacher:
         except CachekdError:
             raise
         except Exception as error:  # torch's, the model's own: each has its own
-            raise _explained(error, samples) from error
+            raise failed_forward(error, samples, "the teacher") from error
 
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         batch = collate(samples, self.encoder.pad_token_id)
@@ -233,31 +233,6 @@ class Teacher:
             encoding=encoding_fingerprint(self.encoder),
             image_reading=image_reading(self.processor),
         )
-
-
-def _explained(error: Exception, samples: list[Encoded]) -> CachekdError:
-    """What a forward raised, for people."""
-    longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    where = f"sample {longest.key!r} with {len(longest):,} tokens"
-    if len(samples) > 1:
-        where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
-    if (device := memory_that_ran_out(error)) is not None:
-        return CachekdError(
-            f"the {device}'s memory is too small for this batch",
-            where=where,
-            found=found,
-            fix="run the same command with a smaller --batch-size: what is finished stays",
-        )
-    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
-        # It answers nothing any more: every later sample would look bad.
-        return CachekdError(
-            "the GPU failed while the teacher ran",
-            where=where,
-            found=found,
-            fix="run the same command again: what is finished stays. If it fails at the same samples, "
-            "CUDA_LAUNCH_BLOCKING=1 shows where",
-        )
-    return BadSample("the teacher cannot run on the sample", where=where, found=found)
 
 
 def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[list[tuple[int, Encoded]]]:

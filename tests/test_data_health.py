@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from caches import SMALL
 from test_limits import with_long_ones
-from tiny import write_llava_json
+from tiny import evaluated, write_llava_json
 
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data_health import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good
 from cachekd.data_options import DataOptions
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.evaluate import evaluate
 from cachekd.pair import check_pair
 from cachekd.train import train
 
@@ -39,9 +38,9 @@ def test_neighbours_that_are_too_long_stop_neither_dump_nor_run_nor_evaluation(
     grouped = {"train_sampling_strategy": "group_by_length"}
     run = train(plain(student_path, data, tmp_path / "run", training=grouped))
     assert (run.steps, run.bad.samples) == (14, LONG)
-    found = evaluate([str(student_path)], DataOptions(data=data, on_error="skip"))
-    assert found.left_out.samples == LONG
-    assert found.questions > 0
+    found = evaluated([student_path], data, on_error="skip")
+    assert found.asked.left_out.samples == LONG
+    assert found.asked.questions > 0
     assert check_pair(str(teacher_path), str(student_path), DataOptions(data=data, on_error="skip")).fits
 
 
@@ -55,15 +54,14 @@ def test_a_run_whose_longest_samples_are_too_long(student_path, tmp_path, worker
 
 
 def test_an_evaluation_stops_where_its_data_go(student_path, tmp_path):
-    data = write_llava_json(tmp_path / "data", 40)
+    data = write_llava_json(tmp_path / "data", 160)
 
-    def take_away(samples: int, questions: int) -> None:
-        for image in data.parent.glob("*.png"):
+    def take_away(model: str, total: int, samples: int, questions: int) -> None:
+        for image in data.parent.glob("*.png") if questions else ():
             image.unlink()
 
-    options = DataOptions(data=data, on_error="skip")
     with pytest.raises(CachekdError, match="16 samples in a row are bad, and one that was good is bad now"):
-        evaluate([str(student_path)], options, batch_size=2, progress=take_away)
+        evaluated([student_path], data, take_away, on_error="skip", batch_size=2)
 
 
 def bad(index: int) -> BadSample:

@@ -1,17 +1,30 @@
-"""Exact match is what greedy decoding would give; agreement is measured against the live teacher."""
+"""Exact match is what greedy decoding would give; agreement is with the teacher."""
 
 from __future__ import annotations
 
+import gc
+import json
+import weakref
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
-from tiny import noise_image, save_vlm, tiny_processor
+from PIL import Image
+from tiny import ANSWERS, QUESTIONS, evaluated, noise_image, save_vlm, tiny_processor, write_llava_json
+from typer.testing import CliRunner
 
-from cachekd.config import TrainConfig
-from cachekd.errors import CachekdError
-from cachekd.evaluate import ask_alone, evaluate, question_type
-from cachekd.samples import SampleEncoder, open_samples, sample_from_llava
+import cachekd.evaluation.run as evaluation_run
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig
+from cachekd.dump import dump
+from cachekd.errors import BadSample, CachekdError
+from cachekd.evaluation import read_records
+from cachekd.evaluation.prior import AnswerPrior
+from cachekd.evaluation.questions import blinded, question_text, question_type, questions_of
+from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.train import train
 from cachekd.vlm import load_model, load_processor
+from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
 
@@ -31,21 +44,74 @@ def with_images(sample):
     ]
 
 
+def halves(seed):
+    """Bright on the left or on the right: their mean colour says nothing."""
+    pixels = noise_image(seed).resize((16, 32)).point(lambda value: value // 4)
+    image = Image.new("RGB", (32, 32), "white")
+    image.paste(pixels, (16 * (seed % 2), 0))
+    return image
+
+
+def write_pictures(folder, seeds, *, packed=1, image=halves):
+    """A question about each of some pictures, which the picture answers; `packed` are one conversation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for start in range(0, len(seeds), packed):
+        turns, files = [], []
+        for seed in seeds[start : start + packed]:
+            files.append(f"{seed}.png")
+            image(seed).save(folder / files[-1])
+            turns.append({"from": "human", "value": f"<image>\n{QUESTIONS[seed // 2 % 4]}"})
+            turns.append({"from": "gpt", "value": ANSWERS[seed % 2]})
+        records.append({"id": f"s{start:03d}", "images": files, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return folder / "data.json"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), [*range(24)])
+
+
+def learned(path, student, data, epochs):
+    settings = {"lambda_align": 0, "lambda_vsd": 0, "epochs": epochs, "batch_size": 4, "learning_rate": 1e-3}
+    train(TrainConfig(student=str(student), data=str(data), out=path, **settings))
+    return path
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, student_path, data_path):
     """A student that has learned some of the answers, so that exact match is neither 0 nor 1."""
-    out = tmp_path_factory.mktemp("runs") / "trained"
-    settings = {"lambda_align": 0, "lambda_vsd": 0, "epochs": 12, "batch_size": 4, "learning_rate": 1e-3}
-    train(TrainConfig(student=str(student_path), data=data_path, out=out, **settings))
-    return out
+    return learned(tmp_path_factory.mktemp("runs") / "trained", student_path, data_path, 12)
 
 
-def test_exact_match_equals_greedy_generation(trained, data_path):
-    result = evaluate([str(trained)], data_path)
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory, student_path, pictures):
+    """One that has learned to look."""
+    return learned(tmp_path_factory.mktemp("runs") / "seeing", student_path, pictures, 40)
+
+
+def logits_of(path, question):
+    """What a model says at a question's answer tokens, without anything of ours but the encoder."""
+    model = load_model(str(path), dtype=torch.float32, device=CPU)
+    encoder = SampleEncoder(load_processor(str(path)))
+    batch = collate([encoder(question)], encoder.pad_token_id)
+    supervised = batch.pop("supervised")
+    with torch.no_grad():
+        logits = model(**batch).logits[predicting_positions(supervised)]
+    return logits[:, : len(encoder.processor.tokenizer)], batch["input_ids"][supervised]
+
+
+# ---- what is counted
+
+
+@pytest.mark.parametrize("history", ["none", "full"])
+def test_exact_match_equals_greedy_generation(trained, data_path, history):
+    result = evaluated([trained], data_path, history=history, blind=False)
     processor, model = load_processor(str(trained)), load_model(str(trained), dtype=torch.float32, device=CPU)
     samples, hits, total = open_samples(data_path), 0, 0
     for index in range(len(samples)):
-        for question in ask_alone(samples[index]):
+        for question in questions_of(samples[index], history):
             prompt = processor.apply_chat_template(
                 with_images(question)[:-1],
                 tokenize=True,
@@ -57,17 +123,34 @@ def test_exact_match_equals_greedy_generation(trained, data_path):
             text = processor.tokenizer.decode(made[0, prompt["input_ids"].shape[1] :])
             hits += text == question.questions[0][1] + "<|end|>"
             total += 1
-    assert result.questions == total == sum(result.types.values())
+    assert result.asked.questions == total == sum(result.asked.types.values())
     assert result.models[0].exact_match == pytest.approx(hits / total)
+    assert result.models[0].correct.count("1") == hits
     assert 0 < hits < total
 
 
+def test_agreement_and_divergence_are_those_of_the_full_distributions(teacher_path, student_path, data_path):
+    result = evaluated([student_path], data_path, teacher=str(teacher_path), batch_size=5)
+    agreed, divergence, tokens = 0, 0.0, 0
+    samples = open_samples(data_path)
+    for index in range(len(samples)):
+        for question in questions_of(samples[index]):
+            (theirs, ids), (ours, same_ids) = (logits_of(p, question) for p in (teacher_path, student_path))
+            assert torch.equal(ids, same_ids)
+            p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+            divergence += float((p.exp() * (p - q)).sum())
+            agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+            tokens += len(ids)
+    [score] = result.models
+    assert score.kl == pytest.approx(divergence / tokens, rel=1e-4)
+    assert score.top1_agreement == pytest.approx(agreed / tokens)
+
+
 def test_a_teacher_agrees_with_itself_and_not_with_another(teacher_path, student_path, data_path):
-    result = evaluate(
-        [str(teacher_path), str(student_path)], data_path, teacher=str(teacher_path), batch_size=5
-    )
+    result = evaluated([teacher_path, student_path], data_path, teacher=str(teacher_path), batch_size=5)
     same, other = result.models
     assert result.teacher is not None
+    assert result.teacher.top1_agreement is None
     assert same.top1_agreement == 1.0
     assert same.kl == pytest.approx(0.0, abs=1e-6)
     assert same.exact_match == result.teacher.exact_match
@@ -75,42 +158,376 @@ def test_a_teacher_agrees_with_itself_and_not_with_another(teacher_path, student
     assert other.kl > 0.0
 
 
-def test_batch_size_changes_nothing(trained, teacher_path, data_path):
+@pytest.mark.parametrize("others", [{"batch_size": 7}, {"workers": 2, "batch_size": 3}])
+def test_batches_and_workers_change_nothing(trained, teacher_path, data_path, others):
     one, many = (
-        evaluate([str(trained)], data_path, teacher=str(teacher_path), batch_size=size).models[0]
-        for size in (1, 7)
+        evaluated([trained], data_path, teacher=str(teacher_path), **settings).models[0]
+        for settings in ({"batch_size": 1}, others)
     )
-    assert one.exact_match == many.exact_match
+    assert one.correct == many.correct
     assert one.by_type == many.by_type
+    assert one.blind == many.blind
     assert one.kl == pytest.approx(many.kl, rel=1e-4)
 
 
-def test_progress_counts_every_sample_and_question(student_path, data_path):
-    seen = []
-    result = evaluate([str(student_path)], data_path, batch_size=4, progress=lambda *done: seen.append(done))
-    assert sum(samples for samples, _ in seen) == 12
-    assert sum(questions for _, questions in seen) == result.questions
+def test_progress_counts_every_sample_and_question_of_every_model(student_path, teacher_path, data_path):
+    seen = Counter()
+    result = evaluated(
+        [student_path],
+        data_path,
+        lambda model, total, samples, questions: seen.update(
+            {(model, "samples"): samples, (model, "questions"): questions, (model, total): 1}
+        ),
+        batch_size=4,
+        teacher=str(teacher_path),
+    )
+    for model in map(str, (student_path, teacher_path)):
+        assert seen[model, "samples"] == 12
+        assert seen[model, "questions"] == result.asked.questions
+        assert seen[model, 12] > 1
 
 
-def test_each_question_is_asked_alone():
-    turns = [
-        {"from": "system", "value": "be brief"},
-        {"from": "human", "value": "what is <image> this?"},
-        {"from": "gpt", "value": "red"},
-        {"from": "human", "value": "is it red?"},
-        {"from": "gpt", "value": "yes"},
+def test_the_data_options_are_heeded(student_path, data_path):
+    result = evaluated([student_path], data_path, limit=5, dtype="bfloat16")
+    assert len(result.asked.per_sample) == 5
+
+
+# ---- each model by itself
+
+
+def test_every_model_has_its_own_pixels_and_its_own_number_of_image_tokens(tmp_path, seeing, pictures):
+    """A teacher of another resolution and other normalisation; answers are matched by their tokens."""
+    processor = tiny_processor(patch_size=16)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    other = save_vlm(tmp_path / "other", processor, patch_size=16, text_width=48, seed=5)
+    alone = evaluated([seeing], pictures).models[0]
+    beside = evaluated([seeing], pictures, teacher=str(other))
+    assert beside.models[0].correct == alone.correct
+    assert beside.models[0].blind == alone.blind
+    assert beside.teacher.correct == evaluated([other], pictures).models[0].correct
+    swapped = evaluated([other, seeing], pictures)
+    assert swapped.models[1].correct == alone.correct
+
+
+def test_one_model_is_in_memory_at_a_time(student_path, teacher_path, trained, data_path, monkeypatch):
+    alive = []
+
+    def loading(path, **settings):
+        gc.collect()
+        assert [model() for model in alive] == [None] * len(alive), f"beside {path}"
+        model = load_model(path, **settings)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(evaluation_run, "load_model", loading)
+    evaluated([student_path, trained], data_path, teacher=str(teacher_path), limit=3)
+    assert len(alive) == 3
+
+
+def test_batches_become_smaller_when_memory_runs_out(trained, teacher_path, data_path, monkeypatch, caplog):
+    expected = evaluated([trained], data_path, teacher=str(teacher_path))
+
+    def small_card(path, **settings):
+        model = load_model(path, **settings)
+
+        def full(_module, _args, inputs):
+            if len(inputs["input_ids"]) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        model.register_forward_pre_hook(full, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(evaluation_run, "load_model", small_card)
+    found = evaluated([trained], data_path, teacher=str(teacher_path), batch_size=16)
+    assert found.models[0].correct == expected.models[0].correct
+    assert found.models[0].kl == pytest.approx(expected.models[0].kl, rel=1e-4)
+    assert [r.message for r in caplog.records if "memory ran out" in r.message] == [
+        f"memory ran out: {size} questions per forward from now on" for size in (8, 4, 2, 8, 4, 2)
     ]
-    sample = sample_from_llava("k", turns, (noise_image(0),), origin="test")
-    first, second = ask_alone(sample)
-    assert [message["role"] for message in second.messages] == ["system", "user", "assistant"]
-    assert [part["type"] for part in first.messages[1]["content"]] == ["text", "image", "text"]
-    assert [part["type"] for part in second.messages[1]["content"]] == ["image", "text"]
-    assert [question_type(one) for one in (first, second)] == ["what is", "is it"]
-    for one in (first, second):
-        assert len(SampleEncoder(tiny_processor())(one).token_ids) > 1
+
+
+def test_memory_that_is_too_small_for_one_question_is_said(student_path, data_path, monkeypatch):
+    def no_card(path, **settings):
+        model = load_model(path, **settings)
+
+        def full(_module, _args, _inputs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+        model.register_forward_pre_hook(full, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(evaluation_run, "load_model", no_card)
+    with pytest.raises(CachekdError, match=r"GPU's memory is too small[\s\S]*--max-tokens"):
+        evaluated([student_path], data_path)
+
+
+def test_a_model_whose_logits_are_no_numbers_is_refused(tmp_path, student_path, data_path):
+    model = load_model(str(student_path), dtype=torch.float32, device=CPU)
+    model.model.language_model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    load_processor(str(student_path)).save_pretrained(tmp_path / "broken")
+    with pytest.raises(BadSample, match="not finite"):
+        evaluated([tmp_path / "broken"], data_path)
+    with pytest.raises(CachekdError, match="no sample can be used"):
+        evaluated([student_path, tmp_path / "broken"], data_path, on_error="skip", limit=4)
 
 
 def test_models_of_different_tokenizers_are_refused(tmp_path, student_path, data_path):
     other = save_vlm(tmp_path / "other", tiny_processor(corpus=["zebra quagga okapi"] * 9))
     with pytest.raises(CachekdError, match="different tokenizers"):
-        evaluate([str(student_path), str(other)], data_path)
+        evaluated([student_path, other], data_path)
+
+
+# ---- what is asked
+
+
+TURNS = [
+    {"from": "system", "value": "be brief"},
+    {"from": "human", "value": "what is <image> this?"},
+    {"from": "gpt", "value": "red"},
+    {"from": "human", "value": "is it red?"},
+    {"from": "gpt", "value": "yes"},
+    {"from": "human", "value": "<image>\nand   this?"},
+    {"from": "gpt", "value": "blue"},
+]
+
+
+def roles(sample):
+    return [message["role"] for message in sample.messages]
+
+
+def kinds(message):
+    return [part["type"] for part in message["content"]]
+
+
+def test_a_question_has_its_own_pictures_or_those_before_it():
+    images = (noise_image(0), noise_image(1))
+    sample = sample_from_llava("k", TURNS, images, origin="test")
+    first, second, third = questions_of(sample)
+    for one in (first, second, third):
+        assert roles(one) == ["system", "user", "assistant"]
+        assert len(SampleEncoder(tiny_processor())(one).token_ids) > 1
+    assert kinds(first.messages[1]) == ["text", "image", "text"]
+    assert kinds(second.messages[1]) == ["image", "text"]  # it has none of its own
+    assert kinds(third.messages[1]) == ["image", "text"]
+    assert [list(one.images) for one in (first, second, third)] == [[images[0]], [images[0]], [images[1]]]
+    assert [question_text(one) for one in (first, second, third)] == [
+        "what is this?",
+        "is it red?",
+        "and this?",
+    ]
+    assert [question_type(question_text(one)) for one in (first, second)] == ["what is", "is it"]
+
+
+def test_with_its_history_a_question_has_all_that_came_before():
+    images = (noise_image(0), noise_image(1))
+    sample = sample_from_llava("k", TURNS, images, origin="test")
+    asked = questions_of(sample, "full")
+    assert [len(one.messages) for one in asked] == [3, 5, 7]
+    assert [one.images for one in asked] == [images[:1], images[:1], images]
+    for one in asked:
+        assert [answer for _, answer in one.questions] == [one.messages[-1]["content"][0]["text"]]
+        same = [{**message, "supervised": True} for message in one.messages]
+        assert same == [{**message, "supervised": True} for message in sample.messages[: len(same)]]
+
+
+def test_a_system_turn_stays_where_it_stands():
+    turns = [*TURNS[1:3], {"from": "system", "value": "be longer"}, *TURNS[3:5]]
+    first, second = questions_of(sample_from_llava("k", turns, (noise_image(0),), origin="test"))
+    assert roles(first) == ["user", "assistant"]
+    assert roles(second) == ["system", "user", "assistant"]
+
+
+def test_an_answer_to_nobody_is_no_question(student_path, tmp_path):
+    turns = [*TURNS[1:3], {"from": "gpt", "value": "and green"}, *TURNS[3:5]]
+    sample = sample_from_llava("k", turns, (noise_image(0),), origin="test")
+    assert [answer for _, answer in sample.questions] == ["red", "yes"]
+    data = write_llava_json(tmp_path, 2)
+    records = json.loads(data.read_text())
+    records[0]["conversations"] = turns
+    data.write_text(json.dumps(records))
+    asked = evaluated([student_path], data).asked
+    assert (asked.per_sample, asked.answers_to_nobody) == ([2, 2], 1)
+
+
+def test_questions_that_are_packed_are_answered_as_those_alone(seeing, tmp_path, pictures):
+    packed = write_pictures(tmp_path / "packed", [*range(24)], packed=2)
+    alone, together = (evaluated([seeing], data).models[0] for data in (pictures, packed))
+    assert together.correct == alone.correct
+    assert together.blind.correct == alone.blind.correct
+    assert alone.exact_match > 0.6
+
+
+# ---- a cache in the teacher's place
+
+
+def dumped(out, teacher, data):
+    dump(DumpConfig(teacher=str(teacher), data=str(data), out=out, tail="exact", batch_size=4))
+    return str(out)
+
+
+def test_a_cache_of_the_data_says_what_the_teacher_would(tmp_path, teacher_path, student_path, pictures):
+    cache = dumped(tmp_path / "cache", teacher_path, pictures)
+    live = evaluated([student_path], pictures, teacher=str(teacher_path))
+    cached = evaluated([student_path], pictures, cache=cache)
+    assert cached.teacher is None
+    assert cached.asked == live.asked
+    assert cached.models[0].top1_agreement == live.models[0].top1_agreement
+    assert cached.models[0].kl == pytest.approx(live.models[0].kl, abs=2e-3)
+
+
+def test_a_cache_of_conversations_answers_questions_with_their_history(
+    tmp_path, teacher_path, student_path, data_path
+):
+    cache = dumped(tmp_path / "cache", teacher_path, data_path)
+    with pytest.raises(CachekdError, match=r"within their conversation[\s\S]*--history full"):
+        evaluated([student_path], data_path, cache=cache)
+    live = evaluated([student_path], data_path, teacher=str(teacher_path), history="full")
+    cached = evaluated([student_path], data_path, cache=cache, history="full")
+    assert cached.models[0].top1_agreement == live.models[0].top1_agreement
+    assert cached.models[0].kl == pytest.approx(live.models[0].kl, abs=2e-3)
+
+
+def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, student_path, pictures):
+    cache = dumped(tmp_path / "cache", teacher_path, pictures)
+    changed = write_pictures(tmp_path / "changed", [*range(24)], image=lambda seed: halves(seed + 1))
+    with pytest.raises(CachekdError, match="the sample's text or image differs"):
+        evaluated([student_path], changed, cache=cache)
+    more = write_pictures(tmp_path / "more", [*range(26)])
+    with pytest.raises(BadSample, match="the cache lacks the sample"):
+        evaluated([student_path], more, cache=cache)
+    found = evaluated([student_path], more, cache=cache, on_error="skip")
+    assert found.asked.left_out.samples == 2
+    assert found.asked.fingerprint == evaluated([student_path], pictures).asked.fingerprint
+
+
+def test_a_teacher_and_its_cache_are_one_too_many(student_path):
+    with pytest.raises(CachekdError, match="a cache takes the place of the teacher"):
+        EvalConfig(models=["m"], data="d", teacher=str(student_path), cache="c")
+
+
+# ---- what a picture is worth
+
+
+def test_blind_is_the_same_model_on_pictures_of_one_colour(tmp_path, seeing, pictures):
+    def mean(seed):
+        image = halves(seed)
+        colour = np.asarray(image, np.float64).mean((0, 1)).round().astype(int).tolist()
+        return Image.new("RGB", image.size, tuple(colour))
+
+    grey = write_pictures(tmp_path / "grey", [*range(24)], image=mean)
+    blind = evaluated([seeing], pictures).models[0].blind
+    shown = evaluated([seeing], grey).models[0]
+    assert blind.correct == shown.correct == shown.blind.correct
+    assert blind.by_type == shown.by_type
+    assert blind.exact_match < evaluated([seeing], pictures).models[0].exact_match
+
+
+def test_blinding_keeps_the_size():
+    sample = sample_from_llava("k", TURNS[1:3], (noise_image(0, (40, 20)),), origin="test")
+    [image] = blinded(sample).images
+    assert (image.size, image.getextrema()) == ((40, 20), tuple((c, c) for c in image.getpixel((0, 0))))
+
+
+def test_without_pictures_nothing_is_blind(student_path, tmp_path):
+    record = {
+        "id": "a",
+        "conversations": [{"from": "human", "value": "so?"}, {"from": "gpt", "value": "yes"}],
+    }
+    (tmp_path / "data.json").write_text(json.dumps([record]))
+    assert evaluated([student_path], tmp_path / "data.json").models[0].blind is None
+    assert evaluated([student_path], tmp_path / "data.json", blind=False).models[0].blind is None
+
+
+SEEN = [
+    ("is it red?", "yes"),
+    ("is it red?", "no"),
+    ("is  it red?", "no "),
+    ("is it blue?", "yes"),
+    ("is it green?", "yes"),
+    ("what colour?", "red"),
+    ("where?", "here"),
+    ("where?", "here"),
+    ("where?", "there"),
+]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("is it red?", "no"),
+        ("is it round?", "yes"),
+        ("what colour?", "red"),
+        ("who?", "yes"),
+        ("where?", "here"),
+    ],
+)
+def test_the_prior_answers_by_the_question_then_by_its_type_then_by_all(question, answer):
+    assert AnswerPrior(SEEN).answer(question) == answer
+
+
+def test_the_prior_of_nothing_says_nothing():
+    assert AnswerPrior([]).answer("is it red?") == ""
+
+
+def test_the_priors_row_is_what_counting_gives(student_path, pictures, tmp_path):
+    seen = write_pictures(tmp_path / "seen", [0, 1, 2, 5, 6, 9, 13, 17])
+    result = evaluated([student_path], pictures, prior_data=str(seen))
+    answers, samples = {}, open_samples(seen)
+    for index in range(len(samples)):
+        [((message,), answer)] = samples[index].questions
+        answers.setdefault(message["content"][-1]["text"], Counter())[answer] += 1
+    tests, hits = open_samples(pictures), 0
+    for index in range(len(tests)):
+        [((message,), answer)] = tests[index].questions
+        text = message["content"][-1]["text"]
+        known = answers.get(text) or answers[QUESTIONS[0]]  # the only question of its type that was seen
+        hits += known.most_common(1)[0][0] == answer
+    assert result.prior.exact_match == hits / 24
+    assert result.prior.name == str(seen)
+
+
+# ---- a score belongs to its questions
+
+
+def test_questions_have_the_same_fingerprint_in_any_order_and_place(student_path, pictures, tmp_path):
+    same = write_pictures(tmp_path / "same", [*range(24)])
+    whole = evaluated([student_path], pictures).asked
+    assert evaluated([student_path], same, shuffle_seed=3).asked.fingerprint == whole.fingerprint
+    for others in ({"limit": 23}, {"history": "full"}):
+        assert evaluated([student_path], pictures, **others).asked.fingerprint != whole.fingerprint
+    changed = write_pictures(tmp_path / "other", [*range(24)], image=lambda seed: halves(seed + 1))
+    assert evaluated([student_path], changed).asked.fingerprint != whole.fingerprint
+
+
+def test_the_command_keeps_scores_apart_and_prints_what_they_are_worth(
+    seeing, student_path, pictures, data_path
+):
+    words = ["eval", str(seeing), str(student_path), "--prior-data", str(pictures)]
+    first = CliRunner().invoke(app, [*words, "--data", str(pictures)])
+    second = CliRunner().invoke(app, [*words, "--data", str(data_path), "--limit", "4", "--json"])
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    for text in ("24 questions about 24 samples", "blind", "prior", "95 % interval"):
+        assert text in first.stdout
+    found = json.loads(second.stdout)
+    assert {d["against"] for d in found["differences"]} >= {"prior", f"{student_path}, blind"}
+    newest, other = read_records(seeing)
+    assert (newest.asked.data, other.asked.data) == (str(data_path), str(pictures))
+    assert newest.models[0].exact_match == found["models"][0]["exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch-size", "0"),
+        ("batch-size", "-1"),
+        ("workers", "-1"),
+        ("limit", "0"),
+        ("history", "some"),
+        ("dtype", "int8"),
+    ],
+)
+def test_settings_out_of_range_are_refused(student_path, pictures, option, value):
+    done = CliRunner().invoke(app, ["eval", str(student_path), "--data", str(pictures), f"--{option}", value])
+    assert isinstance(done.exception, CachekdError)
+    assert option.replace("-", "_") in str(done.exception)

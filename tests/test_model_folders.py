@@ -11,7 +11,7 @@ import torch
 from caches import dump_cache
 from hub_server import Repo
 from test_text_only import save_lm, write_texts
-from tiny import PLAIN_TEMPLATE, save_vlm, tiny_processor, write_llava_json
+from tiny import PLAIN_TEMPLATE, evaluated, save_vlm, tiny_processor, write_llava_json
 from tiny_families import save
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torchvision_available
@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.evaluate import evaluate
 from cachekd.pair import check_pair
 from cachekd.peek_data import PeekedData
 from cachekd.samples import SampleEncoder, open_samples
@@ -173,10 +172,10 @@ def test_merged_adapters_stop_there_too_and_their_checkpoints_say_merge_first(tm
     )
     train(config)
     assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [0, 5]
-    evaluate([str(tmp_path / "run")], data_path)
+    evaluated([tmp_path / "run"], data_path)
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
     with pytest.raises(CachekdError, match="merge it first"):
-        evaluate([str(checkpoint)], data_path)
+        evaluated([checkpoint], data_path)
     assert not (tmp_path / "run" / "adapter" / "tokenizer.json").exists()
 
 
@@ -216,7 +215,7 @@ def test_a_checkpoint_is_evaluated_like_any_model(taught):
     checkpoint, last = (run / "checkpoints" / f"checkpoint-{step}" for step in (20, 40))
     result = CliRunner().invoke(app, ["eval", str(checkpoint), "--data", str(data), "--json"])
     assert result.exit_code == 0, result.output
-    final, same = evaluate([str(run), str(last)], data).models
+    final, same = evaluated([run, last], data).models
     assert final.exact_match == same.exact_match > 0
     assert generated(last, data) == generated(run, data)
 
@@ -228,7 +227,7 @@ def test_checkpoints_of_processors_without_their_video_part(tmp_path, family):
     train(
         TrainConfig(student=str(save(tmp_path / "s", family)), data=str(data), out=tmp_path / "r", **settings)
     )
-    scores = evaluate([str(tmp_path / "r" / "checkpoints" / "checkpoint-2"), str(tmp_path / "r")], data)
+    scores = evaluated([tmp_path / "r" / "checkpoints" / "checkpoint-2", tmp_path / "r"], data)
     assert scores.models[0].exact_match == scores.models[1].exact_match
 
 
@@ -238,7 +237,7 @@ def test_a_language_models_checkpoint_has_its_tokenizer(tmp_path):
     settings = {"batch_size": 4, "epochs": 1, "save_steps": 1, "keep_checkpoints": True, **CE_ONLY}
     train(TrainConfig(student=str(student), data=str(data), out=tmp_path / "run", **settings))
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
-    assert evaluate([str(checkpoint)], data).questions > 0
+    assert evaluated([checkpoint], data).asked.questions > 0
     assert AutoTokenizer.from_pretrained(checkpoint).get_vocab()
     assert AutoModelForCausalLM.from_pretrained(checkpoint).config.vocab_size == 360
 

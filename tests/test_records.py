@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.errors import BadSample
-from cachekd.evaluate import ask_alone
+from cachekd.evaluation.questions import questions_of
 from cachekd.export import export_webdataset
 from cachekd.samples import Sample, SampleEncoder, open_samples, sample_from_record
 from cachekd.samples.outline import outline_of_record
@@ -220,7 +220,7 @@ def test_any_of_the_answers_may_be_context_in_any_template(name, learned):
 def test_a_context_answer_is_not_asked():
     turns = conversation(1, turns=3)
     turns[1]["weight"] = 0
-    asked = ask_alone(read({"image": PICTURES[0], "conversations": turns}))
+    asked = questions_of(read({"image": PICTURES[0], "conversations": turns}))
     assert [one.questions[0][1] for one in asked] == [turns[3]["value"], turns[5]["value"]]
 
 
@@ -435,7 +435,7 @@ def test_a_control_token_within_tools_is_refused():
 
 def test_a_question_is_asked_with_what_its_tools_said():
     turns = [USER, ANSWER, *TOOL_TURNS]
-    asked = ask_alone(read({"image": PICTURES[0], "tools": TOOLS, "messages": turns}))
+    asked = questions_of(read({"image": PICTURES[0], "tools": TOOLS, "messages": turns}))
     assert [one.questions[0][1] for one in asked] == ["red", CALL, "a dog"]
     roles = [[message["role"] for message in one.messages] for one in asked]
     assert roles == [["user", "assistant"]] * 2 + [["user", "assistant", "tool", "tool", "assistant"]]

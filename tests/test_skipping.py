@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from caches import dump_cache
 from launch import train_in_two_processes
-from tiny import tar_members, tiny_processor, write_llava_json, write_tar
+from tiny import evaluated, tar_members, tiny_processor, write_llava_json, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -23,8 +22,9 @@ from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import ask_alone, evaluate
-from cachekd.files import EVAL_FILE, RUN_FILE
+from cachekd.evaluation import read_records
+from cachekd.evaluation.questions import questions_of
+from cachekd.files import RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.open_run import open_run
@@ -465,9 +465,9 @@ def test_samples_that_are_too_long_are_left_out_though_bad_ones_stop(settings, d
     assert len(long) >= 8
     models, data = [settings["student"]], {"data": data_path, "max_tokens": most}
     with pytest.raises(BadSample, match="too long"):
-        evaluate(models, DataOptions(**data))
+        evaluated(models, **data)
     # Its questions are asked alone, and are shorter than the whole.
-    assert evaluate(models, DataOptions(**data, too_long="skip")).left_out.samples < len(long)
+    assert evaluated(models, **data, too_long="skip").asked.left_out.samples < len(long)
 
 
 def test_a_run_cuts_where_its_cache_did(settings, teacher_path, data_path, tmp_path, caplog):
@@ -553,31 +553,33 @@ def test_an_evaluation_without_broken_samples_is_that_of_the_others(
     rest = write_tar(tmp_path / "rest" / "0.tar", good)
     models, settings = [str(student_path)], {"teacher": str(teacher_path), "batch_size": 5}
     with pytest.raises(CachekdError, match="cannot be read"):
-        evaluate(models, broken, **settings)
+        evaluated(models, broken, **settings)
     progress = []
-    found = evaluate(
-        models, DataOptions(data=broken, on_error="skip"), progress=lambda *n: progress.append(n), **settings
+    found = evaluated(
+        models, broken, progress=lambda *done: progress.append(done), on_error="skip", **settings
     )
-    expected = evaluate(models, rest, **settings)
-    assert found.left_out.samples == 4
-    assert "cannot be read" in found.left_out.first["s001"]
-    assert replace(found, data="", left_out=LeftOutSamples()) == replace(expected, data="")
-    assert sum(samples for samples, _ in progress) == 12
+    expected = evaluated(models, rest, **settings)
+    assert found.asked.left_out.samples == 4
+    assert "cannot be read" in found.asked.left_out.first["s001"]
+    found.asked.data, found.asked.left_out = expected.asked.data, LeftOutSamples()
+    assert found == expected
+    for model in (*models, str(teacher_path)):
+        assert sum(samples for name, _, samples, _ in progress if name == model) == 12
 
 
 def test_an_evaluation_scores_no_half_answers(student_path, data_path):
     """Where a dump cuts samples, an evaluation leaves them out."""
     samples, encoder = open_samples(data_path), SampleEncoder(tiny_processor())
-    asked = {key: ask_alone(samples[index]) for index, key in enumerate(samples.keys)}
+    asked = {key: questions_of(samples[index]) for index, key in enumerate(samples.keys)}
     longest = {key: max(len(encoder(one)) for one in questions) for key, questions in asked.items()}
     most = max(longest.values()) - 1  # an answer's end would be cut off
     long = {key for key, tokens in longest.items() if tokens > most}
     models, data = [str(student_path)], {"data": data_path, "max_tokens": most}
-    cut, skipped = (evaluate(models, DataOptions(**data, too_long=name)) for name in ("cut", "skip"))
+    cut, skipped = (evaluated(models, **data, too_long=name) for name in ("cut", "skip"))
     assert cut == skipped
-    assert {*cut.left_out.first} == long
-    assert all(reason.startswith("the sample is too long: ") for reason in cut.left_out.first.values())
-    assert cut.questions == sum(len(questions) for key, questions in asked.items() if key not in long)
+    assert {*cut.asked.left_out.first} == long
+    assert all(reason.startswith("the sample is too long: ") for reason in cut.asked.left_out.first.values())
+    assert cut.asked.questions == sum(len(questions) for key, questions in asked.items() if key not in long)
 
 
 def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
@@ -587,7 +589,8 @@ def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
     assert done.exit_code == 0, done.output
     assert "left out: 4 samples that cannot be used" in done.stdout
     assert "s001: the image" in done.stdout
-    assert json.loads((run / EVAL_FILE).read_text())["left_out"]["samples"] == 4
+    [record] = read_records(run)
+    assert record.asked.left_out.samples == 4
 
 
 def test_an_evaluation_of_nothing_is_refused(student_path, tmp_path):
@@ -596,6 +599,6 @@ def test_an_evaluation_of_nothing_is_refused(student_path, tmp_path):
         image.unlink()
     gone = "16 samples in a row are bad, and so are others all over the data, so the data have probably gone"
     with pytest.raises(CachekdError, match=gone):
-        evaluate([str(student_path)], DataOptions(data=data, on_error="skip"))
+        evaluated([student_path], data, on_error="skip")
     with pytest.raises(CachekdError, match=r"no sample can be used[\s\S]*s000: the image '0.png' is missing"):
-        evaluate([str(student_path)], DataOptions(data=data, on_error="skip", limit=4))
+        evaluated([student_path], data, on_error="skip", limit=4)

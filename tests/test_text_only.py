@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from templates import shape_processor
-from tiny import conversation, noise_image
+from tiny import conversation, evaluated, noise_image
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -17,7 +17,6 @@ from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump, estimate_dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import evaluate
 from cachekd.files import RUN_FILE
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.report import write_report
@@ -138,7 +137,7 @@ def test_dump_train_eval_report_and_reload(config):
 
     folder = config.out.parent
     teacher = str(folder / "teacher")
-    result = evaluate([str(config.out), config.student], config.data, teacher=teacher)
+    result = evaluated([str(config.out), config.student], config.data, teacher=teacher)
     trained, start = result.models
     assert result.questions == sum(1 + index % 3 for index in range(10))
     assert trained.kl < start.kl
@@ -250,7 +249,7 @@ def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
     assert len(log) == 9
     assert sum(log[-3:]) < 0.8 * sum(log[:3])
 
-    before, after = evaluate([str(tmp_path / "student"), str(tmp_path / "run")], data).models
+    before, after = evaluated([str(tmp_path / "student"), str(tmp_path / "run")], data).models
     assert after.exact_match >= before.exact_match
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert student.config.num_hidden_layers == 30 - len(REMOVED)

@@ -15,13 +15,13 @@ from fsspec.core import url_to_fs
 from cachekd.bind import Binding
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.tail import TailSetting
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
 from cachekd.lean import check_lean_settings
-from cachekd.pipeline.config import EvalConfig, ReportConfig
+from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.coverage import check_coverage
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.pipeline.plan import PlannedStep, in_step

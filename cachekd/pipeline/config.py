@@ -9,21 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from cachekd.config import Dtype, DumpConfig, TrainConfig
+from cachekd.config import Dtype, DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import Config, read_yaml
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-
-
-class EvalConfig(DataOptions):
-    """Exact match, and agreement with the teacher, on held-out data."""
-
-    models: list[str] = Field(description="steps, or model folders; by default every train step above")
-    out: Path = Field(description="the folder of scores.json")
-    teacher: str | None = Field(None, description="adds its own row, and every model's agreement with it")
-    batch_size: int = Field(128, ge=1, description="questions per forward")
 
 
 class ReportConfig(Config):
@@ -92,6 +83,10 @@ class EvalStep(_Eval):
     """`cachekd eval`."""
 
     step: Literal["eval"]
+    models: list[str] | None = Field(
+        None, description="steps, or model folders; by default every train step above"
+    )
+    cache: str | None = Field(None, description="a dump step, of these data, or a folder")
 
 
 class ReportStep(_Report):

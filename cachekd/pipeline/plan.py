@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.config import DumpConfig, TrainConfig, defaults_of
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig, defaults_of
 from cachekd.config_file import Config
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import REPORT_FILE, RUN_FILE
-from cachekd.pipeline.config import EvalConfig, PipelineConfig, ReportConfig
+from cachekd.pipeline.config import PipelineConfig, ReportConfig
 from cachekd.run_folder import FREE_SETTINGS
 from cachekd.stages import STAGES
 

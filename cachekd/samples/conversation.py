@@ -16,7 +16,7 @@ SYSTEM_FIELDS = ("system", "system_prompt")
 IMAGE_PLACEHOLDER = "<image>"
 # <video>, <|video|>, <|video_pad|>, <video_0>
 _MEDIA_PLACEHOLDER = re.compile(r"<\|?(video|audio)(_pad|_?[0-9]+)?\|?>", re.IGNORECASE)
-_ROLES = {
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -91,14 +91,14 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         refuse_fields(turn, where)
     role = first_given(turn, "from", "role") if isinstance(turn, Mapping) else None
     content = first_given(turn, "value", "content") if isinstance(turn, Mapping) else None
-    if not isinstance(role, str) or role not in _ROLES or not isinstance(content, str | list):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(content, str | list):
         raise BadSample(
             "a turn cannot be read",
             where=where,
-            expected=f'{{"from" or "role": one of {", ".join(_ROLES)}, "value" or "content": text or parts}}',
+            expected=f'{{"from" or "role": one of {", ".join(ROLES)}, "value" or "content": text or parts}}',
             found=json.dumps(turn, default=str)[:120],
         )
-    role = _ROLES[role]
+    role = ROLES[role]
     parts = _split_placeholders(content) if isinstance(content, str) else _read_parts(content, where)
     if role != "assistant":
         _refuse_media_placeholders(parts, where)

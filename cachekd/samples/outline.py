@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from cachekd.samples.conversation import IMAGE_PLACEHOLDER, SYSTEM_FIELDS, TURN_FIELDS, first_given
+from cachekd.samples.conversation import IMAGE_PLACEHOLDER, ROLES, SYSTEM_FIELDS, TURN_FIELDS, first_given
 from cachekd.samples.image_fields import pictures_of
 
 
 class Outline(NamedTuple):
-    """A sample's turns and its number of images; no image has been opened for it."""
+    """A sample's turns and its number of images; no image has been opened for it.
+
+    Attributes:
+        texts: of its turns, and of what stands beside them.
+        images: how many.
+        answered: each answer to a user's turn, as (the user's text, the answer).
+    """
 
     texts: list[str]
     images: int
+    answered: tuple[tuple[str, str], ...] = ()
 
 
 def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Outline:
@@ -22,21 +30,45 @@ def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = (
     The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
     shows when the sample is read; here it has no text.
     """
-    contents = _contents(first_given(record, *TURN_FIELDS))
+    turns = _turns(first_given(record, *TURN_FIELDS))
+    contents = [content for _, content in turns]
     try:
-        texts = [_text(content) for content in contents]
-        texts = [text.replace(IMAGE_PLACEHOLDER, "") for text in (*_texts_beside(record, texts), *texts)]
-        return Outline(texts, _indexed(contents) or len(pictures_of(record, image_fields)))
+        texts = [_text(content).replace(IMAGE_PLACEHOLDER, "") for content in contents]
+        answered = _answered([ROLES.get(str(role)) for role, _ in turns], texts)
+        images = _indexed(contents) or len(pictures_of(record, image_fields))
+        return Outline([*_texts_beside(record, texts), *texts], images, answered)
     except RecursionError:  # lists in lists, hundreds deep
         return Outline([], 0)
 
 
-def _contents(turns: Any) -> list[Any]:
+def _turns(turns: Any) -> list[tuple[Any, Any]]:
+    """Of each turn, who says it and what."""
     if isinstance(turns, Mapping):  # of lists, as older `datasets` make of a list of mappings
-        turns = first_given(turns, "value", "content")
+        contents, roles = first_given(turns, "value", "content"), first_given(turns, "from", "role")
+        if not isinstance(contents, list):
+            return []
+        known = roles[: len(contents)] if isinstance(roles, list) else []
+        return list(zip_longest(known, contents))
     if not isinstance(turns, list):
         return []
-    return [first_given(turn, "value", "content") if isinstance(turn, Mapping) else turn for turn in turns]
+    return [
+        (first_given(turn, "from", "role"), first_given(turn, "value", "content"))
+        if isinstance(turn, Mapping)
+        else (None, turn)
+        for turn in turns
+    ]
+
+
+def _answered(roles: list[str | None], texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """As `Sample.questions` has them, but for what is not supervised."""
+    found, question, before = [], None, None
+    for role, text in zip(roles, texts, strict=True):
+        if role == "user":
+            question = text
+        elif role == "assistant" and question is not None and before != "assistant":
+            found.append((question, text))
+        before = role
+    return tuple(found)
 
 
 def _texts_beside(record: Mapping[str, Any], texts: list[str]) -> Iterator[str]:

@@ -53,12 +53,21 @@ class Sample:
 
         Mostly one message leads to it; more where tools are called.
         """
-        asked, start = [], None
+        return [(self.messages[start:end], message_text(self.messages[end])) for start, end in self.asked_at]
+
+    @property
+    def asked_at(self) -> list[tuple[int, int]]:
+        """Of the same, the places in `messages` of the user's message and of the answer.
+
+        What follows an answer at once, without a user or a tool between, answers nobody's question.
+        """
+        asked, start, before = [], None, ""
         for place, message in enumerate(self.messages):
             if message["role"] == "user":
                 start = place
-            elif is_supervised(message) and start is not None:
-                asked.append((self.messages[start:place], message_text(message)))
+            elif is_supervised(message) and start is not None and before != "assistant":
+                asked.append((start, place))
+            before = message["role"]
         return asked
 
 

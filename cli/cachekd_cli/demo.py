@@ -31,8 +31,9 @@ def demo_command(
 
     Example: cachekd demo --seed 1
     """
-    from cachekd.config import DumpConfig, TrainConfig
+    from cachekd.config import DumpConfig, EvalConfig, TrainConfig
     from cachekd.config_file import read_config
+    from cachekd.evaluation import save_in_runs
     from cachekd.report import write_report
     from cachekd_cli import dump, evaluate, train
 
@@ -60,9 +61,11 @@ def demo_command(
             config = read_config(EXAMPLE / "recipe.yaml", TrainConfig, settings)
             train.print_summary(train.run_train(config, description=name))
     paths = [str(out / name) for name in runs]
-    with stages.run("eval", f"cachekd eval {' '.join(paths)} --data {out / 'test'} --teacher {teacher}"):
-        result = evaluate.run_eval(paths, out / "test", teacher)
-        evaluate.save_in_runs(result)
+    tested = {"data": out / "test", "teacher": teacher, "prior_data": data}
+    words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in tested.items())
+    with stages.run("eval", f"cachekd eval {' '.join(paths)} {words}"):
+        result = evaluate.run_eval(read_config(None, EvalConfig, {"models": paths, **tested}))
+        save_in_runs(result)
         evaluate.print_tables(result)
     switch_kd, ce = out / "switch-kd", out / "ce"
     with stages.run("report", f"cachekd report {switch_kd} --baseline {ce}"):

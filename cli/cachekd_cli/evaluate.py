@@ -1,15 +1,11 @@
-"""`cachekd eval`: exact match and agreement with the teacher."""
+"""`cachekd eval`: exact match, agreement with the teacher, and what a picture is worth."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd.files import EVAL_FILE, RUN_FILE
 from cachekd_cli.console import (
     console,
     print_json,
@@ -19,11 +15,13 @@ from cachekd_cli.console import (
     sample_progress,
     table,
 )
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.data_options import Given, takes_data
 
 if TYPE_CHECKING:
-    from cachekd.data_options import Data
-    from cachekd.evaluate import Evaluation
+    from collections.abc import Callable
+
+    from cachekd.config import EvalConfig
+    from cachekd.evaluation import Evaluation, Score
 
 
 @takes_data()
@@ -35,57 +33,122 @@ def eval_command(
     teacher: Annotated[
         str | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions per forward.")] = 128,
+    cache: Annotated[
+        str | None,
+        typer.Option(help="The teacher's logits of these data, for the agreement alone: it need not run."),
+    ] = None,
+    history: Annotated[
+        str,
+        typer.Option(
+            help="What stands before a question: none of its conversation, or full: all of it, true answers "
+            "included."
+        ),
+    ] = "none",
+    blind: Annotated[
+        bool, typer.Option(help="Ask every model again with each picture replaced by its mean colour.")
+    ] = True,
+    prior_data: Annotated[
+        str | None,
+        typer.Option(help="The training data: adds the row of its most frequent answer to each question."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions per forward; halved when memory runs out.")
+    ] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that read and encode samples; 0: a thread.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Exact match per question type, and agreement with the teacher.
 
-    Every run folder among the models keeps its result for `cachekd report`.
+    Every run folder among the models keeps its scores on these questions for `cachekd report`. One model is
+    in memory at a time.
 
     Example: cachekd eval runs/ce runs/switch-kd --teacher models/llava-7b --data data/test
+
+    Example: cachekd eval runs/ce --data data/test --prior-data data/train --limit 500
     """
+    from cachekd.config import EvalConfig
+    from cachekd.config_file import read_config
+    from cachekd.evaluation import save_in_runs
+
     quiet_libraries()
-    result = run_eval(models, read_data(data), teacher, batch_size)
+    options = {
+        "models": models,
+        "teacher": teacher,
+        "cache": cache,
+        "history": history,
+        "blind": blind,
+        "prior_data": prior_data,
+        "batch_size": batch_size,
+        "workers": workers,
+        "dtype": dtype,
+    }
+    result = run_eval(read_config(None, EvalConfig, {**options, **data}))
     save_in_runs(result)
     if as_json:
-        print_json(asdict(result))
+        print_json(result.summary())
     else:
         print_tables(result)
 
 
-def run_eval(models: list[str], data: Data, teacher: str | None, batch_size: int = 128) -> Evaluation:
-    """Evaluate behind a progress bar."""
-    from cachekd.evaluate import evaluate
-    from cachekd.samples import open_samples
+def run_eval(config: EvalConfig) -> Evaluation:
+    """Evaluate behind a progress bar for each model."""
+    from cachekd.evaluation import evaluate
 
-    total = len(open_samples(data))
+    bars: dict[str, Callable[[int, int], None]] = {}
     with progress_bar("questions") as bar:
-        advance = sample_progress(bar, "eval", total)
-        return evaluate(models, data, teacher=teacher, batch_size=batch_size, progress=advance)
 
+        def advance(model: str, total: int, samples: int, questions: int) -> None:
+            if samples == questions == 0:
+                bars[model] = sample_progress(bar, model, total)
+            bars[model](samples, questions)
 
-def save_in_runs(result: Evaluation) -> None:
-    """Leave each run its score beside the teacher's."""
-    for score in result.models:
-        if (Path(score.path) / RUN_FILE).exists():
-            kept = {**asdict(result), "models": [asdict(score)]}
-            (Path(score.path) / EVAL_FILE).write_text(json.dumps(kept, indent=1))
+        return evaluate(config, advance)
 
 
 def print_tables(result: Evaluation) -> None:
-    """One table of totals, one of question types."""
-    scores = [*([result.teacher] if result.teacher else []), *result.models]
-    names = [("teacher " if score is result.teacher else "") + score.path for score in scores]
-    percent = lambda share: "" if share is None else f"{100 * share:.2f} %"  # noqa: E731
+    """Tables of totals, of differences and of question types."""
+    asked, rows = result.asked, list(result.rows)
     totals = [
-        (name, percent(s.exact_match), percent(s.top1_agreement), "" if s.kl is None else f"{s.kl:.4f}")
-        for name, s in zip(names, scores, strict=True)
+        (name, _percent(s.exact_match), _percent(s.top1_agreement), "" if s.kl is None else f"{s.kl:.4f}")
+        for name, s in rows
     ]
-    title = f"{result.questions:,} questions of {result.data}"
+    title = f"{asked.questions:,} questions about {len(asked.per_sample):,} samples of {asked.data}"
     console.print(table(title, ("model", "exact match", "agrees with teacher", "KL (nats)"), totals))
+    print_differences(result)
+    print_types(result, rows)
+    if asked.answers_to_nobody:
+        console.print(f"{asked.answers_to_nobody:,} answers follow no question, and were not asked for")
+    print_left_out("samples that cannot be used, or are too long", asked.left_out)
+
+
+def print_differences(result: Evaluation) -> None:
+    """Of rows, in points, with how sure they are."""
     rows = [
-        (kind, f"{result.types[kind]:,}", *(percent(score.by_type[kind]) for score in scores))
-        for kind in scores[0].by_type
+        (
+            d.row,
+            d.against,
+            f"{100 * d.difference:+.2f}",
+            f"{100 * d.low:+.2f} to {100 * d.high:+.2f}",
+            "no" if d.low <= 0 <= d.high else "yes",
+        )
+        for d in result.differences
     ]
-    console.print(table("exact match by question type", ("question", "count", *names), rows))
-    print_left_out("samples that cannot be used, or are too long", result.left_out)
+    if rows:
+        columns = ("model", "against", "points", "95 % interval", "beyond chance")
+        console.print(table("difference in exact match, same questions", columns, rows))
+
+
+def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
+    """Exact match of every row by question type."""
+    kinds = rows[0][1].by_type
+    counted = [
+        (kind, f"{result.asked.types[kind]:,}", *(_percent(score.by_type[kind]) for _, score in rows))
+        for kind in kinds
+    ]
+    columns = ("question", "count", *(name for name, _ in rows))
+    console.print(table("exact match by question type", columns, counted))
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +14,10 @@ from cachekd_cli.console import console, errors, print_json, quiet_libraries, ta
 from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
-    from cachekd.config import TrainConfig
-    from cachekd.evaluate import Evaluation
+    from cachekd.config import EvalConfig, TrainConfig
+    from cachekd.evaluation import Evaluation
     from cachekd.pipeline import StepState
-    from cachekd.pipeline.config import EvalConfig, ReportConfig
+    from cachekd.pipeline.config import ReportConfig
     from cachekd.pipeline.run import Begun
     from cachekd.train import TrainSummary
 
@@ -77,12 +76,14 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
 def eval_step(config: EvalConfig) -> Evaluation:
     """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
     from cachekd.cache.files import commit
+    from cachekd.evaluation import save_in_runs
     from cachekd.pipeline.plan import SCORES_FILE
 
-    result = evaluate.run_eval(config.models, config, config.teacher, config.batch_size)
-    evaluate.save_in_runs(result)
+    assert config.out is not None  # as the plan has it
+    result = evaluate.run_eval(config)
+    save_in_runs(result)
     config.out.mkdir(parents=True, exist_ok=True)
-    commit(config.out / SCORES_FILE, json_module.dumps(asdict(result), indent=1).encode())
+    commit(config.out / SCORES_FILE, result.model_dump_json(indent=1).encode())
     return result
 
 

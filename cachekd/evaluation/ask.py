@@ -1,0 +1,159 @@
+"""One model, asked every question of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cachekd.data_health import DataHealth
+from cachekd.data_options import OnError
+from cachekd.errors import BadSample
+from cachekd.evaluation.forward import Answered, Question, QuestionRunner
+from cachekd.evaluation.questions import AskedSample, QuestionEncoder
+from cachekd.left_out import BadSamples, may_be_left_out
+from cachekd.prefetch import prefetched
+from cachekd.samples import Samples, read_encoded
+
+BATCHES_PER_SORT = 8  # questions are sorted by length within so many batches: then padding is rare
+_READ_AHEAD = 32  # samples
+
+Progress = Callable[[int, int], None]  # samples and questions since the last call
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of one sample's questions.
+
+    Attributes:
+        sample: with its questions, without their model inputs.
+        right: for each, whether the answer is right.
+        blind: the same without pictures; None where there are none, or nobody asks for it.
+        agreed, divergence: see `Answered`; summed over all questions.
+        tokens: answer tokens of all questions.
+        states: for each question its answer tokens [n] and the kept states [n, d] there; empty if none are.
+    """
+
+    sample: AskedSample
+    right: list[bool]
+    blind: list[bool] | None
+    agreed: int
+    divergence: float
+    tokens: int
+    states: list[tuple[Tensor, Tensor]]
+
+
+def ask(
+    runner: QuestionRunner,
+    samples: Samples,
+    encode: QuestionEncoder,
+    bad: BadSamples,
+    *,
+    workers: int,
+    on_error: OnError,
+    progress: Progress,
+) -> Iterator[Answers]:
+    """Every question of every sample; of a bad sample none, also where only one of them is bad.
+
+    Args:
+        runner: of the model.
+        encode: with the model's own processor and template.
+        bad: is told of samples that are left out.
+        workers: processes that read and encode samples; 0: a thread.
+        on_error: whether a bad sample stops, or is left out.
+
+    Raises:
+        CachekdError: a bad sample that stops, data that have gone, or a model that cannot be run.
+    """
+    health = DataHealth(len(samples), samples.__getitem__)
+
+    def refused(key: str, error: BadSample) -> None:
+        if not may_be_left_out(error, on_error):
+            raise error
+        bad.note(key, error)
+        health.bad([error])
+        progress(1, 0)
+
+    def answered(group: list[AskedSample]) -> Iterator[Answers]:
+        for sample, found in zip(group, _run(runner, group), strict=True):
+            if isinstance(found, BadSample):
+                refused(sample.key, found)
+            else:
+                progress(1, len(found.right))
+                yield found
+
+    group: list[AskedSample] = []
+    read = read_encoded(samples, encode, range(len(samples)), workers=workers)
+    with closing(prefetched(read, _READ_AHEAD)) as stream:
+        for index, sample in enumerate(stream):
+            if isinstance(sample, BadSample):
+                refused(samples.keys[index], sample)
+                continue
+            health.good(index)
+            group.append(sample)
+            if sum(len(one.encoded) for one in group) >= runner.batch_size * BATCHES_PER_SORT:
+                yield from answered(group)
+                group = []
+        yield from answered(group)
+
+
+def _run(runner: QuestionRunner, group: Sequence[AskedSample]) -> list[Answers | BadSample]:
+    """A group of samples; what is wrong with one is its value."""
+    targets = [_targets(runner, sample) for sample in group]
+    good = [
+        (sample, target)
+        for sample, target in zip(group, targets, strict=True)
+        if not isinstance(target, BadSample)
+    ]
+    seen = runner.run(
+        [
+            Question(encoded, part)
+            for sample, parts in good
+            for encoded, part in zip(sample.encoded, parts, strict=True)
+        ]
+    )
+    blind = runner.run([Question(encoded) for sample, _ in good for encoded in sample.blind])
+    found: dict[str, Answers | BadSample] = {}
+    seen_of, blind_of = iter(seen), iter(blind)
+    for sample, _ in good:
+        mine = [next(seen_of) for _ in sample.encoded]
+        found[sample.key] = _answers(sample, mine, [next(blind_of) for _ in sample.blind])
+    return [
+        target if isinstance(target, BadSample) else found[sample.key]
+        for sample, target in zip(group, targets, strict=True)
+    ]
+
+
+def _targets(runner: QuestionRunner, sample: AskedSample) -> list[object] | BadSample:
+    if runner.reference is None:
+        return [None] * len(sample.encoded)
+    try:
+        return runner.reference.of(sample)
+    except BadSample as error:
+        return error
+
+
+def _answers(
+    sample: AskedSample, seen: list[Answered | BadSample], blind: list[Answered | BadSample]
+) -> Answers | BadSample:
+    good: list[list[Answered]] = [[], []]
+    for side, some in zip(good, (seen, blind), strict=True):
+        for one in some:
+            if isinstance(one, BadSample):
+                return one
+            side.append(one)
+    right = [one.right for one in good[0]]
+    tokens = [encoded.token_ids for encoded in sample.encoded]
+    return Answers(
+        sample=sample.without_inputs(),
+        right=right,
+        blind=[one.right for one in good[1]] or None,
+        agreed=sum(one.agreed for one in good[0]),
+        divergence=sum(one.divergence for one in good[0]),
+        tokens=sum(map(len, tokens)),
+        states=[
+            (ids, one.states) for ids, one in zip(tokens, good[0], strict=True) if one.states is not None
+        ],
+    )

@@ -1,0 +1,169 @@
+"""Questions through one model, in batches that fit its memory."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cachekd.cache.output_head import OutputHead
+from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.evaluation.reference import Reference
+from cachekd.failures import failed_forward, memory_that_ran_out
+from cachekd.losses import forward_kl_loss
+from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.vlm import hidden_and_logits_at, output_head
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question for a model.
+
+    Attributes:
+        encoded: with its answer in place.
+        target: what the reference has of it; None: nothing is compared. Of questions that are run together
+            all have one, or none.
+    """
+
+    encoded: Encoded
+    target: Any = None
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model makes of a question.
+
+    Attributes:
+        right: whether greedy decoding would give the true answer, with its end: at each of its tokens the
+            most probable one is the true one.
+        agreed: answer tokens where model and teacher prefer the same one.
+        divergence: KL(teacher || model) in nats, summed over the answer tokens.
+        states: [n, d] on the CPU, what the model's head reads at the answer tokens, if these are kept.
+    """
+
+    right: bool
+    agreed: int = 0
+    divergence: float = 0.0
+    states: Tensor | None = None
+
+
+class QuestionRunner:
+    """Runs one model.
+
+    Args:
+        model: in eval mode, on the device where it runs.
+        encoder: the model's.
+        reference: the teacher, for the questions that have a target.
+        keep_states: for the teacher itself, with whom others are compared.
+        batch_size: questions per forward at first. It is halved when memory runs out, and stays so.
+
+    Attributes:
+        head: how the model's logits follow from the states that are kept; None before the first question.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: SampleEncoder,
+        *,
+        reference: Reference | None = None,
+        keep_states: bool = False,
+        batch_size: int,
+    ) -> None:
+        self.model, self.encoder, self.reference = model, encoder, reference
+        self.keep_states, self.batch_size = keep_states, batch_size
+        self.head: OutputHead | None = None
+        # Rows that pad the vocabulary beyond the tokenizer's tokens are nobody's answer.
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size = min(len(encoder.processor.tokenizer), rows)
+
+    def run(self, questions: Sequence[Question]) -> list[Answered | BadSample]:
+        """Batched by length; results in the questions' order.
+
+        Raises:
+            CachekdError: memory runs out for a single question, the GPU failed, or the logits do not follow
+                from the states.
+        """
+        order = sorted(range(len(questions)), key=lambda index: len(questions[index].encoded))
+        found: dict[int, Answered | BadSample] = {}
+        while order:
+            some = order[: self.batch_size]
+            results = self._tried([questions[index] for index in some])
+            if results is not None:
+                found |= zip(some, results, strict=True)
+                order = order[len(some) :]
+        return [found[index] for index in range(len(questions))]
+
+    def _tried(self, batch: list[Question]) -> Sequence[Answered | BadSample] | None:
+        """None where memory ran out, and batches are smaller from now on."""
+        bad: CachekdError
+        try:
+            return self._forward(batch)
+        except CachekdError as error:
+            if not isinstance(error, BadSample):
+                raise
+            bad = without_frames(error)
+        except Exception as error:  # torch's, the model's own: each has its own
+            ran_out = memory_that_ran_out(error) is not None and len(batch) > 1
+            bad = failed_forward(error, [one.encoded for one in batch], f"{self.model.name_or_path}")
+            if not ran_out and not isinstance(bad, BadSample):
+                raise bad from error
+            bad = without_frames(bad)
+        # Here the frames that held the batch's tensors are gone.
+        if isinstance(bad, BadSample):  # find the sample
+            return (
+                [bad] if len(batch) == 1 else [found for one in batch for found in self._tried([one]) or ()]
+            )
+        self.batch_size = len(batch) // 2
+        log.warning("memory ran out: %d questions per forward from now on", self.batch_size)
+        free_memory()
+        return None
+
+    @torch.inference_mode()
+    def _forward(self, questions: list[Question]) -> list[Answered]:
+        batch = collate([one.encoded for one in questions], self.encoder.pad_token_id)
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        supervised = batch.pop("supervised")
+        answers, counts = batch["input_ids"][supervised], supervised.sum(1).tolist()
+        hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
+        logits = logits[:, : self.vocab_size].float()
+        if not bool(logits.isfinite().all()):
+            raise BadSample("the model's logits are not finite", where=f"sample {questions[0].encoded.key!r}")
+        if self.keep_states and self.head is None:
+            self.head = output_head(self.model, hidden, logits, self.vocab_size)
+        preferred = logits.argmax(-1)
+        right = (preferred == answers).split(counts)
+        agreed, divergence = self._compared(questions, logits, preferred)
+        states = hidden.cpu().split(counts) if self.keep_states else [None] * len(questions)
+        return [
+            Answered(bool(one.all()), int(same.sum()), float(nats.sum()), kept)
+            for one, same, nats, kept in zip(
+                right, agreed.split(counts), divergence.split(counts), states, strict=True
+            )
+        ]
+
+    def _compared(
+        self, questions: list[Question], logits: Tensor, preferred: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[N] bool, where model and teacher agree, and [N] float64, the divergence."""
+        if self.reference is None or questions[0].target is None:
+            nothing = torch.zeros(len(logits), device=logits.device, dtype=torch.float64)
+            return nothing.bool(), nothing
+        targets, theirs = self.reference.joined([one.target for one in questions])
+        divergence = forward_kl_loss(logits[:, : targets.vocab_size], targets, reduction="none")
+        return preferred == theirs, divergence.double()
+
+
+def free_memory() -> None:
+    """Of what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

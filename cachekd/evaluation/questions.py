@@ -1,0 +1,147 @@
+"""From a conversation to its questions, each to be asked by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image, ImageStat
+
+from cachekd.config import History
+from cachekd.samples import Encoded, Sample, SampleEncoder
+from cachekd.samples.sample import is_supervised, message_text
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AskedSample:
+    """A sample's questions, encoded for a model.
+
+    Attributes:
+        key, content_hash: the sample's.
+        texts, answers: of each question, without pictures.
+        encoded: each question with its answer in place, the only one that is supervised.
+        blind: the same where every picture has its mean colour; empty where nobody asks for it.
+        answers_to_nobody: supervised answers of the sample that no question asks for.
+        whole: whether each question has all that comes before its answer in the sample.
+    """
+
+    key: str
+    content_hash: bytes
+    texts: list[str]
+    answers: list[str]
+    encoded: list[Encoded]
+    blind: list[Encoded]
+    answers_to_nobody: int
+    whole: bool
+
+    def without_inputs(self) -> AskedSample:
+        """What is known of it when it was asked."""
+        return replace(self, encoded=[], blind=[])
+
+
+@dataclass(frozen=True)
+class QuestionEncoder:
+    """Makes `AskedSample`s; it can be pickled.
+
+    Attributes:
+        encoder: the model's.
+        history: see `questions_of`.
+        blind: whether the questions are to be asked without pictures too.
+    """
+
+    encoder: SampleEncoder
+    history: History
+    blind: bool
+
+    def __call__(self, sample: Sample) -> AskedSample:
+        """Every question of a sample.
+
+        Raises:
+            CachekdError: one of them cannot be encoded.
+        """
+        asked = questions_of(sample, self.history)
+        blind = questions_of(blinded(sample), self.history) if self.blind and sample.images else []
+        return AskedSample(
+            key=sample.key,
+            content_hash=sample.content_hash,
+            texts=[question_text(question) for question in asked],
+            answers=[message_text(question.messages[-1]) for question in asked],
+            encoded=[self.encoder(question) for question in asked],
+            blind=[self.encoder(question) for question in blind],
+            answers_to_nobody=sum(map(is_supervised, sample.messages)) - len(asked),
+            whole=all(
+                len(question.messages) == end + 1
+                for question, (_, end) in zip(asked, sample.asked_at, strict=True)
+            ),
+        )
+
+
+def questions_of(sample: Sample, history: History = "none") -> list[Sample]:
+    """One sample per question, whose only supervised answer is the last message.
+
+    A question has its own turn's pictures; where it has none, those that were shown before. Between question
+    and answer tools may have been called; these messages are part of what is asked. System turns that stand
+    before the question stay, in their place.
+
+    Args:
+        history: "none": nothing else of what came before, whose answers could give this one away; "full": the
+            whole conversation up to the question, with its true answers and pictures.
+    """
+    return [_asked(sample, start, end, history) for start, end in sample.asked_at]
+
+
+def _asked(sample: Sample, start: int, end: int, history: History) -> Sample:
+    before, leading = sample.messages[:start], sample.messages[start:end]
+    pictures = iter(sample.images)
+    shown = [
+        [next(pictures) for part in message["content"] if _is_picture(part)] for message in sample.messages
+    ]
+    if history == "full":
+        kept, images = [*before, *leading], shown[:end]
+    else:
+        systems = [place for place, message in enumerate(before) if message["role"] == "system"]
+        kept = [*(before[place] for place in systems), *leading]
+        images = [*(shown[place] for place in systems), *shown[start:end]]
+        if not any(images):
+            earlier = [picture for some in shown[:start] for picture in some]
+            kept[len(systems)] = _with_pictures(kept[len(systems)], len(earlier))
+            images = [earlier]
+    kept = [{**message, "supervised": False} if is_supervised(message) else message for message in kept]
+    flat = tuple(picture for some in images for picture in some)
+    return replace(sample, messages=(*kept, sample.messages[end]), images=flat)
+
+
+def _with_pictures(message: Message, count: int) -> Message:
+    return {**message, "content": [{"type": "image"}] * count + message["content"]}
+
+
+def _is_picture(part: dict[str, Any]) -> bool:
+    return bool(part["type"] == "image")
+
+
+def blinded(sample: Sample) -> Sample:
+    """The same sample, each picture of the same size and one colour, its mean: nothing can be seen."""
+    return replace(sample, images=tuple(map(_mean_colour, sample.images)))
+
+
+def _mean_colour(image: Image.Image) -> Image.Image:
+    red, green, blue = (round(value) for value in ImageStat.Stat(image).mean)
+    return Image.new("RGB", image.size, (red, green, blue))
+
+
+def question_text(question: Sample) -> str:
+    """The user's message of one of `questions_of`, without pictures and with single spaces."""
+    [(start, _)] = question.asked_at
+    return one_line(message_text(question.messages[start]))
+
+
+def one_line(text: str) -> str:
+    """With single spaces."""
+    return " ".join(text.split())
+
+
+def question_type(text: str) -> str:
+    """The first two words of a question."""
+    return " ".join(text.lower().split()[:2])
