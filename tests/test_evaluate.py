@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ANSWERS, QUESTIONS, evaluated, noise_image, save_vlm, tiny_processor, write_llava_json
+from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 import cachekd.evaluation.run as evaluation_run
@@ -20,7 +21,13 @@ from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
 from cachekd.evaluation.prior import AnswerPrior
-from cachekd.evaluation.questions import blinded, question_text, question_type, questions_of
+from cachekd.evaluation.questions import (
+    QuestionEncoder,
+    blinded,
+    question_text,
+    question_type,
+    questions_of,
+)
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.train import train
 from cachekd.vlm import load_model, load_processor
@@ -531,3 +538,20 @@ def test_settings_out_of_range_are_refused(student_path, pictures, option, value
     done = CliRunner().invoke(app, ["eval", str(student_path), "--data", str(pictures), f"--{option}", value])
     assert isinstance(done.exception, CachekdError)
     assert option.replace("-", "_") in str(done.exception)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blind_questions_are_encoded_as_if_each_were_encoded_by_itself(family):
+    encoder = SampleEncoder(FAMILIES[family].processor())
+    alone = family == "paligemma"  # which takes one question
+    turns = TURNS[1:3] if alone else TURNS[1:]
+    images = (noise_image(0, (40, 32)), noise_image(1, (32, 48)))[: 1 if alone else 2]
+    sample = sample_from_llava("k", turns, images, origin="test")
+    expected = [encoder(question) for question in questions_of(blinded(sample))]
+    found = QuestionEncoder(encoder, "none", blind=True)(sample)
+    for one, other, seen in zip(found.blind, expected, found.encoded, strict=True):
+        assert one.inputs.keys() == other.inputs.keys()
+        for name, value in one.inputs.items():
+            assert torch.equal(value, other.inputs[name]), name
+        assert torch.equal(one.supervised, other.supervised)
+        assert any(not torch.equal(one.inputs[name], value) for name, value in seen.inputs.items())

@@ -62,20 +62,31 @@ class QuestionEncoder:
             CachekdError: one of them cannot be encoded.
         """
         asked = questions_of(sample, self.history)
-        blind = questions_of(blinded(sample), self.history) if self.blind and sample.images else []
+        encoded = [self.encoder(question) for question in asked]
         return AskedSample(
             key=sample.key,
             content_hash=sample.content_hash,
             texts=[question_text(question) for question in asked],
             answers=[message_text(question.messages[-1]) for question in asked],
-            encoded=[self.encoder(question) for question in asked],
-            blind=[self.encoder(question) for question in blind],
+            encoded=encoded,
+            blind=self._blind(sample, encoded) if self.blind and sample.images else [],
             answers_to_nobody=sum(map(is_supervised, sample.messages)) - len(asked),
             whole=all(
                 len(question.messages) == end + 1
                 for question, (_, end) in zip(asked, sample.asked_at, strict=True)
             ),
         )
+
+    def _blind(self, sample: Sample, encoded: list[Encoded]) -> list[Encoded]:
+        """Questions about the same pictures differ in their text, which is encoded already."""
+        without: dict[tuple[int, ...], Encoded] = {}
+        blind = []
+        for question, whole in zip(questions_of(blinded(sample), self.history), encoded, strict=True):
+            pictures = tuple(map(id, question.images))
+            if pictures not in without:
+                without[pictures] = self.encoder(question)
+            blind.append(whole.with_pictures_of(without[pictures]))
+        return blind
 
 
 def questions_of(sample: Sample, history: History = "none") -> list[Sample]:

@@ -205,7 +205,7 @@ def _score(path: str, found: Found, keys: list[str], reference: Reference | None
     score = _counted(path, samples, [right for one in answers for right in one.right])
     if reference is not None:
         score.top1_agreement = sum(one.agreed for one in answers) / tokens
-        score.kl = sum(one.divergence for one in answers) / tokens
+        score.kl = max(0.0, sum(one.divergence for one in answers) / tokens)  # rounding may leave it below
     if any(one.blind is not None for one in answers):
         blind = [one.right if one.blind is None else one.blind for one in answers]
         score.blind = _counted(path, samples, [right for some in blind for right in some])

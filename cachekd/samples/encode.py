@@ -45,6 +45,12 @@ class Encoded:
         cut = self.cut or answers < len(self.token_ids)
         return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept], cut=cut)
 
+    def with_pictures_of(self, other: Encoded) -> Encoded:
+        """The same text with the pictures of another sample, as many and of the same sizes: so the tokens
+        that stand for them are the same."""
+        pictures = {name: value for name, value in other.inputs.items() if name not in _PER_TOKEN}
+        return replace(self, inputs={**self.inputs, **pictures})
+
     @property
     def token_ids(self) -> Tensor:
         """[N] int64, the answer tokens."""

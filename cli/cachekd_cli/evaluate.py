@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -108,26 +109,39 @@ def run_eval(config: EvalConfig) -> Evaluation:
 
 def print_tables(result: Evaluation) -> None:
     """Tables of totals, of differences and of question types."""
-    asked, rows = result.asked, list(result.rows)
+    asked, names = result.asked, short_names(result)
+    rows = [(names[name], score) for name, score in result.rows]
     totals = [
         (name, _percent(s.exact_match), _percent(s.top1_agreement), "" if s.kl is None else f"{s.kl:.4f}")
         for name, s in rows
     ]
     title = f"{asked.questions:,} questions about {len(asked.per_sample):,} samples of {asked.data}"
     console.print(table(title, ("model", "exact match", "agrees with teacher", "KL (nats)"), totals))
-    print_differences(result)
+    print_differences(result, names)
     print_types(result, rows)
     if asked.answers_to_nobody:
         console.print(f"{asked.answers_to_nobody:,} answers follow no question, and were not asked for")
     print_left_out("samples that cannot be used, or are too long", asked.left_out)
 
 
-def print_differences(result: Evaluation) -> None:
+def short_names(result: Evaluation) -> dict[str, str]:
+    """Of rows, for tables: without the folders, where names differ without them."""
+    models = [score.name for score in result.models]
+    ends = [Path(name).name for name in models]
+    unique = len(set(ends)) == len(set(models))
+    short = {name: end if unique else name for name, end in zip(models, ends, strict=True)}
+    short |= {f"{name}, blind": f"{own}, blind" for name, own in short.items()}
+    return {
+        name: "teacher" if name.startswith("teacher ") else short.get(name, name) for name, _ in result.rows
+    }
+
+
+def print_differences(result: Evaluation, names: dict[str, str]) -> None:
     """Of rows, in points, with how sure they are."""
     rows = [
         (
-            d.row,
-            d.against,
+            names[d.row],
+            names[d.against],
             f"{100 * d.difference:+.2f}",
             f"{100 * d.low:+.2f} to {100 * d.high:+.2f}",
             "no" if d.low <= 0 <= d.high else "yes",
