@@ -28,7 +28,7 @@ from transformers.utils import logging
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import read_config
 from cachekd.dump import dump
-from cachekd.evaluation import evaluate
+from cachekd.evaluation.run import evaluate
 from cachekd.train import train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"

@@ -94,7 +94,7 @@ def eval_command(
 
 def run_eval(config: EvalConfig) -> Evaluation:
     """Evaluate behind a progress bar for each model."""
-    from cachekd.evaluation import evaluate
+    from cachekd.evaluation.run import evaluate
 
     bars: dict[str, Callable[[int, int], None]] = {}
     with progress_bar("questions") as bar:
