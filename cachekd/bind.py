@@ -20,7 +20,7 @@ from pydantic import Field
 
 from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import commit
+from cachekd.cache.files import write_file
 from cachekd.cache.sealed import Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
@@ -109,7 +109,7 @@ class BindReport:
         binding = Binding(
             cache_sha256=str(cache.manifest.sha256), data=data, keys=self.moved, unbound=self.unbound
         )
-        commit(path, binding.to_json())
+        write_file(path, binding.to_json())
 
 
 def bind(

@@ -8,15 +8,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
 from cachekd.errors import CachekdError
 
 
-class Config(BaseModel):
-    """Closed and unchanging: an unknown name is an error, not a silent default."""
+LARGEST = 2**32 - 1  # of whole numbers: the largest seed of numpy, and far beyond any count
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Config(BaseModel):
+    """Closed and unchanging: an unknown name is an error, not a silent default. Numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_count(cls, value: Any) -> Any:
+        """No number is beyond what libraries and the manifest can hold; bytes have a limit of their own."""
+        if isinstance(value, int) and not isinstance(value, ByteSize) and value > LARGEST:
+            raise ValueError(f"input should be at most {LARGEST:,}")
+        return value
 
 
 AConfig = TypeVar("AConfig", bound=Config)

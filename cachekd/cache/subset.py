@@ -18,7 +18,7 @@ from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 
 
-def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
+def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> Manifest:
     """A cache with those samples of `path` whose key is in `keys`.
 
     Shards of which all samples are wanted are linked; others are cut, code by code, so that nothing is
@@ -30,7 +30,7 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
     cache = LogitCache(path)
     with new_cache(out) as new:
         for number, info in enumerate(cache.manifest.shards):
-            found = read_keys(path / SHARD_FOLDER / info.name)
+            found = read_keys(cache.path / SHARD_FOLDER / info.name)
             wanted = [place for place, key in enumerate(found) if key in keys]
             if wanted:
                 new.add(cache, number, None if len(wanted) == len(found) else wanted)
@@ -41,7 +41,7 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
                 expected=f"some of its {len(cache):,} samples",
                 fix="loosen the filter; `cachekd select --list` shows what there is",
             )
-        new.finish("select", [cache.manifest], read_skipped(path, cache.manifest.skipped))
+        new.finish("select", [cache.manifest], read_skipped(cache.path, cache.manifest.skipped))
     return Manifest.load(out)
 
 

@@ -27,7 +27,7 @@ EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0
 
 
 def summarise(
-    path: Path,
+    path: str | Path,
     *,
     entropy_tokens: int = ENTROPY_TOKENS,
     progress: Callable[[ShardInfo], None] = lambda shard: None,
@@ -43,6 +43,7 @@ def summarise(
     Raises:
         CachekdError: it is not a cache, or a shard is missing or damaged.
     """
+    path = Path(path)
     manifest = Manifest.load(path)
     counts = _Counts(spread(entropy_tokens, manifest.tokens))
     shards = []

@@ -30,8 +30,8 @@ SCHEMA = pa.schema(
 
 
 def export_parquet(
-    path: Path,
-    out: Path,
+    path: str | Path,
+    out: str | Path,
     *,
     top_k: int | None = None,
     progress: Callable[[int], None] = lambda samples: None,

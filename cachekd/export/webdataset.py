@@ -24,8 +24,8 @@ Member = tuple[str, bytes]
 
 
 def export_webdataset(
-    path: Path,
-    out: Path,
+    path: str | Path,
+    out: str | Path,
     samples: Samples,
     *,
     top_k: int | None = None,

@@ -41,13 +41,16 @@ def bind_command(
     """
     from cachekd.bind import bind
     from cachekd.cache import LogitCache
+    from cachekd.cache.files import require_place
     from cachekd.samples import open_samples
 
     quiet_libraries()
-    if out is not None and out.exists():
-        raise CachekdError(
-            "the file for the binding exists already", where=str(out), fix="choose another --out"
-        )
+    if out is not None:
+        require_place(out)
+        if out.exists():
+            raise CachekdError(
+                "the file for the binding exists already", where=str(out), fix="choose another --out"
+            )
     options = read_data(data)
     opened, samples = LogitCache(cache), open_samples(options)
     with progress_bar("samples") as bar:

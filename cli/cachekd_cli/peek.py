@@ -21,7 +21,6 @@ from cachekd_cli.console import (
     print_json,
     progress_bar,
     quiet_libraries,
-    require_place,
     write_page,
 )
 from cachekd_cli.data_options import Given, read_optional, takes_data
@@ -75,10 +74,12 @@ def peek_command(
     Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
     """
     from cachekd.cache import LogitCache
+    from cachekd.cache.files import require_place
     from cachekd.peek import choose
     from cachekd.token_texts import find_reader
 
-    require_place(html)
+    if html is not None:
+        require_place(html)
     quiet_libraries()
     opened = LogitCache(cache)
     reader = find_reader(opened, tokenizer)
