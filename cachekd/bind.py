@@ -59,6 +59,16 @@ class Binding(Sealed):
             )
 
 
+def open_bound(path: str | Path, binding: Path | None) -> LogitCache:
+    """A cache, under the keys of a data set where there is a binding.
+
+    Raises:
+        CachekdError: either cannot be read, or the binding is of another cache.
+    """
+    cache = LogitCache(path)
+    return cache if binding is None else bound_cache(cache, Binding.read(binding), str(binding))
+
+
 def bound_cache(cache: LogitCache, binding: Binding, where: str) -> LogitCache:
     """A cache under the keys of the data set that was bound to it.
 

@@ -11,9 +11,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
 from cachekd.errors import CachekdError
-
-
-LARGEST = 2**32 - 1  # of whole numbers: the largest seed of numpy, and far beyond any count
+from cachekd.ranges import COUNT
 
 
 class Config(BaseModel):
@@ -25,8 +23,8 @@ class Config(BaseModel):
     @classmethod
     def _is_a_count(cls, value: Any) -> Any:
         """No number is beyond what libraries and the manifest can hold; bytes have a limit of their own."""
-        if isinstance(value, int) and not isinstance(value, ByteSize) and value > LARGEST:
-            raise ValueError(f"input should be at most {LARGEST:,}")
+        if isinstance(value, int) and not isinstance(value, ByteSize) and value > COUNT:
+            raise ValueError(f"input should be at most {COUNT:,}")
         return value
 
 

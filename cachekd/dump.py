@@ -190,7 +190,12 @@ def open_teacher(
 
 
 def _load_teacher(
-    path: str, encoder: SampleEncoder, samples: Samples, options: DataOptions, codec: CodecSettings, dtype: str
+    path: str,
+    encoder: SampleEncoder,
+    samples: Samples,
+    options: DataOptions,
+    codec: CodecSettings,
+    dtype: str,
 ) -> Teacher:
     """The weights, once a sample could be encoded."""
     first_good(len(samples), lambda index: encoder(samples[index]), options.on_error)

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from cachekd.cache import Manifest
 from cachekd.cache.files import require_place, write_file
+from cachekd.describe import bytes_per_token
 from cachekd.errors import CachekdError
 from cachekd.files import EVAL_FILE, REPORT_FILE, RUN_FILE
 from cachekd.plots import COLORS, STYLE, k_plot, page_environment, svg
@@ -225,7 +226,7 @@ def _cache_rows(run: Run) -> dict[str, str]:
         "teacher": f"{manifest.teacher.name} ({manifest.teacher.model_type}, {manifest.teacher.dtype})",
         "samples": f"{manifest.samples:,}",
         "answer tokens": f"{manifest.tokens:,}",
-        "bytes per token": f"{manifest.size / manifest.tokens:.1f}",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
         "mean k": f"{manifest.entries / manifest.tokens:.1f}",
         "size": f"{manifest.size / 1e6:.2f} MB in {len(manifest.shards)} shard(s)",
         "codec": ", ".join(f"{name} {value}" for name, value in manifest.codec.model_dump().items()),

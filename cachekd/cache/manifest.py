@@ -14,15 +14,14 @@ from cachekd.cache.files import address_of
 from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
 from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
+from cachekd.ranges import EXACT, KEPT
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "dump/plan.json"
 
-MOST = 2**53  # what every JSON reader holds exactly
-MOST_KEPT = 2**16 - 1  # logprobs of a token, whose number is kept in 16 bits
-Count = Annotated[int, Field(ge=0, le=MOST)]
-Positive = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=EXACT)]
+Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 class TeacherInfo(Part):
@@ -101,10 +100,10 @@ class Source(Part):
 class CodecSettings(Part):
     """How a token's distribution is kept."""
 
-    top_k: int = Field(ge=2, le=MOST_KEPT, description="most logprobs per token")
+    top_k: int = Field(ge=2, le=KEPT, description="most logprobs per token")
     top_p: float = Field(ge=0, lt=1, description="share of the mass to reach if top_k allows")
-    window: int = Field(ge=2, le=MOST, description="Kneedle saw this many of the largest logits")
-    min_k: int = Field(ge=2, le=MOST, description="least logprobs per token")
+    window: int = Field(ge=2, le=EXACT, description="Kneedle saw this many of the largest logits")
+    min_k: int = Field(ge=2, le=EXACT, description="least logprobs per token")
     logprob_step: float = Field(1 / 16, gt=0, le=16, description="nats per quantisation step")
     tail: str = Field(
         "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"

@@ -46,7 +46,7 @@ def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> M
 
 
 def sample_table(cache: LogitCache) -> pd.DataFrame:
-    """A row per sample, in the cache's order.
+    """A row per key, in the samples' order.
 
     Columns: `key`; `tokens`; `mean_k`, logprobs kept per token; `logprob`, the teacher's mean logprob of the
     answer tokens; `shard`, its file.
@@ -62,7 +62,10 @@ def sample_table(cache: LogitCache) -> pd.DataFrame:
             "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
             "shard": info.name,
         }
-        tables.append(pd.DataFrame({"key": read_keys(cache.path / SHARD_FOLDER / info.name), **columns}))
+        names = cache.names(number)
+        rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
+        rows.insert(0, "key", [key for key, _ in names])
+        tables.append(rows)
     return pd.concat(tables, ignore_index=True)
 
 

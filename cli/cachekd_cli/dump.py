@@ -168,6 +168,8 @@ def print_stopped(out: Path) -> None:
 
 def print_summary(summary: DumpSummary) -> None:
     """The summary table."""
+    from cachekd.describe import bytes_per_token
+
     rows = [
         ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
         ("samples", f"{summary.samples:,}"),
@@ -177,7 +179,7 @@ def print_summary(summary: DumpSummary) -> None:
         *([("keys that came before", f"{summary.repeated_keys:,}")] if summary.repeated_keys else []),
         *([("files that are no data", f"{summary.other_files:,}")] if summary.other_files else []),
         ("answer tokens", f"{summary.tokens:,}"),
-        ("bytes per token", f"{summary.bytes_per_token:.1f}"),
+        ("bytes per token", bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens)),
         ("mean k", f"{summary.mean_k:.1f}"),
         ("size", f"{summary.bytes / 1e6:.2f} MB"),
         *_sketch_rows(summary),
@@ -195,12 +197,14 @@ def print_summary(summary: DumpSummary) -> None:
 
 def print_estimate(found: Estimate, config: DumpConfig) -> None:
     """The estimate's table."""
+    from cachekd.describe import bytes_per_token
+
     hours = found.seconds / config.world_size / 3600
     rows = [
         ("samples", f"{found.samples:,}"),
         ("answer tokens", f"{found.tokens:,} ± {found.tokens_error:,}"),
         ("top-k, tail", f"{found.codec.top_k}, {found.codec.tail}"),
-        ("bytes per token", f"{found.bytes_per_token:.1f}"),
+        ("bytes per token", bytes_per_token(found.shard_bytes, found.sketch_bytes, found.tokens)),
         ("shards", f"{found.shard_bytes / 1e6:,.2f} MB"),
         ("tail sketch", f"{found.sketch_bytes / 1e6:,.2f} MB"),
         ("cache in all", f"{found.size / 1e6:,.2f} MB"),

@@ -53,7 +53,7 @@ def recompress_command(
         )
         for path, of in ((cache, old), (out, new))
     ]
-    console.print(table("recompressed", ("cache", "bytes/token", "logprobs/token", "sketch MB"), rows))
+    console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
         console.print(
             f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "
