@@ -91,7 +91,7 @@ class LogitCache:
         return other
 
     def names(self, number: int) -> list[tuple[str, int]]:
-        """The keys in a shard, each with the sample's place in it; a renamed cache may have several of one."""
+        """The keys in a shard, each with its sample's place in it; renamed, a sample may have several."""
         if self._names is not None:
             return self._names.get(number, [])
         return [(key, position) for position, key in enumerate(self._shard(number).keys)]

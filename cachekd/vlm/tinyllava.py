@@ -118,15 +118,14 @@ def _readable(source: Path) -> Iterator[None]:
 
 
 def _check(settings: dict[str, Any], source: Path) -> None:
-    if settings.get("model_type") == MODEL_TYPE:
-        for name in ("text_config", "vision_config"):
-            if not isinstance(settings.get(name), dict):
-                raise CachekdError(f"{name} is missing", where=str(source / CONFIG_NAME))
-    tower = (settings.get("vision_config") or {}).get("model_type")
+    if not isinstance(settings, dict):
+        raise CachekdError("this is no configuration of a model", where=str(source / CONFIG_NAME))
+    text, vision = ((settings.get(name) or {}).get("model_type") for name in ("text_config", "vision_config"))
     facts = {
         "model_type": (settings.get("model_type"), (MODEL_TYPE,)),
         "connector_type": (settings.get("connector_type"), ("mlp2x_gelu",)),
-        "vision_config.model_type": (tower, ("siglip_vision_model", "clip_vision_model")),
+        "text_config.model_type": (text, (text or "that of a language model",)),
+        "vision_config.model_type": (vision, ("siglip_vision_model", "clip_vision_model")),
         "image_aspect_ratio": (settings.get("image_aspect_ratio", "square"), ("square",)),
         "vision_feature_select_strategy": (settings.get("vision_feature_select_strategy"), tuple(_STRATEGY)),
     }

@@ -64,7 +64,7 @@ def verify_command(
     if binding is not None and (repair or teacher is None):
         raise CachekdError(
             "--binding is for asking the teacher again",
-            expected="--teacher and --data beside it, and no --repair: shards are made of the data that were dumped",
+            expected="--teacher and --data beside it, and no --repair, which takes the data that were dumped",
             fix="leave --binding out" if teacher is None else "leave --binding or --repair out",
         )
     require_manifest(cache)
