@@ -84,7 +84,7 @@ def _open(spec: str, reader: RecordReader) -> Samples:
         "no data found" if exists else "the data set does not exist",
         where=name,
         expected=FORMS,
-        fix=inside and f"did you mean {inside}?",
+        fix=None if inside is None else f"did you mean {inside}?",
     )
 
 

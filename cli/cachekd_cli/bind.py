@@ -24,7 +24,8 @@ def bind_command(
     cache: Annotated[str, typer.Argument(help="The cache: a folder, or the address of a published one.")],
     data: Given,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the binding, for `cachekd train --binding`.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the binding, for train, peek, verify and export."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, all keys, as JSON.")] = False,

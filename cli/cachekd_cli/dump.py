@@ -31,13 +31,17 @@ def dump_command(
     ] = None,
     tail: Annotated[
         str | None,
-        typer.Option(help="Of the logprobs that are not kept: none, bytes=64 (a token), step=0.1 or exact."),
+        typer.Option(
+            help="Of the logprobs that are not kept: none, bytes=32 (a token), step=0.1 or exact. "
+            "Default: bytes=64."
+        ),
     ] = None,
     disk_budget: Annotated[
         str | None, typer.Option(help="For the whole cache, such as 50GB: chooses top-k and tail.")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on; 16384.")
+        int | None,
+        typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on. Default: 16384."),
     ] = None,
     window: Annotated[int, typer.Option(help="Kneedle looks at this many of the largest logits.")] = 128,
     min_k: Annotated[int, typer.Option(help="Least logprobs kept per answer token.")] = 2,
@@ -50,7 +54,9 @@ def dump_command(
     rank: Annotated[
         int | None, typer.Option(help="Of this process; default: from torchrun or accelerate, else 0.")
     ] = None,
-    world_size: Annotated[int | None, typer.Option(help="Processes that share the work.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="Processes that share the work; default likewise, else 1.")
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run a few batches, say what the whole will cost, and stop.")
     ] = False,

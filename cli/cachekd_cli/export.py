@@ -26,7 +26,9 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
     data: Given,
-    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token; all that are kept.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Most logprobs per token. Default: all that are kept.")
+    ] = None,
     binding: Annotated[
         Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
     ] = None,
