@@ -16,6 +16,7 @@ import torch
 
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
+from cachekd.cache.files import require_room_for
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
@@ -94,6 +95,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     Raises:
         CachekdError: bad input, a folder with a dump of something else, or no room. What is finished stays.
     """
+    require_room_for(config.out)
     earlier = find_plan(config.out)
     samples, teacher = open_inputs(config)
     started, new_tokens = time.perf_counter(), 0

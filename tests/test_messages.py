@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import typer
 from caches import copied
 from pydantic import ByteSize
 from tiny import write_llava_json
 from typer.testing import CliRunner
 
-from cachekd import describe
-from cachekd.cache import LogitCache, Manifest
+from cachekd import DenseTargets, describe, losses
+from cachekd.cache import LogitCache, Manifest, select_topk
 from cachekd.cache.manifest import Geometry
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.recompress import recompress
@@ -40,6 +42,7 @@ from cachekd.report import build_report, read_run, write_report
 from cachekd.samples import open_samples
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
+from cachekd.vlm import load_config
 from cachekd.vlm.tinyllava import convert_tinyllava
 from cachekd_cli.main import app
 
@@ -147,16 +150,17 @@ def test_a_file_goes_into_a_folder_that_is_not_there_yet(tmp_path, cache_path, r
 
 
 @pytest.mark.parametrize("command", WRITERS)
-@pytest.mark.parametrize("place", ["folder", "file/below", "/dev/null", "s3://bucket/page", ""])
+@pytest.mark.parametrize("place", ["folder", "file/below", "pipe", "s3://bucket/page", ""])
 def test_where_no_file_can_be_written_is_said(
     tmp_path, monkeypatch, cache_path, run_path, data_path, command, place
 ):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")  # as a device it must not become a file, or be waited for
     monkeypatch.chdir(tmp_path)
     refusal(*written_by(command, cache_path, run_path, data_path), place)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
-    assert Path("/dev/null").is_char_device()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_where_a_binding_would_go_is_looked_at_before_anything_is_read(tmp_path):
@@ -196,6 +200,72 @@ def test_what_is_no_checkpoint_is_refused_without_asking_the_hub(tmp_path, text)
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CachekdError):
         convert_tinyllava(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["dump", "train"])
+def test_where_no_folder_can_be_made_is_said_before_anything_is_read(tmp_path, command):
+    (tmp_path / "file").touch()
+    arguments = ["--data", tmp_path / "no.json", "--out", tmp_path / "file" / "below"]
+    models = ["--student", "no", "--lambda-align", 0, "--lambda-vsd", 0]
+    said = refusal(command, *arguments, *(models if command == "train" else ["--teacher", "no"]))
+    assert said.problem == "a file cannot be written"
+
+
+@pytest.mark.parametrize("text", ["[1]", '"x"', "1", "null"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CachekdError, match="no model can be loaded"):
+        load_config(str(tmp_path))
+
+
+# ---- in Python
+
+
+TOKENS, VOCAB = 3, 20
+
+
+@pytest.mark.parametrize("loss", ["dbild", "forward_kl", "reverse_kl", "topk_kl", "bild"])
+@pytest.mark.parametrize("shape", [(TOKENS, VOCAB - 1), (TOKENS + 1, VOCAB), (VOCAB,)])
+def test_logits_that_do_not_fit_the_targets_are_refused(loss, shape):
+    with pytest.raises(CachekdError, match="do not match the teacher's targets"):
+        getattr(losses, f"{loss}_loss")(torch.zeros(shape), DenseTargets(torch.randn(TOKENS, VOCAB)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "settings"),
+    [
+        ((VOCAB,), TOKENS, {}),
+        ((TOKENS, VOCAB), TOKENS - 1, {}),
+        ((TOKENS, VOCAB), TOKENS, {"top_k": 0}),
+        ((TOKENS, VOCAB), TOKENS, {"top_k": 10**9}),
+        ((TOKENS, VOCAB), TOKENS, {"top_p": -0.1}),
+        ((TOKENS, VOCAB), TOKENS, {"min_k": 0}),
+    ],
+)
+def test_what_a_selection_cannot_be_made_of_is_refused(shape, tokens, settings):
+    with pytest.raises(CachekdError, match=r"do not fit|out of range"):
+        select_topk(torch.zeros(shape), torch.zeros(tokens, dtype=torch.long), **settings)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 0)])
+def test_kneedle_takes_rows(shape):
+    with pytest.raises(CachekdError, match="rows of logits"):
+        losses.kneedle_k(torch.zeros(shape))
+
+
+def test_ids_that_do_not_fit_the_targets_are_refused(cache_path):
+    targets = next(iter(LogitCache(cache_path).shard_targets(0)))
+    for ids in (torch.zeros(len(targets) + 1, 1).long(), torch.zeros(len(targets), 1), torch.zeros(1).long()):
+        with pytest.raises(CachekdError, match="ids do not fit"):
+            targets.gather(ids)
+
+
+def test_a_path_that_is_none_is_a_type_error(cache_path):
+    for wrong in (5, None):
+        with pytest.raises(TypeError, match="PathLike"):
+            LogitCache(wrong)
+    with pytest.raises(CachekdError, match="at some tokens"):
+        summarise(cache_path, entropy_tokens=0)
 
 
 # ---- advice

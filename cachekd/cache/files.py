@@ -160,11 +160,20 @@ def require_place(path: Path) -> None:
     """Refuse at once a file that cannot be written, not after minutes of work; `write_file` makes its folder.
 
     Raises:
-        CachekdError: it is a folder, device or address, or there is something in the way of its folder.
+        CachekdError: it is a folder, device or address, or nothing can be made where it would be.
     """
-    refuse_address(path)
     if path.exists() and not path.is_file():  # a device would become a file
         raise cannot_write(path, OSError(errno.EISDIR, "a folder" if path.is_dir() else "not a plain file"))
+    require_room_for(path)
+
+
+def require_room_for(path: Path) -> None:
+    """The same of a folder that will be made.
+
+    Raises:
+        CachekdError: it is an address, or nothing can be made where it would be.
+    """
+    refuse_address(path)
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not there.is_dir():
         raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{there} is no folder"))

@@ -219,7 +219,7 @@ class LogitCache:
 
 
 def _on_this_disk(path: str | Path) -> Path:
-    if isinstance(path, Path) or "://" not in path:
+    if not isinstance(path, str) or "://" not in path:
         return Path(path)
     from cachekd.sharing import local_folder  # its clients take a while to import
 

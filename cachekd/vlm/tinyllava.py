@@ -60,8 +60,9 @@ _TEMPLATE = (
 def is_tinyllava(path: str) -> bool:
     """Whether a folder or hub name holds such a checkpoint; its code is not run."""
     try:
-        return bool(PreTrainedConfig.get_config_dict(path)[0].get("model_type") == MODEL_TYPE)
-    except OSError:
+        config = PreTrainedConfig.get_config_dict(path)[0]
+        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+    except (OSError, TypeError):  # TypeError: of JSON that is no object
         return False
 
 
