@@ -178,7 +178,8 @@ def require_room_for(path: Path) -> None:
     if not there.is_dir():
         raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{there} is no folder"))
     if not os.access(there, os.W_OK | os.X_OK):
-        raise cannot_write(path, PermissionError(errno.EACCES, f"nothing may be written into {there}"))
+        why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise cannot_write(path, OSError(why, f"{os.strerror(why)}: {there}"))
 
 
 def write_file(path: Path, content: bytes) -> None:
