@@ -20,7 +20,7 @@ from pydantic import Field
 
 from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import commit
+from cachekd.cache.files import write_file
 from cachekd.cache.sealed import Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
@@ -57,6 +57,16 @@ class Binding(Sealed):
                 found=cache.manifest.sha256,
                 fix="run `cachekd bind` with this cache",
             )
+
+
+def open_bound(path: str | Path, binding: Path | None) -> LogitCache:
+    """A cache, under the keys of a data set where there is a binding.
+
+    Raises:
+        CachekdError: either cannot be read, or the binding is of another cache.
+    """
+    cache = LogitCache(path)
+    return cache if binding is None else bound_cache(cache, Binding.read(binding), str(binding))
 
 
 def bound_cache(cache: LogitCache, binding: Binding, where: str) -> LogitCache:
@@ -109,7 +119,7 @@ class BindReport:
         binding = Binding(
             cache_sha256=str(cache.manifest.sha256), data=data, keys=self.moved, unbound=self.unbound
         )
-        commit(path, binding.to_json())
+        write_file(path, binding.to_json())
 
 
 def bind(

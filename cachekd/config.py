@@ -18,6 +18,7 @@ from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.config_file import Config
 from cachekd.data_options import DataOptions, DataSpec
 from cachekd.errors import CachekdError
+from cachekd.ranges import EXACT, KEPT
 from cachekd.stages import (
     PARTS,
     Stage,
@@ -38,7 +39,7 @@ class DumpConfig(DataOptions):
 
     teacher: str = Field(description="model folder or hub name")
     out: Path = Field(description="the cache's folder: new, empty, or a dump to go on with")
-    top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
+    top_k: int = Field(128, ge=2, le=KEPT, description="most logprobs kept per answer token")
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
     )
@@ -46,7 +47,7 @@ class DumpConfig(DataOptions):
         DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
     )
     disk_budget: ByteSize | None = Field(
-        None, gt=0, description="for the whole cache, such as 50GB: chooses top_k and tail"
+        None, gt=0, le=EXACT, description="for the whole cache, such as 50GB: chooses top_k and tail"
     )
     calibration_tokens: int = Field(
         CALIBRATION_TOKENS, ge=1, description="answer tokens of the pilot, which the tail sketch is fitted on"

@@ -8,15 +8,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
 from cachekd.errors import CachekdError
+from cachekd.ranges import COUNT
 
 
 class Config(BaseModel):
-    """Closed and unchanging: an unknown name is an error, not a silent default."""
+    """Closed and unchanging: an unknown name is an error, not a silent default. Numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_count(cls, value: Any) -> Any:
+        """No number is beyond what libraries and the manifest can hold; bytes have a limit of their own."""
+        if isinstance(value, int) and not isinstance(value, ByteSize) and value > COUNT:
+            raise ValueError(f"input should be at most {COUNT:,}")
+        return value
 
 
 AConfig = TypeVar("AConfig", bound=Config)

@@ -20,13 +20,26 @@ class Bar(NamedTuple):
     value: int
 
 
+def bytes_per_token(shards: int, sketches: int, tokens: int) -> str:
+    """The figure that every page gives: what a further token costs, and what all of it costs now.
+
+    Args:
+        shards, sketches: bytes. A tail sketch's file does not grow with the tokens.
+        tokens: answer tokens.
+    """
+    if not tokens:
+        return "-"
+    with_sketch = f", {(shards + sketches) / tokens:,.1f} with the tail sketch" if sketches else ""
+    return f"{shards / tokens:,.1f} in the shards{with_sketch}"
+
+
 def headline(summary: CacheSummary) -> Rows:
     """What one wants to know first."""
     answers, entropy = summary.answers, summary.entropy
     return {
         "samples": f"{summary.samples:,}",
         "answer tokens": f"{summary.tokens:,}",
-        "bytes per token": f"{summary.bytes_per_token:.1f}",
+        "bytes per token": bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens),
         "size": f"{summary.bytes / 1e6:,.2f} MB in {len(summary.shards):,} shard(s)",
         "tail sketch": f"{summary.sketch_bytes / 1e6:,.2f} MB" if summary.sketch_bytes else "none",
         "mean k": f"{summary.entries / max(1, summary.tokens):.1f}",

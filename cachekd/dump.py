@@ -16,17 +16,26 @@ import torch
 
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
+from cachekd.cache.files import require_room_for
 from cachekd.cache.plan import ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
 from cachekd.data_health import first_good
 from cachekd.data_options import DataOptions
 from cachekd.dump_estimate import Estimate
-from cachekd.dump_plan import codec_of, estimate_of, new_plan, pilot_of, refuse_small_disk, same_plan
+from cachekd.dump_plan import (
+    codec_of,
+    estimate_of,
+    new_plan,
+    pilot_of,
+    refuse_small_disk,
+    require_vocabulary,
+    same_plan,
+)
 from cachekd.make_shards import make_shards
-from cachekd.samples import Samples, open_samples
+from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
-from cachekd.vlm import default_device, default_dtype
+from cachekd.vlm import default_device, default_dtype, load_config
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
@@ -86,6 +95,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     Raises:
         CachekdError: bad input, a folder with a dump of something else, or no room. What is finished stays.
     """
+    require_room_for(config.out)
     earlier = find_plan(config.out)
     samples, teacher = open_inputs(config)
     started, new_tokens = time.perf_counter(), 0
@@ -160,7 +170,9 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     """
     codec = codec_of(config)
     samples = open_samples(config)
-    return samples, open_teacher(config.teacher, samples, config, codec, config.dtype)
+    encoder = load_encoder(config.teacher, max_tokens=config.max_tokens, too_long=config.too_long)
+    require_vocabulary(config, load_config(config.teacher), encoder.processor)
+    return samples, _load_teacher(config.teacher, encoder, samples, config, codec, config.dtype)
 
 
 def open_teacher(
@@ -176,6 +188,18 @@ def open_teacher(
         CachekdError: no such model or processor, or one that does not fit the data.
     """
     encoder = load_encoder(path, max_tokens=options.max_tokens, too_long=options.too_long)
+    return _load_teacher(path, encoder, samples, options, codec, dtype)
+
+
+def _load_teacher(
+    path: str,
+    encoder: SampleEncoder,
+    samples: Samples,
+    options: DataOptions,
+    codec: CodecSettings,
+    dtype: str,
+) -> Teacher:
+    """The weights, once a sample could be encoded."""
     first_good(len(samples), lambda index: encoder(samples[index]), options.on_error)
     device = default_device()
     kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)

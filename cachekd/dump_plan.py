@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
 from cachekd.cache.compare import facts, require_same
@@ -40,6 +41,28 @@ def codec_of(config: DumpConfig) -> CodecSettings:
         logprob_step=tail.logprob_step,
         tail=config.tail,
     )
+
+
+def require_vocabulary(config: DumpConfig, teacher: Any, processor: Any) -> None:
+    """Refuse to keep or to look at more logprobs than the teacher has ids; no weights are read.
+
+    Args:
+        teacher, processor: its configuration and processor.
+
+    Raises:
+        CachekdError: a setting is larger than its vocabulary.
+    """
+    tokens = len(processor.tokenizer)
+    ids = min(tokens, getattr(teacher.get_text_config(), "vocab_size", None) or tokens)
+    for name in ("top_k", "window"):
+        if (value := getattr(config, name)) > ids:
+            raise CachekdError(
+                f"setting {name!r} is larger than the teacher's vocabulary",
+                where=config.teacher,
+                expected=f"at most {ids:,}, its ids",
+                found=f"{value:,}",
+                fix=f"--{name.replace('_', '-')} {ids}",
+            )
 
 
 def pilot_of(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cachekd.bind import Binding, bound_cache
+from cachekd.bind import open_bound
 from cachekd.cache import DataInfo, LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
@@ -132,9 +132,7 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     if not config.distils or config.live_teacher:
         return None
     assert config.cache is not None  # as `require_inputs` saw
-    cache = LogitCache(config.cache)
-    if config.binding is not None:
-        cache = bound_cache(cache, Binding.read(config.binding), str(config.binding))
+    cache = open_bound(config.cache, config.binding)
     codec = cache.manifest.codec
     for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
         ours = getattr(config, name)

@@ -102,7 +102,7 @@ def recheck(
     return Recheck(
         samples=len(chosen),
         all_samples=there,
-        absent=len(cache) - there,
+        absent=cache.manifest.samples - there,
         tokens=judge.tokens,
         max_error=judge.max_error,
         bound=judge.bound,
@@ -125,6 +125,7 @@ def _choose(cache: LogitCache, places: dict[str, int], count: int, seed: int) ->
             found=f"keys such as {next(iter(places), None)!r}",
             fix="pass the data set that was dumped, read by the same --map and --key",
         )
+    keys = list({cache.place(key): key for key in keys}.values())  # of a bound cache each sample once
     chosen = np.random.default_rng(seed).permutation(len(keys))[:count]
     return [keys[index] for index in sorted(chosen.tolist())], len(keys)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from matplotlib import pyplot
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from cachekd.cache import Manifest
+from cachekd.cache.files import require_place, write_file
+from cachekd.describe import bytes_per_token
 from cachekd.errors import CachekdError
 from cachekd.files import EVAL_FILE, REPORT_FILE, RUN_FILE
 from cachekd.plots import COLORS, STYLE, k_plot, page_environment, svg
@@ -37,31 +40,51 @@ class Run:
         return [entry for entry in self.record["log"] if "loss" in entry]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: str | Path) -> Run:
     """Read what `cachekd train` and `cachekd eval` left in a run's folder.
 
     Raises:
-        CachekdError: the folder is not a run.
+        CachekdError: the folder is not a run, or a record in it is not one.
     """
+    folder = Path(folder)
     path = folder / RUN_FILE
     if not path.exists():
         raise CachekdError(
             "this is not a run", where=str(folder), expected=RUN_FILE, fix="run `cachekd train`"
         )
     evaluated = folder / EVAL_FILE
-    evaluation = json.loads(evaluated.read_text()) if evaluated.exists() else None
-    return Run(folder.name, json.loads(path.read_text()), evaluation)
+    evaluation = _read_record(evaluated, "models") if evaluated.exists() else None
+    return Run(folder.name, _read_record(path, "log", "config", "cache"), evaluation)
 
 
-def write_report(folder: Path, baselines: list[Path], out: Path | None = None) -> Path:
+def _read_record(path: Path, *needed: str) -> dict[str, Any]:
+    """A JSON object with these names in it."""
+    try:
+        record: Any = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CachekdError("the run's record cannot be read", where=str(path), found=str(error)) from None
+    if not isinstance(record, dict) or not set(needed) <= record.keys():
+        raise CachekdError(
+            "this is not a run's record",
+            where=str(path),
+            expected=f"an object with {', '.join(needed)}",
+            found=", ".join(list(record)[:5]) if isinstance(record, dict) else type(record).__name__,
+        )
+    return record
+
+
+def write_report(
+    folder: str | Path, baselines: Sequence[str | Path] = (), out: str | Path | None = None
+) -> Path:
     """Write the page, by default into the run's folder; returns where it is.
 
     Raises:
-        CachekdError: one of the folders is not a run.
+        CachekdError: one of the folders is not a run, or the page cannot be written.
     """
-    page = build_report(read_run(folder), [read_run(baseline) for baseline in baselines])
-    out = out or folder / REPORT_FILE
-    out.write_text(page, encoding="utf-8")
+    out = Path(folder) / REPORT_FILE if out is None else Path(out)
+    run, others = read_run(folder), [read_run(baseline) for baseline in baselines]
+    require_place(out)
+    write_file(out, build_report(run, others).encode())
     return out
 
 
@@ -203,7 +226,7 @@ def _cache_rows(run: Run) -> dict[str, str]:
         "teacher": f"{manifest.teacher.name} ({manifest.teacher.model_type}, {manifest.teacher.dtype})",
         "samples": f"{manifest.samples:,}",
         "answer tokens": f"{manifest.tokens:,}",
-        "bytes per token": f"{manifest.size / manifest.tokens:.1f}",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
         "mean k": f"{manifest.entries / manifest.tokens:.1f}",
         "size": f"{manifest.size / 1e6:.2f} MB in {len(manifest.shards)} shard(s)",
         "codec": ", ".join(f"{name} {value}" for name, value in manifest.codec.model_dump().items()),

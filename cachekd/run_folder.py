@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.cache.files import commit
+from cachekd.cache.files import commit, require_room_for
 from cachekd.config import TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
@@ -68,6 +68,7 @@ class RunFolder:
         started = self.path / STARTED_FILE
         self._is_new = not started.exists()
         if self._is_new:
+            require_room_for(self.path)
             require_new_folder(self.path, "run")
             return
         # A setting that there was not yet when the run began is at its default.

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from caches import copied, reseal
@@ -264,3 +265,82 @@ def test_the_command_says_all_with_an_exit_code(cache_path, data_path, mixed, tm
         assert text in " ".join(done.stdout.split()), text
     assert "exists already" in str(invoke("--data", mixed, "--out", tmp_path / "b.json").exception)
     assert isinstance(invoke("--data", tmp_path / "nothing").exception, CachekdError)
+
+
+# ---- looked at through a binding
+
+
+@pytest.fixture
+def bound(cache_path, mixed, tmp_path) -> tuple[Path, list[str]]:
+    """A binding's file, and the options that name it beside its data."""
+    path = tmp_path / "binding.json"
+    CliRunner().invoke(app, ["bind", str(cache_path), "--data", str(mixed), "--out", str(path)])
+    return path, ["--data", str(mixed), "--binding", str(path), "--json"]
+
+
+def test_verify_asks_the_teacher_under_the_datas_keys(bound, cache_path, mixed, teacher_path):
+    command = ["verify", str(cache_path), "--teacher", str(teacher_path)]
+    done = CliRunner().invoke(app, [*command, *bound[1]])
+    assert done.exit_code == 0, done.output
+    asked = json.loads(done.stdout)["teacher"]
+    # s000, s004 as `renamed`, s005 as itself or `copy`, s006 and s007 as each other, s008, s009.
+    assert (asked["samples"], asked["absent"], asked["mismatches"]) == (7, 5, [])
+    without = CliRunner().invoke(app, [*command, "--data", str(mixed), "--json"])
+    assert {bad["key"] for bad in json.loads(without.stdout)["teacher"]["mismatches"]} >= {"s006", "s007"}
+
+
+def test_verify_refuses_a_binding_that_it_would_not_use(bound, cache_path, mixed, teacher_path):
+    path, options = bound
+    asking = ["--teacher", str(teacher_path), *options]
+    for arguments in (["--binding", str(path)], ["--repair", *asking]):
+        result = CliRunner().invoke(app, ["verify", str(cache_path), *arguments])
+        assert isinstance(result.exception, CachekdError)
+        assert "--binding is for asking the teacher again" in str(result.exception)
+
+
+@pytest.mark.parametrize(("key", "theirs"), [("renamed", "s004"), ("copy", "s005"), ("s006", "s007")])
+def test_peek_shows_a_sample_under_the_datas_key(bound, cache_path, key, theirs):
+    done = CliRunner().invoke(app, ["peek", str(cache_path), key, *bound[1]])
+    assert done.exit_code == 0, done.exception
+    (sample,) = json.loads(done.stdout)
+    cache = LogitCache(cache_path)
+    assert [token["id"] for token in sample["tokens"]] == cache[theirs].token_ids.tolist()
+    assert sample["key"] == key
+    assert sample["messages"]
+
+
+def test_the_most_surprising_are_found_under_the_datas_keys(bound, cache_path):
+    options = [*bound[1], "--order", "surprising", "--samples", "99"]
+    done = CliRunner().invoke(app, ["peek", str(cache_path), *options])
+    assert done.exit_code == 0, done.exception
+    keys = {sample["key"] for sample in json.loads(done.stdout)}
+    assert keys == {"s000", "renamed", "copy", "s005", "s006", "s007", "s008", "s009"}
+
+
+def test_what_is_exported_has_the_datas_keys(cache_path, as_json, tmp_path):
+    path = tmp_path / "binding.json"
+    CliRunner().invoke(app, ["bind", str(cache_path), "--data", str(as_json), "--out", str(path)])
+    data = ["--data", str(as_json), "--binding", str(path)]
+    command = ["export", str(cache_path), str(tmp_path / "tars"), "--to", "webdataset"]
+    assert isinstance(CliRunner().invoke(app, [*command, *data[:2]]).exception, CachekdError)
+    done = CliRunner().invoke(app, [*command, *data, "--json"])
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["samples"] == 12
+    tars = open_samples(tmp_path / "tars")
+    assert sorted(tars.keys) == sorted(f"coco/{index}" for index in range(12))
+    for index in range(12):
+        there = tars.keys.index(f"coco/{index}")
+        assert tars[there].content_hash == LogitCache(cache_path).sample_hash(KEYS[index])
+    table = ["export", str(cache_path), str(tmp_path / "table"), "--to", "parquet", "--binding", str(path)]
+    assert CliRunner().invoke(app, table).exit_code == 0
+    rows = pq.read_table(tmp_path / "table" / "data").to_pylist()
+    hashes = {row["key"]: row["content_hash"] for row in rows}
+    assert {hashes[f"coco/{index}"] for index in range(12)} == {hashes[key] for key in KEYS}
+
+
+def test_what_the_bound_data_lack_is_not_left_out_of_an_export(bound, cache_path, tmp_path):
+    command = ["export", str(cache_path), str(tmp_path / "tars"), "--to", "webdataset"]
+    result = CliRunner().invoke(app, [*command, *bound[1]])
+    assert isinstance(result.exception, CachekdError)
+    assert "the data lack samples of the cache" in str(result.exception)
+    assert not (tmp_path / "tars").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import typer
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
+from cachekd.config import DumpConfig, defaults_of
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
 
@@ -39,6 +41,18 @@ def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
     assert result.exit_code == 0
     assert f"Example: cachekd {command}" in result.output
+
+
+def test_help_says_each_default_once():
+    """typer's own, or in words where None stands for what was not given."""
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            said = len(re.findall("default", getattr(option, "help", None) or "", re.IGNORECASE))
+            assert said <= (option.default in (None, False)), (name, option.name)
+    defaults = defaults_of(DumpConfig)
+    for option in typer.main.get_command(app).commands["dump"].params:
+        if option.default is None and option.name in defaults and defaults[option.name] is not None:
+            assert re.search("default", option.help, re.IGNORECASE), option.name
 
 
 @pytest.mark.slow

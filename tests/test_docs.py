@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import pydoc
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers import (
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    TrainingArguments,
 )
 
 from cachekd.vlm import load_config, load_model, load_processor
@@ -25,6 +29,7 @@ from cachekd_cli.main import app
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "examples").glob("*/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
@@ -44,20 +49,108 @@ def options_of(command: Any) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+COMMANDS: Any = typer.main.get_command(app)
+SOURCES = {
+    path: path.read_text()
+    for folder in ("cachekd", "cli", "tests", "benchmarks", "examples", "schemas")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+WORDS = {word for source in SOURCES.values() for word in re.findall(r"\w+", source)}
+# Options of other programs, and a setting that only accelerate knows.
+OTHERS = {
+    "--help": "every command's",
+    "--multi_gpu": "accelerate's",
+    "--no-deps": "pip's",
+    "--num_processes": "accelerate's",
+    "--signal": "Slurm's",
+    "--strict": "mkdocs'",
+    "reshard_after_forward": "accelerate's, of FSDP",
+}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.commands))
+def test_every_example_in_a_help_text_can_be_typed(name):
+    examples = re.findall(r"Example: (.+?)(?:\n\n|$)", COMMANDS.commands[name].help, re.S)
+    assert examples
+    require_commands([example.replace("\n", " ") for example in examples])
+    for example in examples:  # what is required is there, and every value is one that the option takes
+        COMMANDS.commands[name].make_context(name, shlex.split(example)[2:], resilient_parsing=False)
+
+
+@each_page
 def test_every_command_and_option_in_the_documentation_exists(page):
-    command = typer.main.get_command(app)
-    for line in commands_in(page):
+    require_commands(commands_in(page))
+
+
+def require_commands(lines: list[str]) -> None:
+    for line in lines:
         words = shlex.split(line.replace("|", " "))
-        assert words[1] in command.commands, line
-        known = {
-            name
-            for param in command.commands[words[1]].params
-            for name in (*param.opts, *param.secondary_opts)
-        }
+        assert words[1] in COMMANDS.commands, line
+        known = options_of(COMMANDS.commands[words[1]])
         for word in words[2:]:
             if re.match(r"--?[a-z]", word):
                 assert word.split("=")[0] in {*known, "--help"}, line
+
+
+@each_page
+def test_every_option_is_one_of_a_command_or_of_a_script(page):
+    known = set.union(*map(options_of, COMMANDS.commands.values())) | options_of(COMMANDS) | OTHERS.keys()
+    for source in SOURCES.values():
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text())) - known == set()
+
+
+@each_page
+def test_every_test_exists(page):
+    text = page.read_text()
+    tests = {path.name: set(re.findall(r"^def (test_\w+)", text, re.M)) for path, text in SOURCES.items()}
+    for file, name in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
+        assert file in tests, file
+        assert not name or name in tests[file], f"{file}::{name}"
+    everywhere = set.union(*tests.values())
+    for name in re.findall(r"(?<![\w:])(test_\w+)(?!\w|\.py)", text):
+        assert name in everywhere, name
+
+
+@each_page
+def test_every_file_of_the_repository_exists(page):
+    """In backticks, from the repository's root; '*' may stand for a part of a name."""
+    folders = "cachekd|cli|tests|docs|examples|schemas|benchmarks"
+    for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", page.read_text()):
+        assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+@each_page
+def test_every_name_in_python_exists(page):
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w/.-])cachekd(?:\.[A-Za-z_]\w*)+", text):
+        assert pydoc.locate(name) is not None, name
+    classes = {node.name: node for node in our_classes()}
+    for name, member in re.findall(r"`([A-Z]\w+)\.([a-z_]\w*)(?:\(.*?\))?`", text):
+        if name in classes:
+            members = {getattr(part, "name", None) for part in classes[name].body}
+            assert member in members | fields_of(classes[name]), f"{name}.{member}"
+
+
+def our_classes() -> list[ast.ClassDef]:
+    trees = [ast.parse(text) for path, text in SOURCES.items() if path.is_relative_to(ROOT / "cachekd")]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def fields_of(node: ast.ClassDef) -> set[str]:
+    """Annotated ones, and those that its methods set."""
+    targets = [n.target for n in ast.walk(node) if isinstance(n, ast.AnnAssign)]
+    targets += [target for n in ast.walk(node) if isinstance(n, ast.Assign) for target in n.targets]
+    return {getattr(target, "id", getattr(target, "attr", "")) for target in targets}
+
+
+@each_page
+def test_every_setting_is_one_that_something_reads(page):
+    """What looks like one, `top_k` or `save_steps: 0`, is the Trainer's, or a word of the code."""
+    known = WORDS | {field.name for field in dataclasses.fields(TrainingArguments)} | OTHERS.keys()
+    for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?:`|: )", page.read_text()):
+        assert name in known, name
 
 
 def test_the_documentation_shows_the_main_commands():

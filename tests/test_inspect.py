@@ -262,14 +262,6 @@ def test_the_terminal_shows_hostile_texts_as_they_are(caches, tmp_path):
     assert "[red]x[/]" in text
 
 
-def test_a_page_that_cannot_be_written_is_explained(caches, tmp_path):
-    result = CliRunner().invoke(
-        app, ["inspect", str(caches["none"]), "--html", str(tmp_path / "no" / "p.html")]
-    )
-    assert isinstance(result.exception, CachekdError)
-    assert "the page cannot be written" in str(result.exception)
-
-
 def test_every_key_of_the_json_is_in_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "inspecting.md").read_text()
     models = (CacheSummary, Answers, Entropy, ShardSummary, PeekedSample, PeekedToken, Alternative)

@@ -190,7 +190,7 @@ def _lineage(
 
 
 @contextmanager
-def new_cache(out: Path) -> Iterator[DerivedCache]:
+def new_cache(out: str | Path) -> Iterator[DerivedCache]:
     """A cache in a folder beside `out` that becomes `out` when the block has run, and vanishes when it fails.
 
     Raises:

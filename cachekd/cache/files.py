@@ -19,6 +19,8 @@ _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
     errno.EDQUOT: "free some of your quota, then run the same command again: what is finished stays",
     errno.EROFS: "choose an --out on a file system that can be written",
+    errno.EISDIR: "name the file, as in FOLDER/name",
+    errno.ENOTDIR: "choose another folder",
     errno.EACCES: "choose an --out that you may write to, or change its permissions",
 }
 
@@ -152,6 +154,43 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def require_place(path: Path) -> None:
+    """Refuse at once a file that cannot be written, not after minutes of work; `write_file` makes its folder.
+
+    Raises:
+        CachekdError: it is a folder, device or address, or nothing can be made where it would be.
+    """
+    if path.exists() and not path.is_file():  # a device would become a file
+        raise cannot_write(path, OSError(errno.EISDIR, "a folder" if path.is_dir() else "not a plain file"))
+    require_room_for(path)
+
+
+def require_room_for(path: Path) -> None:
+    """The same of a folder that will be made.
+
+    Raises:
+        CachekdError: it is an address, or nothing can be made where it would be.
+    """
+    refuse_address(path)
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir():
+        raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{there} is no folder"))
+    if not os.access(there, os.W_OK | os.X_OK):
+        why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise cannot_write(path, OSError(why, f"{os.strerror(why)}: {there}"))
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """`commit`, into a folder that is made where there is none.
+
+    Raises:
+        CachekdError: it cannot be written.
+    """
+    require_place(path)
+    make_folder(path.parent)
+    commit(path, content)
 
 
 def cannot_write(path: Path, error: OSError) -> CachekdError:

@@ -14,14 +14,14 @@ from cachekd.cache.files import address_of
 from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
 from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
+from cachekd.ranges import EXACT, KEPT
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "dump/plan.json"
 
-_MOST = 2**53  # what every JSON reader holds exactly
-Count = Annotated[int, Field(ge=0, le=_MOST)]
-Positive = Annotated[int, Field(gt=0, le=_MOST)]
+Count = Annotated[int, Field(ge=0, le=EXACT)]
+Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 class TeacherInfo(Part):
@@ -100,10 +100,10 @@ class Source(Part):
 class CodecSettings(Part):
     """How a token's distribution is kept."""
 
-    top_k: int = Field(ge=2, le=65535, description="most logprobs per token")
+    top_k: int = Field(ge=2, le=KEPT, description="most logprobs per token")
     top_p: float = Field(ge=0, lt=1, description="share of the mass to reach if top_k allows")
-    window: int = Field(ge=2, le=_MOST, description="Kneedle saw this many of the largest logits")
-    min_k: int = Field(ge=2, le=_MOST, description="least logprobs per token")
+    window: int = Field(ge=2, le=EXACT, description="Kneedle saw this many of the largest logits")
+    min_k: int = Field(ge=2, le=EXACT, description="least logprobs per token")
     logprob_step: float = Field(1 / 16, gt=0, le=16, description="nats per quantisation step")
     tail: str = Field(
         "none", description="of what is not kept: none (spread evenly), or the tail sketch's setting"
@@ -239,13 +239,13 @@ class Manifest(Header):
         return sum(sketch.bytes for sketch in self.sketches)
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: str | Path) -> Manifest:
         """Read a cache's manifest.
 
         Raises:
             CachekdError: there is none, or it cannot be read by this version.
         """
-        path = require_manifest(folder)
+        path = require_manifest(Path(folder))
         values = read_json(path)
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:

@@ -14,7 +14,7 @@ from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 
 
-def merge_caches(paths: Sequence[Path], out: Path) -> Manifest:
+def merge_caches(paths: Sequence[str | Path], out: str | Path) -> Manifest:
     """One cache with the samples of all; files are hard links where the file system allows it, else copies.
 
     Each shard keeps the tail sketch that it was coded with.

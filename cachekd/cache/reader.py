@@ -49,6 +49,7 @@ class LogitCache:
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
+        self._names: dict[int, list[tuple[str, int]]] | None = None  # of a renamed cache: see `names`
         self._check_sizes()
         for number in range(len(self.manifest.shards)):
             path = self.path / SHARD_FOLDER / self.manifest.shards[number].name
@@ -81,26 +82,37 @@ class LogitCache:
         """
         other = copy.copy(self)
         same = {key: place for key, place in self._places.items() if key not in without}
-        other._places = same | {new: self._place(key) for new, key in keys.items()}
+        other._places = same | {new: self.place(key) for new, key in keys.items()}
+        other._names = {}
+        for key, (number, position) in other._places.items():
+            other._names.setdefault(number, []).append((key, position))
+        for found in other._names.values():
+            found.sort(key=lambda name: name[1])
         return other
+
+    def names(self, number: int) -> list[tuple[str, int]]:
+        """The keys in a shard, each with its sample's place in it; renamed, a sample may have several."""
+        if self._names is not None:
+            return self._names.get(number, [])
+        return [(key, position) for position, key in enumerate(self._shard(number).keys)]
 
     def records(self, key: str) -> TokenTargets:
         """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
-        number, position = self._place(key)
+        number, position = self.place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
         return shard.targets.cut(int(first), int(last))
 
     def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
-        """Of each sample of a shard, in order: key, content hash and what is stored.
+        """Of each key in a shard, in the samples' order: key, content hash and what is stored.
 
         Raises:
             CachekdError: the shard is damaged.
         """
         shard = self._shard(number)
         parts = shard.targets.split(np.diff(shard.sample_offsets).tolist())
-        for key, content_hash, records in zip(shard.keys, shard.hashes, parts, strict=True):
-            yield key, content_hash.tobytes(), records
+        for key, position in self.names(number):
+            yield key, shard.hashes[position].tobytes(), parts[position]
 
     def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
         """All targets of a shard, and where each sample's start and the last one's end: [n + 1].
@@ -133,12 +145,12 @@ class LogitCache:
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
-        number, position = self._place(key)
+        number, position = self.place(key)
         return self._shard(number).hashes[position].tobytes()
 
     def shard_of(self, key: str) -> int:
         """The number of the shard that holds a sample."""
-        return self._place(key)[0]
+        return self.place(key)[0]
 
     def histogram(self) -> dict[str, dict[int, int]]:
         """How many tokens have each stored k, and each of Kneedle's k."""
@@ -161,14 +173,19 @@ class LogitCache:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": OrderedDict()}
 
-    def _place(self, key: str) -> tuple[int, int]:
+    def place(self, key: str) -> tuple[int, int]:
+        """Where a sample is: the number of its shard, and its position in that.
+
+        Raises:
+            CachekdError: no such key.
+        """
         if key not in self._places:
             near = difflib.get_close_matches(str(key), self._places, n=3)
             raise CachekdError(
                 f"the cache has no sample {key!r}",
                 where=str(self.path),
                 expected=f"one of its {len(self):,} keys" + (f", such as {', '.join(near)}" if near else ""),
-                fix="run `cachekd dump` over this data set",
+                fix=f"`cachekd select {self.path} --list` shows them, with --json all",
             )
         return self._places[key]
 
@@ -202,7 +219,7 @@ class LogitCache:
 
 
 def _on_this_disk(path: str | Path) -> Path:
-    if isinstance(path, Path) or "://" not in path:
+    if not isinstance(path, str) or "://" not in path:
         return Path(path)
     from cachekd.sharing import local_folder  # its clients take a while to import
 

@@ -56,8 +56,8 @@ def cuts(manifest: Manifest) -> int:
 
 
 def recompress(
-    path: Path,
-    out: Path,
+    path: str | Path,
+    out: str | Path,
     *,
     top_k: int | None = None,
     tail: str | None = None,
@@ -87,7 +87,7 @@ def recompress(
         new.finish(
             "recompress",
             [cache.manifest],
-            read_skipped(path, cache.manifest.skipped),
+            read_skipped(cache.path, cache.manifest.skipped),
             codec=codec,
             fidelity=join_fidelities(parts),
         )

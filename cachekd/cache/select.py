@@ -10,6 +10,7 @@ from cachekd.cache.records import TokenTargets
 from cachekd.cache.tail import TailSetting
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import kneedle_k
+from cachekd.ranges import KEPT
 
 # Of the logits that are copied at a time: what stays in a CPU's cache, and what a GPU is busy with.
 _ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
@@ -38,8 +39,20 @@ def select_topk(
         min_k: least entries per token.
 
     Raises:
-        CachekdError: a row has NaN, +inf, or no finite logit.
+        CachekdError: a row has NaN, +inf, or no finite logit; shapes or settings do not fit.
     """
+    if logits.ndim != 2 or token_ids.shape != logits.shape[:1]:
+        raise CachekdError(
+            "logits and answer tokens do not fit",
+            expected="[N, V] and [N]",
+            found=f"{list(logits.shape)} and {list(token_ids.shape)}",
+        )
+    if not (1 <= top_k <= KEPT and 0 <= top_p <= 1 and min(min_k, window) >= 1):
+        raise CachekdError(
+            "the settings are out of range",
+            expected=f"top_k from 1 to {KEPT:,}, top_p from 0 to 1, min_k and window from 1 on",
+            found=f"{top_k=}, {top_p=}, {min_k=}, {window=}",
+        )
     return select_and_normalise(logits, token_ids, top_k=top_k, top_p=top_p, window=window, min_k=min_k)[0]
 
 

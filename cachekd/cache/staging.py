@@ -13,7 +13,7 @@ from cachekd.errors import CachekdError
 
 
 @contextmanager
-def staged_folder(out: Path, what: str, *, last: str) -> Iterator[Path]:
+def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block has run, and vanishes when it fails.
 
     Args:
@@ -23,6 +23,7 @@ def staged_folder(out: Path, what: str, *, last: str) -> Iterator[Path]:
     Raises:
         CachekdError: `out` holds something, or cannot be written.
     """
+    out = Path(out)
     refuse_address(out)
     out = out.resolve()  # "." has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -36,13 +36,14 @@ class Status:
     data: str
 
 
-def dump_status(path: Path) -> Status:
+def dump_status(path: str | Path) -> Status:
     """Look at a folder.
 
     Raises:
         CachekdError: it holds neither a dump nor a cache, or samples are added one by one to what is not
             finished: nobody knows how many are to come.
     """
+    path = Path(path)
     if (path / MANIFEST_FILE).exists() or not (path / PLAN_FILE).exists():
         return _of_cache(Manifest.load(path))
     plan = Plan.read(path / PLAN_FILE)

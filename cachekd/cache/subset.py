@@ -18,7 +18,7 @@ from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 
 
-def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
+def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> Manifest:
     """A cache with those samples of `path` whose key is in `keys`.
 
     Shards of which all samples are wanted are linked; others are cut, code by code, so that nothing is
@@ -30,7 +30,7 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
     cache = LogitCache(path)
     with new_cache(out) as new:
         for number, info in enumerate(cache.manifest.shards):
-            found = read_keys(path / SHARD_FOLDER / info.name)
+            found = read_keys(cache.path / SHARD_FOLDER / info.name)
             wanted = [place for place, key in enumerate(found) if key in keys]
             if wanted:
                 new.add(cache, number, None if len(wanted) == len(found) else wanted)
@@ -41,12 +41,12 @@ def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
                 expected=f"some of its {len(cache):,} samples",
                 fix="loosen the filter; `cachekd select --list` shows what there is",
             )
-        new.finish("select", [cache.manifest], read_skipped(path, cache.manifest.skipped))
+        new.finish("select", [cache.manifest], read_skipped(cache.path, cache.manifest.skipped))
     return Manifest.load(out)
 
 
 def sample_table(cache: LogitCache) -> pd.DataFrame:
-    """A row per sample, in the cache's order.
+    """A row per key, in the samples' order.
 
     Columns: `key`; `tokens`; `mean_k`, logprobs kept per token; `logprob`, the teacher's mean logprob of the
     answer tokens; `shard`, its file.
@@ -62,7 +62,10 @@ def sample_table(cache: LogitCache) -> pd.DataFrame:
             "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
             "shard": info.name,
         }
-        tables.append(pd.DataFrame({"key": read_keys(cache.path / SHARD_FOLDER / info.name), **columns}))
+        names = cache.names(number)
+        rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
+        rows.insert(0, "key", [key for key, _ in names])
+        tables.append(rows)
     return pd.concat(tables, ignore_index=True)
 
 

@@ -21,13 +21,14 @@ from cachekd.cache.sketch import read_sketch
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
 from cachekd.cache.targets import CachedTargets, UniformTail
+from cachekd.errors import CachekdError
 
 ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
 
 
 def summarise(
-    path: Path,
+    path: str | Path,
     *,
     entropy_tokens: int = ENTROPY_TOKENS,
     progress: Callable[[ShardInfo], None] = lambda shard: None,
@@ -41,8 +42,13 @@ def summarise(
         progress: called with each shard that is done.
 
     Raises:
-        CachekdError: it is not a cache, or a shard is missing or damaged.
+        CachekdError: it is not a cache, a shard is missing or damaged, or `entropy_tokens` is below 1.
     """
+    if entropy_tokens < 1:
+        raise CachekdError(
+            "the entropy is measured at some tokens", expected="at least 1", found=entropy_tokens
+        )
+    path = Path(path)
     manifest = Manifest.load(path)
     counts = _Counts(spread(entropy_tokens, manifest.tokens))
     shards = []

@@ -188,9 +188,15 @@ class CachedTargets:
         """Logprobs [N, k] float32 at `ids` [N, k] int64: kept ones as stored, others from the tail.
 
         Raises:
-            CachekdError: an id outside the vocabulary. Not on a GPU, where a look at the ids would wait for
-                all that was queued before.
+            CachekdError: another shape or dtype; or an id outside the vocabulary. That not on a GPU, where
+                a look at the ids would wait for all that was queued before.
         """
+        if ids.ndim != 2 or len(ids) != len(self) or ids.dtype != torch.int64:
+            raise CachekdError(
+                "ids do not fit the targets",
+                expected=f"[{len(self)}, k] int64",
+                found=f"{list(ids.shape)} {str(ids.dtype).removeprefix('torch.')}",
+            )
         on_cpu = ids.device.type == "cpu"
         if on_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise CachekdError(

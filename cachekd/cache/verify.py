@@ -35,7 +35,7 @@ class Finding:
     shard: int | None = None
 
 
-def verify_files(path: Path, progress: Progress = lambda done: None) -> list[Finding]:
+def verify_files(path: str | Path, progress: Progress = lambda done: None) -> list[Finding]:
     """Compare a cache with its manifest.
 
     Args:
@@ -45,6 +45,7 @@ def verify_files(path: Path, progress: Progress = lambda done: None) -> list[Fin
     Raises:
         CachekdError: there is no manifest, or it is damaged: then nothing can be said of the rest.
     """
+    path = Path(path)
     manifest = Manifest.load(path)
     findings = []
     if not is_canonical(path / MANIFEST_FILE):

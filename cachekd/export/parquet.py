@@ -30,8 +30,8 @@ SCHEMA = pa.schema(
 
 
 def export_parquet(
-    path: Path,
-    out: Path,
+    cache: LogitCache | str | Path,
+    out: str | Path,
     *,
     top_k: int | None = None,
     progress: Callable[[int], None] = lambda samples: None,
@@ -44,7 +44,7 @@ def export_parquet(
     the lists. The logprobs are normalised over the whole vocabulary.
 
     Args:
-        path: the cache.
+        cache: the folder, or an open cache.
         out: a new or empty folder.
         top_k: most logprobs per token; None: all that are kept exactly.
         progress: is told the samples that were written since the last call.
@@ -55,7 +55,7 @@ def export_parquet(
     Raises:
         CachekdError: the cache is damaged or holds less than `top_k`, or `out` holds something.
     """
-    cache = LogitCache(path)
+    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
     require_top_k(cache, top_k)
     facts = json.dumps(facts_of(cache, top_k), indent=2)
     shards, rows = len(cache.manifest.shards), 0

@@ -24,8 +24,8 @@ Member = tuple[str, bytes]
 
 
 def export_webdataset(
-    path: Path,
-    out: Path,
+    cache: LogitCache | str | Path,
+    out: str | Path,
     samples: Samples,
     *,
     top_k: int | None = None,
@@ -40,7 +40,7 @@ def export_webdataset(
     tars as data.
 
     Args:
-        path: the cache.
+        cache: the folder, or an open cache.
         out: a new or empty folder.
         samples: the data that it was made from, in any order; it may hold more.
         top_k: most logprobs per token; None: all that are kept exactly.
@@ -53,7 +53,7 @@ def export_webdataset(
         CachekdError: the data lack a sample or have another content, the cache is damaged or holds less than
             `top_k`, or `out` holds something.
     """
-    cache = LogitCache(path)
+    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
     require_top_k(cache, top_k)
     places = _places(cache, samples)
     written = 0
@@ -89,12 +89,13 @@ def member_name(key: str) -> str:
 def _places(cache: LogitCache, samples: Samples) -> dict[str, int]:
     """Where in the data each of the cache's samples is."""
     places = {key: place for place, key in enumerate(samples.keys) if key in cache}
-    if len(places) < len(cache):
-        lost = [key for key in cache if key not in places]
+    found = {cache.place(key) for key in places}
+    lost = [key for key in cache if cache.place(key) not in found]
+    if lost:
         raise CachekdError(
             "the data lack samples of the cache",
             where=str(cache.path),
-            expected=f"all of its {len(cache):,} samples",
+            expected=f"all of its {cache.manifest.samples:,} samples",
             found=f"{len(lost):,} are missing, the first is {lost[0]!r}",
             fix="give all data that were dumped, or take a part of the cache with `cachekd select`",
         )
@@ -106,6 +107,8 @@ def _samples(
 ) -> Iterator[list[Member]]:
     """The members of each sample of a shard."""
     for key, content_hash, records in cache.shard_records(number):
+        if key not in places:  # of a bound cache: the data have the sample under another key
+            continue
         sample = samples[places[key]]
         if sample.content_hash != content_hash:
             raise CachekdError(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachekd.errors import CachekdError
-from cachekd.losses.dbild import FLOOR
+from cachekd.losses.dbild import FLOOR, require_fit
 from cachekd.losses.reduce import Reduction, reduce
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def topk_kl_loss(
         targets: the teacher at the same N tokens.
         k: at most V.
     """
+    require_fit(student_logits, targets)
     logprobs = _full_precision(student_logits).log_softmax(-1)
     ids, teacher = _teacher_topk(targets, k)
     student = logprobs.gather(-1, ids)
@@ -95,6 +96,7 @@ def bild_loss(
         k: at least 2, at most V. The pairs are formed, so memory is O(N k^2).
         temperature: divides the differences.
     """
+    require_fit(student_logits, targets)
     logits = _full_precision(student_logits)
     teacher_ids, teacher_led = _teacher_topk(targets, k)
     student_led, student_ids = logits.topk(k, dim=-1)
@@ -117,6 +119,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _softened(logits: Tensor, targets: TeacherTargets, temperature: float) -> tuple[Tensor, Tensor]:
+    require_fit(logits, targets)
     logits = _full_precision(logits)
     everything = torch.arange(targets.vocab_size, device=logits.device).expand(len(targets), -1)
     teacher = targets.gather(everything).to(logits)

@@ -119,9 +119,12 @@ def _log_right_of_all(z: Tensor, valid: Tensor) -> Tensor:
     return (-z).masked_fill(~valid, _MASKED) + F.pad(before, (1, 0), value=_MASKED)
 
 
-def _check(
-    logits: Tensor, targets: TeacherTargets, temperature: float, window: int, min_k: int, direction: str
-) -> None:
+def require_fit(logits: Tensor, targets: TeacherTargets) -> None:
+    """Refuse logits of other tokens, or of another vocabulary.
+
+    Raises:
+        CachekdError: their shape is not [N, V].
+    """
     if logits.shape != (len(targets), targets.vocab_size):
         raise CachekdError(
             "the student's logits do not match the teacher's targets",
@@ -129,6 +132,12 @@ def _check(
             found=list(logits.shape),
             fix="slice a padded vocabulary: student_logits[:, : targets.vocab_size]",
         )
+
+
+def _check(
+    logits: Tensor, targets: TeacherTargets, temperature: float, window: int, min_k: int, direction: str
+) -> None:
+    require_fit(logits, targets)
     if not temperature > 0:
         raise CachekdError("the temperature must be positive", found=temperature)
     if not 2 <= min_k <= window:

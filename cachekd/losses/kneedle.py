@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cachekd.errors import CachekdError
+
 
 def kneedle_k(sorted_logits: Tensor) -> Tensor:
     """Kneedle on each row: where the sorted curve lies farthest below its chord (Switch-KD, Figure 2).
@@ -18,7 +20,14 @@ def kneedle_k(sorted_logits: Tensor) -> Tensor:
     Returns:
         [N] int64: entries from the largest up to and including the knee, so at least 1; 0 where no entry is
         finite.
+
+    Raises:
+        CachekdError: it has another shape, or no column.
     """
+    if sorted_logits.ndim != 2 or not sorted_logits.shape[1]:
+        raise CachekdError(
+            "Kneedle takes rows of logits", expected="[N, C], C at least 1", found=list(sorted_logits.shape)
+        )
     values = sorted_logits.detach().float()
     finite = values.isfinite()
     count = finite.sum(-1, keepdim=True)  # [N, 1]

@@ -17,6 +17,7 @@ from cachekd.cache.manifest import Manifest
 from cachekd.cache.tail import TailSetting
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
+from cachekd.dump_plan import require_vocabulary
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
@@ -91,7 +92,9 @@ class _Models:
 
 def _check_dump(config: DumpConfig, models: _Models) -> None:
     TailSetting.parse(config.tail)
-    SampleEncoder(models.processor(config.teacher))
+    processor = models.processor(config.teacher)
+    SampleEncoder(processor)
+    require_vocabulary(config, models.config(config.teacher), processor)
 
 
 def _check_train(config: TrainConfig, models: _Models) -> None:

@@ -9,18 +9,22 @@ from cachekd.data_options import DataOptions
 from cachekd.samples.map_function import require_map
 
 # Which sample a record becomes, under which key, with which tokens; not how many of them.
-_AS_DUMPED = ("key", "image_field", "max_tokens", "too_long")
+_LENGTHS = ("max_tokens", "too_long")
+_AS_DUMPED = ("key", "image_field", *_LENGTHS)
 
 
-def as_dumped(options: DataOptions, info: DataInfo, where: str) -> DataOptions:
+def as_dumped(options: DataOptions, info: DataInfo, where: str, *, bound: bool = False) -> DataOptions:
     """The user's options, and what they do not say as the dump had it.
 
     Args:
         where: the cache.
+        bound: they are other data than the dump's, bound to the cache: how records become samples is theirs.
 
     Raises:
         CachekdError: the dump had a map function, which only the user may name, and they do not.
     """
+    if bound:
+        return options.model_copy(update=unsaid(options, info, *_LENGTHS))
     map_function = require_map(options.map, info.map, where)
     return options.model_copy(update={**unsaid(options, info, *_AS_DUMPED), "map": map_function})
 

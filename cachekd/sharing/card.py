@@ -9,7 +9,7 @@ import jinja2
 from huggingface_hub import DatasetCardData
 
 from cachekd.cache.manifest import Manifest
-from cachekd.describe import lineage
+from cachekd.describe import bytes_per_token, lineage
 from cachekd.errors import CachekdError
 
 UNKNOWN = "unknown"
@@ -79,7 +79,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
         ("left out", f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"),
         ("answer tokens", f"{manifest.tokens:,}"),
         ("size", f"{total:,} bytes in {len(manifest.shards):,} shards"),
-        ("bytes per token", f"{total / manifest.tokens:.1f}" if manifest.tokens else "-"),
+        ("bytes per token", bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens)),
         ("kept exactly", f"up to {codec.top_k} logprobs a token, in steps of {codec.logprob_step} nats"),
         ("all other logprobs", tail),
         ("Kneedle", f"window {codec.window}, least k {codec.min_k}"),

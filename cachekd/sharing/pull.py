@@ -50,7 +50,7 @@ class Pulled:
 
 def pull_cache(
     address: str,
-    out: Path,
+    out: str | Path,
     *,
     shards: str | None = None,
     revision: str | None = None,
@@ -73,7 +73,7 @@ def pull_cache(
         CachekdError: there is no cache, a file is not what its manifest lists, or `out` holds something else.
     """
     store = open_store(address, revision=revision)
-    return pull_from(store, out, read_published(store), shards=shards, progress=progress, total=total)
+    return pull_from(store, Path(out), read_published(store), shards=shards, progress=progress, total=total)
 
 
 class Published(NamedTuple):

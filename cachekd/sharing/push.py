@@ -35,7 +35,7 @@ class Pushed:
 
 
 def push_cache(
-    path: Path,
+    path: str | Path,
     address: str,
     *,
     license: str | None = None,
@@ -73,7 +73,7 @@ def push_cache(
     with tempfile.TemporaryDirectory() as folder:
         card = Path(folder) / CARD_FILE
         card.write_text(dataset_card(manifest, store.url, license), encoding="utf-8")
-        return _upload(path, manifest, store, card, progress)
+        return _upload(Path(path), manifest, store, card, progress)
 
 
 def _upload(path: Path, manifest: Manifest, store: Store, card: Path, progress: Progress) -> Pushed:

@@ -85,8 +85,9 @@ def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozens
             where=f"{difference.name} of {student.name_or_path}",
             expected=f"{difference.teacher}, as {teacher.name_or_path} has it",
             found=difference.student,
-            fix="use a student whose vision encoder has the teacher's width and grid, "
-            "or train with --lambda-vsd 0; `cachekd check` says whether --switch-bridge linear would do",
+            fix="use a student whose vision encoder has the teacher's width and grid, or train with "
+            "--lambda-vsd 0"
+            + ("" if mended else "; `cachekd check` says whether --switch-bridge linear would do"),
         )
 
 

@@ -54,7 +54,7 @@ def load_config(path: str) -> Any:
         config = (
             gguf_config(path) if is_gguf(path) else AutoConfig.from_pretrained(path, trust_remote_code=False)
         )
-    except (OSError, ValueError, ImportError, KeyError, struct.error) as error:
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, struct.error) as error:
         reached = "couldn't connect" not in str(error)  # else each question takes half a minute more
         if reached:
             _refuse_adapter(path)

@@ -7,11 +7,15 @@ load like any other model, without remote code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -23,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import CONFIG_NAME
 
 from cachekd.cache.files import make_folder
 from cachekd.errors import CachekdError
@@ -55,8 +60,9 @@ _TEMPLATE = (
 def is_tinyllava(path: str) -> bool:
     """Whether a folder or hub name holds such a checkpoint; its code is not run."""
     try:
-        return bool(PreTrainedConfig.get_config_dict(path)[0].get("model_type") == MODEL_TYPE)
-    except OSError:
+        config = PreTrainedConfig.get_config_dict(path)[0]
+        return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+    except (OSError, TypeError):  # TypeError: of JSON that is no object
         return False
 
 
@@ -74,14 +80,20 @@ def convert_tinyllava(source: Path, out: Path) -> PreTrainedModel:
     """
     if out.exists():
         raise CachekdError("the folder is there already", where=str(out), fix="choose a new folder")
-    settings = PreTrainedConfig.get_config_dict(source)[0]
+    if not (source / CONFIG_NAME).is_file():  # else its name would be asked for on the hub
+        raise CachekdError(
+            "this is not a model's folder", where=str(source), expected=f"a folder with {CONFIG_NAME}"
+        )
+    with _readable(source):
+        settings = PreTrainedConfig.get_config_dict(source)[0]
     _check(settings, source)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    with _readable(source):
+        tokenizer, weights = AutoTokenizer.from_pretrained(source, trust_remote_code=False), _weights(source)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = _config(settings, tokenizer)
-    model = _model(config, _weights(source), source)
+    model = _model(config, weights, source)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     make_folder(out.parent)
@@ -92,12 +104,29 @@ def convert_tinyllava(source: Path, out: Path) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """What libraries raise of files that are missing, cut short or something else."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise CachekdError(
+            "the checkpoint cannot be read",
+            where=str(source),
+            found=next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)),
+            fix="fetch it again",
+        ) from None
+
+
 def _check(settings: dict[str, Any], source: Path) -> None:
-    tower = settings.get("vision_config", {}).get("model_type")
+    if not isinstance(settings, dict):
+        raise CachekdError("this is no configuration of a model", where=str(source / CONFIG_NAME))
+    text, vision = ((settings.get(name) or {}).get("model_type") for name in ("text_config", "vision_config"))
     facts = {
         "model_type": (settings.get("model_type"), (MODEL_TYPE,)),
         "connector_type": (settings.get("connector_type"), ("mlp2x_gelu",)),
-        "vision_config.model_type": (tower, ("siglip_vision_model", "clip_vision_model")),
+        "text_config.model_type": (text, (text or "that of a language model",)),
+        "vision_config.model_type": (vision, ("siglip_vision_model", "clip_vision_model")),
         "image_aspect_ratio": (settings.get("image_aspect_ratio", "square"), ("square",)),
         "vision_feature_select_strategy": (settings.get("vision_feature_select_strategy"), tuple(_STRATEGY)),
     }
@@ -105,7 +134,7 @@ def _check(settings: dict[str, Any], source: Path) -> None:
         if found not in expected:
             raise CachekdError(
                 "this checkpoint cannot be converted to a Llava",
-                where=f"{name} in {source / 'config.json'}",
+                where=f"{name} in {source / CONFIG_NAME}",
                 expected=" or ".join(expected),
                 found=found,
             )

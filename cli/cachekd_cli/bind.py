@@ -24,7 +24,8 @@ def bind_command(
     cache: Annotated[str, typer.Argument(help="The cache: a folder, or the address of a published one.")],
     data: Given,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write the binding, for `cachekd train --binding`.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write the binding, for train, peek, verify and export."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result, all keys, as JSON.")] = False,
@@ -41,13 +42,16 @@ def bind_command(
     """
     from cachekd.bind import bind
     from cachekd.cache import LogitCache
+    from cachekd.cache.files import require_place
     from cachekd.samples import open_samples
 
     quiet_libraries()
-    if out is not None and out.exists():
-        raise CachekdError(
-            "the file for the binding exists already", where=str(out), fix="choose another --out"
-        )
+    if out is not None:
+        require_place(out)
+        if out.exists():
+            raise CachekdError(
+                "the file for the binding exists already", where=str(out), fix="choose another --out"
+            )
     options = read_data(data)
     opened, samples = LogitCache(cache), open_samples(options)
     with progress_bar("samples") as bar:

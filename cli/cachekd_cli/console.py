@@ -123,33 +123,15 @@ def print_left_out(what: str, left_out: LeftOutSamples) -> None:
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def require_place(page: Path | None) -> None:
-    """Refuse at once a page that cannot be written, not after minutes of work.
-
-    Raises:
-        CachekdError: it is a folder, or its folder does not exist.
-    """
-    if page is not None and (page.is_dir() or not page.parent.is_dir()):
-        raise CachekdError(
-            "the page cannot be written",
-            where=str(page),
-            expected="a file in a folder that exists",
-            found="a folder" if page.is_dir() else f"no folder {page.parent}",
-        )
-
-
 def write_page(path: Path, html: str) -> None:
     """Write an HTML page, and say on stderr where it is.
 
     Raises:
         CachekdError: it cannot be written.
     """
-    try:
-        path.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise CachekdError(
-            "the page cannot be written", where=str(path), found=error.strerror or str(error)
-        ) from None
+    from cachekd.cache.files import write_file  # which comes with torch
+
+    write_file(path, html.encode())
     errors.print(f"page: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -31,13 +31,17 @@ def dump_command(
     ] = None,
     tail: Annotated[
         str | None,
-        typer.Option(help="Of the logprobs that are not kept: none, bytes=64 (a token), step=0.1 or exact."),
+        typer.Option(
+            help="Of the logprobs that are not kept: none, bytes=32 (a token), step=0.1 or exact. "
+            "Default: bytes=64."
+        ),
     ] = None,
     disk_budget: Annotated[
         str | None, typer.Option(help="For the whole cache, such as 50GB: chooses top-k and tail.")
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on; 16384.")
+        int | None,
+        typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on. Default: 16384."),
     ] = None,
     window: Annotated[int, typer.Option(help="Kneedle looks at this many of the largest logits.")] = 128,
     min_k: Annotated[int, typer.Option(help="Least logprobs kept per answer token.")] = 2,
@@ -50,7 +54,9 @@ def dump_command(
     rank: Annotated[
         int | None, typer.Option(help="Of this process; default: from torchrun or accelerate, else 0.")
     ] = None,
-    world_size: Annotated[int | None, typer.Option(help="Processes that share the work.")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="Processes that share the work; default likewise, else 1.")
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run a few batches, say what the whole will cost, and stop.")
     ] = False,
@@ -168,6 +174,8 @@ def print_stopped(out: Path) -> None:
 
 def print_summary(summary: DumpSummary) -> None:
     """The summary table."""
+    from cachekd.describe import bytes_per_token
+
     rows = [
         ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
         ("samples", f"{summary.samples:,}"),
@@ -177,7 +185,7 @@ def print_summary(summary: DumpSummary) -> None:
         *([("keys that came before", f"{summary.repeated_keys:,}")] if summary.repeated_keys else []),
         *([("files that are no data", f"{summary.other_files:,}")] if summary.other_files else []),
         ("answer tokens", f"{summary.tokens:,}"),
-        ("bytes per token", f"{summary.bytes_per_token:.1f}"),
+        ("bytes per token", bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens)),
         ("mean k", f"{summary.mean_k:.1f}"),
         ("size", f"{summary.bytes / 1e6:.2f} MB"),
         *_sketch_rows(summary),
@@ -195,12 +203,14 @@ def print_summary(summary: DumpSummary) -> None:
 
 def print_estimate(found: Estimate, config: DumpConfig) -> None:
     """The estimate's table."""
+    from cachekd.describe import bytes_per_token
+
     hours = found.seconds / config.world_size / 3600
     rows = [
         ("samples", f"{found.samples:,}"),
         ("answer tokens", f"{found.tokens:,} ± {found.tokens_error:,}"),
         ("top-k, tail", f"{found.codec.top_k}, {found.codec.tail}"),
-        ("bytes per token", f"{found.bytes_per_token:.1f}"),
+        ("bytes per token", bytes_per_token(found.shard_bytes, found.sketch_bytes, found.tokens)),
         ("shards", f"{found.shard_bytes / 1e6:,.2f} MB"),
         ("tail sketch", f"{found.sketch_bytes / 1e6:,.2f} MB"),
         ("cache in all", f"{found.size / 1e6:,.2f} MB"),

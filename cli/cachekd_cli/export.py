@@ -26,7 +26,12 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
     data: Given,
-    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token; all that are kept.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Most logprobs per token. Default: all that are kept.")
+    ] = None,
+    binding: Annotated[
+        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a cache's logprobs for trainers other than cachekd.
@@ -36,7 +41,7 @@ def export_command(
 
     Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
     """
-    from cachekd.cache import Manifest
+    from cachekd.bind import open_bound
     from cachekd.export import export_parquet, export_webdataset
     from cachekd.samples import open_samples
     from cachekd.samples.dumped import as_dumped
@@ -48,18 +53,19 @@ def export_command(
             found=f"--to {to.value} {'with' if 'data' in data else 'without'} --data",
             fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
         )
+    opened = open_bound(cache, binding)
     with progress_bar("samples") as bar:
-        task = bar.add_task("exporting", total=Manifest.load(cache).samples, note="")
+        task = bar.add_task("exporting", total=opened.manifest.samples, note="")
 
         def advance(done: int) -> None:
             bar.advance(task, done)
 
         if said is None:
-            written = export_parquet(cache, out, top_k=top_k, progress=advance)
+            written = export_parquet(opened, out, top_k=top_k, progress=advance)
         else:
-            dumped = Manifest.load(cache).sources[0].data
-            samples = open_samples(as_dumped(said, dumped, str(cache)))
-            written = export_webdataset(cache, out, samples, top_k=top_k, progress=advance)
+            dumped = opened.manifest.sources[0].data
+            samples = open_samples(as_dumped(said, dumped, str(cache), bound=binding is not None))
+            written = export_webdataset(opened, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if as_json:
         print_json({"out": out, "samples": written, "bytes": size})

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cachekd.visible import visible
-from cachekd_cli.console import console, print_json, progress_bar, require_place, table, write_page
+from cachekd_cli.console import console, print_json, progress_bar, table, write_page
 
 if TYPE_CHECKING:
     from cachekd.cache.summary import CacheSummary, ShardSummary
@@ -35,10 +35,12 @@ def inspect_command(
 
     Example: cachekd inspect caches/llava-7b --html llava-7b.html
     """
+    from cachekd.cache.files import require_place
     from cachekd.cache.manifest import Manifest
     from cachekd.cache.summarise import ENTROPY_TOKENS, summarise
 
-    require_place(html)
+    if html is not None:
+        require_place(html)
     manifest = Manifest.load(cache)
     with progress_bar("MB") as bar:
         task = bar.add_task("inspect", total=len(manifest.shards), units=0, note="")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
+import cachekd
 from cachekd.errors import BadSample, CachekdError
 from cachekd_cli import (
     bind,
@@ -74,9 +77,30 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "schema": schema.schema_command,
     },
 }
+
+
+def show_versions(asked: bool) -> None:
+    """Ours, and on a line the others' that decide what a cache holds; none of them is imported."""
+    if not asked:
+        return
+    others = [f"{name} {version(name)}" for name in ("torch", "transformers", "zarr")]
+    print(f"cachekd {cachekd.__version__}\n{', '.join(others)}, Python {platform.python_version()}")
+    raise typer.Exit
+
+
 for panel, commands in PANELS.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show versions, and stop.", callback=show_versions, is_eager=True),
+    ] = False,
+) -> None:
+    """Before any command."""
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from cachekd_cli.console import (
     print_json,
     progress_bar,
     quiet_libraries,
-    require_place,
     write_page,
 )
 from cachekd_cli.data_options import Given, read_optional, takes_data
@@ -53,6 +52,9 @@ def peek_command(
     key: Annotated[
         str | None, typer.Argument(help="A sample's key; default: chosen by --order and --samples.")
     ] = None,
+    binding: Annotated[
+        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
     ] = None,
@@ -74,19 +76,21 @@ def peek_command(
 
     Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
     """
-    from cachekd.cache import LogitCache
+    from cachekd.bind import open_bound
+    from cachekd.cache.files import require_place
     from cachekd.peek import choose
     from cachekd.token_texts import find_reader
 
-    require_place(html)
+    if html is not None:
+        require_place(html)
     quiet_libraries()
-    opened = LogitCache(cache)
+    opened = open_bound(cache, binding)
     reader = find_reader(opened, tokenizer)
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
         errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
     options = read_optional(data)
-    seen = None if options is None else open_data(opened, options, reader)
+    seen = None if options is None else open_data(opened, options, reader, bound=binding is not None)
     if key is not None:
         opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
         keys = [key]
@@ -109,13 +113,16 @@ def peek_command(
             print_sample(sample)
 
 
-def open_data(cache: LogitCache, data: DataOptions, reader: TokenReader) -> PeekedData:
+def open_data(
+    cache: LogitCache, data: DataOptions, reader: TokenReader, *, bound: bool = False
+) -> PeekedData:
     """The data set, by key."""
     from cachekd.peek_data import PeekedData
     from cachekd.samples import open_samples
     from cachekd.samples.dumped import as_dumped
 
-    samples = open_samples(as_dumped(data, cache.manifest.sources[0].data, str(cache.path)))
+    dumped = cache.manifest.sources[0].data
+    samples = open_samples(as_dumped(data, dumped, str(cache.path), bound=bound))
     return PeekedData(cache, samples, reader.processor)
 
 

@@ -13,8 +13,10 @@ from cachekd_cli.console import console, print_json, progress_bar, table
 def recompress_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     out: Annotated[Path, typer.Argument(help="The new cache's folder.")],
-    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token.")] = None,
-    tail: Annotated[str | None, typer.Option(help="A coarser tail: none, bytes=32 or step=0.3.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token. Default: as it is.")] = None,
+    tail: Annotated[
+        str | None, typer.Option(help="A coarser tail: none, bytes=32 or step=0.3. Default: as it is.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Make a smaller cache from a larger one; the teacher is not needed.
@@ -53,7 +55,7 @@ def recompress_command(
         )
         for path, of in ((cache, old), (out, new))
     ]
-    console.print(table("recompressed", ("cache", "bytes/token", "logprobs/token", "sketch MB"), rows))
+    console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
         console.print(
             f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "

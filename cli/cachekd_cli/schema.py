@@ -19,7 +19,7 @@ def schema_command(
 
     Example: cachekd schema manifest --out manifest.schema.json
     """
-    from cachekd.cache.files import commit
+    from cachekd.cache.files import write_file
     from cachekd.schemas import SCHEMAS, schema_text
 
     if name is None:
@@ -32,4 +32,4 @@ def schema_command(
     if out is None:
         print(schema_text(name), end="")
     else:
-        commit(out, schema_text(name).encode())
+        write_file(out, schema_text(name).encode())

@@ -37,6 +37,9 @@ def verify_command(
     teacher: Annotated[
         str | None, typer.Option(help="Ask this teacher again (with --data), and make repairs with it.")
     ] = None,
+    binding: Annotated[
+        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
@@ -58,6 +61,12 @@ def verify_command(
     options = read_optional(data)
     if (teacher is None) != (options is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
+    if binding is not None and (repair or teacher is None):
+        raise CachekdError(
+            "--binding is for asking the teacher again",
+            expected="--teacher and --data beside it, and no --repair, which takes the data that were dumped",
+            fix="leave --binding out" if teacher is None else "leave --binding or --repair out",
+        )
     require_manifest(cache)
     done = mend_manifest(cache) if repair else []
     found = check_files(cache)
@@ -66,7 +75,7 @@ def verify_command(
         run_repair(cache, found, teacher, options, workers, done)
         found = check_files(cache)
     if teacher is not None and options is not None and not found:
-        live = ask_again(cache, teacher, options, sample, seed)
+        live = ask_again(cache, teacher, options, binding, sample, seed)
     if as_json:
         print_json(as_dict(cache, found, done, live))
     else:
@@ -161,15 +170,17 @@ def make_shards_again(
         return repair(cache, broken, source, model, samples, workers=workers, progress=advance)
 
 
-def ask_again(cache: Path, teacher: str, data: DataOptions, count: int, seed: int) -> Recheck:
+def ask_again(
+    cache: Path, teacher: str, data: DataOptions, binding: Path | None, count: int, seed: int
+) -> Recheck:
     """Run some samples again behind a progress bar."""
-    from cachekd.cache import LogitCache
+    from cachekd.bind import open_bound
     from cachekd.recheck import recheck
     from cachekd.samples import open_samples
     from cachekd.samples.dumped import as_dumped
 
-    opened = LogitCache(cache)
-    options = as_dumped(data, opened.manifest.sources[0].data, str(cache))
+    opened = open_bound(cache, binding)
+    options = as_dumped(data, opened.manifest.sources[0].data, str(cache), bound=binding is not None)
     samples = open_samples(options)
     model = open_teacher(opened.manifest, teacher, samples, options)
     with progress_bar("samples") as bar:

@@ -1,0 +1,5 @@
+"""The largest numbers that settings and files may hold."""
+
+EXACT = 2**53  # what every JSON reader holds exactly
+COUNT = 2**32 - 1  # of whole numbers in settings: numpy's largest seed, and far beyond any count
+KEPT = 2**16 - 1  # logprobs of a token, whose number a shard keeps in 16 bits
