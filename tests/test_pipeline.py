@@ -26,7 +26,7 @@ from cachekd.cache.sketch import read_sketch
 from cachekd.config_file import read_yaml
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.inputs import model_content
 from cachekd.pipeline.run import LOCK_FILE, _free_memory
@@ -323,7 +323,7 @@ def test_a_damaged_run_is_refused_and_done_again_when_it_is_moved_away(short, tm
     pipeline = read(short, tmp_path)
     run(pipeline)
     one = Path(short["out"]) / "one"
-    (one / "cachekd_eval.json").write_text("{}")  # what comes and goes later is no damage
+    (one / EVALUATIONS_FOLDER).mkdir()  # what comes and goes later is no damage
     shutil.rmtree(one / "checkpoints", ignore_errors=True)
     assert run(pipeline) == []
     content = (one / "model.safetensors").read_bytes()
@@ -591,7 +591,7 @@ def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     if sent == signal.SIGTERM:
         return
     scores = json.loads((out / "scores" / "scores.json").read_text())
-    assert [Path(score["path"]).name for score in scores["models"]] == ["dpt", "sft", "dft"]
+    assert [Path(score["name"]).name for score in scores["models"]] == ["dpt", "sft", "dft"]
     page = (out / "page" / "report.html").read_text()
     assert "dft" in page
     assert "sft" in page
@@ -648,7 +648,7 @@ def test_a_pipeline_that_leaves_samples_out_runs_through(values, tmp_path, broke
     left_out = json.loads((Path(values["out"]) / "dpt" / RUN_FILE).read_text())["left_out"]
     assert {*left_out["missing"]["first"]} == {"s007", "s010", "s011"}
     scores = json.loads((Path(values["out"]) / "scores" / "scores.json").read_text())
-    assert scores["left_out"]["samples"] == 7
+    assert scores["asked"]["left_out"]["samples"] == 7
     # What is there is asked, not what might have been.
     values["steps"][1] |= {"missing": "error"}
     with pytest.raises(

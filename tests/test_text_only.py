@@ -139,7 +139,7 @@ def test_dump_train_eval_report_and_reload(config):
     teacher = str(folder / "teacher")
     result = evaluated([str(config.out), config.student], config.data, teacher=teacher)
     trained, start = result.models
-    assert result.questions == sum(1 + index % 3 for index in range(10))
+    assert result.asked.questions == sum(1 + index % 3 for index in range(10))
     assert trained.kl < start.kl
     arguments = ["eval", str(config.out), "--teacher", teacher, "--data", str(config.data)]
     assert CliRunner().invoke(app, arguments).exit_code == 0
