@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
-from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.config_file import Config
 from cachekd.data_options import DataOptions
+from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
+from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.stages import (
     PARTS,
     Stage,
@@ -28,15 +29,15 @@ from cachekd.stages import (
     with_stage,
 )
 
-CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
 class DumpConfig(DataOptions):
     """Stage one."""
 
-    teacher: str = Field(description="model folder or hub name")
-    out: Path = Field(description="the cache's folder: new, empty, or a dump to go on with")
+    teacher: PathOrName = Field(description="model folder or hub name")
+    out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
     top_k: int = Field(128, ge=2, description="most logprobs kept per answer token")
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
@@ -84,15 +85,15 @@ class TrainConfig(DataOptions):
             bridge for it; `training` has a token in it.
     """
 
-    student: str = Field(description="model folder or hub name")
-    out: Path = Field(description="the run's folder: new, empty, or a run to go on with")
-    teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
-    cache: CacheSpec | None = Field(
+    student: PathOrName = Field(description="model folder or hub name")
+    out: LocalPath = Field(description="the run's folder: new, empty, or a run to go on with")
+    teacher: PathOrName | None = Field(None, description="model folder or hub name; needed for L_VSD")
+    cache: PathOrName | None = Field(
         None,
         description="what `cachekd dump` wrote, or the address of a published cache, such as "
         "hf://datasets/org/name; needed for L_Align and L_VSD",
     )
-    binding: Path | None = Field(
+    binding: LocalPath | None = Field(
         None, description="what `cachekd bind` wrote, where the data's keys are not the cache's"
     )
     live_teacher: bool = Field(
@@ -175,6 +176,11 @@ class TrainConfig(DataOptions):
             )
         return value
 
+    @field_validator("training")
+    @classmethod
+    def _with_paths_expanded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return value | {name: expanded(value[name]) for name in _TRAINERS_PATHS if name in value}
+
     @model_validator(mode="before")
     @classmethod
     def _on_its_stage(cls, values: Any) -> Any:
@@ -235,6 +241,20 @@ class TrainConfig(DataOptions):
     def distils(self) -> bool:
         """Whether any teacher term is on; otherwise this is plain cross-entropy training."""
         return self.lambda_align > 0 or self.lambda_vsd > 0
+
+
+# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
+# stands for is in the others.)
+FREE_SETTINGS = {
+    "out",
+    "on_error",
+    "workers",
+    "save_steps",
+    "keep_checkpoints",
+    "logit_chunk",
+    "gradient_checkpointing",
+    "stage",
+}
 
 
 def defaults_of(model: type[Config]) -> dict[str, Any]:
