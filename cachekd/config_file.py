@@ -38,7 +38,9 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
         mistakes = []
         for each in error.errors():
             where = each["loc"]
-            place = "the command line" if file is None or where[:1] and where[0] in given else file.place(where)
+            place = (
+                "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
+            )
             mistakes.append(Mistake.of(each, _name(where), place, model.model_fields))
         raise refusal(mistakes) from None
 
@@ -88,7 +90,7 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
     first = mistakes[0]
     known = f"one of {', '.join(first.known)}" if first.known else None
     if len(mistakes) == 1:
-        found = None if first.value is NOTHING else first.value
+        found = None if first.value is NOTHING else clipped(str(first.value))
         return CachekdError(first.problem, where=first.place, expected=known, found=found, fix=fix)
     lines = [
         f"\n  {each.problem}{'' if each.value is NOTHING else f': {clipped(repr(each.value))}'}, {each.place}"

@@ -14,7 +14,8 @@ from cachekd.errors import CachekdError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 _ADDRESS = re.compile(r"://|::")
-_HUB_CACHE = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?:@[^/@\s][^@\s]*)?/?")
+# A cache's on the hub: repository and revision.
+HUB_CACHE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/@\s][^@\s]*))?/?")
 
 
 def expanded(value: Any) -> Any:
@@ -65,14 +66,11 @@ def is_path(name: str) -> bool:
     return first in ("", ".", "..") or first.startswith("~") or os.path.lexists(first)
 
 
-def is_hub_cache(name: str) -> bool:
-    """Whether a cache's name is one on the hub, `org/name` or `org/name@revision`."""
-    return _HUB_CACHE.fullmatch(name) is not None and not is_path(name)
-
-
 def is_address(cache: str | Path) -> bool:
-    """Whether a cache is not on this disk: `s3://...`, `hf://datasets/org/name`, `org/name`."""
-    return isinstance(cache, str) and ("://" in cache or is_hub_cache(cache))
+    """Whether a cache is not on this disk: `s3://...`, `hf://datasets/org/name`, `org/name[@revision]`."""
+    if isinstance(cache, Path):
+        return False
+    return "://" in cache or (HUB_CACHE.fullmatch(cache) is not None and not is_path(cache))
 
 
 def require_path(name: str, what: str, expected: str) -> None:

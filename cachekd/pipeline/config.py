@@ -22,14 +22,18 @@ class EvalConfig(DataOptions):
 
     models: list[PathOrName] = Field(description="steps, or model folders; by default every train step above")
     out: LocalPath = Field(description="the folder of scores.json")
-    teacher: PathOrName | None = Field(None, description="adds its own row, and every model's agreement with it")
+    teacher: PathOrName | None = Field(
+        None, description="adds its own row, and every model's agreement with it"
+    )
     batch_size: int = Field(128, ge=1, description="questions per forward")
 
 
 class ReportConfig(Config):
     """One HTML page about a run."""
 
-    run: PathOrName = Field(description="a train step, or a run's folder; by default the last train step above")
+    run: PathOrName = Field(
+        description="a train step, or a run's folder; by default the last train step above"
+    )
     baselines: list[PathOrName] = Field([], description="train steps or runs to compare it with")
     out: LocalPath = Field(description="the folder of report.html")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample, CachekdError
+from cachekd.paths import beside, is_path
 from cachekd.samples.llava_json import LlavaJsonSamples
 from cachekd.samples.protocol import Samples
 from cachekd.samples.record_reader import RecordReader
@@ -76,9 +77,10 @@ def _open(spec: str, reader: RecordReader) -> Samples:
         return LlavaJsonSamples(file, reader.beside(file.parent))
     if tars or (is_tar(name) and (exists or _is_pattern(name))):
         return WebDatasetSamples(tars or find_tars(name), reader)
-    raise CachekdError(
-        "no data found" if exists else "the data set does not exist", where=name, expected=FORMS
-    )
+    if exists:
+        raise CachekdError("no data found", where=name, expected=FORMS)
+    found, fix = beside(name)
+    raise CachekdError("the data set does not exist", where=name, expected=FORMS, found=found, fix=fix)
 
 
 def _json_file(path: Path) -> Path | None:
@@ -122,7 +124,9 @@ def _has_tables(path: Path, tars: list[str]) -> bool:
 
 def _names_tables(name: str) -> bool:
     """Whether what is not on the disk is a pattern of tables, or a name on the hub."""
-    return name.endswith(_TABLES) or (not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None)
+    if name.endswith(_TABLES):
+        return True
+    return not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None and not is_path(name)
 
 
 def _open_hugging_face(name: str, query: str, reader: RecordReader) -> Samples:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekd.files import EVAL_FILE, RUN_FILE
+from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
     print_json,
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 @takes_data()
 def eval_command(
     models: Annotated[
-        list[str], typer.Argument(help="Model or run folders; all are asked the same questions.")
+        list[PathOrName], typer.Argument(help="Model or run folders; all are asked the same questions.")
     ],
     data: Given,
     teacher: Annotated[
-        str | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
+        PathOrName | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions per forward.")] = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -44,8 +45,9 @@ def eval_command(
 
     Example: cachekd eval runs/ce runs/switch-kd --teacher models/llava-7b --data data/test
     """
+    options = read_data(data)
     quiet_libraries()
-    result = run_eval(models, read_data(data), teacher, batch_size)
+    result = run_eval(models, options, teacher, batch_size)
     save_in_runs(result)
     if as_json:
         print_json(asdict(result))

@@ -32,6 +32,7 @@ from cachekd_cli import (
     verify,
 )
 from cachekd_cli.console import errors, print_error
+from cachekd_cli.path_options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
@@ -76,7 +77,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 for panel, commands in PANELS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(command)
+        app.command(name, rich_help_panel=panel)(expands_paths(command))
 
 
 def main() -> None:

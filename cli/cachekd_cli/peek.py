@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.errors import BadSample
+from cachekd.paths import PathOrName
 from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
@@ -54,7 +55,8 @@ def peek_command(
         str | None, typer.Argument(help="A sample's key; default: chosen by --order and --samples.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
+        PathOrName | None,
+        typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here."),
     ] = None,
     top: Annotated[
         int | None,

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from cachekd.errors import CachekdError
+from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
     errors,
@@ -35,7 +36,8 @@ def verify_command(
     data: Given,
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     teacher: Annotated[
-        str | None, typer.Option(help="Ask this teacher again (with --data), and make repairs with it.")
+        PathOrName | None,
+        typer.Option(help="Ask this teacher again (with --data), and make repairs with it."),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
