@@ -73,7 +73,7 @@ class Mistake:
         if error["type"] != "extra_forbidden":
             text = error["msg"].removeprefix("Value error, ")
             return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
-        return cls(f"unknown setting {name!r}{_hint(name, list(known))}", place, value, tuple(known))
+        return cls(f"unknown setting {name!r}{_hint(name.rpartition('.')[2], list(known))}", place, value, tuple(known))
 
 
 NOTHING = object()
@@ -84,11 +84,14 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
     of it.
 
     Args:
-        fix: for one mistake.
+        fix: for what is missing.
     """
     mistakes = sorted(mistakes, key=lambda mistake: not mistake.known)
     first = mistakes[0]
-    known = f"one of {', '.join(first.known)}" if first.known else None
+    if not any(mistake.value is NOTHING for mistake in mistakes):
+        fix = None
+    lists = {mistake.known for mistake in mistakes if mistake.known}  # of one place in a file, or several
+    known = f"one of {', '.join(lists.pop())}" if len(lists) == 1 else None
     if len(mistakes) == 1:
         found = None if first.value is NOTHING else clipped(str(first.value))
         return CachekdError(first.problem, where=first.place, expected=known, found=found, fix=fix)
@@ -96,7 +99,7 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
         f"\n  {each.problem}{'' if each.value is NOTHING else f': {clipped(repr(each.value))}'}, {each.place}"
         for each in mistakes
     ]
-    return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known)
+    return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known, fix=fix)
 
 
 def _name(where: tuple[str | int, ...]) -> str:

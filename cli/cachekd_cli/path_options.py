@@ -26,7 +26,7 @@ def expands_paths(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 given[name] = expanded(given[name])
             except ValueError as error:
-                raise CachekdError(str(error), where=shown, found=given[name]) from None
+                raise CachekdError(str(error), where=shown, found=str(given[name])) from None
         command(**given)
 
     # Typer knows `str` and `list[str]`, not what they are made of in `PathOrName`.
