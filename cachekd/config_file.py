@@ -73,7 +73,12 @@ class Mistake:
         if error["type"] != "extra_forbidden":
             text = error["msg"].removeprefix("Value error, ")
             return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
-        return cls(f"unknown setting {name!r}{_hint(name.rpartition('.')[2], list(known))}", place, value, tuple(known))
+        return cls(
+            f"unknown setting {name!r}{_hint(name.rpartition('.')[2], list(known))}",
+            place,
+            value,
+            tuple(known),
+        )
 
 
 NOTHING = object()

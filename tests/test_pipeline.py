@@ -196,14 +196,14 @@ for command in (
     ["run", {str(pipeline)!r}],
     ["train", "--config", {str(recipe)!r}],
     ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "0"],
-    ["eval", "m", "--data", "d", "--on-error", "no"],
+    ["eval", "m", "--data", "d", "--limit", "0"],
 ):
     problem = CliRunner().invoke(app, command).exception.problem
     print(problem, "torch" in sys.modules, "transformers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "on_error"]
+    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "limit"]
     assert all(line.endswith("False False") for line in said)
 
 
