@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
-from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.config_file import Config
-from cachekd.data_options import DataOptions, DataSpec
+from cachekd.data_options import DataOptions
+from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
+from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.ranges import EXACT, KEPT
 from cachekd.stages import (
     PARTS,
@@ -29,16 +30,16 @@ from cachekd.stages import (
     with_stage,
 )
 
-CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
+_TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
 class DumpConfig(DataOptions):
     """Stage one."""
 
-    teacher: str = Field(description="model folder or hub name")
-    out: Path = Field(description="the cache's folder: new, empty, or a dump to go on with")
+    teacher: PathOrName = Field(description="model folder or hub name")
+    out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
     top_k: int = Field(128, ge=2, le=KEPT, description="most logprobs kept per answer token")
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
@@ -86,15 +87,15 @@ class TrainConfig(DataOptions):
             bridge for it; `training` has a token in it.
     """
 
-    student: str = Field(description="model folder or hub name")
-    out: Path = Field(description="the run's folder: new, empty, or a run to go on with")
-    teacher: str | None = Field(None, description="model folder or hub name; needed for L_VSD")
-    cache: CacheSpec | None = Field(
+    student: PathOrName = Field(description="model folder or hub name")
+    out: LocalPath = Field(description="the run's folder: new, empty, or a run to go on with")
+    teacher: PathOrName | None = Field(None, description="model folder or hub name; needed for L_VSD")
+    cache: PathOrName | None = Field(
         None,
         description="what `cachekd dump` wrote, or the address of a published cache, such as "
         "hf://datasets/org/name; needed for L_Align and L_VSD",
     )
-    binding: Path | None = Field(
+    binding: LocalPath | None = Field(
         None, description="what `cachekd bind` wrote, where the data's keys are not the cache's"
     )
     live_teacher: bool = Field(
@@ -177,6 +178,11 @@ class TrainConfig(DataOptions):
             )
         return value
 
+    @field_validator("training")
+    @classmethod
+    def _with_paths_expanded(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return value | {name: expanded(value[name]) for name in _TRAINERS_PATHS if name in value}
+
     @model_validator(mode="before")
     @classmethod
     def _on_its_stage(cls, values: Any) -> Any:
@@ -246,10 +252,12 @@ class EvalConfig(DataOptions):
         CachekdError: there are both a teacher and a cache of it.
     """
 
-    models: list[str] = Field(min_length=1, description="model or run folders; all are asked the same")
-    out: Path | None = Field(None, description="a folder for scores.json")
-    teacher: str | None = Field(None, description="adds its own row, and every model's agreement with it")
-    cache: CacheSpec | None = Field(
+    models: list[PathOrName] = Field(min_length=1, description="model or run folders; all are asked the same")
+    out: LocalPath | None = Field(None, description="a folder for scores.json")
+    teacher: PathOrName | None = Field(
+        None, description="adds its own row, and every model's agreement with it"
+    )
+    cache: PathOrName | None = Field(
         None, description="the teacher's logits of these data, for the agreement alone: it need not run"
     )
     history: History = Field(
@@ -260,7 +268,7 @@ class EvalConfig(DataOptions):
     blind: bool = Field(
         True, description="ask every model again with each picture replaced by its mean colour"
     )
-    prior_data: DataSpec | None = Field(
+    prior_data: PathOrName | None = Field(
         None,
         description="the training data: adds the row of one who answers each question by what is its most "
         "frequent answer there",
@@ -278,6 +286,20 @@ class EvalConfig(DataOptions):
                 fix="leave one of them out: the teacher has a row of its own, a cache costs nothing",
             )
         return self
+
+
+# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
+# stands for is in the others.)
+FREE_SETTINGS = {
+    "out",
+    "on_error",
+    "workers",
+    "save_steps",
+    "keep_checkpoints",
+    "logit_chunk",
+    "gradient_checkpointing",
+    "stage",
+}
 
 
 def defaults_of(model: type[Config]) -> dict[str, Any]:

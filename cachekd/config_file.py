@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, clipped
 from cachekd.ranges import COUNT
 
 
@@ -38,58 +39,164 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
         CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range. Every
             such value is named, unknown names first.
     """
-    values = {} if path is None else read_yaml(path)
+    file = None if path is None else YamlFile.read(path)
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return model(**values | given)
+        return model(**(file.values if file else {}) | given)
     except ValidationError as error:
-        # The typo before what is missing because of it.
-        errors = sorted(error.errors(), key=lambda each: not _unknown(each))
-        raise _refusal(errors, path, given, list(model.model_fields)) from None
+        mistakes = []
+        for each in error.errors():
+            where = each["loc"]
+            place = (
+                "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
+            )
+            mistakes.append(Mistake.of(each, _name(where), place, model.model_fields))
+        raise refusal(mistakes) from None
 
 
-def _refusal(errors: list[Any], path: Path | None, given: Iterable[str], known: list[str]) -> CachekdError:
-    places = [
-        "the command line" if path is None or (e["loc"][:1] and e["loc"][0] in given) else str(path)
-        for e in errors
-    ]
-    problems = [_problem(each, known) for each in errors]
-    one = len(errors) == 1
+@dataclass(frozen=True)
+class Mistake:
+    """A setting that is wrong.
+
+    Attributes:
+        problem: in words.
+        place: where the setting stands.
+        value: that it has; `NOTHING` where it is missing.
+        known: names that it could have, if its name is what is wrong.
+    """
+
+    problem: str
+    place: str
+    value: Any
+    known: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, error: Any, name: str, place: str, known: Iterable[str]) -> Mistake:
+        """One of pydantic's errors.
+
+        Args:
+            name: of the setting.
+            known: the names of all settings that could stand there.
+        """
+        value = NOTHING if error["type"] == "missing" else error.get("input")
+        if error["type"] != "extra_forbidden":
+            text = error["msg"].removeprefix("Value error, ")
+            return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
+        return cls(
+            f"unknown setting {name!r}{_hint(name.rpartition('.')[2], list(known))}",
+            place,
+            value,
+            tuple(known),
+        )
+
+
+NOTHING = object()
+
+
+def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
+    """All that is wrong: one mistake by itself, of several a line each, a typo before what is missing because
+    of it.
+
+    Args:
+        fix: for what is missing.
+    """
+    mistakes = sorted(mistakes, key=lambda mistake: not mistake.known)
+    first = mistakes[0]
+    if not any(mistake.value is NOTHING for mistake in mistakes):
+        fix = None
+    lists = {mistake.known for mistake in mistakes if mistake.known}  # of one place in a file, or several
+    known = f"one of {', '.join(lists.pop())}" if len(lists) == 1 else None
+    if len(mistakes) == 1:
+        found = None if first.value is NOTHING else clipped(str(first.value))
+        return CachekdError(first.problem, where=first.place, expected=known, found=found, fix=fix)
     lines = [
-        f"\n  {problem}{_found(each)}, {place}"
-        for problem, each, place in zip(problems, errors, places, strict=True)
+        f"\n  {each.problem}{'' if each.value is NOTHING else f': {clipped(repr(each.value))}'}, {each.place}"
+        for each in mistakes
     ]
-    return CachekdError(
-        problems[0] if one else f"{len(errors)} settings are wrong:" + "".join(lines),
-        where=" and ".join(dict.fromkeys(places)),
-        expected=f"one of {', '.join(known)}" if any(map(_unknown, errors)) else None,
-        found=errors[0].get("input") if one and errors[0]["type"] != "missing" else None,
-    )
+    return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known, fix=fix)
 
 
-def _unknown(error: Any) -> bool:
-    return bool(error["type"] == "extra_forbidden")
+def _name(where: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, where))
 
 
-def _found(error: Any) -> str:
-    return "" if error["type"] == "missing" else f": {error.get('input')!r}"
-
-
-def _problem(error: Any, known: list[str]) -> str:
-    name = ".".join(str(part) for part in error["loc"])
-    if not _unknown(error):
-        return f"setting {name!r}: {error['msg'].removeprefix('Value error, ').lower()}"
+def _hint(name: str, known: list[str]) -> str:
+    """What may have been meant. A slip of the finger is told at once: importing the Trainer takes seconds."""
     near = get_close_matches(name, known, 1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    if "training" in known and _is_the_trainers(name):
-        hint = " (a field of the Trainer: put it under `training`)"
-    return f"unknown setting {name!r}{hint}"
+    slip = get_close_matches(name, known, 1, cutoff=0.85)
+    if "training" in known and not slip and _is_the_trainers(name):
+        return " (a field of the Trainer: put it under `training`)"
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _is_the_trainers(name: str) -> bool:
-    from cachekd.trainer_settings import FIELDS  # importing the Trainer takes seconds
+    from cachekd.trainer_settings import FIELDS
 
     return name in FIELDS
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """A mapping in a YAML file, and where in the file its parts stand.
+
+    Attributes:
+        path: of the file.
+        values: the mapping.
+        node: the same, with lines, as yaml has it.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    node: yaml.Node | None
+
+    @classmethod
+    def read(cls, path: Path) -> YamlFile:
+        """Read it.
+
+        Raises:
+            CachekdError: the file is missing, not YAML, no mapping, or has a name twice.
+        """
+        try:
+            with path.open() as file:
+                loader = _EachOnce(file)
+                try:
+                    node = loader.get_single_node()
+                    values = {} if node is None else loader.construct_document(node) or {}
+                finally:
+                    loader.dispose()
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
+        if not isinstance(values, dict):
+            raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
+        return cls(path, values, node)
+
+    def place(self, where: tuple[str | int, ...]) -> str:
+        """File and line of a setting, or of the nearest that it would stand in.
+
+        Args:
+            where: names and places in lists, as in pydantic's errors; what is none of the file's is passed
+                over, such as the tag of a union.
+        """
+        node, line = self.node, None
+        for part in where:
+            if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+            elif isinstance(node, yaml.MappingNode):
+                for key, value in node.value:
+                    if key.value == part:
+                        node, line = value, key.start_mark.line + 1
+                        break
+        return str(self.path) if line is None else f"{self.path}, line {line}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        CachekdError: as `YamlFile.read`.
+    """
+    return YamlFile.read(path).values
 
 
 class _EachOnce(yaml.SafeLoader):
@@ -111,19 +218,3 @@ class _EachOnce(yaml.SafeLoader):
                 )
             first[key.tag, key.value] = line
         return node
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        CachekdError: the file is missing, not YAML, no mapping, or has a name twice.
-    """
-    try:
-        with path.open() as file:
-            values = yaml.load(file, Loader=_EachOnce) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CachekdError("the config cannot be read", where=str(path), found=str(error)) from None
-    if not isinstance(values, dict):
-        raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
-    return values

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from cachekd.config_file import Config, read_config
+from cachekd.paths import LocalPath, PathOrName
 
-DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a Path will do
 OnError = Literal["stop", "skip"]
 TooLong = Literal["error", "skip", "cut"]
 ROW_NUMBERS = "index"  # --key index
@@ -22,7 +22,7 @@ def _fields(given: object) -> object:
 class DataOptions(Config):
     """A data set, and how its records become samples."""
 
-    data: DataSpec = Field(
+    data: PathOrName = Field(
         description="LLaVA .json/.jsonl; WebDataset tars: a folder, 'train-*.tar', 'train-{000..009}.tar', "
         "s3://...; a `datasets` folder, .parquet or hub name, with '?split=train'"
     )
@@ -37,7 +37,7 @@ class DataOptions(Config):
     image_field: Annotated[tuple[str, ...], BeforeValidator(_fields)] = Field(
         (), description="a field (dotted) that holds pictures, again for several; by default image, images"
     )
-    image_root: Path | None = Field(
+    image_root: LocalPath | None = Field(
         None, description="where relative paths of pictures start; by default the data's folder"
     )
     limit: int | None = Field(None, ge=1, description="only the first so many samples")

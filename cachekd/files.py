@@ -1,5 +1,6 @@
-"""What a run's folder holds beside the model."""
+"""Names of files by which a cache or a run is known, and of what else a run's folder holds."""
 
+MANIFEST_FILE = "manifest.json"  # a cache's, written last
 RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
 EVAL_FILE = "cachekd_eval.json"  # scores of the run and its teacher
 EVALUATIONS_FOLDER = "evaluations"  # scores of the run, a file for each set of questions

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cachekd.cache.files import commit, require_room_for
-from cachekd.config import TrainConfig, defaults_of, require_new_folder
+from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, require_new_folder
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
@@ -27,18 +27,6 @@ CHECKPOINTS = "checkpoints"
 INPUTS = "inputs"  # in that file: what was read, by its content
 KNOWN = "known"  # models that were hashed, so that they need not be again
 PROCESSES = "processes"
-# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
-# stands for is in the others.)
-FREE_SETTINGS = {
-    "out",
-    "on_error",
-    "workers",
-    "save_steps",
-    "keep_checkpoints",
-    "logit_chunk",
-    "gradient_checkpointing",
-    "stage",
-}
 
 
 class RunFolder:

@@ -13,8 +13,10 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import tokenizer_fingerprint
+from cachekd.paths import require_path
 from cachekd.vlm import load_processor
 
+_FORMS = "a model's folder, or one with tokenizer.json, or a name on the hub"
 _SPACE = "▁"  # how SentencePiece writes one
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # and a byte of a character that it does not know
 
@@ -91,6 +93,7 @@ def find_reader(cache: LogitCache, path: str | None) -> TokenReader:
 
 def _load(source: str) -> Any:
     """A processor, of a language model too, or what else of a folder's has a tokenizer."""
+    require_path(source, "tokenizer", _FORMS)
     with suppress(CachekdError):  # a tokenizer may stand in a folder without a model
         return load_processor(source)
     problem = "nothing"
@@ -106,7 +109,7 @@ def _load(source: str) -> Any:
     raise CachekdError(
         "no tokenizer can be loaded",
         where=source,
-        expected="a model's folder, or one with tokenizer.json",
+        expected=_FORMS,
         found=problem,
         fix="pass --tokenizer PATH",
     )

@@ -28,7 +28,7 @@ def test_a_value_is_looked_for_where_it_stands(tmp_path):
     """The command line hands over every option, most of them None."""
     path = written(tmp_path, "student: s\ndata: d\nout: o\nbatch_size: big\n")
     error = refused(path, {})
-    assert error.where == str(path)
+    assert error.where == f"{path}, line 4"
     assert (error.problem.split(":")[0], error.found) == ("setting 'batch_size'", "big")
     assert refused(path, {"batch_size": "huge"}).where == "the command line"
     assert refused(None, {"student": "s", "data": "d"}).where == "the command line"
@@ -85,3 +85,10 @@ def test_a_field_of_the_trainer_is_sent_under_training(tmp_path):
     with pytest.raises(CachekdError, match="unknown setting 'optim'") as caught:
         read_config(path, DumpConfig, {"teacher": "t", "data": "d", "out": "o"})
     assert "`training`" not in caught.value.problem
+
+
+def test_a_slip_of_the_finger_is_told_without_the_trainer(tmp_path, monkeypatch):
+    """Importing it takes seconds."""
+    monkeypatch.setattr("cachekd.config_file._is_the_trainers", None)
+    path = written(tmp_path, "student: s\ndata: d\nout: o\nlearning_rat: 1\n")
+    assert "(did you mean 'learning_rate'?)" in refused(path, {}).problem

@@ -142,7 +142,7 @@ def test_a_steps_own_setting_then_its_stage_then_defaults(values, tmp_path):
         ({"name": "a/b"}, "a name is made of", "step 'a/b'"),
         ({"name": "sft"}, "two steps are called 'sft'", "pipeline.yaml"),
         ({"trainable": "projector"}, "L_VSD would have no gradient", "step 'dft'"),
-        ({"trainable": ["projector", "hat"]}, "'trainable'", "step 'dft'"),
+        ({"trainable": ["projector", "hat"]}, "'trainable.1'", "step 'dft'"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_step(values, tmp_path, change, message, place):
@@ -150,6 +150,61 @@ def test_what_is_wrong_is_said_with_its_step(values, tmp_path, change, message, 
     with pytest.raises(CachekdError, match=message) as caught:
         plan_steps(read(values, tmp_path))
     assert place in str(caught.value.where)
+
+
+def test_every_mistake_in_a_file_is_said_with_its_line_and_what_may_have_been_meant(values, tmp_path):
+    values["steps"][3] |= {"temprature": 3, "epochs": -1}
+    values["defaults"] |= {"taecher": "t"}
+    values["defaults"]["train"] |= {"windw": 8}
+    values["steps"][4] |= {"step": "evaluate"}
+    values["outt"] = values["out"]
+    with pytest.raises(CachekdError) as caught:
+        read(values, tmp_path)
+    first, *lines = caught.value.problem.splitlines()
+    assert first == "6 settings are wrong:"
+    for near in ("temperature", "teacher", "window", "out"):
+        assert sum(f"(did you mean {near!r}?)" in line for line in lines) == 1
+    text = (tmp_path / "pipeline.yaml").read_text().splitlines()
+    for line in lines:
+        number = int(line.split("pipeline.yaml, line ")[1].split(",")[0])
+        wrong = next(w for w in ("temprature", "epochs", "taecher", "windw", "evaluate", "outt") if w in line)
+        assert wrong in text[number - 1] or text[number - 1].strip().startswith("- ")
+    assert sum("step 'dft'" in line for line in lines) == 2
+
+
+def test_what_is_missing_in_several_steps_is_said_at_once(values, tmp_path):
+    del values["defaults"]["teacher"], values["defaults"]["data"]
+    del values["steps"][4]["data"]
+    with pytest.raises(CachekdError) as caught:
+        plan_steps(read(values, tmp_path))
+    lines = caught.value.problem.splitlines()[1:]
+    steps = [line.rpartition("step ")[2] for line in lines if "'data': field required" in line]
+    assert steps == ["'cache'", "'dpt'", "'sft'", "'dft'", "'scores'"]
+    assert any("'teacher': field required, step 'cache'" in line for line in lines)
+
+
+def test_a_typo_is_refused_before_torch_is_loaded(tmp_path):
+    """And before transformers: in `run`, in a plan whose setting is missing, and in the other commands."""
+    pipeline, recipe = tmp_path / "pipeline.yaml", tmp_path / "run.yaml"
+    pipeline.write_text("out: o\nsteps: [{step: dump, name: a, teacher: t}]\n")
+    recipe.write_text("student: s\ndata: d\nout: o\nlearning_rat: 1\n")
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from cachekd_cli.main import app
+for command in (
+    ["run", {str(pipeline)!r}],
+    ["train", "--config", {str(recipe)!r}],
+    ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "0"],
+    ["eval", "m", "--data", "d", "--limit", "0"],
+):
+    problem = CliRunner().invoke(app, command).exception.problem
+    print(problem, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "limit"]
+    assert all(line.endswith("False False") for line in said)
 
 
 def test_what_no_one_says_is_asked_for(values, tmp_path):

@@ -478,9 +478,7 @@ def test_training_takes_an_address(
     assert trainer.train_dataset[0].targets is not None
 
 
-@pytest.mark.parametrize(
-    "address", ["caches/a/b", "./cache", "/data/cache", "hf://org/name", "hf://datasets/x"]
-)
+@pytest.mark.parametrize("address", ["caches/a/b", "cache", "hf://org/name", "hf://datasets/x"])
 def test_addresses_that_are_none(skipping_cache, address):
     with pytest.raises(CachekdError, match=r"no address of a cache[\s\S]*org/name"):
         push_cache(skipping_cache, address)
@@ -504,6 +502,32 @@ def test_a_cache_is_not_made_at_an_address(skipping_cache, tmp_path, monkeypatch
     with pytest.raises(CachekdError, match=r"cachekd push FOLDER s3://bucket/c"):
         recompress(skipping_cache, Path("s3://bucket/c"), top_k=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["pub/plain", "./new", "pub"])
+def test_a_path_of_this_disk_is_one(skipping_cache, tmp_path, monkeypatch, name):
+    """`push` asked the hub for a repository `pub/plain`, beside a folder `pub`."""
+    monkeypatch.setattr("cachekd.sharing.store.HubStore", None, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("pub").mkdir()
+    assert push_cache(skipping_cache, name).url == f"file://{Path(name).resolve()}"
+    assert Manifest.load(Path(name)) == Manifest.load(skipping_cache)
+    assert pull_cache(name, tmp_path / "out").manifest == Manifest.load(skipping_cache)
+    assert len(LogitCache(name)) == len(LogitCache(skipping_cache))
+    with pytest.raises(CachekdError, match="only repositories of the hub have revisions"):
+        push_cache(skipping_cache, name, revision="x")
+
+
+def test_a_name_that_no_path_begins_is_the_hubs(hub, skipping_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / "home"))
+    push_cache(skipping_cache, REPO)
+    assert LogitCache(REPO).path.parent == tmp_path / "home"
+    Path(REPO).parent.mkdir()
+    with pytest.raises(CachekdError, match="not a cache") as caught:
+        LogitCache(REPO)
+    assert str(caught.value.found).startswith(f"no {Path(REPO).name!r} in {Path(REPO).parent}/")
+    assert LogitCache(f"hf://datasets/{REPO}").path.parent == tmp_path / "home"
 
 
 def test_a_missing_client_and_an_unknown_scheme_are_explained(tmp_path):

@@ -190,7 +190,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path):
 
 
 def test_unsupported_family_and_missing_model_are_named(tmp_path: Path):
-    with pytest.raises(CachekdError, match="no model can be loaded"):
+    with pytest.raises(CachekdError, match="there is no such model"):
         load_config(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CachekdError, match="not supported"):

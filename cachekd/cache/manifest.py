@@ -14,10 +14,11 @@ from cachekd.cache.files import address_of
 from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
 from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
+from cachekd.files import MANIFEST_FILE as MANIFEST_FILE
+from cachekd.paths import beside
 from cachekd.ranges import EXACT, KEPT
 
 FORMAT_VERSION = 1
-MANIFEST_FILE = "manifest.json"
 PLAN_FILE = "dump/plan.json"
 
 Count = Annotated[int, Field(ge=0, le=EXACT)]
@@ -287,10 +288,14 @@ def _not_a_cache(folder: Path) -> CachekdError:
             where=address,
             fix=f"`cachekd pull {address} FOLDER`, then the same with that folder",
         )
+    if folder.is_dir():
+        found, near = ", ".join(sorted(p.name for p in folder.iterdir())[:5]), None
+    else:
+        found, near = ("a file", None) if folder.exists() else beside(folder)
     return CachekdError(
         "this is not a cache",
         where=str(folder),
         expected=MANIFEST_FILE,
-        found=", ".join(sorted(p.name for p in folder.iterdir())[:5]) if folder.is_dir() else "no folder",
-        fix="run `cachekd dump`, or fetch a published one with `cachekd pull`",
+        found=found,
+        fix=near or "run `cachekd dump`, or fetch a published one with `cachekd pull`",
     )

@@ -20,6 +20,7 @@ from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
+from cachekd.paths import is_address
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
 
@@ -219,7 +220,7 @@ class LogitCache:
 
 
 def _on_this_disk(path: str | Path) -> Path:
-    if not isinstance(path, str) or "://" not in path:
+    if not isinstance(path, str) or not is_address(path):
         return Path(path)
     from cachekd.sharing import local_folder  # its clients take a while to import
 

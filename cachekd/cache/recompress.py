@@ -25,8 +25,9 @@ from cachekd.cache.shard import decode_targets
 from cachekd.cache.shard_codes import id_arrays, pack_codes, read_codes
 from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import read_skipped
-from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
+from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets
+from cachekd.defaults import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 
 _COMPARED = 256  # tokens whose whole rows are compared with the parent's

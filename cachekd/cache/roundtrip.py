@@ -18,9 +18,10 @@ from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.select import default_top_p, select_and_normalise
 from cachekd.cache.sketch import SketchTail
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import DEFAULT_TAIL, TailSetting
+from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets
 from cachekd.cache.writer import LogitCacheWriter
+from cachekd.defaults import DEFAULT_TAIL
 
 ROWS = 256  # tokens whose whole logits are in memory
 

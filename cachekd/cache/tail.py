@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from cachekd.errors import CachekdError
 
-DEFAULT_TAIL = "bytes=64"
-CALIBRATION_TOKENS = 16_384
 # RMS error of a logit, all axes together. A budget buys no less, in nats: gradients agree to 0.998 there.
 BUDGET_NOISE = 0.15
 # `exact` has so much of the spread of a token's probable logits: losses agree to 5e-4.

@@ -23,7 +23,8 @@ from cachekd.cache.plan import Plan
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard_writer import ShardWriter, check_sample
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import CALIBRATION_TOKENS, TailSetting
+from cachekd.cache.tail import TailSetting
+from cachekd.defaults import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 
 

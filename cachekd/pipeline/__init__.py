@@ -1,9 +1,13 @@
 """Several steps in one file: dump, train in stages, evaluate, report; what is finished is not done twice."""
 
+from typing import TYPE_CHECKING, Any
+
 from cachekd.pipeline.config import PipelineConfig, read_pipeline
 from cachekd.pipeline.plan import PlannedStep, plan_steps
-from cachekd.pipeline.run import look, run_pipeline
-from cachekd.pipeline.state import StepState
+
+if TYPE_CHECKING:
+    from cachekd.pipeline.run import look, run_pipeline
+    from cachekd.pipeline.state import StepState
 
 __all__ = [
     "PipelineConfig",
@@ -14,3 +18,12 @@ __all__ = [
     "read_pipeline",
     "run_pipeline",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, on first use: a mistake in the file is said before."""
+    if name not in ("StepState", "look", "run_pipeline"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from cachekd.pipeline import run
+
+    return getattr(run, name)

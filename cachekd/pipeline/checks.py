@@ -22,6 +22,7 @@ from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
 from cachekd.lean import check_lean_settings
+from cachekd.paths import is_address
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.coverage import check_coverage
 from cachekd.pipeline.inputs import is_hub_data
@@ -30,7 +31,6 @@ from cachekd.run_folder import CHECKPOINTS
 from cachekd.samples import SampleEncoder, open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
-from cachekd.sharing.store import is_address
 from cachekd.training_arguments import training_arguments
 from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor, plan_bridge
 
@@ -103,7 +103,7 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     if config.binding is not None:
         Binding.read(config.binding)
     student = SampleEncoder(models.processor(config.student))
-    if config.cache is not None and not is_address(config.cache):
+    if config.cache is not None and (config.cache in models.teachers or not is_address(config.cache)):
         _check_cache(config.cache, student, models)
     if config.runs_teacher:
         _check_teacher(config, models)

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, create_model, field_validator
 
 from cachekd.config import Dtype, DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import Config, read_yaml
+from cachekd.config_file import Config, Mistake, YamlFile, refusal
 from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
+from cachekd.paths import LocalPath, PathOrName
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -20,9 +20,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 class ReportConfig(Config):
     """One HTML page about a run."""
 
-    run: str = Field(description="a train step, or a run's folder; by default the last train step above")
-    baselines: list[str] = Field([], description="train steps or runs to compare it with")
-    out: Path = Field(description="the folder of report.html")
+    run: PathOrName = Field(
+        description="a train step, or a run's folder; by default the last train step above"
+    )
+    baselines: list[PathOrName] = Field([], description="train steps or runs to compare it with")
+    out: LocalPath = Field(description="the folder of report.html")
 
 
 class Step(Config):
@@ -72,27 +74,35 @@ class TrainStep(_Train):
     """Stage two, `cachekd train`."""
 
     step: Literal["train"]
-    student: str | None = Field(
+    student: PathOrName | None = Field(
         None,
         description="a step, a model folder or hub name; by default the train step above, else `defaults`'",
     )
-    cache: str | None = Field(None, description="a step or a folder; by default the dump step above")
+    cache: PathOrName | None = Field(None, description="a step or a folder; by default the dump step above")
 
 
 class EvalStep(_Eval):
     """`cachekd eval`."""
 
     step: Literal["eval"]
-    models: list[str] | None = Field(
+    models: list[PathOrName] | None = Field(
         None, description="steps, or model folders; by default every train step above"
     )
-    cache: str | None = Field(None, description="a dump step, of these data, or a folder")
+    cache: PathOrName | None = Field(None, description="a dump step, of these data, or a folder")
 
 
 class ReportStep(_Report):
     """`cachekd report`."""
 
     step: Literal["report"]
+
+
+_STEPS: dict[str, type[Config]] = {
+    "dump": DumpStep,
+    "train": TrainStep,
+    "eval": EvalStep,
+    "report": ReportStep,
+}
 
 
 class TrainDefaults(_TrainDefaults):
@@ -107,8 +117,8 @@ class Defaults(_DataDefaults):
     `shuffle_seed`.
     """
 
-    teacher: str | None = Field(None, description="of dump, train and eval steps")
-    student: str | None = Field(None, description="of the first train step")
+    teacher: PathOrName | None = Field(None, description="of dump, train and eval steps")
+    student: PathOrName | None = Field(None, description="of the first train step")
     dtype: Dtype | None = Field(None, description="of dump and train steps")
     workers: int | None = Field(None, ge=0, description="of dump and train steps")
     train: TrainDefaults | None = Field(None, description="any other setting of all train steps")
@@ -117,7 +127,7 @@ class Defaults(_DataDefaults):
 class PipelineConfig(Config):
     """`pipeline.yaml`."""
 
-    out: Path = Field(description="the pipeline's folder: a folder for every step, and the state")
+    out: LocalPath = Field(description="the pipeline's folder: a folder for every step, and the state")
     defaults: Defaults = Defaults()
     steps: list[Annotated[DumpStep | TrainStep | EvalStep | ReportStep, Field(discriminator="step")]] = Field(
         min_length=1, description="in this order"
@@ -137,41 +147,39 @@ def read_pipeline(path: Path) -> PipelineConfig:
     """A pipeline from its YAML file.
 
     Raises:
-        CachekdError: it cannot be read, or a setting is missing, unknown or out of range; step and setting
-            are named.
+        CachekdError: it cannot be read, or settings are missing, unknown or out of range; all are named, with
+            step and line.
     """
-    values = read_yaml(path)
+    file = YamlFile.read(path)
     try:
-        return PipelineConfig(**values)
+        return PipelineConfig(**file.values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise CachekdError(
-            _problem(first),
-            where=f"{path}{_place(first['loc'], values)}",
-            found=None if first["type"] == "missing" else _short(first.get("input")),
-        ) from None
+        raise refusal([_mistake(each, file) for each in error.errors()]) from None
 
 
-def _problem(error: Any) -> str:
-    name = next((part for part in reversed(error["loc"]) if isinstance(part, str)), "pipeline")
-    if error["type"] == "extra_forbidden":
-        return f"unknown setting {name!r}"
+def _mistake(error: Any, file: YamlFile) -> Mistake:
+    where = error["loc"]
+    place = file.place(where) + _step(where, file.values)
     if error["type"] == "union_tag_not_found":
-        return "a step needs `step: dump`, `train`, `eval` or `report`"
+        return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":
-        return "no such step: it is dump, train, eval or report"
-    return f"setting {name!r}: {error['msg'].removeprefix('Value error, ').lower()}"
+        return Mistake("no such step: it is dump, train, eval or report", place, error["ctx"]["tag"])
+    own = where[3:] if where[0] == "steps" else where
+    return Mistake.of(error, ".".join(map(str, own or where)), place, _known(where))
 
 
-def _place(where: tuple[Any, ...], values: dict[str, Any]) -> str:
-    """Of an error, in the words of the file: which step."""
+def _known(where: tuple[Any, ...]) -> dict[str, Any]:
+    """What may stand where a setting does."""
+    if where[0] == "steps":
+        return _STEPS[where[2]].model_fields if len(where) > 3 else {}
+    if where[0] == "defaults" and len(where) > 1:
+        return (TrainDefaults if where[1] == "train" and len(where) > 2 else Defaults).model_fields
+    return PipelineConfig.model_fields
+
+
+def _step(where: tuple[Any, ...], values: dict[str, Any]) -> str:
     if len(where) < 2 or where[0] != "steps":
-        return "".join(f", {part}" for part in where[:-1])
+        return ""
     step = values["steps"][where[1]]
     name = step.get("name") if isinstance(step, dict) else None
     return f", step {where[1] + 1 if name is None else repr(name)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

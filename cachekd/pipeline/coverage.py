@@ -10,10 +10,10 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.missing import DECIDING, dumped_data, missing_samples
 from cachekd.open_run import length_settings, require_pictures
+from cachekd.paths import is_address
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.samples import Samples, open_samples
 from cachekd.samples.tar_urls import is_remote
-from cachekd.sharing.store import is_address
 
 
 def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None:
@@ -34,11 +34,13 @@ def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None
         return
     samples = open_samples(config)
     require_pictures(config, samples, None)
-    if not matters or is_address(str(config.cache)):
+    if not matters:
         return
     if dump is not None:
         if config.missing == "error":
             _refuse_other_samples(config, samples, dump)
+        return
+    if is_address(str(config.cache)):
         return
     cache = LogitCache(str(config.cache))
     too_long = length_settings(config, dumped_data(cache))["too_long"]

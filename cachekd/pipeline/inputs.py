@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
+from cachekd.paths import is_path, require_path
 from cachekd.samples import open_samples
 from cachekd.samples.open import content_hash, keys_hash
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
@@ -47,13 +48,11 @@ def model_content(name: str, known: dict[str, Known]) -> str | None:
     """
     folder = Path(name)
     if not folder.exists():
+        expected = "a train step above, a model folder, or a hub name, which has a slash: org/name"
+        require_path(name, "step or model", expected)
         if _HUB_NAME.fullmatch(name):
             return None
-        raise CachekdError(
-            "there is no such step or model",
-            where=name,
-            expected="a train step above, a model folder, or a hub name, which has a slash: org/name",
-        )
+        raise CachekdError("there is no such step or model", where=name, expected=expected)
     files = _read_by_transformers(folder)
     listing = _listing(files)
     place = f"model {name}"
@@ -98,7 +97,7 @@ def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
 def is_hub_data(spec: str) -> bool:
     """Whether the hub is meant, and nothing on this disk."""
     name = _without_options(spec)
-    return not Path(name).exists() and _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix
+    return not is_path(name) and _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix
 
 
 def _without_options(spec: str) -> str:

@@ -8,14 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cachekd.cache.manifest import MANIFEST_FILE
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig, defaults_of
-from cachekd.config_file import Config
+from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of
+from cachekd.config_file import Config, Mistake, refusal
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd.files import REPORT_FILE, RUN_FILE
+from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import PipelineConfig, ReportConfig
-from cachekd.run_folder import FREE_SETTINGS
 from cachekd.stages import STAGES
 
 SCORES_FILE = "scores.json"
@@ -102,14 +100,23 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     """Every step with its whole settings, checked before any of them runs.
 
     Raises:
-        CachekdError: a setting is missing or out of range, or does not go with another; the step is named.
+        CachekdError: settings are missing, or do not go with others; their steps are named.
     """
     above = _Above(pipeline.out, _said(pipeline.defaults))
-    steps = []
+    steps: list[PlannedStep] = []
+    mistakes: list[Mistake] = []
     for step in pipeline.steps:
         values = {**_VALUES[step.step](_said(step), above), "out": pipeline.out / step.name}
-        steps.append(_planned(step.name, step.step, _config(step.name, step.step, values), above))
+        try:
+            steps.append(_planned(step.name, step.step, _config(step.name, step.step, values), above))
+        except ValidationError as error:
+            mistakes += _mistakes(step.name, step.step, error)
+        except CachekdError:
+            if not mistakes:
+                raise
         above.of_kind[step.step].append(step.name)
+    if mistakes:
+        raise refusal(mistakes, "say it in the step, or in `defaults`")
     return steps
 
 
@@ -166,19 +173,16 @@ def _shared(above: _Above, *names: str) -> dict[str, Any]:
 def _config(name: str, kind: str, values: dict[str, Any]) -> Any:
     try:
         return CONFIGS[kind](**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"])
-        raise CachekdError(
-            f"setting {setting!r}: {first['msg'].lower()}",
-            where=f"step {name!r}",
-            found=None if first["type"] == "missing" else first.get("input"),
-            fix=f"say it in the step, or in `defaults`: {CONFIGS[kind].model_fields[setting].description}"
-            if first["type"] == "missing"
-            else None,
-        ) from None
     except CachekdError as error:
         raise in_step(name, error) from None
+
+
+def _mistakes(name: str, kind: str, error: ValidationError) -> list[Mistake]:
+    """What is missing, and what does not go with something else: of the rest `read_pipeline` has told."""
+    fields = CONFIGS[kind].model_fields
+    return [
+        Mistake.of(each, ".".join(map(str, each["loc"])), f"step {name!r}", fields) for each in error.errors()
+    ]
 
 
 def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:

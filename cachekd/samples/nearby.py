@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
 _KINDS = (".json", ".jsonl", ".tar", ".parquet")
 _DEPTH = ("*", "*/*", "*/*/*")
 _MOST = 1_000  # entries of a folder that are looked at
-
-
-def near_data(path: Path) -> Path | None:
-    """What lies beside a path that does not exist, under nearly its name; None if nothing does."""
-    with suppress(OSError):  # a name that is too long
-        here = [] if path.name == "" else list(islice(path.parent.iterdir(), _MOST))
-        same = [other for other in here if other.suffix in _KINDS and other.stem == path.stem]
-        if same:
-            return likeliest(same, path.name)
-        names = get_close_matches(path.name, [other.name for other in here], 1, 0.8)
-        return path.with_name(names[0]) if names else None
-    return None
 
 
 def data_in(path: Path) -> Path | None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample, CachekdError
+from cachekd.paths import beside, is_path
 from cachekd.samples.llava_json import LlavaJsonSamples
-from cachekd.samples.nearby import data_in, likeliest, near_data
+from cachekd.samples.nearby import data_in, likeliest
 from cachekd.samples.protocol import Samples
 from cachekd.samples.record_reader import RecordReader
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
@@ -66,8 +67,6 @@ def _open(spec: str, reader: RecordReader) -> Samples:
     chosen = None if os.path.exists(spec) else _OPTIONS.fullmatch(spec)
     name, query = (chosen[1], chosen[2]) if chosen else (spec, "")
     path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long
-    if not exists and not _is_pattern(name) and (near := near_data(path)) is not None:
-        raise CachekdError("the data set does not exist", where=name, fix=f"did you mean {near}?")
     tars = sorted(str(tar) for tar in path.glob("*.tar")) if exists and path.is_dir() else []
     if _has_tables(path, tars) if exists else _names_tables(name):
         return _open_hugging_face(name, query, reader)
@@ -79,13 +78,12 @@ def _open(spec: str, reader: RecordReader) -> Samples:
         return LlavaJsonSamples(file, reader.beside(file.parent))
     if tars or (is_tar(name) and (exists or _is_pattern(name))):
         return WebDatasetSamples(tars or find_tars(name), reader)
-    inside = data_in(path) if exists else None
-    raise CachekdError(
-        "no data found" if exists else "the data set does not exist",
-        where=name,
-        expected=FORMS,
-        fix=None if inside is None else f"did you mean {inside}?",
-    )
+    if exists:
+        inside = data_in(path)
+        fix = None if inside is None else f"did you mean {inside}?"
+        raise CachekdError("no data found", where=name, expected=FORMS, fix=fix)
+    found, fix = beside(name)
+    raise CachekdError("the data set does not exist", where=name, expected=FORMS, found=found, fix=fix)
 
 
 def _json_file(path: Path) -> Path | None:
@@ -129,7 +127,9 @@ def _has_tables(path: Path, tars: list[str]) -> bool:
 
 def _names_tables(name: str) -> bool:
     """Whether what is not on the disk is a pattern of tables, or a name on the hub."""
-    return name.endswith(_TABLES) or (not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None)
+    if name.endswith(_TABLES):
+        return True
+    return not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None and not is_path(name)
 
 
 def _open_hugging_face(name: str, query: str, reader: RecordReader) -> Samples:

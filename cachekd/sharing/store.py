@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from cachekd.errors import CachekdError
+from cachekd.paths import HUB_CACHE, is_path
 
 Progress = Callable[[int], None]  # is told of bytes that are done
 
 FORMS = (
-    "org/name or hf://datasets/org/name[@revision] on the Hugging Face hub, or a URL that fsspec knows, "
-    "such as s3://bucket/caches/llava or file:///data/caches/llava"
+    "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
+    "URL that fsspec knows, such as s3://bucket/caches/llava; or a folder on this disk, such as ./llava"
 )
-_HUB = re.compile(r"(?:hf://datasets/)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/@\s][^@\s]*))?/?")
 
 
 class Store(Protocol):
@@ -42,13 +42,8 @@ class Store(Protocol):
         ...
 
 
-def is_address(spec: str | Path) -> bool:
-    """Whether a cache is not on this disk: `s3://...`, `hf://datasets/org/name`."""
-    return isinstance(spec, str) and "://" in spec
-
-
 def open_store(address: str, *, revision: str | None = None) -> Store:
-    """The store that an address means; nothing is asked of it yet.
+    """The store that an address means; nothing is asked of it yet. What begins as a path on this disk is one.
 
     Raises:
         CachekdError: it is no such address.
@@ -56,7 +51,9 @@ def open_store(address: str, *, revision: str | None = None) -> Store:
     from cachekd.sharing.fsspec_store import FsspecStore
     from cachekd.sharing.hub_store import HubStore
 
-    if hub := _HUB.fullmatch(address):
+    if "://" not in address and is_path(address):
+        address = f"file://{os.path.abspath(address)}"
+    if hub := HUB_CACHE.fullmatch(address.removeprefix("hf://datasets/")):
         named = hub[2]
         if named is not None and revision is not None and named != revision:
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
@@ -74,7 +71,7 @@ def open_store(address: str, *, revision: str | None = None) -> Store:
 def _advice(address: str) -> str | None:
     if address.startswith("hf://"):
         return "a cache is the whole of a data set repository: hf://datasets/org/name"
-    return f"for a folder on this disk: file://{Path(address).absolute()}"
+    return f"for a folder on this disk: ./{address}"
 
 
 @contextmanager

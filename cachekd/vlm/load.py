@@ -23,11 +23,17 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError
+from cachekd.paths import require_path
 from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
 from cachekd.vlm.steady import keep_statistics
 from cachekd.vlm.tinyllava import is_tinyllava
 from cachekd.vlm.weights import weights_files
+
+_FORMS = (
+    "a folder in Hugging Face format (config.json, model.safetensors), a name on the hub (org/name, where no "
+    "folder org is here), or a .gguf file of a language model"
+)
 
 
 def default_device() -> torch.device:
@@ -49,6 +55,7 @@ def load_config(path: str) -> Any:
     Raises:
         CachekdError: there is no model at `path`, its family is not supported, or an adapter is there.
     """
+    require_path(path, "model", _FORMS)
     try:
         # Never a checkpoint's own code, nor a question whether to run it.
         config = (
@@ -68,8 +75,7 @@ def load_config(path: str) -> Any:
         raise CachekdError(
             "no model can be loaded",
             where=str(path),
-            expected="a folder in Hugging Face format (config.json, model.safetensors), a hub name, or a "
-            ".gguf file of a language model",
+            expected=_FORMS,
             found=f"{error}".strip().splitlines()[0],
             fix="pip install 'cachekd[gguf]'" if is_gguf(path) and isinstance(error, ImportError) else None,
         ) from None

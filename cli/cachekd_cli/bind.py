@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekd.errors import CachekdError
+from cachekd.paths import PathOrName
 from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
 from cachekd_cli.data_options import Given, read_data, takes_data
 
@@ -21,7 +22,9 @@ SHOWN = 5
 
 @takes_data()
 def bind_command(
-    cache: Annotated[str, typer.Argument(help="The cache: a folder, or the address of a published one.")],
+    cache: Annotated[
+        PathOrName, typer.Argument(help="The cache: a folder, or the address of a published one.")
+    ],
     data: Given,
     out: Annotated[
         Path | None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from cachekd.paths import PathOrName
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
 from cachekd_cli.data_options import Given, read_data, takes_data
 
@@ -21,10 +22,12 @@ _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "languag
 
 @takes_data()
 def check_command(
-    teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
-    student: Annotated[str, typer.Option(help="Student: a model folder or hub name.")],
+    teacher: Annotated[PathOrName, typer.Option(help="Teacher: a model folder or hub name.")],
+    student: Annotated[PathOrName, typer.Option(help="Student: a model folder or hub name.")],
     data: Given,
-    cache: Annotated[str | None, typer.Option(help="A cache, to check too: a folder or an address.")] = None,
+    cache: Annotated[
+        PathOrName | None, typer.Option(help="A cache, to check too: a folder or an address.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples to look at, and to show.")] = 2,
     forward: Annotated[
         bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -85,6 +85,7 @@ def _parameter(name: str, field: FieldInfo, *, required: bool) -> inspect.Parame
 
 
 def _scalar(annotation: Any) -> Any:
-    """Without `| None`."""
+    """Without `| None`, and without what pydantic does with it: `DataOptions` is made of it."""
     inner = [part for part in get_args(annotation) if part is not type(None)]
-    return inner[0] if len(inner) == 1 else annotation
+    plain = inner[0] if len(inner) == 1 else annotation
+    return get_args(plain)[0] if get_origin(plain) is Annotated else plain

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import TaskID
 
+from cachekd.paths import PathOrName
 from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, table
 from cachekd_cli.data_options import Given, takes_data
 from cachekd_cli.signals import exit_code
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @takes_data()
 def dump_command(
-    teacher: Annotated[str, typer.Option(help="Teacher: a model folder or hub name.")],
+    teacher: Annotated[PathOrName, typer.Option(help="Teacher: a model folder or hub name.")],
     data: Given,
     out: Annotated[Path, typer.Option(help="The cache's folder: new, empty, or a dump to go on with.")],
     top_k: Annotated[int, typer.Option(help="Most logprobs kept per answer token.")] = 128,
@@ -72,7 +73,6 @@ def dump_command(
     from cachekd.config import DumpConfig
     from cachekd.config_file import read_config
 
-    quiet_libraries()
     config = read_config(
         None,
         DumpConfig,
@@ -95,6 +95,7 @@ def dump_command(
             "world_size": int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size,
         },
     )
+    quiet_libraries()
     if estimate:
         found = run_estimate(config)
         if as_json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
     print_json,
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 @takes_data()
 def eval_command(
     models: Annotated[
-        list[str], typer.Argument(help="Model or run folders; all are asked the same questions.")
+        list[PathOrName], typer.Argument(help="Model or run folders; all are asked the same questions.")
     ],
     data: Given,
     teacher: Annotated[
-        str | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
+        PathOrName | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
     ] = None,
     cache: Annotated[
-        str | None,
+        PathOrName | None,
         typer.Option(help="The teacher's logits of these data, for the agreement alone: it need not run."),
     ] = None,
     history: Annotated[
@@ -49,7 +50,7 @@ def eval_command(
         bool, typer.Option(help="Ask every model again with each picture replaced by its mean colour.")
     ] = True,
     prior_data: Annotated[
-        str | None,
+        PathOrName | None,
         typer.Option(help="The training data: adds the row of its most frequent answer to each question."),
     ] = None,
     batch_size: Annotated[
@@ -72,7 +73,6 @@ def eval_command(
     from cachekd.config_file import read_config
     from cachekd.evaluation import save_in_runs
 
-    quiet_libraries()
     options = {
         "models": models,
         "teacher": teacher,
@@ -84,7 +84,9 @@ def eval_command(
         "workers": workers,
         "dtype": dtype,
     }
-    result = run_eval(read_config(None, EvalConfig, {**options, **data}))
+    config = read_config(None, EvalConfig, {**options, **data})
+    quiet_libraries()
+    result = run_eval(config)
     save_in_runs(result)
     if as_json:
         print_json(result.summary())

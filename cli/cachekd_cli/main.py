@@ -35,6 +35,7 @@ from cachekd_cli import (
     verify,
 )
 from cachekd_cli.console import errors, print_error
+from cachekd_cli.path_options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
@@ -90,7 +91,7 @@ def show_versions(asked: bool) -> None:
 
 for panel, commands in PANELS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(command)
+        app.command(name, rich_help_panel=panel)(expands_paths(command))
 
 
 @app.callback()

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.errors import BadSample
+from cachekd.paths import PathOrName
 from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
@@ -56,7 +57,8 @@ def peek_command(
         Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here.")
+        PathOrName | None,
+        typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here."),
     ] = None,
     top: Annotated[
         int | None,

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
 from cachekd_cli.signals import resumable
 
 
 def pull_command(
-    source: Annotated[str, typer.Argument(help="org/name on the hub, or a URL: s3://..., https://...")],
+    source: Annotated[
+        PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder.")
+    ],
     out: Annotated[Path, typer.Argument(help="A new folder, or one of a pull that was cut short.")],
     shards: Annotated[
         str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
@@ -23,6 +26,9 @@ def pull_command(
     """Download a cache, or some of its shards as a cache of their own; every file is verified.
 
     A download that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
+    hf://datasets/my-org/name.
 
     Example: cachekd pull my-org/llava-7b-logits caches/llava-7b --shards 0-9
     """

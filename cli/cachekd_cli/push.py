@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
 from cachekd_cli.signals import resumable
 
 
 def push_command(
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
-    to: Annotated[str, typer.Argument(help="org/name on the hub, or a URL: s3://..., file:///...")],
+    to: Annotated[
+        PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder: ./name.")
+    ],
     license: Annotated[
         str | None, typer.Option(help="As the hub names it: apache-2.0, cc-by-4.0, ... Default: unknown.")
     ] = None,
@@ -24,6 +27,9 @@ def push_command(
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
 
     An upload that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
+    hf://datasets/my-org/name.
 
     Example: cachekd push caches/llava-7b my-org/llava-7b-logits --license cc-by-4.0
     """

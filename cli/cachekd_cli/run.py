@@ -37,10 +37,13 @@ def run_command(
     changed in the file or on the disk, together with every step that takes its output. The output that was
     there before is moved to NAME.old-1. What the file may say: docs/pipelines.md.
     """
-    from cachekd.pipeline import look, read_pipeline, run_pipeline
+    from cachekd.pipeline import plan_steps, read_pipeline
+
+    config = read_pipeline(pipeline)
+    plan_steps(config)  # a mistake in the file is said before torch is loaded
+    from cachekd.pipeline import look, run_pipeline
 
     quiet_libraries()
-    config = read_pipeline(pipeline)
     try:
         states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
     except KeyboardInterrupt as stop:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from cachekd.paths import PathOrName, is_address
 from cachekd_cli.console import (
     byte_progress,
     console,
@@ -40,10 +41,10 @@ def train_command(
     config: Annotated[
         Path | None, typer.Option(help="YAML with any of these settings; options override it.")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="Student: a model folder or hub name.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Teacher, for the switched path.")] = None,
+    student: Annotated[PathOrName | None, typer.Option(help="Student: a model folder or hub name.")] = None,
+    teacher: Annotated[PathOrName | None, typer.Option(help="Teacher, for the switched path.")] = None,
     cache: Annotated[
-        str | None,
+        PathOrName | None,
         typer.Option(
             help="What `cachekd dump` wrote, or where it was published: hf://datasets/org/name, ..."
         ),
@@ -139,8 +140,8 @@ def train_command(
     from cachekd.config import TrainConfig
     from cachekd.config_file import read_config
 
-    quiet_libraries()
     settings = read_config(config, TrainConfig, options)
+    quiet_libraries()
     try:
         train_or_estimate(settings, estimate=estimate, json=json)
     except KeyboardInterrupt as stop:
@@ -169,7 +170,6 @@ def train_or_estimate(settings: TrainConfig, *, estimate: bool, json: bool) -> N
 def fetch_cache(config: TrainConfig) -> None:
     """Fetch a published cache behind a bar of its own; training then finds it."""
     from cachekd.sharing import local_folder
-    from cachekd.sharing.store import is_address
 
     if config.cache is None or not is_address(config.cache) or not config.distils or config.live_teacher:
         return

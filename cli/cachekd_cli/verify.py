@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from cachekd.errors import CachekdError
+from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
     errors,
@@ -35,7 +36,8 @@ def verify_command(
     data: Given,
     cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
     teacher: Annotated[
-        str | None, typer.Option(help="Ask this teacher again (with --data), and make repairs with it.")
+        PathOrName | None,
+        typer.Option(help="Ask this teacher again (with --data), and make repairs with it."),
     ] = None,
     binding: Annotated[
         Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
