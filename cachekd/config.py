@@ -252,7 +252,10 @@ class EvalConfig(DataOptions):
         CachekdError: there are both a teacher and a cache of it.
     """
 
-    models: list[PathOrName] = Field(min_length=1, description="model or run folders; all are asked the same")
+    models: list[PathOrName] = Field(
+        min_length=1,
+        description="model or run folders, asked the same; in a pipeline, by default all train steps above",
+    )
     out: LocalPath | None = Field(None, description="a folder for scores.json")
     teacher: PathOrName | None = Field(
         None, description="adds its own row, and every model's agreement with it"

@@ -89,7 +89,18 @@ def test_a_user_that_is_none_is_named():
 OTHER_SETTINGS = {"map", "key", "image_field", "tail", "name"}
 OTHER_SETTINGS |= {"lora", "teacher_quantization", "student_quantization"}  # mappings for other libraries
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
-OTHER_OPTIONS = {"map", "key", "image_field", "tail", "disk_budget", "dtype", "missing", "stage", "trainable"}
+OTHER_OPTIONS = {
+    "history",
+    "map",
+    "key",
+    "image_field",
+    "tail",
+    "disk_budget",
+    "dtype",
+    "missing",
+    "stage",
+    "trainable",
+}
 OTHER_OPTIONS |= {"switch_bridge", "match", "filter_", "license", "revision", "shards", "name"}
 
 

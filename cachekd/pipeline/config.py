@@ -85,9 +85,6 @@ class EvalStep(_Eval):
     """`cachekd eval`."""
 
     step: Literal["eval"]
-    models: list[PathOrName] | None = Field(
-        None, description="steps, or model folders; by default every train step above"
-    )
     cache: PathOrName | None = Field(None, description="a dump step, of these data, or a folder")
 
 
