@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field
 
@@ -13,6 +13,7 @@ DataSpec = Annotated[str, BeforeValidator(str)]  # what `open_samples` takes; a 
 OnError = Literal["stop", "skip"]
 TooLong = Literal["error", "skip", "cut"]
 ROW_NUMBERS = "index"  # --key index
+OF_ONE_SET = frozenset({"data", "image_root", "limit", "shuffle_seed"})  # which other data do not share
 
 
 def _fields(given: object) -> object:
@@ -61,6 +62,13 @@ class DataOptions(Config):
             CachekdError: an option is unknown or out of range.
         """
         return data if isinstance(data, DataOptions) else read_config(None, cls, {"data": data, **options})
+
+    def beside(self, other: DataOptions) -> Self:
+        """The same data set; what is not said of how its records are read, and of what is done with bad and
+        long samples, is as in `other`, as far as it is said there."""
+        said = other.model_fields_set - self.model_fields_set - OF_ONE_SET
+        shared = said & DataOptions.model_fields.keys()
+        return self.model_copy(update={name: getattr(other, name) for name in shared})
 
 
 Data = str | Path | DataOptions
