@@ -55,6 +55,10 @@ class TrainSummary:
         data_wait: share of this session's time in which the steps waited for data (`DataWait`).
         missing: samples that the cache lacks and that were left out, with reasons.
         bad: samples that were left out because they cannot be used, earlier sessions' included.
+        evaluation: on held-out data, of the student that was saved, by the names in the log.
+        best_step: whose student was saved, where it is the best one (`load_best_model_at_end`); None: the
+            last one was.
+        eval_missing, eval_bad: held-out samples that were left out, likewise.
     """
 
     out: Path
@@ -66,6 +70,10 @@ class TrainSummary:
     data_wait: float = 0.0
     missing: LeftOutSamples = field(default_factory=LeftOutSamples)
     bad: LeftOutSamples = field(default_factory=LeftOutSamples)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    eval_missing: LeftOutSamples = field(default_factory=LeftOutSamples)
+    eval_bad: LeftOutSamples = field(default_factory=LeftOutSamples)
 
 
 def train(
@@ -93,7 +101,7 @@ def train(
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
-        found = inputs_of(config, opened.samples, opened.cache, folder.known)
+        found = inputs_of(config, opened, folder.known)
         folder.require_inputs(found, processes=opened.arguments.world_size)
         stopper = StopInOrder(asked_to_stop)
         trainer = load_trainer(config, opened, [*(callbacks or []), stopper], phase)
@@ -101,6 +109,7 @@ def train(
             folder.begin()
         checkpoint = folder.last_checkpoint()
         resumed_from = 0 if checkpoint is None else step_of(Path(checkpoint))
+        trainer.args.eval_on_start &= checkpoint is None  # when the run began
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         stopper.raise_if_stopped(trainer.state)
@@ -115,6 +124,12 @@ def train(
             trainer.data_wait.total.share,
             opened.missing,
             LeftOutSamples.of(bad),
+            trainer.saved_evaluation(),
+            trainer.best_step,
+            eval_missing=LeftOutSamples() if opened.held_out is None else opened.held_out.missing,
+            eval_bad=LeftOutSamples.of(trainer.validation.bad_samples())
+            if trainer.validation
+            else LeftOutSamples(),
         )
         with folder.finishing():
             save_run(folder, config, trainer, summary)
@@ -155,7 +170,12 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
-            "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
+            "left_out": {
+                name: asdict(getattr(summary, name))
+                for name in ("missing", "bad", "eval_missing", "eval_bad")
+            },
+            "evaluation": summary.evaluation,
+            "best_step": summary.best_step,
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

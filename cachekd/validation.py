@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError
@@ -129,7 +130,9 @@ class Validation:
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
             row = [found.terms.get(name, 0.0) for name in self._names]
             sums += torch.stack([torch.as_tensor(x).to(sums) for x in (*row, found.tokens, found.distilled)])
-            trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+            trainer.control = trainer.callback_handler.on_prediction_step(
+                args, trainer.state, trainer.control
+            )
         return sums
 
     def bad_samples(self) -> dict[str, str]:
@@ -144,7 +147,8 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
     optimizer: Any = trainer.optimizer
     schedule_free = callable(getattr(optimizer, "eval", None))  # their weights in use are averages
     python, numpy = random.getstate(), np.random.get_state()
-    with in_eval_mode(trainer.model), torch.random.fork_rng(), torch.no_grad():
+    gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with in_eval_mode(trainer.model), torch.random.fork_rng(gpus), torch.no_grad():
         if schedule_free:
             optimizer.eval()
         try:
@@ -154,3 +158,22 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
                 optimizer.train()
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
+    """The checkpoint of the best evaluation; None before the first.
+
+    Raises:
+        CachekdError: it is gone: the run would end with another student than it says.
+    """
+    if not state.best_global_step:
+        return None
+    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+    if not best.is_dir():
+        raise CachekdError(
+            "the best student's checkpoint is gone",
+            where=str(best),
+            expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
+            fix="put it back; or remove the later checkpoints, and the same command goes on from what is left",
+        )
+    return str(best)

@@ -21,13 +21,6 @@ _NEEDS_EVAL_DATA = {
 }
 
 
-def without_validation(config: TrainConfig) -> TrainConfig:
-    """The same run, which looks at no held-out data."""
-    training = {name: value for name, value in config.training.items() if name not in _NEEDS_EVAL_DATA}
-    ours = dict.fromkeys(("eval_data", "eval_cache", "eval_steps"))
-    return config.model_copy(update=ours | {"training": training})
-
-
 def validation_settings(config: TrainConfig, training: dict[str, Any]) -> dict[str, Any]:
     """When to evaluate, and what a better student is; by default every `eval_steps`, and by `eval_loss`.
 
@@ -50,7 +43,9 @@ def validation_settings(config: TrainConfig, training: dict[str, Any]) -> dict[s
     }
     strategy = training.get("eval_strategy", "steps")
     if strategy not in ("steps", "epoch"):
-        raise _refusal("the held-out data would not be evaluated", "eval_strategy", "steps or epoch", strategy)
+        raise _refusal(
+            "the held-out data would not be evaluated", "eval_strategy", "steps or epoch", strategy
+        )
     if strategy == "epoch" and config.eval_steps is not None:
         raise _refusal("'eval_steps' would be ignored", "eval_strategy", "steps, or no eval_steps", strategy)
     if training.get("load_best_model_at_end"):
@@ -101,6 +96,4 @@ def _check_best(config: TrainConfig, settings: dict[str, Any]) -> None:
 def _refusal(
     problem: str, name: str, expected: object = None, found: object = None, fix: str | None = None
 ) -> CachekdError:
-    return CachekdError(
-        problem, where=f"setting 'training.{name}'", expected=expected, found=found, fix=fix
-    )
+    return CachekdError(problem, where=f"setting 'training.{name}'", expected=expected, found=found, fix=fix)

@@ -20,9 +20,10 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
+from cachekd.held_out import about
 from cachekd.lean import check_lean_settings
 from cachekd.pipeline.config import EvalConfig, ReportConfig
-from cachekd.pipeline.coverage import check_coverage
+from cachekd.pipeline.coverage import check_coverage, check_pictures
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
@@ -52,6 +53,9 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
             _CHECKS[step.kind](step.config, models)
             if step.data is not None:
                 _check_data(step.data)
+            if step.held_out is not None:
+                with about("eval_data"):
+                    _check_data(step.held_out)
         except CachekdError as error:
             raise in_step(step.name, error) from None
 
@@ -100,11 +104,18 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     if config.binding is not None:
         Binding.read(config.binding)
     student = SampleEncoder(models.processor(config.student))
-    if config.cache is not None and not is_address(config.cache):
-        _check_cache(config.cache, student, models)
+    held_out = config.on_held_out()
+    for setting, cache in (("cache", config.cache), ("eval_cache", config.eval_cache)):
+        if cache is not None and not is_address(cache):
+            with about(setting):
+                _check_cache(cache, student, models)
     if config.runs_teacher:
         _check_teacher(config, models)
+    check_pictures(config)
     check_coverage(config, models.dumps)
+    if held_out is not None:
+        with about("eval_cache"):
+            check_coverage(held_out, models.dumps)
 
 
 def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:

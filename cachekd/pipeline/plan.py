@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from cachekd.cache.manifest import MANIFEST_FILE
 from cachekd.config import DumpConfig, TrainConfig, defaults_of
 from cachekd.config_file import Config
-from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
+from cachekd.data_options import OF_ONE_SET, DataOptions
+from cachekd.errors import CachekdError, within
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import EvalConfig, PipelineConfig, ReportConfig
 from cachekd.run_folder import FREE_SETTINGS
@@ -37,7 +37,6 @@ FREE = {
 
 
 _OF_DATA = set(DataOptions.model_fields)
-_OF_ONE_SET = {"data", "image_root", "limit", "shuffle_seed"}  # which other data do not share
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class PlannedStep:
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
         data: that it reads.
+        held_out: that it evaluates meanwhile.
         files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
@@ -60,6 +60,7 @@ class PlannedStep:
     upstream: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: DataOptions | None = None
+    held_out: DataOptions | None = None
     files: tuple[Path, ...] = ()
 
     @property
@@ -132,13 +133,14 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
     values = {**shared, **of_all, **preset, **said}
     if "student" in values:
         values["student"] = above.folder(values["student"], "train")
-    if "cache" in values:
-        values["cache"] = above.folder(values["cache"], "dump")
+    for name in ("cache", "eval_cache"):
+        if name in values:
+            values[name] = above.folder(values[name], "dump")
     return values
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", *_OF_DATA - _OF_ONE_SET)  # held-out data have to be named
+    shared = _shared(above, "teacher", *_OF_DATA - OF_ONE_SET)  # held-out data have to be named
     values = {**shared, "models": above.of_kind["train"], **said}
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
@@ -156,7 +158,7 @@ _VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "
 
 def _data_shared(said: dict[str, Any], above: _Above) -> dict[str, Any]:
     """Of a step that names data of its own, only how records are read."""
-    return _shared(above, *(_OF_DATA - _OF_ONE_SET if "data" in said else _OF_DATA))
+    return _shared(above, *(_OF_DATA - OF_ONE_SET if "data" in said else _OF_DATA))
 
 
 def _shared(above: _Above, *names: str) -> dict[str, Any]:
@@ -196,15 +198,16 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(upstream)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=config if kind != "report" else None,
+        held_out=config.on_held_out() if kind == "train" else None,
         files=_files(config, made) if kind == "train" else (),
     )
 
 
 def _files(config: TrainConfig, made: dict[str, str]) -> tuple[Path, ...]:
     """A published cache at an address is none: it counts by its name."""
-    given = config.cache is not None and config.cache not in made
+    given = [cache for cache in _caches(config) if cache not in made]
     return (
-        *((Path(str(config.cache), MANIFEST_FILE),) if given else ()),
+        *(Path(cache, MANIFEST_FILE) for cache in given),
         *((config.binding,) if config.binding is not None else ()),
     )
 
@@ -218,7 +221,12 @@ def _reads(kind: str, config: Any) -> tuple[list[str], list[str]]:
         return [*models, *config.models], []
     if kind == "dump":
         return models, []
-    return [*models, config.student], [] if config.cache is None else [str(config.cache)]
+    return [*models, config.student], _caches(config)
+
+
+def _caches(config: TrainConfig) -> list[str]:
+    """Of the training data, and of the held-out ones."""
+    return [cache for cache in (config.cache, config.eval_cache) if cache is not None]
 
 
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
@@ -227,7 +235,7 @@ def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConf
     if config.distils and not config.live_teacher and config.cache is None and cache is not None:
         config = config.model_copy(update={"cache": str(above.out / cache)})
     if not config.distils:
-        config = config.model_copy(update={"cache": None})
+        config = config.model_copy(update={"cache": None, "eval_cache": None})
     if not config.runs_teacher:
         config = config.model_copy(update={"teacher": None})
     try:
@@ -239,10 +247,4 @@ def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConf
 
 def in_step(name: str, error: CachekdError, then: str | None = None) -> CachekdError:
     """The same error, with the step's name and how to go on."""
-    return CachekdError(
-        error.problem,
-        where=f"step {name!r}" if error.where is None else f"step {name!r}: {error.where}",
-        expected=error.expected,
-        found=error.found,
-        fix="; ".join(text for text in (error.fix, then) if text) or None,
-    )
+    return within(f"step {name!r}", error, then)

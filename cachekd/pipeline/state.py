@@ -133,6 +133,8 @@ def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     }
     if step.data is not None:
         inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
+    if step.held_out is not None:
+        inputs[f"content of eval_data {step.held_out.data}"] = data_content(step.held_out, state.known)
     for path in step.files:
         if path.is_file():
             inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -31,8 +31,9 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
         CachekdError: V, P and L, one after the other, do not give the model's own logits.
     """
     try:
-        with in_eval_mode(model), capture_vision(model) as vision:
-            whole = logits_at(model, inputs, positions)
+        with in_eval_mode(model):
+            with capture_vision(model) as vision:
+                whole = logits_at(model, inputs, positions)
             if vision.output is None:
                 raise _refusal(model, "its vision encoder does not run in its forward")
             split = decode(model, project(model, vision.output, inputs), inputs, positions)
