@@ -130,9 +130,7 @@ class Validation:
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
             row = [found.terms.get(name, 0.0) for name in self._names]
             sums += torch.stack([torch.as_tensor(x).to(sums) for x in (*row, found.tokens, found.distilled)])
-            trainer.control = trainer.callback_handler.on_prediction_step(
-                args, trainer.state, trainer.control
-            )
+            trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
         return sums
 
     def bad_samples(self) -> dict[str, str]:
@@ -174,6 +172,6 @@ def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
             "the best student's checkpoint is gone",
             where=str(best),
             expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
-            fix="put it back; or remove the later checkpoints, and the same command goes on from what is left",
+            fix="put it back; or remove the later ones, and the same command goes on from what is left",
         )
     return str(best)

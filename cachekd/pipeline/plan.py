@@ -231,9 +231,10 @@ def _caches(config: TrainConfig) -> list[str]:
 
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
     """The cache above, if a term needs one; no teacher where none does."""
-    cache = above.last("dump")
-    if config.distils and not config.live_teacher and config.cache is None and cache is not None:
-        config = config.model_copy(update={"cache": str(above.out / cache)})
+    dumped = [str(above.out / dump) for dump in above.of_kind["dump"]]
+    dumped = [cache for cache in dumped if cache != config.eval_cache]
+    if config.distils and not config.live_teacher and config.cache is None and dumped:
+        config = config.model_copy(update={"cache": dumped[-1]})
     if not config.distils:
         config = config.model_copy(update={"cache": None, "eval_cache": None})
     if not config.runs_teacher:
