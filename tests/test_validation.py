@@ -159,16 +159,17 @@ def test_only_a_part_of_the_data_is_evaluated(settings, eval_cache):
     assert found["ce"] != pytest.approx(everything["ce"], rel=1e-3)
 
 
-def test_a_live_teacher_is_asked_on_held_out_data_too(settings, tmp_path):
-    config = TrainConfig(**settings | {"epochs": 1})
+def test_a_live_teacher_is_asked_on_held_out_data_too(settings, tmp_path, held_out):
+    """In a step in which the switched path does not train."""
+    exact = dump_cache(tmp_path / "exact", Path(settings["teacher"]), held_out, tail="exact")
+    config = TrainConfig(**settings | {"eval_cache": str(exact)})
     cached = make_trainer(config, tmp_path / "cached").evaluate()
     live = {"live_teacher": True, "cache": None, "eval_cache": None, "vsd_every": 2}
     trainer = make_trainer(config.model_copy(update=live), tmp_path / "live")
     trainer.state.global_step = 1
     found = trainer.evaluate()
-    for name in NAMES:
-        tolerance = 0.02 if name in ("align", "vsd", "loss") else 1e-5  # the cache has no exact tail
-        assert found[f"eval_{name}"] == pytest.approx(cached[f"eval_{name}"], rel=tolerance), name
+    for name in NAMES:  # of this teacher, which has next to no opinion, exact tails are a percent of the terms
+        assert found[f"eval_{name}"] == pytest.approx(cached[f"eval_{name}"], rel=1e-2), name
 
 
 def test_without_a_cache_of_their_own_what_is_not_computed_is_said_once(settings, caplog):

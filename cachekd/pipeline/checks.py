@@ -104,17 +104,16 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     if config.binding is not None:
         Binding.read(config.binding)
     student = SampleEncoder(models.processor(config.student))
-    held_out = config.on_held_out()
-    for setting, cache in (("cache", config.cache), ("eval_cache", config.eval_cache)):
-        if cache is not None and not is_address(cache):
-            with about(setting):
-                _check_cache(cache, student, models)
+    if config.cache is not None and not is_address(config.cache):
+        _check_cache(config.cache, student, models)
     if config.runs_teacher:
         _check_teacher(config, models)
     check_pictures(config)
     check_coverage(config, models.dumps)
-    if held_out is not None:
+    if (held_out := config.on_held_out()) is not None:
         with about("eval_cache"):
+            if held_out.cache is not None and not is_address(held_out.cache):
+                _check_cache(held_out.cache, student, models)
             check_coverage(held_out, models.dumps)
 
 
