@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
@@ -92,6 +92,7 @@ class SwitchKDTrainer(Trainer):
 
     # Losses below are divided by the tokens of the whole accumulated step already.
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,

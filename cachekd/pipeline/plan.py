@@ -232,9 +232,9 @@ def _caches(config: TrainConfig) -> list[str]:
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
     """The cache above, if a term needs one; no teacher where none does."""
     dumped = [str(above.out / dump) for dump in above.of_kind["dump"]]
-    dumped = [cache for cache in dumped if cache != config.eval_cache]
     if config.distils and not config.live_teacher and config.cache is None and dumped:
-        config = config.model_copy(update={"cache": dumped[-1]})
+        of_training = [cache for cache in dumped if cache != config.eval_cache]
+        config = config.model_copy(update={"cache": (of_training or dumped)[-1]})
     if not config.distils:
         config = config.model_copy(update={"cache": None, "eval_cache": None})
     if not config.runs_teacher:
