@@ -17,7 +17,7 @@ from pydantic import (
 
 from cachekd.cache.tail import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.config_file import Config
-from cachekd.data_options import DataOptions
+from cachekd.data_options import DataOptions, NamedData
 from cachekd.errors import CachekdError
 from cachekd.stages import (
     PARTS,
@@ -30,15 +30,6 @@ from cachekd.stages import (
 )
 
 CacheSpec = Annotated[str, BeforeValidator(str)]  # a folder or an address; a Path will do
-
-
-def _named(given: object) -> object:
-    return {"data": given} if isinstance(given, str | Path) else given
-
-
-HeldOutSpec = Annotated[
-    DataOptions | None, BeforeValidator(_named, json_schema_input_type=str | DataOptions | None)
-]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -112,7 +103,7 @@ class TrainConfig(DataOptions):
         "error",
         description="samples that the cache lacks: they stop the run, are left out, or train by L_CE alone",
     )
-    eval_data: HeldOutSpec = Field(
+    eval_data: NamedData | None = Field(
         None,
         description="held-out data: the terms on them are logged while the student trains. Their name, or a "
         "mapping of data options; how records are read is as in `data` where that does not say it",

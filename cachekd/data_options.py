@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -72,3 +73,23 @@ class DataOptions(Config):
 
 
 Data = str | Path | DataOptions
+
+
+def _named(given: object) -> object:
+    """Options of data from their name, or as they are given.
+
+    Raises:
+        ValueError: there is no such option.
+    """
+    if isinstance(given, str | Path):
+        return {"data": given}
+    for name in given if isinstance(given, dict) else ():
+        if name not in DataOptions.model_fields:
+            near = get_close_matches(str(name), DataOptions.model_fields, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"unknown option of data {name!r}{hint}")
+    return given
+
+
+# As another data set is said beside a run's own: by its name, or with options of its own.
+NamedData = Annotated[DataOptions, BeforeValidator(_named, json_schema_input_type=str | DataOptions)]

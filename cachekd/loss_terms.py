@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ from cachekd.validation_settings import ACCURACY
 from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
 
 Targets = CachedTargets | LiveTargets
+
+
+class BatchTerms(NamedTuple):
+    """Of one batch: each term summed over its answer tokens, how many these are, and how many of them have
+    the teacher's targets."""
+
+    terms: dict[str, Tensor]
+    tokens: int
+    distilled: int
 
 
 class LossTerms:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -18,7 +19,7 @@ from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
 from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
-from cachekd.open_run import open_run
+from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import RunFolder, step_of
 from cachekd.run_inputs import inputs_of
 from cachekd.samples import Limits
@@ -26,6 +27,7 @@ from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
+from cachekd.validation import saved_evaluation
 from cachekd.vlm import save_processor
 
 log = logging.getLogger(__name__)
@@ -124,12 +126,7 @@ def train(
             trainer.data_wait.total.share,
             opened.missing,
             LeftOutSamples.of(bad),
-            trainer.saved_evaluation(),
-            trainer.best_step,
-            eval_missing=LeftOutSamples() if opened.held_out is None else opened.held_out.missing,
-            eval_bad=LeftOutSamples.of(trainer.validation.bad_samples())
-            if trainer.validation
-            else LeftOutSamples(),
+            **of_held_out(opened, trainer),
         )
         with folder.finishing():
             save_run(folder, config, trainer, summary)
@@ -138,6 +135,16 @@ def train(
     if waited is not None and trainer.is_world_process_zero():
         log.warning("%s", waited)
     return summary
+
+
+def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
+    """What a summary says of held-out data; all processes have to ask."""
+    if opened.held_out is None or trainer.validation is None:
+        return {}
+    evaluation, best_step = saved_evaluation(trainer.args, trainer.state)
+    bad = LeftOutSamples.of(trainer.validation.bad_samples())
+    missing = opened.held_out.missing
+    return {"evaluation": evaluation, "best_step": best_step, "eval_missing": missing, "eval_bad": bad}
 
 
 def say_what_is_cut(limits: Limits) -> None:

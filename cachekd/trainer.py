@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +19,7 @@ from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples
-from cachekd.loss_terms import LossTerms, Targets
+from cachekd.loss_terms import BatchTerms, LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.run_folder import saving_checkpoint
@@ -31,15 +31,6 @@ from cachekd.validation import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
-
-
-class BatchTerms(NamedTuple):
-    """Of one batch: each term summed over its answer tokens, how many these are, and how many of them have
-    the teacher's targets."""
-
-    terms: dict[str, Tensor]
-    tokens: int
-    distilled: int
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
@@ -288,7 +279,10 @@ class SwitchKDTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """The Trainer's; the best student so far gets a checkpoint, wherever `save_steps` falls."""
+        """The Trainer's; the best student so far gets a checkpoint, wherever `save_steps` falls. The one that
+        training began with is not among them."""
+        if self.state.global_step == 0:  # `eval_on_start`
+            return False
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
@@ -417,19 +411,6 @@ class SwitchKDTrainer(Trainer):
         cpu = torch.device("cpu")
         saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=cpu)
         self.vlm.load_state_dict(saved.state_dict())
-
-    @property
-    def best_step(self) -> int | None:
-        """Whose student the trained one is, where that is the best one; None: the last step's."""
-        return self.state.best_global_step if self.args.load_best_model_at_end else None
-
-    def saved_evaluation(self) -> dict[str, float]:
-        """What was logged on held-out data of the student that training ended with; empty: nothing was."""
-        step = self.best_step or self.state.global_step
-        entries = [
-            entry for entry in self.state.log_history if "eval_loss" in entry and entry["step"] == step
-        ]
-        return {name: x for name, x in entries[-1].items() if name.startswith("eval_")} if entries else {}
 
     @property
     def last_terms(self) -> dict[str, float]:

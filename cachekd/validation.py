@@ -172,6 +172,15 @@ def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
             "the best student's checkpoint is gone",
             where=str(best),
             expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
-            fix="put it back; or remove the later ones, and the same command goes on from what is left",
+            fix=f"put it back; or remove {best.parent}, and the same command begins anew",
         )
     return str(best)
+
+
+def saved_evaluation(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, float], int | None]:
+    """What was logged on held-out data of the student that training ended with, nothing if nothing was; and
+    its step where that is the best one, not the last."""
+    best = state.best_global_step if args.load_best_model_at_end else None
+    step = best or state.global_step
+    entries = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {name: x for entry in entries[-1:] for name, x in entry.items() if name.startswith("eval_")}, best

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.config_file import read_config
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.losses import dbild_loss
@@ -264,7 +265,7 @@ def best_of(found: dict[int, dict[str, float]], name: str = "loss") -> int:
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize("changed", [{}, {"lora": LORA}, {"save_steps": 4}])
+@pytest.mark.parametrize("changed", [{}, {"lora": LORA}, {"eval_steps": 1, "save_steps": 12}])
 def test_the_best_student_is_what_is_saved(settings, changed):
     """At a learning rate that soon makes it worse."""
     training = {"load_best_model_at_end": True, "lr_scheduler_type": "constant"}
@@ -285,17 +286,25 @@ def test_the_best_student_is_what_is_saved(settings, changed):
     assert all(torch.equal(saved[key], kept[key]) for key in kept)
 
 
-def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path):
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("cut", [10, 12])
+def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path, monkeypatch, cut):
+    """In the middle, and when it only has to be finished."""
     training = {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "save_total_limit": 2}
     settings |= {"save_steps": 2, "learning_rate": 0.03, "warmup": 0.0, "epochs": 4, "training": training}
     whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     summary = train(whole)
+    monkeypatch.setattr("cachekd.train.save_run", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig(**settings), [CutShort(11)])
+        train(TrainConfig(**settings), [CutShort(cut + 1)])
+    monkeypatch.undo()
     moved = shutil.move(settings["out"], tmp_path / "moved")
     config = TrainConfig(**settings | {"out": moved})
     resumed = train(config)
-    assert resumed.resumed_from == 10
+    assert resumed.resumed_from == cut
     assert resumed.best_step == summary.best_step < 10
     assert resumed.evaluation["eval_loss"] == summary.evaluation["eval_loss"]
     weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
@@ -315,6 +324,17 @@ def test_a_best_student_that_is_gone_is_not_replaced_in_silence(settings):
     shutil.rmtree(config.out / CHECKPOINTS / f"checkpoint-{best}")
     with pytest.raises(CachekdError, match="best student's checkpoint is gone"):
         train(config)
+
+
+def test_the_student_that_training_began_with_is_not_the_best(settings):
+    """It has no checkpoint. (Here the largest loss is the best, and it would be.)"""
+    training = {"load_best_model_at_end": True, "eval_on_start": True, "greater_is_better": True}
+    config = TrainConfig(**settings | {"save_steps": 2}, training=training)
+    summary = train(config)
+    found = evaluations(recorded(config.out)["log"])
+    assert max(found, key=lambda step: found[step]["loss"]) == 0
+    assert summary.best_step == 2
+    assert found[2] == pytest.approx(reference(config.out, config), rel=1e-3)
 
 
 def test_by_the_share_of_right_tokens_more_is_better(settings, tmp_path):
@@ -379,6 +399,15 @@ def test_settings_of_no_held_out_data_are_refused(settings, changed, names):
         train(TrainConfig(**settings | changed))
     assert names in str(caught.value.where)
     assert not settings["out"].exists()
+
+
+def test_a_mistyped_option_of_held_out_data_is_named(tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text("student: s\ndata: d\nout: o\neval_data: {data: v, limt: 3}\n")
+    with pytest.raises(CachekdError) as caught:
+        read_config(recipe, TrainConfig, {})
+    assert "setting 'eval_data'" in str(caught.value)
+    assert "'limt' (did you mean 'limit'?)" in str(caught.value)
 
 
 def test_what_is_said_of_the_data_holds_for_the_held_out_ones():
