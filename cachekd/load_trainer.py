@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
 from cachekd.fingerprint import image_processor_fingerprint
-from cachekd.held_out import HeldOut
+from cachekd.held_out import HeldOut, about
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_run import OpenRun, open_run
 from cachekd.samples import SampleEncoder
@@ -59,8 +59,9 @@ def load_trainer(
     validation = None
     if opened.held_out is not None:
         phase("reading the held-out data")
-        validation = make_validation(opened.held_out, teacher_encoder)
-        validation.read(opened.arguments)
+        with about("eval_data"):
+            validation = make_validation(opened.held_out, teacher_encoder)
+            validation.read(opened.arguments)
     teacher = None
     if config.runs_teacher:
         phase("loading the teacher")

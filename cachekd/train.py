@@ -154,6 +154,16 @@ def say_what_is_cut(limits: Limits) -> None:
         log.warning("samples of more than %s lose the end of their answers", most)
 
 
+def evaluated(summary: TrainSummary) -> dict[str, Any]:
+    """What the record of a run has of its held-out data."""
+    left_out = {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)}
+    return {
+        "evaluation": summary.evaluation,
+        "best_step": summary.best_step,
+        "eval_left_out": left_out,
+    }
+
+
 def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
     """The student as a plain model with its processor, and everything the report needs."""
     data: TrainingSamples = trainer.train_dataset
@@ -177,12 +187,8 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "steps": summary.steps,
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
-            "left_out": {
-                name: asdict(getattr(summary, name))
-                for name in ("missing", "bad", "eval_missing", "eval_bad")
-            },
-            "evaluation": summary.evaluation,
-            "best_step": summary.best_step,
+            "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
+            **({} if trainer.validation is None else evaluated(summary)),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

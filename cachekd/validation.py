@@ -19,6 +19,7 @@ from transformers import TrainerState, TrainingArguments
 
 from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError
+from cachekd.held_out import about
 from cachekd.left_out import BadSamples
 from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
 from cachekd.validation_settings import ACCURACY
@@ -101,7 +102,7 @@ class Validation:
             CachekdError: no answer token is left to be evaluated; what is wrong with a sample.
         """
         started = time.perf_counter()
-        with undisturbed(trainer):
+        with about("eval_data"), undisturbed(trainer):
             sums = self.sums(trainer, self.batches(trainer.args))
         *totals, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
         divisors = [tokens if name in ("ce", ACCURACY) else distilled for name in self._names]

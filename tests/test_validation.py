@@ -471,7 +471,8 @@ def test_held_out_data_that_cannot_be_used_are_refused_before_weights_are_loaded
     members = tar_members(7, start=40)
     members[7] = (members[7][0], members[7][1].replace(b"yes", b"maybe").replace(b"red", b"blue"))
     write_tar(tmp_path / "changed" / "0.tar", members)
-    assert "s043" in refused(settings | {"eval_data": str(tmp_path / "changed")})
+    told = refused(settings | {"eval_data": str(tmp_path / "changed")})
+    assert "setting 'eval_data': sample 's043'" in told
 
     other = save_vlm(tmp_path / "teacher", tiny_processor(), text_width=48, vision_layers=3, seed=7)
     cache = dump_cache(tmp_path / "of-another", other, held_out)
@@ -499,7 +500,7 @@ def test_held_out_samples_that_the_cache_lacks_or_that_are_bad(settings, tmp_pat
         assert found == pytest.approx(reference(config.out, config, keys=keys), rel=1e-4)
         assert list(summary.eval_bad.first) == ["s041"]
         assert list(summary.eval_missing.first) == (["s047", "s048"] if missing == "skip" else [])
-        assert recorded(config.out)["left_out"]["eval_bad"]["samples"] == 1
+        assert recorded(config.out)["eval_left_out"]["bad"]["samples"] == 1
         assert summary.bad.samples == 0
 
 
@@ -642,4 +643,4 @@ def test_two_processes_evaluate_as_one(settings, tmp_path, student_path):
     for step, found in one.items():
         assert two[step] == pytest.approx(found, rel=1e-4), step
     assert runs[0]["best_step"] == runs[1]["best_step"]
-    assert [run["left_out"]["eval_bad"]["first"].keys() for run in runs] == [{"s044"}, {"s044"}]
+    assert [run["eval_left_out"]["bad"]["first"].keys() for run in runs] == [{"s044"}, {"s044"}]
