@@ -260,6 +260,8 @@ class TrainBar:
         bar, task, loading, hidden = self.bar, self.task, self.loading, self.hidden
 
         class ShowProgress(TrainerCallback):
+            terms = ""  # as they were logged last
+
             def on_train_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 loading.stop()
                 bar.start()
@@ -271,12 +273,14 @@ class TrainBar:
             def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 terms = {name: logs[name] for name in ("ce", "align", "vsd") if name in (logs or {})}
                 if terms:
-                    bar.update(task, note="  ".join(f"{name} {value:.3f}" for name, value in terms.items()))
+                    self.terms = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+                    bar.update(task, note=self.terms)
 
             def on_prediction_step(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 bar.update(task, note="evaluating")
 
             def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[no-untyped-def]
+                bar.update(task, note=self.terms)
                 if not hidden:
                     text = f"step {state.global_step:,}: {evaluated(metrics)}"
                     bar.console.print(text, markup=False, highlight=False)
