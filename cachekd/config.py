@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from cachekd.config_file import Config
-from cachekd.data_options import DataOptions
+from cachekd.data_options import DataOptions, NamedData
 from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -104,6 +104,22 @@ class TrainConfig(DataOptions):
     missing: Literal["error", "skip", "ce-only"] = Field(
         "error",
         description="samples that the cache lacks: they stop the run, are left out, or train by L_CE alone",
+    )
+    eval_data: NamedData | None = Field(
+        None,
+        description="held-out data: the terms on them are logged while the student trains. Their name, or a "
+        "mapping of data options; how records are read is as in `data` where that does not say it",
+    )
+    eval_cache: PathOrName | None = Field(
+        None,
+        description="the teacher's cache of eval_data; without one, and without live_teacher, L_CE and the "
+        "share of right tokens alone are computed on them",
+    )
+    eval_steps: int | None = Field(
+        None,
+        ge=1,
+        description="optimizer steps between evaluations on eval_data, by default as save_steps; the last "
+        "step has one anyway",
     )
     window: int | None = Field(
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
@@ -233,6 +249,38 @@ class TrainConfig(DataOptions):
                 where="setting 'teacher'",
                 fix="pass --teacher, or --lambda-vsd 0 to align the student's own path only",
             )
+        if self.live_teacher and self.eval_cache is not None:
+            raise CachekdError(
+                "a live teacher takes the place of a cache, on held-out data too",
+                where="settings 'live_teacher' and 'eval_cache'",
+                fix="leave one of them out",
+            )
+        for name in ("eval_cache", "eval_steps"):
+            if self.eval_data is None and getattr(self, name) is not None:
+                raise CachekdError(
+                    f"{name!r} says how held-out data are evaluated, and there are none",
+                    where=f"setting {name!r}",
+                    fix="name them, --eval-data PATH, or leave it out",
+                )
+
+    def on_held_out(self) -> TrainConfig | None:
+        """The run as if `eval_data` and `eval_cache` were what it trains on; None without such data."""
+        if self.eval_data is None:
+            return None
+        data = self.eval_data.beside(self)
+        settings = {name: getattr(self, name) for name in self.model_fields_set}
+        settings = {name: value for name, value in settings.items() if name not in DataOptions.model_fields}
+        settings |= {name: getattr(data, name) for name in data.model_fields_set}
+        of_the_run = {"cache": self.eval_cache, "binding": None}
+        return TrainConfig(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
+
+    @property
+    def eval_terms(self) -> tuple[str, ...]:
+        """The terms that are computed on held-out data, as far as settings tell: L_CE, and those that are on
+        where there is a teacher of these data."""
+        taught = self.eval_cache is not None or self.live_teacher
+        align, vsd = ("align",) * (self.lambda_align > 0), ("vsd",) * (self.lambda_vsd > 0)
+        return ("ce", *align, *vsd) if taught else ("ce",)
 
     @property
     def runs_teacher(self) -> bool:
@@ -271,10 +319,10 @@ class EvalConfig(DataOptions):
     blind: bool = Field(
         True, description="ask every model again with each picture replaced by its mean colour"
     )
-    prior_data: PathOrName | None = Field(
+    prior_data: NamedData | None = Field(
         None,
-        description="the training data: adds the row of one who answers each question by what is its most "
-        "frequent answer there",
+        description="the training data, a name or a mapping of data options: adds the row of one who answers "
+        "each question by what is its most frequent answer there",
     )
     batch_size: int = Field(128, ge=1, description="questions per forward; halved when memory runs out")
     workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")

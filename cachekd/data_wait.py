@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 Batch = TypeVar("Batch")
@@ -63,7 +64,7 @@ class DataWait:
 
     def __init__(self) -> None:
         self._started: float | None = None
-        self._waited = 0.0
+        self._waited = self._paused = 0.0
         self._at_last = Waited()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -80,10 +81,22 @@ class DataWait:
                 return
             yield batch
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, the loop does something else than steps: the time does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._started is not None:
+                self._paused += time.perf_counter() - began
+
     @property
     def total(self) -> Waited:
         """Since the first batch."""
-        return Waited(self._waited, 0.0 if self._started is None else time.perf_counter() - self._started)
+        if self._started is None:
+            return Waited()
+        return Waited(self._waited, time.perf_counter() - self._started - self._paused)
 
     def since_last(self) -> Waited:
         """Since the last call."""

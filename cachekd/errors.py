@@ -48,6 +48,17 @@ class CachekdError(Exception):
         return rebuild, (self.problem,)
 
 
+def within(place: str, error: CachekdError, then: str | None = None) -> CachekdError:
+    """The same error, with what it is a part of, and what else to do about it."""
+    return CachekdError(
+        error.problem,
+        where=place if error.where is None else f"{place}: {error.where}",
+        expected=error.expected,
+        found=error.found,
+        fix="; ".join(text for text in (error.fix, then) if text) or None,
+    )
+
+
 class BadSample(CachekdError):
     """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out.
 

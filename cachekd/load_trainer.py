@@ -11,12 +11,14 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
 from cachekd.fingerprint import image_processor_fingerprint
+from cachekd.held_out import HeldOut, about
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_run import OpenRun, open_run
 from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.trainer_settings import explained
 from cachekd.training_data import TrainingSamples
+from cachekd.validation import Validation
 from cachekd.vlm import (
     LiveTeacher,
     SwitchBridge,
@@ -53,15 +55,18 @@ def load_trainer(
 ) -> SwitchKDTrainer:
     """The models' weights, and the Trainer with all of it."""
     bridge = switch_bridge(config)
+    teacher_encoder = encoder_for_teacher(config, bridge, opened.encoder)
+    validation = None
+    if opened.held_out is not None:
+        phase("reading the held-out data")
+        with about("eval_data"):
+            validation = make_validation(opened.held_out, teacher_encoder)
+            validation.read(opened.arguments)
     teacher = None
     if config.runs_teacher:
         phase("loading the teacher")
         teacher = load_teacher(config, opened.arguments.device)
-    live, teacher_encoder = None, None
-    if config.live_teacher and teacher is not None:
-        live, teacher_encoder = live_teacher(config, teacher, opened.encoder)
-    if bridge is not None and bridge.plan.other_text and teacher_encoder is None:
-        teacher_encoder = SampleEncoder(load_processor(str(config.teacher)), opened.encoder.limits)
+    live = live_teacher(config, teacher) if config.live_teacher and teacher is not None else None
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
     student = load_student(config, opened.arguments.device)
@@ -85,6 +90,7 @@ def load_trainer(
             temperature=config.temperature,
             logit_chunk=config.logit_chunk,
             callbacks=callbacks,
+            validation=validation,
         )
         # Some look for their modules in the model.
         trainer.get_optimizer_cls_and_kwargs(opened.arguments, student)
@@ -123,17 +129,43 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
     return bridge
 
 
-def live_teacher(
-    config: TrainConfig, teacher: SwitchedTeacher, encoder: SampleEncoder
-) -> tuple[LiveTeacher, SampleEncoder | None]:
-    """The teacher in the cache's place, and its own encoder if it prepares images in another way."""
+def live_teacher(config: TrainConfig, teacher: SwitchedTeacher) -> LiveTeacher:
+    """The teacher in the cache's place."""
     own = load_processor(str(config.teacher))
     rows = teacher.model.get_output_embeddings().weight.shape[0]
-    live = LiveTeacher(
+    return LiveTeacher(
         teacher,
         vocab_size=min(len(own.tokenizer), rows),
         window=config.window or 128,
         min_k=config.min_k or 2,
     )
+
+
+def encoder_for_teacher(
+    config: TrainConfig, bridge: SwitchBridge | None, encoder: SampleEncoder
+) -> SampleEncoder | None:
+    """The teacher's own, where a live one prepares images in another way than the student, or where behind a
+    bridge an image has another number of places in its text; None where it reads what the student reads."""
+    live = config.live_teacher and config.runs_teacher
+    if not live and (bridge is None or not bridge.plan.other_text):
+        return None
+    own = load_processor(str(config.teacher))
     same = image_processor_fingerprint(own) == image_processor_fingerprint(encoder.processor)
-    return live, None if same else SampleEncoder(own, encoder.limits)
+    if same and (bridge is None or not bridge.plan.other_text):
+        return None
+    return SampleEncoder(own, encoder.limits)
+
+
+def make_validation(held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
+    """What evaluates the held-out data.
+
+    Args:
+        teacher_encoder: of the training data, where the teacher has its own.
+    """
+    if teacher_encoder is not None and len(held_out.terms) > 1:
+        teacher_encoder = SampleEncoder(teacher_encoder.processor, held_out.encoder.limits)
+    else:
+        teacher_encoder = None
+    encoder, cache = held_out.encoder, held_out.cache
+    data = TrainingSamples(held_out.samples, encoder, cache, teacher_encoder, on_error=held_out.on_error)
+    return Validation(data, held_out.terms, encoder.pad_token_id)

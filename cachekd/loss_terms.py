@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,19 @@ from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
+from cachekd.validation_settings import ACCURACY
 from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
 
 Targets = CachedTargets | LiveTargets
+
+
+class BatchTerms(NamedTuple):
+    """Of one batch: each term summed over its answer tokens, how many these are, and how many of them have
+    the teacher's targets."""
+
+    terms: dict[str, Tensor]
+    tokens: int
+    distilled: int
 
 
 class LossTerms:
@@ -76,12 +87,15 @@ class LossTerms:
         for_teacher: dict[str, Tensor] | None,
         *,
         switches: bool,
+        evaluating: bool = False,
     ) -> dict[str, Tensor]:
         """See `SwitchKDTrainer.loss_terms`.
 
         Args:
             model: the student in its wrappers.
             switches: whether the switched path runs.
+            evaluating: no gradient is wanted, but `token_accuracy` beside the terms: the number of answer
+                tokens whose argmax is right.
         """
         positions = predicting_positions(supervised)
         answer_ids = inputs["input_ids"][supervised]
@@ -89,17 +103,19 @@ class LossTerms:
             states = self.head.states(
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
+        own_path = partial(self._own_path, counts_right=evaluating)
         if targets is None:
-            return self._own_path(states, answer_ids, None)
+            return own_path(states, answer_ids, None)
         if covered is None:
-            terms = self._own_path(states, answer_ids, targets)
+            terms = own_path(states, answer_ids, targets)
         else:
-            terms = self._own_path(states[covered], answer_ids[covered], targets)
-            terms["ce"] = terms["ce"] + self._own_path(states[~covered], answer_ids[~covered], None)["ce"]
+            terms = own_path(states[covered], answer_ids[covered], targets)
+            others = own_path(states[~covered], answer_ids[~covered], None)
+            terms |= {name: terms[name] + term for name, term in others.items()}
         # Without an image z_W is z_T: no difference, and no gradient.
         if switches and "pixel_values" in inputs:
             self._prove(inputs, positions)
-            output = _require_gradient(vision.output)
+            output = _require_output(vision.output, with_gradient=not evaluating)
             if self.bridge is not None:
                 output = self.bridge(output)
                 if for_teacher is not None:  # its own number of places for an image
@@ -108,14 +124,18 @@ class LossTerms:
             terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
         return terms
 
-    def _own_path(self, states: Tensor, answer_ids: Tensor, targets: Targets | None) -> dict[str, Tensor]:
-        """L_CE and, with targets, L_Align."""
+    def _own_path(
+        self, states: Tensor, answer_ids: Tensor, targets: Targets | None, *, counts_right: bool
+    ) -> dict[str, Tensor]:
+        """L_CE and, with targets, L_Align; and how many answer tokens are the likeliest, if that is asked."""
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
             logits = self.head.logits(some)
             terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
             if targets is not None and self.align:
                 terms["align"] = self.dbild(logits, targets, rows)
+            if counts_right:
+                terms[ACCURACY] = (logits.argmax(-1) == answer_ids[rows]).sum()
             return terms
 
         # Around all chunks: the head's weights are cast once.
@@ -158,11 +178,11 @@ class LossTerms:
             )
 
 
-def _require_gradient(output: ModelOutput | None) -> ModelOutput:
+def _require_output(output: ModelOutput | None, *, with_gradient: bool) -> ModelOutput:
     if output is None:
         raise CachekdError("the student's forward did not run its vision encoder, though there are images")
     tensors = [value for value in output.values() if isinstance(value, Tensor)]
-    if not any(tensor.requires_grad for tensor in tensors):
+    if with_gradient and not any(tensor.requires_grad for tensor in tensors):
         raise CachekdError(
             "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
             fix="train the vision encoder, or set --lambda-vsd 0",

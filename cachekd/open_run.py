@@ -14,6 +14,7 @@ from cachekd.cache import DataInfo, LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
+from cachekd.held_out import HeldOut, about, require_same_teacher, say_what_is_not_computed
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache, check_teacher
 from cachekd.missing import dumped_data
@@ -32,6 +33,7 @@ class OpenRun:
     Attributes:
         samples: to train on.
         missing: that the cache lacks and that are left out of them.
+        held_out: to evaluate while the student trains.
     """
 
     samples: Samples
@@ -40,6 +42,7 @@ class OpenRun:
     cache: LogitCache | None
     arguments: TrainingArguments
     missing: LeftOutSamples
+    held_out: HeldOut | None = None
 
 
 def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None]) -> OpenRun:
@@ -55,24 +58,62 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     cache = open_cache(config)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor, length_limits(config, cache))
-    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
-    if config.missing == "skip":
-        samples = without(samples, missing)
-    else:
-        missing = {}
+    samples, missing = without_missing(config, samples, cache, processor, encoder)
     arguments = training_arguments(config, checkpoints)
     require_one_gpu(arguments)
     require_steps(len(samples), arguments)
     if config.runs_teacher:
         phase("comparing the teacher with the student and the cache")
         check_the_teacher(config, processor, samples, cache)
-    return OpenRun(samples, processor, encoder, cache, arguments, LeftOutSamples.of(missing))
+    held_out = open_held_out(config, processor, cache, phase)
+    return OpenRun(samples, processor, encoder, cache, arguments, missing, held_out)
 
 
-def without(samples: Samples, missing: Container[str]) -> Samples:
-    """The others, in their order."""
+def open_held_out(
+    config: TrainConfig, processor: Any, cache: LogitCache | None, phase: Callable[[str], None]
+) -> HeldOut | None:
+    """`eval_data` and `eval_cache`, checked as what the run trains on; None where there are no such data.
+
+    Args:
+        cache: of the training data. It says what is done with long samples, where nothing nearer does.
+
+    Raises:
+        CachekdError: what does not go together; the setting is named.
+    """
+    held_out = config.on_held_out()
+    if held_out is None:
+        return None
+    phase("opening the held-out data")
+    with about("eval_data"):
+        samples = open_samples(held_out)
+    with about("eval_cache"):
+        eval_cache = open_cache(held_out) if config.eval_cache is not None else None
+        if cache is not None and eval_cache is not None:
+            require_same_teacher(cache, eval_cache)
+    encoder = SampleEncoder(processor, length_limits(held_out, eval_cache or cache))
+    with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
+        samples, missing = without_missing(held_out, samples, eval_cache, processor, encoder)
+    terms = config.eval_terms
+    if "vsd" in terms and not has_pictures(samples, eval_cache):
+        terms = tuple(name for name in terms if name != "vsd")
+    found = HeldOut(samples, encoder, eval_cache, held_out.on_error, missing, terms)
+    say_what_is_not_computed(config, found)
+    return found
+
+
+def without_missing(
+    config: TrainConfig, samples: Samples, cache: LogitCache | None, processor: Any, encoder: SampleEncoder
+) -> tuple[Samples, LeftOutSamples]:
+    """The samples that are used, and those that are left out because the cache lacks them.
+
+    Raises:
+        CachekdError: as for `missing_in`.
+    """
+    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
+    if config.missing != "skip" or not missing:
+        return samples, LeftOutSamples()
     kept = [index for index, key in enumerate(samples.keys) if key not in missing]
-    return samples if len(kept) == len(samples) else SamplesView(samples, only=kept)
+    return SamplesView(samples, only=kept), LeftOutSamples.of(missing)
 
 
 def require_steps(samples: int, arguments: TrainingArguments) -> None:
@@ -104,16 +145,22 @@ def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str
     """
     if config.lambda_vsd == 0:
         return
-    distilled = [index for index, key in enumerate(samples.keys) if cache is None or key in cache]
-    if any(_has_picture(samples, index) for index in distilled):
+    if has_pictures(samples, cache):
         return
+    distilled = sum(cache is None or key in cache for key in samples.keys)
     raise CachekdError(
         "no sample feeds L_VSD: none has a picture",
         where=f"setting 'lambda_vsd', and {config.data}",
         expected="samples with pictures among those that are distilled",
-        found=f"{len(distilled):,} of text alone",
+        found=f"{distilled:,} of text alone",
         fix="--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0",
     )
+
+
+def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
+    """Whether any of the samples that the cache has (None: of all) has a picture, as their records tell."""
+    distilled = (index for index, key in enumerate(samples.keys) if cache is None or key in cache)
+    return any(_has_picture(samples, index) for index in distilled)
 
 
 def _has_picture(samples: Samples, index: int) -> bool:

@@ -100,7 +100,7 @@ class RunFolder:
             if content != earlier.get(name, content):
                 raise CachekdError(
                     f"the run was begun with another {name} at the same path",
-                    where=f"{self.path / STARTED_FILE} and {self.settings[name]}",
+                    where=f"{self.path / STARTED_FILE} and {_place(self.settings[name])}",
                     expected=f"content with sha256 {earlier[name]}",
                     found=f"sha256 {content}",
                     fix=f"put the {name} back that it began with, choose another --out, or remove the folder",
@@ -177,6 +177,11 @@ class RunFolder:
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         commit(self.path / name, json.dumps(value, indent=1).encode())
+
+
+def _place(setting: str | dict[str, Any]) -> str:
+    """Where an input is; data may be said with their options."""
+    return setting if isinstance(setting, str) else str(setting["data"])
 
 
 def _read(started: Path) -> dict[str, Any]:

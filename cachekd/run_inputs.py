@@ -6,9 +6,9 @@ import hashlib
 from typing import Any
 
 from cachekd.bind import Binding
-from cachekd.cache import LogitCache
 from cachekd.cache.compare import identity
 from cachekd.config import TrainConfig
+from cachekd.open_run import OpenRun
 from cachekd.pipeline.inputs import Known, model_content
 from cachekd.samples import Samples
 from cachekd.samples.open import content_hash, keys_hash
@@ -16,9 +16,7 @@ from cachekd.samples.tar_urls import is_remote
 from cachekd.vlm import load_config
 
 
-def inputs_of(
-    config: TrainConfig, samples: Samples, cache: LogitCache | None, known: dict[str, Any]
-) -> dict[str, str]:
+def inputs_of(config: TrainConfig, opened: OpenRun, known: dict[str, Any]) -> dict[str, str]:
     """sha256 of each input, by the name of its setting.
 
     Of data: the keys in order, and up to 32 samples unless they would have to be fetched. Of models: all
@@ -33,18 +31,26 @@ def inputs_of(
         CachekdError: the data cannot be read.
     """
     found: dict[str, str] = {}
-    if cache is not None:
-        found["cache"] = identity(cache.manifest)
+    if opened.cache is not None:
+        found["cache"] = identity(opened.cache.manifest)
     if config.binding is not None:
         found["binding"] = Binding.read(config.binding).identity
-    content = "" if is_remote(str(config.data)) else content_hash(samples)
-    found["data"] = hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
+    found["data"] = _data(config.data, opened.samples)
+    if config.eval_data is not None and opened.held_out is not None:
+        found["eval_data"] = _data(config.eval_data.data, opened.held_out.samples)
+        if opened.held_out.cache is not None:
+            found["eval_cache"] = identity(opened.held_out.cache.manifest)
     models = {place: Known.model_validate(value) for place, value in known.items()}
     found["student"] = _model(config.student, models)
-    if config.runs_teacher and cache is None:
+    if config.runs_teacher and opened.cache is None:
         found["teacher"] = _model(str(config.teacher), models)
     known.update({place: model.model_dump() for place, model in models.items()})
     return found
+
+
+def _data(spec: str, samples: Samples) -> str:
+    content = "" if is_remote(str(spec)) else content_hash(samples)
+    return hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
 
 
 def _model(name: str, known: dict[str, Known]) -> str:

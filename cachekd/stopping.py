@@ -1,4 +1,4 @@
-"""Training that is asked to stop: the running optimizer step ends, and a checkpoint of it is written."""
+"""How training ends: the last step is logged; asked to stop, it ends the running step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 
 class RunStopped(Exception):
@@ -27,6 +28,18 @@ class RunStopped(Exception):
 def never() -> int:
     """For runs that nobody stops."""
     return 0
+
+
+class LastStep(TrainerCallback):
+    """Has the last step logged, with what was not logged before it, wherever it falls; unless nothing is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        control.should_log |= is_last and args.logging_strategy != IntervalStrategy.NO
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An evaluation may end a run as well. (A step is never logged twice.)"""
+        self.on_step_end(args, state, control)
 
 
 class StopInOrder(TrainerCallback):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -18,7 +19,7 @@ from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
 from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
-from cachekd.open_run import open_run
+from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import RunFolder, step_of
 from cachekd.run_inputs import inputs_of
 from cachekd.samples import Limits
@@ -26,6 +27,7 @@ from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
+from cachekd.validation import saved_evaluation
 from cachekd.vlm import save_processor
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,10 @@ class TrainSummary:
         data_wait: share of this session's time in which the steps waited for data (`DataWait`).
         missing: samples that the cache lacks and that were left out, with reasons.
         bad: samples that were left out because they cannot be used, earlier sessions' included.
+        evaluation: on held-out data, of the student that was saved, by the names in the log.
+        best_step: whose student was saved, where it is the best one (`load_best_model_at_end`); None: the
+            last one was.
+        eval_missing, eval_bad: held-out samples that were left out, likewise.
     """
 
     out: Path
@@ -66,6 +72,10 @@ class TrainSummary:
     data_wait: float = 0.0
     missing: LeftOutSamples = field(default_factory=LeftOutSamples)
     bad: LeftOutSamples = field(default_factory=LeftOutSamples)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    eval_missing: LeftOutSamples = field(default_factory=LeftOutSamples)
+    eval_bad: LeftOutSamples = field(default_factory=LeftOutSamples)
 
 
 def train(
@@ -93,7 +103,7 @@ def train(
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
-        found = inputs_of(config, opened.samples, opened.cache, folder.known)
+        found = inputs_of(config, opened, folder.known)
         folder.require_inputs(found, processes=opened.arguments.world_size)
         stopper = StopInOrder(asked_to_stop)
         trainer = load_trainer(config, opened, [*(callbacks or []), stopper], phase)
@@ -101,6 +111,7 @@ def train(
             folder.begin()
         checkpoint = folder.last_checkpoint()
         resumed_from = 0 if checkpoint is None else step_of(Path(checkpoint))
+        trainer.args.eval_on_start &= checkpoint is None  # when the run began
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
         stopper.raise_if_stopped(trainer.state)
@@ -115,6 +126,7 @@ def train(
             trainer.data_wait.total.share,
             opened.missing,
             LeftOutSamples.of(bad),
+            **of_held_out(opened, trainer),
         )
         with folder.finishing():
             save_run(folder, config, trainer, summary)
@@ -125,11 +137,31 @@ def train(
     return summary
 
 
+def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
+    """What a summary says of held-out data; all processes have to ask."""
+    if opened.held_out is None or trainer.validation is None:
+        return {}
+    evaluation, best_step = saved_evaluation(trainer.args, trainer.state)
+    bad = LeftOutSamples.of(trainer.validation.bad_samples())
+    missing = opened.held_out.missing
+    return {"evaluation": evaluation, "best_step": best_step, "eval_missing": missing, "eval_bad": bad}
+
+
 def say_what_is_cut(limits: Limits) -> None:
     """Samples are cut where the run says so, or its cache: neither in silence."""
     if limits.too_long == "cut" and limits.max_tokens is not None:
         most = f"{limits.max_tokens:,} tokens ({limits.max_tokens_of})"
         log.warning("samples of more than %s lose the end of their answers", most)
+
+
+def evaluated(summary: TrainSummary) -> dict[str, Any]:
+    """What the record of a run has of its held-out data."""
+    left_out = {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)}
+    return {
+        "evaluation": summary.evaluation,
+        "best_step": summary.best_step,
+        "eval_left_out": left_out,
+    }
 
 
 def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
@@ -156,6 +188,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
+            **({} if trainer.validation is None else evaluated(summary)),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
+from cachekd.training_arguments import training_arguments
 from cachekd.training_data import IGNORE, Example, TrainingSamples
+from cachekd.validation import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -40,11 +44,14 @@ class TrainEstimate:
         peak_bytes: of the GPU's allocator; without a GPU, of the whole process. The larger one of the next
             two.
         random_peak_bytes: of the first steps, whose samples are as they come: a lower bound of a run's.
-        longest_peak_bytes: of a forward and backward of the longest samples, all in one batch.
+        longest_peak_bytes: of a forward and backward of the longest samples, all in one batch; and of a few
+            batches of held-out data, where there are any.
         longest_batch: samples and tokens in it, padding included: what was measured for that.
         seconds_per_step: of the optimizer's steps.
         steps: of the whole run.
         measured_steps: that were run.
+        evaluations: on held-out data, in the whole run.
+        seconds_per_evaluation: from a few batches of one.
     """
 
     settings: dict[str, Any]
@@ -61,6 +68,8 @@ class TrainEstimate:
     seconds_per_step: float
     steps: int
     measured_steps: int
+    evaluations: int = 0
+    seconds_per_evaluation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class _Stopwatch(TrainerCallback):
         states = kwargs["optimizer"].state.values()
         self.optimizer = sum(_bytes(x) for state in states for x in state.values() if torch.is_tensor(x))
         control.should_training_stop = state.global_step >= self.steps
+        control.should_evaluate = False
 
 
 def estimate_training(config: TrainConfig) -> TrainEstimate:
@@ -112,13 +122,41 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
         batch = _longest(trainer)
         _reset_peak()
         _run(trainer, batch)
+        evaluation = _seconds_per_evaluation(trainer)
         longest = _peak_bytes()
-    return _estimate(config, trainer, watch, batch, _Peaks(before, random, longest))
+        evaluations = _evaluations(training_arguments(config, Path(folder)), watch.total_steps)
+    estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest))
+    return replace(estimate, evaluations=evaluations, seconds_per_evaluation=evaluation)
+
+
+def _seconds_per_evaluation(trainer: SwitchKDTrainer) -> float:
+    """From its first batches; 0 where nothing is evaluated."""
+    validation = trainer.validation
+    if validation is None:
+        return 0.0
+    ends = [time.perf_counter()]
+    with undisturbed(trainer):
+        for batch in islice(validation.batches(trainer.args), 1 + STEPS):
+            validation.sums(trainer, [batch]).tolist()  # waits for the device
+            ends.append(time.perf_counter())
+    durations = [b - a for a, b in pairwise(ends)]
+    timed = durations[1:] or durations
+    return sum(timed) / len(timed) * len(validation.part_of(trainer.args))
+
+
+def _evaluations(args: TrainingArguments, steps: int) -> int:
+    """How many evaluations a run of so many steps has; the last step has one anyway."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        return 0
+    each = args.eval_steps if args.eval_strategy == IntervalStrategy.STEPS else steps / args.num_train_epochs
+    return ceil(steps / each) + args.eval_on_start
 
 
 def _quiet(config: TrainConfig) -> TrainConfig:
     """The same without checkpoints, reports and uploads."""
     quiet = {"save_strategy": "no", "report_to": [], "push_to_hub": False}
+    if config.eval_data is not None:  # of an evaluation a few batches are measured
+        quiet |= {"load_best_model_at_end": False, "eval_on_start": False, "eval_strategy": "steps"}
     return config.model_copy(update={"save_steps": 0, "training": config.training | quiet})
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
@@ -19,13 +19,15 @@ from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples
-from cachekd.loss_terms import LossTerms, Targets
+from cachekd.loss_terms import BatchTerms, LossTerms, Targets
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.run_folder import saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
+from cachekd.stopping import LastStep
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
+from cachekd.validation import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
@@ -72,6 +74,7 @@ class SwitchKDTrainer(Trainer):
         temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         callbacks: the Trainer's.
+        validation: on held-out data, when the Trainer evaluates; there, the switched path always runs.
 
     Raises:
         CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
@@ -80,6 +83,7 @@ class SwitchKDTrainer(Trainer):
 
     # Losses below are divided by the tokens of the whole accumulated step already.
     loss_is_scaled_for_ga = True
+    control: TrainerControl
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class SwitchKDTrainer(Trainer):
         temperature: float = 3.0,
         logit_chunk: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        validation: Validation | None = None,
     ) -> None:
         if lambda_vsd > 0 and teacher is None:
             raise CachekdError("L_VSD needs a teacher to switch into", fix="pass teacher=, or lambda_vsd=0")
@@ -118,11 +123,12 @@ class SwitchKDTrainer(Trainer):
             model=student,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset=None if validation is None else validation.data,
             # No lambda: it goes to spawned workers.
             data_collator=partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded),
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), LastStep()],
         )
-        self.encoder = encoder
+        self.encoder, self.validation = encoder, validation
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
@@ -136,7 +142,8 @@ class SwitchKDTrainer(Trainer):
         self.bridge = None if bridge is None else bridge.to(self.args.device)
         if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise no_sharding()
-        self.lambda_align, self.lambda_vsd, self.vsd_every = lambda_align, lambda_vsd, vsd_every
+        self.weights = {"ce": 1.0, "align": lambda_align, "vsd": lambda_vsd}
+        self.vsd_every = vsd_every
         tokens, positions = self._measured_on(first)
         self.terms = LossTerms(
             self.vlm,
@@ -152,7 +159,6 @@ class SwitchKDTrainer(Trainer):
         )
         # Of each term, and of its tokens; on the device, as a look at each would wait for it.
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
-        self.last_terms: dict[str, float] = {}
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self._reader: ReadsOn | None = None
@@ -172,38 +178,50 @@ class SwitchKDTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum over this batch's answer tokens, divided by the step's number of them."""
-        batch = dict(inputs)
-        keys = batch.pop("keys")
-        supervised = batch.pop("labels") != IGNORE
-        for_teacher = batch.get("for_teacher")
-        token_ids = batch["input_ids"][supervised]
-        targets, covered = self._targets(batch, supervised, token_ids)
-        terms = self.loss_terms(model, batch, supervised, targets, covered, for_teacher)
-        self._remember(terms, len(token_ids), covered)
-        weights = {"ce": 1.0, "align": self.lambda_align, "vsd": self.lambda_vsd}
-        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
+        found = self.terms_of(model, inputs)
+        terms = found.terms
+        self._remember(found)
+        loss = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
         self._step.append(
-            Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, keys, inputs)
+            Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, inputs["keys"], inputs)
         )
-        tokens = torch.as_tensor(len(token_ids) if num_items_in_batch is None else num_items_in_batch)
+        tokens = torch.as_tensor(found.tokens if num_items_in_batch is None else num_items_in_batch)
         loss = loss / tokens.clamp(min=1)  # where a whole step is left out, all is 0
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, terms) if return_outputs else loss
 
+    def terms_of(self, model: nn.Module, inputs: dict[str, Any], *, evaluating: bool = False) -> BatchTerms:
+        """The terms of one batch of `collate_with_targets`, and over how many answer tokens they are summed.
+
+        Args:
+            evaluating: see `loss_terms`.
+        """
+        batch = dict(inputs)
+        batch.pop("keys")
+        supervised = batch.pop("labels") != IGNORE
+        for_teacher = batch.get("for_teacher")
+        token_ids = batch["input_ids"][supervised]
+        targets, covered = self._targets(batch, supervised, token_ids, evaluating)
+        terms = self.loss_terms(
+            model, batch, supervised, targets, covered, for_teacher, evaluating=evaluating
+        )
+        return BatchTerms(terms, len(token_ids), 0 if targets is None else len(targets))
+
     @property
     def switches(self) -> bool:
         """Whether the switched path runs in this optimizer step."""
-        return self.lambda_vsd > 0 and self.state.global_step % self.vsd_every == 0
+        return self.weights["vsd"] > 0 and self.state.global_step % self.vsd_every == 0
 
     def _targets(
-        self, batch: dict[str, Any], supervised: Tensor, token_ids: Tensor
+        self, batch: dict[str, Any], supervised: Tensor, token_ids: Tensor, evaluating: bool = False
     ) -> tuple[Targets | None, Tensor | None]:
         """The teacher at the answer tokens, if a term needs it; which of the N answer tokens it covers, if
         not all."""
         for_teacher = batch.pop("for_teacher", None)
         if self.live is not None:
-            if not len(token_ids) or (self.lambda_align == 0 and not self.switches):
+            needed = evaluating or self.weights["align"] > 0 or self.switches
+            if not len(token_ids) or not needed:
                 return None, None
             seen = batch if for_teacher is None else {**for_teacher}
             where = supervised if for_teacher is None else seen.pop("supervised")
@@ -218,6 +236,8 @@ class SwitchKDTrainer(Trainer):
         targets: Targets | None,
         covered: Tensor | None = None,
         for_teacher: dict[str, Tensor] | None = None,
+        *,
+        evaluating: bool = False,
     ) -> dict[str, Tensor]:
         """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
 
@@ -228,14 +248,60 @@ class SwitchKDTrainer(Trainer):
             covered: [N] bool, with M true where there are targets; None where M is N.
             for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
                 a switched path with a bridge looks at it.
+            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and beside the
+                terms there is `token_accuracy`, the number of answer tokens whose argmax is right.
         """
-        return self.terms(model, inputs, supervised, targets, covered, for_teacher, switches=self.switches)
+        switches = self.weights["vsd"] > 0 if evaluating else self.switches
+        batch = (inputs, supervised, targets, covered, for_teacher)
+        return self.terms(model, *batch, switches=switches, evaluating=evaluating)
 
-    def _remember(self, terms: dict[str, Tensor], tokens: int, covered: Tensor | None) -> None:
+    def _remember(self, found: BatchTerms) -> None:
         for row, name in enumerate(TERMS):
-            if name in terms:
-                self._sums[row, 0] += terms[name].detach()
-                self._sums[row, 1] += tokens if name == "ce" or covered is None else covered.sum()
+            if name in found.terms:
+                self._sums[row, 0] += found.terms[name].detach()
+                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """One evaluation on the held-out data, logged and reported: see `Validation`. The Trainer calls it;
+        of its arguments the name's prefix alone means something.
+
+        Raises:
+            CachekdError: there are no held-out data; or what is wrong with them.
+        """
+        if self.validation is None:
+            raise CachekdError("there are no held-out data to evaluate", fix="pass validation=")
+        with self.data_wait.paused():
+            metrics = self.validation(self, metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The Trainer's; the best student so far gets a checkpoint, wherever `save_steps` falls. The one that
+        training began with is not among them."""
+        if self.state.global_step == 0:  # `eval_on_start`
+            return False
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
+    def _finalize_training(self, *args: Any) -> Any:
+        """The Trainer's, which ends with the best student's checkpoint; where it lies may have another name
+        than when the run began."""
+        if self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = best_checkpoint(self.args, self.state)
+        return super()._finalize_training(*args)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:  # the Trainer's has the fault that is said below
+            self._load_from_checkpoint(best)
+        if self.bridge is not None:
+            self.bridge.load(Path(best))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -346,6 +412,11 @@ class SwitchKDTrainer(Trainer):
         saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=cpu)
         self.vlm.load_state_dict(saved.state_dict())
 
+    @property
+    def last_terms(self) -> dict[str, float]:
+        """The last logged value of each."""
+        return {name: entry[name] for entry in self.state.log_history for name in TERMS if name in entry}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each term's mean per answer token since the last entry, and the share of the time since then in
         which the steps waited for data (`DataWait`), over all processes."""
@@ -355,7 +426,6 @@ class SwitchKDTrainer(Trainer):
             terms = {
                 name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
             }
-            self.last_terms |= terms
             logs = logs | terms | {"data_wait": Waited(*waited).share}
             self._sums.zero_()
         super().log(logs, start_time)

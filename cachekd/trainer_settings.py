@@ -38,13 +38,15 @@ OWN_NAMES = {
     "seed": "seed",
     "logging_steps": "logging_steps",
     "save_steps": "save_steps",
+    "eval_steps": "eval_steps",
     "dataloader_num_workers": "workers",
     "bf16": "dtype",
     "fp16": "dtype",
     "gradient_checkpointing": "gradient_checkpointing",
     "activation_checkpointing": "gradient_checkpointing",
 }
-_SCORES = "`cachekd eval` scores a run"
+_NO_LOGITS = "an evaluation on eval_data adds terms up; it keeps no logits"
+_AS_IT_TRAINS = "the student is evaluated in the dtype that it trains in"
 # What would be ignored, or break the loss, in silence.
 REFUSED = {
     "remove_unused_columns": "the model's inputs are chosen by the processor",
@@ -53,13 +55,16 @@ REFUSED = {
     "resume_from_checkpoint": "the same command goes on from the last checkpoint by itself",
     "save_only_model": "a checkpoint without its optimizer cannot be gone on from",
     "do_train": "this is `cachekd train`",
-    "do_eval": _SCORES,
-    "do_predict": _SCORES,
-    "eval_strategy": _SCORES,
-    "eval_on_start": _SCORES,
-    "eval_steps": _SCORES,
-    "metric_for_best_model": _SCORES,
-    "load_best_model_at_end": _SCORES,
+    "do_eval": "set `eval_data` at the top level: it is evaluated while the student trains",
+    "do_predict": "`cachekd eval` scores a run",
+    "eval_accumulation_steps": _NO_LOGITS,
+    "eval_do_concat_batches": _NO_LOGITS,
+    "eval_use_gather_object": _NO_LOGITS,
+    "batch_eval_metrics": _NO_LOGITS,
+    "prediction_loss_only": _NO_LOGITS,
+    "include_for_metrics": _NO_LOGITS,
+    "bf16_full_eval": _AS_IT_TRAINS,
+    "fp16_full_eval": _AS_IT_TRAINS,
     "length_column_name": "lengths are counted from the text",
     "use_liger_kernel": "the head and its losses run in chunks already",
 }
@@ -188,11 +193,11 @@ def _check_choices(training: dict[str, Any]) -> None:
         )
     if training.get("save_strategy") == "best":
         raise CachekdError(
-            "nothing is scored while training, so no checkpoint is the best",
+            "a run is gone on with from its last checkpoint, whatever its score",
             where=_where("save_strategy"),
             expected="steps, epoch or no",
             found="best",
-            fix="`cachekd eval` scores a run",
+            fix="load_best_model_at_end: true beside eval_data keeps the best one too, and ends with it",
         )
     start = training.get("dataloader_multiprocessing_context")
     if start is not None and start not in multiprocessing.get_all_start_methods():

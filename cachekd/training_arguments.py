@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.trainer_settings import FIELDS, check_packages, checked_settings, meant_by
+from cachekd.validation_settings import SAVE_STEPS, validation_settings
 from cachekd.vlm import default_device
 
 # transformers 5.23 renamed it, and warns of the old name.
@@ -49,7 +50,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or 500,
+        "save_steps": config.save_steps or SAVE_STEPS,
         "save_total_limit": 2,
         "report_to": [],
         "disable_tqdm": True,
@@ -61,6 +62,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "ddp_find_unused_parameters": True,  # a vision_feature_layer of -2 leaves the last layer unused
     }
     theirs = checked_settings(config.training)
+    settings |= validation_settings(config, theirs)
     if isinstance(theirs.get("accelerator_config"), dict):
         theirs["accelerator_config"] = settings["accelerator_config"] | theirs["accelerator_config"]
     if config.gradient_checkpointing:

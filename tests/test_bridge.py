@@ -305,6 +305,29 @@ def test_a_run_trains_the_bridge_saves_it_beside_the_student_and_can_be_resumed(
         assert all(torch.equal(again[key], weights[key]) for key in weights)
 
 
+def test_the_best_students_bridge_is_saved_with_it(pair, tmp_path):
+    """Held-out terms run through it, and it goes back with the student. (Here the worst one is the best.)"""
+    training = {"load_best_model_at_end": True, "greater_is_better": True}
+    held_out = {"eval_data": pair["data"], "eval_cache": pair["cache"], "eval_steps": 1, "save_steps": 100}
+    settings = pair | held_out | {"keep_checkpoints": True}
+    config = TrainConfig(**settings, out=tmp_path / "run", training=training)
+    summary = train(config)
+    assert summary.best_step < summary.steps
+    found = [
+        load_file(config.out / name / BRIDGE_FILE)
+        for name in (".", f"checkpoints/checkpoint-{summary.best_step}")
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+    # A batch of the training data, in eval mode: the mean that training computes.
+    trainer = make_trainer(config.model_copy(update={"student": str(config.out)}), tmp_path / "t")
+    trainer.bridge.load(config.out)
+    batch = collate_with_targets([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))], 0)
+    terms = trainer.terms_of(trainer.model, batch)
+    for name in ("ce", "align", "vsd"):
+        mean = float(terms.terms[name] / terms.tokens)
+        assert summary.evaluation[f"eval_{name}"] == pytest.approx(mean, rel=1e-4), name
+
+
 def plan_bridge_of(pair: dict) -> BridgePlan:
     return plan_bridge(load_config(pair["teacher"]), load_config(pair["student"]))
 

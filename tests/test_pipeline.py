@@ -741,3 +741,54 @@ def test_data_without_a_picture_are_refused_before_the_first_step(values, tmp_pa
         run(read(values, tmp_path))
     assert "step 'dft'" in str(caught.value.where)
     assert not Path(values["out"]).exists()
+
+
+# ---- held-out data
+
+
+def test_held_out_data_and_their_cache_are_inputs_of_a_train_step(values, tmp_path, teacher_path):
+    held_out = tmp_path / "held-out"
+    write_tar(held_out / "0.tar", tar_members(4, start=40))
+    values["defaults"] |= {"key": "__key__", "limit": 9}
+    values["defaults"]["train"] |= {"eval_data": {"data": str(held_out), "limit": 3}, "eval_cache": "held"}
+    values["steps"] = [
+        {"step": "dump", "name": "cache"},
+        {"step": "dump", "name": "held", "data": str(held_out)},
+        {"step": "train", "name": "sft", "stage": "sft"},
+        {"step": "train", "name": "dpt", "stage": "dpt"},
+    ]
+    pipeline = read(values, tmp_path)
+    planned = {step.name: step for step in plan_steps(pipeline)}
+    out = Path(values["out"])
+    dpt = planned["dpt"].config
+    assert (dpt.cache, dpt.eval_cache) == (str(out / "cache"), str(out / "held"))  # not the last dump
+    assert set(planned["dpt"].upstream) == {"sft", "cache", "held"}
+    assert planned["sft"].config.eval_cache is None  # L_CE needs none
+    assert (planned["dpt"].held_out.key, planned["dpt"].held_out.limit) == ("__key__", 3)
+    del values["defaults"]["key"]
+    pipeline = read(values, tmp_path)
+    assert run(pipeline) == ["cache", "held", "sft", "dpt"]
+    log = json.loads((out / "dpt" / RUN_FILE).read_text())["log"]
+    assert {"eval_ce", "eval_align", "eval_token_accuracy"} <= set().union(*log)
+    assert set(states(pipeline).values()) == {"done"}
+    members = [(name, body.replace(b"what", b"which")) for name, body in tar_members(4, start=40)]
+    write_tar(held_out / "0.tar", members)
+    found = {state.name: state for state in look(pipeline)}
+    assert found["cache"].state == "done"
+    assert found["sft"].state == "changed"
+    assert f"content of eval_data {held_out} changed" in found["sft"].why
+
+
+def test_held_out_data_that_a_later_step_would_fail_of_are_said_first(values, tmp_path, data_path):
+    held_out = tmp_path / "held-out"
+    write_tar(held_out / "0.tar", tar_members(4, start=40))
+    values["defaults"]["train"] |= {"eval_data": str(held_out), "eval_cache": "cache"}  # of other data
+    values["steps"] = values["steps"][:4]
+    with pytest.raises(CachekdError, match="lack samples") as caught:
+        run(read(values, tmp_path))
+    assert "step 'dpt': setting 'eval_cache'" in str(caught.value.where)
+    values["defaults"]["train"] |= {"eval_data": str(tmp_path / "nowhere"), "eval_cache": None}
+    with pytest.raises(CachekdError) as caught:
+        run(read(values, tmp_path))
+    assert str(tmp_path / "nowhere") in str(caught.value)
+    assert not (Path(values["out"]) / "cache").exists()

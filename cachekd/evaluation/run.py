@@ -19,7 +19,6 @@ import torch
 
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
-from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner, free_memory
@@ -59,7 +58,9 @@ def evaluate(
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
     """
     samples, encoders, device = open_samples(config), open_encoders(config), default_device()
-    prior = None if config.prior_data is None else AnswerPrior.of(open_samples(prior_data(config)))
+    prior = (
+        None if config.prior_data is None else AnswerPrior.of(open_samples(config.prior_data.beside(config)))
+    )
     reference: Reference | None = None
     if config.cache is not None:
         reference = CachedReference(open_cache(config.cache, encoders), device)
@@ -117,12 +118,6 @@ def open_cache(path: str, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
             fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
         )
     return cache
-
-
-def prior_data(config: EvalConfig) -> DataOptions:
-    """The training data, whose records are read as the test data's are."""
-    said = config.model_dump(include={"map", "key", "image_field"})
-    return DataOptions(data=str(config.prior_data), **said)
 
 
 def _ask(
@@ -218,7 +213,8 @@ def _prior_score(config: EvalConfig, prior: AnswerPrior, samples: Sequence[Asked
         for sample in samples
         for text, answer in zip(sample.texts, sample.answers, strict=True)
     ]
-    return _counted(str(config.prior_data), samples, right)
+    assert config.prior_data is not None
+    return _counted(config.prior_data.data, samples, right)
 
 
 def _counted(name: str, samples: Sequence[AskedSample], right: list[bool]) -> Score:

@@ -21,10 +21,11 @@ from cachekd.dump_plan import require_vocabulary
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
+from cachekd.held_out import about
 from cachekd.lean import check_lean_settings
 from cachekd.paths import is_address
 from cachekd.pipeline.config import ReportConfig
-from cachekd.pipeline.coverage import check_coverage
+from cachekd.pipeline.coverage import check_coverage, check_pictures
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
@@ -53,6 +54,9 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
             _CHECKS[step.kind](step.config, models)
             if step.data is not None:
                 _check_data(step.data)
+            for setting, data in step.beside.items():
+                with about(setting):
+                    _check_data(data)
         except CachekdError as error:
             raise in_step(step.name, error) from None
 
@@ -103,20 +107,29 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     if config.binding is not None:
         Binding.read(config.binding)
     student = SampleEncoder(models.processor(config.student))
-    if config.cache is not None and (config.cache in models.teachers or not is_address(config.cache)):
+    if config.cache is not None:
         _check_cache(config.cache, student, models)
     if config.runs_teacher:
         _check_teacher(config, models)
+    check_pictures(config)
     check_coverage(config, models.dumps)
+    if (held_out := config.on_held_out()) is not None:
+        with about("eval_cache"):
+            if held_out.cache is not None:
+                _check_cache(held_out.cache, student, models)
+            check_coverage(held_out, models.dumps)
 
 
 def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:
-    """A dump above will have its teacher's fingerprints, a cache that is there has its own."""
+    """A dump above will have its teacher's fingerprints, a cache that is there has its own; one at an address
+    is not asked."""
     tokenizer = student.processor.tokenizer
     if (name := models.teachers.get(cache)) is not None:
         teacher = SampleEncoder(models.processor(name))
         check_tokenizers(teacher.processor.tokenizer, tokenizer)
         theirs = _fingerprints(teacher)
+    elif is_address(cache):
+        return
     else:
         stored = Manifest.load(Path(cache)).fingerprints
         theirs = (stored.tokenizer, stored.chat_template, stored.encoding)

@@ -79,6 +79,7 @@ class TrainStep(_Train):
         description="a step, a model folder or hub name; by default the train step above, else `defaults`'",
     )
     cache: PathOrName | None = Field(None, description="a step or a folder; by default the dump step above")
+    eval_cache: PathOrName | None = Field(None, description="a dump step above, or a folder: of eval_data")
 
 
 class EvalStep(_Eval):

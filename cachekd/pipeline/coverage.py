@@ -16,6 +16,16 @@ from cachekd.samples import Samples, open_samples
 from cachekd.samples.tar_urls import is_remote
 
 
+def check_pictures(config: TrainConfig) -> None:
+    """Refuse L_VSD for data without pictures; data that are not on this disk are not opened.
+
+    Raises:
+        CachekdError: no sample has one.
+    """
+    if _on_this_disk(config):
+        require_pictures(config, open_samples(config), None)
+
+
 def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None:
     """Refuse a train step whose cache lacks samples, or will; data that are not on this disk are not opened.
 
@@ -24,18 +34,15 @@ def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None
 
     Raises:
         CachekdError: samples are missing or may be, and the step does not say what to do with them, or would
-            stop at them; or no sample has a picture for L_VSD.
+            stop at them.
     """
     dump = None if config.cache is None else dumps.get(config.cache)
     matters = config.cache is not None and config.missing != "skip" and config.binding is None
     if matters and dump is not None:
         _refuse_skipping(config, dump)
-    if not _on_this_disk(config):
+    if not matters or not _on_this_disk(config):
         return
     samples = open_samples(config)
-    require_pictures(config, samples, None)
-    if not matters:
-        return
     if dump is not None:
         if config.missing == "error":
             _refuse_other_samples(config, samples, dump)

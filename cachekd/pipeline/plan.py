@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of
 from cachekd.config_file import Config, Mistake, refusal
-from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
+from cachekd.data_options import OF_ONE_SET, DataOptions
+from cachekd.errors import CachekdError, within
 from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE
 from cachekd.pipeline.config import PipelineConfig, ReportConfig
 from cachekd.stages import STAGES
@@ -29,13 +29,12 @@ LAST_FILE = {"dump": MANIFEST_FILE, "train": RUN_FILE, "eval": SCORES_FILE, "rep
 FREE = {
     "dump": {"out", "workers", "rank", "world_size", "on_error", "batch_size"},  # as `same_plan` has it
     "train": FREE_SETTINGS,
-    "eval": {"out", "batch_size"},
+    "eval": {"out", "batch_size", "workers"},
     "report": {"out"},
 }
 
 
 _OF_DATA = set(DataOptions.model_fields)
-_OF_ONE_SET = {"data", "image_root", "limit", "shuffle_seed"}  # which other data do not share
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class PlannedStep:
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
         data: that it reads.
+        beside: other data sets, by the setting that names them: held-out ones, those of a prior.
         files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
@@ -58,6 +58,7 @@ class PlannedStep:
     upstream: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: DataOptions | None = None
+    beside: dict[str, DataOptions] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
     @property
@@ -139,13 +140,20 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
     values = {**shared, **of_all, **preset, **said}
     if "student" in values:
         values["student"] = above.folder(values["student"], "train")
-    if "cache" in values:
-        values["cache"] = above.folder(values["cache"], "dump")
+    for name in ("cache", "eval_cache"):
+        if name in values:
+            values[name] = above.folder(values[name], "dump")
     return values
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", *_OF_DATA - _OF_ONE_SET)  # held-out data have to be named
+    shared = _shared(above, *_OF_DATA - OF_ONE_SET)  # held-out data have to be named
+    if "cache" in said:
+        said = {**said, "cache": above.folder(said["cache"], "dump")}
+    else:
+        shared |= _shared(above, "teacher")
+    if "data" in above.defaults:  # the training data
+        shared["prior_data"] = _shared(above, *OF_ONE_SET)
     values = {**shared, "models": above.of_kind["train"], **said}
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
@@ -163,7 +171,7 @@ _VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "
 
 def _data_shared(said: dict[str, Any], above: _Above) -> dict[str, Any]:
     """Of a step that names data of its own, only how records are read."""
-    return _shared(above, *(_OF_DATA - _OF_ONE_SET if "data" in said else _OF_DATA))
+    return _shared(above, *(_OF_DATA - OF_ONE_SET if "data" in said else _OF_DATA))
 
 
 def _shared(above: _Above, *names: str) -> dict[str, Any]:
@@ -200,17 +208,21 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(upstream)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=config if kind != "report" else None,
-        files=_files(config, made) if kind == "train" else (),
+        beside=_beside(config),
+        files=_files(config, made),
     )
 
 
-def _files(config: TrainConfig, made: dict[str, str]) -> tuple[Path, ...]:
+def _beside(config: Any) -> dict[str, DataOptions]:
+    said = {name: getattr(config, name, None) for name in ("eval_data", "prior_data")}
+    return {name: data.beside(config) for name, data in said.items() if data is not None}
+
+
+def _files(config: Any, made: dict[str, str]) -> tuple[Path, ...]:
     """A published cache at an address is none: it counts by its name."""
-    given = config.cache is not None and config.cache not in made
-    return (
-        *((Path(str(config.cache), MANIFEST_FILE),) if given else ()),
-        *((config.binding,) if config.binding is not None else ()),
-    )
+    given = [cache for cache in _caches(config) if cache not in made]
+    binding = getattr(config, "binding", None)
+    return (*(Path(cache, MANIFEST_FILE) for cache in given), *(() if binding is None else (binding,)))
 
 
 def _reads(kind: str, config: Any) -> tuple[list[str], list[str]]:
@@ -219,19 +231,26 @@ def _reads(kind: str, config: Any) -> tuple[list[str], list[str]]:
         return [], [config.run, *config.baselines]
     models = [] if config.teacher is None else [config.teacher]
     if kind == "eval":
-        return [*models, *config.models], []
+        return [*models, *config.models], _caches(config)
     if kind == "dump":
         return models, []
-    return [*models, config.student], [] if config.cache is None else [str(config.cache)]
+    return [*models, config.student], _caches(config)
+
+
+def _caches(config: Any) -> list[str]:
+    """Of the step's data, and of held-out ones."""
+    caches = (getattr(config, name, None) for name in ("cache", "eval_cache"))
+    return [cache for cache in caches if cache is not None]
 
 
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
     """The cache above, if a term needs one; no teacher where none does."""
-    cache = above.last("dump")
-    if config.distils and not config.live_teacher and config.cache is None and cache is not None:
-        config = config.model_copy(update={"cache": str(above.out / cache)})
+    dumped = [str(above.out / dump) for dump in above.of_kind["dump"]]
+    if config.distils and not config.live_teacher and config.cache is None and dumped:
+        of_training = [cache for cache in dumped if cache != config.eval_cache]
+        config = config.model_copy(update={"cache": (of_training or dumped)[-1]})
     if not config.distils:
-        config = config.model_copy(update={"cache": None})
+        config = config.model_copy(update={"cache": None, "eval_cache": None})
     if not config.runs_teacher:
         config = config.model_copy(update={"teacher": None})
     try:
@@ -243,10 +262,4 @@ def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConf
 
 def in_step(name: str, error: CachekdError, then: str | None = None) -> CachekdError:
     """The same error, with the step's name and how to go on."""
-    return CachekdError(
-        error.problem,
-        where=f"step {name!r}" if error.where is None else f"step {name!r}: {error.where}",
-        expected=error.expected,
-        found=error.found,
-        fix="; ".join(text for text in (error.fix, then) if text) or None,
-    )
+    return within(f"step {name!r}", error, then)

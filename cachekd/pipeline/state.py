@@ -133,6 +133,8 @@ def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     }
     if step.data is not None:
         inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
+    for setting, data in step.beside.items():
+        inputs[f"content of {setting} {data.data}"] = data_content(data, state.known)
     for path in step.files:
         if path.is_file():
             inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from cachekd.cache.sketch import capped
 from cachekd.vlm.head import scale_between
 from cachekd.vlm.split import hidden_and_logits_at
+from cachekd.vlm.steady import in_eval_mode
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +49,11 @@ class DeferredHead:
         self.scale = 1.0
         self.softcap: float | None = None
         self.reason: str | None = None
-        modes = [(module, module.training) for module in model.modules()]  # one by one: some differ
-        model.eval()
-        with torch.no_grad():
+        with in_eval_mode(model), torch.no_grad():
             row = positions.any(-1).int().argmax()[None]
             tokens = {name: inputs[name][row] for name in _TOKENS if name in inputs}
             hidden, logits = hidden_and_logits_at(model, tokens, positions[row])
             self._measure(model, hidden, logits)
-        for module, training in modes:
-            module.training = training
         self.vocab_size = logits.shape[-1]
 
     def _measure(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:

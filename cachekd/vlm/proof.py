@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cachekd.errors import CachekdError
 from cachekd.vlm.families import FAMILIES
 from cachekd.vlm.split import capture_vision, decode, logits_at, project
+from cachekd.vlm.steady import in_eval_mode
 
 # Share of the logits' deviation. The same operations on the same numbers: mostly there is no difference.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -29,19 +30,15 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
     Raises:
         CachekdError: V, P and L, one after the other, do not give the model's own logits.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with capture_vision(model) as vision:
-            whole = logits_at(model, inputs, positions)
-        if vision.output is None:
-            raise _refusal(model, "its vision encoder does not run in its forward")
-        split = decode(model, project(model, vision.output, inputs), inputs, positions)
+        with in_eval_mode(model):
+            with capture_vision(model) as vision:
+                whole = logits_at(model, inputs, positions)
+            if vision.output is None:
+                raise _refusal(model, "its vision encoder does not run in its forward")
+            split = decode(model, project(model, vision.output, inputs), inputs, positions)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     miss = float((split - whole).abs().max() / whole.float().std())
     if not miss <= _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF):
         raise _refusal(model, f"logits off by {miss:.1%} of their deviation")

@@ -1,7 +1,9 @@
-"""Normalisation that does not depend on the batch."""
+"""What does not depend on the batch: normalisation, and a model that is looked at while it trains."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,3 +23,15 @@ def keep_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(settle)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; afterwards each of its modules is in its own again: some differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

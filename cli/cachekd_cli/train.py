@@ -55,6 +55,20 @@ def train_command(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
     ] = None,
+    eval_data: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out data, evaluated while the student trains. Their options: a mapping in the YAML."
+        ),
+    ] = None,
+    eval_cache: Annotated[
+        str | None,
+        typer.Option(help="The teacher's cache of them; without one L_CE alone is evaluated."),
+    ] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps between evaluations. Default: as --save-steps, and at the last step."),
+    ] = None,
     live_teacher: Annotated[
         bool | None, typer.Option("--live-teacher", help="Run the whole teacher in place of a cache.")
     ] = None,
@@ -134,7 +148,8 @@ def train_command(
     A run that was cut short goes on when its command is repeated. Ctrl-C and SIGTERM let the step that runs
     end and write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
     -m cachekd_cli.main train ... In the YAML alone: lora, teacher_quantization, student_quantization, and
-    training, a mapping of any other fields of transformers.TrainingArguments.
+    training, a mapping of any other fields of transformers.TrainingArguments, such as
+    load_best_model_at_end: true, which ends with the student of the best evaluation.
     """
     options = {n: v for n, v in locals().items() if n not in ("config", "data", "estimate", "json")} | data
     from cachekd.config import TrainConfig
@@ -168,17 +183,20 @@ def train_or_estimate(settings: TrainConfig, *, estimate: bool, json: bool) -> N
 
 
 def fetch_cache(config: TrainConfig) -> None:
-    """Fetch a published cache behind a bar of its own; training then finds it."""
+    """Fetch published caches, each behind a bar of its own; training then finds them."""
     from cachekd.sharing import local_folder
 
-    if config.cache is None or not is_address(config.cache) or not config.distils or config.live_teacher:
+    if not config.distils or config.live_teacher:
         return
-    quiet_hub()
-    bar = progress_bar("MB")
-    bar.disable = not is_main_process()
-    with bar:
-        advance, set_total = byte_progress(bar, "fetch")
-        local_folder(config.cache, progress=advance, total=set_total)
+    for cache in (config.cache, config.eval_cache):
+        if cache is None or not is_address(cache):
+            continue
+        quiet_hub()
+        bar = progress_bar("MB")
+        bar.disable = not is_main_process()
+        with bar:
+            advance, set_total = byte_progress(bar, "fetch")
+            local_folder(cache, progress=advance, total=set_total)
 
 
 def is_main_process() -> bool:
@@ -239,9 +257,11 @@ class TrainBar:
         """What moves the bar."""
         from transformers import TrainerCallback
 
-        bar, task, loading = self.bar, self.task, self.loading
+        bar, task, loading, hidden = self.bar, self.task, self.loading, self.hidden
 
         class ShowProgress(TrainerCallback):
+            terms = ""  # as they were logged last
+
             def on_train_begin(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 loading.stop()
                 bar.start()
@@ -253,9 +273,24 @@ class TrainBar:
             def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 terms = {name: logs[name] for name in ("ce", "align", "vsd") if name in (logs or {})}
                 if terms:
-                    bar.update(task, note="  ".join(f"{name} {value:.3f}" for name, value in terms.items()))
+                    self.terms = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+                    bar.update(task, note=self.terms)
+
+            def on_prediction_step(self, args, state, control, **kwargs) -> None:  # type: ignore[no-untyped-def]
+                bar.update(task, note="evaluating")
+
+            def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[no-untyped-def]
+                bar.update(task, note=self.terms)
+                if not hidden:
+                    text = f"step {state.global_step:,}: {evaluated(metrics)}"
+                    bar.console.print(text, markup=False, highlight=False)
 
         return ShowProgress()
+
+
+def evaluated(metrics: dict[str, float]) -> str:
+    """An evaluation in one line, but for the time that it took."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_runtime")
 
 
 def print_settings(config: TrainConfig) -> None:
@@ -264,13 +299,14 @@ def print_settings(config: TrainConfig) -> None:
     terms = ["L_CE", *(f"{weight:g} {name}" for name, weight in weights if weight)]
     bridge = [("switch_bridge", f"{config.switch_bridge}, beyond the paper")] if config.switch_bridge else []
     shown = {"switch_bridge", "stage", "trainable", "lambda_align", "lambda_vsd"}
+    said = config.model_dump()
     rows = [
         *([("stage", config.stage)] if config.stage else []),
         ("trainable", ", ".join(config.trainable)),
         ("loss", " + ".join(terms)),
         *bridge,
         *(
-            (name, getattr(config, name))
+            (name, said[name])
             for name, field in type(config).model_fields.items()
             if name not in shown and getattr(config, name) != field.default
         ),
@@ -296,10 +332,14 @@ def print_summary(summary: TrainSummary) -> None:
         ("wall time", f"{summary.seconds:.1f} s"),
         ("waited for data", f"{summary.data_wait:.1%}"),
         *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
+        *([("best step, whose student this is", f"{summary.best_step:,}")] if summary.best_step else []),
+        *((name, f"{value:.4f}") for name, value in summary.evaluation.items() if name != "eval_runtime"),
     ]
     console.print(table(f"student {summary.out}", ("", "value"), rows))
     print_left_out("samples that the cache lacks", summary.missing)
     print_left_out("samples that cannot be used", summary.bad)
+    print_left_out("held-out samples that their cache lacks", summary.eval_missing)
+    print_left_out("held-out samples that cannot be used", summary.eval_bad)
     console.print(
         f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>", highlight=False
     )
@@ -330,6 +370,14 @@ def print_estimate(estimate: TrainEstimate) -> None:
         ),
         ("time per step", f"{seconds:.2f} s"),
         ("steps", f"{estimate.steps:,}"),
-        ("time of the run", duration(seconds * estimate.steps)),
+        *(
+            [("evaluations", f"{estimate.evaluations:,} of {duration(estimate.seconds_per_evaluation)}")]
+            if estimate.evaluations
+            else []
+        ),
+        (
+            "time of the run",
+            duration(seconds * estimate.steps + estimate.evaluations * estimate.seconds_per_evaluation),
+        ),
     ]
     console.print(table(f"estimate from {estimate.measured_steps} steps", ("", "value"), rows))

@@ -1,0 +1,187 @@
+"""The terms on held-out data, while a student trains."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainerState, TrainingArguments
+
+from cachekd.data_health import DataHealth, first_good
+from cachekd.errors import CachekdError
+from cachekd.held_out import about
+from cachekd.left_out import BadSamples
+from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
+from cachekd.validation_settings import ACCURACY
+from cachekd.vlm.steady import in_eval_mode
+
+if TYPE_CHECKING:
+    from cachekd.trainer import SwitchKDTrainer
+
+
+class Validation:
+    """Evaluates a student on held-out data: every process its part of them, no sample twice.
+
+    What is computed does not depend on batches or processes: sums over all answer tokens, divided by their
+    number. Training goes on as if nothing had happened: no gradient, no dropout, no random number drawn, no
+    batch of its own data asked for.
+
+    Args:
+        data: held out.
+        terms: that are computed on them, among "ce", "align" and "vsd".
+        pad_token_id: for batches.
+
+    Raises:
+        CachekdError: no sample of them can be used.
+    """
+
+    def __init__(self, data: TrainingSamples, terms: tuple[str, ...], pad_token_id: int) -> None:
+        self.data, self.terms = data, terms
+        self.bad = BadSamples()
+        read = reading(data, self.bad)
+        place, first = first_good(len(data), read)
+        self._health = DataHealth(len(data), read)
+        self._health.good(place)
+        self._collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded)
+
+    def read(self, args: TrainingArguments) -> None:
+        """Read this process's part once: what is wrong with a sample is known before the first step, not
+        after hours.
+
+        Raises:
+            CachekdError: a sample that stops the run, such as one that is not what was dumped.
+        """
+        for _ in self.batches(args):
+            pass
+
+    def batches(self, args: TrainingArguments) -> Iterator[dict[str, Any]]:
+        """This process's part of the data, in as many batches as any other process has: one that has no
+        samples left for its last batch computes a stand-in of which nothing counts."""
+        loader = DataLoader(
+            self.data,
+            batch_sampler=self.part_of(args),
+            collate_fn=self._collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # else it draws a number of the global one
+        )
+        return without_bad(checked(iter(loader)), self.bad, self._health)
+
+    def part_of(self, args: TrainingArguments) -> list[list[int]]:
+        """This process's batches, as indices."""
+        size, processes = args.per_device_eval_batch_size, args.world_size
+        indices = list(range(len(self.data)))
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        batches += [[] for _ in range(-len(batches) % processes)]
+        return batches[args.process_index :: processes]
+
+    def __call__(self, trainer: SwitchKDTrainer, prefix: str = "eval") -> dict[str, float]:
+        """One evaluation; all processes take part, and get the same.
+
+        Args:
+            prefix: of the names.
+
+        Returns:
+            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of L_Align and
+            L_VSD: of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
+            argmax is right; `eval_runtime` in seconds.
+
+        Raises:
+            CachekdError: no answer token is left to be evaluated; what is wrong with a sample.
+        """
+        started = time.perf_counter()
+        with about("eval_data"), undisturbed(trainer):
+            sums = self.sums(trainer, self.batches(trainer.args))
+        *totals, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
+        divisors = [tokens if name in ("ce", ACCURACY) else distilled for name in self._names]
+        if not all(divisors):
+            raise CachekdError(
+                "no answer token of the held-out data is left to be evaluated",
+                where=f"setting 'eval_data', {len(self.data):,} samples",
+                found=f"{len(self.bad.reasons):,} of them cannot be used",
+            )
+        means = {name: t / n for name, t, n in zip(self._names, totals, divisors, strict=True)}
+        loss = sum(trainer.weights[name] * means[name] for name in self.terms)
+        found = {"loss": loss, **means, "runtime": time.perf_counter() - started}
+        return {f"{prefix}_{name}": value for name, value in found.items()}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*self.terms, ACCURACY)
+
+    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[dict[str, Any]]) -> Tensor:
+        """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
+        tokens, and those of them that the teacher covers."""
+        args = trainer.args
+        sums = torch.zeros(len(self._names) + 2, dtype=torch.float64, device=args.device)
+        for batch in batches:
+            batch = send_to_device(batch, args.device, non_blocking=args.dataloader_pin_memory)
+            found = trainer.terms_of(trainer.model, batch, evaluating=True)
+            row = [found.terms.get(name, 0.0) for name in self._names]
+            sums += torch.stack([torch.as_tensor(x).to(sums) for x in (*row, found.tokens, found.distilled)])
+            trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+        return sums
+
+    def bad_samples(self) -> dict[str, str]:
+        """Key and reason of those that cannot be used, in all processes, each of which has to ask."""
+        self.bad.add(gather_object([self.bad.reasons]))
+        return self.bad.reasons
+
+
+@contextmanager
+def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
+    """The student as it is used, not as it trains; afterwards everything is as before."""
+    optimizer: Any = trainer.optimizer
+    schedule_free = callable(getattr(optimizer, "eval", None))  # their weights in use are averages
+    python, numpy = random.getstate(), np.random.get_state()
+    gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with in_eval_mode(trainer.model), torch.random.fork_rng(gpus), torch.no_grad():
+        if schedule_free:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            if schedule_free:
+                optimizer.train()
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
+    """The checkpoint of the best evaluation; None before the first.
+
+    Raises:
+        CachekdError: it is gone: the run would end with another student than it says.
+    """
+    if not state.best_global_step:
+        return None
+    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+    if not best.is_dir():
+        raise CachekdError(
+            "the best student's checkpoint is gone",
+            where=str(best),
+            expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
+            fix=f"put it back; or remove {best.parent}, and the same command begins anew",
+        )
+    return str(best)
+
+
+def saved_evaluation(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, float], int | None]:
+    """What was logged on held-out data of the student that training ended with, nothing if nothing was; and
+    its step where that is the best one, not the last."""
+    best = state.best_global_step if args.load_best_model_at_end else None
+    step = best or state.global_step
+    entries = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {name: x for entry in entries[-1:] for name, x in entry.items() if name.startswith("eval_")}, best
