@@ -58,6 +58,7 @@ SOURCES = {
 WORDS = {word for source in SOURCES.values() for word in re.findall(r"\w+", source)}
 # Options of other programs, and a setting that only accelerate knows.
 OTHERS = {
+    "--local-dir": "hf's",
     "--help": "every command's",
     "--multi_gpu": "accelerate's",
     "--no-deps": "pip's",

@@ -764,7 +764,10 @@ def test_held_out_data_and_their_cache_are_inputs_of_a_train_step(values, tmp_pa
     assert (dpt.cache, dpt.eval_cache) == (str(out / "cache"), str(out / "held"))  # not the last dump
     assert set(planned["dpt"].upstream) == {"sft", "cache", "held"}
     assert planned["sft"].config.eval_cache is None  # L_CE needs none
-    assert (planned["dpt"].held_out.key, planned["dpt"].held_out.limit) == ("__key__", 3)
+    assert (planned["dpt"].beside["eval_data"].key, planned["dpt"].beside["eval_data"].limit) == (
+        "__key__",
+        3,
+    )
     del values["defaults"]["key"]
     pipeline = read(values, tmp_path)
     assert run(pipeline) == ["cache", "held", "sft", "dpt"]
@@ -792,3 +795,26 @@ def test_held_out_data_that_a_later_step_would_fail_of_are_said_first(values, tm
         run(read(values, tmp_path))
     assert str(tmp_path / "nowhere") in str(caught.value)
     assert not (Path(values["out"]) / "cache").exists()
+
+
+# ---- an evaluation's inputs
+
+
+def test_an_evaluation_takes_a_dump_in_the_teachers_place_and_the_training_data_for_its_prior(
+    values, tmp_path, data_path
+):
+    test = tmp_path / "test"
+    write_tar(test / "0.tar", [(f"t{name}", content) for name, content in tar_members(4, start=40)])
+    values["steps"] = [
+        {"step": "dump", "name": "asked", "data": str(test)},
+        {"step": "eval", "name": "cached", "models": ["m"], "data": str(test), "cache": "asked"},
+        {"step": "eval", "name": "live", "models": ["m"], "data": str(test)},
+    ]
+    values["defaults"] |= {"limit": 5}
+    cached, live = [step for step in plan_steps(read(values, tmp_path)) if step.kind == "eval"]
+    assert (cached.config.teacher, cached.upstream) == (None, ("asked",))
+    assert (live.config.teacher, live.upstream) == (values["defaults"]["teacher"], ())
+    for step in (cached, live):
+        assert step.config.limit is None
+        prior = step.beside["prior_data"]
+        assert (prior.data, prior.limit) == (str(data_path), 5)

@@ -164,10 +164,11 @@ def _check_teacher(config: TrainConfig, models: _Models) -> None:
 
 def _check_eval(config: EvalConfig, models: _Models) -> None:
     names = [*([config.teacher] if config.teacher else []), *config.models]
-    first, *others = (models.processor(name) for name in names)
-    SampleEncoder(first)
+    first, *others = (SampleEncoder(models.processor(name)).processor for name in names)
     for other in others:
         check_tokenizers(first.tokenizer, other.tokenizer)
+    if config.cache is not None and config.cache not in models.teachers and not is_address(config.cache):
+        Manifest.load(Path(config.cache))
 
 
 def _check_report(config: ReportConfig, models: _Models) -> None:

@@ -71,7 +71,6 @@ def eval_command(
     """
     from cachekd.config import EvalConfig
     from cachekd.config_file import read_config
-    from cachekd.evaluation import save_in_runs
 
     options = {
         "models": models,
@@ -85,6 +84,8 @@ def eval_command(
         "dtype": dtype,
     }
     config = read_config(None, EvalConfig, {**options, **data})
+    from cachekd.evaluation import save_in_runs  # after the settings: it loads torch
+
     quiet_libraries()
     result = run_eval(config)
     save_in_runs(result)

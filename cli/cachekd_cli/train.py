@@ -56,13 +56,13 @@ def train_command(
         Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
     ] = None,
     eval_data: Annotated[
-        str | None,
+        PathOrName | None,
         typer.Option(
             help="Held-out data, evaluated while the student trains. Their options: a mapping in the YAML."
         ),
     ] = None,
     eval_cache: Annotated[
-        str | None,
+        PathOrName | None,
         typer.Option(help="The teacher's cache of them; without one L_CE alone is evaluated."),
     ] = None,
     eval_steps: Annotated[
