@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console
+from cachekd_cli.console import console, require_place
 
 
 def report_command(
@@ -21,6 +21,7 @@ def report_command(
 
     Example: cachekd report runs/switch-kd --baseline runs/ce
     """
+    require_place(out)
     from cachekd.report import write_report
 
     page = write_report(run, baseline or [], out)
