@@ -78,7 +78,7 @@ def k_plot(histogram: Mapping[str, Mapping[Any, int]]) -> str:
     axes.set(xlabel="k, logprobs per answer token", ylabel="answer tokens")
     count_in_whole(axes.xaxis)
     count_in_whole(axes.yaxis)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return svg(figure)
 
 

@@ -65,7 +65,7 @@ def verdict(runs: Sequence[Run], found: Sequence[Section]) -> str:
     """What came of it, in a few sentences from the numbers of the newest set, whichever way they go."""
     run = runs[0]
     if not found:
-        return f"{run.name} has not been evaluated: run `cachekd eval` on it."
+        return f"{run.name} has not been evaluated: run cachekd eval on it."
     newest = found[0]
     scores = {row.name: row.score.exact_match for row in newest.rows}
     words = [
@@ -77,14 +77,17 @@ def verdict(runs: Sequence[Run], found: Sequence[Section]) -> str:
             words.append(f"{_points(each)} against its teacher's {100 * scores['teacher']:.1f} % ({_sure(each)})")
         elif each.against in {other.name for other in runs[1:]}:
             words.append(f"{_points(each)} against {each.against} ({_sure(each)})")
+    said = ", ".join(words) + "."
+    if len(words) > 1:
+        said += " In brackets: 95 % intervals; where zero is within, the difference may be chance."
     others = [(f"{run.name}, blind", "Without pictures it answers"), ("prior", "The most frequent answers give")]
-    worth = [f" {said} {100 * scores[name]:.1f} %." for name, said in others if name in scores]
-    return ", ".join(words) + "." + "".join(worth)
+    worth = [f" {what} {100 * scores[name]:.1f} %." for name, what in others if name in scores]
+    return said + "".join(worth)
 
 
 def difference_text(difference: Difference) -> str:
     """In points, with the 95 % interval."""
-    return f"{_points(difference)} ({_signless(difference.low)} to {_signless(difference.high)})"
+    return f"{_points(difference)} ({_interval(difference)})"
 
 
 def is_sure(difference: Difference) -> bool:
@@ -97,14 +100,12 @@ def _points(difference: Difference) -> str:
 
 
 def _sure(difference: Difference) -> str:
-    interval = f"95 % interval {_signless(difference.low)} to {_signless(difference.high)}"
-    if is_sure(difference):
-        return f"{interval}: zero is outside, this is more than chance"
-    return f"{interval}: zero is within, this may be chance"
+    chance = "more than chance" if is_sure(difference) else "may be chance"
+    return f"{_interval(difference)}, {chance}"
 
 
-def _signless(share: float) -> str:
-    return f"{_rounded(share):.1f}"
+def _interval(difference: Difference) -> str:
+    return f"{_rounded(difference.low):.1f} to {_rounded(difference.high):.1f}"
 
 
 def _rounded(share: float) -> float:
@@ -183,11 +184,12 @@ def _of_baselines(
     runs: Sequence[Run], found: list[tuple[Run, Evaluation]], teacher: Score | None
 ) -> Iterator[str]:
     scored = {one.name for one, _ in found}
-    for other in runs[1:]:
-        if not other.evaluations:
-            yield f"{other.name} has not been evaluated: run `cachekd eval` on it."
-        elif other.name not in scored:
-            yield f"{other.name} was not asked these questions."
+    never = [one.name for one in runs if not one.evaluations]
+    others = [one.name for one in runs if one.evaluations and one.name not in scored]
+    if never:
+        yield f"Not evaluated yet (cachekd eval does it): {', '.join(never)}."
+    if others:
+        yield f"Not asked these questions: {', '.join(others)}."
     for one, scores in found:
         if teacher and scores.teacher and scores.teacher.name != teacher.name:
             yield f"{one.name} was compared with another teacher, {scores.teacher.name}: not shown here."
