@@ -19,7 +19,7 @@ from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluation.bootstrap import paired_interval
 from cachekd.files import REPORT_FILE, RUN_FILE
-from cachekd.plots import RUN_COLORS, STYLE
+from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report
 from cachekd.report.accuracy import sections, verdict
 from cachekd.report.runs import told_apart
@@ -155,7 +155,15 @@ def test_the_page_stands_alone_and_shows_the_numbers(runs):
     own = read_run(kd).evaluations[0].models[0]
     assert page.row("kd") == ["kd", f"{100 * own.exact_match:.2f} %", "75.00 %", "0.2500"]
     assert page.row("kd, blind")[1] == f"{100 * own.blind.exact_match:.2f} %"
-    for word in ("L_CE", "L_Align", "L_VSD", "bytes per token", "what is ...", "models/teacher", "data/train"):
+    for word in (
+        "L_CE",
+        "L_Align",
+        "L_VSD",
+        "bytes per token",
+        "what is ...",
+        "models/teacher",
+        "data/train",
+    ):
         assert word in page.text
 
 
@@ -422,10 +430,18 @@ def marks(svg: str, color: str) -> list[str]:
 
 
 def test_axes_say_what_they_measure(trained):
-    for title, svg in page_of(trained[0]).plots:
-        [unit] = re.findall(r"<text[^>]*rotate[^>]*>([^<]*)</text>", svg.replace("\n", " "))
-        assert unit == ("nats per answer token" if title.startswith("L_") else unit)
-        assert "optimizer step" in svg
+    units = {
+        title: (re.findall(r"<text[^>]*rotate\(-90[^>]*>([^<]*)</text>", svg), "optimizer step" in svg)
+        for title, svg in page_of(trained[0]).plots
+    }
+    loss = (["nats per answer token"], True)
+    assert units == {
+        "L_CE": loss,
+        "L_Align": loss,
+        "L_VSD": loss,
+        "gradient norm": (["L2 norm"], True),
+        "learning rate": (["learning rate"], True),
+    }
 
 
 def with_validation(record):
@@ -437,7 +453,7 @@ def with_validation(record):
 
 
 def dashed(svg: str, color: str) -> list[str]:
-    return re.findall(rf"stroke-dasharray: [^;]*; stroke: var\(--{color}\)", svg)
+    return re.findall(rf"stroke-dasharray: [^\"]*; stroke: var\(--{color}\)", svg)
 
 
 def test_held_out_curves_are_dashed_in_the_runs_colour_with_the_best_step_marked(trained, tmp_path):
@@ -504,9 +520,8 @@ def test_a_page_without_a_place_is_refused_and_no_folder_made(trained, tmp_path)
 def test_text_in_plots_is_legible_on_a_phone(runs):
     for svg in re.findall(r"<svg.*?</svg>", page_of(*runs).html, flags=re.DOTALL):
         width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
-        smallest = min(map(float, re.findall(r"font: ([\d.]+)px", svg)))
+        smallest = min(map(float, re.findall(r"font-size: ([\d.]+)px", svg)))
         assert smallest * (PHONE - 40) / width >= 12
-    assert STYLE["font.size"] >= 9
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
@@ -519,7 +534,8 @@ def test_nothing_sticks_out_of_the_page(trained, runs, tmp_path, width):
         f'<iframe id="page" style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(page)}" '
         'onload="document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
     )
-    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c"]
+    chromium = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    chromium += [f"--user-data-dir={tmp_path}/c"]
     found = subprocess.run(
         [*chromium, "--dump-dom", str(frame)], capture_output=True, text=True, check=True, timeout=120
     )

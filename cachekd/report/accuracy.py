@@ -46,7 +46,7 @@ class Section:
 
     @property
     def types(self) -> list[tuple[str, int, list[float | None]]]:
-        """Every type of question, the most frequent first: how many, and each row's share of right answers."""
+        """Each type of question, the most frequent first: how many, and each row's share of right answers."""
         counted = sorted(self.asked.types.items(), key=lambda item: -item[1])
         return [(kind, n, [row.score.by_type.get(kind) for row in self.rows]) for kind, n in counted]
 
@@ -74,13 +74,18 @@ def verdict(runs: Sequence[Run], found: Sequence[Section]) -> str:
     ]
     for each in newest.differences:
         if each.against == "teacher":
-            words.append(f"{_points(each)} against its teacher's {100 * scores['teacher']:.1f} % ({_sure(each)})")
+            words.append(
+                f"{_points(each)} against its teacher's {100 * scores['teacher']:.1f} % ({_sure(each)})"
+            )
         elif each.against in {other.name for other in runs[1:]}:
             words.append(f"{_points(each)} against {each.against} ({_sure(each)})")
     said = ", ".join(words) + "."
     if len(words) > 1:
         said += " In brackets: 95 % intervals; where zero is within, the difference may be chance."
-    others = [(f"{run.name}, blind", "Without pictures it answers"), ("prior", "The most frequent answers give")]
+    others = [
+        (f"{run.name}, blind", "Without pictures it answers"),
+        ("prior", "The most frequent answers give"),
+    ]
     worth = [f" {what} {100 * scores[name]:.1f} %." for name, what in others if name in scores]
     return said + "".join(worth)
 
@@ -169,8 +174,8 @@ def _of_the_data(own: Evaluation, run: Run) -> Iterator[str]:
     if namesakes:
         others = " and ".join(map(_told, namesakes))
         yield (
-            f"This is {_told(asked)}. Scores on {others} are of other questions, though the data has the same "
-            "name: they are not to be compared."
+            f"This is {_told(asked)}. Scores on {others} are of other questions, though the data has the "
+            "same name: they are not to be compared."
         )
     if asked.history != "none":
         yield "Each question was asked after the conversation before it."

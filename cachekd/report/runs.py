@@ -72,7 +72,9 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     """
     if len(runs) > len(RUN_COLORS):
         raise CachekdError(
-            f"a report compares {len(RUN_COLORS)} runs at most", found=f"{len(runs)}", fix="name fewer baselines"
+            f"a report compares {len(RUN_COLORS)} runs at most",
+            found=f"{len(runs)}",
+            fix="name fewer baselines",
         )
     paths = [run.folder.resolve() for run in runs]
     twice = [str(path) for path in paths if paths.count(path) > 1]

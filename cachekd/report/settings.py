@@ -34,7 +34,8 @@ def settings_of(runs: Sequence[Run]) -> tuple[list[Setting], list[Setting]]:
     defaults = dict(_flat(defaults_of(TrainConfig)))
     all_values = [defaults | _values(run) for run in runs]
     names = list(dict.fromkeys([*_FIRST, *(name for values in all_values for name in values)]))
-    shown, others = [], []
+    shown: list[Setting] = []
+    others: list[Setting] = []
     for name in names:
         values = [values.get(name) for values in all_values]
         if all(map(_is_unset, values)):
