@@ -75,13 +75,13 @@ def shards_plots(summary: CacheSummary) -> dict[str, str]:
     columns: dict[str, list[Any]] = {
         "bytes per token": [shard.bytes / max(1, shard.tokens) for shard in summary.shards],
         "mean k": [shard.mean_k for shard in summary.shards],
-        "mean logprob of the answer": [shard.logprob for shard in summary.shards],
+        "answer's mean logprob": [shard.logprob for shard in summary.shards],
     }
     return {name: _by_shard(name, values) for name, values in columns.items()}
 
 
 def _by_shard(name: str, values: list[Any]) -> str:
-    figure, axes = panel(2.0)
+    figure, axes = panel(2.2)
     axes.plot(range(len(values)), values, color=_COLOR, marker="." if len(values) < 60 else "")
     axes.set(xlabel="shard", ylabel=name)
     axes.grid(axis="y")
