@@ -1,4 +1,4 @@
-"""How the HTML pages draw: inline SVG of matplotlib that reads on light and dark, on a phone and on a desk."""
+"""How the HTML pages draw: inline SVG that reads on light and on dark, on a phone and on a desk."""
 
 from __future__ import annotations
 

@@ -21,14 +21,16 @@ from cachekd.report.settings import settings_of
 MAX_TYPES = 12  # of questions, before the rest is folded
 
 
-def write_report(folder: Path, baselines: Sequence[Path], out: Path | None = None) -> Path:
+def write_report(
+    folder: str | Path, baselines: Sequence[str | Path] = (), out: str | Path | None = None
+) -> Path:
     """Write the page, by default into the run's folder; returns where it is.
 
     Raises:
         CachekdError: as `read_run` and `build_report`; or the page cannot be written.
     """
     page = build_report(read_run(folder), [read_run(baseline) for baseline in baselines])
-    out = out or folder / REPORT_FILE
+    out = Path(folder) / REPORT_FILE if out is None else Path(out)
     commit(out, page.encode())
     return out
 
@@ -95,8 +97,8 @@ def _cache_rows(manifest: Manifest) -> Rows:
     return {
         "samples": f"{manifest.samples:,}",
         "answer tokens": f"{manifest.tokens:,}",
-        "bytes per token": f"{manifest.size / manifest.tokens:.1f}",
-        "mean k": f"{manifest.entries / manifest.tokens:.1f}",
+        "bytes per token": f"{manifest.size / max(1, manifest.tokens):.1f}",
+        "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
         "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
         **origin(manifest),
         **fidelity(manifest),

@@ -13,6 +13,8 @@ from cachekd.evaluation import Evaluation, read_records
 from cachekd.files import RUN_FILE
 from cachekd.plots import RUN_COLORS
 
+_NEEDED = {"log", "config", "cache", "k_histogram", "steps", "seconds", "versions"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,22 +48,34 @@ class Run:
         return next((one for one in self.evaluations if one.asked.fingerprint == fingerprint), None)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: str | Path) -> Run:
     """Read what a run's folder holds.
 
     Raises:
         CachekdError: the folder is not a run, or what it holds cannot be read.
     """
+    folder = Path(folder)
     path = folder / RUN_FILE
     if not path.exists():
         raise CachekdError(
             "this is not a run", where=str(folder), expected=RUN_FILE, fix="run `cachekd train`"
         )
+    return Run(folder, folder.resolve().name, _read_record(path), read_records(folder))
+
+
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        record: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CachekdError("the run's record cannot be read", where=str(path), found=str(error)) from None
-    return Run(folder, folder.resolve().name, record, read_records(folder))
+    if not isinstance(record, dict) or not record.keys() >= _NEEDED:
+        raise CachekdError(
+            "this is not a run's record",
+            where=str(path),
+            expected=f"an object with {', '.join(sorted(_NEEDED))}",
+            found=", ".join(list(record)[:5]) if isinstance(record, dict) else type(record).__name__,
+        )
+    return record
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
