@@ -450,6 +450,8 @@ def with_validation(record):
         entry = {"step": place + 1, "eval_loss": 2 * loss, "eval_token_accuracy": accuracy}
         record["log"].insert(2 * place + 1, entry | terms)
     record["best_step"] = 2
+    record["evaluation"] = {"eval_loss": 4.0, "eval_token_accuracy": 0.5}
+    record["eval_left_out"] = {"missing": {"samples": 0}, "bad": {"samples": 1234}}
 
 
 def dashed(svg: str, color: str) -> list[str]:
@@ -466,6 +468,8 @@ def test_held_out_curves_are_dashed_in_the_runs_colour_with_the_best_step_marked
         trained_too = title.startswith("L_")
         assert len(marks(svg, "run-1")) == 4 * trained_too + 3 + 1  # its steps, the checks, the star
     assert page.row("best step on held-out data")[1:] == ["2", "not set"]
+    assert page.row("held-out accuracy")[1:] == ["50 %", "not set"]
+    assert page.row("held-out samples left out: bad")[1:] == ["1,234", "not set"]
     assert "50" in re.findall(r">(\d+)</text>", page.plot("held-out accuracy"))  # percent
     without = page_of(*trained)
     assert "held-out" not in without.text.replace("best step on held-out data", "")

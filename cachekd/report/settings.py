@@ -12,7 +12,7 @@ from cachekd.report.runs import Run
 
 _UNSET = "not set"
 _FIRST = ("seed",)  # of interest even where it is equal
-_SHARES = {"warmup", "data_wait"}
+_SHARES = {"warmup", "data_wait", "held-out accuracy"}
 _NAMED = {
     "steps": "optimizer steps",
     "resumed_from": "resumed from step",
@@ -75,8 +75,12 @@ def _values(run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = {name: record[name] for name in _NAMED if record.get(name)}
     facts["training time"] = f"{record['seconds']:,.1f} s"
     facts["best step on held-out data"] = best_step(run)
-    for what, left_out in (record.get("left_out") or {}).items():
-        facts[f"samples left out: {what}"] = left_out["samples"] or None
+    held_out = record.get("evaluation") or {}
+    facts["held-out loss"] = held_out.get("eval_loss")
+    facts["held-out accuracy"] = held_out.get("eval_token_accuracy")
+    for of, name in (("samples", "left_out"), ("held-out samples", "eval_left_out")):
+        for why, left_out in (record.get(name) or {}).items():
+            facts[f"{of} left out: {why}"] = left_out["samples"] or None
     versions = {f"{name} version": version for name, version in record["versions"].items()}
     return dict(_flat(record["config"])) | facts | versions
 
