@@ -420,6 +420,7 @@ def test_steps_are_whole_and_the_last_one_is_there(trained, tmp_path, steps):
         ticks = re.findall(r"<text[^>]*>([^<]*)</text>", axis)
         assert ticks[-1] == "optimizer step"
         assert [tick for tick in ticks[:-1] if not tick.isdigit()] == [], title
+        assert len(set(ticks)) == len(ticks) > 1, title  # 1, 1.5 and 2 would be read as 1, 2 and 2
         assert len(marks(svg, "run-1")) == steps
     assert page.row("weighted term")[-2] == f"step {steps:,}"
 
