@@ -48,7 +48,7 @@ def headline(summary: CacheSummary) -> Rows:
         "its probability of the answer": f"{answers.probability:.4f} (perplexity {answers.perplexity:.3f})",
         "answers among the kept": f"{100 * answers.kept:.2f} %",
         "entropy": f"{entropy.mean:.3f} nats ({measured_at(entropy, summary.tokens)})",
-        **_fidelity(summary.manifest),
+        **fidelity(summary.manifest),
         "left out": _skipped(summary),
     }
 
@@ -159,7 +159,8 @@ def _step(step: Derivation) -> str:
     return f"{text}; against that {measured} ({near.tokens:,} tokens)"
 
 
-def _fidelity(manifest: Manifest) -> Rows:
+def fidelity(manifest: Manifest) -> Rows:
+    """What the dump measured against the live teacher."""
     found = manifest.fidelity
     if found is None:
         return {"against the live teacher": "not measured"}

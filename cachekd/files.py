@@ -2,7 +2,6 @@
 
 MANIFEST_FILE = "manifest.json"  # a cache's, written last
 RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
-EVAL_FILE = "cachekd_eval.json"  # scores of the run and its teacher
 EVALUATIONS_FOLDER = "evaluations"  # scores of the run, a file for each set of questions
 REPORT_FILE = "report.html"
 BRIDGE_FILE = "switch_bridge.safetensors"

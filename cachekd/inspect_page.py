@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib
-from matplotlib import pyplot
 
 from cachekd.cache.summary import CacheSummary
 from cachekd.describe import (
@@ -17,8 +16,9 @@ from cachekd.describe import (
     origin,
     part_bars,
 )
-from cachekd.plots import COLORS, STYLE, k_plot, page_environment, svg
+from cachekd.plots import COLORS, RUN_COLORS, STYLE, count_in_whole, k_plot, page_environment, panel, svg
 
+_COLOR = COLORS[RUN_COLORS[0]]
 SHOWN_SHARDS = 200  # a page with all of ten thousand would be slow to open
 
 
@@ -29,7 +29,7 @@ def inspect_page(summary: CacheSummary) -> str:
             "parts": parts_plot(part_bars(summary), summary.tokens),
             "k": k_plot({"k": summary.k, "knee": summary.knee}),
             "entropy": entropy_plot(entropy_bars(summary.entropy)),
-            "shards": shards_plot(summary),
+            "shards": shards_plots(summary),
         }
     return (
         page_environment()
@@ -48,36 +48,42 @@ def inspect_page(summary: CacheSummary) -> str:
 
 def parts_plot(bars: list[Bar], tokens: int) -> str:
     """Bytes per token by part."""
-    figure, axes = pyplot.subplots(figsize=(6.2, 0.5 + 0.27 * len(bars)))
+    figure, axes = panel(0.6 + 0.27 * len(bars))
     values = [bar.value / max(1, tokens) for bar in bars]
-    drawn = axes.barh([bar.label for bar in bars], values, color=COLORS["run"])
-    axes.bar_label(drawn, fmt="%.2f", padding=3, color="#6b7280")
+    drawn = axes.barh([bar.label for bar in bars], values, color=_COLOR)
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.25)
     axes.set(xlabel="bytes per answer token")
     return svg(figure)
 
 
 def entropy_plot(bars: list[Bar]) -> str:
     """Tokens by entropy; the bins widen."""
-    figure, axes = pyplot.subplots(figsize=(6.2, 2.1))
-    axes.bar([bar.label for bar in bars], [bar.value for bar in bars], color=COLORS["teacher"], width=0.9)
-    axes.tick_params(axis="x", labelrotation=40)
+    figure, axes = panel()
+    axes.bar([bar.label for bar in bars], [bar.value for bar in bars], color=_COLOR, width=0.9)
+    axes.tick_params(axis="x", labelrotation=90)
     axes.set(xlabel="entropy, nats", ylabel="answer tokens")
+    count_in_whole(axes.yaxis)
     return svg(figure)
 
 
-def shards_plot(summary: CacheSummary) -> str | None:
-    """What differs from shard to shard: a shard that is unlike the others shows here."""
+def shards_plots(summary: CacheSummary) -> dict[str, str]:
+    """What differs from shard to shard, with its name: a shard that is unlike the others shows here."""
     if len(summary.shards) < 2:
-        return None
-    figure, grid = pyplot.subplots(1, 3, figsize=(9.3, 1.9))
+        return {}
     columns: dict[str, list[Any]] = {
         "bytes per token": [shard.bytes / max(1, shard.tokens) for shard in summary.shards],
         "mean k": [shard.mean_k for shard in summary.shards],
-        "mean logprob of the answer": [shard.logprob for shard in summary.shards],
+        "answer's mean logprob": [shard.logprob for shard in summary.shards],
     }
-    for axes, (name, values) in zip(grid, columns.items(), strict=True):
-        axes.plot(range(len(values)), values, color=COLORS["run"], marker="." if len(values) < 60 else "")
-        axes.set(title=name, xlabel="shard")
+    return {name: _by_shard(name, values) for name, values in columns.items()}
+
+
+def _by_shard(name: str, values: list[Any]) -> str:
+    figure, axes = panel(2.2)
+    axes.plot(range(len(values)), values, color=_COLOR, marker="." if len(values) < 60 else "")
+    axes.set(xlabel="shard", ylabel=name)
+    axes.grid(axis="y")
+    count_in_whole(axes.xaxis)
     return svg(figure)

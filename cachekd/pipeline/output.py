@@ -9,10 +9,10 @@ from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.skipped import SKIPPED_FILE
 from cachekd.errors import CachekdError
-from cachekd.files import EVAL_FILE, REPORT_FILE
+from cachekd.files import REPORT_FILE
 from cachekd.pipeline.plan import PlannedStep
 
-_LATER = {"train": {EVAL_FILE, REPORT_FILE}}  # what `eval` and `report` leave in a run
+_LATER = {"train": {REPORT_FILE}}  # what `report` leaves in a run
 
 
 def files_of(step: PlannedStep) -> dict[str, int]:
