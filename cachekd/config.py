@@ -304,7 +304,7 @@ class EvalConfig(DataOptions):
         min_length=1,
         description="model or run folders, asked the same; in a pipeline, by default all train steps above",
     )
-    out: LocalPath | None = Field(None, description="a folder for scores.json")
+    out: LocalPath | None = Field(None, description="a folder for scores.json, all rows")
     teacher: PathOrName | None = Field(
         None, description="adds its own row, and every model's agreement with it"
     )
@@ -321,10 +321,10 @@ class EvalConfig(DataOptions):
     )
     prior_data: NamedData | None = Field(
         None,
-        description="the training data, a name or a mapping of data options: adds the row of one who answers "
-        "each question by what is its most frequent answer there",
+        description="the training data, a name or a mapping of data options: adds the row of what "
+        "is answered most often there",
     )
-    batch_size: int = Field(128, ge=1, description="questions per forward; halved when memory runs out")
+    batch_size: int = Field(32, ge=1, description="questions per forward; halved when memory runs out")
     workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
     dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
 

@@ -138,5 +138,5 @@ class DataHealth:
                 f"{seen}, so the data have probably gone",
                 where=found.where,
                 found=found.problem,
-                fix="mend the data, then run the same command again: what is finished stays",
+                fix="mend the data, then run the same command again",
             )

@@ -61,24 +61,26 @@ def memory_that_ran_out(error: Exception) -> str | None:
     return None
 
 
-def failed_forward(error: Exception, samples: Sequence[Encoded], who: str) -> CachekdError:
+def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, kept: bool) -> CachekdError:
     """What a forward raised, for people: a `BadSample` where it is the samples' fault.
 
     Args:
         samples: of the batch.
         who: the model, such as "the teacher".
+        kept: whether what is finished stays, and the same command goes on from there.
     """
     longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
     where = f"sample {longest.key!r} with {len(longest):,} tokens"
     if len(samples) > 1:
         where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
+    again = "run the same command again" + (": what is finished stays" if kept else "")
     if (device := memory_that_ran_out(error)) is not None:
         return CachekdError(
             f"the {device}'s memory is too small for this batch",
             where=where,
             found=found,
             fix="run the same command with a smaller --batch-size: what is finished stays"
-            if len(samples) > 1
+            if len(samples) > 1 and kept
             else "--max-tokens N --too-long skip leaves out what is longer",
         )
     if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
@@ -87,8 +89,7 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str) -> Ca
             f"the GPU failed while {who} ran",
             where=where,
             found=found,
-            fix="run the same command again: what is finished stays. If it fails at the same samples, "
-            "CUDA_LAUNCH_BLOCKING=1 shows where",
+            fix=f"{again}. If it fails at the same samples, CUDA_LAUNCH_BLOCKING=1 shows where",
         )
     return BadSample(f"{who} cannot run on the sample", where=where, found=found)
 

@@ -203,7 +203,7 @@ class Teacher:
         except CachekdError:
             raise
         except Exception as error:  # torch's, the model's own: each has its own
-            raise failed_forward(error, samples, "the teacher") from error
+            raise failed_forward(error, samples, "the teacher", kept=True) from error
 
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         batch = collate(samples, self.encoder.pad_token_id)

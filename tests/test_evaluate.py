@@ -216,6 +216,26 @@ def test_every_model_has_its_own_pixels_and_its_own_number_of_image_tokens(tmp_p
     assert swapped.models[1].correct == alone.correct
 
 
+def test_what_is_too_long_for_one_model_is_left_out_for_all(tmp_path, student_path, pictures):
+    """A picture is 16 tokens for one of them, and 4 for the other."""
+    coarse = save_vlm(tmp_path / "coarse", tiny_processor(patch_size=16), patch_size=16, seed=5)
+    encoders = [SampleEncoder(load_processor(str(path))) for path in (student_path, coarse)]
+    samples = open_samples(pictures)
+    fine, few = ([len(encoder(samples[i])) for i in range(len(samples))] for encoder in encoders)
+    most = sorted(fine)[12]
+    assert max(few) <= most < max(fine)
+    expected = sum(length > most for length in fine)
+    rules = {"max_tokens": most, "too_long": "skip"}
+    for models, teacher in (
+        ([coarse], student_path),
+        ([student_path], coarse),
+        ([coarse, student_path], None),
+    ):
+        found = evaluated(models, pictures, teacher=None if teacher is None else str(teacher), **rules)
+        assert found.asked.left_out.samples == expected
+        assert found.asked.questions == len(samples) - expected
+
+
 def test_one_model_is_in_memory_at_a_time(student_path, teacher_path, trained, data_path, monkeypatch):
     alive = []
 
@@ -354,7 +374,24 @@ def test_an_answer_to_nobody_is_no_question(student_path, tmp_path):
     records[0]["conversations"] = turns
     data.write_text(json.dumps(records))
     asked = evaluated([student_path], data).asked
-    assert (asked.per_sample, asked.answers_to_nobody) == ([2, 2], 1)
+    assert (asked.per_sample, asked.unasked_answers) == ([2, 2], 1)
+
+
+def test_questions_about_a_picture_share_it_in_memory():
+    sample = sample_from_llava("k", TURNS[1:5], (noise_image(0),), origin="test")
+    found = QuestionEncoder(SampleEncoder(tiny_processor()), "none", blind=True)(sample)
+    pixels = {id(one.inputs["pixel_values"]) for one in (*found.encoded, *found.blind)}
+    assert len(pixels) == 2
+    tokens = sum(
+        x.nbytes for one in found.encoded for name, x in one.inputs.items() if name != "pixel_values"
+    )
+    assert found.nbytes == 2 * found.encoded[0].inputs["pixel_values"].nbytes + tokens
+
+
+def test_groups_are_bounded_in_memory(trained, data_path, monkeypatch):
+    expected = evaluated([trained], data_path).models[0]
+    monkeypatch.setattr("cachekd.evaluation.ask.MOST_WAITING", 1)
+    assert evaluated([trained], data_path).models[0] == expected
 
 
 def test_questions_that_are_packed_are_answered_as_those_alone(seeing, tmp_path, pictures):
@@ -393,6 +430,27 @@ def test_a_cache_of_conversations_answers_questions_with_their_history(
     cached = evaluated([student_path], data_path, cache=cache, history="full")
     assert cached.models[0].top1_agreement == live.models[0].top1_agreement
     assert cached.models[0].kl == pytest.approx(live.models[0].kl, abs=2e-3)
+
+
+@pytest.mark.parametrize("history", ["none", "full"])
+def test_a_cache_with_answers_that_nobody_asked_for(tmp_path, teacher_path, student_path, pictures, history):
+    """A second answer in a row, and a sample without a question."""
+    records = json.loads(pictures.read_text())[:4]
+    records[1]["conversations"].append({"from": "gpt", "value": "and more"})
+    records[2] = {
+        "id": "nobody",
+        "conversations": [{"from": "system", "value": "a"}, {"from": "gpt", "value": "b"}],
+    }
+    data = pictures.parent / f"unasked-{history}.json"
+    data.write_text(json.dumps(records))
+    cache = dumped(tmp_path / "cache", teacher_path, data)
+    live = evaluated([student_path], data, teacher=str(teacher_path), history=history)
+    cached = evaluated([student_path], data, cache=cache, history=history)
+    assert cached.asked == live.asked
+    assert (live.asked.per_sample, live.asked.unasked_answers) == ([1, 1, 1], 2)
+    assert cached.models[0].top1_agreement == live.models[0].top1_agreement
+    assert cached.models[0].kl == pytest.approx(live.models[0].kl, abs=2e-3)
+    assert cached.models[0].agrees_with == live.models[0].agrees_with == str(teacher_path)
 
 
 def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, student_path, pictures):
@@ -475,6 +533,25 @@ def test_the_prior_answers_by_the_question_then_by_its_type_then_by_all(question
 
 def test_the_prior_of_nothing_says_nothing():
     assert AnswerPrior([]).answer("is it red?") == ""
+
+
+def test_the_prior_does_not_depend_on_the_order():
+    seen = [("who?", "b"), ("who?", "a"), ("who?", "c"), ("who?", "c"), ("who?", "a")]
+    assert AnswerPrior(seen).answer("who?") == AnswerPrior(seen[::-1]).answer("who?") == "a"
+
+
+def test_records_that_tell_the_prior_nothing_are_counted(student_path, pictures, tmp_path):
+    records = json.loads(pictures.read_text())
+    (tmp_path / "some.json").write_text(json.dumps([*records, {"id": "x"}, {"id": "y", "conversations": 3}]))
+    found = evaluated([student_path], pictures, prior_data=str(tmp_path / "some.json"), limit=2)
+    assert found.prior_left_out == 2
+    assert (
+        found.prior.exact_match
+        == evaluated([student_path], pictures, prior_data=str(pictures)).prior.right[:2].mean()
+    )
+    (tmp_path / "none.json").write_text(json.dumps([{"id": "x", "conversations": []}]))
+    with pytest.raises(CachekdError, match=r"nothing is asked and answered[\s\S]*1 others"):
+        evaluated([student_path], pictures, prior_data=str(tmp_path / "none.json"))
 
 
 def test_the_priors_row_is_what_counting_gives(student_path, pictures, tmp_path):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, QuestionSet, Score, save_in_runs
-from cachekd.evaluation.bootstrap import paired_interval
+from cachekd.evaluation.bootstrap import paired_intervals
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report
@@ -131,7 +131,13 @@ def evaluated(run: Path, share: float, fingerprint="a" * 64, *, data="data/test"
         types={"what is": questions // 2, "is there": questions // 2},
     )
     own = score(
-        run, share, seed=1, top1_agreement=0.75, kl=0.25, blind=score(run, 0.3, seed=2) if blind else None
+        run,
+        share,
+        seed=1,
+        top1_agreement=0.75,
+        kl=0.25,
+        agrees_with="models/teacher",
+        blind=score(run, 0.3, seed=2) if blind else None,
     )
     teacher, prior = score("models/teacher", 0.95, seed=3), score("data/train", 0.35, seed=4)
     save_in_runs(Evaluation(asked=asked, teacher=teacher, models=[own], prior=prior))
@@ -179,7 +185,7 @@ def test_every_row_is_compared_with_its_paired_interval(runs):
     own = read_run(runs[0]).evaluations[0]
     others = {"ce": ce, "teacher": own.teacher, "kd, blind": kd.blind, "prior": own.prior}
     for name, other in others.items():
-        low, high = paired_interval(kd.right, other.right, PER_SAMPLE)
+        [(low, high)] = paired_intervals(np.stack([kd.right, other.right]), [(0, 1)], PER_SAMPLE)
         difference = 100 * (kd.exact_match - other.exact_match)
         expected = f"{difference:+.1f} points ({100 * low:.1f} to {100 * high:.1f})"
         assert page.row(f"kd against {name}")[1] == expected
@@ -202,7 +208,8 @@ def test_a_loss_is_called_a_loss_and_chance_chance(trained, tmp_path, ours, thei
         for run, share in zip(trained, (ours, theirs), strict=True)
     )
     [kd_score], [ce_score] = (read_run(run).evaluations[0].models for run in (kd, ce))
-    low, high = paired_interval(kd_score.right, ce_score.right, PER_SAMPLE)
+    right = np.stack([kd_score.right, ce_score.right])
+    [(low, high)] = paired_intervals(right, [(0, 1)], PER_SAMPLE)
     assert (low > 0 or high < 0) == (judged == "more than chance")
     difference = 100 * (kd_score.exact_match - ce_score.exact_match)
     said = said_of(kd, ce)

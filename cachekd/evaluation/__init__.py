@@ -3,7 +3,16 @@
 `cachekd.evaluation.run.evaluate` finds it out. What is here keeps, reads and compares it, and needs no model.
 """
 
-from cachekd.evaluation.record import read_records, save_in_runs
-from cachekd.evaluation.scores import Difference, Evaluation, QuestionSet, Score
+from cachekd.evaluation.record import read_records, save_in_runs, save_scores
+from cachekd.evaluation.scores import Difference, Evaluation, QuestionSet, Score, differences
 
-__all__ = ["Difference", "Evaluation", "QuestionSet", "Score", "read_records", "save_in_runs"]
+__all__ = [
+    "Difference",
+    "Evaluation",
+    "QuestionSet",
+    "Score",
+    "differences",
+    "read_records",
+    "save_in_runs",
+    "save_scores",
+]

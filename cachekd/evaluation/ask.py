@@ -18,6 +18,7 @@ from cachekd.prefetch import prefetched
 from cachekd.samples import Samples, read_encoded
 
 BATCHES_PER_SORT = 8  # questions are sorted by length within so many batches: then padding is rare
+MOST_WAITING = 2**28  # bytes of their inputs
 _READ_AHEAD = 32  # samples
 
 Progress = Callable[[int, int], None]  # samples and questions since the last call
@@ -60,7 +61,7 @@ def ask(
     Args:
         runner: of the model.
         encode: with the model's own processor and template.
-        bad: is told of samples that are left out.
+        bad: samples that were left out before, and are again; it is told of others.
         workers: processes that read and encode samples; 0: a thread.
         on_error: whether a bad sample stops, or is left out.
 
@@ -84,18 +85,22 @@ def ask(
                 progress(1, len(found.right))
                 yield found
 
+    indices = [index for index, key in enumerate(samples.keys) if key not in bad.reasons]
+    progress(len(samples) - len(indices), 0)
     group: list[AskedSample] = []
-    read = read_encoded(samples, encode, range(len(samples)), workers=workers)
+    questions, waiting = 0, 0
+    read = read_encoded(samples, encode, indices, workers=workers)
     with closing(prefetched(read, _READ_AHEAD)) as stream:
-        for index, sample in enumerate(stream):
+        for index, sample in zip(indices, stream, strict=True):
             if isinstance(sample, BadSample):
                 refused(samples.keys[index], sample)
                 continue
             health.good(index)
             group.append(sample)
-            if sum(len(one.encoded) for one in group) >= runner.batch_size * BATCHES_PER_SORT:
+            questions, waiting = questions + len(sample.encoded), waiting + sample.nbytes
+            if questions >= runner.batch_size * BATCHES_PER_SORT or waiting >= MOST_WAITING:
                 yield from answered(group)
-                group = []
+                group, questions, waiting = [], 0, 0
         yield from answered(group)
 
 
@@ -127,7 +132,7 @@ def _run(runner: QuestionRunner, group: Sequence[AskedSample]) -> list[Answers |
 
 
 def _targets(runner: QuestionRunner, sample: AskedSample) -> list[object] | BadSample:
-    if runner.reference is None:
+    if runner.reference is None or not sample.encoded:
         return [None] * len(sample.encoded)
     try:
         return runner.reference.of(sample)

@@ -1,4 +1,4 @@
-"""How sure a difference between two rows of an evaluation is."""
+"""How sure differences between rows of an evaluation are."""
 
 from __future__ import annotations
 
@@ -10,43 +10,50 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 LEVEL = 0.95
-_AT_A_TIME = 2**24  # numbers drawn
+FEWEST_SAMPLES = 10  # of less a percentile interval promises too much: of one sample it has no width
+_AT_A_TIME = 2**23  # numbers drawn
 
 
 class Interval(NamedTuple):
-    """What a difference may be, with 95 % confidence."""
+    """What a difference may be, with 95 % confidence; None of too few samples."""
 
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
-def paired_interval(
-    ours: NDArray[np.bool_], theirs: NDArray[np.bool_], per_sample: Sequence[int]
-) -> Interval:
-    """The 95 % interval of the difference between two shares of right answers to the same questions.
+def paired_intervals(
+    right: NDArray[np.bool_], pairs: Sequence[tuple[int, int]], per_sample: Sequence[int]
+) -> list[Interval]:
+    """The 95 % intervals of differences between shares of right answers to the same questions.
 
     A bootstrap over samples: the questions about one picture are not independent of each other, so whole
-    samples are drawn, with all their questions, and from both sides alike (Koehn 2004, paired; Efron's
-    percentile interval). The same answers give the same interval.
+    samples are drawn, with all their questions, and of all rows alike (Koehn 2004, paired; Efron's percentile
+    interval). The same answers give the same intervals.
 
     Args:
-        ours, theirs: [Q] bool, whether each question was answered rightly.
+        right: [R, Q] bool, which of the Q questions each of R rows answers rightly.
+        pairs: rows, by their numbers.
         per_sample: [S], how many of the Q questions, in their order, are each sample's; each at least 1.
 
     Returns:
-        of `ours.mean() - theirs.mean()`.
+        for each pair (i, j), of `right[i].mean() - right[j].mean()`.
     """
+    samples = len(per_sample)
+    if samples < FEWEST_SAMPLES or not pairs:
+        return [Interval(None, None)] * len(pairs)
     starts = np.concatenate([[0], np.cumsum(per_sample)[:-1]]).astype(np.int64)
-    gained = np.add.reduceat(ours.astype(np.int64) - theirs.astype(np.int64), starts)
-    asked = np.asarray(per_sample, np.int64)
-    samples = len(asked)
+    hits = np.add.reduceat(right.astype(np.int32), starts, axis=1)
+    first, second = np.transpose(pairs)
+    gained = (hits[first] - hits[second]).astype(np.float64)  # [pairs, S]
+    asked = np.asarray(per_sample, np.float64)
     random = np.random.default_rng(0)
-    differences: list[NDArray[np.float64]] = []
-    left = RESAMPLES
-    while left:
-        some = min(left, max(1, _AT_A_TIME // samples))
-        drawn = random.integers(samples, size=(some, samples))
-        differences.append(gained[drawn].sum(1) / asked[drawn].sum(1))
-        left -= some
+    found = []
+    for start in range(0, RESAMPLES, some := max(1, _AT_A_TIME // samples)):
+        rows = min(some, RESAMPLES - start)
+        drawn = random.integers(samples, size=(rows, samples))
+        drawn += np.arange(rows)[:, None] * samples
+        times = np.bincount(drawn.ravel(), minlength=rows * samples).reshape(rows, samples).astype(np.float64)
+        found.append((times @ gained.T) / (times @ asked)[:, None])
     tail = (1 - LEVEL) / 2
-    return Interval(*np.quantile(np.concatenate(differences), [tail, 1 - tail]).tolist())
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail], axis=0)
+    return [Interval(*ends) for ends in zip(low.tolist(), high.tolist(), strict=True)]

@@ -113,7 +113,7 @@ class QuestionRunner:
             bad = without_frames(error)
         except Exception as error:  # torch's, the model's own: each has its own
             ran_out = memory_that_ran_out(error) is not None and len(batch) > 1
-            bad = failed_forward(error, [one.encoded for one in batch], f"{self.model.name_or_path}")
+            bad = failed_forward(error, [one.encoded for one in batch], self.model.name_or_path, kept=False)
             if not ran_out and not isinstance(bad, BadSample):
                 raise bad from error
             bad = without_frames(bad)
@@ -136,9 +136,12 @@ class QuestionRunner:
         hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
         logits = logits[:, : self.vocab_size].float()
         if not bool(logits.isfinite().all()):
-            raise BadSample("the model's logits are not finite", where=f"sample {questions[0].encoded.key!r}")
+            raise BadSample(
+                f"the logits of {self.model.name_or_path} are not finite",
+                where=f"sample {questions[0].encoded.key!r}",
+            )
         if self.keep_states and self.head is None:
-            self.head = output_head(self.model, hidden, logits, self.vocab_size)
+            self.head = self._head(hidden, logits)
         preferred = logits.argmax(-1)
         right = (preferred == answers).split(counts)
         agreed, divergence = self._compared(questions, logits, preferred)
@@ -149,6 +152,18 @@ class QuestionRunner:
                 right, agreed.split(counts), divergence.split(counts), states, strict=True
             )
         ]
+
+    def _head(self, hidden: Tensor, logits: Tensor) -> OutputHead:
+        try:
+            return output_head(self.model, hidden, logits, self.vocab_size)
+        except CachekdError as error:
+            raise CachekdError(
+                error.problem,
+                where=error.where,
+                expected=error.expected,
+                found=error.found,
+                fix="evaluate without --teacher, or with a --cache of these data, dumped with --tail none",
+            ) from error
 
     def _compared(
         self, questions: list[Question], logits: Tensor, preferred: Tensor

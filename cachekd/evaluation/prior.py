@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from cachekd.errors import BadSample
+from cachekd.data_options import OnError
+from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.questions import one_line, question_type
+from cachekd.left_out import may_be_left_out
 from cachekd.samples import Samples
 
 
 class AnswerPrior:
     """Answers a question by what was answered most often to the same question; to one that never came, by
-    what was answered most often to those of its type; and else by the most frequent answer of all.
+    what was answered most often to those of its type; and else by the most frequent answer of all. Of equally
+    frequent ones the first in the alphabet.
 
     Args:
         seen: questions and their answers.
@@ -21,31 +24,62 @@ class AnswerPrior:
     def __init__(self, seen: Iterable[tuple[str, str]]) -> None:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for text, answer in seen:
-            question = one_line(text)
-            # A type has two words at most, a question may too: they are told apart by what comes before.
-            for name in (f"question {question}", f"type {question_type(question)}", "all"):
+            for name in _names(text):
                 counts[name][answer.strip()] += 1
-        self._answers = {name: counter.most_common(1)[0][0] for name, counter in counts.items()}
-
-    @classmethod
-    def of(cls, samples: Samples) -> AnswerPrior:
-        """From a whole data set, no picture of which is opened; records that cannot be read count for
-        nothing.
-
-        Raises:
-            CachekdError: the data set cannot be read.
-        """
-        return cls(pair for index in range(len(samples)) for pair in _pairs(samples, index))
+        self._answers = {
+            name: min(counter, key=lambda answer: (-counter[answer], answer))
+            for name, counter in counts.items()
+        }
 
     def answer(self, text: str) -> str:
         """To a question; "" where nothing was seen at all."""
-        question = one_line(text)
-        names = (f"question {question}", f"type {question_type(question)}", "all")
-        return next((self._answers[name] for name in names if name in self._answers), "")
+        return next((self._answers[name] for name in _names(text) if name in self._answers), "")
 
 
-def _pairs(samples: Samples, index: int) -> tuple[tuple[str, str], ...]:
+def _names(text: str) -> tuple[str, str, str]:
+    """What a question counts as, the closest first; a type and a question may be the same words."""
+    question = one_line(text)
+    return f"question {question}", f"type {question_type(question)}", "all"
+
+
+def prior_of(
+    samples: Samples, where: str, on_error: OnError, progress: Callable[[int], None]
+) -> tuple[AnswerPrior, int]:
+    """From a whole data set, no picture of which is opened.
+
+    Args:
+        where: the data set.
+        on_error: whether a record that cannot be read stops, or counts for nothing.
+        progress: is told of records since the last call.
+
+    Returns:
+        the prior, and the number of records that gave it nothing: none of their answers follows a question.
+
+    Raises:
+        CachekdError: the data set or a record cannot be read, or no record gave anything.
+    """
+    seen: list[tuple[str, str]] = []
+    nothing = 0
+    for index in range(len(samples)):
+        found = _answered(samples, index, on_error)
+        seen += found
+        nothing += not found
+        progress(1)
+    if not seen:
+        raise CachekdError(
+            "nothing is asked and answered in the data of the prior",
+            where=where,
+            expected="records with a user's turn and an answer to it",
+            found=f"{nothing:,} others",
+            fix="name the training data, --prior-data; they are read as --data is (--map, --key)",
+        )
+    return AnswerPrior(seen), nothing
+
+
+def _answered(samples: Samples, index: int, on_error: OnError) -> Sequence[tuple[str, str]]:
     try:
         return samples.outline(index).answered
-    except BadSample:
+    except BadSample as error:
+        if not may_be_left_out(error, on_error):
+            raise
         return ()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image, ImageStat
+from torch import Tensor
 
 from cachekd.config import History
 from cachekd.samples import Encoded, Sample, SampleEncoder
@@ -23,7 +25,9 @@ class AskedSample:
         texts, answers: of each question, without pictures.
         encoded: each question with its answer in place, the only one that is supervised.
         blind: the same where every picture has its mean colour; empty where nobody asks for it.
-        answers_to_nobody: supervised answers of the sample that no question asks for.
+        unasked_answers: supervised answers of the sample that no question asks for.
+        rows: [N] int64, which question each of the sample's answer tokens belongs to, -1: to none; None: all
+            answers are asked for, so they follow each other.
         whole: whether each question has all that comes before its answer in the sample.
     """
 
@@ -33,8 +37,15 @@ class AskedSample:
     answers: list[str]
     encoded: list[Encoded]
     blind: list[Encoded]
-    answers_to_nobody: int
+    unasked_answers: int
+    rows: Tensor | None
     whole: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of the model inputs; what several questions share counts once."""
+        tensors = {id(x): x for one in (*self.encoded, *self.blind) for x in one.inputs.values()}
+        return sum(x.nbytes for x in tensors.values())
 
     def without_inputs(self) -> AskedSample:
         """What is known of it when it was asked."""
@@ -49,11 +60,13 @@ class QuestionEncoder:
         encoder: the model's.
         history: see `questions_of`.
         blind: whether the questions are to be asked without pictures too.
+        rows: whether `AskedSample.rows` is wanted.
     """
 
     encoder: SampleEncoder
     history: History
     blind: bool
+    rows: bool = False
 
     def __call__(self, sample: Sample) -> AskedSample:
         """Every question of a sample.
@@ -62,7 +75,8 @@ class QuestionEncoder:
             CachekdError: one of them cannot be encoded.
         """
         asked = questions_of(sample, self.history)
-        encoded = [self.encoder(question) for question in asked]
+        unasked = sum(map(is_supervised, sample.messages)) - len(asked)
+        encoded = self._encoded(asked)
         return AskedSample(
             key=sample.key,
             content_hash=sample.content_hash,
@@ -70,23 +84,40 @@ class QuestionEncoder:
             answers=[message_text(question.messages[-1]) for question in asked],
             encoded=encoded,
             blind=self._blind(sample, encoded) if self.blind and sample.images else [],
-            answers_to_nobody=sum(map(is_supervised, sample.messages)) - len(asked),
+            unasked_answers=unasked,
+            rows=self._rows(sample) if self.rows and unasked else None,
             whole=all(
                 len(question.messages) == end + 1
                 for question, (_, end) in zip(asked, sample.asked_at, strict=True)
             ),
         )
 
+    def _encoded(self, asked: list[Sample]) -> list[Encoded]:
+        """Questions about the same pictures share them in memory."""
+        first: dict[tuple[int, ...], Encoded] = {}
+        whole = [self.encoder(question) for question in asked]
+        return [
+            one.with_pictures_of(first.setdefault(_pictures(question), one))
+            for question, one in zip(asked, whole, strict=True)
+        ]
+
     def _blind(self, sample: Sample, encoded: list[Encoded]) -> list[Encoded]:
-        """Questions about the same pictures differ in their text, which is encoded already."""
-        without: dict[tuple[int, ...], Encoded] = {}
+        """Their text is encoded already."""
+        first: dict[tuple[int, ...], Encoded] = {}
         blind = []
         for question, whole in zip(questions_of(blinded(sample), self.history), encoded, strict=True):
-            pictures = tuple(map(id, question.images))
-            if pictures not in without:
-                without[pictures] = self.encoder(question)
-            blind.append(whole.with_pictures_of(without[pictures]))
+            pictures = _pictures(question)
+            if pictures not in first:
+                first[pictures] = self.encoder(question)
+            blind.append(whole.with_pictures_of(first[pictures]))
         return blind
+
+    def _rows(self, sample: Sample) -> Tensor:
+        """Of the answers in the sample's order, those that are asked for."""
+        answers = [place for place, message in enumerate(sample.messages) if is_supervised(message)]
+        asked = {end: number for number, (_, end) in enumerate(sample.asked_at)}
+        numbers = torch.tensor([asked.get(place, -1) for place in answers])
+        return numbers[self.encoder.turns(sample)]
 
 
 def questions_of(sample: Sample, history: History = "none") -> list[Sample]:
@@ -140,6 +171,10 @@ def blinded(sample: Sample) -> Sample:
 def _mean_colour(image: Image.Image) -> Image.Image:
     red, green, blue = (round(value) for value in ImageStat.Stat(image).mean)
     return Image.new("RGB", image.size, (red, green, blue))
+
+
+def _pictures(question: Sample) -> tuple[int, ...]:
+    return tuple(map(id, question.images))
 
 
 def question_text(question: Sample) -> str:

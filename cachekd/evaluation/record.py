@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachekd.cache.files import commit
+from cachekd.cache.files import write_file
 from cachekd.errors import CachekdError
-from cachekd.evaluation.scores import Evaluation, Score
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
+from cachekd.evaluation.scores import Evaluation
+from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
 
 
 def save_in_runs(result: Evaluation) -> None:
     """Leave each run among the models its own row, beside the teacher's and the prior's.
 
     A file is named by the questions' fingerprint, so that scores on other data stay as they are. What an
-    earlier evaluation of the same questions found and this one did not look at stays too.
+    earlier evaluation of the same questions found and this one did not look at stays too, if the model's
+    answers are the same.
+
+    Raises:
+        CachekdError: a file cannot be read or written.
     """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     for score in result.models:
         if (Path(score.name) / RUN_FILE).exists():
             path = record_path(Path(score.name), result.asked.fingerprint)
-            own = result.model_copy(update={"models": [score], "differences": []})
+            own = result.model_copy(update={"models": [score], "differences": [], "at": now})
             if path.exists():
                 own = _completed(own, read_record(path))
-            path.parent.mkdir(exist_ok=True)
-            commit(path, own.compared().model_dump_json(indent=1).encode())
+            write_file(path, own.compared().model_dump_json(indent=1).encode())
+
+
+def save_scores(result: Evaluation, folder: Path) -> None:
+    """All rows, as scores.json in a folder, which is made where there is none.
+
+    Raises:
+        CachekdError: it cannot be written.
+    """
+    write_file(folder / SCORES_FILE, result.model_dump_json(indent=1).encode())
 
 
 def record_path(run: Path, fingerprint: str) -> Path:
@@ -39,8 +53,8 @@ def read_records(run: Path) -> list[Evaluation]:
     Raises:
         CachekdError: one of the files cannot be read.
     """
-    paths = (run / EVALUATIONS_FOLDER).glob("*.json")
-    return [read_record(path) for path in sorted(paths, key=lambda path: -path.stat().st_mtime_ns)]
+    paths = sorted((run / EVALUATIONS_FOLDER).glob("*.json"))
+    return sorted(map(read_record, paths), key=lambda record: record.at, reverse=True)
 
 
 def read_record(path: Path) -> Evaluation:
@@ -63,16 +77,14 @@ def read_record(path: Path) -> Evaluation:
 def _completed(new: Evaluation, earlier: Evaluation) -> Evaluation:
     """The new rows, with what only the earlier ones have. The questions are the same."""
     [ours], [theirs] = new.models, earlier.models
-    return new.model_copy(
-        update={
-            "teacher": new.teacher or earlier.teacher,
-            "prior": new.prior or earlier.prior,
-            "models": [_filled(ours, theirs)],
-        }
-    )
-
-
-def _filled(ours: Score, theirs: Score) -> Score:
-    kept = {name: getattr(theirs, name) for name in ("top1_agreement", "kl", "blind")}
-    missing = {name: value for name, value in kept.items() if getattr(ours, name) is None}
-    return ours.model_copy(update=missing)
+    if (new.dtype, ours.correct) != (earlier.dtype, theirs.correct):
+        return new  # these were another model's, or other arithmetic's
+    update: dict[str, object] = {} if ours.blind else {"blind": theirs.blind}
+    if ours.kl is None:
+        update |= {name: getattr(theirs, name) for name in ("top1_agreement", "kl", "agrees_with")}
+    ours = ours.model_copy(update=update)
+    teacher = earlier.teacher
+    if teacher is not None and ours.agrees_with not in (None, teacher.name):
+        teacher = None  # the row of another than the agreement is with
+    prior = {"prior": earlier.prior, "prior_left_out": earlier.prior_left_out} if new.prior is None else {}
+    return new.model_copy(update={"models": [ours], "teacher": new.teacher or teacher, **prior})

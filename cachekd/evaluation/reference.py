@@ -17,7 +17,13 @@ from cachekd.targets import DenseTargets, TeacherTargets
 
 
 class Reference(Protocol):
-    """The teacher at the answers of questions. It is not in memory itself."""
+    """The teacher at the answers of questions. It is not in memory itself.
+
+    Attributes:
+        name: the teacher's path.
+    """
+
+    name: str
 
     def of(self, sample: AskedSample) -> list[Any]:
         """What there is of each of a sample's questions.
@@ -41,21 +47,22 @@ class Reference(Protocol):
 
 
 class KeptStates:
-    """The teacher's final hidden states at the answer tokens, and its head: its logits, not rounded.
+    """The teacher's final hidden states at the answer tokens, and its head, which makes its logits of them.
 
     Args:
+        name: the teacher's path.
         head: on the device where targets are wanted.
         states: by a sample's key, for each of its questions the answer tokens [n] int64 and the states
             [n, d], on the CPU.
     """
 
-    def __init__(self, head: OutputHead, states: Mapping[str, list[tuple[Tensor, Tensor]]]) -> None:
-        self._head, self._states = head, states
+    def __init__(
+        self, name: str, head: OutputHead, states: Mapping[str, list[tuple[Tensor, Tensor]]]
+    ) -> None:
+        self.name, self._head, self._states = name, head, states
 
     def of(self, sample: AskedSample) -> list[tuple[Tensor, Tensor]]:
         """See `Reference.of`."""
-        if sample.key not in self._states:
-            raise BadSample("the teacher cannot be asked about the sample", where=f"sample {sample.key!r}")
         found = self._states[sample.key]
         for question, (token_ids, _) in zip(sample.encoded, found, strict=True):
             _require_same(question.token_ids, token_ids, f"sample {sample.key!r}")
@@ -77,6 +84,7 @@ class CachedReference:
     """
 
     def __init__(self, cache: LogitCache, device: torch.device) -> None:
+        self.name = cache.manifest.teacher.name
         self._cache, self._device = cache, device
 
     def of(self, sample: AskedSample) -> list[CachedTargets]:
@@ -92,6 +100,8 @@ class CachedReference:
             raise BadSample("the cache lacks the sample", where=where)
         check_content(self._cache, sample.key, sample.content_hash)
         targets = self._cache[sample.key]
+        if sample.rows is not None and len(sample.rows) == len(targets):
+            targets = targets.select(torch.nonzero(sample.rows >= 0).squeeze(1))
         _require_same(torch.cat([one.token_ids for one in sample.encoded]), targets.token_ids, where)
         counts = [len(question.token_ids) for question in sample.encoded]
         return [targets.select(rows) for rows in torch.arange(len(targets)).split(counts)]

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -22,7 +22,7 @@ from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner, free_memory
-from cachekd.evaluation.prior import AnswerPrior
+from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
@@ -41,13 +41,13 @@ from cachekd.vlm import (
 
 MAX_TYPES = 12
 Progress = Callable[[str, int, int, int], None]
-"""The model that is asked, the samples in all; samples and questions since the last call."""
+"""The model that is asked, or "prior"; the samples in all; samples and questions since the last call."""
 
 Found = dict[str, Answers]  # by a sample's key
 
 
 def evaluate(
-    config: EvalConfig, progress: Progress = lambda model, total, samples, questions: None
+    config: EvalConfig, progress: Progress = lambda what, total, samples, questions: None
 ) -> Evaluation:
     """Score models, and their agreement with a teacher, on every question of a data set.
 
@@ -57,30 +57,44 @@ def evaluate(
     Raises:
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
     """
-    samples, encoders, device = open_samples(config), open_encoders(config), default_device()
-    prior = (
-        None if config.prior_data is None else AnswerPrior.of(open_samples(config.prior_data.beside(config)))
-    )
+    samples, encoders = open_samples(config), open_encoders(config)
     reference: Reference | None = None
     if config.cache is not None:
-        reference = CachedReference(open_cache(config.cache, encoders), device)
-    bad = BadSamples()
-    asked = partial(_ask, config, samples, encoders, bad, progress)
-    teacher: Found = {}
-    if config.teacher is not None:
-        teacher, reference = asked(config.teacher, None, is_teacher=True)
-    models = [asked(path, reference)[0] for path in config.models]
+        reference = CachedReference(open_cache(config.cache, encoders), default_device())
+    prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 
-    common = set(samples.keys).intersection(*models, *([teacher] if config.teacher else []))
+    interviewer = Interviewer(config, samples, encoders, progress)
+    teacher: Found | None = None
+    if config.teacher is not None:
+        teacher, reference = interviewer.ask_teacher(config.teacher)
+    models = [interviewer.ask(path, reference) for path in config.models]
+
+    common = set(samples.keys).intersection(*models, *([] if teacher is None else [teacher]))
+    questions = question_set(config, [models[0][key].sample for key in common], interviewer.bad)
     keys = sorted(key for key in common if models[0][key].right)  # about some samples nobody asks anything
-    questions = question_set(config, [models[0][key].sample for key in keys], bad)
-    rows = [_score(path, found, keys, reference) for path, found in zip(config.models, models, strict=True)]
+    whose = None if reference is None else reference.name
+    asked = [models[0][key].sample for key in keys]
     return Evaluation(
         asked=questions,
-        teacher=None if config.teacher is None else _score(config.teacher, teacher, keys, None),
-        models=rows,
-        prior=None if prior is None else _prior_score(config, prior, [models[0][key].sample for key in keys]),
+        dtype=str(interviewer.dtype).removeprefix("torch."),
+        teacher=None if teacher is None else _score(str(config.teacher), teacher, keys, None),
+        models=[_score(path, found, keys, whose) for path, found in zip(config.models, models, strict=True)],
+        prior=None if prior is None else _prior_score(config, prior, asked),
+        prior_left_out=left_out,
     ).compared()
+
+
+def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
+    """Of the training data, whose records are read as the test data's unless they say otherwise.
+
+    Raises:
+        CachekdError: they cannot be read, or say nothing.
+    """
+    assert config.prior_data is not None
+    data = config.prior_data.beside(config)
+    samples, what = open_samples(data), "prior"
+    progress(what, len(samples), 0, 0)
+    return prior_of(samples, data.data, data.on_error, lambda done: progress(what, len(samples), done, 0))
 
 
 def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
@@ -90,7 +104,7 @@ def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
         CachekdError: a model cannot be found, or their tokenizers differ.
     """
     paths = dict.fromkeys([*([config.teacher] if config.teacher else []), *config.models])
-    # Half an answer is easier to say: a longer sample is left out where a dump would cut it.
+    # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
     limits = limits_of(map(load_config, paths), max_tokens=config.max_tokens, too_long=too_long)
     encoders = {path: SampleEncoder(load_processor(path), limits) for path in paths}
@@ -120,57 +134,78 @@ def open_cache(path: str, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
     return cache
 
 
-def _ask(
-    config: EvalConfig,
-    samples: Samples,
-    encoders: Mapping[str, SampleEncoder],
-    bad: BadSamples,
-    progress: Progress,
-    path: str,
-    reference: Reference | None,
-    *,
-    is_teacher: bool = False,
-) -> tuple[Found, Reference | None]:
-    """One model, in memory for as long as this takes; of a teacher its own reference."""
-    device, encoder = default_device(), encoders[path]
-    dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    runner = QuestionRunner(
-        load_model(path, dtype=dtype, device=device),
-        encoder,
-        reference=reference,
-        keep_states=is_teacher,
-        batch_size=config.batch_size,
-    )
-    progress(path, len(samples), 0, 0)
-    answers = ask(
-        runner,
-        samples,
-        QuestionEncoder(encoder, config.history, blind=config.blind and not is_teacher),
-        bad,
-        workers=config.workers,
-        on_error=config.on_error,
-        progress=lambda done, questions: progress(path, len(samples), done, questions),
-    )
-    found = {one.sample.key: one for one in answers}
-    head = runner.head
-    del runner, answers
-    free_memory()
-    if head is not None:
-        reference = KeptStates(head, {key: one.states for key, one in found.items()})
-    return found, reference
+class Interviewer:
+    """Asks one model after the other about the same data; each is in memory for as long as that takes.
+
+    Args:
+        encoders: of each model, by its path.
+
+    Attributes:
+        bad: samples that were left out so far; no later model is asked about them.
+        dtype: of the models.
+    """
+
+    def __init__(
+        self,
+        config: EvalConfig,
+        samples: Samples,
+        encoders: Mapping[str, SampleEncoder],
+        progress: Progress,
+    ) -> None:
+        self.config, self.samples, self.encoders, self.progress = config, samples, encoders, progress
+        self.bad = BadSamples()
+        self.device = default_device()
+        auto = config.dtype == "auto"
+        self.dtype: torch.dtype = default_dtype(self.device) if auto else getattr(torch, config.dtype)
+
+    def ask(self, path: str, reference: Reference | None) -> Found:
+        """One model, compared with the teacher if there is one."""
+        return self._run(self._runner(path, reference=reference), path, blind=self.config.blind)
+
+    def ask_teacher(self, path: str) -> tuple[Found, KeptStates | None]:
+        """The teacher; and what stays of it, if it was asked anything."""
+        runner = self._runner(path, keep_states=True)
+        found = self._run(runner, path, blind=False)
+        if runner.head is None:
+            return found, None
+        return found, KeptStates(path, runner.head, {key: one.states for key, one in found.items()})
+
+    def _runner(self, path: str, **settings: Any) -> QuestionRunner:
+        free_memory()  # of the model before
+        model = load_model(path, dtype=self.dtype, device=self.device)
+        return QuestionRunner(model, self.encoders[path], batch_size=self.config.batch_size, **settings)
+
+    def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:
+        total = len(self.samples)
+        self.progress(path, total, 0, 0)
+        encode = QuestionEncoder(
+            runner.encoder, self.config.history, blind=blind, rows=self.config.cache is not None
+        )
+        answers = ask(
+            runner,
+            self.samples,
+            encode,
+            self.bad,
+            workers=self.config.workers,
+            on_error=self.config.on_error,
+            progress=lambda samples, questions: self.progress(path, total, samples, questions),
+        )
+        return {one.sample.key: one for one in answers}
 
 
-def question_set(config: EvalConfig, samples: Sequence[AskedSample], bad: BadSamples) -> QuestionSet:
+def question_set(config: EvalConfig, samples: Iterable[AskedSample], bad: BadSamples) -> QuestionSet:
     """What was asked.
 
     Args:
-        samples: those whose questions were, in the order of their keys.
+        samples: that no model left out.
 
     Raises:
         CachekdError: nothing was.
     """
+    there = sorted(samples, key=lambda sample: sample.key)
+    asked = [sample for sample in there if sample.texts]
     left_out = LeftOutSamples.of(bad.reasons)
-    if not samples:
+    if not asked:
         reasons = [f"{key}: {reason}" for key, reason in islice(left_out.first.items(), 3)]
         raise CachekdError(
             "no sample can be used",
@@ -179,26 +214,27 @@ def question_set(config: EvalConfig, samples: Sequence[AskedSample], bad: BadSam
             found="; ".join(reasons) or "no answer that follows a question",
         )
     digest = hashlib.sha256(config.history.encode())
-    for sample in samples:
+    for sample in asked:
         digest.update(f"\n{sample.key}\t{sample.content_hash.hex()}".encode())
-    types = Counter(question_type(text) for sample in samples for text in sample.texts)
+    types = Counter(question_type(text) for sample in asked for text in sample.texts)
     return QuestionSet(
         data=config.data,
         fingerprint=digest.hexdigest(),
         history=config.history,
         questions=types.total(),
-        per_sample=[len(sample.texts) for sample in samples],
+        per_sample=[len(sample.texts) for sample in asked],
         types=dict(types.most_common()),
-        answers_to_nobody=sum(sample.answers_to_nobody for sample in samples),
+        unasked_answers=sum(sample.unasked_answers for sample in there),
         left_out=left_out,
     )
 
 
-def _score(path: str, found: Found, keys: list[str], reference: Reference | None) -> Score:
+def _score(path: str, found: Found, keys: list[str], agrees_with: str | None) -> Score:
     answers = [found[key] for key in keys]
     samples, tokens = [one.sample for one in answers], sum(one.tokens for one in answers)
     score = _counted(path, samples, [right for one in answers for right in one.right])
-    if reference is not None:
+    if agrees_with is not None:
+        score.agrees_with = agrees_with
         score.top1_agreement = sum(one.agreed for one in answers) / tokens
         score.kl = max(0.0, sum(one.divergence for one in answers) / tokens)  # rounding may leave it below
     if any(one.blind is not None for one in answers):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cachekd.evaluation.bootstrap import paired_interval
+from cachekd.evaluation.bootstrap import paired_intervals
 from cachekd.left_out import LeftOutSamples
 
 
@@ -22,6 +22,7 @@ class Score(BaseModel):
         by_type: the same per question type, the first two words of the question.
         top1_agreement: share of answer tokens where model and teacher prefer the same one.
         kl: KL(teacher || model) in nats, mean over the answer tokens.
+        agrees_with: the teacher of these two.
         correct: a character for each question, in the set's order: 1 where the answer is right, else 0.
         blind: the same model where every picture is replaced by its mean colour.
     """
@@ -33,6 +34,7 @@ class Score(BaseModel):
     by_type: dict[str, float]
     top1_agreement: float | None = None
     kl: float | None = None
+    agrees_with: str | None = None
     correct: str
     blind: Score | None = None
 
@@ -48,7 +50,7 @@ class Difference(BaseModel):
     Attributes:
         row, against: their names, as `Evaluation.rows` has them.
         difference: share of right answers of the first less that of the second.
-        low, high: its paired 95 % interval, see `paired_interval`.
+        low, high: its paired 95 % interval, see `paired_intervals`; None of too few samples.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,20 +58,35 @@ class Difference(BaseModel):
     row: str
     against: str
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
-    @classmethod
-    def between(cls, ours: tuple[str, Score], theirs: tuple[str, Score], per_sample: list[int]) -> Self:
-        """Of two named rows.
+    @property
+    def sure(self) -> bool:
+        """Whether zero is outside the interval."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
-        Args:
-            per_sample: see `Evaluation`.
-        """
-        (row, our), (against, their) = ours, theirs
-        interval = paired_interval(our.right, their.right, per_sample)
-        difference = our.exact_match - their.exact_match
-        return cls(row=row, against=against, difference=difference, **interval._asdict())
+
+Named = tuple[str, Score]  # a row, by the name that it has there
+
+
+def differences(pairs: Sequence[tuple[Named, Named]], per_sample: Sequence[int]) -> list[Difference]:
+    """The first of each pair against the second.
+
+    Args:
+        per_sample: see `QuestionSet`.
+    """
+    rows = list({id(score): score for pair in pairs for _, score in pair}.values())
+    places = {id(score): place for place, score in enumerate(rows)}
+    right = np.stack([score.right for score in rows]) if rows else np.zeros((0, 0), bool)
+    numbers = [(places[id(ours)], places[id(theirs)]) for (_, ours), (_, theirs) in pairs]
+    intervals = paired_intervals(right, numbers, per_sample)
+    return [
+        Difference(
+            row=row, against=against, difference=ours.exact_match - theirs.exact_match, **interval._asdict()
+        )
+        for ((row, ours), (against, theirs)), interval in zip(pairs, intervals, strict=True)
+    ]
 
 
 class QuestionSet(BaseModel):
@@ -83,7 +100,7 @@ class QuestionSet(BaseModel):
         questions: how many were asked.
         per_sample: how many about each sample, in the order of the samples' keys.
         types: how many of each type, all of them.
-        answers_to_nobody: answers that follow another answer: nothing asks for them.
+        unasked_answers: that follow no question, or another answer: nothing asks for them.
         left_out: samples none of whose questions was asked, for they are bad or too long.
     """
 
@@ -95,7 +112,7 @@ class QuestionSet(BaseModel):
     questions: int
     per_sample: list[int]
     types: dict[str, int]
-    answers_to_nobody: int = 0
+    unasked_answers: int = 0
     left_out: LeftOutSamples = LeftOutSamples()
 
 
@@ -104,18 +121,24 @@ class Evaluation(BaseModel):
 
     Attributes:
         asked: the questions.
+        dtype: that the models ran in.
+        at: when, in UTC; of a record.
         teacher: its row, if it was asked too.
         models: a row each.
         prior: for each question the most frequent answer to the same question in other data.
+        prior_left_out: records of these data in which nothing is asked and answered.
         differences: between rows, see `compared`.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     asked: QuestionSet
+    dtype: str = ""
+    at: str = ""
     teacher: Score | None = None
     models: list[Score] = []
     prior: Score | None = None
+    prior_left_out: int = 0
     differences: list[Difference] = []
 
     @property
@@ -133,17 +156,15 @@ class Evaluation(BaseModel):
     def compared(self) -> Evaluation:
         """With the differences between every two models, and between each model and the other rows: the
         teacher, itself without pictures, the prior."""
-        named = {id(score): (name, score) for name, score in self.rows}
+        names = {id(score): name for name, score in self.rows}
         pairs: list[tuple[Score, Score | None]] = []
         for place, model in enumerate(self.models):
             pairs += [(model, other) for other in self.models[:place]]
             pairs += [(model, other) for other in (self.teacher, model.blind, self.prior)]
-        differences = [
-            Difference.between(named[id(one)], named[id(other)], self.asked.per_sample)
-            for one, other in pairs
-            if other is not None
+        named = [
+            ((names[id(one)], one), (names[id(other)], other)) for one, other in pairs if other is not None
         ]
-        return self.model_copy(update={"differences": differences})
+        return self.model_copy(update={"differences": differences(named, self.asked.per_sample)})
 
     def summary(self) -> dict[str, Any]:
         """For scripts: everything but the answers to single questions."""

@@ -12,11 +12,10 @@ from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, d
 from cachekd.config_file import Config, Mistake, refusal
 from cachekd.data_options import OF_ONE_SET, DataOptions
 from cachekd.errors import CachekdError, within
-from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE
+from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import PipelineConfig, ReportConfig
 from cachekd.stages import STAGES
 
-SCORES_FILE = "scores.json"
 CONFIGS: dict[str, type[Config]] = {
     "dump": DumpConfig,
     "train": TrainConfig,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cachekd.errors import CachekdError
-from cachekd.evaluation import Difference, Evaluation, QuestionSet, Score
+from cachekd.evaluation import Difference, Evaluation, QuestionSet, Score, differences
 from cachekd.report.runs import Run
 
 
@@ -97,7 +97,7 @@ def difference_text(difference: Difference) -> str:
 
 def is_sure(difference: Difference) -> bool:
     """Whether zero is outside the interval."""
-    return difference.low > 0 or difference.high < 0
+    return difference.sure
 
 
 def _points(difference: Difference) -> str:
@@ -110,6 +110,8 @@ def _sure(difference: Difference) -> str:
 
 
 def _interval(difference: Difference) -> str:
+    if difference.low is None or difference.high is None:
+        return "too few samples for an interval"
     return f"{_rounded(difference.low):.1f} to {_rounded(difference.high):.1f}"
 
 
@@ -126,34 +128,34 @@ def _section(own: Evaluation, runs: Sequence[Run]) -> Section:
     for one, scores in found:
         rows += _rows_of(one, scores, teacher)
     rows += [Row("prior", prior, "prior")] if prior else []
-    differences = list(_differences(rows, runs, asked.per_sample))
+    compared = _differences(rows, runs, asked.per_sample)
     return Section(
         title=f"Accuracy on {asked.data} ({asked.questions:,} questions, {len(asked.per_sample):,} samples)",
         asked=asked,
         rows=rows,
-        differences=[each for each in differences if each.row == run.name],
-        of_baselines=[each for each in differences if each.row != run.name],
+        differences=[each for each in compared if each.row == run.name],
+        of_baselines=[each for each in compared if each.row != run.name],
         notes=[*_what_rows_are(rows), *_of_the_data(own, run), *_of_baselines(runs, found, teacher)],
     )
 
 
 def _rows_of(run: Run, scores: Evaluation, teacher: Score | None) -> Iterator[Row]:
     [score] = scores.models
-    agrees = teacher is None or scores.teacher is None or scores.teacher.name == teacher.name
+    agrees = teacher is None or score.agrees_with in (None, teacher.name)
     yield Row(run.name, score, run.color, agrees=agrees)
     if score.blind is not None:
         yield Row(f"{run.name}, blind", score.blind, run.color, blind=True)
 
 
-def _differences(rows: list[Row], runs: Sequence[Run], per_sample: list[int]) -> Iterator[Difference]:
+def _differences(rows: list[Row], runs: Sequence[Run], per_sample: list[int]) -> list[Difference]:
     """The run from everything else; each baseline from itself without pictures, and from the prior."""
     scores = {row.name: row.score for row in rows}
     run, *baselines = (one.name for one in runs)
     pairs = [(run, other) for other in [*baselines, "teacher", f"{run}, blind", "prior"]]
     pairs += [(one, other) for one in baselines for other in (f"{one}, blind", "prior")]
-    for ours, theirs in pairs:
-        if ours in scores and theirs in scores:
-            yield Difference.between((ours, scores[ours]), (theirs, scores[theirs]), per_sample)
+    there = [pair for pair in pairs if scores.keys() >= set(pair)]
+    named = [((ours, scores[ours]), (theirs, scores[theirs])) for ours, theirs in there]
+    return differences(named, per_sample)
 
 
 def _what_rows_are(rows: list[Row]) -> Iterator[str]:
@@ -181,8 +183,8 @@ def _of_the_data(own: Evaluation, run: Run) -> Iterator[str]:
         yield "Each question was asked after the conversation before it."
     if asked.left_out.samples:
         yield f"{asked.left_out.samples:,} samples were left out: they cannot be used, or are too long."
-    if asked.answers_to_nobody:
-        yield f"{asked.answers_to_nobody:,} answers follow another answer: nothing asks for them."
+    if asked.unasked_answers:
+        yield f"{asked.unasked_answers:,} answers follow no question: nothing asks for them."
 
 
 def _of_baselines(
@@ -196,8 +198,9 @@ def _of_baselines(
     if others:
         yield f"Not asked these questions: {', '.join(others)}."
     for one, scores in found:
-        if teacher and scores.teacher and scores.teacher.name != teacher.name:
-            yield f"{one.name} was compared with another teacher, {scores.teacher.name}: not shown here."
+        other = scores.models[0].agrees_with
+        if teacher and other not in (None, teacher.name):
+            yield f"{one.name} was compared with another teacher, {other}: not shown here."
 
 
 def _told(asked: QuestionSet) -> str:

@@ -60,7 +60,7 @@ def _turns(turns: Any) -> list[tuple[Any, Any]]:
 
 
 def _answered(roles: list[str | None], texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """As `Sample.questions` has them, but for what is not supervised."""
+    """As `Sample.questions` has them, and unsupervised answers too."""
     found, question, before = [], None, None
     for role, text in zip(roles, texts, strict=True):
         if role == "user":

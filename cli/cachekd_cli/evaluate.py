@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cachekd.config import EvalConfig
-    from cachekd.evaluation import Evaluation, Score
+    from cachekd.evaluation import Difference, Evaluation, Score
 
 
 @takes_data()
@@ -51,13 +51,12 @@ def eval_command(
     ] = True,
     prior_data: Annotated[
         PathOrName | None,
-        typer.Option(help="The training data: adds the row of its most frequent answer to each question."),
+        typer.Option(help="The training data: adds the row of what is answered most often there."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Questions per forward; halved when memory runs out.")
-    ] = 128,
+    batch_size: Annotated[int, typer.Option(help="Questions per forward; halved when memory runs out.")] = 32,
     workers: Annotated[int, typer.Option(help="Processes that read and encode samples; 0: a thread.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="A folder for scores.json: all rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Exact match per question type, and agreement with the teacher.
@@ -82,17 +81,25 @@ def eval_command(
         "batch_size": batch_size,
         "workers": workers,
         "dtype": dtype,
+        "out": out,
     }
     config = read_config(None, EvalConfig, {**options, **data})
-    from cachekd.evaluation import save_in_runs  # after the settings: it loads torch
-
     quiet_libraries()
     result = run_eval(config)
-    save_in_runs(result)
     if as_json:
         print_json(result.summary())
     else:
         print_tables(result)
+    save(result, config)
+
+
+def save(result: Evaluation, config: EvalConfig) -> None:
+    """In the runs and, last, where the settings say."""
+    from cachekd.evaluation import save_in_runs, save_scores
+
+    save_in_runs(result)
+    if config.out is not None:
+        save_scores(result, config.out)
 
 
 def run_eval(config: EvalConfig) -> Evaluation:
@@ -122,15 +129,17 @@ def print_tables(result: Evaluation) -> None:
     console.print(table(title, ("model", "exact match", "agrees with teacher", "KL (nats)"), totals))
     print_differences(result, names)
     print_types(result, rows)
-    if asked.answers_to_nobody:
-        console.print(f"{asked.answers_to_nobody:,} answers follow no question, and were not asked for")
+    if asked.unasked_answers:
+        console.print(f"{asked.unasked_answers:,} answers follow no question, and were not asked for")
+    if result.prior_left_out:
+        console.print(f"prior: {result.prior_left_out:,} records have no answer to a question")
     print_left_out("samples that cannot be used, or are too long", asked.left_out)
 
 
 def short_names(result: Evaluation) -> dict[str, str]:
     """Of rows, for tables: without the folders, where names differ without them."""
     models = [score.name for score in result.models]
-    ends = [Path(name).name for name in models]
+    ends = [Path(name).resolve().name for name in models]
     unique = len(set(ends)) == len(set(models))
     short = {name: end if unique else name for name, end in zip(models, ends, strict=True)}
     short |= {f"{name}, blind": f"{own}, blind" for name, own in short.items()}
@@ -146,8 +155,8 @@ def print_differences(result: Evaluation, names: dict[str, str]) -> None:
             names[d.row],
             names[d.against],
             f"{100 * d.difference:+.2f}",
-            f"{100 * d.low:+.2f} to {100 * d.high:+.2f}",
-            "no" if d.low <= 0 <= d.high else "yes",
+            _interval(d),
+            "yes" if d.sure else "not sure",
         )
         for d in result.differences
     ]
@@ -165,6 +174,11 @@ def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
     ]
     columns = ("question", "count", *(name for name, _ in rows))
     console.print(table("exact match by question type", columns, counted))
+
+
+def _interval(difference: Difference) -> str:
+    low, high = difference.low, difference.high
+    return "too few samples" if low is None or high is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -78,15 +78,8 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
 
 def eval_step(config: EvalConfig) -> Evaluation:
     """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
-    from cachekd.cache.files import commit
-    from cachekd.evaluation import save_in_runs
-    from cachekd.pipeline.plan import SCORES_FILE
-
-    assert config.out is not None  # as the plan has it
     result = evaluate.run_eval(config)
-    save_in_runs(result)
-    config.out.mkdir(parents=True, exist_ok=True)
-    commit(config.out / SCORES_FILE, result.model_dump_json(indent=1).encode())
+    evaluate.save(result, config)
     return result
 
 
