@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cachekd.config import TrainConfig
+from cachekd.config import EvalConfig, TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluation.bootstrap import paired_intervals
+from cachekd.evaluation.run import evaluate
 from cachekd.files import REPORT_FILE, RUN_FILE
 from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report
@@ -551,3 +552,34 @@ def test_nothing_sticks_out_of_the_page(trained, runs, tmp_path, width):
         [*chromium, "--dump-dom", str(frame)], capture_output=True, text=True, check=True, timeout=120
     )
     assert re.findall(r"<title>(\d+)</title>", found.stdout) == [str(width)]
+
+
+def test_from_training_and_evaluation_to_the_page(
+    student_path, teacher_path, data_path, cache_path, tmp_path
+):
+    """Nothing in between: what `train` and `eval` leave is what the report reads."""
+    held_out = {"eval_data": data_path, "eval_steps": 2}
+    common = {
+        "student": str(student_path),
+        "data": data_path,
+        "epochs": 2,
+        "logging_steps": 1,
+        "batch_size": 6,
+    }
+    train(TrainConfig(out=tmp_path / "ce", lambda_align=0, lambda_vsd=0, **common))
+    distilled = {"teacher": str(teacher_path), "cache": cache_path, "eval_cache": cache_path}
+    train(TrainConfig(out=tmp_path / "kd", **distilled, **held_out, **common))
+    paths = [str(tmp_path / name) for name in ("kd", "ce")]
+    asked = EvalConfig(models=paths, data=data_path, teacher=str(teacher_path), prior_data=data_path)
+    result = evaluate(asked)
+    save_in_runs(result)
+    page = page_of(tmp_path / "kd", tmp_path / "ce")
+    assert f"({result.asked.questions} questions, {len(result.asked.per_sample)} samples)" in page.text
+    for name, model in zip(("kd", "ce"), result.models, strict=True):
+        assert page.row(name)[1] == f"{100 * model.exact_match:.2f} %"
+        assert page.row(f"{name}, blind")[1] == f"{100 * model.blind.exact_match:.2f} %"
+    assert page.row("prior")[1] == f"{100 * result.prior.exact_match:.2f} %"
+    assert dashed(page.plot("L_VSD"), "run-1")
+    log = json.loads((tmp_path / "kd" / RUN_FILE).read_text())["log"]
+    last = [entry["eval_token_accuracy"] for entry in log if "eval_loss" in entry][-1]
+    assert page.row("held-out accuracy")[1] == f"{100 * last:.3g} %"

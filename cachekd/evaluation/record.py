@@ -23,7 +23,7 @@ def save_in_runs(result: Evaluation) -> None:
     Raises:
         CachekdError: a file cannot be read or written.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat()
     for score in result.models:
         if (Path(score.name) / RUN_FILE).exists():
             path = record_path(Path(score.name), result.asked.fingerprint)
