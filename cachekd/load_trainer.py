@@ -10,20 +10,21 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
+from cachekd.errors import about
 from cachekd.fingerprint import image_processor_fingerprint
-from cachekd.held_out import HeldOut, about
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_run import OpenRun, open_run
 from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.trainer_settings import explained
 from cachekd.training_data import TrainingSamples
-from cachekd.validation import Validation
+from cachekd.validation.data import HeldOut
+from cachekd.validation.run import Validation
 from cachekd.vlm import (
     LiveTeacher,
     SwitchBridge,
     SwitchedTeacher,
-    default_dtype,
+    dtype_of,
     load_config,
     load_processor,
     plan_bridge,
@@ -101,7 +102,7 @@ def load_teacher(config: TrainConfig, device: torch.device) -> SwitchedTeacher:
     """P_T, L_T and the head; the vision encoder too, if the teacher is live."""
     teacher = SwitchedTeacher.load(
         str(config.teacher),
-        dtype=default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
+        dtype=dtype_of(config.dtype, device),
         device=device,
         quantization=config.teacher_quantization,
         with_tower=config.live_teacher,

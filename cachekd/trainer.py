@@ -26,26 +26,12 @@ from cachekd.run_folder import saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.stopping import LastStep
+from cachekd.training_arguments import require_one_gpu
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
-from cachekd.validation import Validation, best_checkpoint
+from cachekd.validation.run import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 TERMS = ("ce", "align", "vsd")
-
-
-def require_one_gpu(args: TrainingArguments) -> None:
-    """Refuse a process that would spread its batches over several GPUs.
-
-    Raises:
-        CachekdError: it sees more than one.
-    """
-    if args.n_gpu > 1:
-        raise CachekdError(
-            "one process cannot train on several GPUs here",
-            found=f"{args.n_gpu} GPUs",
-            fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
-            "or one GPU: CUDA_VISIBLE_DEVICES=0",
-        )
 
 
 class SwitchKDTrainer(Trainer):
@@ -203,10 +189,7 @@ class SwitchKDTrainer(Trainer):
         for_teacher = batch.get("for_teacher")
         token_ids = batch["input_ids"][supervised]
         targets, covered = self._targets(batch, supervised, token_ids, evaluating)
-        terms = self.loss_terms(
-            model, batch, supervised, targets, covered, for_teacher, evaluating=evaluating
-        )
-        return BatchTerms(terms, len(token_ids), 0 if targets is None else len(targets))
+        return self.loss_terms(model, batch, supervised, targets, covered, for_teacher, evaluating=evaluating)
 
     @property
     def switches(self) -> bool:
@@ -238,7 +221,7 @@ class SwitchKDTrainer(Trainer):
         for_teacher: dict[str, Tensor] | None = None,
         *,
         evaluating: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> BatchTerms:
         """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
 
         Args:
@@ -248,8 +231,8 @@ class SwitchKDTrainer(Trainer):
             covered: [N] bool, with M true where there are targets; None where M is N.
             for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
                 a switched path with a bridge looks at it.
-            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and beside the
-                terms there is `token_accuracy`, the number of answer tokens whose argmax is right.
+            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and the answer
+                tokens whose argmax is right are counted.
         """
         switches = self.weights["vsd"] > 0 if evaluating else self.switches
         batch = (inputs, supervised, targets, covered, for_teacher)

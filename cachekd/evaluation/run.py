@@ -59,7 +59,9 @@ def evaluate(
     """
     samples, encoders, device = open_samples(config), open_encoders(config), default_device()
     prior = (
-        None if config.prior_data is None else AnswerPrior.of(open_samples(config.prior_data.beside(config)))
+        None
+        if config.prior_data is None
+        else AnswerPrior.of(open_samples(config.prior_data.inheriting_from(config)))
     )
     reference: Reference | None = None
     if config.cache is not None:
