@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -22,6 +23,7 @@ from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vis
 Targets = CachedTargets | LiveTargets
 
 
+TERMS = ("ce", "align", "vsd")
 _RIGHT = "right"  # beside the terms, while chunks are summed
 
 
@@ -39,6 +41,27 @@ class BatchTerms(NamedTuple):
     right: Tensor | None
     tokens: int
     distilled: int
+
+
+class TermSums:
+    """What was computed since the last look, on the device: a look at each batch would wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=device)  # and of how many tokens
+
+    def add(self, found: BatchTerms) -> None:
+        """One batch more."""
+        for row, name in enumerate(TERMS):
+            if name in found.terms:
+                self._sums[row, 0] += found.terms[name].detach()
+                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term's mean per answer token since the last look, over all processes, each of which has to
+        look; without those of which nothing was computed."""
+        rows = accelerator.reduce(self._sums).tolist()
+        self._sums.zero_()
+        return {name: total / tokens for name, (total, tokens) in zip(TERMS, rows, strict=True) if tokens}
 
 
 class LossTerms:

@@ -143,8 +143,10 @@ def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
         return {}
     evaluation, best_step = saved_evaluation(trainer.args, trainer.state)
     if trainer.args.load_best_model_at_end and best_step is None and trainer.is_world_process_zero():
-        metric = trainer.args.metric_for_best_model
-        log.warning("no evaluation has a finite %s: the student is that of the last step, not a best", metric)
+        metric = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+        log.warning(
+            "no evaluation has a finite eval_%s: the student is that of the last step, not a best one", metric
+        )
     bad = LeftOutSamples.of(trainer.validation.bad_samples())
     missing = opened.held_out.missing
     return {"evaluation": evaluation, "best_step": best_step, "eval_missing": missing, "eval_bad": bad}

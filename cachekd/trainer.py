@@ -19,7 +19,7 @@ from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples
-from cachekd.loss_terms import BatchTerms, LossTerms, Targets
+from cachekd.loss_terms import TERMS, BatchTerms, LossTerms, Targets, TermSums
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.run_folder import saving_checkpoint
@@ -30,8 +30,6 @@ from cachekd.training_arguments import require_one_gpu
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
 from cachekd.validation.run import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
-
-TERMS = ("ce", "align", "vsd")
 
 
 class SwitchKDTrainer(Trainer):
@@ -143,8 +141,7 @@ class SwitchKDTrainer(Trainer):
             tokens=tokens,
             positions=positions,
         )
-        # Of each term, and of its tokens; on the device, as a look at each would wait for it.
-        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
+        self._sums = TermSums(self.args.device)
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self._reader: ReadsOn | None = None
@@ -166,7 +163,7 @@ class SwitchKDTrainer(Trainer):
         """Sum over this batch's answer tokens, divided by the step's number of them."""
         found = self.terms_of(model, inputs)
         terms = found.terms
-        self._remember(found)
+        self._sums.add(found)
         loss = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
         self._step.append(
             Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, inputs["keys"], inputs)
@@ -237,12 +234,6 @@ class SwitchKDTrainer(Trainer):
         switches = self.weights["vsd"] > 0 if evaluating else self.switches
         batch = (inputs, supervised, targets, covered, for_teacher)
         return self.terms(model, *batch, switches=switches, evaluating=evaluating)
-
-    def _remember(self, found: BatchTerms) -> None:
-        for row, name in enumerate(TERMS):
-            if name in found.terms:
-                self._sums[row, 0] += found.terms[name].detach()
-                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -404,11 +395,7 @@ class SwitchKDTrainer(Trainer):
         """Add each term's mean per answer token since the last entry, and the share of the time since then in
         which the steps waited for data (`DataWait`), over all processes."""
         if "loss" in logs:
-            wait = torch.tensor([self.data_wait.since_last()]).to(self._sums)
-            *sums, waited = self.accelerator.reduce(torch.cat([self._sums, wait])).tolist()
-            terms = {
-                name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
-            }
-            logs = logs | terms | {"data_wait": Waited(*waited).share}
-            self._sums.zero_()
+            wait = torch.tensor(self.data_wait.since_last(), dtype=torch.float64, device=self.args.device)
+            waited = Waited(*self.accelerator.reduce(wait).tolist())
+            logs = logs | self._sums.means(self.accelerator) | {"data_wait": waited.share}
         super().log(logs, start_time)
