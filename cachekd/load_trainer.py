@@ -18,7 +18,6 @@ from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.trainer_settings import explained
 from cachekd.training_data import TrainingSamples
-from cachekd.validation.data import HeldOut
 from cachekd.validation.run import Validation
 from cachekd.vlm import (
     LiveTeacher,
@@ -61,7 +60,7 @@ def load_trainer(
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
-            validation = make_validation(opened.held_out, teacher_encoder)
+            validation = Validation.of(opened.held_out, teacher_encoder)
             validation.read(opened.arguments)
     teacher = None
     if config.runs_teacher:
@@ -155,18 +154,3 @@ def encoder_for_teacher(
     if same and (bridge is None or not bridge.plan.other_text):
         return None
     return SampleEncoder(own, encoder.limits)
-
-
-def make_validation(held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
-    """What evaluates the held-out data.
-
-    Args:
-        teacher_encoder: of the training data, where the teacher has its own.
-    """
-    if teacher_encoder is not None and len(held_out.terms) > 1:
-        teacher_encoder = SampleEncoder(teacher_encoder.processor, held_out.encoder.limits)
-    else:
-        teacher_encoder = None
-    encoder, cache = held_out.encoder, held_out.cache
-    data = TrainingSamples(held_out.samples, encoder, cache, teacher_encoder, on_error=held_out.on_error)
-    return Validation(data, held_out.terms, encoder.pad_token_id)

@@ -22,7 +22,9 @@ from transformers import TrainerState, TrainingArguments
 from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError, about
 from cachekd.left_out import BadSamples
+from cachekd.samples import SampleEncoder
 from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
+from cachekd.validation.data import HeldOut
 from cachekd.validation.settings import ACCURACY
 from cachekd.vlm.steady import in_eval_mode
 
@@ -56,6 +58,20 @@ class Validation:
         self._health = DataHealth(len(data), read)
         self._health.good(place)
         self._collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded)
+
+    @classmethod
+    def of(cls, held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
+        """Of what was opened.
+
+        Args:
+            teacher_encoder: of the training data, where the teacher has its own.
+        """
+        encoder, cache = held_out.encoder, held_out.cache
+        theirs = None
+        if teacher_encoder is not None and len(held_out.terms) > 1:
+            theirs = SampleEncoder(teacher_encoder.processor, encoder.limits)
+        data = TrainingSamples(held_out.samples, encoder, cache, theirs, on_error=held_out.on_error)
+        return cls(data, held_out.terms, encoder.pad_token_id)
 
     def read(self, args: TrainingArguments) -> None:
         """Read this process's part once: what is wrong with a sample is known before the first step, not
