@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,7 +15,7 @@ from pydantic import (
 
 from cachekd.config_file import Config
 from cachekd.data_options import DataOptions, NamedData
-from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL
+from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL, SAVE_STEPS
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.ranges import EXACT, KEPT
@@ -115,12 +114,6 @@ class TrainConfig(DataOptions):
         description="the teacher's cache of eval_data; without one, and without live_teacher, L_CE and the "
         "share of right tokens alone are computed on them",
     )
-    eval_steps: int | None = Field(
-        None,
-        ge=1,
-        description="optimizer steps between evaluations on eval_data, by default as save_steps; the last "
-        "step has one anyway",
-    )
     window: int | None = Field(
         None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
     )
@@ -160,7 +153,7 @@ class TrainConfig(DataOptions):
         description="processes that read and encode samples; by default 0 on a CPU, whose cores the steps "
         "need, and up to 4 beside a GPU",
     )
-    save_steps: int = Field(500, ge=0, description="steps between checkpoints to resume from; 0: none")
+    save_steps: int = Field(SAVE_STEPS, ge=0, description="steps between checkpoints to resume from; 0: none")
     keep_checkpoints: bool = Field(
         False, description="leave them in a finished run; by default they go, as nothing reads them any more"
     )
@@ -182,6 +175,23 @@ class TrainConfig(DataOptions):
     training: dict[str, Any] = Field(
         {}, description="any other field of transformers.TrainingArguments, by its own name"
     )
+    eval_steps: int | None = Field(  # the last field: its default comes from others
+        None,
+        ge=1,
+        validate_default=True,
+        description="optimizer steps between evaluations on eval_data, by default as save_steps; the last "
+        "step has one anyway",
+    )
+
+    @field_validator("eval_steps")
+    @classmethod
+    def _as_save_steps(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """Said here, and so recorded: it decides which student is the best one, and `save_steps` may change
+        between two sessions of a run."""
+        by_steps = info.data.get("training", {}).get("eval_strategy", "steps") == "steps"
+        if value is None and info.data.get("eval_data") is not None and by_steps:
+            return info.data.get("save_steps") or SAVE_STEPS
+        return value
 
     @field_validator("training")
     @classmethod
@@ -267,7 +277,7 @@ class TrainConfig(DataOptions):
         """The run as if `eval_data` and `eval_cache` were what it trains on; None without such data."""
         if self.eval_data is None:
             return None
-        data = self.eval_data.beside(self)
+        data = self.eval_data.inheriting_from(self)
         settings = {name: getattr(self, name) for name in self.model_fields_set}
         settings = {name: value for name, value in settings.items() if name not in DataOptions.model_fields}
         settings |= {name: getattr(data, name) for name in data.model_fields_set}
@@ -275,12 +285,20 @@ class TrainConfig(DataOptions):
         return TrainConfig(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
 
     @property
-    def eval_terms(self) -> tuple[str, ...]:
-        """The terms that are computed on held-out data, as far as settings tell: L_CE, and those that are on
-        where there is a teacher of these data."""
-        taught = self.eval_cache is not None or self.live_teacher
+    def eval_is_taught(self) -> bool:
+        """Whether there is a teacher of the held-out data, cached or live."""
+        return self.eval_cache is not None or self.live_teacher
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Those that are on, among "ce", "align" and "vsd"."""
         align, vsd = ("align",) * (self.lambda_align > 0), ("vsd",) * (self.lambda_vsd > 0)
-        return ("ce", *align, *vsd) if taught else ("ce",)
+        return ("ce", *align, *vsd)
+
+    @property
+    def eval_terms(self) -> tuple[str, ...]:
+        """The terms that are computed on held-out data, as far as settings tell."""
+        return self.terms if self.eval_is_taught else ("ce",)
 
     @property
     def runs_teacher(self) -> bool:
@@ -356,19 +374,3 @@ FREE_SETTINGS = {
 def defaults_of(model: type[Config]) -> dict[str, Any]:
     """Settings that nobody has to say, as they stand in JSON."""
     return model.model_construct().model_dump(mode="json", warnings=False)
-
-
-def require_new_folder(path: Path, what: str) -> None:
-    """Refuse to write into a folder that holds something.
-
-    Raises:
-        CachekdError: `path` exists and is not an empty folder.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CachekdError(
-            f"the folder for the {what} already holds something",
-            where=str(path),
-            expected="a new or empty folder: nothing is ever overwritten",
-            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
-            fix="choose another --out, or remove the folder",
-        )

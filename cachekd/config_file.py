@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
@@ -50,7 +50,7 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
             place = (
                 "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
             )
-            mistakes.append(Mistake.of(each, _name(where), place, model.model_fields))
+            mistakes.append(Mistake.of(each, _name(where), place, known_at(model, where)))
         raise refusal(mistakes) from None
 
 
@@ -114,6 +114,28 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
         for each in mistakes
     ]
     return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known, fix=fix)
+
+
+def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> Iterable[str]:
+    """The names of all settings that could stand at a place, which may be within another setting.
+
+    Args:
+        where: names, as in pydantic's errors.
+    """
+    for part in where[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = None if field is None else _model_in(field.annotation)
+        if inner is None:
+            return ()
+        model = inner
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings of which a setting is made, if it is made of some."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _name(where: tuple[str | int, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +13,7 @@ from cachekd.paths import LocalPath, PathOrName
 OnError = Literal["stop", "skip"]
 TooLong = Literal["error", "skip", "cut"]
 ROW_NUMBERS = "index"  # --key index
-OF_ONE_SET = frozenset({"data", "image_root", "limit", "shuffle_seed"})  # which other data do not share
+WHICH_SAMPLES = frozenset({"data", "image_root", "limit", "shuffle_seed"})  # what other data do not inherit
 
 
 def _fields(given: object) -> object:
@@ -64,10 +63,10 @@ class DataOptions(Config):
         """
         return data if isinstance(data, DataOptions) else read_config(None, cls, {"data": data, **options})
 
-    def beside(self, other: DataOptions) -> Self:
+    def inheriting_from(self, other: DataOptions) -> Self:
         """The same data set; what is not said of how its records are read, and of what is done with bad and
         long samples, is as in `other`, as far as it is said there."""
-        said = other.model_fields_set - self.model_fields_set - OF_ONE_SET
+        said = other.model_fields_set - self.model_fields_set - WHICH_SAMPLES
         shared = said & DataOptions.model_fields.keys()
         return self.model_copy(update={name: getattr(other, name) for name in shared})
 
@@ -76,19 +75,8 @@ Data = str | Path | DataOptions
 
 
 def _named(given: object) -> object:
-    """Options of data from their name, or as they are given.
-
-    Raises:
-        ValueError: there is no such option.
-    """
-    if isinstance(given, str | Path):
-        return {"data": given}
-    for name in given if isinstance(given, dict) else ():
-        if name not in DataOptions.model_fields:
-            near = get_close_matches(str(name), DataOptions.model_fields, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"unknown option of data {name!r}{hint}")
-    return given
+    """Options of data from their name, or as they are given."""
+    return {"data": given} if isinstance(given, str | Path) else given
 
 
 def _as_it_was_said(value: DataOptions) -> str | dict[str, Any]:

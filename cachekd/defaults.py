@@ -1,4 +1,5 @@
-"""Defaults of a dump's settings that the writer of a cache has too."""
+"""Defaults that more than one module has to know."""
 
 DEFAULT_TAIL = "bytes=64"
 CALIBRATION_TOKENS = 16_384
+SAVE_STEPS = 500

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.files import require_room_for
@@ -35,7 +33,7 @@ from cachekd.dump_plan import (
 from cachekd.make_shards import make_shards
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.teacher import Teacher, load_encoder
-from cachekd.vlm import default_device, default_dtype, load_config
+from cachekd.vlm import default_device, dtype_of, load_config
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
@@ -202,8 +200,7 @@ def _load_teacher(
     """The weights, once a sample could be encoded."""
     first_good(len(samples), lambda index: encoder(samples[index]), options.on_error)
     device = default_device()
-    kind = default_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    teacher = Teacher.load(path, encoder, codec, dtype=kind, device=device)
+    teacher = Teacher.load(path, encoder, codec, dtype=dtype_of(dtype, device), device=device)
     if TailSetting.parse(codec.tail).sketch:
         first_good(len(samples), lambda index: teacher.find_head(encoder(samples[index])), options.on_error)
     return teacher

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -57,6 +59,19 @@ def within(place: str, error: CachekdError, then: str | None = None) -> CachekdE
         found=error.found,
         fix="; ".join(text for text in (error.fix, then) if text) or None,
     )
+
+
+@contextmanager
+def about(setting: str, then: str | None = None) -> Iterator[None]:
+    """Errors within are about this setting.
+
+    Args:
+        then: what else to do about them.
+    """
+    try:
+        yield
+    except CachekdError as error:
+        raise within(f"setting {setting!r}", error, then) from error
 
 
 class BadSample(CachekdError):

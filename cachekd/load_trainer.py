@@ -10,20 +10,20 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
+from cachekd.errors import about
 from cachekd.fingerprint import image_processor_fingerprint
-from cachekd.held_out import HeldOut, about
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_run import OpenRun, open_run
 from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.trainer_settings import explained
 from cachekd.training_data import TrainingSamples
-from cachekd.validation import Validation
+from cachekd.validation.run import Validation
 from cachekd.vlm import (
     LiveTeacher,
     SwitchBridge,
     SwitchedTeacher,
-    default_dtype,
+    dtype_of,
     load_config,
     load_processor,
     plan_bridge,
@@ -60,7 +60,7 @@ def load_trainer(
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
-            validation = make_validation(opened.held_out, teacher_encoder)
+            validation = Validation.of(opened.held_out, teacher_encoder)
             validation.read(opened.arguments)
     teacher = None
     if config.runs_teacher:
@@ -101,7 +101,7 @@ def load_teacher(config: TrainConfig, device: torch.device) -> SwitchedTeacher:
     """P_T, L_T and the head; the vision encoder too, if the teacher is live."""
     teacher = SwitchedTeacher.load(
         str(config.teacher),
-        dtype=default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
+        dtype=dtype_of(config.dtype, device),
         device=device,
         quantization=config.teacher_quantization,
         with_tower=config.live_teacher,
@@ -154,18 +154,3 @@ def encoder_for_teacher(
     if same and (bridge is None or not bridge.plan.other_text):
         return None
     return SampleEncoder(own, encoder.limits)
-
-
-def make_validation(held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
-    """What evaluates the held-out data.
-
-    Args:
-        teacher_encoder: of the training data, where the teacher has its own.
-    """
-    if teacher_encoder is not None and len(held_out.terms) > 1:
-        teacher_encoder = SampleEncoder(teacher_encoder.processor, held_out.encoder.limits)
-    else:
-        teacher_encoder = None
-    encoder, cache = held_out.encoder, held_out.cache
-    data = TrainingSamples(held_out.samples, encoder, cache, teacher_encoder, on_error=held_out.on_error)
-    return Validation(data, held_out.terms, encoder.pad_token_id)

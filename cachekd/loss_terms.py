@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -17,19 +18,50 @@ from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.samples import predicting_positions
 from cachekd.targets import LiveTargets
-from cachekd.validation_settings import ACCURACY
 from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
 
 Targets = CachedTargets | LiveTargets
 
 
+TERMS = ("ce", "align", "vsd")
+_RIGHT = "right"  # beside the terms, while chunks are summed
+
+
 class BatchTerms(NamedTuple):
-    """Of one batch: each term summed over its answer tokens, how many these are, and how many of them have
-    the teacher's targets."""
+    """Of one batch.
+
+    Attributes:
+        terms: "ce", "align" and "vsd", those that are on, each summed over answer tokens; scalars.
+        right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
+        tokens: answer tokens.
+        distilled: those of them that have the teacher's targets.
+    """
 
     terms: dict[str, Tensor]
+    right: Tensor | None
     tokens: int
     distilled: int
+
+
+class TermSums:
+    """What was computed since the last look, on the device: a look at each batch would wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=device)  # and of how many tokens
+
+    def add(self, found: BatchTerms) -> None:
+        """One batch more."""
+        for row, name in enumerate(TERMS):
+            if name in found.terms:
+                self._sums[row, 0] += found.terms[name].detach()
+                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term's mean per answer token since the last look, over all processes, each of which has to
+        look; without those of which nothing was computed."""
+        rows = accelerator.reduce(self._sums).tolist()
+        self._sums.zero_()
+        return {name: total / tokens for name, (total, tokens) in zip(TERMS, rows, strict=True) if tokens}
 
 
 class LossTerms:
@@ -88,14 +120,12 @@ class LossTerms:
         *,
         switches: bool,
         evaluating: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> BatchTerms:
         """See `SwitchKDTrainer.loss_terms`.
 
         Args:
             model: the student in its wrappers.
             switches: whether the switched path runs.
-            evaluating: no gradient is wanted, but `token_accuracy` beside the terms: the number of answer
-                tokens whose argmax is right.
         """
         positions = predicting_positions(supervised)
         answer_ids = inputs["input_ids"][supervised]
@@ -104,16 +134,15 @@ class LossTerms:
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
         own_path = partial(self._own_path, counts_right=evaluating)
-        if targets is None:
-            return own_path(states, answer_ids, None)
-        if covered is None:
+        if targets is None or covered is None:
             terms = own_path(states, answer_ids, targets)
         else:
             terms = own_path(states[covered], answer_ids[covered], targets)
             others = own_path(states[~covered], answer_ids[~covered], None)
             terms |= {name: terms[name] + term for name, term in others.items()}
+        right = terms.pop(_RIGHT, None)
         # Without an image z_W is z_T: no difference, and no gradient.
-        if switches and "pixel_values" in inputs:
+        if targets is not None and switches and "pixel_values" in inputs:
             self._prove(inputs, positions)
             output = _require_output(vision.output, with_gradient=not evaluating)
             if self.bridge is not None:
@@ -122,7 +151,7 @@ class LossTerms:
                     inputs = dict(for_teacher)
                     positions = predicting_positions(inputs.pop("supervised"))
             terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
-        return terms
+        return BatchTerms(terms, right, len(answer_ids), 0 if targets is None else len(targets))
 
     def _own_path(
         self, states: Tensor, answer_ids: Tensor, targets: Targets | None, *, counts_right: bool
@@ -135,7 +164,7 @@ class LossTerms:
             if targets is not None and self.align:
                 terms["align"] = self.dbild(logits, targets, rows)
             if counts_right:
-                terms[ACCURACY] = (logits.argmax(-1) == answer_ids[rows]).sum()
+                terms[_RIGHT] = (logits.argmax(-1) == answer_ids[rows]).sum()
             return terms
 
         # Around all chunks: the head's weights are cast once.

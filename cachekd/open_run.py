@@ -9,21 +9,16 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from cachekd.bind import open_bound
-from cachekd.cache import DataInfo, LogitCache
+from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
-from cachekd.data_options import DataOptions
-from cachekd.errors import BadSample, CachekdError
-from cachekd.held_out import HeldOut, about, require_same_teacher, say_what_is_not_computed
+from cachekd.errors import CachekdError
 from cachekd.left_out import LeftOutSamples
-from cachekd.matching import check_cache, check_teacher
-from cachekd.missing import dumped_data
-from cachekd.samples import Limits, SampleEncoder, Samples, open_samples
-from cachekd.samples.dumped import unsaid
-from cachekd.samples.view import SamplesView
-from cachekd.trainer import require_one_gpu
-from cachekd.training_arguments import training_arguments
-from cachekd.vlm import check_switch, check_tokenizers, limits_of, load_config, load_processor
+from cachekd.matching import check_teacher
+from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
+from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.training_arguments import require_one_gpu, training_arguments
+from cachekd.validation.data import HeldOut, open_held_out
+from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
 
 
 @dataclass(frozen=True)
@@ -52,68 +47,23 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
         CachekdError: what does not go together, or a run of no steps.
     """
     config.require_inputs()
+    phase("reading the settings")
+    arguments = training_arguments(config, checkpoints)
+    require_one_gpu(arguments)
     phase("opening the data")
     samples = open_samples(config)
-    phase("opening the cache" if config.distils and not config.live_teacher else "reading the settings")
+    if config.distils and not config.live_teacher:
+        phase("opening the cache")
     cache = open_cache(config)
     processor = load_processor(config.student)
     encoder = SampleEncoder(processor, length_limits(config, cache))
     samples, missing = without_missing(config, samples, cache, processor, encoder)
-    arguments = training_arguments(config, checkpoints)
-    require_one_gpu(arguments)
     require_steps(len(samples), arguments)
     if config.runs_teacher:
         phase("comparing the teacher with the student and the cache")
         check_the_teacher(config, processor, samples, cache)
     held_out = open_held_out(config, processor, cache, phase)
     return OpenRun(samples, processor, encoder, cache, arguments, missing, held_out)
-
-
-def open_held_out(
-    config: TrainConfig, processor: Any, cache: LogitCache | None, phase: Callable[[str], None]
-) -> HeldOut | None:
-    """`eval_data` and `eval_cache`, checked as what the run trains on; None where there are no such data.
-
-    Args:
-        cache: of the training data. It says what is done with long samples, where nothing nearer does.
-
-    Raises:
-        CachekdError: what does not go together; the setting is named.
-    """
-    held_out = config.on_held_out()
-    if held_out is None:
-        return None
-    phase("opening the held-out data")
-    with about("eval_data"):
-        samples = open_samples(held_out)
-    with about("eval_cache"):
-        eval_cache = open_cache(held_out) if config.eval_cache is not None else None
-        if cache is not None and eval_cache is not None:
-            require_same_teacher(cache, eval_cache)
-    encoder = SampleEncoder(processor, length_limits(held_out, eval_cache or cache))
-    with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
-        samples, missing = without_missing(held_out, samples, eval_cache, processor, encoder)
-    terms = config.eval_terms
-    if "vsd" in terms and not has_pictures(samples, eval_cache):
-        terms = tuple(name for name in terms if name != "vsd")
-    found = HeldOut(samples, encoder, eval_cache, held_out.on_error, missing, terms)
-    say_what_is_not_computed(config, found)
-    return found
-
-
-def without_missing(
-    config: TrainConfig, samples: Samples, cache: LogitCache | None, processor: Any, encoder: SampleEncoder
-) -> tuple[Samples, LeftOutSamples]:
-    """The samples that are used, and those that are left out because the cache lacks them.
-
-    Raises:
-        CachekdError: as for `missing_in`.
-    """
-    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
-    if config.missing != "skip" or not missing:
-        return samples, LeftOutSamples()
-    kept = [index for index, key in enumerate(samples.keys) if key not in missing]
-    return SamplesView(samples, only=kept), LeftOutSamples.of(missing)
 
 
 def require_steps(samples: int, arguments: TrainingArguments) -> None:
@@ -155,74 +105,6 @@ def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str
         found=f"{distilled:,} of text alone",
         fix="--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0",
     )
-
-
-def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
-    """Whether any of the samples that the cache has (None: of all) has a picture, as their records tell."""
-    distilled = (index for index, key in enumerate(samples.keys) if cache is None or key in cache)
-    return any(_has_picture(samples, index) for index in distilled)
-
-
-def _has_picture(samples: Samples, index: int) -> bool:
-    try:
-        return samples.outline(index).images > 0
-    except BadSample:  # which is met again when it is read
-        return False
-
-
-def open_cache(config: TrainConfig) -> LogitCache | None:
-    """The cache, under the data's keys; None if none is used.
-
-    Raises:
-        CachekdError: it cannot be read, or was made with other settings of Kneedle.
-    """
-    if not config.distils or config.live_teacher:
-        return None
-    assert config.cache is not None  # as `require_inputs` saw
-    cache = open_bound(config.cache, config.binding)
-    codec = cache.manifest.codec
-    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
-        ours = getattr(config, name)
-        if ours not in (None, theirs):
-            raise CachekdError(
-                "the cache was made with another Kneedle setting",
-                where=f"setting {name!r}",
-                expected=f"{theirs}, as in {cache.path}",
-                found=ours,
-                fix=f"leave {name!r} out: a cache has its own",
-            )
-    return cache
-
-
-def length_limits(config: TrainConfig, cache: LogitCache | None) -> Limits:
-    """What the models that read the samples allow, and the settings."""
-    said = length_settings(config, None if cache is None else dumped_data(cache))
-    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
-    return limits_of(map(load_config, read_by), **said)
-
-
-def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:
-    """`max_tokens` and `too_long`; those that the run does not say are as in the dump.
-
-    Args:
-        dumped: of its cache, where it has one (see `dumped_data`).
-    """
-    said = config.model_dump(include={"max_tokens", "too_long"})
-    return said if dumped is None else said | unsaid(config, dumped, *said)
-
-
-def missing_in(
-    cache: LogitCache, config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
-) -> dict[str, str]:
-    """The samples that the cache lacks, key to why.
-
-    Raises:
-        CachekdError: it does not match the student's tokenizer, the template or the data; or the run would
-            stop at them.
-    """
-    data = None if config.binding is not None else config
-    choices = {"missing": config.missing, "on_error": config.on_error}
-    return check_cache(cache, samples, processor, encoder, data=data, **choices).reasons
 
 
 def check_the_teacher(

@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.cache.files import commit, require_room_for
-from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, require_new_folder
+from cachekd.cache.files import commit, require_new_folder, require_room_for
+from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
@@ -61,6 +61,8 @@ class RunFolder:
             return
         # A setting that there was not yet when the run began is at its default.
         earlier = defaults_of(TrainConfig) | _read(started)
+        if earlier["eval_data"] is not None and earlier["eval_steps"] is None:
+            earlier["eval_steps"] = self.settings["eval_steps"]  # once it was not noted where nobody said it
         self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
         self.known = earlier.get(KNOWN, {})
         self._require_same_settings(earlier)

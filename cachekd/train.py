@@ -27,7 +27,7 @@ from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
-from cachekd.validation import saved_evaluation
+from cachekd.validation.run import saved_evaluation
 from cachekd.vlm import save_processor
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,11 @@ def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
     if opened.held_out is None or trainer.validation is None:
         return {}
     evaluation, best_step = saved_evaluation(trainer.args, trainer.state)
+    if trainer.args.load_best_model_at_end and best_step is None and trainer.is_world_process_zero():
+        metric = str(trainer.args.metric_for_best_model).removeprefix("eval_")
+        log.warning(
+            "no evaluation has a finite eval_%s: the student is that of the last step, not a best one", metric
+        )
     bad = LeftOutSamples.of(trainer.validation.bad_samples())
     missing = opened.held_out.missing
     return {"evaluation": evaluation, "best_step": best_step, "eval_missing": missing, "eval_bad": bad}
@@ -154,7 +159,7 @@ def say_what_is_cut(limits: Limits) -> None:
         log.warning("samples of more than %s lose the end of their answers", most)
 
 
-def evaluated(summary: TrainSummary) -> dict[str, Any]:
+def held_out_record(summary: TrainSummary) -> dict[str, Any]:
     """What the record of a run has of its held-out data."""
     left_out = {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)}
     return {
@@ -188,7 +193,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
-            **({} if trainer.validation is None else evaluated(summary)),
+            **({} if trainer.validation is None else held_out_record(summary)),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -22,7 +22,7 @@ from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
 from cachekd.training_data import IGNORE, Example, TrainingSamples
-from cachekd.validation import undisturbed
+from cachekd.validation.run import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")

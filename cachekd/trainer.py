@@ -19,33 +19,17 @@ from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.left_out import BadSamples
-from cachekd.loss_terms import BatchTerms, LossTerms, Targets
+from cachekd.loss_terms import TERMS, BatchTerms, LossTerms, Targets, TermSums
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.run_folder import saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.stopping import LastStep
+from cachekd.training_arguments import require_one_gpu
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
-from cachekd.validation import Validation, best_checkpoint
+from cachekd.validation.run import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
-
-TERMS = ("ce", "align", "vsd")
-
-
-def require_one_gpu(args: TrainingArguments) -> None:
-    """Refuse a process that would spread its batches over several GPUs.
-
-    Raises:
-        CachekdError: it sees more than one.
-    """
-    if args.n_gpu > 1:
-        raise CachekdError(
-            "one process cannot train on several GPUs here",
-            found=f"{args.n_gpu} GPUs",
-            fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
-            "or one GPU: CUDA_VISIBLE_DEVICES=0",
-        )
 
 
 class SwitchKDTrainer(Trainer):
@@ -157,8 +141,7 @@ class SwitchKDTrainer(Trainer):
             tokens=tokens,
             positions=positions,
         )
-        # Of each term, and of its tokens; on the device, as a look at each would wait for it.
-        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=self.args.device)
+        self._sums = TermSums(self.args.device)
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self._reader: ReadsOn | None = None
@@ -180,7 +163,7 @@ class SwitchKDTrainer(Trainer):
         """Sum over this batch's answer tokens, divided by the step's number of them."""
         found = self.terms_of(model, inputs)
         terms = found.terms
-        self._remember(found)
+        self._sums.add(found)
         loss = sum((self.weights[name] * term for name, term in terms.items()), torch.zeros_like(terms["ce"]))
         self._step.append(
             Computed(loss.detach(), {name: x.detach() for name, x in terms.items()}, inputs["keys"], inputs)
@@ -203,10 +186,7 @@ class SwitchKDTrainer(Trainer):
         for_teacher = batch.get("for_teacher")
         token_ids = batch["input_ids"][supervised]
         targets, covered = self._targets(batch, supervised, token_ids, evaluating)
-        terms = self.loss_terms(
-            model, batch, supervised, targets, covered, for_teacher, evaluating=evaluating
-        )
-        return BatchTerms(terms, len(token_ids), 0 if targets is None else len(targets))
+        return self.loss_terms(model, batch, supervised, targets, covered, for_teacher, evaluating=evaluating)
 
     @property
     def switches(self) -> bool:
@@ -238,7 +218,7 @@ class SwitchKDTrainer(Trainer):
         for_teacher: dict[str, Tensor] | None = None,
         *,
         evaluating: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> BatchTerms:
         """The terms that are on, each summed over answer tokens: L_CE over all N, the others over M.
 
         Args:
@@ -248,18 +228,12 @@ class SwitchKDTrainer(Trainer):
             covered: [N] bool, with M true where there are targets; None where M is N.
             for_teacher: the same batch as the teacher reads it, with its own `supervised` [B, S'] bool; only
                 a switched path with a bridge looks at it.
-            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and beside the
-                terms there is `token_accuracy`, the number of answer tokens whose argmax is right.
+            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and the answer
+                tokens whose argmax is right are counted.
         """
         switches = self.weights["vsd"] > 0 if evaluating else self.switches
         batch = (inputs, supervised, targets, covered, for_teacher)
         return self.terms(model, *batch, switches=switches, evaluating=evaluating)
-
-    def _remember(self, found: BatchTerms) -> None:
-        for row, name in enumerate(TERMS):
-            if name in found.terms:
-                self._sums[row, 0] += found.terms[name].detach()
-                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -421,11 +395,7 @@ class SwitchKDTrainer(Trainer):
         """Add each term's mean per answer token since the last entry, and the share of the time since then in
         which the steps waited for data (`DataWait`), over all processes."""
         if "loss" in logs:
-            wait = torch.tensor([self.data_wait.since_last()]).to(self._sums)
-            *sums, waited = self.accelerator.reduce(torch.cat([self._sums, wait])).tolist()
-            terms = {
-                name: total / tokens for name, (total, tokens) in zip(TERMS, sums, strict=True) if tokens
-            }
-            logs = logs | terms | {"data_wait": Waited(*waited).share}
-            self._sums.zero_()
+            wait = torch.tensor(self.data_wait.since_last(), dtype=torch.float64, device=self.args.device)
+            waited = Waited(*self.accelerator.reduce(wait).tolist())
+            logs = logs | self._sums.means(self.accelerator) | {"data_wait": waited.share}
         super().log(logs, start_time)

@@ -57,6 +57,7 @@ REFUSED = {
     "do_train": "this is `cachekd train`",
     "do_eval": "set `eval_data` at the top level: it is evaluated while the student trains",
     "do_predict": "`cachekd eval` scores a run",
+    "eval_delay": "evaluations begin after the first `eval_steps` steps; set these, at the top level",
     "eval_accumulation_steps": _NO_LOGITS,
     "eval_do_concat_batches": _NO_LOGITS,
     "eval_use_gather_object": _NO_LOGITS,
@@ -68,6 +69,11 @@ REFUSED = {
     "length_column_name": "lengths are counted from the text",
     "use_liger_kernel": "the head and its losses run in chunks already",
 }
+_OF_WORKERS = (
+    "dataloader_multiprocessing_context",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+)
 # Names of earlier versions of the Trainer, and what to set now.
 RENAMED = {
     "group_by_length": "training: {train_sampling_strategy: group_by_length}",
@@ -75,8 +81,11 @@ RENAMED = {
 }
 
 
-def checked_settings(training: dict[str, Any]) -> dict[str, Any]:
+def checked_settings(training: dict[str, Any], *, workers: int) -> dict[str, Any]:
     """The same settings, numbers as numbers.
+
+    Args:
+        workers: processes that read samples, of which some settings are.
 
     Raises:
         CachekdError: an unknown name, one that has a name of ours, or a value of another type or without use
@@ -85,6 +94,15 @@ def checked_settings(training: dict[str, Any]) -> dict[str, Any]:
     for name in training:
         _check_name(name)
     _check_choices(training)
+    for name in _OF_WORKERS:
+        if training.get(name) and not workers:
+            raise CachekdError(
+                "it is of the processes that read samples, and there are none",
+                where=_where(name),
+                expected="workers above 0 (the default is 0 on a CPU)",
+                found=f"{training[name]}, workers 0",
+                fix="--workers 1, or leave it out",
+            )
     return {name: _typed(name, value) for name, value in training.items()}
 
 

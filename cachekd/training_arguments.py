@@ -9,9 +9,10 @@ from typing import Any
 from transformers import TrainingArguments
 
 from cachekd.config import TrainConfig
+from cachekd.defaults import SAVE_STEPS
 from cachekd.errors import CachekdError
 from cachekd.trainer_settings import FIELDS, check_packages, checked_settings, meant_by
-from cachekd.validation_settings import SAVE_STEPS, validation_settings
+from cachekd.validation.settings import validation_settings
 from cachekd.vlm import default_device
 
 # transformers 5.23 renamed it, and warns of the old name.
@@ -50,7 +51,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is not finite stops the run
         "save_strategy": "steps" if config.save_steps else "no",
-        "save_steps": config.save_steps or SAVE_STEPS,
+        "save_steps": config.save_steps or SAVE_STEPS,  # it has to be some number
         "save_total_limit": 2,
         "report_to": [],
         "disable_tqdm": True,
@@ -61,7 +62,7 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         "accelerator_config": {"non_blocking": on_gpu},
         "ddp_find_unused_parameters": True,  # a vision_feature_layer of -2 leaves the last layer unused
     }
-    theirs = checked_settings(config.training)
+    theirs = checked_settings(config.training, workers=workers)
     settings |= validation_settings(config, theirs)
     if isinstance(theirs.get("accelerator_config"), dict):
         theirs["accelerator_config"] = settings["accelerator_config"] | theirs["accelerator_config"]
@@ -78,6 +79,21 @@ def training_arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         ) from error
     check_packages(arguments)
     return arguments
+
+
+def require_one_gpu(args: TrainingArguments) -> None:
+    """Refuse a process that would spread its batches over several GPUs.
+
+    Raises:
+        CachekdError: it sees more than one.
+    """
+    if args.n_gpu > 1:
+        raise CachekdError(
+            "one process cannot train on several GPUs here",
+            found=f"{args.n_gpu} GPUs",
+            fix="one process each: accelerate launch -m cachekd_cli.main train ..., "
+            "or one GPU: CUDA_VISIBLE_DEVICES=0",
+        )
 
 
 def default_workers(*, on_gpu: bool) -> int:

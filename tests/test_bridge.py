@@ -252,7 +252,7 @@ def test_the_switched_path_is_the_teachers_text_with_the_bridged_features(pair, 
     supervised, theirs = batch["labels"] != -100, dict(batch["for_teacher"])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     arguments = (trainer.model, inputs, supervised, batch["targets"], None, theirs)
-    vsd = trainer.loss_terms(*arguments)["vsd"]
+    vsd = trainer.loss_terms(*arguments).terms["vsd"]
     positions = predicting_positions(theirs.pop("supervised"))
     assert positions.shape[1] - supervised.shape[1] == 16 - 4
     with capture_vision(trainer.vlm) as vision:

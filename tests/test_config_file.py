@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import read_config, read_yaml
 from cachekd.errors import CachekdError
 from cachekd.pipeline.config import read_pipeline
@@ -46,6 +46,44 @@ def test_every_mistake_is_shown_and_the_typo_first(tmp_path):
     assert any("'learning_rate'" in line and "-1" in line and str(path) in line for line in lines)
     assert any("'temperature'" in line and "the command line" in line for line in lines)
     assert "learning_rate" in str(error.expected)
+
+
+@pytest.mark.parametrize("model", [TrainConfig, EvalConfig])
+def test_every_mistake_within_a_setting_is_shown(tmp_path, model):
+    """Each by its own name, with what may stand there."""
+    name = "eval_data" if model is TrainConfig else "prior_data"
+    mapping = f"{name}: {{data: v, limt: 3, shufle_seed: 1, key: ''}}\n"
+    path = written(tmp_path, "student: s\ndata: d\nout: o\nepoch: 3\n" + mapping)
+    if model is EvalConfig:
+        path = written(tmp_path, "models: [m]\ndata: d\nout: o\nbatchsize: 3\n" + mapping)
+    with pytest.raises(CachekdError) as caught:
+        read_config(path, model, {})
+    top, *lines = caught.value.problem.splitlines()
+    assert top == "4 settings are wrong:"
+    for typo, near in (("limt", "limit"), ("shufle_seed", "shuffle_seed")):
+        assert sum(f"unknown setting '{name}.{typo}' (did you mean {near!r}?)" in line for line in lines) == 1
+    assert any("epochs" in line or "batch_size" in line for line in lines[:3])
+    assert f"setting '{name}.key'" in lines[3]
+    assert all(f"{path}, line {5 if name in line else 4}" in line for line in lines)
+
+
+def test_every_mistake_within_a_setting_of_a_pipeline_is_shown(tmp_path):
+    text = (
+        "out: o\ndefaults: {train: {eval_data: {data: v, limt: 3}}}\nsteps:\n"
+        "- {step: train, name: a, eval_data: {data: v, shufle_seed: 1}}\n"
+        "- {step: eval, name: b, data: d, prior_data: {data: v, imageroot: i}}\n"
+    )
+    with pytest.raises(CachekdError) as caught:
+        read_pipeline(written(tmp_path, text))
+    _, *lines = caught.value.problem.splitlines()
+    typos = (
+        ("defaults.train.eval_data.limt", "limit", "line 2"),
+        ("eval_data.shufle_seed", "shuffle_seed", "line 4, step 'a'"),
+        ("prior_data.imageroot", "image_root", "line 5, step 'b'"),
+    )
+    for line, (name, near, place) in zip(lines, typos, strict=True):
+        assert f"unknown setting {name!r} (did you mean {near!r}?)" in line
+        assert place in line
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_vsd_reaches_the_vision_encoder_only_and_the_teacher_stays(config, tmp_p
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     batch, inputs = plain_batch(trainer, range(3))
     supervised = batch["labels"] != -100
-    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"])
+    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"]).terms
     terms["vsd"].backward()
     touched = {
         name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0

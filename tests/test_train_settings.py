@@ -57,6 +57,24 @@ def test_a_setting_that_would_fail_late_is_refused_at_once(tmp_path, training, s
     assert "hf_SECRET" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataloader_multiprocessing_context", "spawn"),
+        ("dataloader_persistent_workers", True),
+        ("dataloader_prefetch_factor", 2),
+    ],
+)
+def test_settings_of_workers_without_any_are_refused_before_anything_is_read(tmp_path, name, value):
+    """Neither the student nor the data are there."""
+    with pytest.raises(CachekdError) as caught:
+        make_trainer(config({name: value}, workers=0), tmp_path)
+    assert caught.value.where == f"setting 'training.{name}'"
+    assert "--workers 1" in str(caught.value.fix)
+    assert getattr(training_arguments(config({name: value}, workers=1), tmp_path), name) == value
+    training_arguments(config({"dataloader_persistent_workers": False}, workers=0), tmp_path)
+
+
 def test_numbers_as_yaml_reads_them(tmp_path):
     """To YAML 1e-7 without a point is a text."""
     arguments = training_arguments(config({"adam_epsilon": "1e-7", "max_steps": 3}), tmp_path)

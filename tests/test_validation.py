@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from caches import copied, dump_cache
 from launch import train_in_two_processes
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from test_train_runs import CutShort
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
-from cachekd.config import TrainConfig
+from cachekd.config import FREE_SETTINGS, TrainConfig
 from cachekd.config_file import read_config
 from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
@@ -191,15 +193,30 @@ def test_without_a_cache_of_their_own_what_is_not_computed_is_said_once(settings
     assert found["ce"] == pytest.approx(expected["ce"], rel=1e-5)
 
 
-def test_text_alone_has_nothing_to_switch(settings, tmp_path, teacher_path, caplog):
+def held_out_text(tmp_path: Path, teacher_path: Path) -> dict[str, str]:
     turns = [{"from": "human", "value": "is there a dog?"}, {"from": "gpt", "value": "no"}]
     (tmp_path / "text.json").write_text(json.dumps([{"id": "t", "conversations": turns}]))
     cache = dump_cache(tmp_path / "text", teacher_path, tmp_path / "text.json", tail="none")
-    texts = {"eval_data": str(tmp_path / "text.json"), "eval_cache": str(cache), "epochs": 1}
+    return {"eval_data": str(tmp_path / "text.json"), "eval_cache": str(cache)}
+
+
+def test_text_alone_has_nothing_to_switch(settings, tmp_path, teacher_path, caplog):
+    texts = held_out_text(tmp_path, teacher_path) | {"epochs": 1}
     with caplog.at_level(logging.WARNING):
         summary = train(TrainConfig(**settings | texts))
     assert {f"eval_{name}" for name in NAMES} - summary.evaluation.keys() == {"eval_vsd"}
     assert "L_VSD is not computed, and not in eval_loss: none of them has a picture" in caplog.text
+
+
+def test_what_is_right_is_counted_beside_the_terms(settings, tmp_path):
+    """Whatever is in `terms` has a weight in the loss."""
+    trainer = make_trainer(TrainConfig(**settings), tmp_path / "t")
+    batch = next(trainer.validation.batches(trainer.args))
+    evaluated = trainer.terms_of(trainer.model, dict(batch), evaluating=True)
+    trained = trainer.terms_of(trainer.model, dict(batch))
+    assert evaluated.terms.keys() == trained.terms.keys() == trainer.weights.keys()
+    assert 0 <= int(evaluated.right) <= evaluated.tokens == trained.tokens
+    assert trained.right is None
 
 
 def test_plain_cross_entropy_says_nothing_of_terms_that_are_off(settings, caplog):
@@ -337,6 +354,23 @@ def test_the_student_that_training_began_with_is_not_the_best(settings):
     assert found[2] == pytest.approx(reference(config.out, config), rel=1e-3)
 
 
+def test_evaluations_that_are_not_finite_are_said_and_none_is_the_best(settings, caplog):
+    """After one step that is far too large."""
+    training = {
+        "load_best_model_at_end": True,
+        "max_steps": 1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+    }
+    changed = {"learning_rate": 1e38, "max_grad_norm": 0.0, "warmup": 0.0, "eval_steps": 1, "save_steps": 1}
+    with caplog.at_level(logging.WARNING):
+        summary = train(TrainConfig(**settings | changed, training=training))
+    assert not math.isfinite(summary.evaluation["eval_loss"])
+    assert summary.best_step is None
+    assert "step 1: eval_loss is not finite: ce " in caplog.text
+    assert "no evaluation has a finite eval_loss: the student is that of the last step" in caplog.text
+
+
 def test_by_the_share_of_right_tokens_more_is_better(settings, tmp_path):
     def better(metric: str) -> bool | None:
         training = {"load_best_model_at_end": True, "metric_for_best_model": metric}
@@ -360,6 +394,7 @@ def test_by_the_share_of_right_tokens_more_is_better(settings, tmp_path):
         ({"eval_strategy": "epoch"}, {}, "'eval_steps' would be ignored"),
         ({"eval_steps": 3}, {}, "set `eval_steps` at the top level"),
         ({"do_eval": True}, {}, "set `eval_data` at the top level"),
+        ({"eval_delay": 99}, {}, "after the first `eval_steps` steps"),
         ({"bf16_full_eval": True}, {}, "in the dtype that it trains in"),
         ({"metric_for_best_model": "accuracy"}, {}, "eval_token_accuracy"),
         ({"metric_for_best_model": "eval_vsd"}, {"eval_cache": None}, "--eval-cache"),
@@ -406,8 +441,26 @@ def test_a_mistyped_option_of_held_out_data_is_named(tmp_path):
     recipe.write_text("student: s\ndata: d\nout: o\neval_data: {data: v, limt: 3}\n")
     with pytest.raises(CachekdError) as caught:
         read_config(recipe, TrainConfig, {})
-    assert "setting 'eval_data'" in str(caught.value)
-    assert "'limt' (did you mean 'limit'?)" in str(caught.value)
+    assert caught.value.problem == "unknown setting 'eval_data.limt' (did you mean 'limit'?)"
+    assert caught.value.where == f"{recipe}, line 4"
+    assert "shuffle_seed" in caught.value.expected
+    assert caught.value.found == "3"
+
+
+def test_what_decides_the_best_student_is_recorded():
+    """`save_steps` may change between two sessions of a run, and says when students are compared."""
+    run = {"student": "s", "data": "d", "out": "o"}
+
+    def recorded_steps(**said) -> int | None:
+        return TrainConfig(**run | said).model_dump(mode="json", exclude=FREE_SETTINGS)["eval_steps"]
+
+    assert [recorded_steps(eval_data="v", save_steps=steps) for steps in (2, 5, 0)] == [2, 5, 500]
+    assert recorded_steps(eval_data="v", save_steps=2, eval_steps=7) == 7
+    assert recorded_steps(save_steps=2) is None
+    assert recorded_steps(eval_data="v", training={"eval_strategy": "epoch"}) is None
+    with pytest.raises(ValidationError) as caught:
+        TrainConfig(**run, eval_data="v", save_steps=-1)
+    assert [error["loc"] for error in caught.value.errors()] == [("save_steps",)]
 
 
 def test_what_is_said_of_the_data_holds_for_the_held_out_ones():
@@ -450,6 +503,16 @@ def refused(settings: dict) -> str:
         train(TrainConfig(**settings))
     assert not Path(settings["out"]).exists()
     return str(caught.value)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_best_student_by_a_term_that_the_held_out_data_do_not_have(settings, tmp_path, teacher_path):
+    training = {"load_best_model_at_end": True, "metric_for_best_model": "eval_vsd"}
+    texts = held_out_text(tmp_path, teacher_path) | {"save_steps": 2, "training": training}
+    told = refused(settings | texts)
+    assert "setting 'training.metric_for_best_model'" in told
+    assert "one of eval_loss, eval_ce, eval_align, eval_token_accuracy" in told
+    assert "none of these has one" in told
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -525,6 +588,17 @@ def test_other_held_out_data_at_the_same_path_are_refused(settings, tmp_path, ev
         train(config)
     with pytest.raises(CachekdError, match="other settings"):
         train(TrainConfig(**settings | {"eval_steps": 3}))
+
+
+def test_a_run_that_did_not_note_its_evaluations_goes_on(settings):
+    config = TrainConfig(**settings | CE_ALONE | {"eval_steps": None, "save_steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(config, [CutShort(3)])
+    started = config.out / STARTED_FILE
+    values = json.loads(started.read_text())
+    assert values["eval_steps"] == 2
+    started.write_text(json.dumps(values | {"eval_steps": None}))
+    assert train(config).resumed_from == 2
 
 
 def test_a_run_from_before_there_were_held_out_data_goes_on(settings):

@@ -39,6 +39,22 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
 
 
+def require_new_folder(path: Path, what: str) -> None:
+    """Refuse to write into a folder that holds something.
+
+    Raises:
+        CachekdError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise CachekdError(
+            f"the folder for the {what} already holds something",
+            where=str(path),
+            expected="a new or empty folder: nothing is ever overwritten",
+            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
+            fix="choose another --out, or remove the folder",
+        )
+
+
 def commit(path: Path, content: bytes) -> None:
     """Write beside `path`, flush to the disk, then rename: a crash leaves the old file or none.
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import torch
-
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
@@ -32,7 +30,7 @@ from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import (
     check_tokenizers,
     default_device,
-    default_dtype,
+    dtype_of,
     limits_of,
     load_config,
     load_model,
@@ -91,7 +89,7 @@ def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int
         CachekdError: they cannot be read, or say nothing.
     """
     assert config.prior_data is not None
-    data = config.prior_data.beside(config)
+    data = config.prior_data.inheriting_from(config)
     samples, what = open_samples(data), "prior"
     progress(what, len(samples), 0, 0)
     return prior_of(samples, data.data, data.on_error, lambda done: progress(what, len(samples), done, 0))
@@ -155,8 +153,7 @@ class Interviewer:
         self.config, self.samples, self.encoders, self.progress = config, samples, encoders, progress
         self.bad = BadSamples()
         self.device = default_device()
-        auto = config.dtype == "auto"
-        self.dtype: torch.dtype = default_dtype(self.device) if auto else getattr(torch, config.dtype)
+        self.dtype = dtype_of(config.dtype, self.device)
 
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""

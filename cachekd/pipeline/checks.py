@@ -18,10 +18,9 @@ from cachekd.cache.tail import TailSetting
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.dump_plan import require_vocabulary
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, about
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
-from cachekd.held_out import about
 from cachekd.lean import check_lean_settings
 from cachekd.paths import is_address
 from cachekd.pipeline.config import ReportConfig

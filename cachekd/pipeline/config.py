@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, create_model, field_validator
 
 from cachekd.config import Dtype, DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import Config, Mistake, YamlFile, refusal
+from cachekd.config_file import Config, Mistake, YamlFile, known_at, refusal
 from cachekd.data_options import DataOptions
 from cachekd.paths import LocalPath, PathOrName
 
@@ -166,13 +167,11 @@ def _mistake(error: Any, file: YamlFile) -> Mistake:
     return Mistake.of(error, ".".join(map(str, own or where)), place, _known(where))
 
 
-def _known(where: tuple[Any, ...]) -> dict[str, Any]:
+def _known(where: tuple[Any, ...]) -> Iterable[str]:
     """What may stand where a setting does."""
     if where[0] == "steps":
-        return _STEPS[where[2]].model_fields if len(where) > 3 else {}
-    if where[0] == "defaults" and len(where) > 1:
-        return (TrainDefaults if where[1] == "train" and len(where) > 2 else Defaults).model_fields
-    return PipelineConfig.model_fields
+        return known_at(_STEPS[where[2]], where[3:]) if len(where) > 3 else ()
+    return known_at(PipelineConfig, where)
 
 
 def _step(where: tuple[Any, ...], values: dict[str, Any]) -> str:

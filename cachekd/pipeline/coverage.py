@@ -9,7 +9,8 @@ from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.missing import DECIDING, dumped_data, missing_samples
-from cachekd.open_run import length_settings, require_pictures
+from cachekd.open_data import length_settings
+from cachekd.open_run import require_pictures
 from cachekd.paths import is_address
 from cachekd.pipeline.inputs import is_hub_data
 from cachekd.samples import Samples, open_samples

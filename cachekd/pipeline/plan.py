@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of
 from cachekd.config_file import Config, Mistake, refusal
-from cachekd.data_options import OF_ONE_SET, DataOptions
+from cachekd.data_options import WHICH_SAMPLES, DataOptions
 from cachekd.errors import CachekdError, within
 from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import PipelineConfig, ReportConfig
@@ -146,13 +146,13 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, *_OF_DATA - OF_ONE_SET)  # held-out data have to be named
+    shared = _shared(above, *_OF_DATA - WHICH_SAMPLES)  # held-out data have to be named
     if "cache" in said:
         said = {**said, "cache": above.folder(said["cache"], "dump")}
     else:
         shared |= _shared(above, "teacher")
     if "data" in above.defaults:  # the training data
-        shared["prior_data"] = _shared(above, *OF_ONE_SET)
+        shared["prior_data"] = _shared(above, *WHICH_SAMPLES)
     values = {**shared, "models": above.of_kind["train"], **said}
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
@@ -170,7 +170,7 @@ _VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "
 
 def _data_shared(said: dict[str, Any], above: _Above) -> dict[str, Any]:
     """Of a step that names data of its own, only how records are read."""
-    return _shared(above, *(_OF_DATA - OF_ONE_SET if "data" in said else _OF_DATA))
+    return _shared(above, *(_OF_DATA - WHICH_SAMPLES if "data" in said else _OF_DATA))
 
 
 def _shared(above: _Above, *names: str) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
 
 def _beside(config: Any) -> dict[str, DataOptions]:
     said = {name: getattr(config, name, None) for name in ("eval_data", "prior_data")}
-    return {name: data.beside(config) for name, data in said.items() if data is not None}
+    return {name: data.inheriting_from(config) for name, data in said.items() if data is not None}
 
 
 def _files(config: Any, made: dict[str, str]) -> tuple[Path, ...]:

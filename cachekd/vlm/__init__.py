@@ -11,6 +11,7 @@ from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
     default_device,
     default_dtype,
+    dtype_of,
     load_config,
     load_model,
     load_without_tower,
@@ -35,6 +36,7 @@ __all__ = [
     "decode",
     "default_device",
     "default_dtype",
+    "dtype_of",
     "encode",
     "family_of",
     "generation_stops",

@@ -49,6 +49,15 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a setting names.
+
+    Args:
+        name: of torch, or "auto": the device's default.
+    """
+    return default_dtype(device) if name == "auto" else getattr(torch, name)
+
+
 def load_config(path: str) -> Any:
     """A supported VLM's configuration.
 

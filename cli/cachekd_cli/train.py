@@ -282,13 +282,13 @@ class TrainBar:
             def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 bar.update(task, note=self.terms)
                 if not hidden:
-                    text = f"step {state.global_step:,}: {evaluated(metrics)}"
+                    text = f"step {state.global_step:,}: {evaluation_line(metrics)}"
                     bar.console.print(text, markup=False, highlight=False)
 
         return ShowProgress()
 
 
-def evaluated(metrics: dict[str, float]) -> str:
+def evaluation_line(metrics: dict[str, float]) -> str:
     """An evaluation in one line, but for the time that it took."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_runtime")
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from cachekd.config import TrainConfig
+from cachekd.defaults import SAVE_STEPS
 from cachekd.errors import CachekdError
 
 ACCURACY = "token_accuracy"  # share of answer tokens whose argmax is right
-SAVE_STEPS = 500  # the Trainer's, where there are no checkpoints
 # Of the `training` mapping: these mean something where there are held-out data.
 _NEEDS_EVAL_DATA = {
     "eval_strategy",
-    "eval_delay",
     "eval_on_start",
     "per_device_eval_batch_size",
     "load_best_model_at_end",
@@ -36,10 +35,10 @@ def validation_settings(config: TrainConfig, training: dict[str, Any]) -> dict[s
         return {}
     settings = {
         "eval_strategy": "steps",
-        "eval_steps": config.eval_steps or config.save_steps or SAVE_STEPS,
+        "eval_steps": config.eval_steps or SAVE_STEPS,
         "per_device_eval_batch_size": config.batch_size,
         # The Trainer takes every name that does not end in "loss" for one that ought to grow.
-        "greater_is_better": _metric(config, training) == ACCURACY,
+        "greater_is_better": metric_of(config, config.eval_terms) == ACCURACY,
     }
     strategy = training.get("eval_strategy", "steps")
     if strategy not in ("steps", "epoch"):
@@ -53,18 +52,30 @@ def validation_settings(config: TrainConfig, training: dict[str, Any]) -> dict[s
     return settings
 
 
-def _metric(config: TrainConfig, training: dict[str, Any]) -> str:
-    """By which students are compared, without the Trainer's prefix."""
-    metric = str(training.get("metric_for_best_model", "loss")).removeprefix("eval_")
-    computed = ("loss", *config.eval_terms, ACCURACY)
+def metric_of(config: TrainConfig, terms: tuple[str, ...]) -> str:
+    """By which students are compared, without the Trainer's prefix.
+
+    Args:
+        terms: that are computed on the held-out data, as far as is known.
+
+    Raises:
+        CachekdError: the metric is not among what is computed.
+    """
+    said = config.training.get("metric_for_best_model") or "loss"
+    metric = str(said).removeprefix("eval_")
+    computed = ("loss", *terms, ACCURACY)
     if metric not in computed:
-        taught = metric in ("align", "vsd") and config.eval_cache is None and not config.live_teacher
+        fix = None
+        if metric in config.terms:
+            fix = "--eval-cache, the teacher's cache of eval_data"
+            if config.eval_is_taught:
+                fix = "eval_data with pictures: none of these has one"
         raise _refusal(
             "this is not computed on the held-out data",
             "metric_for_best_model",
             "one of " + ", ".join(f"eval_{name}" for name in computed),
-            training["metric_for_best_model"],
-            fix="--eval-cache, the teacher's cache of eval_data" if taught else None,
+            said,
+            fix,
         )
     return metric
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -18,15 +20,18 @@ from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.data_health import DataHealth, first_good
-from cachekd.errors import CachekdError
-from cachekd.held_out import about
+from cachekd.errors import CachekdError, about
 from cachekd.left_out import BadSamples
+from cachekd.samples import SampleEncoder
 from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
-from cachekd.validation_settings import ACCURACY
+from cachekd.validation.data import HeldOut
+from cachekd.validation.settings import ACCURACY
 from cachekd.vlm.steady import in_eval_mode
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -53,6 +58,20 @@ class Validation:
         self._health = DataHealth(len(data), read)
         self._health.good(place)
         self._collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded)
+
+    @classmethod
+    def of(cls, held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
+        """Of what was opened.
+
+        Args:
+            teacher_encoder: of the training data, where the teacher has its own.
+        """
+        encoder, cache = held_out.encoder, held_out.cache
+        theirs = None
+        if teacher_encoder is not None and len(held_out.terms) > 1:
+            theirs = SampleEncoder(teacher_encoder.processor, encoder.limits)
+        data = TrainingSamples(held_out.samples, encoder, cache, theirs, on_error=held_out.on_error)
+        return cls(data, held_out.terms, encoder.pad_token_id)
 
     def read(self, args: TrainingArguments) -> None:
         """Read this process's part once: what is wrong with a sample is known before the first step, not
@@ -104,33 +123,34 @@ class Validation:
         started = time.perf_counter()
         with about("eval_data"), undisturbed(trainer):
             sums = self.sums(trainer, self.batches(trainer.args))
-        *totals, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
-        divisors = [tokens if name in ("ce", ACCURACY) else distilled for name in self._names]
+        *totals, right, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
+        divisors = [tokens if name == "ce" else distilled for name in self.terms]
         if not all(divisors):
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
                 found=f"{len(self.bad.reasons):,} of them cannot be used",
             )
-        means = {name: t / n for name, t, n in zip(self._names, totals, divisors, strict=True)}
-        loss = sum(trainer.weights[name] * means[name] for name in self.terms)
-        found = {"loss": loss, **means, "runtime": time.perf_counter() - started}
+        means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
+        loss = sum(trainer.weights[name] * mean for name, mean in means.items())
+        if not math.isfinite(loss) and trainer.is_world_process_zero():
+            terms = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
+            log.warning("step %s: eval_loss is not finite: %s", f"{trainer.state.global_step:,}", terms)
+        seconds = time.perf_counter() - started
+        found = {"loss": loss, **means, ACCURACY: right / tokens, "runtime": seconds}
         return {f"{prefix}_{name}": value for name, value in found.items()}
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return (*self.terms, ACCURACY)
 
     def sums(self, trainer: SwitchKDTrainer, batches: Iterable[dict[str, Any]]) -> Tensor:
         """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
         tokens, and those of them that the teacher covers."""
         args = trainer.args
-        sums = torch.zeros(len(self._names) + 2, dtype=torch.float64, device=args.device)
+        sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=args.device)
         for batch in batches:
             batch = send_to_device(batch, args.device, non_blocking=args.dataloader_pin_memory)
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
-            row = [found.terms.get(name, 0.0) for name in self._names]
-            sums += torch.stack([torch.as_tensor(x).to(sums) for x in (*row, found.tokens, found.distilled)])
+            terms = [found.terms.get(name, 0.0) for name in self.terms]
+            row = (*terms, found.right, found.tokens, found.distilled)
+            sums += torch.stack([torch.as_tensor(x).to(sums) for x in row])
             trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
         return sums
 

@@ -1,0 +1,102 @@
+"""Data and their cache as a run opens them: those that it trains on, and held-out ones alike."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from cachekd.bind import open_bound
+from cachekd.cache import DataInfo, LogitCache
+from cachekd.config import TrainConfig
+from cachekd.data_options import DataOptions
+from cachekd.errors import BadSample, CachekdError
+from cachekd.left_out import LeftOutSamples
+from cachekd.matching import check_cache
+from cachekd.missing import dumped_data
+from cachekd.samples import Limits, SampleEncoder, Samples
+from cachekd.samples.dumped import unsaid
+from cachekd.samples.view import SamplesView
+from cachekd.vlm import limits_of, load_config
+
+
+def open_cache(config: TrainConfig) -> LogitCache | None:
+    """The cache, under the data's keys; None if none is used.
+
+    Raises:
+        CachekdError: it cannot be read, or was made with other settings of Kneedle.
+    """
+    if not config.distils or config.live_teacher:
+        return None
+    assert config.cache is not None  # as `require_inputs` saw
+    cache = open_bound(config.cache, config.binding)
+    codec = cache.manifest.codec
+    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
+        ours = getattr(config, name)
+        if ours not in (None, theirs):
+            raise CachekdError(
+                "the cache was made with another Kneedle setting",
+                where=f"setting {name!r}",
+                expected=f"{theirs}, as in {cache.path}",
+                found=ours,
+                fix=f"leave {name!r} out: a cache has its own",
+            )
+    return cache
+
+
+def length_limits(config: TrainConfig, cache: LogitCache | None) -> Limits:
+    """What the models that read the samples allow, and the settings."""
+    said = length_settings(config, None if cache is None else dumped_data(cache))
+    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
+    return limits_of(map(load_config, read_by), **said)
+
+
+def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:
+    """`max_tokens` and `too_long`; those that the run does not say are as in the dump.
+
+    Args:
+        dumped: of its cache, where it has one (see `dumped_data`).
+    """
+    said = config.model_dump(include={"max_tokens", "too_long"})
+    return said if dumped is None else said | unsaid(config, dumped, *said)
+
+
+def without_missing(
+    config: TrainConfig, samples: Samples, cache: LogitCache | None, processor: Any, encoder: SampleEncoder
+) -> tuple[Samples, LeftOutSamples]:
+    """The samples that are used, and those that are left out because the cache lacks them.
+
+    Raises:
+        CachekdError: as for `missing_in`.
+    """
+    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
+    if config.missing != "skip" or not missing:
+        return samples, LeftOutSamples()
+    kept = [index for index, key in enumerate(samples.keys) if key not in missing]
+    return SamplesView(samples, only=kept), LeftOutSamples.of(missing)
+
+
+def missing_in(
+    cache: LogitCache, config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
+) -> dict[str, str]:
+    """The samples that the cache lacks, key to why.
+
+    Raises:
+        CachekdError: it does not match the student's tokenizer, the template or the data; or the run would
+            stop at them.
+    """
+    data = None if config.binding is not None else config
+    choices = {"missing": config.missing, "on_error": config.on_error}
+    return check_cache(cache, samples, processor, encoder, data=data, **choices).reasons
+
+
+def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
+    """Whether any of the samples that the cache has (None: of all) has a picture, as their records tell."""
+    distilled = (index for index, key in enumerate(samples.keys) if cache is None or key in cache)
+    return any(_has_picture(samples, index) for index in distilled)
+
+
+def _has_picture(samples: Samples, index: int) -> bool:
+    try:
+        return samples.outline(index).images > 0
+    except BadSample:  # which is met again when it is read
+        return False

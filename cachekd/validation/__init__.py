@@ -1,0 +1,1 @@
+"""Held-out data while a student trains: settings, what is opened, evaluations, the best student."""

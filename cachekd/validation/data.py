@@ -1,0 +1,114 @@
+"""Held-out data and their cache, opened and checked before any model's weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cachekd.cache import LogitCache
+from cachekd.cache.compare import facts, require_same
+from cachekd.config import TrainConfig
+from cachekd.data_options import OnError
+from cachekd.errors import about
+from cachekd.left_out import LeftOutSamples
+from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
+from cachekd.samples import SampleEncoder, Samples, open_samples
+from cachekd.validation.settings import metric_of
+
+log = logging.getLogger(__name__)
+
+# Terms of two caches can be compared where these are the same.
+_OF_THE_TEACHER = (
+    "teacher's weights",
+    "teacher's configuration",
+    "image processing",
+    "setting window",
+    "setting min_k",
+)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run evaluates, checked as far as it can be without any model's weights in memory.
+
+    Attributes:
+        samples: to evaluate.
+        encoder: the student's, with the limits of these data.
+        cache: the teacher's of them.
+        on_error: whether a bad sample stops the run, or is left out of evaluations.
+        missing: that the cache lacks and that are left out of them.
+        terms: that are computed on them.
+    """
+
+    samples: Samples
+    encoder: SampleEncoder
+    cache: LogitCache | None
+    on_error: OnError
+    missing: LeftOutSamples
+    terms: tuple[str, ...]
+
+
+def open_held_out(
+    config: TrainConfig, processor: Any, cache: LogitCache | None, phase: Callable[[str], None]
+) -> HeldOut | None:
+    """`eval_data` and `eval_cache`, checked as what the run trains on; None where there are no such data.
+
+    Args:
+        cache: of the training data. It says what is done with long samples, where nothing nearer does.
+
+    Raises:
+        CachekdError: what does not go together; the setting is named.
+    """
+    held_out = config.on_held_out()
+    if held_out is None:
+        return None
+    phase("opening the held-out data")
+    with about("eval_data"):
+        samples = open_samples(held_out)
+    with about("eval_cache"):
+        eval_cache = open_cache(held_out) if config.eval_cache is not None else None
+        if cache is not None and eval_cache is not None:
+            require_same_teacher(cache, eval_cache)
+    encoder = SampleEncoder(processor, length_limits(held_out, eval_cache or cache))
+    with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
+        samples, missing = without_missing(held_out, samples, eval_cache, processor, encoder)
+    terms = config.eval_terms
+    if "vsd" in terms and not has_pictures(samples, eval_cache):
+        terms = tuple(name for name in terms if name != "vsd")
+    metric_of(config, terms)
+    say_what_is_not_computed(config, terms)
+    return HeldOut(samples, encoder, eval_cache, held_out.on_error, missing, terms)
+
+
+def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> None:
+    """Once, in one line: an evaluation of L_CE alone must not be taken for one of all terms.
+
+    Args:
+        terms: that are computed.
+    """
+    names = {"align": "L_Align", "vsd": "L_VSD"}
+    lacking = [names[name] for name in config.terms if name not in terms]
+    if lacking:
+        taught = config.eval_is_taught
+        log.warning(
+            "on the held-out data %s not computed, and not in eval_loss: %s",
+            " and ".join(lacking) + (" are" if lacking[1:] else " is"),
+            "none of them has a picture" if taught else "there is no teacher of them: set eval_cache",
+        )
+
+
+def require_same_teacher(cache: LogitCache, eval_cache: LogitCache) -> None:
+    """Refuse a cache of held-out data whose terms cannot be compared with those of training.
+
+    Raises:
+        CachekdError: it is of another teacher, or of other settings of Kneedle.
+    """
+    ours, theirs = (facts(found.manifest) for found in (cache, eval_cache))
+    require_same(
+        {name: ours[name] for name in _OF_THE_TEACHER},
+        {name: theirs[name] for name in _OF_THE_TEACHER},
+        f"the training data's cache, {cache.path}, beside that of the held-out data,",
+        str(eval_cache.path),
+    )
