@@ -21,11 +21,12 @@ from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
-from cachekd.evaluation.forward import QuestionRunner, free_memory
+from cachekd.evaluation.forward import QuestionRunner
 from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
+from cachekd.failures import free_memory
 from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
