@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, TypeVar
 
@@ -93,6 +94,17 @@ class BadSample(CachekdError):
 
 class LeftOut(BadSample):
     """A sample that the settings leave out, whatever `--on-error` says."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Of the known names the one that was probably meant; None if none is like it."""
+    near = get_close_matches(name, list(known), 1)
+    return near[0] if near else None
+
+
+def did_you_mean(meant: object | None) -> str | None:
+    """As advice; none where nothing was probably meant."""
+    return None if meant is None else f"did you mean {meant}?"
 
 
 def without_frames(error: E) -> E:

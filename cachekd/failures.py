@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -59,6 +60,13 @@ def memory_that_ran_out(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
         return "CPU"
     return None
+
+
+def free_memory() -> None:
+    """Of what nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, kept: bool) -> CachekdError:

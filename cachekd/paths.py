@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import os
 import re
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, did_you_mean, nearest
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 _ADDRESS = re.compile(r"://|::")
+_MOST_ROUNDS = 16  # of variables in variables
+_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # one without a slash would be taken for a mistyped path
 # A cache's on the hub: repository and revision.
-HUB_CACHE = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([^/@\s][^@\s]*))?/?")
+HUB_CACHE = re.compile(rf"({_HUB_NAME})(?:@([^/@\s][^@\s]*))?/?", re.ASCII)
+_QUERY = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)  # not the wildcard of "train-00?.tar"
+# Of which "data/x.json" is no name on the hub.
+_DATA_FILES = (".json", ".jsonl", ".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow")
 
 
 def expanded(value: Any) -> Any:
     """A path with `~`, `~user`, `$NAME` and `${NAME}` replaced; of a list or tuple, each.
 
-    An address (`s3://...`) may have a `$` of its own and stays as it is, as does what is no path or text.
+    What a variable holds is expanded in its turn: a path may pass here twice, as an option and as a setting,
+    and the second time changes nothing. An address (`s3://...`) may have a `$` of its own and stays as it is,
+    as does what is no path or text.
 
     Raises:
-        ValueError: a variable is not set, or there is no such user, and no path is called that.
+        ValueError: a variable is not set or leads back to itself, or there is no such user, and no path is
+            called that.
     """
     if isinstance(value, list | tuple):
         return type(value)(map(expanded, value))
     if isinstance(value, Path):
         return Path(expanded(str(value)))
-    if not isinstance(value, str) or _ADDRESS.search(value):
+    if not isinstance(value, str):
         return value
-    text = os.path.expanduser(value)
-    names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
-    unset = [name for name in names if not os.environ.get(name)]
-    if (unset or text.startswith("~")) and not os.path.lexists(text):
-        raise ValueError(
-            f"the variable {unset[0]} is not set, or empty"
-            if unset
-            else f"there is no user {text.partition('/')[0][1:]!r}; ./{text} is a path of that name"
-        )
-    return text if unset else _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], text)
+    text = value
+    for _ in range(_MOST_ROUNDS):
+        if _ADDRESS.search(text):
+            return text
+        text = os.path.expanduser(text)
+        names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
+        unset = [name for name in names if not os.environ.get(name)]
+        if (unset or text.startswith("~")) and not os.path.lexists(text):
+            raise ValueError(_unknown(unset[0]) if unset else _no_user(text))
+        if unset or not names:
+            return text
+        text = _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], text)
+    raise ValueError(f"the variable {names[0]} leads back to itself")
+
+
+def _unknown(variable: str) -> str:
+    return f"the variable {variable} is not set, or empty" if variable else "${} names no variable"
+
+
+def _no_user(text: str) -> str:
+    return f"there is no user {text.partition('/')[0][1:]!r}; ./{text} is a path of that name"
 
 
 _PATH = BeforeValidator(expanded)
@@ -66,6 +84,23 @@ def is_path(name: str) -> bool:
     return first in ("", ".", "..") or first.startswith("~") or os.path.lexists(first)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name is a model's or data set's on the hub, `org/name`, and no path of this disk."""
+    return re.fullmatch(_HUB_NAME, name, re.ASCII) is not None and not is_path(name)
+
+
+def split_query(spec: str) -> tuple[str, str]:
+    """The name of a data set, and what stands after its `?`, as in `org/name?split=train`; "" for nothing."""
+    found = None if os.path.lexists(spec) else _QUERY.fullmatch(spec)
+    return (found[1], found[2]) if found else (spec, "")
+
+
+def is_hub_data(spec: str) -> bool:
+    """Whether data of the hub are meant, with or without a query, and nothing on this disk."""
+    name, _ = split_query(spec)
+    return is_hub_name(name) and not name.endswith(_DATA_FILES)
+
+
 def is_address(cache: str | Path) -> bool:
     """Whether a cache is not on this disk: `s3://...`, `hf://datasets/org/name`, `org/name[@revision]`."""
     if isinstance(cache, Path):
@@ -80,15 +115,15 @@ def require_path(name: str, what: str, expected: str) -> None:
         what: that is looked for, as in "model".
 
     Raises:
-        CachekdError: with what is beside it.
+        CachekdError: with what is there instead.
     """
     if is_path(name) and not os.path.lexists(name):
-        found, fix = beside(name)
+        found, fix = what_is_there(name)
         raise CachekdError(f"there is no such {what}", where=name, expected=expected, found=found, fix=fix)
 
 
-def beside(path: str | Path) -> tuple[str, str | None]:
-    """Of a path that is not there: what is, in words, and what may have been meant.
+def what_is_there(path: str | Path) -> tuple[str, str | None]:
+    """In the place of a path that is not there, in words; and what may have been meant.
 
     Returns:
         The last folder above it that is there, with up to five of its names; and advice, if one is near.
@@ -96,14 +131,16 @@ def beside(path: str | Path) -> tuple[str, str | None]:
     folder, wanted = Path(path), ""
     while not os.path.lexists(folder):
         folder, wanted = folder.parent, folder.name
+    if not folder.exists():
+        return f"{folder} is a link to {os.readlink(folder)}, which is not there", None
     if not folder.is_dir():
         return f"{folder} is a file", None
     try:
         here = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         return str(error), None
-    near = get_close_matches(wanted, here, 1)
-    others = f" and {len(here) - 5} more" if len(here) > 5 else ""
-    holds = ", ".join([*near, *(name for name in here if name not in near)][:5]) + others
-    fix = f"did you mean {folder / near[0]}?" if near else None
+    near = nearest(wanted, here)
+    here.sort(key=lambda name: name != near)  # which comes first
+    holds = ", ".join(here[:5]) + (f" and {len(here) - 5} more" if len(here) > 5 else "")
+    fix = did_you_mean(None if near is None else folder / near)
     return f"no {wanted!r} in {folder}/, which holds {holds or 'nothing'}", fix

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig
 from cachekd.config_file import Config, read_config
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd.paths import beside, expanded, is_path, takes_path
+from cachekd.paths import expanded, is_address, is_hub_data, is_path, takes_path, what_is_there
 from cachekd.pipeline import plan_steps, read_pipeline
-from cachekd.pipeline.inputs import is_hub_data, model_content
+from cachekd.pipeline.inputs import data_content, model_content
 from cachekd.samples import open_samples
 from cachekd.vlm import load_config, load_processor
 from cachekd_cli.main import PANELS, app
@@ -76,6 +77,26 @@ def test_a_variable_that_is_not_set_is_named(text, monkeypatch):
         expanded(text)
     Path(text).mkdir(parents=True)
     assert expanded(text) == text  # there is such a folder
+
+
+def test_braces_without_a_name_are_said_to_have_none():
+    with pytest.raises(ValueError, match="names no variable"):
+        expanded("a/${}")
+
+
+def test_what_a_variable_holds_is_expanded_too_so_that_twice_changes_nothing(tmp_path, monkeypatch):
+    """Options are expanded, and once more as settings; a pipeline's settings twice."""
+    monkeypatch.setenv("DATA", "$SCRATCH/data")
+    monkeypatch.setenv("RUNS", "~/runs")
+    for text, meant in {"$DATA/x": "scratch/data/x", "$RUNS/x": "home/runs/x"}.items():
+        assert expanded(text) == str(tmp_path / meant)
+        assert DataOptions(data=text).data == str(tmp_path / meant)
+    monkeypatch.setenv("BUCKET", "s3://b/$own")
+    assert expanded("$BUCKET/x") == "s3://b/$own/x"
+    for value in ("$LOOP", "a$LOOP"):
+        monkeypatch.setenv("LOOP", value)
+        with pytest.raises(ValueError, match="the variable LOOP leads back to itself"):
+            expanded("$LOOP/x")
 
 
 def test_a_user_that_is_none_is_named():
@@ -228,14 +249,40 @@ def test_data_that_are_not_there_are_said_at_once(monkeypatch):
     assert caught.value.fix == "did you mean data/train?"
 
 
-def test_what_is_beside_a_path(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["lmms-lab/LLaVA-v1.5-mix", "org/name", "org/v1.5", "_org/_name", "org/name?split=train"]
+)
+def test_names_of_the_hub_are_the_same_to_all_who_ask(name, monkeypatch):
+    def asked(*_: Any) -> Any:
+        raise CachekdError("the hub is asked")
+
+    monkeypatch.setattr("cachekd.samples.open._open_hugging_face", asked)
+    assert is_hub_data(name)
+    with pytest.raises(CachekdError, match="the hub is asked"):
+        open_samples(name)
+    assert data_content(DataOptions(data=name), {}) is None
+    bare = name.partition("?")[0]
+    assert (is_address(bare), model_content(bare, {})) == (True, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["data/x.json", "data/x.tar", "d/x.parquet", "d/*.tar", "-a/b", "a/b/c", "a"]
+)
+def test_what_looks_like_data_of_this_disk_is_none_of_the_hubs(name):
+    assert not is_hub_data(name)
+
+
+def test_what_is_there_in_the_place_of_a_path(tmp_path):
     Path("a/b").mkdir(parents=True)
     Path("a/file").touch()
-    assert beside("a/c/d/e") == ("no 'c' in a/, which holds b, file", None)
-    assert beside("a/fil/x") == ("no 'fil' in a/, which holds file, b", "did you mean a/file?")
-    assert beside("a/file/x") == ("a/file is a file", None)
-    assert beside("a/b/c") == ("no 'c' in a/b/, which holds nothing", None)
-    assert beside("q")[0] == "no 'q' in ./, which holds a"
+    Path("a/link").symlink_to("gone")
+    assert what_is_there("a/link/x") == ("a/link is a link to gone, which is not there", None)
+    Path("a/link").unlink()
+    assert what_is_there("a/c/d/e") == ("no 'c' in a/, which holds b, file", None)
+    assert what_is_there("a/fil/x") == ("no 'fil' in a/, which holds file, b", "did you mean a/file?")
+    assert what_is_there("a/file/x") == ("a/file is a file", None)
+    assert what_is_there("a/b/c") == ("no 'c' in a/b/, which holds nothing", None)
+    assert what_is_there("q")[0] == "no 'q' in ./, which holds a"
 
 
 def test_options_from_a_shell_that_expands_nothing(tmp_path):

@@ -26,10 +26,12 @@ from cachekd.cache.sketch import read_sketch
 from cachekd.config_file import read_yaml
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
+from cachekd.evaluation.questions import require_single_questions
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
+from cachekd.paths import is_hub_data
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.inputs import model_content
-from cachekd.pipeline.run import LOCK_FILE, _free_memory
+from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.samples import open_samples
 from cachekd.stages import PARTS
@@ -135,7 +137,8 @@ def test_a_steps_own_setting_then_its_stage_then_defaults(values, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message", "place"),
     [
-        ({"step": "bake"}, "no such step", "step 'dft'"),
+        ({"step": "bake"}, "no such step: it is", "step 'dft'"),
+        ({"step": "trian"}, r"no such step \(did you mean train\?\)", "step 'dft'"),
         ({"temprature": 3}, "unknown setting 'temprature'", "step 'dft'"),
         ({"temperature": -1}, "'temperature': input should be greater than 0", "step 'dft'"),
         ({"out": "elsewhere"}, "unknown setting 'out'", "step 'dft'"),
@@ -503,10 +506,10 @@ def test_data_by_a_pattern_or_with_options_are_opened_once(tmp_path, data_path, 
         data = DataOptions(data=spec)
         assert inputs.data_content(data, known) == inputs.data_content(data, known)
     assert len(opened) == 2
-    assert not inputs.is_hub_data(f"{tmp_path}/saved?split=train")
+    assert not is_hub_data(f"{tmp_path}/saved?split=train")
     monkeypatch.chdir(tmp_path.parent)
-    assert not inputs.is_hub_data(f"{tmp_path.name}/saved?split=train")
-    assert inputs.is_hub_data("org/name?split=train")
+    assert not is_hub_data(f"{tmp_path.name}/saved?split=train")
+    assert is_hub_data("org/name?split=train")
 
 
 @pytest.mark.parametrize(
@@ -560,12 +563,18 @@ def test_data_that_change_while_a_step_runs_stop_what_takes_its_output(short, tm
     assert run(pipeline) == ["one", "two"]
 
 
-def test_sketches_on_a_device_go_with_their_step(cache_path):
+def test_sketches_on_a_device_go_with_their_step(short, tmp_path, cache_path):
     path = next(cache_path.glob("sketch*"))
-    there = weakref.ref(read_sketch(path).to("meta"))
-    assert there() is not None
-    _free_memory()
-    assert there() is None
+    kept = []
+
+    def reads(config: Any) -> None:
+        kept.append(weakref.ref(read_sketch(path).to("meta")))
+        assert kept[-1]() is not None
+        raise CachekdError("no")
+
+    with pytest.raises(CachekdError, match="no"):
+        run(read(short, tmp_path), train=reads)
+    assert [there() for there in kept] == [None]
 
 
 def test_missing_inputs_are_missed_before_anything_begins(values, tmp_path):
@@ -725,9 +734,6 @@ def test_a_step_that_leaves_out_what_its_dump_does_is_begun(values, tmp_path, du
     for step in values["steps"][1:4]:
         step |= {"missing": "ce-only"} | train
 
-    def begun(*_: Any) -> None:
-        raise CachekdError("the dump is begun")
-
     with pytest.raises(CachekdError, match="the dump is begun"):
         run(read(values, tmp_path), dump=begun)
 
@@ -764,10 +770,8 @@ def test_held_out_data_and_their_cache_are_inputs_of_a_train_step(values, tmp_pa
     assert (dpt.cache, dpt.eval_cache) == (str(out / "cache"), str(out / "held"))  # not the last dump
     assert set(planned["dpt"].upstream) == {"sft", "cache", "held"}
     assert planned["sft"].config.eval_cache is None  # L_CE needs none
-    assert (planned["dpt"].beside["eval_data"].key, planned["dpt"].beside["eval_data"].limit) == (
-        "__key__",
-        3,
-    )
+    held = planned["dpt"].other_data["eval_data"]
+    assert (held.key, held.limit) == ("__key__", 3)
     del values["defaults"]["key"]
     pipeline = read(values, tmp_path)
     assert run(pipeline) == ["cache", "held", "sft", "dpt"]
@@ -816,5 +820,95 @@ def test_an_evaluation_takes_a_dump_in_the_teachers_place_and_the_training_data_
     assert (live.config.teacher, live.upstream) == (values["defaults"]["teacher"], ())
     for step in (cached, live):
         assert step.config.limit is None
-        prior = step.beside["prior_data"]
+        prior = step.other_data["prior_data"]
         assert (prior.data, prior.limit) == (str(data_path), 5)
+
+
+def test_the_prior_reads_the_training_data_as_the_defaults_say_and_not_as_the_step_does(
+    values, tmp_path, data_path
+):
+    values["defaults"] |= {"key": "uid", "limit": 5, "max_tokens": 99}
+    own = {"map": "mymap:f", "key": "id", "image_field": "picture", "on_error": "skip", "max_tokens": 50}
+    values["steps"] = [{"step": "eval", "name": "scores", "models": ["m"], "data": "test.json"} | own]
+    (step,) = plan_steps(read(values, tmp_path))
+    assert (step.config.map, step.config.key, step.config.image_field) == ("mymap:f", "id", ("picture",))
+    for prior in (step.other_data["prior_data"], step.config.prior_data.inheriting_from(step.config)):
+        assert prior == DataOptions(data=str(data_path), key="uid", limit=5, max_tokens=99)
+
+
+def test_null_in_a_step_turns_off_what_is_preset(values, tmp_path):
+    values["defaults"] |= {"key": "uid", "max_tokens": 99}
+    values["defaults"]["train"] |= {"lora": {"r": 4}, "stage": "dft"}
+    values["steps"][1] |= {"cache": None, "stage": "sft", "lora": None, "student": None}
+    values["steps"][2] |= {"stage": None, "lambda_vsd": 0, "lambda_align": 0, "key": None}
+    values["steps"][4] |= {"teacher": None, "prior_data": None, "max_tokens": None, "cache": None}
+    planned = {step.name: step for step in plan_steps(read(values, tmp_path))}
+    dpt, sft, scores = (planned[name].config for name in ("dpt", "sft", "scores"))
+    assert (dpt.cache, dpt.lora, dpt.student) == (None, None, values["defaults"]["student"])
+    assert (sft.stage, sft.key, sft.lora) == (None, None, {"r": 4})
+    assert (scores.teacher, scores.prior_data, scores.max_tokens) == (None, None, None)
+    assert planned["scores"].other_data == {}
+    values["steps"][3] |= {"cache": None}
+    with pytest.raises(CachekdError, match="need the teacher's cached logits") as caught:
+        plan_steps(read(values, tmp_path))
+    assert "step 'dft'" in str(caught.value.where)
+
+
+def evaluating(values: dict[str, Any], data: Path, **settings: Any) -> None:
+    """A dump of test data, and an evaluation by it; nothing else."""
+    values["steps"] = [
+        {"step": "dump", "name": "asked", "data": str(data)},
+        {"step": "eval", "name": "scores", "models": [values["defaults"]["student"]], "cache": "asked"}
+        | {"data": str(data)}
+        | settings,
+    ]
+
+
+def begun(*_: Any) -> None:
+    raise CachekdError("the dump is begun")
+
+
+def test_an_evaluation_by_a_dump_of_another_tokenizer_is_refused_first(values, tmp_path, data_path):
+    other = save_vlm(tmp_path / "other", tiny_processor(corpus=["quite other words"] * 50))
+    evaluating(values, data_path, models=[str(other)], history="full")
+    with pytest.raises(CachekdError, match="different tokenizers") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'scores'" in str(caught.value.where)
+
+
+def test_an_evaluation_by_a_cache_of_another_tokenizer_is_refused_first(
+    values, tmp_path, data_path, cache_path
+):
+    other = save_vlm(tmp_path / "other", tiny_processor(corpus=["quite other words"] * 50))
+    evaluating(values, data_path, models=[str(other)], history="full", cache=str(cache_path))
+    with pytest.raises(CachekdError, match="the cache's tokenizer and the model's are different") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'scores'" in str(caught.value.where)
+
+
+def test_questions_within_conversations_are_no_ones_to_ask_alone_of_a_cache(values, tmp_path, data_path):
+    evaluating(values, data_path)
+    with pytest.raises(CachekdError, match="not to questions asked alone") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'scores': sample 's001'" in str(caught.value.where)
+    assert "history: full" in str(caught.value.fix)
+    for settings in ({"history": "full"}, {"cache": None}):
+        evaluating(values, data_path, **settings)
+        with pytest.raises(CachekdError, match="the dump is begun"):
+            run(read(values, tmp_path), dump=begun)
+
+
+def test_an_answer_that_is_not_supervised_is_no_question_of_its_own(tmp_path):
+    def turns(*supervised: bool) -> list[dict[str, Any]]:
+        asked = {"role": "user", "content": "what?"}
+        said = {"role": "assistant", "content": "this"}
+        return [turn for one in supervised for turn in (asked, {**said, "train": one})]
+
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "a", "messages": turns(True, False)}]))
+    assert len(open_samples(data).outline(0).answered) == 2
+    require_single_questions(open_samples(data))
+    for supervised in ((True, True), (False, True)):
+        data.write_text(json.dumps([{"id": "a", "messages": turns(*supervised)}]))
+        with pytest.raises(CachekdError, match="not to questions asked alone"):
+            require_single_questions(open_samples(data))

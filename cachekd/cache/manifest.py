@@ -15,7 +15,7 @@ from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
 from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
 from cachekd.files import MANIFEST_FILE as MANIFEST_FILE
-from cachekd.paths import beside
+from cachekd.paths import what_is_there
 from cachekd.ranges import EXACT, KEPT
 
 FORMAT_VERSION = 1
@@ -291,7 +291,7 @@ def _not_a_cache(folder: Path) -> CachekdError:
     if folder.is_dir():
         found, near = ", ".join(sorted(p.name for p in folder.iterdir())[:5]), None
     else:
-        found, near = ("a file", None) if folder.exists() else beside(folder)
+        found, near = ("a file", None) if folder.exists() else what_is_there(folder)
     return CachekdError(
         "this is not a cache",
         where=str(folder),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from cachekd.cache.output_head import OutputHead
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.evaluation.reference import Reference
-from cachekd.failures import failed_forward, memory_that_ran_out
+from cachekd.failures import failed_forward, free_memory, memory_that_ran_out
 from cachekd.losses import forward_kl_loss
 from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
 from cachekd.vlm import hidden_and_logits_at, output_head
@@ -175,10 +174,3 @@ class QuestionRunner:
         targets, theirs = self.reference.joined([one.target for one in questions])
         divergence = forward_kl_loss(logits[:, : targets.vocab_size], targets, reduction="none")
         return preferred == theirs, divergence.double()
-
-
-def free_memory() -> None:
-    """Of what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -10,7 +10,8 @@ from PIL import Image, ImageStat
 from torch import Tensor
 
 from cachekd.config import History
-from cachekd.samples import Encoded, Sample, SampleEncoder
+from cachekd.errors import BadSample, CachekdError
+from cachekd.samples import Encoded, Sample, SampleEncoder, Samples
 from cachekd.samples.sample import is_supervised, message_text
 
 Message = dict[str, Any]
@@ -86,10 +87,7 @@ class QuestionEncoder:
             blind=self._blind(sample, encoded) if self.blind and sample.images else [],
             unasked_answers=unasked,
             rows=self._rows(sample) if self.rows and unasked else None,
-            whole=all(
-                len(question.messages) == end + 1
-                for question, (_, end) in zip(asked, sample.asked_at, strict=True)
-            ),
+            whole=_are_whole(asked, sample),
         )
 
     def _encoded(self, asked: list[Sample]) -> list[Encoded]:
@@ -132,6 +130,37 @@ def questions_of(sample: Sample, history: History = "none") -> list[Sample]:
             whole conversation up to the question, with its true answers and pictures.
     """
     return [_asked(sample, start, end, history) for start, end in sample.asked_at]
+
+
+def require_single_questions(samples: Samples) -> None:
+    """Refuse conversations whose questions are to be asked alone, of a cache that has the teacher's answers
+    within them. No picture is opened but of those that are refused.
+
+    Raises:
+        CachekdError: a sample has several questions.
+    """
+    for index in range(len(samples)):
+        try:
+            count = len(samples.outline(index).answered)
+            # An outline has answers that are not supervised too, about which nobody asks.
+            refused = count > 1 and not _are_whole(questions_of(samples[index]), samples[index])
+        except BadSample:
+            continue  # it is told, or left out, when its turn comes
+        if refused:
+            raise CachekdError(
+                "a cache has the teacher's answers within their conversation, not to questions asked alone",
+                where=f"sample {samples.keys[index]!r}",
+                expected="one question per sample, or history: full",
+                found=f"history: none, and {count} questions",
+                fix="history: full (--history full) asks each question after those before it; a teacher in "
+                "place of the cache answers them alone",
+            )
+
+
+def _are_whole(questions: list[Sample], sample: Sample) -> bool:
+    """Whether each question has all that comes before its answer in the sample."""
+    ends = [end for _, end in sample.asked_at]
+    return [len(question.messages) for question in questions] == [end + 1 for end in ends]
 
 
 def _asked(sample: Sample, start: int, end: int, history: History) -> Sample:

@@ -19,11 +19,17 @@ from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
-from cachekd.evaluation.forward import QuestionRunner, free_memory
+from cachekd.evaluation.forward import QuestionRunner
 from cachekd.evaluation.prior import AnswerPrior, prior_of
-from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type
+from cachekd.evaluation.questions import (
+    AskedSample,
+    QuestionEncoder,
+    question_type,
+    require_single_questions,
+)
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
+from cachekd.failures import free_memory
 from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
@@ -58,6 +64,8 @@ def evaluate(
     samples, encoders = open_samples(config), open_encoders(config)
     reference: Reference | None = None
     if config.cache is not None:
+        if config.history == "none":
+            require_single_questions(samples)
         reference = CachedReference(open_cache(config.cache, encoders), default_device())
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 

@@ -19,13 +19,13 @@ from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
 from cachekd.dump_plan import require_vocabulary
 from cachekd.errors import CachekdError, about
+from cachekd.evaluation.questions import require_single_questions
 from cachekd.files import RUN_FILE
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
 from cachekd.lean import check_lean_settings
-from cachekd.paths import is_address
+from cachekd.paths import is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
-from cachekd.pipeline.coverage import check_coverage, check_pictures
-from cachekd.pipeline.inputs import is_hub_data
+from cachekd.pipeline.coverage import check_coverage, check_pictures, on_this_disk
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.samples import SampleEncoder, open_samples
@@ -53,11 +53,15 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
             _CHECKS[step.kind](step.config, models)
             if step.data is not None:
                 _check_data(step.data)
-            for setting, data in step.beside.items():
+            for setting, data in step.other_data.items():
                 with about(setting):
                     _check_data(data)
         except CachekdError as error:
             raise in_step(step.name, error) from None
+
+
+# Of a model and of a cache's teacher.
+_FACTS = ("tokenizer", "chat template", "encoding of text")
 
 
 class _Models:
@@ -119,9 +123,16 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
             check_coverage(held_out, models.dumps)
 
 
-def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:
+def _check_cache(
+    cache: str, student: SampleEncoder, models: _Models, facts: tuple[str, ...] = _FACTS
+) -> None:
     """A dump above will have its teacher's fingerprints, a cache that is there has its own; one at an address
-    is not asked."""
+    is not asked.
+
+    Args:
+        student: or another model.
+        facts: the first of `_FACTS`, which have to be the same.
+    """
     tokenizer = student.processor.tokenizer
     if (name := models.teachers.get(cache)) is not None:
         teacher = SampleEncoder(models.processor(name))
@@ -132,15 +143,14 @@ def _check_cache(cache: str, student: SampleEncoder, models: _Models) -> None:
     else:
         stored = Manifest.load(Path(cache)).fingerprints
         theirs = (stored.tokenizer, stored.chat_template, stored.encoding)
-    facts = ("tokenizer", "chat template", "encoding of text")
-    for fact, wanted, found in zip(facts, theirs, _fingerprints(student), strict=True):
+    for fact, wanted, found in zip(facts, theirs, _fingerprints(student), strict=False):
         if wanted not in (None, found):  # older caches do not know of the last
             raise CachekdError(
-                f"the cache's {fact} and the student's are different",
+                f"the cache's {fact} and the model's are different",
                 where=f"{name or cache} and {tokenizer.name_or_path}",
                 expected=f"sha256 {wanted}",
                 found=f"sha256 {found}",
-                fix="give the student the teacher's processor",
+                fix="give the model the teacher's processor",
             )
 
 
@@ -163,11 +173,14 @@ def _check_teacher(config: TrainConfig, models: _Models) -> None:
 
 def _check_eval(config: EvalConfig, models: _Models) -> None:
     names = [*([config.teacher] if config.teacher else []), *config.models]
-    first, *others = (SampleEncoder(models.processor(name)).processor for name in names)
+    first, *others = (SampleEncoder(models.processor(name)) for name in names)
     for other in others:
-        check_tokenizers(first.tokenizer, other.tokenizer)
-    if config.cache is not None and config.cache not in models.teachers and not is_address(config.cache):
-        Manifest.load(Path(config.cache))
+        check_tokenizers(first.processor.tokenizer, other.processor.tokenizer)
+    if config.cache is None:
+        return
+    _check_cache(config.cache, first, models, facts=("tokenizer",))
+    if config.history == "none" and on_this_disk(config):
+        require_single_questions(open_samples(config))
 
 
 def _check_report(config: ReportConfig, models: _Models) -> None:
@@ -206,5 +219,4 @@ def _check_data(data: DataOptions) -> None:
 def _require_on_hub(spec: str) -> None:
     from cachekd.samples.hf_load import HfSpec, require_on_hub  # importing `datasets` takes seconds
 
-    name, _, query = spec.partition("?")
-    require_on_hub(HfSpec.parse(name, query))
+    require_on_hub(HfSpec.parse(*split_query(spec)))

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, create_model, field_validator
 from cachekd.config import Dtype, DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import Config, Mistake, YamlFile, known_at, refusal
 from cachekd.data_options import DataOptions
+from cachekd.errors import did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -162,7 +163,9 @@ def _mistake(error: Any, file: YamlFile) -> Mistake:
     if error["type"] == "union_tag_not_found":
         return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":
-        return Mistake("no such step: it is dump, train, eval or report", place, error["ctx"]["tag"])
+        near = did_you_mean(nearest(error["ctx"]["tag"], _STEPS))
+        hint = "" if near is None else f" ({near})"
+        return Mistake(f"no such step{hint}: it is dump, train, eval or report", place, error["ctx"]["tag"])
     own = where[3:] if where[0] == "steps" else where
     return Mistake.of(error, ".".join(map(str, own or where)), place, _known(where))
 

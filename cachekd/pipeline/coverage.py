@@ -11,8 +11,7 @@ from cachekd.errors import CachekdError
 from cachekd.missing import DECIDING, dumped_data, missing_samples
 from cachekd.open_data import length_settings
 from cachekd.open_run import require_pictures
-from cachekd.paths import is_address
-from cachekd.pipeline.inputs import is_hub_data
+from cachekd.paths import is_address, is_hub_data
 from cachekd.samples import Samples, open_samples
 from cachekd.samples.tar_urls import is_remote
 
@@ -23,7 +22,7 @@ def check_pictures(config: TrainConfig) -> None:
     Raises:
         CachekdError: no sample has one.
     """
-    if _on_this_disk(config):
+    if on_this_disk(config):
         require_pictures(config, open_samples(config), None)
 
 
@@ -41,7 +40,7 @@ def check_coverage(config: TrainConfig, dumps: Mapping[str, DumpConfig]) -> None
     matters = config.cache is not None and config.missing != "skip" and config.binding is None
     if matters and dump is not None:
         _refuse_skipping(config, dump)
-    if not matters or not _on_this_disk(config):
+    if not matters or not on_this_disk(config):
         return
     samples = open_samples(config)
     if dump is not None:
@@ -73,7 +72,7 @@ def _refuse_skipping(config: TrainConfig, dump: DumpConfig) -> None:
 
 def _refuse_other_samples(config: TrainConfig, samples: Samples, dump: DumpConfig) -> None:
     differing = [name for name in DECIDING if getattr(config, name) != getattr(dump, name)]
-    if not differing or not _on_this_disk(dump):
+    if not differing or not on_this_disk(dump):
         return
     dumped = set(open_samples(dump).keys)
     lacking = [key for key in samples.keys if key not in dumped]
@@ -92,5 +91,6 @@ def _refuse_other_samples(config: TrainConfig, samples: Samples, dump: DumpConfi
         )
 
 
-def _on_this_disk(data: DataOptions) -> bool:
+def on_this_disk(data: DataOptions) -> bool:
+    """Whether data can be opened now: others are not fetched for a check."""
     return not is_remote(data.data) and not is_hub_data(data.data)

@@ -6,7 +6,6 @@ Cheap: they are hashed once, and again only if their names, sizes or times chang
 from __future__ import annotations
 
 import hashlib
-import re
 from glob import glob
 from pathlib import Path
 
@@ -15,13 +14,11 @@ from pydantic import BaseModel
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import weights_fingerprint
-from cachekd.paths import is_path, require_path
+from cachekd.paths import is_hub_data, is_hub_name, require_path, split_query
 from cachekd.samples import open_samples
 from cachekd.samples.open import content_hash, keys_hash
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # one without a slash would be taken for a mistyped step
-_OPTIONS = re.compile(r"(.+?)\?\w+=.*", re.DOTALL)  # ?split=train
 _OF_A_MODEL = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
@@ -50,7 +47,7 @@ def model_content(name: str, known: dict[str, Known]) -> str | None:
     if not folder.exists():
         expected = "a train step above, a model folder, or a hub name, which has a slash: org/name"
         require_path(name, "step or model", expected)
-        if _HUB_NAME.fullmatch(name):
+        if is_hub_name(name):
             return None
         raise CachekdError("there is no such step or model", where=name, expected=expected)
     files = _read_by_transformers(folder)
@@ -94,19 +91,8 @@ def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
     return known[place].content
 
 
-def is_hub_data(spec: str) -> bool:
-    """Whether the hub is meant, and nothing on this disk."""
-    name = _without_options(spec)
-    return not is_path(name) and _HUB_NAME.fullmatch(name) is not None and not Path(name).suffix
-
-
-def _without_options(spec: str) -> str:
-    options = None if Path(spec).exists() else _OPTIONS.fullmatch(spec)
-    return options[1] if options else spec
-
-
 def _data_files(spec: str) -> list[Path]:
-    path = Path(_without_options(spec))
+    path = Path(split_query(spec)[0])
     if path.is_dir():
         return sorted(path.rglob("*"))
     if path.exists():

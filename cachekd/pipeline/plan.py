@@ -13,7 +13,7 @@ from cachekd.config_file import Config, Mistake, refusal
 from cachekd.data_options import WHICH_SAMPLES, DataOptions
 from cachekd.errors import CachekdError, within
 from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
-from cachekd.pipeline.config import PipelineConfig, ReportConfig
+from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
 from cachekd.stages import STAGES
 
 CONFIGS: dict[str, type[Config]] = {
@@ -47,7 +47,7 @@ class PlannedStep:
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
         data: that it reads.
-        beside: other data sets, by the setting that names them: held-out ones, those of a prior.
+        other_data: other data sets, by the setting that names them: held-out ones, those of a prior.
         files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
@@ -57,7 +57,7 @@ class PlannedStep:
     upstream: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     data: DataOptions | None = None
-    beside: dict[str, DataOptions] = field(default_factory=dict)
+    other_data: dict[str, DataOptions] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
     @property
@@ -102,11 +102,12 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     Raises:
         CachekdError: settings are missing, or do not go with others; their steps are named.
     """
-    above = _Above(pipeline.out, _said(pipeline.defaults))
+    above = _Above(pipeline.out, _said(pipeline.defaults, Defaults))
     steps: list[PlannedStep] = []
     mistakes: list[Mistake] = []
     for step in pipeline.steps:
-        values = {**_VALUES[step.step](_said(step), above), "out": pipeline.out / step.name}
+        said = _said(step, CONFIGS[step.step])
+        values = {**_VALUES[step.step](said, above), "out": pipeline.out / step.name}
         try:
             steps.append(_planned(step.name, step.step, _config(step.name, step.step, values), above))
         except ValidationError as error:
@@ -120,22 +121,29 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     return steps
 
 
-def _said(model: Config) -> dict[str, Any]:
-    """The settings that the file has."""
+def _said(model: Config, config: type[Config]) -> dict[str, Any]:
+    """The settings that the file has. A null is one, and turns a preset off; but not where `config` needs a
+    value."""
+    needed = {name for name, field in config.model_fields.items() if field.is_required()}
     found = {name: getattr(model, name) for name in model.model_fields_set - {"name", "step"}}
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None or name not in needed}
 
 
 def _dump_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    return {**_shared(above, "teacher", "dtype", "workers"), **_data_shared(said, above), **said}
+    return {
+        **_shared(above, "teacher", "dtype", "workers"),
+        **_data_shared(above, own="data" in said),
+        **said,
+    }
 
 
 def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", "student", "dtype", "workers") | _data_shared(said, above)
+    shared = _shared(above, "teacher", "student", "dtype", "workers")
+    shared |= _data_shared(above, own="data" in said)
     if (previous := above.last("train")) is not None:
         shared["student"] = previous
-    preset = STAGES[said["stage"]] if "stage" in said else {}
-    of_all = _said(above.defaults["train"]) if "train" in above.defaults else {}
+    preset = STAGES[said["stage"]] if said.get("stage") is not None else {}
+    of_all = {} if (train := above.defaults.get("train")) is None else _said(train, TrainConfig)
     values = {**shared, **of_all, **preset, **said}
     if "student" in values:
         values["student"] = above.folder(values["student"], "train")
@@ -146,13 +154,13 @@ def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 
 
 def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, *_OF_DATA - WHICH_SAMPLES)  # held-out data have to be named
-    if "cache" in said:
+    shared = _data_shared(above, own=True)  # held-out data have to be named
+    if said.get("cache") is not None:
         said = {**said, "cache": above.folder(said["cache"], "dump")}
     else:
         shared |= _shared(above, "teacher")
-    if "data" in above.defaults:  # the training data
-        shared["prior_data"] = _shared(above, *WHICH_SAMPLES)
+    if "data" in above.defaults:  # the training data, of which nothing is as in this step's own
+        shared["prior_data"] = defaults_of(DataOptions) | _shared(above, *_OF_DATA)
     values = {**shared, "models": above.of_kind["train"], **said}
     return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
 
@@ -168,13 +176,13 @@ def _report_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
 _VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "report": _report_values}
 
 
-def _data_shared(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    """Of a step that names data of its own, only how records are read."""
-    return _shared(above, *(_OF_DATA - WHICH_SAMPLES if "data" in said else _OF_DATA))
+def _data_shared(above: _Above, *, own: bool) -> dict[str, Any]:
+    """Of a step with data of its own, only how records are read."""
+    return _shared(above, *(_OF_DATA - WHICH_SAMPLES if own else _OF_DATA))
 
 
 def _shared(above: _Above, *names: str) -> dict[str, Any]:
-    return {name: above.defaults[name] for name in names if name in above.defaults}
+    return {name: above.defaults[name] for name in names if above.defaults.get(name) is not None}
 
 
 def _config(name: str, kind: str, values: dict[str, Any]) -> Any:
@@ -207,12 +215,12 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(upstream)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=config if kind != "report" else None,
-        beside=_beside(config),
+        other_data=_other_data(config),
         files=_files(config, made),
     )
 
 
-def _beside(config: Any) -> dict[str, DataOptions]:
+def _other_data(config: Any) -> dict[str, DataOptions]:
     said = {name: getattr(config, name, None) for name in ("eval_data", "prior_data")}
     return {name: data.inheriting_from(config) for name, data in said.items() if data is not None}
 
@@ -245,7 +253,7 @@ def _caches(config: Any) -> list[str]:
 def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
     """The cache above, if a term needs one; no teacher where none does."""
     dumped = [str(above.out / dump) for dump in above.of_kind["dump"]]
-    if config.distils and not config.live_teacher and config.cache is None and dumped:
+    if config.distils and not config.live_teacher and "cache" not in config.model_fields_set and dumped:
         of_training = [cache for cache in dumped if cache != config.eval_cache]
         config = config.model_copy(update={"cache": (of_training or dumped)[-1]})
     if not config.distils:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import secrets
 import time
@@ -12,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from cachekd.cache.files import make_folder
 from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError
+from cachekd.failures import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.output import files_of
 from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
@@ -144,7 +143,8 @@ def _do(
     finally:
         record.seconds += time.perf_counter() - started
         state.write(folder)
-        _free_memory()
+        forget_sketches()  # and their copies on the GPU
+        free_memory()  # the next step's models need the room of this one's
 
 
 def _accept(state: PipelineState, step: PlannedStep, folder: Path) -> None:
@@ -201,11 +201,3 @@ def _under_way(folder: Path) -> bool:
             return False
     except CachekdError:
         return True
-
-
-def _free_memory() -> None:
-    """The next step's models need the room of this one's, and of its sketch on the GPU."""
-    forget_sketches()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -133,7 +133,7 @@ def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     }
     if step.data is not None:
         inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
-    for setting, data in step.beside.items():
+    for setting, data in step.other_data.items():
         inputs[f"content of {setting} {data.data}"] = data_content(data, state.known)
     for path in step.files:
         if path.is_file():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from cachekd.data_options import Data, DataOptions
-from cachekd.errors import BadSample, CachekdError
-from cachekd.paths import beside, is_path
+from cachekd.errors import BadSample, CachekdError, did_you_mean
+from cachekd.paths import is_hub_data, split_query, what_is_there
 from cachekd.samples.llava_json import LlavaJsonSamples
 from cachekd.samples.nearby import data_in, likeliest
 from cachekd.samples.protocol import Samples
@@ -24,11 +23,8 @@ FORMS = (
     "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
     "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
 )
-_OPTIONS = re.compile(r"(.+?)\?(\w+=.*)", re.DOTALL)  # not the wildcard of "train-00?.tar"
 _TABLES = (".parquet", ".arrow")
 _JSON = (".json", ".jsonl")
-_FILES = (*_JSON, ".tar", ".gz", ".tgz", ".zip")  # of which "data/x.json" is no name on the hub
-_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
 def open_samples(data: Data, **options: Any) -> Samples:
@@ -64,11 +60,10 @@ def open_samples(data: Data, **options: Any) -> Samples:
 def _open(spec: str, reader: RecordReader) -> Samples:
     if is_remote(spec):
         return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), reader)
-    chosen = None if os.path.exists(spec) else _OPTIONS.fullmatch(spec)
-    name, query = (chosen[1], chosen[2]) if chosen else (spec, "")
+    name, query = split_query(spec)
     path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long
     tars = sorted(str(tar) for tar in path.glob("*.tar")) if exists and path.is_dir() else []
-    if _has_tables(path, tars) if exists else _names_tables(name):
+    if _has_tables(path, tars) if exists else name.endswith(_TABLES) or is_hub_data(name):
         return _open_hugging_face(name, query, reader)
     if query:
         raise CachekdError(
@@ -79,10 +74,8 @@ def _open(spec: str, reader: RecordReader) -> Samples:
     if tars or (is_tar(name) and (exists or _is_pattern(name))):
         return WebDatasetSamples(tars or find_tars(name), reader)
     if exists:
-        inside = data_in(path)
-        fix = None if inside is None else f"did you mean {inside}?"
-        raise CachekdError("no data found", where=name, expected=FORMS, fix=fix)
-    found, fix = beside(name)
+        raise CachekdError("no data found", where=name, expected=FORMS, fix=did_you_mean(data_in(path)))
+    found, fix = what_is_there(name)
     raise CachekdError("the data set does not exist", where=name, expected=FORMS, found=found, fix=fix)
 
 
@@ -123,13 +116,6 @@ def _has_tables(path: Path, tars: list[str]) -> bool:
         return bool(here)
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     return saved or next(path.rglob("*.parquet"), None) is not None
-
-
-def _names_tables(name: str) -> bool:
-    """Whether what is not on the disk is a pattern of tables, or a name on the hub."""
-    if name.endswith(_TABLES):
-        return True
-    return not name.endswith(_FILES) and _HUB_NAME.fullmatch(name) is not None and not is_path(name)
 
 
 def _open_hugging_face(name: str, query: str, reader: RecordReader) -> Samples:
