@@ -227,9 +227,7 @@ def test_the_terminal_shows_hostile_texts_as_they_are(cache, data, place):
 
 
 def test_a_key_that_is_not_there_is_explained(cache, data, tmp_path):
-    error = run(cache.path, "s00", "--data", data).exception
-    assert "the cache has no sample 's00'" in str(error)
-    assert re.match(r"did you mean s00\d\? `cachekd select .* --list` shows them", error.fix)
+    assert "the cache has no sample 's00'" in str(run(cache.path, "s00", "--data", data).exception)
     fewer = copied(data.parent, tmp_path / "data") / data.name
     fewer.write_text(json.dumps(json.loads(fewer.read_text())[:5]))
     assert "the data set has no sample 's005'" in str(run(cache.path, "s005", "--data", fewer).exception)

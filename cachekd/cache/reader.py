@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from cachekd.cache.shard_codes import Counts
 from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
-from cachekd.errors import CachekdError, did_you_mean, nearest
+from cachekd.errors import CachekdError
 from cachekd.paths import is_address
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
@@ -180,13 +181,12 @@ class LogitCache:
             CachekdError: no such key.
         """
         if key not in self._places:
-            listed = f"`cachekd select {self.path} --list` shows them, with --json all"
-            near = did_you_mean(nearest(str(key), self._places))
+            near = difflib.get_close_matches(str(key), self._places, n=3)
             raise CachekdError(
                 f"the cache has no sample {key!r}",
                 where=str(self.path),
-                expected=f"one of its {len(self):,} keys",
-                fix=listed if near is None else f"{near} {listed}",
+                expected=f"one of its {len(self):,} keys" + (f", such as {', '.join(near)}" if near else ""),
+                fix=f"`cachekd select {self.path} --list` shows them, with --json all",
             )
         return self._places[key]
 
