@@ -346,6 +346,14 @@ class EvalConfig(DataOptions):
     workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
     dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
 
+    @field_validator("models")
+    @classmethod
+    def _are_different(cls, value: list[str]) -> list[str]:
+        models = [model.rstrip("/") or model for model in value]
+        if twice := next((model for model in models if models.count(model) > 1), None):
+            raise ValueError(f"{twice} is named twice")
+        return models
+
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:
         if self.teacher is not None and self.cache is not None:

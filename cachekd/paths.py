@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -144,3 +145,12 @@ def what_is_there(path: str | Path) -> tuple[str, str | None]:
     holds = ", ".join(here[:5]) + (f" and {len(here) - 5} more" if len(here) > 5 else "")
     fix = did_you_mean(None if near is None else folder / near)
     return f"no {wanted!r} in {folder}/, which holds {holds or 'nothing'}", fix
+
+
+def shortest(paths: Sequence[Path]) -> list[str]:
+    """Different paths by their last parts, as many as tell them apart."""
+    whole = [path.resolve() for path in paths]
+    parts, most = 1, max((len(path.parts) for path in whole), default=1)
+    while len(set(names := ["/".join(path.parts[-parts:]) for path in whole])) < len(paths) and parts < most:
+        parts += 1
+    return names

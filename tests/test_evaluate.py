@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from collections import Counter
 
@@ -11,12 +12,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ANSWERS, QUESTIONS, evaluated, noise_image, save_vlm, tiny_processor, write_llava_json
+from tiny import (
+    ANSWERS,
+    MARKED_TEMPLATE,
+    QUESTIONS,
+    evaluated,
+    noise_image,
+    save_vlm,
+    tiny_processor,
+    write_llava_json,
+)
 from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 import cachekd.evaluation.run as evaluation_run
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
+from cachekd.config_file import read_config
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
@@ -24,11 +35,15 @@ from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import (
     QuestionEncoder,
     blinded,
+    one_line,
     question_text,
     question_type,
     questions_of,
 )
+from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
+from cachekd.paths import shortest
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
+from cachekd.samples.outline import outline_of_record
 from cachekd.train import train
 from cachekd.vlm import load_model, load_processor
 from cachekd_cli.main import app
@@ -59,7 +74,7 @@ def halves(seed):
     return image
 
 
-def write_pictures(folder, seeds, *, packed=1, image=halves):
+def write_pictures(folder, seeds, *, packed=1, image=halves, first=0):
     """A question about each of some pictures, which the picture answers; `packed` are one conversation."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -70,7 +85,7 @@ def write_pictures(folder, seeds, *, packed=1, image=halves):
             image(seed).save(folder / files[-1])
             turns.append({"from": "human", "value": f"<image>\n{QUESTIONS[seed // 2 % 4]}"})
             turns.append({"from": "gpt", "value": ANSWERS[seed % 2]})
-        records.append({"id": f"s{start:03d}", "images": files, "conversations": turns})
+        records.append({"id": f"s{first + start:03d}", "images": files, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
     return folder / "data.json"
 
@@ -365,6 +380,19 @@ def test_a_system_turn_stays_where_it_stands():
     assert roles(second) == ["system", "user", "assistant"]
 
 
+def test_several_turns_of_the_user_are_one_question():
+    turns = [{"from": "human", "value": "<image>\nin one word:"}, *TURNS[3:5], *TURNS[5:]]
+    sample = sample_from_llava("k", turns, (noise_image(0), noise_image(1)), origin="test")
+    first, second = questions_of(sample)
+    assert roles(first) == ["user", "user", "assistant"]
+    assert question_text(first) == "in one word: is it red?"
+    assert (len(first.images), len(second.images)) == (1, 1)
+    record = {"conversations": turns}
+    assert [one_line(text) for text, _ in outline_of_record(record).answered] == [
+        question_text(question) for question in (first, second)
+    ]
+
+
 def test_an_answer_to_nobody_is_no_question(student_path, tmp_path):
     turns = [*TURNS[1:3], {"from": "gpt", "value": "and green"}, *TURNS[3:5]]
     sample = sample_from_llava("k", turns, (noise_image(0),), origin="test")
@@ -459,8 +487,11 @@ def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, student_path, 
     with pytest.raises(CachekdError, match="the sample's text or image differs"):
         evaluated([student_path], changed, cache=cache)
     more = write_pictures(tmp_path / "more", [*range(26)])
-    with pytest.raises(BadSample, match="the cache lacks the sample"):
+    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are not in it, the first is 's024'"):
         evaluated([student_path], more, cache=cache)
+    none = write_pictures(tmp_path / "none", [*range(30, 32)], first=30)
+    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are not in it"):
+        evaluated([student_path], none, cache=cache, on_error="skip")
     found = evaluated([student_path], more, cache=cache, on_error="skip")
     assert found.asked.left_out.samples == 2
     assert found.asked.fingerprint == evaluated([student_path], pictures).asked.fingerprint
@@ -533,6 +564,29 @@ def test_the_prior_answers_by_the_question_then_by_its_type_then_by_all(question
 
 def test_the_prior_of_nothing_says_nothing():
     assert AnswerPrior([]).answer("is it red?") == ""
+
+
+def test_the_prior_needs_no_key_and_no_pictures(student_path, pictures, tmp_path):
+    """So the training data may be in another form than the test data."""
+    records = json.loads(pictures.read_text())
+    renamed = [{"uid": r["id"], "shot": r["images"], "conversations": r["conversations"]} for r in records]
+    test = pictures.parent / "renamed.json"
+    test.write_text(json.dumps(renamed))
+    seen = tmp_path / "seen.json"
+    seen.write_text(json.dumps([{"conversations": r["conversations"]} for r in records]))
+    found = evaluated([student_path], test, key="uid", image_field="shot", prior_data=str(seen))
+    assert found.prior.correct == evaluated([student_path], pictures, prior_data=str(pictures)).prior.correct
+
+
+def test_a_map_that_fails_on_the_priors_data_is_said(student_path, pictures, tmp_path, monkeypatch):
+    (tmp_path / "priormap.py").write_text("def f(record): return {**record, 'x': record['images'][0]}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = tmp_path / "seen.json"
+    seen.write_text(
+        json.dumps([{"conversations": r["conversations"]} for r in json.loads(pictures.read_text())])
+    )
+    with pytest.raises(CachekdError, match="KeyError"):
+        evaluated([student_path], pictures, map="priormap:f", prior_data=str(seen))
 
 
 def test_the_prior_does_not_depend_on_the_order():
@@ -632,3 +686,47 @@ def test_blind_questions_are_encoded_as_if_each_were_encoded_by_itself(family):
             assert torch.equal(value, other.inputs[name]), name
         assert torch.equal(one.supervised, other.supervised)
         assert any(not torch.equal(one.inputs[name], value) for name, value in seen.inputs.items())
+
+
+# ---- what is refused before any model is loaded
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def loading(path, **_settings):
+        raise AssertionError(f"{path} was loaded")
+
+    monkeypatch.setattr(evaluation_run, "load_model", loading)
+
+
+def test_a_model_is_named_once(student_path):
+    with pytest.raises(CachekdError, match="is named twice"):
+        read_config(None, EvalConfig, {"models": ["runs/a", "runs/a/"], "data": "d"})
+
+
+def test_a_later_models_template_is_tried_first(no_model, tmp_path, student_path, pictures):
+    template = MARKED_TEMPLATE.replace("[0]['text'] }}", "[0]['text'] | upper }}")
+    assert template != MARKED_TEMPLATE
+    odd = save_vlm(tmp_path / "odd", tiny_processor(template=template))
+    with pytest.raises(CachekdError, match="answer"):
+        evaluated([student_path, odd], pictures)
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_scores_that_could_not_be_kept_are_known_first(no_model, tmp_path, pictures, student_path, content):
+    run = shutil.copytree(student_path, tmp_path / "run")
+    (run / RUN_FILE).write_text("{}")
+    if content is None:
+        (run / EVALUATIONS_FOLDER).write_text("")
+    else:
+        (run / EVALUATIONS_FOLDER).mkdir()
+        (run / EVALUATIONS_FOLDER / "a.json").write_text(content)
+    done = CliRunner().invoke(app, ["eval", str(run), "--data", str(pictures)])
+    assert isinstance(done.exception, CachekdError)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / seed / "kd" for seed in ("seed0", "seed1")]
+    assert shortest(paths) == ["seed0/kd", "seed1/kd"]
+    assert shortest([paths[0], tmp_path / "ce"]) == ["kd", "ce"]
+    assert shortest([]) == []

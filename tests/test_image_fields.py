@@ -17,7 +17,7 @@ from tiny import conversation, noise_image, png_bytes
 from cachekd.errors import BadSample
 from cachekd.samples import Sample, open_samples, sample_from_record
 from cachekd.samples.image_fields import pictures_of, refuse_untaken
-from cachekd.samples.outline import outline_of_record
+from cachekd.samples.outline import Outline, outline_of_record
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "see a.png"}]
 PNG = png_bytes(noise_image(0))
@@ -244,7 +244,8 @@ def test_an_outline_of_lists_in_lists_is_empty():
     deep: Any = []
     for _ in range(5000):
         deep = [deep]
-    assert outline_of_record({"conversations": [{"from": "gpt", "value": deep}], "tools": deep}) == ([], 0)
+    record = {"conversations": [{"from": "gpt", "value": deep}], "tools": deep}
+    assert outline_of_record(record) == Outline([], 0)
     refused({"deep": {"list": deep}, "img": PNG}, "img")
 
 

@@ -207,9 +207,10 @@ def _pictures(question: Sample) -> tuple[int, ...]:
 
 
 def question_text(question: Sample) -> str:
-    """The user's message of one of `questions_of`, without pictures and with single spaces."""
-    [(start, _)] = question.asked_at
-    return one_line(message_text(question.messages[start]))
+    """What the user says in one of `questions_of`, without pictures and with single spaces."""
+    [(start, end)] = question.asked_at
+    said = [message for message in question.messages[start:end] if message["role"] == "user"]
+    return one_line(" ".join(map(message_text, said)))
 
 
 def one_line(text: str) -> str:

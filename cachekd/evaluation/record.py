@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachekd.cache.files import write_file
+from cachekd.cache.files import require_place, write_file
 from cachekd.errors import CachekdError
 from cachekd.evaluation.scores import Evaluation
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
@@ -31,6 +32,18 @@ def save_in_runs(result: Evaluation) -> None:
             if path.exists():
                 own = _completed(own, read_record(path))
             write_file(path, own.compared().model_dump_json(indent=1).encode())
+
+
+def require_records(models: Sequence[str]) -> None:
+    """Refuse at once what could not be kept, not after the evaluation.
+
+    Raises:
+        CachekdError: a run among the models holds scores that cannot be read, or cannot be written to.
+    """
+    for path in map(Path, models):
+        if (path / RUN_FILE).exists():
+            require_place(record_path(path, "0"))
+            read_records(path)
 
 
 def save_scores(result: Evaluation, folder: Path) -> None:

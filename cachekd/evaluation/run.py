@@ -17,6 +17,8 @@ from typing import Any
 
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
+from cachekd.data_health import first_good
+from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
@@ -34,13 +36,13 @@ from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import (
-    check_tokenizers,
     default_device,
     dtype_of,
     limits_of,
     load_config,
     load_model,
     load_processor,
+    tokenizer_difference,
 )
 
 MAX_TYPES = 12
@@ -66,7 +68,8 @@ def evaluate(
     if config.cache is not None:
         if config.history == "none":
             require_single_questions(samples)
-        reference = CachedReference(open_cache(config.cache, encoders), default_device())
+        reference = CachedReference(open_cache(config, samples, encoders), default_device())
+    try_encoders(config, samples, encoders)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 
     interviewer = Interviewer(config, samples, encoders, progress)
@@ -97,7 +100,9 @@ def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int
         CachekdError: they cannot be read, or say nothing.
     """
     assert config.prior_data is not None
-    data = config.prior_data.inheriting_from(config)
+    # Neither keys nor pictures matter, and theirs may have other names than the test data's.
+    anything = {"key": ROW_NUMBERS, "image_field": (), "image_root": None}
+    data = config.prior_data.inheriting_from(config).model_copy(update=anything)
     samples, what = open_samples(data), "prior"
     progress(what, len(samples), 0, 0)
     return prior_of(samples, data.data, data.on_error, lambda done: progress(what, len(samples), done, 0))
@@ -116,17 +121,36 @@ def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
     encoders = {path: SampleEncoder(load_processor(path), limits) for path in paths}
     first, *others = encoders.values()
     for other in others:
-        check_tokenizers(first.processor.tokenizer, other.processor.tokenizer)
+        ours, theirs = first.processor.tokenizer, other.processor.tokenizer
+        if (difference := tokenizer_difference(ours, theirs)) is not None:
+            raise CachekdError(
+                "the models have different tokenizers, and answers are compared by their tokens",
+                where=f"{ours.name_or_path} and {theirs.name_or_path}",
+                found=difference,
+                fix="evaluate them one by one",
+            )
     return encoders
 
 
-def open_cache(path: str, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
+def try_encoders(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> None:
+    """A sample through each of them: what a later model cannot read is known before the first is loaded.
+
+    Raises:
+        CachekdError: one of them can use none of the samples.
+    """
+    for encoder in encoders.values():
+        encode = QuestionEncoder(encoder, config.history, blind=False)
+        first_good(len(samples), lambda index: encode(samples[index]), config.on_error)  # noqa: B023
+
+
+def open_cache(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
     """The teacher's logits of the data.
 
     Raises:
-        CachekdError: it cannot be read, or is of another tokenizer than the models'.
+        CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
+            them, where `on_error` is "skip").
     """
-    cache = LogitCache(path)
+    cache = LogitCache(str(config.cache))
     name, encoder = next(iter(encoders.items()))
     ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
     if ours != theirs:
@@ -136,6 +160,15 @@ def open_cache(path: str, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
             expected=f"sha256 {theirs}",
             found=f"sha256 {ours}",
             fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
+        )
+    missing = [key for key in samples.keys if key not in cache]
+    if missing and (config.on_error == "stop" or len(missing) == len(samples)):
+        raise CachekdError(
+            "the cache lacks samples of the data set",
+            where=f"{cache.path} and {config.data}",
+            expected=f"all of {len(samples):,} samples",
+            found=f"{len(missing):,} are not in it, the first is {missing[0]!r}",
+            fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
         )
     return cache
 

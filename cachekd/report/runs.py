@@ -11,6 +11,7 @@ from typing import Any
 from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, read_records
 from cachekd.files import RUN_FILE
+from cachekd.paths import shortest
 from cachekd.plots import RUN_COLORS
 
 _NEEDED = {"log", "config", "cache", "k_histogram", "steps", "seconds", "versions"}
@@ -94,10 +95,7 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
     twice = [str(path) for path in paths if paths.count(path) > 1]
     if twice:
         raise CachekdError("a run is compared with itself", where=twice[0], fix="name another baseline")
-    parts = 1
-    while len(set(names := ["/".join(path.parts[-parts:]) for path in paths])) < len(paths):
-        parts += 1
     return [
         replace(run, name=name, color=color)
-        for run, name, color in zip(runs, names, RUN_COLORS, strict=False)
+        for run, name, color in zip(runs, shortest(paths), RUN_COLORS, strict=False)
     ]

@@ -64,7 +64,7 @@ def _answered(roles: list[str | None], texts: list[str]) -> tuple[tuple[str, str
     found, question, before = [], None, None
     for role, text in zip(roles, texts, strict=True):
         if role == "user":
-            question = text
+            question = f"{question} {text}" if before == "user" else text
         elif role == "assistant" and question is not None and before != "assistant":
             found.append((question, text))
         before = role

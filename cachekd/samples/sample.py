@@ -57,14 +57,15 @@ class Sample:
 
     @property
     def asked_at(self) -> list[tuple[int, int]]:
-        """Of the same, the places in `messages` of the user's message and of the answer.
+        """Of the same, the places in `messages` of the user's message, of several in a row the first, and of
+        the answer.
 
         What follows an answer at once, without a user or a tool between, answers nobody's question.
         """
         asked, start, before = [], None, ""
         for place, message in enumerate(self.messages):
             if message["role"] == "user":
-                start = place
+                start = start if before == "user" else place
             elif is_supervised(message) and start is not None and before != "assistant":
                 asked.append((start, place))
             before = message["role"]

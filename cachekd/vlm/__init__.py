@@ -1,7 +1,7 @@
 """The V | P | L split of vision-language models, and the switch."""
 
 from cachekd.vlm.bridge import BridgePlan, SwitchBridge, plan_bridge
-from cachekd.vlm.compat import check_switch, check_tokenizers
+from cachekd.vlm.compat import check_switch, check_tokenizers, tokenizer_difference
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.generation import generation_stops, save_processor
@@ -57,6 +57,7 @@ __all__ = [
     "prove_split",
     "reach_by_text",
     "save_processor",
+    "tokenizer_difference",
     "train_only",
     "vision_tower",
     "weights_files",

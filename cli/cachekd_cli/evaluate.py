@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd.paths import PathOrName
+from cachekd.paths import PathOrName, shortest
 from cachekd_cli.console import (
     console,
     print_json,
@@ -104,8 +104,10 @@ def save(result: Evaluation, config: EvalConfig) -> None:
 
 def run_eval(config: EvalConfig) -> Evaluation:
     """Evaluate behind a progress bar for each model."""
+    from cachekd.evaluation import require_records
     from cachekd.evaluation.run import evaluate
 
+    require_records(config.models)
     bars: dict[str, Callable[[int, int], None]] = {}
     with progress_bar("questions") as bar:
 
@@ -137,11 +139,9 @@ def print_tables(result: Evaluation) -> None:
 
 
 def short_names(result: Evaluation) -> dict[str, str]:
-    """Of rows, for tables: without the folders, where names differ without them."""
+    """Of rows, for tables: of paths the ends that tell them apart."""
     models = [score.name for score in result.models]
-    ends = [Path(name).resolve().name for name in models]
-    unique = len(set(ends)) == len(set(models))
-    short = {name: end if unique else name for name, end in zip(models, ends, strict=True)}
+    short = dict(zip(models, shortest(list(map(Path, models))), strict=True))
     short |= {f"{name}, blind": f"{own}, blind" for name, own in short.items()}
     return {
         name: "teacher" if name.startswith("teacher ") else short.get(name, name) for name, _ in result.rows
