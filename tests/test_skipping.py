@@ -598,6 +598,6 @@ def test_an_evaluation_of_nothing_is_refused(student_path, tmp_path):
     for image in data.parent.glob("*.png"):
         image.unlink()
     for limit, count in ((None, 20), (4, 4)):
-        vain = rf"no sample can be used[\s\S]*{count} of {count} were tried in vain, the first: the image '0.png'"
+        vain = rf"no sample can be used[\s\S]*{count} of {count} were tried in vain, the first: the image"
         with pytest.raises(CachekdError, match=vain):
             evaluated([student_path], data, on_error="skip", limit=limit)
