@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
-from cachekd.data_health import first_good
-from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
-from cachekd.evaluation.prior import AnswerPrior, prior_of
+from cachekd.evaluation.inputs import Progress, open_cache, open_encoders, read_prior, try_encoders
+from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import (
     AskedSample,
     QuestionEncoder,
@@ -32,22 +30,15 @@ from cachekd.evaluation.questions import (
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
 from cachekd.failures import free_memory
-from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import (
     default_device,
     dtype_of,
-    limits_of,
-    load_config,
     load_model,
-    load_processor,
-    tokenizer_difference,
 )
 
 MAX_TYPES = 12
-Progress = Callable[[str, int, int, int], None]
-"""The model that is asked, or "prior"; the samples in all; samples and questions since the last call."""
 
 Found = dict[str, Answers]  # by a sample's key
 
@@ -91,86 +82,6 @@ def evaluate(
         prior=None if prior is None else _prior_score(config, prior, asked),
         prior_left_out=left_out,
     ).compared()
-
-
-def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
-    """Of the training data, whose records are read as the test data's unless they say otherwise.
-
-    Raises:
-        CachekdError: they cannot be read, or say nothing.
-    """
-    assert config.prior_data is not None
-    # Neither keys nor pictures matter, and theirs may have other names than the test data's.
-    anything = {"key": ROW_NUMBERS, "image_field": (), "image_root": None}
-    data = config.prior_data.inheriting_from(config).model_copy(update=anything)
-    samples, what = open_samples(data), "prior"
-    progress(what, len(samples), 0, 0)
-    return prior_of(samples, data.data, data.on_error, lambda done: progress(what, len(samples), done, 0))
-
-
-def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
-    """Each model's own, by its path; the limits are those of all.
-
-    Raises:
-        CachekdError: a model cannot be found, or their tokenizers differ.
-    """
-    paths = dict.fromkeys([*([config.teacher] if config.teacher else []), *config.models])
-    # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
-    too_long = "skip" if config.too_long == "cut" else config.too_long
-    limits = limits_of(map(load_config, paths), max_tokens=config.max_tokens, too_long=too_long)
-    encoders = {path: SampleEncoder(load_processor(path), limits) for path in paths}
-    first, *others = encoders.values()
-    for other in others:
-        ours, theirs = first.processor.tokenizer, other.processor.tokenizer
-        if (difference := tokenizer_difference(ours, theirs)) is not None:
-            raise CachekdError(
-                "the models have different tokenizers, and answers are compared by their tokens",
-                where=f"{ours.name_or_path} and {theirs.name_or_path}",
-                found=difference,
-                fix="evaluate them one by one",
-            )
-    return encoders
-
-
-def try_encoders(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> None:
-    """A sample through each of them: what a later model cannot read is known before the first is loaded.
-
-    Raises:
-        CachekdError: one of them can use none of the samples.
-    """
-    for encoder in encoders.values():
-        encode = QuestionEncoder(encoder, config.history, blind=False)
-        first_good(len(samples), lambda index: encode(samples[index]), config.on_error)  # noqa: B023
-
-
-def open_cache(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
-    """The teacher's logits of the data.
-
-    Raises:
-        CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
-            them, where `on_error` is "skip").
-    """
-    cache = LogitCache(str(config.cache))
-    name, encoder = next(iter(encoders.items()))
-    ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
-    if ours != theirs:
-        raise CachekdError(
-            "the cache was made with a different tokenizer than the models'",
-            where=f"{cache.path} and {name}",
-            expected=f"sha256 {theirs}",
-            found=f"sha256 {ours}",
-            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
-        )
-    missing = [key for key in samples.keys if key not in cache]
-    if missing and (config.on_error == "stop" or len(missing) == len(samples)):
-        raise CachekdError(
-            "the cache lacks samples of the data set",
-            where=f"{cache.path} and {config.data}",
-            expected=f"all of {len(samples):,} samples",
-            found=f"{len(missing):,} are not in it, the first is {missing[0]!r}",
-            fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
-        )
-    return cache
 
 
 class Interviewer:
