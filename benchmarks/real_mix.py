@@ -166,7 +166,8 @@ def counts(name: str, said: dict[str, Any]) -> dict[str, int]:
         return {what: said[field] for what, field in names.items()}
     if name == "train":
         return {what: said[what]["samples"] for what in ("missing", "bad")}
-    return {"questions": said["questions"], "left out": said["left_out"]["samples"]}
+    asked = said["asked"]
+    return {"questions": asked["questions"], "left out": asked["left_out"]["samples"]}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_the_whole_run(tmp_path, teacher_path, student_path, data_path):
     assert done.returncode == 0, done.stderr
     done = cachekd("eval", run, ce, "--data", data_path, "--teacher", teacher_path, "--json")
     assert done.returncode == 0, done.stderr
-    assert [score["path"] for score in json.loads(done.stdout)["models"]] == [str(run), str(ce)]
+    assert [score["name"] for score in json.loads(done.stdout)["models"]] == [str(run), str(ce)]
     done = cachekd("report", run, "--baseline", ce)
     assert done.returncode == 0, done.stderr
     assert "<html" in (run / "report.html").read_text()
