@@ -27,6 +27,7 @@ from cachekd.vlm import (
     load_config,
     load_processor,
     plan_bridge,
+    vocabulary_of,
 )
 
 log = logging.getLogger(__name__)
@@ -132,10 +133,9 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
 def live_teacher(config: TrainConfig, teacher: SwitchedTeacher) -> LiveTeacher:
     """The teacher in the cache's place."""
     own = load_processor(str(config.teacher))
-    rows = teacher.model.get_output_embeddings().weight.shape[0]
     return LiveTeacher(
         teacher,
-        vocab_size=min(len(own.tokenizer), rows),
+        vocab_size=vocabulary_of(teacher.model, own.tokenizer),
         window=config.window or 128,
         min_k=config.min_k or 2,
     )

@@ -31,6 +31,7 @@ from cachekd.vlm import (
     load_model,
     load_processor,
     output_head,
+    vocabulary_of,
     weights_identity,
 )
 
@@ -96,8 +97,8 @@ class Teacher:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
-        return min(len(self.processor.tokenizer), self.model.get_output_embeddings().weight.shape[0])
+        """See `vocabulary_of`."""
+        return vocabulary_of(self.model, self.processor.tokenizer)
 
     def find_head(self, example: Encoded) -> None:
         """Measure the head on a sample.

@@ -106,38 +106,21 @@ def ask(
 
 def _run(runner: QuestionRunner, group: Sequence[AskedSample]) -> list[Answers | BadSample]:
     """A group of samples; what is wrong with one is its value."""
-    targets = [_targets(runner, sample) for sample in group]
-    good = [
-        (sample, target)
-        for sample, target in zip(group, targets, strict=True)
-        if not isinstance(target, BadSample)
+    targets = [
+        [None] * len(sample.encoded) if runner.reference is None else runner.reference.of(sample)
+        for sample in group
     ]
-    seen = runner.run(
-        [
-            Question(encoded, part)
-            for sample, parts in good
-            for encoded, part in zip(sample.encoded, parts, strict=True)
-        ]
-    )
-    blind = runner.run([Question(encoded) for sample, _ in good for encoded in sample.blind])
-    found: dict[str, Answers | BadSample] = {}
-    seen_of, blind_of = iter(seen), iter(blind)
-    for sample, _ in good:
-        mine = [next(seen_of) for _ in sample.encoded]
-        found[sample.key] = _answers(sample, mine, [next(blind_of) for _ in sample.blind])
+    questions = [
+        Question(encoded, target)
+        for sample, parts in zip(group, targets, strict=True)
+        for encoded, target in zip(sample.encoded, parts, strict=True)
+    ]
+    seen = iter(runner.run(questions))
+    blind = iter(runner.run([Question(encoded) for sample in group for encoded in sample.blind]))
     return [
-        target if isinstance(target, BadSample) else found[sample.key]
-        for sample, target in zip(group, targets, strict=True)
+        _answers(sample, [next(seen) for _ in sample.encoded], [next(blind) for _ in sample.blind])
+        for sample in group
     ]
-
-
-def _targets(runner: QuestionRunner, sample: AskedSample) -> list[object] | BadSample:
-    if runner.reference is None or not sample.encoded:
-        return [None] * len(sample.encoded)
-    try:
-        return runner.reference.of(sample)
-    except BadSample as error:
-        return error
 
 
 def _answers(

@@ -17,7 +17,7 @@ from cachekd.evaluation.reference import Reference
 from cachekd.failures import failed_forward, free_memory, memory_that_ran_out
 from cachekd.losses import forward_kl_loss
 from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
-from cachekd.vlm import hidden_and_logits_at, output_head
+from cachekd.vlm import hidden_and_logits_at, output_head, vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,7 @@ class QuestionRunner:
         self.model, self.encoder, self.reference = model, encoder, reference
         self.keep_states, self.batch_size = keep_states, batch_size
         self.head: OutputHead | None = None
-        # Rows that pad the vocabulary beyond the tokenizer's tokens are nobody's answer.
-        rows = model.get_output_embeddings().weight.shape[0]
-        self.vocab_size = min(len(encoder.processor.tokenizer), rows)
+        self.vocab_size = vocabulary_of(model, encoder.processor.tokenizer)
 
     def run(self, questions: Sequence[Question]) -> list[Answered | BadSample]:
         """Batched by length; results in the questions' order.
@@ -140,7 +138,8 @@ class QuestionRunner:
                 where=f"sample {questions[0].encoded.key!r}",
             )
         if self.keep_states and self.head is None:
-            self.head = self._head(hidden, logits)
+            instead = "evaluate without --teacher, or with a --cache of these data, dumped with --tail none"
+            self.head = output_head(self.model, hidden, logits, self.vocab_size, instead=instead)
         preferred = logits.argmax(-1)
         right = (preferred == answers).split(counts)
         agreed, divergence = self._compared(questions, logits, preferred)
@@ -151,18 +150,6 @@ class QuestionRunner:
                 right, agreed.split(counts), divergence.split(counts), states, strict=True
             )
         ]
-
-    def _head(self, hidden: Tensor, logits: Tensor) -> OutputHead:
-        try:
-            return output_head(self.model, hidden, logits, self.vocab_size)
-        except CachekdError as error:
-            raise CachekdError(
-                error.problem,
-                where=error.where,
-                expected=error.expected,
-                found=error.found,
-                fix="evaluate without --teacher, or with a --cache of these data, dumped with --tail none",
-            ) from error
 
     def _compared(
         self, questions: list[Question], logits: Tensor, preferred: Tensor

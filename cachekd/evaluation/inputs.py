@@ -12,6 +12,7 @@ from cachekd.errors import CachekdError
 from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import QuestionEncoder
 from cachekd.fingerprint import tokenizer_fingerprint
+from cachekd.missing import missing_samples
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import limits_of, load_config, load_processor, tokenizer_difference
 
@@ -43,19 +44,20 @@ def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
     return encoders
 
 
-def try_encoders(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> None:
-    """A sample through each of them: what a later model cannot read is known before the first is loaded.
+def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) -> None:
+    """A sample through it: what a later model cannot read is known before the first is loaded.
 
     Raises:
-        CachekdError: one of them can use none of the samples.
+        CachekdError: it can use none of the samples.
     """
-    for encoder in encoders.values():
-        encode = QuestionEncoder(encoder, config.history, blind=False)
-        first_good(len(samples), lambda index: encode(samples[index]), config.on_error)  # noqa: B023
+    encode = QuestionEncoder(encoder, config.history, blind=False)
+    first_good(len(samples), lambda index: encode(samples[index]), config.on_error)
 
 
-def open_cache(config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
-    """The teacher's logits of the data.
+def open_cache(
+    config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]
+) -> tuple[LogitCache, dict[str, str]]:
+    """The teacher's logits of the data; and the samples that it lacks, key to why.
 
     Raises:
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
@@ -72,16 +74,18 @@ def open_cache(config: EvalConfig, samples: Samples, encoders: Mapping[str, Samp
             found=f"sha256 {ours}",
             fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
         )
-    missing = [key for key in samples.keys if key not in cache]
+    missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
+        first = next(key for key in samples.keys if key not in cache)
+        counted = f"{len(missing):,} are not in it, the first is {first!r}"
         raise CachekdError(
             "the cache lacks samples of the data set",
             where=f"{cache.path} and {config.data}",
             expected=f"all of {len(samples):,} samples",
-            found=f"{len(missing):,} are not in it, the first is {missing[0]!r}",
+            found="; ".join([counted, *missing.causes()]),
             fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
         )
-    return cache
+    return cache, missing.reasons
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:

@@ -87,7 +87,7 @@ class QuestionEncoder:
             blind=self._blind(sample, encoded) if self.blind and sample.images else [],
             unasked_answers=unasked,
             rows=self._rows(sample) if self.rows and unasked else None,
-            whole=_are_whole(asked, sample),
+            whole=self.history == "full" or _stand_alone(sample),
         )
 
     def _encoded(self, asked: list[Sample]) -> list[Encoded]:
@@ -143,7 +143,7 @@ def require_single_questions(samples: Samples) -> None:
         try:
             count = len(samples.outline(index).answered)
             # An outline has answers that are not supervised too, about which nobody asks.
-            refused = count > 1 and not _are_whole(questions_of(samples[index]), samples[index])
+            refused = count > 1 and not _stand_alone(samples[index])
         except BadSample:
             continue  # it is told, or left out, when its turn comes
         if refused:
@@ -157,10 +157,10 @@ def require_single_questions(samples: Samples) -> None:
             )
 
 
-def _are_whole(questions: list[Sample], sample: Sample) -> bool:
-    """Whether each question has all that comes before its answer in the sample."""
-    ends = [end for _, end in sample.asked_at]
-    return [len(question.messages) for question in questions] == [end + 1 for end in ends]
+def _stand_alone(sample: Sample) -> bool:
+    """Whether nothing but system turns comes before any question: without its history it lacks nothing."""
+    before = (message for start, _ in sample.asked_at for message in sample.messages[:start])
+    return all(message["role"] == "system" for message in before)
 
 
 def _asked(sample: Sample, start: int, end: int, history: History) -> Sample:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.output_head import OutputHead
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import AskedSample
 from cachekd.matching import check_content
 from cachekd.targets import DenseTargets, TeacherTargets
@@ -26,10 +26,9 @@ class Reference(Protocol):
     name: str
 
     def of(self, sample: AskedSample) -> list[Any]:
-        """What there is of each of a sample's questions.
+        """What there is of each of a sample's questions. A sample that is not there is never asked about.
 
         Raises:
-            BadSample: the sample is not there.
             CachekdError: it is another, or its answer tokens are others for the teacher.
         """
         ...
@@ -96,8 +95,8 @@ class CachedReference:
                 where=where,
                 fix="--history full asks them so; or --teacher in place of --cache asks the teacher itself",
             )
-        if sample.key not in self._cache:
-            raise BadSample("the cache lacks the sample", where=where)
+        if not sample.encoded:
+            return []
         check_content(self._cache, sample.key, sample.content_hash)
         targets = self._cache[sample.key]
         if sample.rows is not None and len(sample.rows) == len(targets):

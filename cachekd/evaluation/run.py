@@ -19,7 +19,7 @@ from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
-from cachekd.evaluation.inputs import Progress, open_cache, open_encoders, read_prior, try_encoders
+from cachekd.evaluation.inputs import Progress, open_cache, open_encoders, read_prior, try_encoder
 from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import (
     AskedSample,
@@ -32,11 +32,7 @@ from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
 from cachekd.failures import free_memory
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.vlm import (
-    default_device,
-    dtype_of,
-    load_model,
-)
+from cachekd.vlm import default_device, dtype_of, load_model
 
 MAX_TYPES = 12
 
@@ -55,15 +51,18 @@ def evaluate(
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
     """
     samples, encoders = open_samples(config), open_encoders(config)
+    interviewer = Interviewer(config, samples, encoders, progress)
     reference: Reference | None = None
     if config.cache is not None:
         if config.history == "none":
             require_single_questions(samples)
-        reference = CachedReference(open_cache(config, samples, encoders), default_device())
-    try_encoders(config, samples, encoders)
+        cache, missing = open_cache(config, samples, encoders)
+        interviewer.bad.add([missing])
+        reference = CachedReference(cache, interviewer.device)
+    for encoder in encoders.values():
+        try_encoder(config, samples, encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 
-    interviewer = Interviewer(config, samples, encoders, progress)
     teacher: Found | None = None
     if config.teacher is not None:
         teacher, reference = interviewer.ask_teacher(config.teacher)

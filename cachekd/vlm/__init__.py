@@ -5,7 +5,7 @@ from cachekd.vlm.compat import check_switch, check_tokenizers, tokenizer_differe
 from cachekd.vlm.deferred import DeferredHead
 from cachekd.vlm.families import family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.generation import generation_stops, save_processor
-from cachekd.vlm.head import output_head
+from cachekd.vlm.head import output_head, vocabulary_of
 from cachekd.vlm.limits import limits_of
 from cachekd.vlm.live import LiveTeacher
 from cachekd.vlm.load import (
@@ -60,6 +60,7 @@ __all__ = [
     "tokenizer_difference",
     "train_only",
     "vision_tower",
+    "vocabulary_of",
     "weights_files",
     "weights_identity",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +15,14 @@ from cachekd.errors import CachekdError
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
-def output_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor, vocab_size: int) -> OutputHead:
+def output_head(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    logits: Tensor,
+    vocab_size: int,
+    *,
+    instead: str = "use --tail none",
+) -> OutputHead:
     """The head as a matrix, a scale and a cap, found on states where the logits are known.
 
     Configurations name scale and cap in many ways, and wrappers do not always heed them; so what the model
@@ -23,6 +32,7 @@ def output_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor, vocab_si
         hidden: [N, d], what the head read.
         logits: [N, V], what the model made of it.
         vocab_size: rows of the head that are tokens.
+        instead: what to advise where there is no such head.
 
     Raises:
         CachekdError: no scale and cap explain the logits.
@@ -46,9 +56,14 @@ def output_head(model: PreTrainedModel, hidden: Tensor, logits: Tensor, vocab_si
             where=f"{model.config.model_type}, {type(layer).__name__}",
             expected=f"within {_TOLERANCE.get(weight.dtype, 8e-2):.1%} of their deviation",
             found=f"off by {miss:.1%}",
-            fix="use --tail none",
+            fix=instead,
         )
     return misses[miss]
+
+
+def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
+    return min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
 
 
 def scale_between(plain: Tensor, target: Tensor, softcap: float | None) -> float:
