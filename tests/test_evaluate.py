@@ -40,6 +40,7 @@ from cachekd.evaluation.questions import (
     question_type,
     questions_of,
 )
+from cachekd.evaluation.scores import MAX_TYPES
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.paths import shortest
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
@@ -686,6 +687,20 @@ def test_blind_questions_are_encoded_as_if_each_were_encoded_by_itself(family):
             assert torch.equal(value, other.inputs[name]), name
         assert torch.equal(one.supervised, other.supervised)
         assert any(not torch.equal(one.inputs[name], value) for name, value in seen.inputs.items())
+
+
+def test_every_type_of_question_has_its_share_and_a_table_the_frequent_ones(student_path, tmp_path):
+    """Of rare ones the report would have nothing to show."""
+    data = write_pictures(tmp_path, [*range(15)])
+    records = json.loads(data.read_text())
+    for number, record in enumerate(records):
+        record["conversations"][0]["value"] = f"<image>kind{number:02d} of question?"
+    data.write_text(json.dumps(records))
+    done = CliRunner().invoke(app, ["eval", str(student_path), "--data", str(data)], env={"COLUMNS": "200"})
+    assert done.stdout.count("kind") == MAX_TYPES == 12
+    result = evaluated([student_path], data)
+    assert result.models[0].by_type.keys() == result.asked.types.keys()
+    assert len(result.asked.types) == 15
 
 
 # ---- what is refused before any model is loaded

@@ -85,17 +85,14 @@ def page_of(run: Path, *baselines: Path) -> Page:
     return Page(build_report(read_run(run), [read_run(one) for one in baselines]))
 
 
+SHORT = {"epochs": 2, "logging_steps": 1, "batch_size": 6}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, student_path, teacher_path, data_path, cache_path) -> tuple[Path, Path]:
     """Switch-KD and CE-only, not evaluated."""
     folder = tmp_path_factory.mktemp("runs")
-    common = {
-        "student": str(student_path),
-        "data": data_path,
-        "epochs": 2,
-        "logging_steps": 1,
-        "batch_size": 6,
-    }
+    common = {"student": str(student_path), "data": data_path, **SHORT}
     train(TrainConfig(out=folder / "ce", lambda_align=0, lambda_vsd=0, seed=7, **common))
     train(
         TrainConfig(out=folder / "kd", teacher=str(teacher_path), cache=cache_path, lambda_vsd=0.5, **common)
@@ -559,13 +556,7 @@ def test_from_training_and_evaluation_to_the_page(
 ):
     """Nothing in between: what `train` and `eval` leave is what the report reads."""
     held_out = {"eval_data": data_path, "eval_steps": 2}
-    common = {
-        "student": str(student_path),
-        "data": data_path,
-        "epochs": 2,
-        "logging_steps": 1,
-        "batch_size": 6,
-    }
+    common = {"student": str(student_path), "data": data_path, **SHORT}
     train(TrainConfig(out=tmp_path / "ce", lambda_align=0, lambda_vsd=0, **common))
     distilled = {"teacher": str(teacher_path), "cache": cache_path, "eval_cache": cache_path}
     train(TrainConfig(out=tmp_path / "kd", **distilled, **held_out, **common))

@@ -34,8 +34,6 @@ from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import default_device, dtype_of, load_model
 
-MAX_TYPES = 12
-
 Found = dict[str, Answers]  # by a sample's key
 
 
@@ -209,6 +207,6 @@ def _counted(name: str, samples: Sequence[AskedSample], right: list[bool]) -> Sc
     return Score(
         name=name,
         exact_match=sum(right) / len(right),
-        by_type={kind: hits[kind] / count for kind, count in asked.most_common(MAX_TYPES)},
+        by_type={kind: hits[kind] / count for kind, count in asked.most_common()},
         correct="".join("01"[one] for one in right),
     )

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from cachekd.evaluation.bootstrap import paired_intervals
 from cachekd.left_out import LeftOutSamples
 
+MAX_TYPES = 12  # of questions in a table: data sets have hundreds
+
 
 class Score(BaseModel):
     """One row: a model, or what stands for one, on a set of questions.

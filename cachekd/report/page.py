@@ -11,14 +11,13 @@ import matplotlib
 from cachekd.cache import Manifest
 from cachekd.cache.files import require_place, write_file
 from cachekd.describe import Rows, bytes_per_token, fidelity, fingerprints, origin
+from cachekd.evaluation.scores import MAX_TYPES
 from cachekd.files import REPORT_FILE
 from cachekd.plots import STYLE, k_plot, page_environment
 from cachekd.report.accuracy import difference_text, is_sure, sections, verdict
 from cachekd.report.curves import TERMS, loss_panels, optimizer_panels
 from cachekd.report.runs import Run, read_run, told_apart
 from cachekd.report.settings import settings_of
-
-MAX_TYPES = 12  # of questions, before the rest is folded
 
 
 def write_report(

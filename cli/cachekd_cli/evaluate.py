@@ -166,8 +166,10 @@ def print_differences(result: Evaluation, names: dict[str, str]) -> None:
 
 
 def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
-    """Exact match of every row by question type."""
-    kinds = rows[0][1].by_type
+    """Exact match of every row by question type, the most frequent ones."""
+    from cachekd.evaluation.scores import MAX_TYPES
+
+    kinds = list(rows[0][1].by_type)[:MAX_TYPES]
     counted = [
         (kind, f"{result.asked.types[kind]:,}", *(_percent(score.by_type[kind]) for _, score in rows))
         for kind in kinds
