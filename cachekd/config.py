@@ -379,6 +379,19 @@ FREE_SETTINGS = {
 }
 
 
+def samples_per_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with what counts of `batch_size` and `gradient_accumulation`: their product, the samples
+    of an optimizer step in each process. A run that ran out of memory may go on with smaller batches.
+
+    With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
+    """
+    sizes = ("batch_size", "gradient_accumulation")
+    if settings["training"].get("dataloader_drop_last"):
+        return settings
+    others = {name: value for name, value in settings.items() if name not in sizes}
+    return others | {" x ".join(sizes): settings[sizes[0]] * settings[sizes[1]]}
+
+
 def defaults_of(model: type[Config]) -> dict[str, Any]:
     """Settings that nobody has to say, as they stand in JSON."""
     return model.model_construct().model_dump(mode="json", warnings=False)

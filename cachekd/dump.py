@@ -27,6 +27,7 @@ from cachekd.dump_plan import (
     new_plan,
     pilot_of,
     refuse_small_disk,
+    require_same_shards,
     require_vocabulary,
     same_plan,
 )
@@ -109,6 +110,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
             pilot = pilot_of(config, samples, teacher, earlier, partial(progress, "pilot", None))
 
     build = CacheBuild.start(config.out, plan)
+    require_same_shards(config, build.plan)  # it is that of whoever was first
     known = pilot.reusable(build.plan) if pilot is not None else {}
     teacher.codec = build.plan.codec
     encoder = None

@@ -122,14 +122,8 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: P
     Raises:
         CachekdError: it would not: what differs, old and new.
     """
+    require_same_shards(config, earlier)
     assert earlier.source.geometry is not None
-    shard_samples = "setting shard_samples"
-    require_same(
-        {shard_samples: earlier.source.geometry.shard_samples},
-        {shard_samples: config.shard_samples or earlier.source.geometry.shard_samples},
-        "the dump in this folder",
-        str(config.out),
-    )
     geometry = earlier.source.geometry.model_copy(
         update={
             "calibration_tokens": config.calibration_tokens,
@@ -142,6 +136,18 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: P
     where = str(config.out)
     require_same(facts(earlier, earlier.source), facts(plan, plan.source), "the dump in this folder", where)
     return earlier
+
+
+def require_same_shards(config: DumpConfig, earlier: Plan) -> None:
+    """Refuse to go on with shards of another size, where one is asked for.
+
+    Raises:
+        CachekdError: `earlier` has another.
+    """
+    assert earlier.source.geometry is not None  # it is a dump's
+    name, size = "setting shard_samples", earlier.source.geometry.shard_samples
+    asked = config.shard_samples or size
+    require_same({name: size}, {name: asked}, "the dump in this folder", str(config.out))
 
 
 def refuse_small_disk(folder: Path, needed: int, what: str) -> None:

@@ -14,6 +14,7 @@ from cachekd.errors import about
 from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_run import OpenRun, open_run
+from cachekd.run_folder import settings_of
 from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.trainer_settings import explained
@@ -92,6 +93,7 @@ def load_trainer(
             logit_chunk=config.logit_chunk,
             callbacks=callbacks,
             validation=validation,
+            settings=settings_of(config),
         )
         # Some look for their modules in the model.
         trainer.get_optimizer_cls_and_kwargs(opened.arguments, student)

@@ -1,7 +1,8 @@
 """A run's folder: begun, gone on with, finished; a finished one is never overwritten.
 
+.cachekd.lock           which process is at work here
 cachekd_started.json    the settings, and what was read, by its content; written before the first step
-checkpoints/            the Trainer's, to go on from; gone when the run is finished
+checkpoints/            the Trainer's, to go on from, each with its settings; gone when the run is finished
 model.safetensors ...   the student with its processor
 cachekd_run.json        the run is finished
 """
@@ -12,25 +13,40 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.cache.files import commit, require_new_folder, require_room_for
-from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of
+from cachekd.cache.files import commit, commit_first, require_new_folder
+from cachekd.cache.lock import alone
+from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, samples_per_step
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
+SETTINGS_FILE = "cachekd_settings.json"  # in a checkpoint
 CHECKPOINTS = "checkpoints"
 INPUTS = "inputs"  # in that file: what was read, by its content
 KNOWN = "known"  # models that were hashed, so that they need not be again
 PROCESSES = "processes"
 
 
+@contextmanager
+def claimed(config: TrainConfig) -> Iterator[RunFolder]:
+    """The run's folder, for one training at a time: of several processes that share a run, the first one
+    holds it.
+
+    Raises:
+        CachekdError: another training is at work in it; or as `RunFolder`.
+    """
+    require_unfinished(config.out)  # of a run that lies where nobody may write, too
+    with alone(config.out, "trains in") if _is_first_process() else nullcontext():
+        yield RunFolder(config)
+
+
 class RunFolder:
-    """Where a run is written.
+    """Where a run is written. See `claimed`.
 
     Raises:
         CachekdError: the folder holds a finished run, a run with other settings, one that is trained but can
@@ -41,22 +57,15 @@ class RunFolder:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
         self.keep_checkpoints = config.keep_checkpoints
-        self.settings: dict[str, Any] = config.model_dump(mode="json", exclude=FREE_SETTINGS)
+        self.settings = settings_of(config)
         self.known: dict[str, Any] = {}  # of models, by `inputs_of`
         self._facts: dict[str, Any] = {}
         self._earlier: dict[str, Any] = {}  # facts of the session that began the run
         self._trained = False
-        self._not_there = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        if (self.path / RUN_FILE).exists():
-            raise CachekdError(
-                "the run is finished, and a finished run is never overwritten",
-                where=str(self.path),
-                fix="choose another --out, or remove the folder",
-            )
+        require_unfinished(self.path)
         started = self.path / STARTED_FILE
         self._is_new = not started.exists()
         if self._is_new:
-            require_room_for(self.path)
             require_new_folder(self.path, "run")
             return
         # A setting that there was not yet when the run began is at its default.
@@ -65,7 +74,9 @@ class RunFolder:
             earlier["eval_steps"] = self.settings["eval_steps"]  # once it was not noted where nobody said it
         self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
         self.known = earlier.get(KNOWN, {})
-        self._require_same_settings(earlier)
+        self._require_same_settings(earlier, started)
+        if (checkpoint := self.last_checkpoint()) and (noted := Path(checkpoint, SETTINGS_FILE)).exists():
+            self._require_same_settings(defaults_of(TrainConfig) | _read(noted), noted)
         if self.last_checkpoint() is None and (saved := saved_models(self.path)):
             raise CachekdError(
                 "the run is trained, but it was not finished, and there is no checkpoint to finish it from",
@@ -75,14 +86,15 @@ class RunFolder:
                 "train it again choose another --out, or remove the folder",
             )
 
-    def _require_same_settings(self, earlier: dict[str, Any]) -> None:
-        changed = sorted(name for name, value in self.settings.items() if earlier.get(name) != value)
+    def _require_same_settings(self, earlier: dict[str, Any], noted: Path) -> None:
+        before, now = samples_per_step(earlier), samples_per_step(self.settings)
+        changed = sorted(name for name in now if before.get(name) != now[name])
         if changed:
             raise CachekdError(
                 "the run was begun with other settings",
-                where=str(self.path / STARTED_FILE),
-                expected=", ".join(f"{name}: {earlier.get(name)}" for name in changed),
-                found=", ".join(f"{name}: {self.settings.get(name)}" for name in changed),
+                where=str(noted),
+                expected=", ".join(f"{name}: {before.get(name)}" for name in changed),
+                found=", ".join(f"{name}: {now[name]}" for name in changed),
                 fix="repeat the command that began it, choose another --out, or remove the folder",
             )
 
@@ -124,9 +136,21 @@ class RunFolder:
         return None if newest is None else str(newest)
 
     def begin(self) -> None:
-        """Mark the folder as a run; in one process."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write(STARTED_FILE, self.settings | self._facts | {KNOWN: self.known})
+        """Mark the folder as a run; in one process.
+
+        Raises:
+            CachekdError: another run has begun here meanwhile; or the folder cannot be written.
+        """
+        begun = self.path / STARTED_FILE
+        content = _json(self.settings | self._facts | {KNOWN: self.known})
+        if not self._is_new:
+            commit(begun, content)
+        elif not commit_first(begun, content):
+            raise CachekdError(
+                "another run has begun in this folder",
+                where=str(begun),
+                fix="run the same command again, to go on with it if it is the same; or choose another --out",
+            )
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
@@ -145,8 +169,6 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         with suppress(OSError):
             (self.path / STARTED_FILE).unlink(missing_ok=True)
-            for made in self._not_there:  # folders that are not empty stay
-                made.rmdir()
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -169,7 +191,7 @@ class RunFolder:
     def finish(self, run: dict[str, Any]) -> None:
         """Everything the report needs, beside the model; the run is finished with it, and nothing goes on
         from a checkpoint any more."""
-        self._write(RUN_FILE, run)
+        commit(self.path / RUN_FILE, _json(run))
         if self.keep_checkpoints:
             return
         for checkpoint in self.checkpoints.glob("checkpoint-*"):
@@ -177,8 +199,33 @@ class RunFolder:
         with suppress(OSError):  # the logs of TensorBoard stay
             self.checkpoints.rmdir()
 
-    def _write(self, name: str, value: dict[str, Any]) -> None:
-        commit(self.path / name, json.dumps(value, indent=1).encode())
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """What may not change between two sessions of a run, as it stands in JSON."""
+    return config.model_dump(mode="json", exclude=FREE_SETTINGS)
+
+
+def note_settings(settings: dict[str, Any], checkpoint: Path) -> None:
+    """Write into a checkpoint what it is made with."""
+    commit(checkpoint / SETTINGS_FILE, _json(settings))
+
+
+def require_unfinished(path: Path) -> None:
+    """Refuse a run's folder that needs no training any more.
+
+    Raises:
+        CachekdError: the run is finished.
+    """
+    if (path / RUN_FILE).exists():
+        raise CachekdError(
+            "the run is finished, and a finished run is never overwritten",
+            where=str(path),
+            fix="choose another --out, or remove the folder",
+        )
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=1).encode()
 
 
 def _place(setting: str | dict[str, Any]) -> str:

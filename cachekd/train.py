@@ -20,7 +20,7 @@ from cachekd.lean import save_merged
 from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import OpenRun, open_run
-from cachekd.run_folder import RunFolder, step_of
+from cachekd.run_folder import RunFolder, claimed, step_of
 from cachekd.run_inputs import inputs_of
 from cachekd.samples import Limits
 from cachekd.stopping import StopInOrder, never
@@ -98,8 +98,7 @@ def train(
             run that fails before its first checkpoint leaves nothing behind.
         RunStopped: it was asked to stop; there is a checkpoint of that step.
     """
-    folder = RunFolder(config)
-    with folder.kept_if_worth_it(), memory_advice(config):
+    with claimed(config) as folder, folder.kept_if_worth_it(), memory_advice(config):
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")

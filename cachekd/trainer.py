@@ -22,7 +22,7 @@ from cachekd.left_out import BadSamples
 from cachekd.loss_terms import TERMS, BatchTerms, LossTerms, Targets, TermSums
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
-from cachekd.run_folder import saving_checkpoint
+from cachekd.run_folder import note_settings, saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.stopping import LastStep
@@ -59,6 +59,7 @@ class SwitchKDTrainer(Trainer):
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         callbacks: the Trainer's.
         validation: on held-out data, when the Trainer evaluates; there, the switched path always runs.
+        settings: of the run, noted in each checkpoint; None: nothing is.
 
     Raises:
         CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
@@ -87,6 +88,7 @@ class SwitchKDTrainer(Trainer):
         logit_chunk: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
         validation: Validation | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         if lambda_vsd > 0 and teacher is None:
             raise CachekdError("L_VSD needs a teacher to switch into", fix="pass teacher=, or lambda_vsd=0")
@@ -112,7 +114,7 @@ class SwitchKDTrainer(Trainer):
             data_collator=partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded),
             callbacks=[*(callbacks or []), LastStep()],
         )
-        self.encoder, self.validation = encoder, validation
+        self.encoder, self.validation, self.settings = encoder, validation, settings
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
@@ -335,6 +337,8 @@ class SwitchKDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.settings is not None and self.args.should_save:
+            note_settings(self.settings, Path(output_dir))
         if self.bad_samples() and self.args.should_save:
             self.bad.save(Path(output_dir))
         if self.bridge is not None and self.args.should_save:

@@ -22,7 +22,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import commit, commit_first, is_temporary, make_folder, remove_stale
+from cachekd.cache.files import commit, commit_first, contents, is_temporary, make_folder, remove_stale
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Fidelity, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
@@ -50,7 +50,7 @@ def find_plan(path: Path) -> Plan | None:
             "the folder for the cache already holds something",
             where=str(path),
             expected="a new or empty folder, or a dump to go on with: nothing is ever overwritten",
-            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
+            found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
             fix="choose another --out, or remove the folder",
         )
     return None
@@ -62,7 +62,7 @@ def _is_empty(path: Path) -> bool:
         return False
     ours = (path / RECORD_FOLDER, path / SHARD_FOLDER)
     inside = [file for folder in ours if folder.is_dir() for file in folder.iterdir()]
-    others = [file for file in path.iterdir() if file not in ours]
+    others = [file for file in contents(path) if file not in ours]
     return all(is_temporary(file) for file in (*inside, *others))
 
 

@@ -37,6 +37,12 @@ def _here() -> str:
 _HERE = _here()
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
+LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.cache.lock`
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder, in order, but for the lock of whoever works there."""
+    return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
 
 
 def require_new_folder(path: Path, what: str) -> None:
@@ -45,12 +51,12 @@ def require_new_folder(path: Path, what: str) -> None:
     Raises:
         CachekdError: `path` exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or contents(path)):
         raise CachekdError(
             f"the folder for the {what} already holds something",
             where=str(path),
             expected="a new or empty folder: nothing is ever overwritten",
-            found=", ".join(sorted(p.name for p in path.iterdir())[:5]) if path.is_dir() else "a file",
+            found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
             fix="choose another --out, or remove the folder",
         )
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cachekd.cache.files import cannot_write, make_folder, refuse_address, sync_folder
-from cachekd.errors import CachekdError
+from cachekd.cache.files import cannot_write, make_folder, refuse_address, require_new_folder, sync_folder
+from cachekd.cache.lock import alone
 
 
 @contextmanager
@@ -26,28 +26,28 @@ def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
     out = Path(out)
     refuse_address(out)
     out = out.resolve()  # "." has no name
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CachekdError(
-            f"the folder for the {what} already holds something",
-            where=str(out),
-            expected="a new or empty folder: nothing is ever overwritten",
-            fix="choose another folder",
-        )
+    require_new_folder(out, what)
     staging = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)  # of a process that had the same number and was killed
     make_folder(staging)
     try:
         yield staging
-        try:
-            sync_folder(staging)
-            if out.exists():  # stays: it may be a mount, or where someone stands
+        sync_folder(staging)
+        if out.exists():  # it stays: it may be a mount, or where someone stands
+            with alone(out, "writes into"):
+                require_new_folder(out, what)  # another process may have been faster
                 for part in sorted(staging.iterdir(), key=lambda path: path.name == last):
-                    part.rename(out / part.name)
+                    _rename(part, out / part.name, out)
                 sync_folder(out)
-            else:
-                staging.rename(out)
-                sync_folder(out.parent)
-        except OSError as error:
-            raise cannot_write(out, error) from None
+        else:
+            _rename(staging, out, out)  # refused by the system if another process was faster
+            sync_folder(out.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rename(old: Path, new: Path, out: Path) -> None:
+    try:
+        old.rename(new)
+    except OSError as error:
+        raise cannot_write(out, error) from None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from cachekd.cache.build import CacheBuild, find_plan
+from cachekd.cache.build import CacheBuild
+from cachekd.cache.files import require_new_folder
 from cachekd.cache.fit import fit_sketch
+from cachekd.cache.lock import alone
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -54,7 +57,8 @@ class LogitCacheWriter:
         calibration_tokens: answer tokens that the sketch is fitted on.
 
     Raises:
-        CachekdError: the folder holds something already, or a tail sketch is wanted and there is no head.
+        CachekdError: the folder holds something already, or another process writes into it; or a tail sketch
+            is wanted and there is no head.
     """
 
     manifest: Manifest
@@ -75,13 +79,6 @@ class LogitCacheWriter:
         calibration_tokens: int = CALIBRATION_TOKENS,
     ) -> None:
         self.path = Path(path)
-        if find_plan(self.path) is not None:
-            raise CachekdError(
-                "the folder for the cache already holds something",
-                where=str(self.path),
-                expected="a new or empty folder",
-                fix="choose another folder, or remove this one",
-            )
         self._tail = TailSetting.parse(codec.tail)
         check_sketch_parts(self._tail, teacher.vocab_size, head, encoder, str(self.path))
         self._head, self._encoder = head, encoder
@@ -96,7 +93,11 @@ class LogitCacheWriter:
             codec=codec,
             source=Source(data=data, versions=versions),
         )
-        self._build = CacheBuild.start(self.path, plan)
+        with ExitStack() as held:
+            held.enter_context(alone(self.path, "writes a cache into"))
+            require_new_folder(self.path, "cache")
+            self._build = CacheBuild.start(self.path, plan)
+            self._held = held.pop_all()  # until the cache is complete, or given up
         self._shards, self._shard = 0, None if self._tail.sketch else self._new_shard(0)
 
     def add(
@@ -145,6 +146,7 @@ class LogitCacheWriter:
             self._shard.finish()
             self._shards += 1
         self.manifest = self._build.assemble(self._shards)
+        self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -160,6 +162,7 @@ class LogitCacheWriter:
                 shutil.rmtree(self.path, ignore_errors=True)
                 if not self._made_folder:
                     self.path.mkdir()
+            self._held.close()
 
     def _start_sketch(self) -> None:
         waiting, self._waiting = self._waiting, []

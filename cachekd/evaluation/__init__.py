@@ -3,7 +3,7 @@
 `cachekd.evaluation.run.evaluate` finds it out. What is here keeps, reads and compares it, and needs no model.
 """
 
-from cachekd.evaluation.record import read_records, require_records, save_in_runs, save_scores
+from cachekd.evaluation.record import only_writer, read_records, require_records, save_in_runs, save_scores
 from cachekd.evaluation.scores import Difference, Evaluation, QuestionSet, Score, differences
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "QuestionSet",
     "Score",
     "differences",
+    "only_writer",
     "read_records",
     "require_records",
     "save_in_runs",

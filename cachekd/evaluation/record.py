@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from cachekd.cache.files import require_place, write_file
+from cachekd.cache.lock import alone
 from cachekd.errors import CachekdError
 from cachekd.evaluation.scores import Evaluation
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
+
+_PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 
 
 def save_in_runs(result: Evaluation) -> None:
@@ -29,9 +33,10 @@ def save_in_runs(result: Evaluation) -> None:
         if (Path(score.name) / RUN_FILE).exists():
             path = record_path(Path(score.name), result.asked.fingerprint)
             own = result.model_copy(update={"models": [score], "differences": [], "at": now})
-            if path.exists():
-                own = _completed(own, read_record(path))
-            write_file(path, own.compared().model_dump_json(indent=1).encode())
+            with alone(path.parent, "saves scores in", patience=_PATIENCE):
+                if path.exists():
+                    own = _completed(own, read_record(path))
+                write_file(path, own.compared().model_dump_json(indent=1).encode())
 
 
 def require_records(models: Sequence[str]) -> None:
@@ -44,6 +49,15 @@ def require_records(models: Sequence[str]) -> None:
         if (path / RUN_FILE).exists():
             require_place(record_path(path, "0"))
             read_records(path)
+
+
+def only_writer(folder: Path | None) -> AbstractContextManager[None]:
+    """Hold the folder for `save_scores`, from before the first question is asked.
+
+    Raises:
+        CachekdError: another evaluation writes into it.
+    """
+    return nullcontext() if folder is None else alone(folder, "writes scores into")
 
 
 def save_scores(result: Evaluation, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of
+from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of, samples_per_step
 from cachekd.config_file import Config, Mistake, refusal
 from cachekd.data_options import WHICH_SAMPLES, DataOptions
 from cachekd.errors import CachekdError, within
@@ -73,6 +73,10 @@ class PlannedStep:
     def settings(self) -> dict[str, Any]:
         """What changes the output."""
         return self.config.model_dump(mode="json", exclude=FREE[self.kind])
+
+    def comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings, now or of a record, with only what has to be equal of them."""
+        return samples_per_step(settings) if self.kind == "train" else settings
 
     @property
     def defaults(self) -> dict[str, Any]:

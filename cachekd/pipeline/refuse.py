@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from cachekd.cache.files import contents
 from cachekd.errors import CachekdError
 from cachekd.pipeline.output import damage_of
 from cachekd.pipeline.plan import LAST_FILE, PlannedStep, in_step
@@ -71,7 +72,7 @@ def refuse_foreign(step: PlannedStep) -> None:
     Raises:
         CachekdError: the step's folder holds something.
     """
-    if step.out.exists() and (not step.out.is_dir() or any(step.out.iterdir())):
+    if step.out.exists() and (not step.out.is_dir() or contents(step.out)):
         raise in_step(
             step.name,
             CachekdError(

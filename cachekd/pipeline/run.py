@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from cachekd.cache.files import make_folder
+from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
+from cachekd.cache.lock import alone
 from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError
 from cachekd.failures import free_memory
@@ -29,7 +27,7 @@ from cachekd.pipeline.refuse import (
 )
 from cachekd.pipeline.state import PipelineState, Record, StepState, states_of
 
-LOCK_FILE = ".pipeline.lock"
+DOING = "runs the pipeline of"
 GO_ON = "run the same command again: finished steps stay as they are"
 _PATIENCE = 0.5  # seconds; somebody's --status holds the lock for a moment
 Runner = Callable[[Any], object]
@@ -79,7 +77,7 @@ def run_pipeline(
     found = states_of(steps, before)  # what is missing is missed now, not in ten hours
     refuse_damaged(found)
     _refuse_what_would_fail(steps, found, before)
-    with _alone(pipeline.out, _PATIENCE):
+    with alone(pipeline.out, DOING, patience=_PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
         for index, step in enumerate(steps):
@@ -164,7 +162,7 @@ def _then(error: CachekdError) -> str | None:
 
 def _move_aside(path: Path) -> Path | None:
     """Keep an old output under another name; returns it, or None where there is nothing."""
-    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+    if not os.path.lexists(path) or (path.is_dir() and not contents(path)):
         return None
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
@@ -173,31 +171,12 @@ def _move_aside(path: Path) -> Path | None:
     return aside
 
 
-@contextmanager
-def _alone(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock when it dies."""
-    make_folder(folder)
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        raise CachekdError(
-            "another process runs this pipeline",
-            where=str(folder),
-            fix="wait for it; --status shows where it is",
-        ) from None
-    try:  # not within the other: a step may wait for some lock of its own in vain
-        yield
-    finally:
-        lock.release()
-
-
 def _under_way(folder: Path) -> bool:
     """Whether some process runs this pipeline."""
-    if not (folder / LOCK_FILE).exists():
+    if not any((folder / name).exists() for name in (LOCK_FILE, LEASE_FILE)):
         return False
     try:
-        with _alone(folder):
+        with alone(folder, DOING):
             return False
     except CachekdError:
         return True

@@ -149,7 +149,9 @@ def _judge(
     if record is None:
         return "waiting", ""
     redone = [name for name in step.upstream if above[name].state not in ("done", "damaged")]
-    changes = _changes({**record.facts, "settings": step.defaults | record.facts["settings"]}, facts)
+    before = step.comparable(step.defaults | record.facts["settings"])
+    now = step.comparable(facts["settings"])
+    changes = _changes({**record.facts, "settings": before}, {**facts, "settings": now})
     if changes or redone:
         return "changed", "; ".join([*changes, *(f"step {name} is to be redone" for name in redone)])
     if step.finished:  # even where the process died, or could not print, before it could say so

@@ -84,13 +84,16 @@ def eval_command(
         "out": out,
     }
     config = read_config(None, EvalConfig, {**options, **data})
+    from cachekd.evaluation import only_writer
+
     quiet_libraries()
-    result = run_eval(config)
-    if as_json:
-        print_json(result.summary())
-    else:
-        print_tables(result)
-    save(result, config)
+    with only_writer(config.out):
+        result = run_eval(config)
+        if as_json:
+            print_json(result.summary())
+        else:
+            print_tables(result)
+        save(result, config)
 
 
 def save(result: Evaluation, config: EvalConfig) -> None:

@@ -78,8 +78,11 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
 
 def eval_step(config: EvalConfig) -> Evaluation:
     """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
-    result = evaluate.run_eval(config)
-    evaluate.save(result, config)
+    from cachekd.evaluation import only_writer
+
+    with only_writer(config.out):
+        result = evaluate.run_eval(config)
+        evaluate.save(result, config)
     return result
 
 

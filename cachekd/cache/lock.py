@@ -1,0 +1,88 @@
+"""One process at a time works in a folder, and one that has died keeps nobody out.
+
+The lock is the system's (`flock`): the kernel lets go of it when its process ends, however it does. Some
+network file systems have none. There the holder renews a mark every few seconds instead, and whoever waits takes
+it over once it has not been renewed for a minute: a holder that died elsewhere costs the next one that minute.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, make_folder
+from cachekd.errors import CachekdError
+
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_LEASE = 60.0  # seconds
+
+
+@contextmanager
+def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
+    """Hold a folder for as long as the block runs. It is made where there is none; if it stays empty, it goes.
+
+    Args:
+        doing: what another process does where it is refused, such as "trains in".
+        patience: seconds to wait for another process.
+
+    Raises:
+        CachekdError: another process holds it: which, and since when; or the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    make_folder(folder)
+    note = folder / LOCK_FILE
+    try:
+        lock = _acquired(note, patience)
+    except Timeout:
+        raise CachekdError(
+            f"another process {doing} this folder",
+            where=str(folder),
+            found=_holder(note),
+            fix="wait for it, or stop it; or choose another folder",
+        ) from None
+    except OSError as error:
+        raise cannot_write(note, error) from None
+    try:
+        with suppress(OSError):  # on a full disk nobody is told who holds it
+            note.write_text(json.dumps(_who_we_are()))
+        yield
+    finally:
+        with suppress(OSError):  # before the release: afterwards it may be somebody else's
+            note.unlink()
+        lock.release()
+        with suppress(OSError):  # folders that are not empty stay
+            for path in made:
+                path.rmdir()
+
+
+def _acquired(path: Path, patience: float) -> BaseFileLock:
+    lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=patience)
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        lock = SoftFileLease(path.with_name(LEASE_FILE), lease_duration=_LEASE)
+        lock.acquire(timeout=max(patience, _LEASE + 5))
+    return lock
+
+
+def _who_we_are() -> dict[str, str | int]:
+    now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
+    return {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+
+
+def _holder(note: Path) -> str:
+    try:
+        who = json.loads(note.read_text())
+        return f"process {who['process']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, TypeError, KeyError):  # it has only just begun, or its disk is full
+        return "a process that has not said which it is"
