@@ -380,8 +380,8 @@ FREE_SETTINGS = {
 
 
 def samples_per_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings with what counts of `batch_size` and `gradient_accumulation`: their product, the samples
-    of an optimizer step in each process. A run that ran out of memory may go on with smaller batches.
+    """A run's settings, `batch_size` and `gradient_accumulation` replaced by their product, the samples of an
+    optimizer step in each process: a run that ran out of memory may go on with smaller batches.
 
     With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
     """

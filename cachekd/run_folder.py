@@ -61,7 +61,7 @@ class RunFolder:
         self.known: dict[str, Any] = {}  # of models, by `inputs_of`
         self._facts: dict[str, Any] = {}
         self._earlier: dict[str, Any] = {}  # facts of the session that began the run
-        self._trained = False
+        self._begun = self._trained = False
         require_unfinished(self.path)
         started = self.path / STARTED_FILE
         self._is_new = not started.exists()
@@ -151,6 +151,7 @@ class RunFolder:
                 where=str(begun),
                 fix="run the same command again, to go on with it if it is the same; or choose another --out",
             )
+        self._begun = True
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
@@ -166,9 +167,11 @@ class RunFolder:
     def _remove_what_is_worthless(self) -> None:
         if self.last_checkpoint() is not None or any(self.checkpoints.glob("not-finite-*")):
             return
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
         with suppress(OSError):
-            (self.path / STARTED_FILE).unlink(missing_ok=True)
+            if self._begun:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                (self.path / STARTED_FILE).unlink(missing_ok=True)
+            self.checkpoints.rmdir()  # the Trainer makes it
 
     @contextmanager
     def finishing(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,44 @@ def test_a_steps_own_setting_then_its_stage_then_defaults(values, tmp_path):
     assert (steps["plain"].trainable, steps["plain"].lambda_align) == (("language_model",), 0.5)
     assert steps["plain"].student == str(Path(values["out"]) / "dpt")
     assert {steps[name].temperature for name in ("dpt", "dft", "plain")} == {2.0}
+
+
+def test_whose_student_a_step_trains_is_said_or_follows_from_its_stage(short, tmp_path, student_path):
+    del short["steps"][1]["stage"]
+    short["steps"][1] |= {"lambda_align": 0, "lambda_vsd": 0}
+    with pytest.raises(CachekdError, match="not said which student") as caught:
+        plan_steps(read(short, tmp_path))
+    assert "step 'two'" in str(caught.value.where)
+    ways = re.findall(r"`student: (\S+)`", str(caught.value.fix))
+    taken = {"one": str(Path(short["out"]) / "one"), str(student_path): str(student_path)}
+    assert ways == list(taken)
+    for way, student in taken.items():
+        short["steps"][1]["student"] = way
+        _, two = plan_steps(read(short, tmp_path))
+        assert (two.config.student, two.continues) == (student, "one" if way == "one" else None)
+
+
+def test_a_step_that_ran_out_of_memory_goes_on_in_smaller_batches(short, tmp_path):
+    from transformers import TrainerCallback
+
+    from cachekd.train import train
+
+    short["steps"] = short["steps"][:1]
+    short["defaults"]["train"] |= {"save_steps": 1, "batch_size": 4, "gradient_accumulation": 1}
+
+    class Fail(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                raise CachekdError("out of memory")
+
+    with pytest.raises(CachekdError, match="out of memory"):
+        run(read(short, tmp_path), train=lambda config: train(config, [Fail()]))
+    short["defaults"]["train"] |= {"batch_size": 2, "gradient_accumulation": 2}
+    assert states(read(short, tmp_path)) == {"one": "failed"}
+    assert run(read(short, tmp_path)) == ["one"]
+    assert json.loads((Path(short["out"]) / "one" / RUN_FILE).read_text())["resumed_from"] == 1
+    short["defaults"]["train"] |= {"gradient_accumulation": 3}
+    assert states(read(short, tmp_path)) == {"one": "changed"}
 
 
 @pytest.mark.parametrize(
@@ -614,9 +653,12 @@ def test_the_command(short, tmp_path):
     command = ["run", str(tmp_path / "pipeline.yaml")]
     shown = CliRunner().invoke(app, [*command, "--status", "--json"])
     assert [step["state"] for step in json.loads(shown.stdout)] == ["waiting", "waiting"]
+    assert [step["continues"] for step in json.loads(shown.stdout)] == [None, "one"]
+    assert "train, from one" in CliRunner().invoke(app, [*command, "--status"]).stdout
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     assert shown.stdout.count("wall time") == 2
+    assert shown.stderr.count("goes on with the student of step 'one'") == 1
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert [(step["name"], step["state"]) for step in json.loads(shown.stdout)] == [
         ("one", "done"),

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
@@ -128,7 +129,7 @@ def require_plain(path: Path) -> int:
 @contextmanager
 def _beside(path: Path, content: bytes) -> Iterator[Path]:
     """The content on the disk under a temporary name, for as long as the block runs."""
-    temporary = path.with_name(f".{path.name}.tmp-{_HERE}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("xb") as stream:
             stream.write(content)
@@ -230,16 +231,27 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and ".tmp-" in path.name
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove temporary files of processes that are gone; of other machines', those that are a day old."""
-    for path in filter(is_temporary, folder.iterdir()):
+def temporary_name(path: Path) -> Path:
+    """Beside `path`, and nobody else's, on this machine or another."""
+    return path.with_name(f".{path.name}.tmp-{_HERE}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove_stale(folder: Path, of: str = "") -> None:
+    """Remove what dead processes left under a `temporary_name`; of other machines', what is a day old.
+
+    Args:
+        of: the name that it stood for; by default any.
+    """
+    for path in filter(is_temporary, folder.glob(f".{of}*")):
         where, process, _ = [*path.name.rpartition(".tmp-")[2].rsplit("-", 2), "", ""][:3]
         with suppress(FileNotFoundError):
             if where == _HERE and process.isdigit():
                 stale = not _alive(int(process))
             else:
                 stale = time.time() - path.stat().st_mtime > _DAY
-            if stale:
+            if stale and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif stale:
                 path.unlink()
 
 

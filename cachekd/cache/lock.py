@@ -1,8 +1,8 @@
 """One process at a time works in a folder, and one that has died keeps nobody out.
 
 The lock is the system's (`flock`): the kernel lets go of it when its process ends, however it does. Some
-network file systems have none. There the holder renews a mark every few seconds instead, and whoever waits takes
-it over once it has not been renewed for a minute: a holder that died elsewhere costs the next one that minute.
+network file systems have none. There the holder renews a mark every few seconds instead, and whoever waits
+takes it over once it has not been renewed for a minute: one that died elsewhere costs the next that minute.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, make_folder
 from cachekd.errors import CachekdError
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_LEASE = 60.0  # seconds
+_LEASE, _GRACE = 60.0, 5.0  # seconds
 
 
 @contextmanager
 def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold a folder for as long as the block runs. It is made where there is none; if it stays empty, it goes.
+    """Hold a folder for as long as the block runs. One that is made for it goes again if it stays empty.
 
     Args:
         doing: what another process does where it is refused, such as "trains in".
@@ -37,7 +37,6 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
         CachekdError: another process holds it: which, and since when; or the folder cannot be written.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    make_folder(folder)
     note = folder / LOCK_FILE
     try:
         lock = _acquired(note, patience)
@@ -64,14 +63,17 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
 
 
 def _acquired(path: Path, patience: float) -> BaseFileLock:
+    make_folder(path.parent)
     lock: BaseFileLock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire(timeout=patience)
+    except FileNotFoundError:  # whoever made the folder has left it empty, and it went
+        return _acquired(path, patience)
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
         lock = SoftFileLease(path.with_name(LEASE_FILE), lease_duration=_LEASE)
-        lock.acquire(timeout=max(patience, _LEASE + 5))
+        lock.acquire(timeout=max(patience, _LEASE + _GRACE))
     return lock
 
 

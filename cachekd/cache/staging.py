@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cachekd.cache.files import cannot_write, make_folder, refuse_address, require_new_folder, sync_folder
+from cachekd.cache.files import (
+    cannot_write,
+    make_folder,
+    refuse_address,
+    remove_stale,
+    require_new_folder,
+    sync_folder,
+    temporary_name,
+)
 from cachekd.cache.lock import alone
 
 
@@ -27,9 +34,9 @@ def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
     refuse_address(out)
     out = out.resolve()  # "." has no name
     require_new_folder(out, what)
-    staging = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)  # of a process that had the same number and was killed
+    staging = temporary_name(out)
     make_folder(staging)
+    remove_stale(out.parent, out.name)
     try:
         yield staging
         sync_folder(staging)

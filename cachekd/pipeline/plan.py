@@ -65,6 +65,12 @@ class PlannedStep:
         return self.config.out
 
     @property
+    def continues(self) -> str | None:
+        """The train step above whose student this one goes on with."""
+        student = getattr(self.config, "student", None)
+        return next((name for name in self.upstream if str(self.out.parent / name) == student), None)
+
+    @property
     def finished(self) -> bool:
         """Whether its last file is there. Whether all are: `damage_of`."""
         return (self.out / LAST_FILE[self.kind]).exists()
@@ -111,6 +117,8 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     mistakes: list[Mistake] = []
     for step in pipeline.steps:
         said = _said(step, CONFIGS[step.step])
+        if step.step == "train":
+            _require_student(step.name, said, above)
         values = {**_VALUES[step.step](said, above), "out": pipeline.out / step.name}
         try:
             steps.append(_planned(step.name, step.step, _config(step.name, step.step, values), above))
@@ -139,6 +147,24 @@ def _dump_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
         **_data_shared(above, own="data" in said),
         **said,
     }
+
+
+def _require_student(name: str, said: dict[str, Any], above: _Above) -> None:
+    """A stage goes on with what the stage before made; of any other step that would be a guess, and a wrong
+    one another experiment.
+
+    Raises:
+        CachekdError: it is not said whose student it takes.
+    """
+    previous, anew = above.last("train"), above.defaults.get("student") or "PATH"
+    if previous is None or not {"stage", "student"}.isdisjoint(said):
+        return
+    error = CachekdError(
+        "it is not said which student the step trains",
+        where="setting 'student'",
+        fix=f"`student: {previous}` goes on with what that step made; `student: {anew}` begins anew",
+    )
+    raise in_step(name, error)
 
 
 def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:

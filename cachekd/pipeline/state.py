@@ -87,6 +87,7 @@ class StepState:
         why: for a step that changed, failed or is damaged.
         seconds: that it took; 0 if it was not begun.
         facts: what its output depends on now.
+        continues: the step whose student it goes on with.
     """
 
     name: str
@@ -96,6 +97,7 @@ class StepState:
     why: str
     seconds: float
     facts: Facts
+    continues: str | None = None
 
     @property
     def text(self) -> str:
@@ -122,6 +124,7 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
             *_judge(step, facts, record, found),
             0.0 if record is None else record.seconds,
             facts,
+            step.continues,
         )
     return list(found.values())
 

@@ -99,21 +99,26 @@ def report_step(config: ReportConfig) -> Path:
 
 
 def announce(begun: Begun) -> None:
-    """A line for a step that begins, and one for what it found."""
+    """A line for a step that begins, and others for what it found and takes."""
     errors.rule(f"[bold]{begun.step.name}[/] ({begun.step.kind})", align="left")
-    if begun.before.state != "waiting":
-        errors.print(begun.before.text, style="dim", highlight=False, markup=False, soft_wrap=True)
+    told = [begun.before.text] if begun.before.state != "waiting" else []
+    if begun.step.continues is not None:
+        told.append(f"goes on with the student of step {begun.step.continues!r}")
     if begun.moved_to is not None:
-        errors.print(
-            f"the old output is now {begun.moved_to}",
-            style="dim",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        told.append(f"the old output is now {begun.moved_to}")
+    for line in told:
+        errors.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_states(states: list[StepState], title: str) -> None:
     """The table of steps."""
-    rows = [(s.name, s.kind, f"{s.seconds:,.1f} s" if s.seconds else "", s.text) for s in states]
+    rows = [
+        (
+            s.name,
+            s.kind if s.continues is None else f"{s.kind}, from {s.continues}",
+            f"{s.seconds:,.1f} s" if s.seconds else "",
+            s.text,
+        )
+        for s in states
+    ]
     console.print(table(title, ("step", "what", "time", "state"), rows))
