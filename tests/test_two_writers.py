@@ -32,6 +32,7 @@ from cachekd.evaluation import read_records, save_in_runs
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, SETTINGS_FILE, STARTED_FILE
 from cachekd.train import train
+from cachekd_cli.demo import new_folder
 from cachekd_cli.main import app
 
 HOLDS = """
@@ -363,3 +364,9 @@ def test_what_the_killed_were_making_is_removed_by_the_next(tmp_path):
     assert [path.name.startswith(".new.tmp-") for path in contents(tmp_path)] == [True]
     make(tmp_path / "new", "whole")
     assert contents(tmp_path) == [tmp_path / "new"]
+
+
+def test_demos_that_start_together_have_a_folder_each(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(new_folder, [tmp_path / "runs" / "demo"] * 4))
+    assert sorted(path.name for path in made) == ["demo", "demo-2", "demo-3", "demo-4"]

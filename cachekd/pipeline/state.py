@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cachekd.cache.files import commit
+from cachekd.cache.files import write_file
 from cachekd.errors import CachekdError
 from cachekd.pipeline.inputs import Known, data_content, model_content
 from cachekd.pipeline.output import damage_of
@@ -75,8 +75,7 @@ class PipelineState(BaseModel):
 
     def write(self, folder: Path) -> None:
         """All of it or nothing."""
-        folder.mkdir(parents=True, exist_ok=True)
-        commit(folder / STATE_FILE, self.model_dump_json(indent=1).encode())
+        write_file(folder / STATE_FILE, self.model_dump_json(indent=1).encode())
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import cachekd
+from cachekd.cache.files import cannot_write, make_folder
 from cachekd.errors import CachekdError
 from cachekd_cli.console import console, quiet_libraries, table
 
@@ -39,7 +41,7 @@ def demo_command(
 
     check_example()
     quiet_libraries()
-    out = unused(out)
+    out = new_folder(out)
     teacher, student, data = str(EXAMPLE / "teacher"), str(out / "student"), out / "train"
     stages = Stages()
 
@@ -88,10 +90,21 @@ def check_example() -> None:
         raise CachekdError("the demo's data is not installed", fix="pip install 'cachekd[demo]'") from None
 
 
-def unused(out: Path) -> Path:
-    """`out`, or `out-2`, `out-3`, ...: earlier demos stay as they are."""
-    candidates = [out, *(out.with_name(f"{out.name}-{number}") for number in range(2, 1000))]
-    return next(path for path in candidates if not path.exists())
+def new_folder(out: Path) -> Path:
+    """`out`, or `out-2`, `out-3`, ...: earlier demos, and those that run now, stay as they are."""
+    make_folder(out.parent)
+    numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
+    return next(path for path in chain([out], numbered) if _is_made(path))
+
+
+def _is_made(path: Path) -> bool:
+    try:
+        path.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return True
 
 
 class Stages:

@@ -88,13 +88,12 @@ def eval_step(config: EvalConfig) -> Evaluation:
 
 def report_step(config: ReportConfig) -> Path:
     """`cachekd report`."""
-    from cachekd.cache.files import commit
+    from cachekd.cache.files import write_file
     from cachekd.files import REPORT_FILE
     from cachekd.report import build_report, read_run
 
     page = build_report(read_run(Path(config.run)), [read_run(Path(path)) for path in config.baselines])
-    config.out.mkdir(parents=True, exist_ok=True)
-    commit(config.out / REPORT_FILE, page.encode())  # half a page would count as a finished step
+    write_file(config.out / REPORT_FILE, page.encode())  # half a page would count as a finished step
     return config.out / REPORT_FILE
 
 
