@@ -3,7 +3,8 @@
 python benchmarks/many_shards.py --json
 
 Caches of made-up targets, two answer tokens a sample with four logprobs each, written by `LogitCacheWriter`.
-Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (ru_maxrss).
+Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (VmHWM: ru_maxrss knows the process that
+started it, too).
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ row["pickled_mb"] = len(pickle.dumps(cache)) / 2**20
 print(json.dumps(row))
 """.replace("READS", str(READS))
 COMMAND = """
-import resource, sys, time
+import sys, time
 from cachekd_cli.main import app
 start = time.perf_counter()
 try:
     app(sys.argv[1:])
 finally:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    peak = int(lines["VmHWM"].split()[0]) / 1024
     print(f"{peak:.0f} {time.perf_counter() - start:.1f}", file=sys.stderr)
 """
 COMMANDS = {
@@ -146,7 +148,12 @@ def made(folder: Path, samples: int, shards: int) -> Path:
     if path.exists():
         return path
     teacher = TeacherInfo(
-        name="none", model_type="llava", dtype="float32", vocab_size=VOCAB, weights_sha256="", config_sha256=""
+        name="none",
+        model_type="llava",
+        dtype="float32",
+        vocab_size=VOCAB,
+        weights_sha256="",
+        config_sha256="",
     )
     prints = Fingerprints(tokenizer="", chat_template="", image_processor="", image_token="")
     each = -(-samples // shards)

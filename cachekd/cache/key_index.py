@@ -40,8 +40,7 @@ class KeyIndex:
         order = np.argsort(found, kind="stable").astype(np.uint32)
         found = found[order]
         # `bisect` reads a memoryview faster than an array.
-        self._hashes, self._order = memoryview(found), memoryview(order)
-        self._ends = memoryview(np.concatenate(ends))
+        self._hashes, self._order, self._ends = found.data, order.data, np.concatenate(ends).data
         alike = order[1:][found[1:] == found[:-1]].tolist()
         self._repeated = {sample for sample in alike if self._is_repeated(sample)}
 
