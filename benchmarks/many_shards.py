@@ -3,8 +3,8 @@
 python benchmarks/many_shards.py --json
 
 Caches of made-up targets, two answer tokens a sample with four logprobs each, written by `LogitCacheWriter`.
-Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (VmHWM: ru_maxrss knows the process that
-started it, too).
+Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (VmHWM, as
+ru_maxrss begins with that of the process that started it).
 """
 
 from __future__ import annotations
