@@ -2,7 +2,7 @@
 
 python benchmarks/many_shards.py --json
 
-Caches of made-up targets, two answer tokens a sample with four logprobs each, written by `LogitCacheWriter`.
+Caches of made-up targets, four logprobs a token, written by `LogitCacheWriter`.
 Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (VmHWM, as
 ru_maxrss begins with that of the process that started it).
 """
@@ -29,7 +29,7 @@ from cachekd.cache import (
     TokenTargets,
 )
 
-VOCAB, TOKENS, KEPT, READS = 32_000, 2, 4, 5_000
+VOCAB, KEPT, READS = 32_000, 4, 5_000
 READER = """
 import json, pickle, random, resource, sys, time
 from cachekd.cache import LogitCache
@@ -92,6 +92,7 @@ def main(
     commands: Annotated[str, typer.Option(help="The same: for the memory of the commands.")] = (
         "100000x100,1000000x1000"
     ),
+    tokens: Annotated[int, typer.Option(help="Answer tokens of a sample.")] = 2,
     only: Annotated[str, typer.Option(help="Commands whose name begins so.")] = "",
     folder: Annotated[
         Path | None, typer.Option(help="Where caches are kept for a second run; default: nowhere.")
@@ -102,13 +103,13 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         kept = folder or Path(temporary)
-        first = made(kept, 1, 1)
+        first = made(kept, 1, 1, tokens)
         for samples, shards in sizes(reading):
-            row = json.loads(child(READER, made(kept, samples, shards), first).stdout)
-            rows.append({"samples": samples, "shards": shards, **rounded(row)})
+            row = json.loads(child(READER, made(kept, samples, shards, tokens), first).stdout)
+            rows.append({"samples": samples, "tokens": tokens, "shards": shards, **rounded(row)})
             print(rows[-1], file=sys.stderr)
         for samples, shards in sizes(commands):
-            cache = made(kept, samples, shards)
+            cache = made(kept, samples, shards, tokens)
             for name, command in COMMANDS.items():
                 if not name.startswith(only):
                     continue
@@ -117,7 +118,7 @@ def main(
                 done = child(COMMAND, *(places.get(part, part) for part in command))
                 peak, seconds = done.stderr.split()[-2:]
                 row = {"peak_mb": float(peak), "seconds": float(seconds)}
-                rows.append({"samples": samples, "shards": shards, "command": name, **row})
+                rows.append({"samples": samples, "tokens": tokens, "shards": shards, "command": name, **row})
                 print(rows[-1], file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -142,9 +143,9 @@ def child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def made(folder: Path, samples: int, shards: int) -> Path:
+def made(folder: Path, samples: int, shards: int, tokens: int) -> Path:
     """A cache of so many samples; what is there already is used again."""
-    path = folder / f"{samples}x{shards}"
+    path = folder / f"{samples}x{shards}x{tokens}"
     if path.exists():
         return path
     teacher = TeacherInfo(
@@ -164,21 +165,21 @@ def made(folder: Path, samples: int, shards: int) -> Path:
         data=DataInfo(path="none", samples=samples, sha256=""),
         codec=CodecSettings(top_k=KEPT, top_p=0.9, window=KEPT, min_k=2),
         versions={},
-        shard_tokens=TOKENS * each,
+        shard_tokens=tokens * each,
     ) as writer:
         numbers = iter(range(samples))
         for seed in count():
             some = list(islice(numbers, each))
             if not some:
                 break
-            parts = targets(len(some) * TOKENS, seed).split([TOKENS] * len(some))
+            parts = made_up(len(some) * tokens, seed).split([tokens] * len(some))
             for number, part in zip(some, parts, strict=True):
                 writer.add(f"coco/train/{number:08d}", part, number.to_bytes(16, "big"))
     assert len(writer.manifest.shards) == shards, len(writer.manifest.shards)
     return path
 
 
-def targets(tokens: int, seed: int) -> TokenTargets:
+def made_up(tokens: int, seed: int) -> TokenTargets:
     """Made up; no id twice in a token."""
     random = np.random.default_rng(seed)
     ids = (random.integers(VOCAB, size=(tokens, 1)) + 7 * np.arange(KEPT)) % VOCAB

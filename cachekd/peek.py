@@ -14,7 +14,7 @@ from torch import Tensor
 from cachekd.cache import CachedTargets, LogitCache, UniformTail
 from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
-from cachekd.cache.subset import sample_tables
+from cachekd.cache.subset import shard_tables
 from cachekd.errors import CachekdError
 from cachekd.samples.sample import Sample, is_supervised, message_text
 
@@ -93,7 +93,7 @@ def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -
         keys = list(islice((key for key in cache if key in there), limit))
     else:
         rows = (
-            row for table in sample_tables(cache) for row in zip(table["logprob"], table["key"], strict=True)
+            row for table in shard_tables(cache) for row in zip(table["logprob"], table["key"], strict=True)
         )
         found = ((logprob, place, key) for place, (logprob, key) in enumerate(rows) if key in there)
         keys = [key for _, _, key in heapq.nsmallest(limit, found)]

@@ -66,34 +66,38 @@ def with_keys(cache: LogitCache, wanted: Callable[[str], bool]) -> list[NDArray[
     return [np.array([wanted(key) for key, _ in cache.names(number)]) for number in shards]
 
 
-def sample_tables(cache: LogitCache) -> Iterator[pd.DataFrame]:
-    """Of each shard a table with a row per key, in the samples' order.
+def shard_table(cache: LogitCache, number: int) -> pd.DataFrame:
+    """Of a shard a table with a row per key, in the samples' order.
 
     Columns: `key`; `tokens`; `mean_k`, logprobs kept per token; `logprob`, the teacher's mean logprob of the
     answer tokens; `shard`, its file.
 
     Raises:
-        CachekdError: a shard is damaged.
+        CachekdError: the shard is damaged.
     """
-    for number, info in enumerate(cache.manifest.shards):
-        targets, starts = cache.shard_targets(number)
-        tokens = np.diff(starts)
-        logprobs = targets.gather(targets.token_ids[:, None])[:, 0].numpy()
-        columns = {
-            "tokens": tokens,
-            "mean_k": np.add.reduceat(targets.k.numpy(), starts[:-1]) / tokens,
-            "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
-            "shard": info.name,
-        }
-        names = cache.names(number)
-        rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
-        rows.insert(0, "key", [key for key, _ in names])
-        yield rows.reset_index(drop=True)
+    targets, starts = cache.shard_targets(number)
+    tokens = np.diff(starts)
+    logprobs = targets.gather(targets.token_ids[:, None])[:, 0].numpy()
+    columns = {
+        "tokens": tokens,
+        "mean_k": np.add.reduceat(targets.k.numpy(), starts[:-1]) / tokens,
+        "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
+        "shard": cache.manifest.shards[number].name,
+    }
+    names = cache.names(number)
+    rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
+    rows.insert(0, "key", [key for key, _ in names])
+    return rows.reset_index(drop=True)
+
+
+def shard_tables(cache: LogitCache) -> Iterator[pd.DataFrame]:
+    """`shard_table` of one after the other."""
+    return (shard_table(cache, number) for number in range(len(cache.manifest.shards)))
 
 
 def sample_table(cache: LogitCache) -> pd.DataFrame:
-    """All of `sample_tables` in one; some 200 bytes a sample."""
-    return pd.concat(sample_tables(cache), ignore_index=True)
+    """All of `shard_tables` in one; some 200 bytes a sample."""
+    return pd.concat(shard_tables(cache), ignore_index=True)
 
 
 def filter_samples(cache: LogitCache, expression: str) -> list[NDArray[np.bool_]]:
@@ -105,7 +109,7 @@ def filter_samples(cache: LogitCache, expression: str) -> list[NDArray[np.bool_]
         CachekdError: it is no such expression, or a shard is damaged.
     """
     if is_by_sample(expression):
-        return [filter_rows(table, expression) for table in sample_tables(cache)]
+        return [filter_rows(table, expression) for table in shard_tables(cache)]
     holds = filter_rows(sample_table(cache), expression)
     return np.split(holds, np.cumsum([info.samples for info in cache.manifest.shards])[:-1])
 

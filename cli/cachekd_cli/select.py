@@ -92,9 +92,9 @@ def choose(
 
 def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_json: bool) -> None:
     """Show samples; all of them as JSON, the first ones as a table."""
-    from cachekd.cache.subset import sample_tables
+    from cachekd.cache.subset import shard_table
 
-    tables = (rows[some] for rows, some in zip(sample_tables(cache), chosen, strict=True))
+    tables = (shard_table(cache, number)[some] for number, some in enumerate(chosen) if some.any())
     if as_json:
         print_json_list(row for rows in tables for row in rows.to_dict("records"))
         return
