@@ -1,4 +1,4 @@
-"""Caches of many samples and shards: what is kept in memory, how often something is done, the same results."""
+"""Caches of many samples and shards: what is kept in memory, how often things are done, the same results."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_looking_for_a_missing_key_is_bounded(caches, monkeypatch):
         "coco/train/0000017",
         "coco/train/000000177",
         "coco/trian/00000017",
-        "coco/train/0000001x",
+        "coco/train/x0000017",
         "coc/train/00000017",
     ],
 )
@@ -175,7 +175,8 @@ def test_a_typing_error_is_seen(caches, key):
 
 def test_near_keys_are_known():
     known = {"a/1", "b/1", "longer"}
-    assert near_keys("c/1", known, known)[0] == "a/1" or "b/1"
+    assert set(near_keys("c/1", {"a/1", "b/1", "c/2"}, [])) == {"c/2"}
+    assert near_keys("b/1x", known, known) == ["b/1"]
     assert near_keys("a/11", known, []) == ["a/1"]
     assert near_keys("", known, ["longer"]) == ["longer"]
     assert near_keys("zzz", known, []) == []
@@ -249,7 +250,7 @@ def test_memory_does_not_grow_with_the_cache(caches):
     for name, work in works.items():
         work(small)  # whatever is made at first use
         peaks = [peak(lambda cache=cache, work=work: work(cache)) for cache in (small, large)]
-        assert peaks[1] < 1.5 * peaks[0] + 50_000, (name, peaks)
+        assert peaks[1] < 1.5 * peaks[0] + 200_000, (name, peaks)  # 10 bytes a sample; a table takes 200
         assert not large._decoded
 
 

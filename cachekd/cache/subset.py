@@ -151,18 +151,15 @@ def _is_by_sample(node: ast.AST) -> bool:
         case ast.Name(id=name):
             return name in _COLUMNS  # pandas knows others: `index`
         case ast.Compare(left=left, ops=ops, comparators=others):
-            sides = zip(ops, others, strict=True)
-            return _is_by_sample(left) and all(_is_by_sample(b) or _is_listed(op, b) for op, b in sides)
+            return _is_by_sample(left) and all(map(_may_be_compared, ops, others))
         case ast.Call(func=ast.Attribute(ast.Attribute(ast.Name(), "str"), name), args=given, keywords=named):
             values = [*given, *(keyword.value for keyword in named)]
             return name in _OF_TEXT and all(isinstance(value, ast.Constant) for value in values)
     return isinstance(node, _PLAIN) and all(map(_is_by_sample, ast.iter_child_nodes(node)))
 
 
-def _is_listed(operator: ast.cmpop, values: ast.AST) -> bool:
-    """Whether it is membership in a list of numbers or texts."""
-    return (
-        isinstance(operator, ast.In | ast.NotIn)
-        and isinstance(values, ast.List | ast.Tuple)
-        and all(isinstance(value, ast.Constant) for value in values.elts)
-    )
+def _may_be_compared(operator: ast.cmpop, other: ast.AST) -> bool:
+    """With membership only in a list of numbers or texts: a column would be looked through as a whole."""
+    if not isinstance(operator, ast.In | ast.NotIn):
+        return _is_by_sample(other)
+    return isinstance(other, ast.List | ast.Tuple) and all(isinstance(v, ast.Constant) for v in other.elts)
