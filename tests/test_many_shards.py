@@ -246,6 +246,9 @@ def test_memory_does_not_grow_with_the_cache(caches):
         "filter": lambda cache: chosen_samples(cache, None, "*7", "logprob < -2 and key.str.contains('1')"),
         "list": listed,
         "histogram": LogitCache.histogram,
+        "export": lambda cache: sum(
+            1 for number in range(len(cache.manifest.shards)) for _ in cache.shard_records(number)
+        ),
     }
     for name, work in works.items():
         work(small)  # whatever is made at first use
