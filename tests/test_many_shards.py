@@ -106,6 +106,16 @@ def test_a_renamed_index_is_a_dict_too(shards, data):
         assert [position for _, position in found] == sorted(position for _, position in names)
 
 
+def test_a_key_that_is_there_a_thousand_times_is_found_at_once(monkeypatch):
+    """Or a hostile cache would take the square of its samples to open."""
+    read = []
+    real = KeyIndex._text
+    monkeypatch.setattr(KeyIndex, "_text", lambda index, sample: read.append(sample) or real(index, sample))
+    index = KeyIndex([["same"] * 500] * 4)
+    assert (len(index), list(index), index.find("same")) == (1, ["same"], (3, 499))
+    assert len(read) <= 2 * 2_000
+
+
 def test_another_process_hashes_otherwise_and_finds_the_same(tmp_path):
     index = KeyIndex([[f"{shard}/{n}" for n in range(50)] for shard in range(4)])
     (tmp_path / "index").write_bytes(pickle.dumps(index))

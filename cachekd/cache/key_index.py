@@ -41,8 +41,8 @@ class KeyIndex:
         found = found[order]
         # `bisect` reads a memoryview faster than an array.
         self._hashes, self._order, self._ends = found.data, order.data, np.concatenate(ends).data
-        alike = order[1:][found[1:] == found[:-1]].tolist()
-        self._repeated = {sample for sample in alike if self._is_repeated(sample)}
+        alike = np.flatnonzero(found[1:] == found[:-1]) + 1
+        self._repeated = {self._order[at] for at in alike.tolist() if self._is_repeated(at)}
 
     def __len__(self) -> int:
         return self._starts[-1] - len(self._repeated)
@@ -65,20 +65,19 @@ class KeyIndex:
         """Where a key's sample is; None if there is none."""
         if not isinstance(key, str):
             return None
-        text = key.encode(errors="surrogatepass")
-        return next((self._place(sample) for sample in self._alike(key) if self._text(sample) == text), None)
+        code, text = hash(key), key.encode(errors="surrogatepass")
+        found = self._alike(code, bisect_right(self._hashes, code))
+        return next((self._place(sample) for sample in found if self._text(sample) == text), None)
 
-    def _alike(self, key: str) -> Iterator[int]:
-        """Samples whose keys have the same hash, the last one first."""
-        code = hash(key)
-        at = bisect_right(self._hashes, code) - 1
-        while at >= 0 and self._hashes[at] == code:
-            yield self._order[at]
-            at -= 1
+    def _alike(self, code: int, end: int) -> Iterator[int]:
+        """Samples whose keys have this hash, from before `end` in the sorted arrays, the last one first."""
+        while end and self._hashes[end - 1] == code:
+            end -= 1
+            yield self._order[end]
 
-    def _is_repeated(self, sample: int) -> bool:
-        text = self._text(sample)
-        return any(other < sample and self._text(other) == text for other in self._alike(text.decode()))
+    def _is_repeated(self, at: int) -> bool:
+        text = self._text(self._order[at])
+        return any(self._text(earlier) == text for earlier in self._alike(self._hashes[at], at))
 
     def _place(self, sample: int) -> Place:
         number = bisect_right(self._starts, sample) - 1
