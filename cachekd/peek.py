@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Container, Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from cachekd.cache import CachedTargets, LogitCache, UniformTail
 from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
-from cachekd.cache.subset import sample_table
+from cachekd.cache.subset import shard_tables
 from cachekd.errors import CachekdError
 from cachekd.samples.sample import Sample, is_supervised, message_text
 
@@ -88,11 +90,13 @@ def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -
         CachekdError: none may.
     """
     if order == "first":
-        keys = [key for key in cache if key in there]
+        keys = list(islice((key for key in cache if key in there), limit))
     else:
-        keys = [
-            key for key in sample_table(cache).sort_values("logprob", kind="stable")["key"] if key in there
-        ]
+        rows = (
+            row for table in shard_tables(cache) for row in zip(table["logprob"], table["key"], strict=True)
+        )
+        found = ((logprob, place, key) for place, (logprob, key) in enumerate(rows) if key in there)
+        keys = [key for _, _, key in heapq.nsmallest(limit, found)]
     if not keys:
         raise CachekdError(
             "the data set has none of the cache's samples",
@@ -100,7 +104,7 @@ def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -
             expected=f"keys such as {next(iter(cache))!r}",
             fix="pass the data set that was dumped, read by the same --map and --key",
         )
-    return keys[:limit]
+    return keys
 
 
 def peek(

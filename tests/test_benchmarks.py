@@ -113,3 +113,16 @@ def test_a_mix_as_people_have_it_runs_from_check_to_eval_and_is_counted_rightly(
     assert found["wrong"] == {}
     assert found["counts"]["dump: skipped"] == 15
     assert [run["command"] for run in found["runs"]] == ["check", "dump", "train", "eval"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_many_shards_measures_all_commands():
+    sizes = ["--reading", "6000x40", "--commands", "60x3"]
+    command = [sys.executable, str(BENCHMARKS / "many_shards.py"), *sizes, "--json"]
+    reading, *commands = json.loads(
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
+    assert reading["samples"] == 6000
+    assert reading["reads_s"] > 0
+    assert {row["command"] for row in commands} >= {"peek", "select --filter", "recompress", "export"}
+    assert all(row["peak_mb"] > 100 for row in commands)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
 from cachekd.cache.arrays import read_arrays
 from cachekd.cache.merge import merge_caches
-from cachekd.cache.subset import filter_keys, sample_table, select_samples
+from cachekd.cache.subset import filter_rows, sample_table, select_samples
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
 
@@ -185,7 +185,7 @@ def test_the_table_is_what_the_cache_holds(originals):
 )
 def test_filters(originals, expression):
     table = sample_table(LogitCache(originals["plain"]))
-    found = filter_keys(table, expression)
+    found = list(table["key"][filter_rows(table, expression)])
     assert found == list(table.query(expression, engine="python")["key"])
 
 
@@ -212,7 +212,7 @@ def test_filters(originals, expression):
 def test_bad_filters_are_explained(originals, expression):
     table = sample_table(LogitCache(originals["plain"]))
     with pytest.raises(CachekdError, match="the filter cannot be used") as caught:
-        filter_keys(table, expression)
+        filter_rows(table, expression)
     assert "key, tokens, mean_k, logprob, shard" in str(caught.value)
 
 

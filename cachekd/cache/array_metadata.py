@@ -6,6 +6,7 @@ codec that happens to be installed, and allocate whatever shape is claimed.
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def read_group(content: bytes) -> dict[str, Any]:
     return attributes
 
 
+@functools.lru_cache(maxsize=256)  # small shards have the same ones over and over
 def read_array(name: str, content: bytes) -> ArrayMetadata:
     """What an array's zarr.json says.
 

@@ -10,11 +10,13 @@ chunk is decoded into memory of the size that was checked, so that a file cannot
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,7 +144,21 @@ def _members(archive: zipfile.ZipFile, names: Sequence[str]) -> tuple[int, dict[
         raise ValueError("a member is there twice")
     if sum(info.file_size for info in infos) > size:
         raise ValueError("members overlap")
-    return size, {info.filename: archive.read(info) for info in infos}
+    whole = stream.getvalue() if isinstance(stream, io.BytesIO) else None
+    read = archive.read if whole is None else functools.partial(_stored, whole)
+    return size, {info.filename: read(info) for info in infos}
+
+
+def _stored(content: bytes, info: zipfile.ZipInfo) -> bytes:
+    """A member as `ZipFile.read` gives it, in a tenth of the time; a small shard has 21 of little else."""
+    start = info.header_offset
+    signature, name, extra = struct.unpack_from("<4s22xHH", content, start)
+    first = start + 30 + name + extra
+    body = content[first : first + info.file_size]
+    there = signature == b"PK\3\4" and content[start + 30 : start + 30 + name] == info.orig_filename.encode()
+    if not there or info.flag_bits & 1 or len(body) != info.file_size or zlib.crc32(body) != info.CRC:
+        raise zipfile.BadZipFile(f"{info.filename} is not what the list of members says")
+    return body
 
 
 def require_shape(name: str, found: tuple[int, ...], expected: Shape) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 from cachekd.cache.compare import facts, require_same
@@ -44,11 +45,9 @@ def _skipped_by_all(caches: Sequence[LogitCache]) -> list[Skipped]:
 
 
 def _refuse_common_keys(caches: Sequence[LogitCache]) -> None:
-    places: dict[str, LogitCache] = {}
-    for cache in caches:
-        common = [key for key in cache if key in places]
+    for first, cache in combinations(caches, 2):
+        common = [key for key in cache if key in first]
         if common:
-            first = places[common[0]]
             same = first.sample_hash(common[0]) == cache.sample_hash(common[0])
             raise CachekdError(
                 "the caches have samples in common",
@@ -58,4 +57,3 @@ def _refuse_common_keys(caches: Sequence[LogitCache]) -> None:
                 f"(with {'the same' if same else 'different'} content)",
                 fix="take them out of one of the caches with `cachekd select`",
             )
-        places |= dict.fromkeys(cache, cache)

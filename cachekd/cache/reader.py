@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.shard import Shard, read_shard
@@ -23,6 +23,7 @@ from cachekd.errors import CachekdError
 from cachekd.paths import is_address
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
+_EXAMPLES = 100  # shards whose first keys show what keys look like
 
 
 def shard_counts(manifest: Manifest, number: int) -> Counts:
@@ -49,22 +50,19 @@ class LogitCache:
         self.path = _on_this_disk(path)
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
-        self._places: dict[str, tuple[int, int]] = {}  # key -> shard, position in it
-        self._names: dict[int, list[tuple[str, int]]] | None = None  # of a renamed cache: see `names`
+        self._kept_bytes = 0  # by these
         self._check_sizes()
-        for number in range(len(self.manifest.shards)):
-            path = self.path / SHARD_FOLDER / self.manifest.shards[number].name
-            for position, key in enumerate(read_keys(path)):
-                self._places[key] = (number, position)
+        paths = (self.path / SHARD_FOLDER / info.name for info in self.manifest.shards)
+        self._keys: KeyIndex | RenamedKeys = KeyIndex(map(read_keys, paths))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._keys)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._keys)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return self._keys.find(key) is not None
 
     def __getitem__(self, key: str) -> CachedTargets:
         """The targets of one sample.
@@ -82,20 +80,13 @@ class LogitCache:
             without: keys that it does not have, whatever this one has under them.
         """
         other = copy.copy(self)
-        same = {key: place for key, place in self._places.items() if key not in without}
-        other._places = same | {new: self.place(key) for new, key in keys.items()}
-        other._names = {}
-        for key, (number, position) in other._places.items():
-            other._names.setdefault(number, []).append((key, position))
-        for found in other._names.values():
-            found.sort(key=lambda name: name[1])
+        other._decoded, other._kept_bytes = OrderedDict(), 0
+        other._keys = RenamedKeys(self._keys, {new: self.place(key) for new, key in keys.items()}, without)
         return other
 
     def names(self, number: int) -> list[tuple[str, int]]:
         """The keys in a shard, each with its sample's place in it; renamed, a sample may have several."""
-        if self._names is not None:
-            return self._names.get(number, [])
-        return [(key, position) for position, key in enumerate(self._shard(number).keys)]
+        return self._keys.names(number)
 
     def records(self, key: str) -> TokenTargets:
         """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
@@ -107,10 +98,12 @@ class LogitCache:
     def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
         """Of each key in a shard, in the samples' order: key, content hash and what is stored.
 
+        For one who goes through the cache: the shard is not kept in memory.
+
         Raises:
             CachekdError: the shard is damaged.
         """
-        shard = self._shard(number)
+        shard = self._once(number)
         parts = shard.targets.split(np.diff(shard.sample_offsets).tolist())
         for key, position in self.names(number):
             yield key, shard.hashes[position].tobytes(), parts[position]
@@ -118,10 +111,12 @@ class LogitCache:
     def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
         """All targets of a shard, and where each sample's start and the last one's end: [n + 1].
 
+        For one who goes through the cache: the shard is not kept in memory.
+
         Raises:
             CachekdError: it is damaged.
         """
-        shard = self._shard(number)
+        shard = self._once(number)
         return self._rebuilt(number, shard.targets), shard.sample_offsets
 
     def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
@@ -157,14 +152,11 @@ class LogitCache:
         """How many tokens have each stored k, and each of Kneedle's k."""
         counts: dict[str, Counter[int]] = {"k": Counter(), "knee": Counter()}
         for number in range(len(self.manifest.shards)):
-            targets = self._shard(number).targets
+            targets = self._once(number).targets
             for name, counter in counts.items():
                 values, found = np.unique(getattr(targets, name), return_counts=True)
                 counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
-
-    def _kept_bytes(self) -> int:
-        return sum(shard.targets.nbytes for shard in self._decoded.values())
 
     def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
         """Everything that the manifest lists."""
@@ -172,7 +164,7 @@ class LogitCache:
         return [*shards, *((self.path / sketch.name, sketch) for sketch in self.manifest.sketches)]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_decoded": OrderedDict()}
+        return {**self.__dict__, "_decoded": OrderedDict(), "_kept_bytes": 0}
 
     def place(self, key: str) -> tuple[int, int]:
         """Where a sample is: the number of its shard, and its position in that.
@@ -180,31 +172,43 @@ class LogitCache:
         Raises:
             CachekdError: no such key.
         """
-        if key not in self._places:
-            near = difflib.get_close_matches(str(key), self._places, n=3)
+        if (place := self._keys.find(key)) is None:
+            near = near_keys(str(key), self, self._examples())
             raise CachekdError(
                 f"the cache has no sample {key!r}",
                 where=str(self.path),
                 expected=f"one of its {len(self):,} keys" + (f", such as {', '.join(near)}" if near else ""),
                 fix=f"`cachekd select {self.path} --list` shows them, with --json all",
             )
-        return self._places[key]
+        return place
+
+    def _examples(self) -> Iterator[str]:
+        shards = len(self.manifest.shards)
+        for number in range(0, shards, -(-shards // _EXAMPLES)):
+            yield from (key for key, _ in self.names(number)[:1])
 
     def _shard(self, number: int) -> Shard:
-        if number not in self._decoded:
-            info = self.manifest.shards[number]
-            shard = read_shard(
-                self.path / SHARD_FOLDER / info.name,
-                self.manifest.codec.logprob_step,
-                sketch=info.sketch is not None,
-                sha256=info.sha256,
-                counts=shard_counts(self.manifest, number),
-            )
-            self._decoded[number] = shard
-            while len(self._decoded) > 1 and self._kept_bytes() > _KEPT_BYTES:
-                self._decoded.popitem(last=False)
-        self._decoded.move_to_end(number)
-        return self._decoded[number]
+        """Kept in memory, as far as there is room for it."""
+        if number in self._decoded:
+            self._decoded.move_to_end(number)
+            return self._decoded[number]
+        shard = self._decoded[number] = self._once(number)
+        self._kept_bytes += shard.targets.nbytes
+        while len(self._decoded) > 1 and self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= self._decoded.popitem(last=False)[1].targets.nbytes
+        return shard
+
+    def _once(self, number: int) -> Shard:
+        if number in self._decoded:
+            return self._decoded[number]
+        info = self.manifest.shards[number]
+        return read_shard(
+            self.path / SHARD_FOLDER / info.name,
+            self.manifest.codec.logprob_step,
+            sketch=info.sketch is not None,
+            sha256=info.sha256,
+            counts=shard_counts(self.manifest, number),
+        )
 
     def _check_sizes(self) -> None:
         for path, info in self._files():

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+import ast
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.derive import new_cache
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
+
+_COLUMNS = ("key", "tokens", "mean_k", "logprob", "shard")
+# What a filter may be made of, beside comparisons, if its value at a sample follows from that sample alone.
+_PLAIN = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.boolop, ast.operator, ast.unaryop, ast.Constant)
+_OF_TEXT = ("contains", "endswith", "fullmatch", "len", "lower", "match", "startswith", "upper")
 
 
 def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> Manifest:
     """A cache with those samples of `path` whose key is in `keys`.
 
+    Raises:
+        CachekdError: as for `select_chosen`.
+    """
+    cache = LogitCache(path)
+    return select_chosen(cache, out, with_keys(cache, keys.__contains__))
+
+
+def select_chosen(cache: LogitCache, out: str | Path, chosen: Sequence[NDArray[np.bool_]]) -> Manifest:
+    """A cache with some samples of another.
+
     Shards of which all samples are wanted are linked; others are cut, code by code, so that nothing is
     rounded twice.
 
+    Args:
+        chosen: of each shard's samples, in their order, whether it is wanted.
+
     Raises:
-        CachekdError: no sample is left.
+        CachekdError: no sample is left, or a shard that has to be cut is damaged.
     """
-    cache = LogitCache(path)
     with new_cache(out) as new:
-        for number, info in enumerate(cache.manifest.shards):
-            found = read_keys(cache.path / SHARD_FOLDER / info.name)
-            wanted = [place for place, key in enumerate(found) if key in keys]
-            if wanted:
-                new.add(cache, number, None if len(wanted) == len(found) else wanted)
+        for number, wanted in enumerate(chosen):
+            if wanted.any():
+                new.add(cache, number, None if wanted.all() else np.flatnonzero(wanted).tolist())
         if not new.shards:
             raise CachekdError(
                 "no sample is left",
-                where=str(path),
+                where=str(cache.path),
                 expected=f"some of its {len(cache):,} samples",
                 fix="loosen the filter; `cachekd select --list` shows what there is",
             )
@@ -45,32 +60,62 @@ def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> M
     return Manifest.load(out)
 
 
-def sample_table(cache: LogitCache) -> pd.DataFrame:
-    """A row per key, in the samples' order.
+def with_keys(cache: LogitCache, wanted: Callable[[str], bool]) -> list[NDArray[np.bool_]]:
+    """Of each shard's samples, in their order, whether the key is wanted."""
+    shards = range(len(cache.manifest.shards))
+    return [np.array([wanted(key) for key, _ in cache.names(number)]) for number in shards]
+
+
+def shard_table(cache: LogitCache, number: int) -> pd.DataFrame:
+    """Of a shard a table with a row per key, in the samples' order.
 
     Columns: `key`; `tokens`; `mean_k`, logprobs kept per token; `logprob`, the teacher's mean logprob of the
     answer tokens; `shard`, its file.
+
+    Raises:
+        CachekdError: the shard is damaged.
     """
-    tables = []
-    for number, info in enumerate(cache.manifest.shards):
-        targets, starts = cache.shard_targets(number)
-        tokens = np.diff(starts)
-        logprobs = targets.gather(targets.token_ids[:, None])[:, 0].numpy()
-        columns = {
-            "tokens": tokens,
-            "mean_k": np.add.reduceat(targets.k.numpy(), starts[:-1]) / tokens,
-            "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
-            "shard": info.name,
-        }
-        names = cache.names(number)
-        rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
-        rows.insert(0, "key", [key for key, _ in names])
-        tables.append(rows)
-    return pd.concat(tables, ignore_index=True)
+    targets, starts = cache.shard_targets(number)
+    tokens = np.diff(starts)
+    logprobs = targets.gather(targets.token_ids[:, None])[:, 0].numpy()
+    columns = {
+        "tokens": tokens,
+        "mean_k": np.add.reduceat(targets.k.numpy(), starts[:-1]) / tokens,
+        "logprob": np.add.reduceat(logprobs.astype(np.float64), starts[:-1]) / tokens,
+        "shard": cache.manifest.shards[number].name,
+    }
+    names = cache.names(number)
+    rows = pd.DataFrame(columns).iloc[[position for _, position in names]]
+    rows.insert(0, "key", [key for key, _ in names])
+    return rows.reset_index(drop=True)
 
 
-def filter_keys(table: pd.DataFrame, expression: str) -> list[str]:
-    """The keys for which an expression over the table's columns holds, such as `tokens > 5`.
+def shard_tables(cache: LogitCache) -> Iterator[pd.DataFrame]:
+    """`shard_table` of one after the other."""
+    return (shard_table(cache, number) for number in range(len(cache.manifest.shards)))
+
+
+def sample_table(cache: LogitCache) -> pd.DataFrame:
+    """All of `shard_tables` in one; some 200 bytes a sample."""
+    return pd.concat(shard_tables(cache), ignore_index=True)
+
+
+def filter_samples(cache: LogitCache, expression: str) -> list[NDArray[np.bool_]]:
+    """Of each shard's samples, in their order, whether an expression holds: see `filter_rows`.
+
+    Shard by shard, unless its value at a sample may depend on others, as in `logprob < logprob.median()`.
+
+    Raises:
+        CachekdError: it is no such expression, or a shard is damaged.
+    """
+    if is_by_sample(expression):
+        return [filter_rows(table, expression) for table in shard_tables(cache)]
+    holds = filter_rows(sample_table(cache), expression)
+    return np.split(holds, np.cumsum([info.samples for info in cache.manifest.shards])[:-1])
+
+
+def filter_rows(table: pd.DataFrame, expression: str) -> NDArray[np.bool_]:
+    """In which rows an expression over the table's columns holds, such as `tokens > 5`.
 
     Raises:
         CachekdError: it is no such expression.
@@ -86,4 +131,35 @@ def filter_keys(table: pd.DataFrame, expression: str) -> list[str]:
             expected=f"a condition on {', '.join(table.columns)}, such as 'tokens > 5 and logprob < -1'",
             found=str(error).splitlines()[0] if str(error) else type(error).__name__,
         ) from None
-    return list(table["key"][chosen])
+    return chosen.to_numpy()
+
+
+def is_by_sample(expression: str) -> bool:
+    """Whether a filter's value at a sample surely follows from that sample alone.
+
+    >>> is_by_sample("tokens > 5 and key.str.startswith('coco')"), is_by_sample("logprob < logprob.mean()")
+    (True, False)
+    """
+    try:
+        return _is_by_sample(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False  # pandas will say what is wrong with it
+
+
+def _is_by_sample(node: ast.AST) -> bool:
+    match node:
+        case ast.Name(id=name):
+            return name in _COLUMNS  # pandas knows others: `index`
+        case ast.Compare(left=left, ops=ops, comparators=others):
+            return _is_by_sample(left) and all(map(_may_be_compared, ops, others))
+        case ast.Call(func=ast.Attribute(ast.Attribute(ast.Name(), "str"), name), args=given, keywords=named):
+            values = [*given, *(keyword.value for keyword in named)]
+            return name in _OF_TEXT and all(isinstance(value, ast.Constant) for value in values)
+    return isinstance(node, _PLAIN) and all(map(_is_by_sample, ast.iter_child_nodes(node)))
+
+
+def _may_be_compared(operator: ast.cmpop, other: ast.AST) -> bool:
+    """With membership only in a list of numbers or texts: a column would be looked through as a whole."""
+    if not isinstance(operator, ast.In | ast.NotIn):
+        return _is_by_sample(other)
+    return isinstance(other, ast.List | ast.Tuple) and all(isinstance(v, ast.Constant) for v in other.elts)

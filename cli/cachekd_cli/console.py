@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -44,6 +45,15 @@ def print_error(error: CachekdError) -> None:
 def print_json(value: Any) -> None:
     """For scripts: the only thing on stdout."""
     print(json.dumps(value, indent=2, default=str))
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """`print_json` of a list that is not in memory as a whole."""
+    separator = "["
+    for value in values:
+        print(separator + indent(f"\n{json.dumps(value, indent=2, default=str)}", "  "), end="")
+        separator = ","
+    print("[]" if separator == "[" else "\n]")
 
 
 class RateColumn(ProgressColumn):

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import sys
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, table
+from cachekd_cli.console import console, print_json, print_json_list, table
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cachekd.cache import LogitCache
 
 SHOWN = 20
 
@@ -36,7 +44,7 @@ def select_command(
     Example: cachekd select caches/all -o caches/sure --filter "logprob > -2 and tokens >= 3"
     """
     from cachekd.cache import LogitCache
-    from cachekd.cache.subset import filter_keys, sample_table, select_samples
+    from cachekd.cache.subset import select_chosen
 
     if show == (out is not None):
         raise CachekdError(
@@ -45,22 +53,17 @@ def select_command(
             fix="pass --out to make a cache, or --list to look only",
         )
     opened = LogitCache(cache)
-    rows = sample_table(opened) if show or filter_ is not None else None
-    wanted = read_wanted(opened, keys) if keys is not None else set(opened)
-    if match is not None:
-        wanted &= set(fnmatch.filter(opened, match))
-    if filter_ is not None:
-        wanted &= set(filter_keys(rows, filter_))
+    chosen = choose(opened, None if keys is None else read_wanted(opened, keys), match, filter_)
     if out is None:
-        print_samples(cache, rows[rows["key"].isin(wanted)], as_json)  # type: ignore[index]  # made, as checked
+        print_samples(opened, chosen, as_json)
         return
-    if len(wanted) == len(opened):
+    if all(some.all() for some in chosen):
         raise CachekdError(
             "nothing is left out",
             where=str(cache),
             fix="pass --keys, --match or --filter, or copy the folder",
         )
-    manifest = select_samples(cache, out, wanted)
+    manifest = select_chosen(opened, out, chosen)
     if as_json:
         print_json(
             {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
@@ -74,13 +77,30 @@ def select_command(
         )
 
 
-def print_samples(cache: Path, rows: Any, as_json: bool) -> None:
-    """Show rows of `sample_table`; all of them as JSON, the first ones as a table."""
+def choose(
+    cache: LogitCache, keys: set[str] | None, match: str | None, filter_: str | None
+) -> list[NDArray[np.bool_]]:
+    """Of each shard's samples, in their order, whether all conditions hold: a byte a sample."""
+    from cachekd.cache.subset import filter_samples, with_keys
+
+    pattern = re.compile(fnmatch.translate(match or "*"))
+    chosen = with_keys(cache, lambda key: (keys is None or key in keys) and pattern.match(key) is not None)
+    if filter_ is None:
+        return chosen
+    return [some & others for some, others in zip(chosen, filter_samples(cache, filter_), strict=True)]
+
+
+def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_json: bool) -> None:
+    """Show samples; all of them as JSON, the first ones as a table."""
+    from cachekd.cache.subset import shard_table
+
+    tables = (shard_table(cache, number)[some] for number, some in enumerate(chosen) if some.any())
     if as_json:
-        print_json(rows.to_dict("records"))
+        print_json_list(row for rows in tables for row in rows.to_dict("records"))
         return
-    title = f"{len(rows):,} samples of {cache}" + (f", the first {SHOWN}" if len(rows) > SHOWN else "")
-    shown = rows.head(SHOWN).itertuples(index=False)
+    count = sum(int(some.sum()) for some in chosen)
+    title = f"{count:,} samples of {cache.path}" + (f", the first {SHOWN}" if count > SHOWN else "")
+    shown = islice((row for rows in tables for row in rows.itertuples(index=False)), min(count, SHOWN))
     lines = [(row.key, row.tokens, f"{row.mean_k:.1f}", f"{row.logprob:.3f}", row.shard) for row in shown]
     console.print(table(title, ("key", "tokens", "mean k", "logprob", "shard"), lines))
 
