@@ -181,7 +181,11 @@ def test_what_is_no_part_of_the_cache_is_a_note(cache):
 @pytest.mark.parametrize(
     ("name", "change", "problem"),
     [
-        ("manifest.json", lambda v: v["shards"][0].update(tokens=1), "samples, tokens and entries"),
+        (
+            "manifest.json",
+            lambda v: v["shards"][0].update(tokens=v["shards"][0]["tokens"] + 1),
+            "samples, tokens and entries",
+        ),
         ("manifest.json", lambda v: v["shards"][0].update(bytes=1), "the manifest says 1"),
         ("manifest.json", lambda v: v["sketches"][0].update(axes=1), "axes and step"),
         ("manifest.json", lambda v: v["skipped"].update(samples=1), "expected 1 in"),
