@@ -173,7 +173,9 @@ class Derivation(Part):
 
     operation: Literal["select", "merge", "recompress"]
     version: str = Field(description="of the cachekd that did it")
-    parents: Annotated[list[str], FailFast()] = Field(min_length=1, description="sha256 in the manifests that it was made from")
+    parents: Annotated[list[str], FailFast()] = Field(
+        min_length=1, description="sha256 in the manifests that it was made from"
+    )
     parent_samples: Positive = Field(description="in all of them")
     parent_codec: CodecSettings = Field(description="of all of them")
     fidelity: Fidelity | None = Field(
@@ -197,7 +199,9 @@ class Manifest(Header):
     """manifest.json, written last: a shard that it does not list does not exist."""
 
     sources: Annotated[list[Source], FailFast()] = Field(min_length=1)
-    sketches: Annotated[list[SketchInfo], FailFast()] = Field(description="empty without a tail sketch; several in a merged cache")
+    sketches: Annotated[list[SketchInfo], FailFast()] = Field(
+        description="empty without a tail sketch; several in a merged cache"
+    )
     fidelity: Fidelity | None = Field(None, description="of all shards; null where it was not measured")
     skipped: SkippedInfo | None = Field(None, description="null where no sample was left out")
     lineage: Annotated[list[Derivation], LATER, FailFast()] = Field(
@@ -279,7 +283,9 @@ def require_counts(shard: ShardInfo, top_k: int, vocab_size: int) -> None:
     """
     samples, tokens, entries = shard.samples, shard.tokens, shard.entries
     if not samples <= tokens <= entries <= tokens * min(top_k, vocab_size):
-        raise ValueError(f"shard {shard.name} has {samples:,} samples, {tokens:,} tokens, {entries:,} entries")
+        raise ValueError(
+            f"shard {shard.name} has {samples:,} samples, {tokens:,} tokens, {entries:,} entries"
+        )
     if max(shard.without_image or 0, shard.cut or 0) > samples:
         raise ValueError(f"shard {shard.name} has more samples cut or without images than samples")
     if shard.fidelity is not None and shard.fidelity.tokens > tokens:

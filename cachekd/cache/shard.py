@@ -77,7 +77,7 @@ def read_shard(
     arrays = read_codes(path, sketch=sketch, sha256=sha256, counts=counts)
     starts = arrays["sample_offsets"].astype(np.int64)
     targets = decode_targets(arrays, step)
-    if wrong := _wrong_masses(arrays["topk_gaps"], targets, step, counts.recompressed if counts else 0):
+    if counts is not None and (wrong := _wrong_masses(arrays["topk_gaps"], targets, step, counts)):
         raise damaged(path, f"logprobs and tail of {wrong:,} tokens do not add up")
     return Shard(keys_of(arrays["sample_keys"]), arrays["sample_hashes"], starts, targets)
 
@@ -104,7 +104,7 @@ def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
     )
 
 
-def _wrong_masses(gaps: NDArray, targets: TokenTargets, step: float, recompressed: int) -> int:
+def _wrong_masses(gaps: NDArray, targets: TokenTargets, step: float, counts: Counts) -> int:
     """How many tokens have logprobs and a tail that no distribution has, however it was rounded.
 
     What is kept is said twice: by the gaps, and by the tail. Decoding moves the one to the other.
@@ -113,7 +113,7 @@ def _wrong_masses(gaps: NDArray, targets: TokenTargets, step: float, recompresse
         return 0
     first = offsets(targets.k)[:-1]
     moved = targets.logprobs[first] + step * gaps[first]
-    return int((np.abs(moved) > step / 2 + (1 + recompressed) * TAIL_STEP / 2 + _FLOAT).sum())
+    return int((np.abs(moved) > step / 2 + (1 + counts.recompressed) * TAIL_STEP / 2 + _FLOAT).sum())
 
 
 def make_shard(samples: list[tuple[str, bytes, int]], targets: TokenTargets) -> Shard:
