@@ -44,13 +44,13 @@ def by_the_table(rules: dict[str, ArrayRule]) -> dict[str, Edit]:
             if other not in rule.types:
                 edits[f"{name} as {other}"] = set_to(name, lambda a, to=other: np.abs(a).astype(to))
         edits[f"{name} is missing"] = lambda arrays, name=name: arrays.pop(name)
-        edits[f"{name} is longer"] = set_to(name, lambda a: np.concatenate([a, a[-1:]]) if len(a) else a + 1)
-        if name != "softcap":  # which may be empty
-            edits[f"{name} is shorter"] = set_to(name, lambda a: a[:-1])
-            edits[f"{name} is empty"] = set_to(name, lambda a: a[:0])
-            edits[f"{name} has another dimension"] = set_to(
-                name, lambda a: a[None] if a.ndim == 1 else a[0].copy()
-            )
+        if name == "softcap":  # is empty: below
+            continue
+        edits[f"{name} is longer"] = set_to(name, lambda a: np.concatenate([a, a[-1:]]))
+        edits[f"{name} is shorter"] = set_to(name, lambda a: a[:-1])
+        edits[f"{name} is empty"] = set_to(name, lambda a: a[:0])
+        other = set_to(name, lambda a: a[None] if a.ndim == 1 else a[0].copy())
+        edits[f"{name} has another dimension"] = other
         first = (0,) * len(rule.shape)
         if rule.least is not None:
             edits[f"{name} is too small"] = put(name, first, rule.least - 1 if rule.least else -1)
@@ -65,9 +65,6 @@ def by_the_table(rules: dict[str, ArrayRule]) -> dict[str, Edit]:
         if rule.types[0].startswith("float"):
             edits[f"{name} is not a number"] = set_to(name, lambda a: np.full_like(a, np.nan))
             edits[f"{name} is infinite"] = set_to(name, lambda a: np.full_like(a, np.inf))
-    edits["softcap is empty but longer"] = lambda arrays: arrays.update(softcap=np.ones(2))
-    for name in set(edits) - {name for name in edits if name.split(" ")[0] in rules}:
-        del edits[name]
     return edits
 
 
@@ -110,6 +107,20 @@ OF_MORE_THAN_ONE: dict[str, Edit] = {
     "a first gap of nothing": set_to("topk_gaps", lambda a: np.zeros_like(a)),
     "the largest gaps": set_to("topk_gaps", lambda a: np.full_like(a, 65_535)),
     "a first logprob that is less": put("topk_gaps", 0, 9_000),
+}
+
+
+SOFTCAPS: dict[str, Edit] = {
+    f"softcap of {values}": lambda arrays, values=values: arrays.update(softcap=np.array(values))
+    for values in ([0.0], [-1.0], [np.nan], [np.inf], [30.0, 30.0])
+}
+OF_THE_SKETCH: dict[str, Edit] = {
+    **SOFTCAPS,
+    "a basis that overflows": put("basis_step", 0, 1e9),
+    "units that overflow": set_to("unit", lambda a: np.full_like(a, 3e38)),
+    "centroids that overflow": set_to("centroids", lambda a: np.full_like(a, 3e38)),
+    "another step": put("numbers", 0, 0.7),
+    "other calibration tokens": put("numbers", 2, 61.0),
 }
 
 

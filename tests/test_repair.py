@@ -389,7 +389,7 @@ def adding_up(targets):
 
 def shifted(targets):
     """The most probable ids of each token are somewhat less so."""
-    return adding_up(replace(targets, logprobs=0.7 * targets.logprobs))
+    return adding_up(replace(targets, logprobs=targets.logprobs * np.float32(0.3)))
 
 
 def other_ids(targets):

@@ -6,7 +6,7 @@ Nothing that is said here has to be said again: training reads window, codec and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
@@ -23,6 +23,13 @@ PLAN_FILE = "dump/plan.json"
 
 Count = Annotated[int, Field(ge=0, le=EXACT)]
 Positive = Annotated[int, Field(gt=0, le=EXACT)]
+
+
+def _whole(value: Any) -> Any:
+    """For a Literal, which takes what compares equal."""
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not an integer")
+    return value
 
 
 class TeacherInfo(Part):
@@ -189,7 +196,7 @@ class Derivation(Part):
 class Header(Sealed):
     """What all of a cache's logits have in common."""
 
-    format_version: Literal[1] = 1
+    format_version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     teacher: TeacherInfo
     fingerprints: Fingerprints
     codec: CodecSettings

@@ -134,7 +134,7 @@ class TailSketch:
 
     def farthest(self) -> Tensor:
         """[V] float32, by how much codes can move each logit at the most, and its offset."""
-        most = torch.maximum(self.unit * MOST_CODE, self.centroids.amax(0))
+        most = self.unit * MOST_CODE
         rows = self.codes.split(_ROWS)
         moved = [(some.abs().float() * self.basis_step).half().float() @ most for some in rows]
         return self.offset.abs() + torch.cat(moved)
@@ -224,8 +224,11 @@ def _read(
         path=path,
         sha256=sha256,
     )
+    middle = torch.arange(1, CENTROIDS + 1)[:, None] * sketch.unit
+    if ((sketch.centroids - middle).abs() > 0.501 * sketch.unit).any():
+        raise damaged(path, "a centroid is not within its cell")
     if not sketch.farthest().isfinite().all():
-        raise damaged(path, "basis, unit and centroids lead to logits that are not finite")
+        raise damaged(path, "basis and unit lead to logits that are not finite")
     return sketch
 
 
