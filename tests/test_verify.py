@@ -202,6 +202,26 @@ def test_files_that_contradict_each_other_are_seen(cache, name, change, problem)
     assert any(problem in finding.problem for finding in verify_files(cache)), verify_files(cache)
 
 
+@pytest.mark.slow
+def test_a_manifest_of_fifty_thousand_shards_is_read(cache):
+    """What is bounded before it is parsed leaves room for the largest that the format allows."""
+
+    def many(values):
+        shard = values["shards"][0] | {"samples": 6, "tokens": 6, "entries": 12, "without_image": 0}
+        values["sources"][0]["data"]["samples"] = 6 * 50_000
+        values["shards"] = [
+            shard | {"name": f"{number:05d}.zarr.zip", "span": [6 * number, 6 * number + 6]}
+            for number in range(50_000)
+        ]
+        for one in values["shards"]:
+            one["fidelity"] = one["fidelity"] | {"tokens": 6}
+
+    reseal(cache / "manifest.json", many)
+    manifest = Manifest.load(cache)
+    assert len(manifest.shards) == 50_000
+    assert (cache / "manifest.json").stat().st_size > 2**24
+
+
 def test_a_key_in_two_shards_is_seen(tmp_path):
     path = write_cache(tmp_path / "c", 6, shard_tokens=4)
 
