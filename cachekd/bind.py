@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from pydantic import Field
 from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import write_file
-from cachekd.cache.sealed import Sealed
+from cachekd.cache.sealed import MOST_VALUES, Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
 from cachekd.left_out import reason_of
@@ -30,6 +30,8 @@ from cachekd.samples import Sample, Samples, read_encoded
 
 class Binding(Sealed):
     """binding.json: which sample of a cache a sample of a data set is, where their keys differ."""
+
+    most_fields: ClassVar[int] = MOST_VALUES
 
     format_version: Literal[1] = 1
     cache_sha256: str = Field(description="of the cache's manifest")

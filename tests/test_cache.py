@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -541,3 +542,23 @@ def test_packing_is_exact_at_the_edges():
         shard = make_shard([("a", bytes(16), len(records))], records)
         packed = pack_shard(shard, 1 / 32)
         assert packed == pack_shard(shard, 1 / 32)
+
+
+@pytest.mark.parametrize("what", ["answer token", "id", "more than top_k", "nothing"])
+def test_what_no_reader_would_take_is_not_written(tmp_path, what):
+    key, targets, content = sample(2)
+    ids, tokens, k = targets.ids.copy(), targets.token_ids.copy(), targets.k.copy()
+    if what == "answer token":
+        tokens[0] = VOCAB
+    elif what == "id":
+        ids[0] = VOCAB
+    elif what == "more than top_k":
+        k[0] = 33
+    else:
+        k[0] = 0
+    with (
+        pytest.raises(CachekdError, match="does not fit what is said"),
+        LogitCacheWriter(tmp_path / "c", **header()) as writer,
+    ):
+        writer.add(key, replace(targets, ids=ids, token_ids=tokens, k=k), content)
+    assert not list(tmp_path.rglob("*.zip"))

@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import hostile_edits
 import numpy as np
 import pytest
 from caches import copied, files_of, flip, reseal
@@ -23,7 +25,7 @@ from numcodecs.checksum32 import CRC32C
 from pcodec import ChunkConfig, standalone
 from test_cache import GOLDEN, ROOT
 
-from cachekd.cache.arrays import pack_arrays
+from cachekd.cache.arrays import pack_arrays, read_arrays
 from cachekd.cache.shard_codes import pack_codes, read_codes
 
 SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
@@ -33,34 +35,47 @@ Members = dict[str, bytes]
 
 # Runs with the library warm, little memory and an audit hook; says what became of each folder.
 USE = """
-import json, os, re, resource, sys
+import hashlib, json, os, re, resource, sys, time
 from pathlib import Path
 from cachekd.cache import LogitCache, verify_files
 from cachekd.cache.subset import select_samples
 from cachekd.errors import CachekdError
 
-def use(folder, out):
-    verify_files(folder)  # reports what is wrong; must not fall over it
+def findings(folder):  # verify reports what is wrong; must not fall over it
+    try:
+        return len(verify_files(folder))
+    except CachekdError:
+        return 1
+
+def use(folder, out, values):
     cache = LogitCache(folder)
+    seen = hashlib.sha256()
     for number in range(len(cache.manifest.shards)):
         cache.sketch(cache.manifest.shards[number].sketch)
         cache.shard_targets(number)
     for key in cache:
-        cache[key].gather(cache[key].token_ids[:, None])
+        targets = cache[key]
+        targets.gather(targets.token_ids[:, None])
+        seen.update(key.encode() + cache.sample_hash(key))
+        if values:
+            for tensor in (targets.token_ids, targets.k, targets.knee, targets.everywhere()):
+                seen.update(tensor.numpy().tobytes())
     select_samples(folder, out, set(list(cache)[:1]))
+    return seen.hexdigest()
 
 def outcome(folder, out):
+    wrong = None
     try:
-        use(folder, out)
-        return ["read", ""]
+        wrong = findings(folder)
+        return ["read", use(folder, out, not out.name.startswith("swollen")), wrong]
     except CachekdError as error:
-        return ["refused", str(error)]
+        return ["refused", str(error), wrong]
     except BaseException as error:
-        return [type(error).__name__, str(error)[:300]]
+        return [type(error).__name__, str(error)[:300], wrong]
 
 jobs, warm = json.loads(sys.argv[1]), sys.argv[2].split(",")
 for place, folder in enumerate(warm):
-    assert outcome(Path(folder), Path(sys.argv[3]) / f"warm-{place}") == ["read", ""]
+    assert outcome(Path(folder), Path(sys.argv[3]) / f"warm-{place}")[::2] == ["read", 0]
 seen = []
 FORBIDDEN = ("pickle.", "marshal.", "exec", "compile", "import", "os.system", "os.exec", "os.posix_spawn",
              "os.fork", "subprocess.", "socket.", "ctypes.", "code.__new__", "shutil.unpack_archive")
@@ -77,8 +92,10 @@ found = {}
 for name, folder in jobs.items():
     print(name, file=sys.stderr, flush=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found[name] = outcome(Path(folder), Path(sys.argv[3]) / name)
-    found[name].append(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    started = time.process_time()
+    kind, message, wrong = outcome(Path(folder), Path(sys.argv[3]) / name.replace("/", " "))
+    taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    found[name] = [kind, message, taken, wrong, time.process_time() - started]
 print(json.dumps({"found": found, "seen": seen}))
 """
 
@@ -90,7 +107,7 @@ def run(jobs: dict[str, Path], tmp_path: Path, warm: list[Path]) -> dict[str, li
     result = subprocess.run(
         [sys.executable, "-c", USE, folders, ",".join(map(str, warm)), str(tmp_path / "out"), str(SPARE)],
         capture_output=True,
-        timeout=60,
+        timeout=300,
         check=False,
         text=True,
     )
@@ -248,9 +265,9 @@ def huge_claims(folder: Path) -> None:
     size = 2**39
     with_members(folder, lambda members: [claim(name, shape=[size])(members) for name in ("k", "tail")])
     content = (folder / SHARD).read_bytes()
-    replace_file(folder, SHARD, content, tokens=size)
+    replace_file(folder, SHARD, content, tokens=size, entries=size)
     members = members_of(folder / SHARD)
-    for name in ("token_ids", "beyond_knee", "sketch_shift"):
+    for name in ("token_ids", "beyond_knee", "sketch_shift", "topk_ranks", "topk_gaps"):
         claim(name, shape=[size])(members)
     axes = json.loads(members["sketch_coordinates/zarr.json"])["shape"][0]
     claim("sketch_coordinates", shape=[axes, size])(members)
@@ -259,17 +276,10 @@ def huge_claims(folder: Path) -> None:
 
 def one_long_row(folder: Path) -> None:
     """A token with 65,535 entries makes 20,000 rows as long."""
-    arrays = read_codes(folder / SHARD, sketch=True)
-    tokens, entries = 20_000, 65_535 + 19_999
-    k = np.ones(tokens, "<u2")
-    k[0] = 65_535
-    arrays |= {name: np.zeros(tokens, arrays[name].dtype) for name in ("token_ids", "beyond_knee", "tail")}
-    arrays |= {"k": k, "topk_gaps": np.zeros(entries, "<u2"), "topk_ranks": np.zeros(entries, "<u2")}
-    axes = len(arrays["sketch_coordinates"])
-    arrays |= {"sketch_shift": np.zeros(tokens, "<i2"), "sketch_coordinates": np.zeros((axes, tokens), "<i2")}
-    samples = len(arrays["sample_offsets"]) - 1
-    arrays["sample_offsets"] = np.array([0] * samples + [tokens], "<u4")
-    replace_file(folder, SHARD, pack_codes(arrays), tokens=tokens, entries=entries)
+    arrays = one_entry_each(folder, 20_000)
+    arrays["k"][0], entries = 65_535, 65_535 + 19_999
+    arrays |= {"topk_gaps": np.zeros(entries, "<u2"), "topk_ranks": np.zeros(entries, "<u2")}
+    replace_file(folder, SHARD, pack_codes(arrays), tokens=20_000, entries=entries)
 
 
 def deep(name: str) -> Callable[[Path], None]:
@@ -290,7 +300,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ids without end": (in_shard(claim("ranked_ids", shape=[2**36])), "claim to hold"),
     "a basis of 2**39": (in_sketch(claim("basis", shape=[2**20, 2**19])), "has shape"),
     "all claims agree": (huge_claims, "claim to hold"),
-    "one row makes all long": (one_long_row, "rows of one length"),
+    "one row makes all long": (one_long_row, "(top_k)"),
     "a vocabulary without end": (
         manifest(lambda values: values["teacher"].update(vocab_size=2**31 - 1)),
         "has shape",
@@ -335,11 +345,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "ranks beyond the ids": (
         lambda folder: recoded(folder, lambda arrays: arrays["topk_ranks"].__setitem__(0, 65_535)),
-        "beyond ranked_ids",
+        "(ranked)",
     ),
     "ids beyond the vocabulary": (
         lambda folder: recoded(folder, lambda arrays: arrays["ranked_ids"].__setitem__(0, 2**32 - 1)),
-        "beyond the vocabulary",
+        "(vocab_size)",
     ),
     "keys that are no text": (
         lambda folder: recoded(folder, lambda arrays: arrays["sample_keys"].__setitem__(0, 255)),
@@ -388,16 +398,24 @@ HARMLESS: dict[str, Callable[[Path], Any]] = {
 
 def swollen(folder: Path) -> int:
     """Zeros pack without end, and some megabytes of them are within the format; returns the arrays' bytes."""
-    arrays = read_codes(folder / SHARD, sketch=True)
-    tokens = len(arrays["token_ids"])
-    entries = tokens * (2**20 // tokens)
-    arrays |= {"topk_gaps": np.zeros(entries, "<u2"), "topk_ranks": np.zeros(entries, "<u2")}
-    arrays["k"] = np.full(tokens, entries // tokens, "<u2")
+    arrays = one_entry_each(folder, 2**18)
     content = pack_codes(arrays)
     decoded = sum(values.nbytes for values in arrays.values())
     assert decoded > 50 * len(content)
-    replace_file(folder, SHARD, content, entries=entries)
+    replace_file(folder, SHARD, content, tokens=2**18, entries=2**18)
     return decoded
+
+
+def one_entry_each(folder: Path, tokens: int) -> dict[str, np.ndarray]:
+    """A shard's arrays, with as many tokens, which keep half of their mass in one entry."""
+    arrays = read_codes(folder / SHARD, sketch=True)
+    axes, samples = len(arrays["sketch_coordinates"]), len(arrays["sample_hashes"])
+    arrays |= {name: np.zeros(tokens, arrays[name].dtype) for name in ("token_ids", "beyond_knee", "tail")}
+    arrays |= {"k": np.ones(tokens, "<u2"), "topk_gaps": np.full(tokens, 11, "<u2")}
+    arrays |= {"topk_ranks": np.zeros(tokens, "<u2"), "sketch_shift": np.zeros(tokens, "<i2")}
+    arrays["sketch_coordinates"] = np.zeros((axes, tokens), "<i2")
+    arrays["sample_offsets"] = np.array([*range(samples), tokens], "<u4")
+    return arrays
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
@@ -414,7 +432,8 @@ def test_hostile_caches_are_refused_in_little_memory(skipping_cache, tmp_path):
     assert sorted(folders.rglob("*")) == before
     assert not Path("/tmp/cachekd-evil").exists()
     for name, (_, expected) in HOSTILE.items():
-        kind, message, _ = found[name]
+        kind, message, _, wrong, _ = found[name]
+        assert wrong, name  # what reading refuses, verify reports
         assert kind == "refused", (name, found[name])
         assert expected in message, (name, message)
         assert len(message) < 2_000, name
@@ -422,6 +441,99 @@ def test_hostile_caches_are_refused_in_little_memory(skipping_cache, tmp_path):
         assert found[name][0] == "read", (name, found[name])
     # The bound that the note states: memory follows from the manifest's counts.
     assert found["swollen"][2] <= BLOWN_UP * decoded + 32 * 2**20
+
+
+# ---- edits by the tables, and the manifest's fields
+
+
+def edited(base: tuple[Members, dict[str, np.ndarray]], name: str, edit: hostile_edits.Edit) -> Any:
+    """The file with some other arrays; the others stay byte for byte."""
+
+    def change(folder: Path) -> None:
+        members, arrays = base
+        new = dict(arrays)
+        edit(new)
+        changed = {key: value for key, value in new.items() if value is not arrays[key]}
+        gone = {*changed, *(arrays.keys() - new.keys())}
+        kept = {key: content for key, content in members.items() if key.split("/")[0] not in gone}
+        there = zipfile.ZipFile(io.BytesIO(pack_arrays(changed, {})))
+        parts = {key: there.read(key) for key in there.namelist() if key != "zarr.json"}
+        counts = (
+            {"tokens": len(new["k"])} if changed and len(new.get("k", ())) != len(arrays.get("k", ())) else {}
+        )
+        replace_file(folder, name, stored_zip(kept | parts), **counts)
+
+    return change
+
+
+def replaced_members(count: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        replace_file(folder, SHARD, hostile_edits.many_members((folder / SHARD).read_bytes(), count))
+
+    return change
+
+
+def skipped_lines(content: bytes, samples: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "skipped.jsonl").write_bytes(content)
+        info = {"samples": samples, "bytes": len(content), "sha256": sha256(content).hexdigest()}
+        reseal(folder / "manifest.json", lambda values: values.update(skipped=info))
+
+    return change
+
+
+def all_edits(path: Path) -> dict[str, Callable[[Path], Any]]:
+    """By what they do."""
+    shard = members_of(path / SHARD), read_arrays(path / SHARD, list(hostile_edits.SHARD), {})
+    file = path / "sketch.zarr.zip"
+    sketch = members_of(file), read_arrays(file, list(hostile_edits.SKETCH), {})
+    values = json.loads((path / "manifest.json").read_bytes())
+    found: dict[str, Callable[[Path], Any]] = {}
+    of_shard = {**hostile_edits.by_the_table(hostile_edits.SHARD), **hostile_edits.OF_MORE_THAN_ONE}
+    for name, edit in of_shard.items():
+        found[f"shard: {name}"] = edited(shard, SHARD, edit)
+    of_sketch = {**hostile_edits.by_the_table(hostile_edits.SKETCH), **hostile_edits.OF_THE_SKETCH}
+    for name, edit in of_sketch.items():
+        found[f"sketch: {name}"] = edited(sketch, "sketch.zarr.zip", edit)
+    fields = {**hostile_edits.of_the_manifest(values), **hostile_edits.CONTRADICTIONS}
+    for name, change in fields.items():
+        found[f"manifest: {name}"] = manifest(change)
+    for name, item in (("lists", b"[]"), ("objects", b"{}"), ("numbers", b"7"), ("texts", b'"x"')):
+        found[f"manifest: a million {name}"] = hostile_edits.many_values(item, 10**6)
+        found[f"manifest: ten million {name}"] = hostile_edits.many_values(item, 8 * 10**6)
+    found["manifest: many fields"] = hostile_edits.many_fields
+    for count in (2_000, 60_000, 600_000):
+        found[f"container: {count:,} members more"] = replaced_members(count)
+    found["skipped: lines without end"] = skipped_lines(b"\n" * 2**27, 2**27)
+    found["skipped: lines that are none"] = skipped_lines(b"[]\n" * 10**6, 10**6)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("count", [160, pytest.param(None, marks=pytest.mark.slow)])
+def test_what_is_accepted_reads_as_it_was(skipping_cache, tmp_path, count):
+    """And whatever reading refuses, `verify` reports."""
+    edits = all_edits(skipping_cache)
+    chosen = sorted(edits) if count is None else random.Random(16).sample(sorted(edits), count)
+    jobs = {"as it was": copied(skipping_cache, tmp_path / "in" / "whole")}
+    for place, name in enumerate(chosen):
+        jobs[name] = copied(skipping_cache, tmp_path / "in" / str(place))
+        edits[name](jobs[name])
+    before = sorted((tmp_path / "in").rglob("*"))
+    found = run(jobs, tmp_path, [GOLDEN, skipping_cache])
+    assert sorted((tmp_path / "in").rglob("*")) == before
+    whole = found.pop("as it was")[1]
+    problems = {
+        name: (kind, said, wrong)
+        for name, (kind, said, _, wrong, _) in found.items()
+        if kind not in ("read", "refused")
+        or (kind == "refused" and not wrong)
+        or (kind == "read" and not wrong and said != whole)
+    }
+    assert problems == {}
+    assert {name: seconds for name, (*_, seconds) in found.items() if seconds > 2} == {}
+    assert len(found) >= 150
+    assert sum(kind == "read" and not wrong for kind, _, _, wrong, _ in found.values()) < len(found) / 50
 
 
 # ---- nothing that runs
@@ -470,14 +582,18 @@ def test_the_check_itself_sees_what_it_looks_for(tmp_path):
 
 def test_the_security_note_says_what_the_code_does():
     note = (ROOT / "docs" / "security.md").read_text()
-    from cachekd.cache import array_metadata, sealed, skipped
+    from cachekd.cache import array_metadata, arrays, sealed, skipped
 
     for value in (
         f"{array_metadata._FREE >> 20} MiB + {array_metadata._MOST_RATIO:,} times",
         f"{array_metadata.MOST_DECODED >> 30} GiB",
         f"{sealed.MOST_JSON >> 20} MiB",
         f"{skipped.MOST_SKIPPED >> 20} MiB",
-        f"{array_metadata.MOST_METADATA >> 10} KiB",
+        f"{array_metadata.MOST_METADATA >> 10} KiB for a zarr.json",
+        f"{sealed.MOST_VALUES:,} values",
+        f"{sealed.MOST_FIELDS} fields",
+        f"{skipped.MOST_LINES:,} lines",
+        f"{arrays.MOST_DIRECTORY >> 10} KiB of a zip's list",
         f"{BLOWN_UP} times",
     ):
         assert re.search(rf"\b{re.escape(value)}", note), value

@@ -379,23 +379,28 @@ def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[st
     return set(shard.keys)
 
 
-def shifted(targets):
-    """The most probable id of each token is somewhat less so."""
+def adding_up(targets):
+    """So that nothing is wrong in itself: only the teacher knows better."""
     starts = np.concatenate([[0], np.cumsum(targets.k, dtype=int)])[:-1]
-    logprobs = targets.logprobs.copy()
-    logprobs[starts] -= 0.3
-    second = np.minimum(starts + 1, len(logprobs) - 1)
-    logprobs[starts] = np.maximum(logprobs[starts], logprobs[second])
-    logprobs[starts + 1 - (targets.k < 2)] -= 0.4
-    return replace(targets, logprobs=np.minimum(logprobs, 0))
+    kept = np.logaddexp.reduceat(targets.logprobs.astype(np.float64), starts)
+    moved = np.log1p(-np.exp(targets.tail_logmass.astype(np.float64))) - kept
+    return replace(targets, logprobs=(targets.logprobs + np.repeat(moved, targets.k)).astype(np.float32))
+
+
+def shifted(targets):
+    """The most probable id of each token is somewhat more so."""
+    starts = np.concatenate([[0], np.cumsum(targets.k, dtype=int)])[:-1]
+    logprobs = targets.logprobs - np.float32(0.4)
+    logprobs[starts] += np.float32(0.4)
+    return adding_up(replace(targets, logprobs=logprobs))
 
 
 def other_ids(targets):
-    return replace(targets, ids=((targets.ids + 1) % 300).astype(np.uint32))
+    return replace(targets, ids=((targets.ids + 1) % (targets.ids.max() + 1)).astype(np.uint32))
 
 
 def more_tail(targets):
-    return replace(targets, tail_logmass=(targets.tail_logmass - 0.5).astype(np.float32))
+    return adding_up(replace(targets, tail_logmass=(targets.tail_logmass - 0.5).astype(np.float32)))
 
 
 def least_for_most(targets):

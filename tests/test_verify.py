@@ -181,7 +181,11 @@ def test_what_is_no_part_of_the_cache_is_a_note(cache):
 @pytest.mark.parametrize(
     ("name", "change", "problem"),
     [
-        ("manifest.json", lambda v: v["shards"][0].update(tokens=1), "samples, tokens and entries"),
+        (
+            "manifest.json",
+            lambda v: v["shards"][0].update(tokens=v["shards"][0]["tokens"] + 1),
+            "samples, tokens and entries",
+        ),
         ("manifest.json", lambda v: v["shards"][0].update(bytes=1), "the manifest says 1"),
         ("manifest.json", lambda v: v["sketches"][0].update(axes=1), "axes and step"),
         ("manifest.json", lambda v: v["skipped"].update(samples=1), "expected 1 in"),
@@ -196,6 +200,26 @@ def test_files_that_contradict_each_other_are_seen(cache, name, change, problem)
     """With every seal in order: whoever did this wanted it."""
     reseal(cache / name, change)
     assert any(problem in finding.problem for finding in verify_files(cache)), verify_files(cache)
+
+
+@pytest.mark.slow
+def test_a_manifest_of_fifty_thousand_shards_is_read(cache):
+    """What is bounded before it is parsed leaves room for the largest that the format allows."""
+
+    def many(values):
+        shard = values["shards"][0] | {"samples": 6, "tokens": 6, "entries": 12, "without_image": 0}
+        values["sources"][0]["data"]["samples"] = 6 * 50_000
+        values["shards"] = [
+            shard | {"name": f"{number:05d}.zarr.zip", "span": [6 * number, 6 * number + 6]}
+            for number in range(50_000)
+        ]
+        for one in values["shards"]:
+            one["fidelity"] = one["fidelity"] | {"tokens": 6}
+
+    reseal(cache / "manifest.json", many)
+    manifest = Manifest.load(cache)
+    assert len(manifest.shards) == 50_000
+    assert (cache / "manifest.json").stat().st_size > 2**24
 
 
 def test_a_key_in_two_shards_is_seen(tmp_path):

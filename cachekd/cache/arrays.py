@@ -19,7 +19,8 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import IO, Any
 
 import numpy as np
 import zarr
@@ -39,10 +40,11 @@ from cachekd.cache.array_metadata import (
     read_group,
     require_plausible,
 )
+from cachekd.cache.array_rules import ArrayRule, require_form, require_values
 from cachekd.cache.files import read_plain, require_plain
 from cachekd.errors import CachekdError
 
-Shape = tuple[int | None, ...]  # None: of any length
+MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000
 
 _PAGE = 2**18  # PCodec's own limit for numbers that share a table
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
@@ -82,7 +84,8 @@ def read_arrays(
     names: Sequence[str],
     attributes: dict[str, Any],
     sha256: str | None = None,
-    shapes: Mapping[str, Shape] | None = None,
+    rules: Mapping[str, ArrayRule] = MappingProxyType({}),
+    sizes: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, NDArray]:
     """Read and check whole arrays. Memory: theirs, and the file's own where `sha256` is given.
 
@@ -91,7 +94,8 @@ def read_arrays(
         attributes: that the group must have, among others.
         sha256: of the file. Every chunk has its own checksum, but not the bytes between them; without it only
             what is asked for is read from the disk.
-        shapes: that some of them must have; compared before anything is decoded.
+        rules: what those that it names must be; types and shapes are compared before anything is decoded.
+        sizes: that the rules name, as far as they are known.
 
     Raises:
         CachekdError: the file is not what it should be, or is damaged: what failed, and where.
@@ -103,10 +107,12 @@ def read_arrays(
         if (some := {name: found.get(name) for name in attributes}) != attributes:
             raise ValueError(f"attributes {str(some)[:200]}, expected {attributes}")
         arrays = {name: read_array(name, members[f"{name}/zarr.json"]) for name in names}
-        for name, shape in (shapes or {}).items():
-            require_shape(name, arrays[name].shape, shape)
+        rules = {name: rules[name] for name in names if name in rules}
+        known = require_form(rules, arrays, sizes)
         require_plausible(sum(array.nbytes for array in arrays.values()), size)
-        return {name: _read(name, array, members) for name, array in arrays.items()}
+        values = {name: _read(name, array, members) for name, array in arrays.items()}
+        require_values(rules, values, known)
+        return values
     except _FAULTS as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from None
 
@@ -121,12 +127,23 @@ _FAULTS = (
 def _open(path: Path, sha256: str | None) -> zipfile.ZipFile:
     if sha256 is None:
         require_plain(path)
+        with path.open("rb") as stream:
+            _require_short_directory(stream)
         return zipfile.ZipFile(path)
     content = read_plain(path, MOST_DECODED)  # stored, it is smaller yet
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise ValueError(f"sha256 {found}, expected {sha256}")
+    _require_short_directory(io.BytesIO(content))
     return zipfile.ZipFile(io.BytesIO(content))
+
+
+def _require_short_directory(stream: IO[bytes]) -> None:
+    """zipfile makes an object of every member that is listed, before anybody can look; of 500 bytes or so."""
+    end = zipfile._EndRecData(stream)  # type: ignore[attr-defined]  # by which zipfile itself goes; zip64 too
+    size = end[zipfile._ECD_SIZE] if end else 0  # type: ignore[attr-defined]
+    if size > MOST_DIRECTORY:
+        raise ValueError(f"a list of members of {size:,} bytes, expected {MOST_DIRECTORY:,} at most")
 
 
 def _members(archive: zipfile.ZipFile, names: Sequence[str]) -> tuple[int, dict[str, bytes]]:
@@ -159,19 +176,6 @@ def _stored(content: bytes, info: zipfile.ZipInfo) -> bytes:
     if not there or info.flag_bits & 1 or len(body) != info.file_size or zlib.crc32(body) != info.CRC:
         raise zipfile.BadZipFile(f"{info.filename} is not what the list of members says")
     return body
-
-
-def require_shape(name: str, found: tuple[int, ...], expected: Shape) -> None:
-    """Compare an array's shape with what it must be.
-
-    Raises:
-        ValueError: they differ.
-    """
-    fits = len(found) == len(expected) and all(
-        length in (None, of) for of, length in zip(found, expected, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {found}, expected {expected}")
 
 
 def damaged(path: Path, found: str) -> CachekdError:

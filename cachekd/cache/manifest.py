@@ -6,12 +6,12 @@ Nothing that is said here has to be said again: training reads window, codec and
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from cachekd.cache.files import address_of
-from cachekd.cache.sealed import LATER, Part, Sealed, cannot_be_read, read_json
+from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
 from cachekd.files import MANIFEST_FILE as MANIFEST_FILE
@@ -23,6 +23,13 @@ PLAN_FILE = "dump/plan.json"
 
 Count = Annotated[int, Field(ge=0, le=EXACT)]
 Positive = Annotated[int, Field(gt=0, le=EXACT)]
+
+
+def _whole(value: Any) -> Any:
+    """For a Literal, which takes what compares equal."""
+    if type(value) is not int:
+        raise ValueError(f"{value!r} is not an integer")
+    return value
 
 
 class TeacherInfo(Part):
@@ -64,7 +71,7 @@ class DataInfo(Part):
         None, description="over the content of up to 32 samples from all over it; null where it is not known"
     )
     key: Annotated[str | None, LATER] = Field(None, description="the field that the keys were taken from")
-    image_field: Annotated[tuple[str, ...], LATER] = Field(
+    image_field: Annotated[tuple[str, ...], LATER, FailFast(), BeforeValidator(as_tuple)] = Field(
         (), description="the fields that pictures were taken from, if not the usual ones"
     )
     max_tokens: Annotated[Positive | None, LATER] = Field(
@@ -140,7 +147,7 @@ class ShardInfo(Part):
     name: str = Field(pattern=r"^[0-9]{5,9}\.zarr\.zip$")
     source: int = Field(0, ge=0, description="index in `sources`")
     sketch: int | None = Field(None, ge=0, description="index in `sketches`; null without a tail sketch")
-    span: tuple[Count, Count] | None = Field(
+    span: Annotated[tuple[Count, Count] | None, BeforeValidator(as_tuple)] = Field(
         None, description="of the source's data set, first and last + 1; null where shards were cut"
     )
     samples: Positive
@@ -173,7 +180,9 @@ class Derivation(Part):
 
     operation: Literal["select", "merge", "recompress"]
     version: str = Field(description="of the cachekd that did it")
-    parents: list[str] = Field(min_length=1, description="sha256 in the manifests that it was made from")
+    parents: Annotated[list[str], FailFast()] = Field(
+        min_length=1, description="sha256 in the manifests that it was made from"
+    )
     parent_samples: Positive = Field(description="in all of them")
     parent_codec: CodecSettings = Field(description="of all of them")
     fidelity: Fidelity | None = Field(
@@ -187,7 +196,7 @@ class Derivation(Part):
 class Header(Sealed):
     """What all of a cache's logits have in common."""
 
-    format_version: Literal[1] = 1
+    format_version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     teacher: TeacherInfo
     fingerprints: Fingerprints
     codec: CodecSettings
@@ -196,14 +205,16 @@ class Header(Sealed):
 class Manifest(Header):
     """manifest.json, written last: a shard that it does not list does not exist."""
 
-    sources: list[Source] = Field(min_length=1)
-    sketches: list[SketchInfo] = Field(description="empty without a tail sketch; several in a merged cache")
+    sources: Annotated[list[Source], FailFast()] = Field(min_length=1)
+    sketches: Annotated[list[SketchInfo], FailFast()] = Field(
+        description="empty without a tail sketch; several in a merged cache"
+    )
     fidelity: Fidelity | None = Field(None, description="of all shards; null where it was not measured")
     skipped: SkippedInfo | None = Field(None, description="null where no sample was left out")
-    lineage: Annotated[list[Derivation], LATER] = Field(
+    lineage: Annotated[list[Derivation], LATER, FailFast()] = Field(
         [], description="parents' steps first; not there in a dump's own cache"
     )
-    shards: list[ShardInfo] = Field(min_length=1)
+    shards: Annotated[list[ShardInfo], FailFast()] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:
@@ -212,9 +223,18 @@ class Manifest(Header):
                 raise ValueError(f"shard {shard.name} is of source {shard.source}, which is not listed")
             if shard.sketch not in (range(len(self.sketches)) if self.sketches else (None,)):
                 raise ValueError(f"shard {shard.name} has sketch {shard.sketch}, which is not listed")
+            require_counts(shard, self.codec.top_k, self.teacher.vocab_size)
         for names in ([shard.name for shard in self.shards], [sketch.name for sketch in self.sketches]):
             if len(names) != len(set(names)):
                 raise ValueError("a file is listed twice")
+        if bool(self.sketches) != (self.codec.tail != "none"):
+            raise ValueError(f"the tail is {self.codec.tail!r}, with {len(self.sketches)} sketches")
+        spans: list[list[tuple[int, int]]] = [[] for _ in self.sources]
+        for shard in self.shards:
+            if shard.span is not None:
+                spans[shard.source].append(shard.span)
+        for source, found in zip(self.sources, spans, strict=True):
+            require_spans(source, sorted(found))
         return self
 
     @property
@@ -260,6 +280,46 @@ class Manifest(Header):
         if version != FORMAT_VERSION:
             raise cannot_be_read(path, f"format_version {version!r}")
         return cls.parse(path, values)
+
+
+def require_counts(shard: ShardInfo, top_k: int, vocab_size: int) -> None:
+    """Refuse what no shard can hold: every sample has a token, every token an entry.
+
+    Raises:
+        ValueError: counts that contradict each other.
+    """
+    samples, tokens, entries = shard.samples, shard.tokens, shard.entries
+    if not samples <= tokens <= entries <= tokens * min(top_k, vocab_size):
+        raise ValueError(
+            f"shard {shard.name} has {samples:,} samples, {tokens:,} tokens, {entries:,} entries"
+        )
+    if max(shard.without_image or 0, shard.cut or 0) > samples:
+        raise ValueError(f"shard {shard.name} has more samples cut or without images than samples")
+    if shard.fidelity is not None and shard.fidelity.tokens > tokens:
+        raise ValueError(f"shard {shard.name} was measured at more tokens than it has")
+    if shard.span is not None and samples > shard.span[1] - shard.span[0]:
+        raise ValueError(f"shard {shard.name} has {samples:,} samples of the span {shard.span}")
+
+
+def require_spans(source: Source, spans: list[tuple[int, int]]) -> None:
+    """Refuse spans that the source's dump cannot have had.
+
+    Args:
+        spans: of all its shards, sorted.
+
+    Raises:
+        ValueError: they overlap, run backwards, lead beyond the data set, or are not as it was cut up.
+    """
+    if spans and source.geometry is None:
+        raise ValueError(f"shards have spans, such as {spans[0]}, of samples that were added one by one")
+    before = 0
+    for first, last in spans:
+        if not before <= first < last <= source.data.samples:
+            raise ValueError(f"the span {(first, last)} overlaps, runs backwards or leads beyond the samples")
+        size = 0 if source.geometry is None else source.geometry.shard_samples
+        if first % size or last - first > size:
+            raise ValueError(f"the span {(first, last)} is not of shards of {size:,} samples")
+        before = last
 
 
 def require_manifest(folder: Path) -> Path:

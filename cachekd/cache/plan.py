@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import FailFast, Field
 
 from cachekd.cache.manifest import Header, ShardInfo, Source
 from cachekd.cache.sealed import Part, Sealed
@@ -49,4 +51,4 @@ class ShardRecord(Sealed):
 
     plan_sha256: str
     shard: ShardInfo | None = Field(description="null where every sample was left out")
-    skipped: list[Skipped]
+    skipped: Annotated[list[Skipped], FailFast()]

@@ -30,7 +30,9 @@ def shard_counts(manifest: Manifest, number: int) -> Counts:
     """What shard `number` must hold."""
     info = manifest.shards[number]
     axes = None if info.sketch is None else manifest.sketches[info.sketch].axes
-    return Counts(info.samples, info.tokens, info.entries, axes, manifest.teacher.vocab_size)
+    recompressed = sum(step.operation == "recompress" for step in manifest.lineage)
+    vocab_size, top_k = manifest.teacher.vocab_size, manifest.codec.top_k
+    return Counts(info.samples, info.tokens, info.entries, axes, vocab_size, top_k, recompressed)
 
 
 class LogitCache:

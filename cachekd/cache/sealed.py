@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +23,10 @@ from cachekd.cache.files import read_plain
 from cachekd.errors import CachekdError
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards
+MOST_FIELDS = 2**8  # of one object
+MOST_VALUES = (
+    3 * 2**19
+)  # in such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed
 _RESTORE = "restore it from where the cache came from, or run `cachekd verify --repair`"
 
 
@@ -46,6 +53,7 @@ class Part(BaseModel):
 class Sealed(Part):
     """A whole file."""
 
+    most_fields: ClassVar[int] = MOST_FIELDS
     sha256: str | None = Field(
         None, description="over the rest of the file: JSON, two spaces of indent, not ASCII only"
     )
@@ -62,7 +70,7 @@ class Sealed(Part):
         Raises:
             CachekdError: it is missing, damaged, or of another form.
         """
-        return cls.parse(path, read_json(path))
+        return cls.parse(path, read_json(path, cls.most_fields))
 
     @classmethod
     def parse(cls, path: Path, values: Any) -> Self:
@@ -70,8 +78,8 @@ class Sealed(Part):
         if not isinstance(values, dict):
             raise cannot_be_read(path, f"{type(values).__name__}, expected an object")
         try:
+            model = cls.model_validate(values, strict=True)  # "17", 17.0 and true are no integers
             found = _seal({name: value for name, value in values.items() if name != "sha256"})
-            model = cls.model_validate(values)
         except ValidationError as error:
             raise _does_not_fit(path, error) from None
         except (ValueError, RecursionError) as error:  # lone surrogates, infinite numbers, endless nesting
@@ -87,18 +95,37 @@ class Sealed(Part):
         return model
 
 
-def read_json(path: Path) -> Any:
+def as_tuple(value: Any) -> Any:
+    """For a field that is a tuple: JSON has lists only."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_json(path: Path, most_fields: int = MOST_FIELDS) -> Any:
     """The file's JSON.
+
+    Args:
+        most_fields: that an object in it may have.
 
     Raises:
         CachekdError: it is missing or not JSON.
     """
     try:
-        return json.loads(read_plain(path, MOST_JSON).decode())
+        content = read_plain(path, MOST_JSON)
+        # Every value but the first of its list or object has a comma before it.
+        if (values := sum(map(content.count, (b",", b"[", b"{")))) > MOST_VALUES:
+            raise cannot_be_read(path, f"some {values:,} values, expected {MOST_VALUES:,} at most")
+        return json.loads(content.decode(), object_hook=partial(_require_few, most_fields))
     except (ValueError, RecursionError) as error:
         raise cannot_be_read(path, str(error)) from None
     except OSError as error:
         raise cannot_be_read(path, error.strerror or str(error)) from None
+
+
+def _require_few(most: int, fields: dict[str, Any]) -> dict[str, Any]:
+    """pydantic notes each field that it does not know, in two kilobytes."""
+    if len(fields) > most:
+        raise ValueError(f"an object with {len(fields):,} fields, expected {most:,} at most")
+    return fields
 
 
 def is_canonical(path: Path) -> bool:
@@ -112,7 +139,7 @@ def cannot_be_read(path: Path, found: str) -> CachekdError:
 
 
 def _does_not_fit(path: Path, error: ValidationError) -> CachekdError:
-    first = error.errors()[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     found = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]
     if first["type"] != "extra_forbidden":
         return cannot_be_read(path, found)
@@ -125,8 +152,19 @@ def _does_not_fit(path: Path, error: ValidationError) -> CachekdError:
 
 
 def _text(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return b"".join(_pieces(values))
 
 
 def _seal(values: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(values)).hexdigest()
+    digest = hashlib.sha256()
+    for piece in _pieces(values):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(values: dict[str, Any]) -> Iterator[bytes]:
+    """The text, some thousand values at a time: `json.dumps` would hold a string for each."""
+    parts = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(values)
+    while some := "".join(islice(parts, 2**14)):
+        yield some.encode()
+    yield b"\n"

@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.codec import decode_logprobs, decode_tail, encode_logprobs, encode_tail
+from cachekd.cache.arrays import damaged
+from cachekd.cache.codec import TAIL_STEP, decode_logprobs, decode_tail, encode_logprobs, encode_tail
 from cachekd.cache.records import SketchCodes, TokenTargets, offsets
 from cachekd.cache.shard_codes import Counts, characters_of, id_arrays, keys_of, pack_codes, read_codes
+
+_WIDEST_GAP = 2**16 - 1  # steps
+_NO_MASS = 64.0  # nats below a token's largest logprob: of no id, however many there are
+_FLOAT = 1e-3  # nats; what float32 leaves
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def read_shard(
     arrays = read_codes(path, sketch=sketch, sha256=sha256, counts=counts)
     starts = arrays["sample_offsets"].astype(np.int64)
     targets = decode_targets(arrays, step)
+    if counts is not None and (wrong := _wrong_masses(arrays["topk_gaps"], targets, step, counts)):
+        raise damaged(path, f"logprobs and tail of {wrong:,} tokens do not add up")
     return Shard(keys_of(arrays["sample_keys"]), arrays["sample_hashes"], starts, targets)
 
 
@@ -95,6 +102,18 @@ def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
         tail_logmass=tail,
         sketch=sketch,
     )
+
+
+def _wrong_masses(gaps: NDArray, targets: TokenTargets, step: float, counts: Counts) -> int:
+    """How many tokens have logprobs and a tail that no distribution has, however it was rounded.
+
+    What is kept is said twice: by the gaps, and by the tail. Decoding moves the one to the other.
+    """
+    if step * _WIDEST_GAP < _NO_MASS:  # so that gaps may be cut where there still is some
+        return 0
+    first = offsets(targets.k)[:-1]
+    moved = targets.logprobs[first] + step * gaps[first]
+    return int((np.abs(moved) > step / 2 + (1 + counts.recompressed) * TAIL_STEP / 2 + _FLOAT).sum())
 
 
 def make_shard(samples: list[tuple[str, bytes, int]], targets: TokenTargets) -> Shard:

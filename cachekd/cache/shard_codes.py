@@ -1,22 +1,4 @@
-"""A shard's codes: its arrays as they are in the file (`cachekd.cache.arrays`), checked against each other.
-
-Over n samples, N answer tokens, E entries, R different ids among them, and C axes of the tail sketch:
-
-| array | dtype | shape | |
-| --- | --- | --- | --- |
-| sample_offsets | uint32 | n + 1 | where each sample's tokens start |
-| sample_keys | uint8 | bytes | the keys in UTF-8, one per line |
-| sample_hashes | uint8 | n, 16 | content hash of each sample |
-| token_ids | uint32 | N | the answer tokens |
-| k | uint16 | N | entries kept |
-| beyond_knee | uint16 | N | k less Kneedle's k |
-| tail | int16 | N | log-odds of the mass not kept (codec.encode_tail) |
-| ranked_ids | uint32 | R | the ids, most frequent first |
-| topk_ranks | uint16 or uint32 | E | places in ranked_ids, by descending probability |
-| topk_gaps | uint16 | E | quantised logprobs (codec.encode_logprobs) |
-| sketch_coordinates | int16 | C, N | in a cache with a tail sketch: SketchCodes, axis by axis |
-| sketch_shift | int16 | N | the same |
-"""
+"""A shard's codes: its arrays as they are in the file (`cachekd.cache.arrays`), checked with each other."""
 
 from __future__ import annotations
 
@@ -27,24 +9,43 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.arrays import Shape, damaged, pack_arrays, read_arrays, require_shape
+from cachekd.cache.array_rules import MOST_CODE, ArrayRule
+from cachekd.cache.arrays import damaged, pack_arrays, read_arrays
 from cachekd.cache.codec import rank_ids
 from cachekd.cache.records import offsets
+from cachekd.ranges import KEPT
 
 FORMAT = {"format": "cachekd-shard", "format_version": 1}
-_ARRAYS = (
-    "sample_offsets",
-    "sample_keys",
-    "sample_hashes",
-    "token_ids",
-    "k",
-    "beyond_knee",
-    "tail",
-    "ranked_ids",
-    "topk_ranks",
-    "topk_gaps",
-)
-_SKETCH_ARRAYS = ("sketch_coordinates", "sketch_shift")
+# Over n samples, N answer tokens, E entries, and R (`ranked`) different ids among them.
+RULES = {
+    # Where each sample's tokens start; the last one: where they end. No sample is without any.
+    "sample_offsets": ArrayRule(("uint32",), ("starts",), most="tokens", order="ascending"),
+    # The keys in UTF-8, one per line.
+    "sample_keys": ArrayRule(("uint8",), ("characters",)),
+    # Content hash of each sample.
+    "sample_hashes": ArrayRule(("uint8",), ("samples", 16)),
+    # The answer tokens.
+    "token_ids": ArrayRule(("uint32",), ("tokens",), below="vocab_size"),
+    # Entries kept.
+    "k": ArrayRule(("uint16",), ("tokens",), least=1, most="top_k"),
+    # k less Kneedle's k.
+    "beyond_knee": ArrayRule(("uint16",), ("tokens",)),
+    # Log-odds of the mass not kept (codec.encode_tail).
+    "tail": ArrayRule(("int16",), ("tokens",)),
+    # The ids, most frequent first.
+    "ranked_ids": ArrayRule(("uint32",), ("ranked",), below="vocab_size", order="unique"),
+    # Places in ranked_ids, by descending probability; uint16 where that will do.
+    "topk_ranks": ArrayRule(("uint16", "uint32"), ("entries",), below="ranked"),
+    # Quantised logprobs (codec.encode_logprobs).
+    "topk_gaps": ArrayRule(("uint16",), ("entries",)),
+}
+# In a cache with a tail sketch besides: SketchCodes, axis by axis.
+SKETCH_RULES = {
+    "sketch_coordinates": ArrayRule(("int16",), ("axes", "tokens"), least=-MOST_CODE),
+    "sketch_shift": ArrayRule(("int16",), ("tokens",), least=-MOST_CODE),
+}
+_NARROW = 2**16  # ids whose places fit into 16 bits
+_PLACES = 2**21  # of tokens and ids, that are looked at together
 
 
 class Counts(NamedTuple):
@@ -53,6 +54,8 @@ class Counts(NamedTuple):
     Attributes:
         axes: of its tail sketch; None without one.
         vocab_size: ids are below it.
+        top_k: no token has more entries.
+        recompressed: how often entries may have been cut off, at most: each time odds were rounded anew.
     """
 
     samples: int
@@ -60,6 +63,13 @@ class Counts(NamedTuple):
     entries: int
     axes: int | None = None
     vocab_size: int = 2**32
+    top_k: int = KEPT
+    recompressed: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """By the names that the rules have."""
+        return {**self._asdict(), "starts": self.samples + 1}
 
 
 def read_codes(
@@ -69,10 +79,11 @@ def read_codes(
 
     Arguments and errors are `cachekd.cache.shard.read_shard`'s.
     """
-    names = [*_ARRAYS, *(_SKETCH_ARRAYS if sketch else ())]
-    arrays = read_arrays(path, names, FORMAT, sha256, None if counts is None else _shapes(counts, sketch))
+    rules = {**RULES, **(SKETCH_RULES if sketch else {})}
+    sizes = {"vocab_size": 2**32, "top_k": KEPT} if counts is None else counts.sizes
+    arrays = read_arrays(path, list(rules), FORMAT, sha256, rules, sizes)
     try:
-        _check(arrays, 2**32 if counts is None else counts.vocab_size)
+        _check(arrays)
     except ValueError as error:
         raise damaged(path, str(error)) from None
     return arrays
@@ -125,7 +136,7 @@ def cut_shard(
 def id_arrays(ids: NDArray[np.uint32]) -> dict[str, NDArray]:
     """What a shard holds of its entries' ids [E]."""
     ranked, ranks = rank_ids(ids)
-    narrow = len(ranked) <= 2**16
+    narrow = len(ranked) <= _NARROW
     return {"ranked_ids": ranked.astype("<u4"), "topk_ranks": ranks.astype("<u2" if narrow else "<u4")}
 
 
@@ -138,40 +149,45 @@ def keys_of(characters: NDArray) -> list[str]:
     """The keys, from `sample_keys`.
 
     Raises:
-        ValueError: no UTF-8.
+        ValueError: no UTF-8, or one is there twice.
     """
-    return characters.tobytes().decode().split("\n")
+    keys = characters.tobytes().decode().split("\n")
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key is there twice")
+    return keys
 
 
-def _shapes(counts: Counts, sketch: bool) -> dict[str, Shape]:
-    """That the arrays must have; the lengths of `sample_keys` and `ranked_ids` follow from nothing."""
-    samples, tokens, entries, axes, _ = counts
-    shapes: dict[str, Shape] = {
-        "sample_offsets": (samples + 1,),
-        "sample_hashes": (samples, 16),
-        **dict.fromkeys(("token_ids", "k", "beyond_knee", "tail"), (tokens,)),
-        **dict.fromkeys(("topk_ranks", "topk_gaps"), (entries,)),
-    }
-    if sketch:
-        shapes |= {"sketch_coordinates": (axes, tokens), "sketch_shift": (tokens,)}
-    return shapes
-
-
-def _check(arrays: dict[str, NDArray], vocab_size: int) -> None:
+def _check(arrays: dict[str, NDArray]) -> None:
     """Do they fit together? Raises ValueError where not."""
-    starts, k = arrays["sample_offsets"].astype(np.int64), arrays["k"]
-    counts = Counts(
-        samples=len(keys_of(arrays["sample_keys"])),
-        tokens=len(arrays["token_ids"]),
-        entries=int(k.sum(dtype=np.int64)),
-    )
-    for name, expected in _shapes(counts, "sketch_shift" in arrays).items():
-        require_shape(name, arrays[name].shape, expected)
-    if starts[0] != 0 or starts[-1] != counts.tokens or (np.diff(starts) < 0).any():
-        raise ValueError(f"sample_offsets do not lead from 0 to {counts.tokens}")
+    starts, k, ranks = arrays["sample_offsets"], arrays["k"], arrays["topk_ranks"]
+    keys, samples = keys_of(arrays["sample_keys"]), len(arrays["sample_hashes"])
+    tokens, ranked, entries = len(k), len(arrays["ranked_ids"]), int(k.sum(dtype=np.int64))
+    if len(keys) != samples:
+        raise ValueError(f"{len(keys):,} keys, expected {samples:,}")
+    if len(starts) != samples + 1 or starts[0] != 0 or starts[-1] != tokens:
+        raise ValueError(f"sample_offsets do not lead from 0 to {tokens:,} in {samples:,} steps")
     if (arrays["beyond_knee"] > k).any():
         raise ValueError("a token's knee is negative")
-    if counts.entries and int(arrays["topk_ranks"].max()) >= len(arrays["ranked_ids"]):
-        raise ValueError("topk_ranks lead beyond ranked_ids")
-    if len(arrays["ranked_ids"]) and int(arrays["ranked_ids"].max()) >= vocab_size:
-        raise ValueError(f"an id is beyond the vocabulary of {vocab_size:,}")
+    if len(ranks) != entries:
+        raise ValueError(f"topk_ranks has {len(ranks):,} entries, expected {entries:,} by k")
+    if (ranks.dtype.itemsize == 2) != (ranked <= _NARROW):
+        raise ValueError(f"topk_ranks is of type {ranks.dtype.name} for {ranked:,} ids")
+    _require_different_ids(ranks, k, ranked)
+
+
+def _require_different_ids(ranks: NDArray, k: NDArray, ranked: int) -> None:
+    """Which of two logprobs a reader took would be chance.
+
+    Every entry is written at its token's and id's place, over what may be there, and looked for afterwards:
+    a sixth of what sorting takes. Few tokens at a time, so that the places stay in a CPU's cache.
+    """
+    rows = max(1, _PLACES // max(1, ranked))
+    places = np.empty(rows * ranked, np.int32)
+    for first in range(0, len(k), rows):
+        some = k[first : first + rows]
+        entries = np.arange(int(some.sum(dtype=np.int64)), dtype=np.int32)
+        at = np.repeat(np.arange(len(some)) * ranked, some) + ranks[: len(entries)]
+        places[at] = entries
+        if (places[at] != entries).any():
+            raise ValueError("a token has an id twice")
+        ranks = ranks[len(entries) :]

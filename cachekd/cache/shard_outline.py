@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.arrays import damaged, read_arrays
-from cachekd.cache.shard_codes import FORMAT, keys_of
+from cachekd.cache.shard_codes import FORMAT, RULES, keys_of
 
 
 def read_keys(path: Path) -> list[str]:
@@ -17,7 +17,7 @@ def read_keys(path: Path) -> list[str]:
     Raises:
         CachekdError: as `read_shard`.
     """
-    return _keys(path, read_arrays(path, ["sample_keys"], FORMAT))
+    return _keys(path, read_arrays(path, ["sample_keys"], FORMAT, rules=RULES))
 
 
 def read_identities(path: Path) -> tuple[list[str], NDArray[np.uint8]]:
@@ -26,10 +26,10 @@ def read_identities(path: Path) -> tuple[list[str], NDArray[np.uint8]]:
     Raises:
         CachekdError: as `read_shard`.
     """
-    arrays = read_arrays(path, ["sample_keys", "sample_hashes"], FORMAT)
+    arrays = read_arrays(path, ["sample_keys", "sample_hashes"], FORMAT, rules=RULES)
     keys, hashes = _keys(path, arrays), arrays["sample_hashes"]
-    if hashes.shape != (len(keys), 16):
-        raise damaged(path, f"sample_hashes: {hashes.shape}, expected {(len(keys), 16)}")
+    if len(hashes) != len(keys):
+        raise damaged(path, f"{len(keys):,} keys, expected {len(hashes):,}")
     return keys, hashes
 
 
@@ -39,7 +39,7 @@ def read_outline(path: Path) -> tuple[list[str], int, int]:
     Raises:
         CachekdError: as `read_shard`.
     """
-    arrays = read_arrays(path, ["sample_keys", "k"], FORMAT)
+    arrays = read_arrays(path, ["sample_keys", "k"], FORMAT, rules=RULES)
     return _keys(path, arrays), len(arrays["k"]), int(arrays["k"].sum(dtype=np.int64))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.files import commit
-from cachekd.cache.manifest import Fidelity, ShardInfo
+from cachekd.cache.manifest import Fidelity, Header, ShardInfo
 from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import ShardRecord, Skipped
 from cachekd.cache.probes import Probes
@@ -70,7 +70,8 @@ class ShardWriter:
             images: how many it has; None: not known.
             cut: whether the end of its answers is left out.
         """
-        check_sample(key, targets, content_hash, states, needs_states=self._encoder is not None)
+        plan, needs_states = self.build.plan, self._encoder is not None
+        check_sample(key, targets, content_hash, states, plan, needs_states=needs_states)
         self._samples.append((key, content_hash, len(targets)))
         self._images.append(images)
         self._cut += cut
@@ -150,15 +151,31 @@ class ShardWriter:
 
 
 def check_sample(
-    key: str, targets: TokenTargets, content_hash: bytes, states: TailStates | None, *, needs_states: bool
+    key: str,
+    targets: TokenTargets,
+    content_hash: bytes,
+    states: TailStates | None,
+    header: Header,
+    *,
+    needs_states: bool,
 ) -> None:
-    """Refuse a sample that the format cannot hold."""
+    """Refuse a sample that the format cannot hold, or that no reader would take."""
     if "\n" in key or len(content_hash) != 16 or len(targets) == 0:
         raise CachekdError(
             "the sample cannot be stored",
             where=f"sample {key!r}",
             expected="a key without line breaks, a 16-byte hash and at least one answer token",
             found=f"{len(content_hash)} bytes and {len(targets)} tokens",
+        )
+    vocab_size, top_k = header.teacher.vocab_size, header.codec.top_k
+    most_id = max(int(targets.token_ids.max()), int(targets.ids.max(initial=0)))
+    if most_id >= vocab_size or not 1 <= targets.k.min() <= targets.k.max() <= top_k:
+        raise CachekdError(
+            "the sample does not fit what is said of the cache",
+            where=f"sample {key!r}",
+            expected=f"ids below {vocab_size:,}, and 1 to {top_k:,} logprobs a token",
+            found=f"ids up to {most_id:,}, and {targets.k.min():,} to {targets.k.max():,} logprobs",
+            fix="pass the teacher's vocab_size, and the top_k with which the logprobs were selected",
         )
     if needs_states and (states is None or len(states) != len(targets)):
         raise CachekdError(

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cachekd.cache.array_rules import MOST_CODE, POSITIVE, ArrayRule
 from cachekd.cache.arrays import damaged, pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes
 
@@ -30,7 +31,15 @@ FARTHEST = 6e4  # units; float16 ends at 65,504
 CENTROIDS = 2  # codes of magnitude 1 and 2 are rebuilt at their mean, larger ones at their middle
 
 SKETCH_FORMAT = {"format": "cachekd-sketch", "format_version": 1}
-_ARRAYS = ("basis", "basis_step", "offset", "unit", "centroids", "softcap")
+RULES = {
+    "basis": ArrayRule(("int16",), ("axes", "vocab_size"), least=-MOST_CODE),
+    "basis_step": ArrayRule(("float64",), (1,), least=POSITIVE),
+    "offset": ArrayRule(("float32",), ("vocab_size",)),
+    "unit": ArrayRule(("float32",), ("axes",), least=POSITIVE),
+    "centroids": ArrayRule(("float32",), (CENTROIDS, "axes"), least=0),
+    "softcap": ArrayRule(("float64",), ("softcaps",), least=POSITIVE),
+}
+_ROWS = 2**12  # of `codes` looked at together, where few at a time will do
 # Elements of `basis` looked up at a time: what stays in a CPU's cache, and what a GPU is busy with.
 _LOOKUP = {"cpu": 2**21, "cuda": 2**28}
 
@@ -123,6 +132,13 @@ class TailSketch:
         """[N, V] float32, at every id."""
         return capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset, self.softcap)
 
+    def farthest(self) -> Tensor:
+        """[V] float32, by how much codes can move each logit at the most, and its offset."""
+        most = self.unit * MOST_CODE
+        rows = self.codes.split(_ROWS)
+        moved = [(some.abs().float() * self.basis_step).half().float() @ most for some in rows]
+        return self.offset.abs() + torch.cat(moved)
+
     def arrays(self) -> dict[str, NDArray]:
         """What its file holds."""
         return {
@@ -193,19 +209,12 @@ def _read(
     path: Path, sha256: str | None, shape: tuple[int, int] | None, _changed: int, _size: int
 ) -> TailSketch:
     axes, vocab_size = shape or (None, None)
-    shapes = {"basis": (axes, vocab_size), "offset": (vocab_size,), "unit": (axes,), "basis_step": (1,)}
-    arrays = read_arrays(path, _ARRAYS, SKETCH_FORMAT, sha256, {**shapes, "centroids": (CENTROIDS, axes)})
+    sizes = {"axes": axes, "vocab_size": vocab_size}
+    arrays = read_arrays(path, list(RULES), SKETCH_FORMAT, sha256, RULES, sizes)
     basis, unit, softcap = arrays["basis"], arrays["unit"], arrays["softcap"]
-    expected = {"offset": basis.shape[1:], "unit": basis.shape[:1], "centroids": (CENTROIDS, len(basis))}
-    for name, of in expected.items():
-        if arrays[name].shape != of:
-            raise damaged(path, f"{name}: {arrays[name].shape}, expected {of}")
-    for name in ("basis_step", "offset", "unit", "centroids", "softcap"):
-        if not np.isfinite(arrays[name]).all():
-            raise damaged(path, f"{name} is not finite")
-    if len(softcap) > 1 or (softcap <= 0).any():
+    if len(softcap) > 1:
         raise damaged(path, f"softcap {softcap[:3]}, expected one positive number or none")
-    return TailSketch(
+    sketch = TailSketch(
         codes=torch.from_numpy(np.ascontiguousarray(basis.T)),
         basis_step=float(arrays["basis_step"][0]),
         offset=torch.from_numpy(arrays["offset"]),
@@ -215,6 +224,12 @@ def _read(
         path=path,
         sha256=sha256,
     )
+    middle = torch.arange(1, CENTROIDS + 1)[:, None] * sketch.unit
+    if ((sketch.centroids - middle).abs() > 0.501 * sketch.unit).any():
+        raise damaged(path, "a centroid is not within its cell")
+    if not sketch.farthest().isfinite().all():
+        raise damaged(path, "basis and unit lead to logits that are not finite")
+    return sketch
 
 
 @dataclass(frozen=True)

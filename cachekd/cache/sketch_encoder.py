@@ -9,10 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachekd.cache.arrays import Shape, damaged, pack_arrays, read_arrays
+from cachekd.cache.array_rules import ArrayRule
+from cachekd.cache.arrays import pack_arrays, read_arrays
 from cachekd.cache.records import SketchCodes, TailStates
 from cachekd.cache.rounding import to_steps
 from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP, SKETCH_FORMAT, TailSketch, read_sketch
+
+RULES = {
+    "analysis": ArrayRule(("float32",), ("axes", "hidden")),
+    "mean": ArrayRule(("float32",), ("hidden",)),
+    "common": ArrayRule(("float32",), ("hidden",)),
+    "numbers": ArrayRule(("float64",), (4,)),
+}
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,12 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
     Raises:
         CachekdError: it is missing, damaged, or for reading only.
     """
-    shapes: dict[str, Shape] = {"analysis": (None, None), "mean": (None,), "common": (None,), "numbers": (4,)}
-    arrays = read_arrays(path, list(shapes), SKETCH_FORMAT, sha256, shapes)
-    if not all(np.isfinite(values).all() for values in arrays.values()):
-        raise damaged(path, "what codes more tokens is not finite")
+    sketch = read_sketch(path, sha256)
+    arrays = read_arrays(path, list(RULES), SKETCH_FORMAT, sha256, RULES, {"axes": sketch.axes})
     tensors = {name: torch.from_numpy(arrays[name].copy()) for name in ("analysis", "mean", "common")}
     step, constant, tokens, surplus = arrays["numbers"].tolist()
     return SketchEncoder(
-        sketch=read_sketch(path, sha256),
+        sketch=sketch,
         step=step,
         mean=tensors["mean"],
         analysis=tensors["analysis"],

@@ -13,7 +13,8 @@ from cachekd.cache.plan import Skipped
 from cachekd.errors import CachekdError
 
 SKIPPED_FILE = "skipped.jsonl"
-MOST_SKIPPED = 2**28  # bytes; some millions of samples
+MOST_SKIPPED = 2**28  # bytes
+MOST_LINES = 2**21  # samples, some 500 bytes each in memory
 
 
 def pack_skipped(skipped: Sequence[Skipped]) -> bytes:
@@ -56,14 +57,15 @@ def read_skipped(path: Path, info: SkippedInfo | None) -> list[Skipped]:
     found = hashlib.sha256(content).hexdigest()
     if found != info.sha256:
         raise _not_it(path, f"sha256 {found}, expected {info.sha256}")
+    expected = f"expected {info.samples:,} in {info.bytes:,}"
+    lines = content.count(b"\n")
+    if (lines, len(content)) != (info.samples, info.bytes) or lines > MOST_LINES:
+        raise _not_it(path, f"{lines:,} samples in {len(content):,} bytes, {expected}")
     try:
         # Not splitlines: a key may hold U+2028, which JSON leaves as it is.
-        skipped = [Skipped.model_validate_json(line) for line in content.split(b"\n")[:-1]]
+        skipped = [Skipped.model_validate_json(line, strict=True) for line in content.split(b"\n")[:-1]]
     except ValueError as error:
         raise _not_it(path, str(error)) from None
-    if (len(skipped), len(content)) != (info.samples, info.bytes):
-        expected = f"expected {info.samples:,} in {info.bytes:,}"
-        raise _not_it(path, f"{len(skipped):,} samples in {len(content):,} bytes, {expected}")
     return skipped
 
 

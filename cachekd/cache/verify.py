@@ -13,7 +13,9 @@ from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import require_plain
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import Skipped
+from cachekd.cache.reader import shard_counts
 from cachekd.cache.sealed import is_canonical
+from cachekd.cache.shard import read_shard, samples_sha256
 from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
@@ -57,10 +59,10 @@ def verify_files(path: str | Path, progress: Progress = lambda done: None) -> li
         findings.append(Finding(path / SKIPPED_FILE, f"is not what was written: {error.found}"))
     findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
     for sketch in manifest.sketches:
-        findings += _of_sketch(path / sketch.name, sketch, progress)
+        findings += _of_sketch(path / sketch.name, sketch, manifest.teacher.vocab_size, progress)
     places: dict[str, str] = {}
-    for number, info in enumerate(manifest.shards):
-        findings += _of_shard(path / SHARD_FOLDER / info.name, number, info, places, progress)
+    for number in range(len(manifest.shards)):
+        findings += _of_shard(path, manifest, number, places, progress)
     return findings
 
 
@@ -86,7 +88,7 @@ def strays(path: Path) -> list[Path]:
     )
 
 
-def _of_sketch(file: Path, info: SketchInfo, progress: Progress) -> Iterator[Finding]:
+def _of_sketch(file: Path, info: SketchInfo, vocab_size: int, progress: Progress) -> Iterator[Finding]:
     if problem := _problem(file, info, progress):
         yield Finding(file, problem)
         return
@@ -98,28 +100,45 @@ def _of_sketch(file: Path, info: SketchInfo, progress: Progress) -> Iterator[Fin
     found, expected = (encoder.sketch.axes, encoder.step), (info.axes, info.step)
     if found != expected:
         yield Finding(file, f"has axes and step {found}, the manifest says {expected}")
+    numbers = (encoder.sketch.vocab_size, encoder.calibration_tokens)
+    if numbers != (vocab_size, info.calibration_tokens):
+        said = (vocab_size, info.calibration_tokens)
+        yield Finding(file, f"has ids and calibration tokens {numbers}, the manifest says {said}")
 
 
 def _of_shard(
-    file: Path, number: int, info: ShardInfo, places: dict[str, str], progress: Progress
+    path: Path, manifest: Manifest, number: int, places: dict[str, str], progress: Progress
 ) -> Iterator[Finding]:
     """Also notes in `places` which shard each key is in."""
+    info = manifest.shards[number]
+    file = path / SHARD_FOLDER / info.name
     if problem := _problem(file, info, progress):
         yield Finding(file, problem, number)
         return
     # From here on the file is what was written, so that writing it again would mend nothing.
     try:
         keys, tokens, entries = read_outline(file)
+        found, expected = (len(keys), tokens, entries), (info.samples, info.tokens, info.entries)
+        if found != expected:
+            yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")
+        else:
+            yield from _of_values(file, manifest, number)
     except CachekdError as error:
         yield Finding(file, f"{error.problem}: {error.found}")
         return
-    found, expected = (len(keys), tokens, entries), (info.samples, info.tokens, info.entries)
-    if found != expected:
-        yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")
     for key in keys:
         if key in places:
             yield Finding(file, f"holds the key {key!r}, which is in {places[key]} as well")
         places[key] = info.name
+
+
+def _of_values(file: Path, manifest: Manifest, number: int) -> Iterator[Finding]:
+    """All of a shard, decoded as for reading, which raises what is wrong with it."""
+    info = manifest.shards[number]
+    step, counts = manifest.codec.logprob_step, shard_counts(manifest, number)
+    shard = read_shard(file, step, sketch=info.sketch is not None, counts=counts)
+    if info.samples_sha256 not in (None, samples_sha256(shard)):
+        yield Finding(file, "has other keys or content hashes than the manifest says")
 
 
 def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> str | None:

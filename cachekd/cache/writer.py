@@ -112,7 +112,8 @@ class LogitCacheWriter:
             states: at the same tokens; a tail sketch needs them.
 
         Raises:
-            CachekdError: the key came before or has a line break, or there is no answer token.
+            CachekdError: the key came before or has a line break, there is no answer token, or an id or a
+                number of logprobs is beyond what teacher and codec say.
         """
         if key in self._seen:
             raise CachekdError(
@@ -120,7 +121,8 @@ class LogitCacheWriter:
                 where=f"samples {self._seen[key]} and {len(self._seen)} of {self.path}",
                 expected="keys that are unique in the data set",
             )
-        check_sample(key, targets, content_hash, states, needs_states=self._tail.sketch)
+        plan = self._build.plan
+        check_sample(key, targets, content_hash, states, plan, needs_states=self._tail.sketch)
         self._seen[key] = len(self._seen)
         sample = _Sample(key, targets, content_hash, states)
         if self._shard is not None:

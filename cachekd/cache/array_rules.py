@@ -1,0 +1,105 @@
+"""What each array of a file must be: type, shape and values, by its name. Reading and `verify` share this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+POSITIVE = float(np.nextafter(0.0, 1.0))  # the least number above zero
+MOST_CODE = 2**15 - 1  # codes are cut to plus and minus this: int16 has no +32,768
+Size = str | int
+Sizes = Mapping[str, int]
+
+
+class ArrayRule(NamedTuple):
+    """Of one array. What is a name stands for a size, such as `tokens`, that is the same in all of a file.
+
+    Attributes:
+        types: that it may have, as in Zarr's metadata.
+        shape: its lengths.
+        least, most: of its values, both included.
+        below: of its values, not included.
+        order: of its values.
+    """
+
+    types: tuple[str, ...]
+    shape: tuple[Size, ...]
+    least: float | None = None
+    most: Size | None = None
+    below: Size | None = None
+    order: Literal["ascending", "unique"] | None = None
+
+
+def require_form(
+    rules: Mapping[str, ArrayRule], found: Mapping[str, Any], sizes: Mapping[str, int | None]
+) -> dict[str, int]:
+    """Compare types and shapes, before anything is decoded.
+
+    Args:
+        found: has `dtype` and `shape` of every array.
+        sizes: that are known; others follow from the first array that has them.
+
+    Returns:
+        all sizes.
+
+    Raises:
+        ValueError: an array is of another type, or does not fit the sizes or the other arrays.
+    """
+    known = {name: size for name, size in sizes.items() if size is not None}
+    for name, rule in rules.items():
+        array = found[name]
+        if array.dtype.name not in rule.types:
+            raise ValueError(f"{name} is of type {array.dtype.name}, expected {' or '.join(rule.types)}")
+        expected = tuple(_size(size, known) for size in rule.shape)
+        fits = len(array.shape) == len(expected) and all(
+            of in (None, length) for length, of in zip(array.shape, expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+        for size, length in zip(rule.shape, array.shape, strict=True):
+            known.setdefault(str(size), length)
+    return known
+
+
+def require_values(rules: Mapping[str, ArrayRule], arrays: Mapping[str, NDArray], sizes: Sizes) -> None:
+    """Compare values, each array by itself.
+
+    Args:
+        sizes: all that the rules name.
+
+    Raises:
+        ValueError: a value is out of range or not finite, or they are out of order.
+    """
+    for name, rule in rules.items():
+        values = arrays[name]
+        if not values.size:
+            continue
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite")
+        low, high = values.min().item(), values.max().item()
+        most, below = _size(rule.most, sizes), _size(rule.below, sizes)
+        if rule.least is not None and low < rule.least:
+            raise ValueError(f"{name} has {low:g}, expected {_least(rule.least)}")
+        if most is not None and high > most:
+            raise ValueError(f"{name} has {high:,}, expected at most {most:,}{_of(rule.most)}")
+        if below is not None and high >= below:
+            raise ValueError(f"{name} has {high:,}, expected less than {below:,}{_of(rule.below)}")
+        if rule.order == "ascending" and (values[1:] <= values[:-1]).any():
+            raise ValueError(f"{name} do not ascend")
+        if rule.order == "unique" and len(np.unique(values)) != len(values):
+            raise ValueError(f"{name} has a value twice")
+
+
+def _size(size: Size | None, sizes: Sizes) -> int | None:
+    return sizes.get(size) if isinstance(size, str) else size
+
+
+def _least(least: float) -> str:
+    return "more than 0" if least == POSITIVE else f"at least {least:g}"
+
+
+def _of(size: Size | None) -> str:
+    return f" ({size})" if isinstance(size, str) else ""
