@@ -2,7 +2,8 @@
 
 Repositories are histories of trees; large files live in a store by sha256; uploads go by LFS batch, PUT and
 commits in NDJSON; downloads redirect to a content address and take ranges: as the hub does it. It refuses
-writing without a token, a commit of a large file that was not uploaded, and content of another checksum.
+writing without a token, a commit of a large file that was not uploaded or on top of another than the newest one, and content of
+another checksum.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class HubServer(ThreadingHTTPServer):
         self.uploads_left: int | None = None
         self.cut_after: int | None = None
         self.stall_after: int | None = None
+        self.committing = threading.Lock()
         self.stalled, self.go_on = threading.Event(), threading.Event()
 
     @property
@@ -237,6 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         assert header["key"] == "header"
         assert header["value"]["summary"]
+        parent = header["value"].get("parentCommit")
         files: dict[str, bytes] = {}
         for operation in operations:
             value = operation["value"]
@@ -246,7 +249,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.large[value["oid"]]
             else:
                 return self._json({"error": f"{value['path']} was not uploaded"}, 400)
-        sha = repo.commit(files, branch)
+        with self.server.committing:
+            if parent not in (None, repo.branches[branch][-1][0]):
+                return self._json(
+                    {"error": "A commit has happened since. Please refresh and try again."}, 412
+                )
+            sha = repo.commit(files, branch)
         return self._json({"commitUrl": f"{self.server.url}/datasets/{name}/commit/{sha}", "commitOid": sha})
 
     def resolve(self, name: str, revision: str, path: str) -> None:

@@ -19,8 +19,8 @@ _MOST = 10_000  # bytes
 
 @contextmanager
 def claimed(store: Store, manifest: str) -> Iterator[None]:
-    """A file that names the manifest's checksum, made before the first upload and removed at the end. After an
-    interruption it stays, and the same cache goes on under it. The hub needs none: its commits are conditional.
+    """A file that names the manifest's checksum, made before the first upload and removed at the end. It stays
+    after an interruption, and the same cache goes on under it. The hub needs none: its commits are conditional.
 
     Where the store makes no file conditionally, two that begin in the same moment may both believe to be the
     first; then the comparison before and after the manifest refuses them.
@@ -62,6 +62,6 @@ def _require_ours(store: Store, manifest: str) -> None:
             where=store.url,
             expected=f"a push of the manifest with sha256 {manifest}",
             found=f"one of {theirs}, by {by}, since {since}",
-            fix="publish under another name, or wait for it; if that push has died, its own command goes on, and "
-            f"what it left makes room when you remove {store.url}/{CLAIM_FILE} and the files beside it",
+            fix="publish under another name, or wait for it. If that push has died: its own command goes on, or "
+            f"remove {store.url}/{CLAIM_FILE} and what it left there",
         )

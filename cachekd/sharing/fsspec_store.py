@@ -223,7 +223,7 @@ class FsspecStore:
 
         def call(_watch: Watch) -> None:
             if not self._fs.isdir(folder):
-                # Elsewhere than on this machine the parents may be a bucket, made because its name was mistyped.
+                # Elsewhere the parents may be a bucket, made because its name was mistyped.
                 with suppress(FileExistsError):
                     self._fs.mkdir(folder, create_parents=self._local)
             for entry in self._fs.ls(folder, detail=True):
@@ -266,5 +266,6 @@ def _options(kind: str, timeout: float) -> dict[str, Any]:
 
 def _modified(entry: dict[str, Any]) -> float:
     """When a file was; where its file system does not tell, never: only a dead process's is removed then."""
-    time = entry.get("mtime") or entry.get("LastModified") or entry.get("created") or float("inf")
+    times = (entry.get(name) for name in ("mtime", "LastModified", "created"))
+    time = next((time for time in times if time is not None), float("inf"))
     return time.timestamp() if isinstance(time, datetime) else float(time)

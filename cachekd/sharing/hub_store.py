@@ -32,8 +32,8 @@ _DOWN = "the files cannot be downloaded"
 
 
 class HubStore:
-    """See `cachekd.sharing.store.Store`. All reads are of one commit, whatever happens on the hub meanwhile; all
-    commits are made on the one that was read, or not at all.
+    """See `cachekd.sharing.store.Store`. All reads are of one commit, whatever happens meanwhile; a
+    commit is made on the one that was read, or not at all.
 
     Uploads go by LFS or xet, which know content by its checksum: after an interruption, what has been
     uploaded is not sent again, committed or not.
@@ -135,7 +135,7 @@ class HubStore:
                     lacking = [file for file in some if not holds(self, file)]
             if lacking:
                 raise CachekdError(
-                    "others commit to the repository all the time, and nothing is put on top of what was not read",
+                    "others commit all the time, and nothing is put on top of what was not read",
                     where=self.url,
                     fix="run the same command again when they are done",
                 )
@@ -211,7 +211,7 @@ class HubStore:
 
 
 class _Bytes:
-    """What came of a download: told by the client to a bar, which stops it when it is more than it should be."""
+    """What came of a download: the client tells its bar, which stops it when it is too much."""
 
     def __init__(self, most: int, progress: Progress, where: str) -> None:
         self.most, self.progress, self.where, self.done = most, progress, where, 0

@@ -133,7 +133,7 @@ def _publish(store: Store, files: Sequence[Listed], last: Listed, content: bytes
                 return
             made = store.put_first(MANIFEST_FILE, content) or made
         raise CachekdError(
-            "others change what is there all the time, and the manifest is not put on top of what was not read",
+            "others commit all the time, and the manifest is not put on top of what was not read",
             where=store.url,
             fix="run the same command again when they are done",
         )

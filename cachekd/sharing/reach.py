@@ -69,8 +69,8 @@ class Line:
         raise AssertionError
 
     def _watched(self, call: Callable[[Watch], T], where: str, silent: bool) -> T:
-        # In a thread, because no client lets go of a silent connection by itself in a time that could be set for
-        # all; a daemon, because the process may end before it does.
+        # In a thread, because not every client can be told how long to wait for a byte; a daemon, because the
+        # process may end before it does.
         watch, future = Watch(), Future[T]()
 
         def work() -> None:
@@ -90,7 +90,7 @@ class Line:
                         where=where,
                         expected=f"a byte at least every {self.timeout:g} seconds",
                         found="none",
-                        fix="run the same command again: what is finished stays; if it is but slow, raise --timeout",
+                        fix="run the same command again: what is finished stays; if it is slow, raise --timeout",
                     )
             return future.result()
         finally:

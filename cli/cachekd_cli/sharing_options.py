@@ -11,6 +11,6 @@ Timeout = Annotated[
     typer.Option(
         min=1,
         metavar="SECONDS",
-        help="Give up when no byte came or went for so long; what is finished stays. Raise it on a slow connection.",
+        help="Give up when no byte came or went for so long; what is finished stays.",
     ),
 ]
