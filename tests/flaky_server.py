@@ -1,4 +1,4 @@
-"""A folder over HTTP as bad servers send it: by `python3 -m http.server`'s handler, which knows no Range, and worse."""
+"""A folder over HTTP as bad servers send it: `python3 -m http.server`'s handler knows no Range; and worse."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from typing import Any
 class FlakyServer(ThreadingHTTPServer):
     """Attributes for tests.
 
-    faults: by the end of a path, what befalls its next requests, one each: an HTTP status; "drop" or "stall" after
-        half of the body; "endless".
+    faults: by the end of a path, what befalls its next requests, one each: an HTTP status; "drop" or "stall"
+        after half of the body; "endless".
     lengths: whether replies have a Content-Length.
     pause: seconds between two blocks of 64 kB.
     got: paths of GET, in order.
+    sent: bytes of endless bodies.
     """
 
     daemon_threads = True

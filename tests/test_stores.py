@@ -1,4 +1,4 @@
-"""Stores that fail, lie or fall silent, processes that are killed, and two that push to one address at a time."""
+"""Stores that fail, lie or fall silent, processes that are killed, and two that push to one address."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -206,6 +207,59 @@ def test_a_stall_of_the_hub_is_given_up(hub, skipping_cache, tmp_path):
     assert files_of(tmp_path / "out") == published(skipping_cache)
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/api/repos/create"),
+        ("GET", "/api/datasets/org/cache"),
+        ("GET", "/api/datasets/org/cache/tree"),
+        ("POST", "/api/datasets/org/cache/preupload"),
+        ("POST", "/datasets/org/cache.git/info/lfs"),
+        ("PUT", "/cdn"),
+        ("POST", "/api/datasets/org/cache/commit"),
+        ("HEAD", "/datasets/org/cache/resolve"),
+        ("GET", "/datasets/org/cache/resolve"),
+        ("GET", "/cdn"),
+    ],
+)
+def test_the_hub_fails_once(hub, skipping_cache, tmp_path, method, path):
+    hub.failures.add((method, path))
+    push_cache(skipping_cache, "org/cache")
+    assert _tree(hub, "org/cache") == published(skipping_cache)
+    pull_cache("org/cache", tmp_path / "out")
+    assert hub.failures == set()
+    assert files_of(tmp_path / "out") == published(skipping_cache)
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An S3 that takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        yield
+
+
+@pytest.mark.parametrize("command", ["push", "pull"])
+def test_a_silent_s3_is_given_up(silent, skipping_cache, tmp_path, command):
+    paths = [str(skipping_cache), "s3://bucket/c"] if command == "push" else ["s3://bucket/c", str(tmp_path)]
+    start = time.monotonic()
+    error = CliRunner().invoke(app, [command, *paths, "--timeout", "1"]).exception
+    assert isinstance(error, CachekdError)
+    assert error.problem.startswith("the connection stalled")
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.slow
+def test_a_process_that_gives_up_ends(silent, tmp_path):
+    command = [sys.executable, "-m", "cachekd_cli", "pull", "s3://bucket/c", str(tmp_path), "--timeout", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "stalled" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_to_s3_and_back(s3, skipping_cache, other_cache, tmp_path):
     seen: list[int] = []
     pushed = push_cache(skipping_cache, f"{s3}/c", progress=seen.append)
@@ -232,7 +286,7 @@ def _tree(hub: HubServer, repo: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("store", ["s3", "file", "hub"])
 def test_two_caches_are_pushed_to_one_address(store, request, hub, skipping_cache, other_cache, tmp_path):
     caches, s3 = (skipping_cache, other_cache), store == "s3" and request.getfixturevalue("s3")
-    for turn in range(5):
+    for turn in range(3):
         address = {"s3": f"{s3}/{turn}", "file": f"file://{tmp_path}/{turn}", "hub": f"org/c{turn}"}[store]
         gate, results = threading.Barrier(2), [None, None]
 

@@ -19,8 +19,8 @@ _MOST = 10_000  # bytes
 
 @contextmanager
 def claimed(store: Store, manifest: str) -> Iterator[None]:
-    """A file that names the manifest's checksum, made before the first upload and removed at the end. It stays
-    after an interruption, and the same cache goes on under it. The hub needs none: its commits are conditional.
+    """A file that names the manifest's checksum, made before the first upload and removed at the end. After
+    an interruption it stays, and the same cache goes on under it. The hub has conditional commits instead.
 
     Where the store makes no file conditionally, two that begin in the same moment may both believe to be the
     first; then the comparison before and after the manifest refuses them.
@@ -51,17 +51,19 @@ def claimed(store: Store, manifest: str) -> Iterator[None]:
 
 
 def _require_ours(store: Store, manifest: str) -> None:
+    content = store.read(CLAIM_FILE, _MOST)
+    if content is None:
+        return  # its push has just ended: what is there now will be compared
     try:
-        found = json.loads(store.read(CLAIM_FILE, _MOST) or b"{}")
-        theirs, by, since = (str(found.get(name, "?")) for name in ("manifest", "by", "since"))
-    except (ValueError, AttributeError):
-        theirs, by, since = "?", "someone", "?"
-    if theirs != manifest and found:
+        theirs, by, since = (str(json.loads(content)[name]) for name in ("manifest", "by", "since"))
+    except (ValueError, LookupError, TypeError):
+        theirs, by, since = "a cache that it does not name", "someone", "?"
+    if theirs != manifest:
         raise OtherContent(
             "another cache is being pushed to this address",
             where=store.url,
             expected=f"a push of the manifest with sha256 {manifest}",
             found=f"one of {theirs}, by {by}, since {since}",
-            fix="publish under another name, or wait for it. If that push has died: its own command goes on, or "
+            fix="publish under another name, or wait for it; if that push has died, repeat its command, or "
             f"remove {store.url}/{CLAIM_FILE} and what it left there",
         )

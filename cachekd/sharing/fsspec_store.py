@@ -128,8 +128,9 @@ class FsspecStore:
                 if exact and (came := to.stat().st_size) != size:
                     raise ConnectionError(f"it ended after {came:,} of {size:,} bytes")
             except BaseException:
-                to.unlink(missing_ok=True)
-                progress(-moved.value)
+                if not watch.given_up:  # else it is perhaps another's by now
+                    to.unlink(missing_ok=True)
+                    progress(-moved.value)
                 raise
 
         self._line.reach(call, where, "the file cannot be downloaded", recheck=self._fs.async_impl)

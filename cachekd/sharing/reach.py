@@ -41,8 +41,8 @@ class Line:
         recheck: bool = False,
         silent: bool = False,
     ) -> T:
-        """What `call` returns. An error that may pass (HTTP's 5xx, a connection that broke) has it called again,
-        up to four times within seconds.
+        """What `call` returns. An error that may pass (HTTP's 5xx, a connection that broke) has it called
+        again, up to four times within seconds.
 
         Args:
             where, problem: for the message.
@@ -90,7 +90,7 @@ class Line:
                         where=where,
                         expected=f"a byte at least every {self.timeout:g} seconds",
                         found="none",
-                        fix="run the same command again: what is finished stays; if it is slow, raise --timeout",
+                        fix="run the same command again: what is finished stays; if slow, raise --timeout",
                     )
             return future.result()
         finally:
