@@ -187,9 +187,9 @@ class FsspecStore:
         try:
             self._writing(file.name, call)
         finally:
-            if not whole_at_once:
-                with suppress(Exception):  # it is gone where it was moved; else a later push removes it
-                    self._fs.rm_file(target)
+            if self._local:  # elsewhere the store may be gone; there a later push removes it
+                with suppress(OSError):
+                    os.unlink(target)
 
     def _writing(self, name: str, call: Any) -> Any:
         where = f"{self.url}/{name}"
@@ -215,6 +215,7 @@ class FsspecStore:
             except OSError:
                 pass  # a file system without hard links
         if self._fs.exists(path):
+            self._fs.rm_file(temporary)
             raise FileExistsError(path)
         self._fs.mv(temporary, path)
         return None
