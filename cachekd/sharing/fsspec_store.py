@@ -183,13 +183,12 @@ class FsspecStore:
             except BaseException:
                 progress(-moved.value)
                 raise
+            finally:
+                if not whole_at_once:
+                    with suppress(Exception):  # it is gone where it was moved; else a later push removes it
+                        self._fs.rm_file(target)
 
-        try:
-            self._writing(file.name, call)
-        finally:
-            if self._local:  # elsewhere the store may be gone; there a later push removes it
-                with suppress(OSError):
-                    os.unlink(target)
+        self._writing(file.name, call)
 
     def _writing(self, name: str, call: Any) -> Any:
         where = f"{self.url}/{name}"
@@ -215,7 +214,6 @@ class FsspecStore:
             except OSError:
                 pass  # a file system without hard links
         if self._fs.exists(path):
-            self._fs.rm_file(temporary)
             raise FileExistsError(path)
         self._fs.mv(temporary, path)
         return None
