@@ -2,7 +2,8 @@
 
 Repositories are histories of trees; large files live in a store by sha256; uploads go by LFS batch, PUT and
 commits in NDJSON; downloads redirect to a content address and take ranges: as the hub does it. It refuses
-writing without a token, a commit of a large file that was not uploaded, and content of another checksum.
+writing without a token, a commit of a large file that was not uploaded or on top of another than the newest
+commit, and content of another checksum.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class HubServer(ThreadingHTTPServer):
     uploads_left: LFS uploads before the token expires.
     cut_after: bytes of the next large download after which the connection breaks.
     stall_after: the same, but it hangs, sets `stalled` and waits for `go_on`.
+    failures: of (method, beginning of a path), those whose next request fails with 503.
     uploaded, downloads: by sha256, all that there were; of a download also its first byte.
     """
 
@@ -68,6 +70,8 @@ class HubServer(ThreadingHTTPServer):
         self.uploads_left: int | None = None
         self.cut_after: int | None = None
         self.stall_after: int | None = None
+        self.failures: set[tuple[str, str]] = set()
+        self.committing = threading.Lock()
         self.stalled, self.go_on = threading.Event(), threading.Event()
 
     @property
@@ -122,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
         # The body first, or what is left of it would be taken for the next request.
         self.body = self._read_body()
         path = urlsplit(self.path).path
+        for failure in list(self.server.failures):
+            if failure[0] == method and path.startswith(failure[1]):
+                self.server.failures.discard(failure)
+                return self._json({"error": "come back later"}, 503)
         for wanted, pattern, answer in _ROUTES:
             if (match := re.fullmatch(pattern, path)) and method in wanted:
                 writes = method in ("POST", "PUT") and "cdn" not in pattern
@@ -237,6 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         header, *operations = (json.loads(line) for line in self.body.splitlines())
         assert header["key"] == "header"
         assert header["value"]["summary"]
+        parent = header["value"].get("parentCommit")
         files: dict[str, bytes] = {}
         for operation in operations:
             value = operation["value"]
@@ -246,7 +255,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.large[value["oid"]]
             else:
                 return self._json({"error": f"{value['path']} was not uploaded"}, 400)
-        sha = repo.commit(files, branch)
+        with self.server.committing:
+            if parent not in (None, repo.branches[branch][-1][0]):
+                return self._json(
+                    {"error": "A commit has happened since. Please refresh and try again."}, 412
+                )
+            sha = repo.commit(files, branch)
         return self._json({"commitUrl": f"{self.server.url}/datasets/{name}/commit/{sha}", "commitOid": sha})
 
     def resolve(self, name: str, revision: str, path: str) -> None:

@@ -129,7 +129,7 @@ def require_plain(path: Path) -> int:
 @contextmanager
 def _beside(path: Path, content: bytes) -> Iterator[Path]:
     """The content on the disk under a temporary name, for as long as the block runs."""
-    temporary = temporary_name(path)
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("xb") as stream:
             stream.write(content)
@@ -226,14 +226,26 @@ def cannot_write(path: Path, error: OSError) -> CachekdError:
     )
 
 
+def temporary_name(name: str) -> str:
+    """What a file is called while this process writes it: no other one, of whatever machine, calls it so."""
+    return f".{name}.tmp-{_HERE}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def is_temporary(path: Path) -> bool:
     """Whether it is a file that is being written, or was when its process died."""
     return path.name.startswith(".") and ".tmp-" in path.name
 
 
-def temporary_name(path: Path) -> Path:
-    """Beside `path`, and nobody else's, on this machine or another."""
-    return path.with_name(f".{path.name}.tmp-{_HERE}-{os.getpid()}-{secrets.token_hex(4)}")
+def is_stale(name: str, modified: float) -> bool:
+    """Whether the process that wrote a temporary file is gone; of another machine's: whether it is a day old.
+
+    Args:
+        modified: when it was, in seconds since 1970.
+    """
+    where, process, _ = [*name.rpartition(".tmp-")[2].rsplit("-", 2), "", ""][:3]
+    if where == _HERE and process.isdigit():
+        return not _alive(int(process))
+    return time.time() - modified > _DAY
 
 
 def remove_stale(folder: Path, of: str = "") -> None:
@@ -243,15 +255,12 @@ def remove_stale(folder: Path, of: str = "") -> None:
         of: the name that it stood for; by default any.
     """
     for path in filter(is_temporary, folder.glob(f".{of}*")):
-        where, process, _ = [*path.name.rpartition(".tmp-")[2].rsplit("-", 2), "", ""][:3]
         with suppress(FileNotFoundError):
-            if where == _HERE and process.isdigit():
-                stale = not _alive(int(process))
-            else:
-                stale = time.time() - path.stat().st_mtime > _DAY
-            if stale and path.is_dir():
+            if not is_stale(path.name, path.stat().st_mtime):
+                continue
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif stale:
+            else:
                 path.unlink()
 
 

@@ -34,7 +34,7 @@ def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
     refuse_address(out)
     out = out.resolve()  # "." has no name
     require_new_folder(out, what)
-    staging = temporary_name(out)
+    staging = out.with_name(temporary_name(out.name))
     make_folder(staging)
     remove_stale(out.parent, out.name)
     try:

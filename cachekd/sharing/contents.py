@@ -61,3 +61,14 @@ def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
     chosen = [info for place, info in enumerate(manifest.shards) if place in places]
     part = manifest.model_copy(update={"shards": chosen, "fidelity": mean_fidelity(chosen)})
     return Manifest.model_validate_json(part.to_json())  # with its own seal
+
+
+def not_listed(where: str, expected: str, found: str) -> CachekdError:
+    """What to tell of a published file that the manifest does not know so."""
+    return CachekdError(
+        "a published file is not the one that the manifest lists",
+        where=where,
+        expected=expected,
+        found=found,
+        fix="run the same command again; if it stays so, tell who published it: the files were changed",
+    )

@@ -53,13 +53,13 @@ def prepare(out: Path, content: bytes) -> None:
         CachekdError: the folder cannot be written.
     """
     make_folder(out / SHARD_FOLDER)
-    make_folder(out / PULL_FOLDER)
+    make_folder(out / PULL_FOLDER / SHARD_FOLDER)
     commit(out / PULL_FOLDER / MANIFEST_FILE, content)
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Two processes that append to one file would spoil it for each other.
+    """Two processes that write one file would spoil it for each other.
 
     Raises:
         CachekdError: another one is at it.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cachekd.errors import CachekdError
 from cachekd.paths import HUB_CACHE, is_path
+from cachekd.sharing.contents import Listed
+from cachekd.sharing.reach import TIMEOUT, Line
 
-Progress = Callable[[int], None]  # is told of bytes that are done
+Progress = Callable[[int], None]  # is told of bytes that are done; of fewer than none when they came in vain
 
 FORMS = (
     "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
@@ -19,31 +20,80 @@ FORMS = (
 )
 
 
+class OtherContent(CachekdError):
+    """What is there is not what this push brings."""
+
+
 class Store(Protocol):
     """A folder somewhere else. Names are paths in it, such as `shards/00000.zarr.zip`."""
 
     url: str
 
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None if there is none."""
+    def look(self) -> None:
+        """Forget what is known: what is asked from here on is what is there now."""
         ...
 
-    def sha256(self, name: str) -> str:
-        """Of a file that is there; a store that keeps no such checksum reads the file."""
+    def sha256(self, name: str) -> str | None:
+        """Of a file, None where there is none; a store that keeps no such checksum reads the file."""
         ...
 
-    def fetch(self, name: str, to: Path, size: int) -> None:
-        """Download a file of `size` bytes. What `to` holds already is taken for its beginning, or discarded;
-        never more than `size` bytes of it are written."""
+    def read(self, name: str, most: int) -> bytes | None:
+        """A small file, None where there is none.
+
+        Raises:
+            CachekdError: it has more bytes than `most`.
+        """
         ...
 
-    def put(self, files: Mapping[str, Path], progress: Progress) -> None:
-        """Upload files, each of which is there as a whole or not at all."""
+    def fetch(self, files: Sequence[Listed], folder: Path, progress: Progress) -> Iterator[Listed]:
+        """Download files to their names in `folder`, in any order; yields each when it is there.
+
+        Raises:
+            CachekdError: there is no such file, or it has another size: that is known before its first byte
+                where the store tells sizes, and at the first byte too many where it does not.
+        """
+        ...
+
+    def put(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
+        """Upload files from `folder`. Each is there as a whole or not at all, and none is overwritten."""
+        ...
+
+    def put_first(self, name: str, content: bytes) -> bool:
+        """Make a small file if there is none; on the hub, only if nothing changed since `look`.
+
+        Returns:
+            whether it was made.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file that this process made."""
         ...
 
 
-def open_store(address: str, *, revision: str | None = None) -> Store:
+def holds(store: Store, file: Listed) -> bool:
+    """Whether the store has this file.
+
+    Raises:
+        OtherContent: it has another one under its name.
+    """
+    found = store.sha256(file.name)
+    if found not in (None, file.sha256):
+        raise OtherContent(
+            "the store holds another file under this name, and nothing is ever overwritten",
+            where=f"{store.url}/{file.name}",
+            expected=f"no file, or one with sha256 {file.sha256}",
+            found=f"one with sha256 {found}",
+            fix="publish under another name (or --revision), or remove what is there",
+        )
+    return found is not None
+
+
+def open_store(address: str, *, revision: str | None = None, timeout: float = TIMEOUT) -> Store:
     """The store that an address means; nothing is asked of it yet. What begins as a path on this disk is one.
+
+    Args:
+        timeout: seconds without a byte after which it is given up.
 
     Raises:
         CachekdError: it is no such address.
@@ -57,45 +107,18 @@ def open_store(address: str, *, revision: str | None = None) -> Store:
         named = hub[2]
         if named is not None and revision is not None and named != revision:
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
-        return HubStore(hub[1], named if revision is None else revision)
+        return HubStore(hub[1], named if revision is None else revision, Line(timeout))
     if "://" not in address or address.startswith("hf://"):
         raise CachekdError(
             "this is no address of a cache", where=address, expected=FORMS, fix=_advice(address)
         )
     if revision is not None:
         raise CachekdError("only repositories of the hub have revisions", where=address, found=revision)
-    with reaching(address, "the address cannot be used"):
-        return FsspecStore(address)
+    line = Line(timeout)
+    return line.reach(lambda _: FsspecStore(address, line), address, "the address cannot be used")
 
 
 def _advice(address: str) -> str | None:
     if address.startswith("hf://"):
         return "a cache is the whole of a data set repository: hf://datasets/org/name"
     return f"for a folder on this disk: ./{address}"
-
-
-@contextmanager
-def reaching(url: str, problem: str) -> Iterator[None]:
-    """Turn whatever a client library raises into a CachekdError that names the address.
-
-    Raises:
-        CachekdError: the block raised, with the problem given.
-    """
-    try:
-        yield
-    except (CachekdError, MemoryError):
-        raise
-    except ImportError as error:
-        raise CachekdError(
-            "a package is missing that reads such addresses", where=url, found=str(error), fix=str(error)
-        ) from None
-    except Exception as error:
-        # Each client library has its own: OSError, httpx's, botocore's, RuntimeError around any of them.
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        first = str(cause).strip().split("\n")[0]
-        raise CachekdError(
-            problem,
-            where=url,
-            found=f"{type(cause).__name__}: {first}",
-            fix="mend what it says, then run the same command again: what is finished stays",
-        ) from error

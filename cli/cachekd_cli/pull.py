@@ -9,6 +9,7 @@ import typer
 
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.sharing_options import Timeout
 from cachekd_cli.signals import resumable
 
 
@@ -21,6 +22,7 @@ def pull_command(
         str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    timeout: Timeout = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.
@@ -37,7 +39,9 @@ def pull_command(
     quiet_hub()
     with resumable(), progress_bar("MB") as bar:
         advance, set_total = byte_progress(bar, "pull")
-        pulled = pull_cache(source, out, shards=shards, revision=revision, progress=advance, total=set_total)
+        pulled = pull_cache(
+            source, out, shards=shards, revision=revision, timeout=timeout, progress=advance, total=set_total
+        )
     manifest = pulled.manifest
     if as_json:
         print_json(

@@ -9,6 +9,7 @@ import typer
 
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.sharing_options import Timeout
 from cachekd_cli.signals import resumable
 
 
@@ -22,6 +23,7 @@ def push_command(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
+    timeout: Timeout = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
@@ -41,8 +43,10 @@ def push_command(
     size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
     with resumable(), progress_bar("MB") as bar:
         advance, set_total = byte_progress(bar, "push")
-        set_total(2 * size)
-        pushed = push_cache(cache, to, license=license, private=private, revision=revision, progress=advance)
+        set_total(3 * size)  # verified, uploaded, compared
+        pushed = push_cache(
+            cache, to, license=license, private=private, revision=revision, timeout=timeout, progress=advance
+        )
     if as_json:
         print_json(pushed.__dict__)
         return
