@@ -334,6 +334,12 @@ class SwitchKDTrainer(Trainer):
         with saving_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's; what is written next makes the checkpoint one to go on from, so all wait until each
+        process's own part is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.bad_samples() and self.args.should_save:
