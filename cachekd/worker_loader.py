@@ -86,14 +86,17 @@ def _end_with_the_parent(started_by: int) -> None:
     batch would stay for ever.
 
     Args:
-        started_by: this process's parent; the main one, or a fork server.
+        started_by: this process's parent. It is the main one, or a fork server, which lives for as long as
+            there are workers; the pipe to the main process tells of that one alone, but where workers are
+            forked, they hold it open for each other.
     """
     main = multiprocessing.parent_process()
-    while os.getppid() == started_by:
+    assert main is not None  # this is a worker
+    while os.getppid() == started_by and main.is_alive():
         if sys.platform != "linux":
             time.sleep(_LOOK)
             continue
         came = signal.sigtimedwait({signal.SIGTERM}, _LOOK)
-        if came is not None and main is not None and came.si_pid == main.pid:
+        if came is not None and came.si_pid == main.pid:
             break
     os._exit(1)

@@ -19,7 +19,7 @@ from cachekd.errors import CachekdError
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cachekd.dump", "cachekd.vlm", "transformers.models.llava.modeling_llava"])
+PROCESSES.set_forkserver_preload(["cachekd.dump", "cachekd.train", "cachekd.vlm", "transformers.models.llava.modeling_llava"])
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -60,7 +60,7 @@ def loader(data: Any, start: str, **settings: Any) -> WorkerLoader:
     )
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_workers_is_no_matter(tmp_path, start, number):
     batches: Iterator[bytes] = iter(loader(Slow(tmp_path, 40, 0.01), start))
@@ -79,7 +79,7 @@ def test_a_worker_that_does_not_end_by_itself_is_stopped(tmp_path, monkeypatch):
     wait_until_gone(workers, 5)
 
 
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))])
 def test_workers_end_with_the_main_process(tmp_path, start):
     """However it dies, and though each has more to say than fits into a pipe that nobody reads."""
     program = f"""
@@ -96,5 +96,5 @@ if __name__ == "__main__":
     with subprocess.Popen([sys.executable, str(file)], start_new_session=True) as main:
         workers = processes_of(tmp_path, 2)
         assert all(map(alive, workers))
-        os.killpg(main.pid, signal.SIGTERM) if start == "spawn" else main.kill()
+        os.killpg(main.pid, signal.SIGTERM) if start != "fork" else main.kill()
     wait_until_gone(workers)

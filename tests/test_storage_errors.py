@@ -181,8 +181,8 @@ class Fill(TrainerCallback):
 
 def again_with_room(config: TrainConfig, disk: Path, whole: Path) -> int:
     """The same command with room goes on to what an undisturbed run ends with; says from which step."""
-    (disk / "others").unlink(missing_ok=True)
     subprocess.run(["mount", "-o", "remount,rw,size=20M", str(disk)], check=True)
+    (disk / "others").unlink(missing_ok=True)
     summary = train(config)
     for file in whole.rglob("*.safetensors"):
         assert (config.out / file.relative_to(whole)).read_bytes() == file.read_bytes()
