@@ -35,8 +35,8 @@ class RunSize:
 
     Attributes:
         student: the trained student with its processor and its record; of adapters, these too.
-        checkpoint: one: the weights that train (with adapters these alone, else all), the optimizer's state of
-            what trains, the processor.
+        checkpoint: one: the weights (of adapters these alone), the optimizer's state of what trains, the
+            processor.
         kept: checkpoints that are kept, beside the one that is being written or the student.
         checkpoints: at a time, the one that is being written among them.
     """

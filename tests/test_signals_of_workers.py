@@ -15,6 +15,8 @@ import pytest
 
 from cachekd.worker_loader import WorkerLoader
 
+SLOW_STARTS = [pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver")]
+
 
 class Slow:
     """Of numbers, each of which takes a moment; the process that reads it is noted."""
@@ -60,7 +62,7 @@ def loader(data: Any, start: str, **settings: Any) -> WorkerLoader:
     )
 
 
-@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))])
+@pytest.mark.parametrize("start", ["fork", *SLOW_STARTS])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_workers_is_no_matter(tmp_path, start, number):
     batches: Iterator[bytes] = iter(loader(Slow(tmp_path, 40, 0.01), start))
@@ -68,7 +70,8 @@ def test_a_signal_to_the_workers_is_no_matter(tmp_path, start, number):
     # Sent by another process, as `kill`, terminals and batch systems do.
     subprocess.run(["kill", f"-{number}", *map(str, processes_of(tmp_path))], check=True)
     assert list(batches) == [bytes([index]) for index in range(1, 40)]
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}  # of this process
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, ())  # of this process
+    assert not held_back & {signal.SIGINT, signal.SIGTERM}
 
 
 def test_a_worker_that_does_not_end_by_itself_is_stopped(tmp_path, monkeypatch):
@@ -79,7 +82,7 @@ def test_a_worker_that_does_not_end_by_itself_is_stopped(tmp_path, monkeypatch):
     wait_until_gone(workers, 5)
 
 
-@pytest.mark.parametrize("start", ["fork", *(pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver"))])
+@pytest.mark.parametrize("start", ["fork", *SLOW_STARTS])
 def test_workers_end_with_the_main_process(tmp_path, start):
     """However it dies, and though each has more to say than fits into a pipe that nobody reads."""
     program = f"""
