@@ -99,4 +99,4 @@ def _end_with_the_parent(started_by: int) -> None:
         came = signal.sigtimedwait({signal.SIGTERM}, _LOOK)
         if came is not None and came.si_pid == main.pid:
             break
-    os._exit(1)
+    os._exit(0)  # else torch would raise in the main process that a worker died, when it has stopped it

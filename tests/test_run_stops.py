@@ -214,6 +214,15 @@ def test_a_second_signal_stops_at_once(plain, monkeypatch):
     assert not plain["out"].exists()
 
 
+def test_a_signal_that_a_launcher_passes_on_is_the_same_one(plain, monkeypatch):
+    """To all of a job: to this process, and to the launcher, which sends it here once more."""
+    send_before_step(monkeypatch, 2, signal.SIGINT, signal.SIGTERM)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    done = CliRunner().invoke(app, ["train", *options_of(plain)])
+    assert done.exit_code == 128 + signal.SIGINT
+    assert "stopped at step 3 of 6" in done.stderr
+
+
 def test_a_signal_while_models_load_stops_at_once(plain, monkeypatch):
     monkeypatch.setattr("cachekd.load_trainer.load_student", lambda *_: signal.raise_signal(signal.SIGTERM))
     done = CliRunner().invoke(app, ["train", *options_of(plain)])
