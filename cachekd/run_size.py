@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.failures import is_failed_write
 from cachekd.lean import with_adapters
 from cachekd.samples import SampleEncoder
 from cachekd.vlm import SwitchBridge, empty_model, load_config, plan_bridge, train_only
@@ -157,9 +158,15 @@ def _state_of_a_parameter(args: TrainingArguments) -> float:
 
 
 def _size_of_processor(encoder: SampleEncoder) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        encoder.processor.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    """0 where there is no room to try it: that disk need not be the run's."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            encoder.processor.save_pretrained(folder)
+            return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
+        return 0
 
 
 def _steps(samples: int, args: TrainingArguments) -> int:

@@ -13,7 +13,6 @@ import typer
 
 from cachekd_cli.console import errors
 
-
 # Seconds in which a process that a launcher started takes a second signal for the first: one to all of a job
 # comes from its sender, and once more from the launcher, which passes it on.
 PASSED_ON = 5.0
