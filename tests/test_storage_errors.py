@@ -250,8 +250,8 @@ def test_a_full_disk_while_the_student_is_saved(student_path, data, small_disk, 
 @pytest.mark.parametrize("changes", [{}, LORA])
 @pytest.mark.parametrize("event", ["on_train_end", "on_step_end"])
 def test_a_full_disk_at_each_write(student_path, data, small_disk, tmp_path, unchecked, changes, event):
-    """In its own order of writes each is the one that fails: a log, weights, a processor, the optimizer's
-    state, random numbers, the state, the student, the record."""
+    """At sizes from nothing to more than what is written next, and read-only: while a checkpoint is saved,
+    and while the student is. Which file is the one that fails follows from the size, and is not looked at."""
     changes = changes | {"training": {"max_steps": 6, "report_to": ["tensorboard"]}}
     whole = whole_run(student_path, data, tmp_path / "whole", **changes)
     config = training(student_path, data, small_disk / "run").model_copy(update=changes)
