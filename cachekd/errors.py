@@ -75,6 +75,10 @@ def about(setting: str, then: str | None = None) -> Iterator[None]:
         raise within(f"setting {setting!r}", error, then) from error
 
 
+class FailedWrite(CachekdError):
+    """A file could not be written: the disk is full or read-only, or nothing may be written there."""
+
+
 class BadSample(CachekdError):
     """One sample cannot be used, the rest of its data set can; `--on-error skip` leaves it out.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from cachekd.cache.files import cannot_write
 from cachekd.config import TrainConfig
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import BadSample, CachekdError, FailedWrite
 
 if TYPE_CHECKING:
     from cachekd.samples import Encoded
@@ -27,6 +30,7 @@ _NO_ROOM_ON_THE_GPU = (
 )
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
 # What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 
 
@@ -103,8 +107,36 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
 
 
 def is_failed_write(error: Exception) -> bool:
-    """Whether a file could not be written, whoever wrote it."""
-    return isinstance(error, OSError) or any(said in str(error) for said in _NO_WRITE)
+    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
+    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For libraries that write: a failed write, said as our own.
+
+    Raises:
+        FailedWrite: `path` could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CachekdError) or not is_failed_write(error):
+            raise
+        failed = error if isinstance(error, OSError) else OSError(0, what_failed(error))
+        raise cannot_write(path, failed) from error
+
+
+def what_failed(error: BaseException) -> str:
+    """In a line, for the message of a larger failure."""
+    if isinstance(error, FailedWrite):
+        return f"{error.where}: {error.found}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _knobs(config: TrainConfig) -> list[str]:

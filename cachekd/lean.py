@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import ADAPTER_FOLDER
 from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
 from cachekd.vlm.load import quantization_config
@@ -132,9 +131,9 @@ def within(
     return settings | {"exclude_modules": [*theirs, *frozen]}
 
 
-def save_merged(config: TrainConfig, out: Path) -> None:
-    """The adapters in `out/adapter`, added to the student's own float32 weights: a plain model in `out`."""
+def save_merged(config: TrainConfig, adapter: Path, out: Path) -> None:
+    """The saved adapters, added to the student's own float32 weights: a plain model in `out`."""
     from peft import PeftModel
 
     student = load_model(config.student, dtype=torch.float32, device=torch.device("cpu"))
-    PeftModel.from_pretrained(student, out / ADAPTER_FOLDER).merge_and_unload().save_pretrained(out)
+    PeftModel.from_pretrained(student, adapter).merge_and_unload().save_pretrained(out)

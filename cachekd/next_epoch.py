@@ -8,9 +8,10 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from cachekd.prefetch import prefetched
+from cachekd.worker_loader import WorkerLoader
 
 
-class ReadsOn(DataLoader):
+class ReadsOn(WorkerLoader):
     """A DataLoader that begins its next epoch as soon as it has handed out the last batch of one.
 
     A DataLoader's workers rest from then until the next epoch is asked for, so that every epoch begins with
@@ -26,7 +27,7 @@ class ReadsOn(DataLoader):
     """
 
     def __init__(self, loader: DataLoader, goes_on: Callable[[], bool]) -> None:
-        self.__dict__.update(loader.__dict__)  # accelerate has built it, and takes no other class
+        self.__dict__.update(WorkerLoader.like(loader).__dict__)
         self._goes_on = goes_on
         self._begun: Iterator[Any] | None = None
         self.begins_next = False

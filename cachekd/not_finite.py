@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cachekd.errors import CachekdError
+from cachekd.failures import is_failed_write, what_failed
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
@@ -81,13 +83,12 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
     step = trainer.state.global_step
     rows = [{name: float(term) for name, term in batch.terms.items()} for batch in batches]
     path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-process-{trainer.args.process_index}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     bridge = {} if trainer.bridge is None else {"switch_bridge": trainer.bridge.state_dict()}
     saved = [
         {"keys": batch.keys, "terms": row, "inputs": batch.inputs}
         for batch, row in zip(batches, rows, strict=True)
     ]
-    torch.save({"step": step, "batches": saved, "student": trainer.vlm.state_dict()} | bridge, path)
+    kept = _save({"step": step, "batches": saved, "student": trainer.vlm.state_dict()} | bridge, path)
     name, size = _largest(trainer)
     terms = [", ".join(f"{term} {value:g}" for term, value in row.items()) for row in rows]
     raise CachekdError(
@@ -95,9 +96,22 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
         where=f"step {step + 1}, samples {', '.join(repr(key) for batch in batches for key in batch.keys)}",
         expected=expected,
         found="; ".join([*terms, _rate(trainer), f"largest |weight| {size:g}, in {name}"]),
-        fix=f"{_advice(trainer, size)}; batches, targets and weights are in {path}: "
-        "torch.load(path, weights_only=False)",
+        fix=f"{_advice(trainer, size)}; {kept}",
     )
+
+
+def _save(content: dict[str, Any], path: Path) -> str:
+    """For who looks into it; says where it is, or why it is not. The cause is not the disk, full as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, path)
+    except (OSError, RuntimeError) as error:
+        if not is_failed_write(error):
+            raise
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return f"batches, targets and weights could not be saved: {what_failed(error)}"
+    return f"batches, targets and weights are in {path}: torch.load(path, weights_only=False)"
 
 
 def _advice(trainer: SwitchKDTrainer, largest: float) -> str:

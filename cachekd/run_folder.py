@@ -3,6 +3,7 @@
 .cachekd.lock           which process is at work here
 cachekd_started.json    the settings, and what was read, by its content; written before the first step
 checkpoints/            the Trainer's, to go on from, each with its settings; gone when the run is finished
+.student.part/          the trained student while its weights are written
 model.safetensors ...   the student with its processor
 cachekd_run.json        the run is finished
 """
@@ -21,12 +22,13 @@ from cachekd.cache.files import commit, commit_first, require_new_folder
 from cachekd.cache.lock import alone
 from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, samples_per_step
 from cachekd.errors import CachekdError
-from cachekd.failures import is_failed_write
+from cachekd.failures import is_failed_write, is_full_disk, what_failed
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 SETTINGS_FILE = "cachekd_settings.json"  # in a checkpoint
 CHECKPOINTS = "checkpoints"
+PART = ".student.part"
 INPUTS = "inputs"  # in that file: what was read, by its content
 KNOWN = "known"  # models that were hashed, so that they need not be again
 PROCESSES = "processes"
@@ -156,16 +158,29 @@ class RunFolder:
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
         """If the block fails in a new run before there is anything to go on from, or to look at, leave
-        nothing behind. What training made stays."""
+        nothing behind. What training made stays.
+
+        Raises:
+            CachekdError: the disk is full, or cannot be written; what there is, and what to do.
+        """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self._is_new and not self._trained and _is_first_process():
                 self._remove_what_is_worthless()
-            raise
+            if not is_full_disk(error):
+                raise
+            raise CachekdError(
+                "the run cannot go on: the disk is full, or cannot be written",
+                where=str(self.path),
+                found=what_failed(error),
+                fix=f"free some space on this disk; {how_to_go_on(self.path)}",
+            ) from error
 
     def _remove_what_is_worthless(self) -> None:
-        if self.last_checkpoint() is not None or any(self.checkpoints.glob("not-finite-*")):
+        """What may be of worth is asked by its name: a disk that fails may not read it just now."""
+        kept = ("checkpoint-*/trainer_state.json", "not-finite-*")
+        if saved_models(self.path) or any(any(self.checkpoints.glob(name)) for name in kept):
             return
         with suppress(OSError):
             if self._begun:
@@ -184,12 +199,27 @@ class RunFolder:
         try:
             yield
         except Exception as error:
+            if _is_first_process():
+                shutil.rmtree(self.part, ignore_errors=True)  # a part of the weights is no model
             raise CachekdError(
                 "the student is trained, but the run could not be finished",
                 where=str(self.path),
-                found=f"{type(error).__name__}: {error}".splitlines()[0],
+                found=what_failed(error),
                 fix=f"mend this, or free some space; {how_to_go_on(self.path)}",
             ) from error
+
+    @property
+    def part(self) -> Path:
+        """Where the student is saved first, so that no weights in the run's folder are half written."""
+        return self.path / PART
+
+    def take_student(self) -> None:
+        """What is whole in `part`: into the run's folder, one file after the other."""
+        for file in sorted(path for path in self.part.rglob("*") if path.is_file()):
+            target = self.path / file.relative_to(self.part)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+        shutil.rmtree(self.part)
 
     def finish(self, run: dict[str, Any]) -> None:
         """Everything the report needs, beside the model; the run is finished with it, and nothing goes on
@@ -291,7 +321,7 @@ def saving_checkpoint(checkpoint: Path) -> Iterator[None]:
         raise CachekdError(
             "a checkpoint could not be saved: the disk is full, or cannot be written",
             where=str(checkpoint),
-            found=f"{type(error).__name__}: {error}".splitlines()[0],
+            found=what_failed(error),
             fix=f"free some space on this disk; {then}",
         ) from error
 

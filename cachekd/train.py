@@ -22,6 +22,7 @@ from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import RunFolder, claimed, step_of
 from cachekd.run_inputs import inputs_of
+from cachekd.run_size import RunSize, require_room, run_size
 from cachekd.samples import Limits
 from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
@@ -104,6 +105,8 @@ def train(
         phase("hashing the student and a part of the data")
         found = inputs_of(config, opened, folder.known)
         folder.require_inputs(found, processes=opened.arguments.world_size)
+        if opened.arguments.should_save:
+            require_room(size_of(config, opened), folder.path)
         stopper = StopInOrder(asked_to_stop)
         trainer = load_trainer(config, opened, [*(callbacks or []), stopper], phase)
         if trainer.is_world_process_zero():
@@ -134,6 +137,11 @@ def train(
     if waited is not None and trainer.is_world_process_zero():
         log.warning("%s", waited)
     return summary
+
+
+def size_of(config: TrainConfig, opened: OpenRun) -> RunSize:
+    """What the run will save."""
+    return run_size(config, opened.arguments, len(opened.samples), opened.encoder, opened.cache)
 
 
 def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
@@ -172,11 +180,14 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
     """The student as a plain model with its processor, and everything the report needs."""
     data: TrainingSamples = trainer.train_dataset
     limits = data.encoder.limits
-    trainer.save_model(str(folder.path if config.lora is None else folder.path / ADAPTER_FOLDER))
+    trainer.save_model(str(folder.part if config.lora is None else folder.part / ADAPTER_FOLDER))
+    trainer.accelerator.wait_for_everyone()  # sharded weights are written by all
     if not trainer.is_world_process_zero():
         return
+    folder.take_student()
     if config.lora is not None:
-        save_merged(config, folder.path)
+        save_merged(config, folder.path / ADAPTER_FOLDER, folder.part)
+        folder.take_student()
     save_processor(data.encoder, folder.path)
     if trainer.bridge is not None:
         trainer.bridge.save(folder.path)

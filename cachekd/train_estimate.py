@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
+from cachekd.run_size import RunSize, run_size
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import training_arguments
@@ -52,6 +53,8 @@ class TrainEstimate:
         measured_steps: that were run.
         evaluations: on held-out data, in the whole run.
         seconds_per_evaluation: from a few batches of one.
+        disk: what the run saves, at most; counted, not measured.
+        disk_bytes: of it at the worst moment.
     """
 
     settings: dict[str, Any]
@@ -68,6 +71,8 @@ class TrainEstimate:
     seconds_per_step: float
     steps: int
     measured_steps: int
+    disk: RunSize
+    disk_bytes: int
     evaluations: int = 0
     seconds_per_evaluation: float = 0.0
 
@@ -124,9 +129,16 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
         _run(trainer, batch)
         evaluation = _seconds_per_evaluation(trainer)
         longest = _peak_bytes()
-        evaluations = _evaluations(training_arguments(config, Path(folder)), watch.total_steps)
-    estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest))
+        args = training_arguments(config, Path(folder))
+    size = _run_size(config, args, trainer)
+    estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest), size)
+    evaluations = _evaluations(args, watch.total_steps)
     return replace(estimate, evaluations=evaluations, seconds_per_evaluation=evaluation)
+
+
+def _run_size(config: TrainConfig, args: TrainingArguments, trainer: SwitchKDTrainer) -> RunSize:
+    data: TrainingSamples = trainer.train_dataset
+    return run_size(config, args, len(data), data.encoder, data.cache)
 
 
 def _seconds_per_evaluation(trainer: SwitchKDTrainer) -> float:
@@ -184,6 +196,7 @@ def _estimate(
     watch: _Stopwatch,
     batch: dict[str, Any],
     peaks: _Peaks,
+    disk: RunSize,
 ) -> TrainEstimate:
     student, teacher = trainer.vlm, None if trainer.teacher is None else trainer.teacher.model
     peak = max(peaks.random, peaks.longest)
@@ -217,6 +230,8 @@ def _estimate(
         seconds_per_step=sum(timed) / len(timed),
         steps=watch.total_steps,
         measured_steps=len(durations),
+        disk=disk,
+        disk_bytes=disk.total,
     )
 
 

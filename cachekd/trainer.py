@@ -30,6 +30,7 @@ from cachekd.training_arguments import require_one_gpu
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
 from cachekd.validation.run import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
+from cachekd.worker_loader import WorkerLoader
 
 
 class SwitchKDTrainer(Trainer):
@@ -335,6 +336,12 @@ class SwitchKDTrainer(Trainer):
         with saving_checkpoint(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The Trainer's; what is written next makes the checkpoint one to go on from, so all wait until each
+        process's own part is there."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.settings is not None and self.args.should_save:
@@ -362,11 +369,14 @@ class SwitchKDTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's; its workers read on from epoch to epoch."""
+        """The Trainer's, with workers of ours: they read on from epoch to epoch."""
         loader: Any = super().get_train_dataloader()
-        if loader.persistent_workers and type(loader.base_dataloader) is DataLoader:
-            self._reader = ReadsOn(loader.base_dataloader, self._another_epoch)
-            loader.base_dataloader = self._reader
+        if type(loader.base_dataloader) is not DataLoader:
+            return loader
+        if loader.persistent_workers:
+            loader.base_dataloader = self._reader = ReadsOn(loader.base_dataloader, self._another_epoch)
+        else:
+            loader.base_dataloader = WorkerLoader.like(loader.base_dataloader)
         return loader
 
     def _another_epoch(self) -> bool:

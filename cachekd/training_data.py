@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.left_out import BadSamples, may_be_left_out
 from cachekd.matching import check_sample, cut_alike
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
-from cachekd.samples.reader import dead_worker, quiet_tokenizers
+from cachekd.worker_loader import dead_worker
 
 IGNORE = -100
 
@@ -102,8 +101,6 @@ class TrainingSamples(Dataset):
         error into its own text and traceback.
         """
         in_worker = get_worker_info() is not None
-        if in_worker:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the step's batches still come
         try:
             return self._example(index)
         except CachekdError as error:
@@ -202,8 +199,7 @@ def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """
     while True:
         try:
-            with quiet_tokenizers():  # the first batch starts the workers
-                batch = next(batches, None)
+            batch = next(batches, None)
         except RuntimeError as error:
             if (died := dead_worker(error)) is not None:
                 raise died from error

@@ -19,7 +19,9 @@ from cachekd.errors import CachekdError
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cachekd.dump", "cachekd.vlm", "transformers.models.llava.modeling_llava"])
+PROCESSES.set_forkserver_preload(
+    ["cachekd.dump", "cachekd.train", "cachekd.vlm", "transformers.models.llava.modeling_llava"]
+)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -125,24 +127,32 @@ def test_killed_at_every_kind_of_file_operation(tmp_path, settings, whole):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, settings, whole):
+@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (2, 1), (0, 2)])
+def test_killed_at_random_moments(tmp_path, settings, whole, workers, ranks):
+    """Of two ranks both, or one alone, after which the other ends by itself."""
     generator, kills = random.Random(0), 0
     started = time.perf_counter()
-    finish({**settings, "out": tmp_path / "timed"})
+    finish({**settings, "workers": workers, "out": tmp_path / "timed"})
     duration = time.perf_counter() - started
     folder = 0
-    while kills < KILLS:
+    while kills < max(1, KILLS // 3):
         folder += 1
-        out = {**settings, "out": tmp_path / str(folder)}
+        out = {**settings, "workers": workers, "out": tmp_path / str(folder)}
         for _ in range(8):  # the same dump, killed again and again
-            process = in_a_process(out)
-            process.join(generator.uniform(0.3, 1.0) * duration)
-            if not process.is_alive():
+            shares = [{"rank": rank, "world_size": ranks} for rank in range(ranks)]
+            processes = [in_a_process(out | share) for share in shares]
+            processes[0].join(generator.uniform(0.3, 1.0) * duration)
+            if not all(process.is_alive() for process in processes):
                 break
-            process.kill()
-            process.join()
-            kills += 1
+            for process in generator.sample(processes, generator.randint(1, ranks)):
+                process.kill()
+                kills += 1
+            for process in processes:
+                process.join(60)
+                assert process.exitcode in (0, -signal.SIGKILL)
             assert_sound(tmp_path / str(folder))
+        for process in processes:
+            process.join()
         finish(out)
         assert files_of(tmp_path / str(folder)) == whole
 

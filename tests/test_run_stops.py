@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
 from cachekd.stopping import RunStopped, StopInOrder
 from cachekd.train import train
 from cachekd_cli.main import app
+from cachekd_cli.signals import noting_the_first
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_a_checkpoint_that_was_not_whole_is_not_worth_keeping(plain):
                 (Path(args.output_dir) / "checkpoint-1" / "model.safetensors").write_text("half")
                 full_disk()
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CachekdError, match=r"the disk is full[\s\S]*No space left[\s\S]*begins anew"):
         train(TrainConfig(**plain), [Full()])
     assert not plain["out"].exists()
 
@@ -212,6 +214,22 @@ def test_a_second_signal_stops_at_once(plain, monkeypatch):
     assert done.exit_code == 128 + signal.SIGTERM
     assert "stopped: there was no checkpoint yet" in done.stderr
     assert not plain["out"].exists()
+
+
+def test_a_signal_that_a_launcher_passes_on_is_the_same_one(monkeypatch):
+    """To all of a job: to this process, and to the launcher, which sends it here once more."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def twice_and_later(asked: Callable[[], int]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert asked() == signal.SIGTERM
+        monkeypatch.setattr("cachekd_cli.signals.PASSED_ON", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt), noting_the_first(lambda: True, lambda: None) as asked:
+        twice_and_later(asked)
 
 
 def test_a_signal_while_models_load_stops_at_once(plain, monkeypatch):

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from tiny import tar_members, write_tar
+from transformers import TrainerCallback
 
 from cachekd import trainer
 from cachekd.cache import LogitCache, verify_files
+from cachekd.cache.files import write_file
 from cachekd.cache.status import dump_status
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
-from cachekd.errors import CachekdError
-from cachekd.run_folder import CHECKPOINTS
-from cachekd.train import train
+from cachekd.errors import CachekdError, FailedWrite
+from cachekd.open_run import open_run
+from cachekd.run_folder import CHECKPOINTS, PART
+from cachekd.train import size_of, train
+from cachekd.train_estimate import estimate_training
+
+SIZES = int(os.environ.get("CACHEKD_DISKS", "6"))  # of full disks, for each kind of run
 
 
 @pytest.fixture
@@ -125,7 +133,9 @@ def training(student: Path, data: Path, out: Path) -> TrainConfig:
 
 
 @pytest.mark.parametrize(("kilobytes", "step"), [(400, 0), (1100, 2), (1300, 2)])
-def test_a_full_disk_while_a_checkpoint_is_saved(student_path, data, small_disk, tmp_path, kilobytes, step):
+def test_a_full_disk_while_a_checkpoint_is_saved(
+    student_path, data, small_disk, tmp_path, kilobytes, step, unchecked
+):
     """While the weights are written, the processor, the optimizer's state: all say it in other ways."""
     remount = ["mount", "-o", f"remount,size={kilobytes}k", str(small_disk)]
     subprocess.run(remount, check=True)
@@ -145,6 +155,154 @@ def test_a_full_disk_while_a_checkpoint_is_saved(student_path, data, small_disk,
     train(training(student_path, data, tmp_path / "whole"))
     student = "model.safetensors"
     assert (small_disk / "run" / student).read_bytes() == (tmp_path / "whole" / student).read_bytes()
+
+
+@pytest.fixture
+def unchecked(monkeypatch) -> None:
+    """As if others had filled the disk since the run began."""
+    monkeypatch.setattr("cachekd.train.require_room", lambda *_: None)
+
+
+class Fill(TrainerCallback):
+    """Leaves so many bytes of a disk free when training ends (or logs), or has it turn read-only."""
+
+    def __init__(self, disk: Path, leaving: int | None, event: str = "on_train_end") -> None:
+        self.disk, self.leaving = disk, leaving
+        setattr(self, event, self.fill)
+
+    def fill(self, args, state, control, **kwargs):
+        if state.global_step < 3:
+            return
+        if self.leaving is None:
+            subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], check=True)
+        elif (more := shutil.disk_usage(self.disk).free - self.leaving) > 0:
+            (self.disk / "others").write_bytes(bytes(more))
+
+
+def again_with_room(config: TrainConfig, disk: Path, whole: Path) -> int:
+    """The same command with room goes on to what an undisturbed run ends with; says from which step."""
+    subprocess.run(["mount", "-o", "remount,rw,size=20M", str(disk)], check=True)
+    (disk / "others").unlink(missing_ok=True)
+    summary = train(config)
+    for file in whole.rglob("*.safetensors"):
+        assert (config.out / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    assert not (config.out / PART).exists()
+    return summary.resumed_from
+
+
+def students(out: Path) -> dict[str, int]:
+    """Weights in a run's own folder, whole: a cut file of safetensors cannot be opened."""
+    found = {}
+    for path in [*out.glob("*.safetensors"), *out.glob("adapter/*.safetensors")]:
+        found[path.name] = len(load_file(path))
+    return found
+
+
+LORA = {"lora": {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}}
+
+
+def whole_run(student: Path, data: Path, out: Path, **changes: Any) -> Path:
+    train(training(student, data, out).model_copy(update=changes))
+    return out
+
+
+def failure_of(config: TrainConfig, filling: TrainerCallback) -> CachekdError | None:
+    """What a run says; None: there was room for it all."""
+    try:
+        train(config, [filling])
+    except CachekdError as error:
+        return error
+    return None
+
+
+def sweep(
+    config: TrainConfig, disk: Path, whole: Path, sizes: Iterable[int | None], event: str = "on_train_end"
+) -> set[str]:
+    """A run on a disk that leaves so many bytes in the middle: it fails as a message, what was whole stays,
+    and it ends as if nothing had happened. Returns the problems."""
+    problems = set()
+    for leaving in sizes:
+        subprocess.run(["mount", "-o", "remount,rw,size=20M", str(disk)], check=True)
+        failed = failure_of(config, Fill(disk, leaving, event))
+        if failed is None:
+            (disk / "others").unlink(missing_ok=True)
+        else:
+            problems.add(failed.problem)
+            (named,) = re.findall(r"goes on from step (\d+)", str(failed.fix))
+            steps = {path.parent.name for path in config.out.rglob("trainer_state.json")}
+            assert f"checkpoint-{named}" in steps
+            assert not (config.out / PART).exists() or leaving is None
+            students(config.out)
+            assert again_with_room(config, disk, whole) == int(named)
+        shutil.rmtree(config.out)
+    return problems
+
+
+def test_a_full_disk_while_the_student_is_saved(student_path, data, small_disk, tmp_path, unchecked):
+    whole = whole_run(student_path, data, tmp_path / "whole")
+    config = training(student_path, data, small_disk / "run")
+    assert sweep(config, small_disk, whole, (0, 100_000, 250_000)) == {
+        "the student is trained, but the run could not be finished"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, LORA])
+@pytest.mark.parametrize("event", ["on_train_end", "on_step_end"])
+def test_a_full_disk_at_each_write(student_path, data, small_disk, tmp_path, unchecked, changes, event):
+    """At sizes from nothing to more than what is written next, and read-only: while a checkpoint is saved,
+    and while the student is. Which file is the one that fails follows from the size, and is not looked at."""
+    changes = changes | {"training": {"max_steps": 6, "report_to": ["tensorboard"]}}
+    whole = whole_run(student_path, data, tmp_path / "whole", **changes)
+    config = training(student_path, data, small_disk / "run").model_copy(update=changes)
+    most = 700_000 if event == "on_train_end" else 1_300_000
+    problems = sweep(config, small_disk, whole, [None, *range(0, most, most // SIZES)], event)
+    assert problems
+
+
+@pytest.mark.parametrize("changes", [{}, LORA, {"save_steps": 0}, {"trainable": ("projector",)}])
+def test_the_room_that_is_asked_for_is_what_a_run_takes(student_path, data, tmp_path, changes):
+    """Never less than it is, and little more."""
+    config = training(student_path, data, tmp_path / "run").model_copy(update=changes)
+    taken: list[int] = []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            for path in Path(args.output_dir).glob("checkpoint-*"):
+                taken.append(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+
+    opened = open_run(config, tmp_path / "none", lambda _: None)
+    size = size_of(config, opened)
+    train(config, [Watch()])
+    student = sum(path.stat().st_size for path in config.out.rglob("*") if path.is_file())
+    assert student <= size.student <= 1.1 * student + 100_000
+    assert bool(taken) == bool(size.checkpoints)
+    for one in taken:
+        assert one <= size.checkpoint <= 1.1 * one + 200_000
+    assert (size.kept, size.checkpoints) == ((2, 3) if config.save_steps else (0, 0))
+    assert estimate_training(config).disk == size
+
+
+def test_a_run_that_has_no_room_is_refused_with_the_numbers(student_path, data, small_disk, monkeypatch):
+    def loaded(*_: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("cachekd.load_trainer.load_student", loaded)
+    config = training(student_path, data, small_disk / "run")
+    with pytest.raises(CachekdError, match="the disk is too small for what the run saves") as caught:
+        train(config)
+    assert re.search(r"the student with 0\.\d MB, and up to 3 checkpoints at a time", str(caught.value))
+    assert "0.1 MB are free" in str(caught.value)
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "/sys/x", "/dev/null/x"])
+def test_a_place_where_nothing_can_be_made_is_refused_at_once(student_path, data, out, monkeypatch):
+    monkeypatch.setattr("cachekd.train.open_run", lambda *_: 1 / 0)
+    with pytest.raises(FailedWrite, match="a file cannot be written"):
+        train(training(student_path, data, Path(out)))
+    with pytest.raises(FailedWrite):
+        write_file(Path(out) / "report.html", b"x")
 
 
 def test_no_room_for_a_checkpoints_processor(student_path, data, tmp_path, monkeypatch):

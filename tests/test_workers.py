@@ -123,15 +123,16 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c_with_reading_processes_ends_at_once(tmp_path, teacher_path, data):
-    """A terminal's Ctrl-C reaches the whole process group."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_whole_group_ends_it_at_once(tmp_path, teacher_path, data, number, code):
+    """A terminal's Ctrl-C and a batch system's SIGTERM reach the reading processes too."""
     arguments = [*command(teacher_path, data, tmp_path / "c"), "--workers", "2"]
     program = [sys.executable, "-m", "cachekd_cli", *arguments]
     pipe = subprocess.PIPE
     process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     while not (tmp_path / "c" / "dump" / "00000.json").exists() and process.poll() is None:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "Traceback" not in errors

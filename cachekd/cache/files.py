@@ -9,12 +9,13 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, FailedWrite
 
 _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
@@ -22,6 +23,7 @@ _FIXES = {
     errno.EROFS: "choose an --out on a file system that can be written",
     errno.EISDIR: "name the file, as in FOLDER/name",
     errno.ENOTDIR: "choose another folder",
+    errno.ENOENT: "choose an --out where files can be made",
     errno.EACCES: "choose an --out that you may write to, or change its permissions",
 }
 
@@ -197,12 +199,14 @@ def require_room_for(path: Path) -> None:
         CachekdError: it is an address, or nothing can be made where it would be.
     """
     refuse_address(path)
-    there = next(parent for parent in path.absolute().parents if parent.exists())
+    places = [path.absolute(), *path.absolute().parents]
+    there = next(place for place in places[path.is_file() :] if place.exists())
     if not there.is_dir():
         raise cannot_write(path, NotADirectoryError(errno.ENOTDIR, f"{there} is no folder"))
-    if not os.access(there, os.W_OK | os.X_OK):
-        why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-        raise cannot_write(path, OSError(why, f"{os.strerror(why)}: {there}"))
+    try:  # permissions alone do not tell: of /proc, of some network file systems, of a full disk
+        os.rmdir(tempfile.mkdtemp(prefix=".cachekd-", dir=there))
+    except OSError as error:
+        raise cannot_write(path, OSError(error.errno, f"{error.strerror}: {there}")) from None
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -216,9 +220,9 @@ def write_file(path: Path, content: bytes) -> None:
     commit(path, content)
 
 
-def cannot_write(path: Path, error: OSError) -> CachekdError:
+def cannot_write(path: Path, error: OSError) -> FailedWrite:
     """What to tell the user of a failed write."""
-    return CachekdError(
+    return FailedWrite(
         "a file cannot be written",
         where=str(path),
         found=error.strerror or str(error),

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from cachekd.stages import StudentPart
-from cachekd.vlm import parameters_by_part
-from cachekd.vlm.families import TEXT_ONLY, family_of
+from cachekd.vlm import empty_model, parameters_by_part
 
 # float32 weights, their gradients and AdamW's two moments.
 _BYTES_TRAINED = 16
@@ -51,10 +49,7 @@ def sizes_of(teacher: Any, student: Any, *, teacher_dtype: torch.dtype) -> Sizes
 
 def parameters_of(config: Any) -> dict[StudentPart, int]:
     """Part to number of parameters, from a model's config alone; shared weights are counted once."""
-    auto_class: Any = AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
     return {
         part: sum(parameter.numel() for parameter in parameters.values())
-        for part, parameters in parameters_by_part(model).items()
+        for part, parameters in parameters_by_part(empty_model(config)).items()
     }

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
 
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.samples.protocol import Samples
 from cachekd.samples.sample import Sample
+from cachekd.worker_loader import WorkerLoader, dead_worker
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -67,20 +65,18 @@ class _Reader(Generic[T_co]):
 
 def _from_workers(read: _Reader[T], indices: Sequence[int], workers: int) -> Generator[T | CachekdError]:
     messages = -(-len(indices) // _PER_MESSAGE)
-    loader: DataLoader[Any] = DataLoader(
-        read,  # type: ignore[arg-type]  # a map-style data set in all but its class
+    loader = WorkerLoader(
+        read,  # a map-style data set in all but its class
         batch_size=_PER_MESSAGE,
         sampler=indices,
         num_workers=max(1, min(workers, messages)),
         prefetch_factor=_AHEAD,
-        worker_init_fn=_leave_interrupts_to_the_parent,
         # Plain bytes: torch would send each tensor as a shared-memory segment with an open file descriptor
         # on this side for as long as the tensor lives, and a long queue of samples runs out of them.
         collate_fn=pickle.dumps,
         generator=torch.Generator(),  # else the loader draws its seed from, and so changes, the global state
     )
-    with quiet_tokenizers():
-        batches: Any = iter(loader)  # starts the workers
+    batches: Any = iter(loader)  # starts the workers
     try:
         for message in batches:
             yield from pickle.loads(message)
@@ -91,31 +87,3 @@ def _from_workers(read: _Reader[T], indices: Sequence[int], workers: int) -> Gen
     finally:
         # What dropping the iterator does; but a traceback may keep that alive for long.
         batches._shutdown_workers()
-
-
-def dead_worker(error: RuntimeError) -> CachekdError | None:
-    """What a DataLoader says of a worker that died, for people; None for any other error."""
-    if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-        return None
-    return CachekdError(
-        "a process that reads samples died",
-        found=str(error).splitlines()[0],
-        fix="fewer --workers need less memory; --workers 0 reads in the main process and shows the cause",
-    )
-
-
-def _leave_interrupts_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches the whole group; a worker that dies of it keeps the parent waiting for long."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def quiet_tokenizers() -> Iterator[None]:
-    """The workers are the parallelism; without this each forked one prints a warning about deadlocks."""
-    given = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = given or "false"
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]

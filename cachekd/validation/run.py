@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.data_health import DataHealth, first_good
@@ -27,6 +26,7 @@ from cachekd.training_data import TrainingSamples, checked, collate_with_targets
 from cachekd.validation.data import HeldOut
 from cachekd.validation.settings import ACCURACY
 from cachekd.vlm.steady import in_eval_mode
+from cachekd.worker_loader import WorkerLoader
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
@@ -86,7 +86,7 @@ class Validation:
     def batches(self, args: TrainingArguments) -> Iterator[dict[str, Any]]:
         """This process's part of the data, in as many batches as any other process has: one that has no
         samples left for its last batch computes a stand-in of which nothing counts."""
-        loader = DataLoader(
+        loader = WorkerLoader(
             self.data,
             batch_sampler=self.part_of(args),
             collate_fn=self._collate,

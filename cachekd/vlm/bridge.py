@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.utils import ModelOutput
 
+from cachekd.cache.files import commit
 from cachekd.errors import CachekdError
 from cachekd.files import BRIDGE_FILE
 from cachekd.vlm.compat import check_switch, switch_differences, width_setting
@@ -191,9 +192,7 @@ class SwitchBridge(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `switch_bridge.safetensors`, with what it is in its metadata."""
         weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
-        temporary = folder / f".{BRIDGE_FILE}.tmp"
-        save_file(weights, temporary, metadata={"switch_bridge": json.dumps(self.describe())})
-        temporary.replace(folder / BRIDGE_FILE)
+        commit(folder / BRIDGE_FILE, save(weights, metadata={"switch_bridge": json.dumps(self.describe())}))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.

@@ -135,6 +135,14 @@ def load_model(
     return _load(auto_class, path, dtype, device, quantization)
 
 
+def empty_model(config: Any) -> PreTrainedModel:
+    """The modules of a model without memory or weights ("meta"), from its config alone."""
+    auto_class: Any = AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class.from_config(config)
+    return model
+
+
 def load_without_tower(
     path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
 ) -> PreTrainedModel:

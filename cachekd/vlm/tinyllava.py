@@ -31,6 +31,7 @@ from transformers.utils import CONFIG_NAME
 
 from cachekd.cache.files import make_folder
 from cachekd.errors import CachekdError
+from cachekd.failures import writing
 
 MODEL_TYPE = "tinyllava"
 IMAGE_TOKEN = "<image>"
@@ -97,7 +98,7 @@ def convert_tinyllava(source: Path, out: Path) -> PreTrainedModel:
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     make_folder(out.parent)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    with writing(out), TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         model.save_pretrained(Path(folder, out.name))
         _processor(config, tokenizer).save_pretrained(Path(folder, out.name))
         Path(folder, out.name).rename(out)  # whole, or not there

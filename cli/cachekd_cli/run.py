@@ -88,13 +88,10 @@ def eval_step(config: EvalConfig) -> Evaluation:
 
 def report_step(config: ReportConfig) -> Path:
     """`cachekd report`."""
-    from cachekd.cache.files import write_file
     from cachekd.files import REPORT_FILE
-    from cachekd.report import build_report, read_run
+    from cachekd.report import write_report
 
-    page = build_report(read_run(Path(config.run)), [read_run(Path(path)) for path in config.baselines])
-    write_file(config.out / REPORT_FILE, page.encode())  # half a page would count as a finished step
-    return config.out / REPORT_FILE
+    return write_report(config.run, config.baselines, config.out / REPORT_FILE)
 
 
 def announce(begun: Begun) -> None:

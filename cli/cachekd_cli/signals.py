@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,10 @@ from typing import Any
 import typer
 
 from cachekd_cli.console import errors
+
+# Seconds in which a process that a launcher started takes a second signal for the first: one to all of a job
+# comes from its sender, and once more from the launcher, which passes it on.
+PASSED_ON = 5.0
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,7 +49,8 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 @contextmanager
 def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
-    """For a loop that ends in order: its first SIGINT or SIGTERM is only noted, a second one stops at once.
+    """For a loop that ends in order: its first SIGINT or SIGTERM is only noted, a second one stops at once
+    (under a launcher, `PASSED_ON` seconds later).
 
     Args:
         under_way: whether the loop runs; before it does, the first one stops at once too.
@@ -55,13 +62,15 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
     Raises:
         KeyboardInterrupt: one was noted, and the block came to its end nevertheless.
     """
-    noted = 0
+    noted, since = 0, 0.0
 
     def note(number: int, _frame: Any) -> None:
-        nonlocal noted
+        nonlocal noted, since
+        if noted and "LOCAL_RANK" in os.environ and time.monotonic() - since < PASSED_ON:
+            return
         if noted or not under_way():
             raise interrupt(number)
-        noted = number
+        noted, since = number, time.monotonic()
         say()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -346,7 +346,9 @@ def print_summary(summary: TrainSummary) -> None:
 
 
 def print_estimate(estimate: TrainEstimate) -> None:
-    """Settings, parameters, memory by part and time, before anything long starts."""
+    """Settings, parameters, memory by part, disk and time, before anything long starts."""
+    from cachekd.run_size import told
+
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch
     a_step = [settings[name] for name in ("batch_size", "gradient_accumulation", "processes")]
     seconds = estimate.seconds_per_step
@@ -368,6 +370,7 @@ def print_estimate(estimate: TrainEstimate) -> None:
             f"in the {samples} longest samples, up to {tokens:,} tokens",
             f"{estimate.longest_peak_bytes / 1e6:,.1f} MB",
         ),
+        ("disk, at most", f"{estimate.disk_bytes / 1e6:,.1f} MB: {told(estimate.disk)}"),
         ("time per step", f"{seconds:.2f} s"),
         ("steps", f"{estimate.steps:,}"),
         *(
