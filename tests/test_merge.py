@@ -279,7 +279,7 @@ def test_another_teacher_tokenizer_template_or_codec_is_refused(tmp_path, parts,
 
 def header_changes() -> list[tuple[str, dict]]:
     base = header()
-    changed = {"weights_sha256": "x", "config_sha256": "x", "dtype": "bfloat16", "vocab_size": 96}
+    changed = {"weights_sha256": "x", "config_sha256": "x", "dtype": "bfloat16", "vocab_size": 98}
     found = [
         (name, {"teacher": base["teacher"].model_copy(update={name: value})})
         for name, value in changed.items()

@@ -141,7 +141,7 @@ def test_exact_is_the_live_teacher_to_the_loss():
 @pytest.mark.parametrize("budget", [4.0, 7.0, 10.0])
 def test_a_budget_in_bytes_is_kept(budget, tmp_path):
     hidden, head = model_states(16_000, 24, 97)
-    records = select_topk(hidden @ head.T, token_ids(16_000), top_p=0.0)
+    records = select_topk(hidden @ head.T, token_ids(16_000), top_k=32, top_p=0.0)
     states = TailStates(hidden, (hidden @ head.T).logsumexp(-1))
     encoder = fit_sketch(OutputHead(head), states, records, TailSetting.parse(f"bytes={budget}"))
     options = header() | {"codec": header(tail=f"bytes={budget}")["codec"]}
@@ -204,9 +204,10 @@ def test_what_is_rare_and_large_is_kept():
 def test_round_trips_hold_for_any_shape(tokens, width, vocab, top_k, tail, scale, seed):
     hidden, head = model_states(tokens, width, vocab, seed)
     hidden = hidden * scale
-    targets, size = roundtrip(hidden, head, token_ids(tokens), top_k=top_k, tail=tail)
+    answers = token_ids(tokens) % vocab
+    targets, size = roundtrip(hidden, head, answers, top_k=top_k, tail=tail)
     assert size > 0
-    assert torch.equal(targets.token_ids, token_ids(tokens))
+    assert torch.equal(targets.token_ids, answers)
     everything = targets.everywhere()
     assert everything.shape == (tokens, vocab)
     assert not everything.isnan().any()
