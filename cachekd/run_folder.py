@@ -20,13 +20,13 @@ from typing import Any
 
 from cachekd.cache.files import commit, commit_first, require_new_folder
 from cachekd.cache.lock import alone
+from cachekd.checkpoints import SETTINGS_FILE, newest_checkpoint, step_of
 from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, samples_per_step
 from cachekd.errors import CachekdError
-from cachekd.failures import is_failed_write, is_full_disk, what_failed
+from cachekd.failures import is_full_disk, what_failed
 from cachekd.files import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
-SETTINGS_FILE = "cachekd_settings.json"  # in a checkpoint
 CHECKPOINTS = "checkpoints"
 PART = ".student.part"
 INPUTS = "inputs"  # in that file: what was read, by its content
@@ -77,9 +77,10 @@ class RunFolder:
         self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
         self.known = earlier.get(KNOWN, {})
         self._require_same_settings(earlier, started)
-        if (checkpoint := self.last_checkpoint()) and (noted := Path(checkpoint, SETTINGS_FILE)).exists():
+        checkpoint = self.last_checkpoint()
+        if checkpoint is not None and (noted := checkpoint / SETTINGS_FILE).exists():
             self._require_same_settings(defaults_of(TrainConfig) | _read(noted), noted)
-        if self.last_checkpoint() is None and (saved := saved_models(self.path)):
+        if checkpoint is None and (saved := saved_models(self.path)):
             raise CachekdError(
                 "the run is trained, but it was not finished, and there is no checkpoint to finish it from",
                 where=str(self.path),
@@ -132,10 +133,9 @@ class RunFolder:
                 "another --out, or remove the folder",
             )
 
-    def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint; the Trainer writes its state last, so one without was cut short."""
-        newest = _newest_checkpoint(self.checkpoints)
-        return None if newest is None else str(newest)
+    def last_checkpoint(self) -> Path | None:
+        """The one to go on from."""
+        return newest_checkpoint(self.checkpoints)
 
     def begin(self) -> None:
         """Mark the folder as a run; in one process.
@@ -238,11 +238,6 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=FREE_SETTINGS)
 
 
-def note_settings(settings: dict[str, Any], checkpoint: Path) -> None:
-    """Write into a checkpoint what it is made with."""
-    commit(checkpoint / SETTINGS_FILE, _json(settings))
-
-
 def require_unfinished(path: Path) -> None:
     """Refuse a run's folder that needs no training any more.
 
@@ -287,7 +282,7 @@ def saved_models(out: Path) -> list[str]:
 
 def how_to_go_on(out: Path) -> str:
     """What a run's folder holds after it was stopped or failed, and what its command does next."""
-    newest = _newest_checkpoint(out / CHECKPOINTS)
+    newest = newest_checkpoint(out / CHECKPOINTS)
     if (out / RUN_FILE).exists():
         return f"the run is finished: {out}"
     if newest is not None:
@@ -300,48 +295,6 @@ def how_to_go_on(out: Path) -> str:
     return "there was no checkpoint yet: the same command begins anew"
 
 
-@contextmanager
-def saving_checkpoint(checkpoint: Path) -> Iterator[None]:
-    """If the block, which saves it, fails for the disk, remove what there is of it: it takes room.
-
-    Raises:
-        CachekdError: it could not be saved; what there is to go on from.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not is_failed_write(error):
-            raise
-        if not _is_whole(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        newest = _newest_checkpoint(checkpoint.parent)
-        then = "there is no earlier one, and the same command begins anew"
-        if newest is not None:
-            then = f"{newest.name} stays, and the same command goes on from step {step_of(newest):,}"
-        raise CachekdError(
-            "a checkpoint could not be saved: the disk is full, or cannot be written",
-            where=str(checkpoint),
-            found=what_failed(error),
-            fix=f"free some space on this disk; {then}",
-        ) from error
-
-
 def _is_first_process() -> bool:
     """Before there is a Trainer to ask; launchers, or accelerate in their place, number the processes."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _newest_checkpoint(folder: Path) -> Path | None:
-    return max(filter(_is_whole, folder.glob("checkpoint-*")), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer steps that are in a checkpoint, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text()))
-    except (OSError, ValueError):
-        return False

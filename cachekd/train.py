@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from cachekd.checkpoints import step_of
 from cachekd.config import TrainConfig
 from cachekd.data_wait import advice
 from cachekd.failures import memory_advice
@@ -20,7 +21,7 @@ from cachekd.lean import save_merged
 from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.open_run import OpenRun, open_run
-from cachekd.run_folder import RunFolder, claimed, step_of
+from cachekd.run_folder import RunFolder, claimed
 from cachekd.run_inputs import inputs_of
 from cachekd.run_size import RunSize, require_room, run_size
 from cachekd.samples import Limits
@@ -112,10 +113,10 @@ def train(
         if trainer.is_world_process_zero():
             folder.begin()
         checkpoint = folder.last_checkpoint()
-        resumed_from = 0 if checkpoint is None else step_of(Path(checkpoint))
+        resumed_from = 0 if checkpoint is None else step_of(checkpoint)
         trainer.args.eval_on_start &= checkpoint is None  # when the run began
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stopper.raise_if_stopped(trainer.state)
         bad = trainer.bad_samples()
         summary = TrainSummary(

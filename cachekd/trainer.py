@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import PrinterCallback
 
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
+from cachekd.checkpoints import note_settings, saving_checkpoint
 from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
@@ -22,7 +23,6 @@ from cachekd.left_out import BadSamples
 from cachekd.loss_terms import TERMS, BatchTerms, LossTerms, Targets, TermSums
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
-from cachekd.run_folder import note_settings, saving_checkpoint
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.stopping import LastStep

@@ -25,12 +25,13 @@ from cachekd.cache import lock as locks
 from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.lock import alone
 from cachekd.cache.staging import staged_folder
+from cachekd.checkpoints import SETTINGS_FILE
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.evaluation import read_records, save_in_runs
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, SETTINGS_FILE, STARTED_FILE
+from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
 from cachekd.train import train
 from cachekd_cli.demo import new_folder
 from cachekd_cli.main import app

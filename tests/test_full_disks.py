@@ -1,0 +1,115 @@
+"""Every command that writes, onto a disk that is full or cannot be written: a message, nothing half there.
+
+Training and dumping, which take long and go on: tests/test_storage_errors.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from tiny import tar_members, write_tar
+from typer.testing import CliRunner
+
+from cachekd.cache import LogitCache, verify_files
+from cachekd.cache.files import is_temporary
+from cachekd.cache.subset import select_samples
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.train import train
+from cachekd_cli.main import app
+
+# What each command is given; {disk} is the disk.
+COMMANDS = {
+    "report": "report {run} --out {disk}/new/page.html",
+    "eval": "eval {run} --data {data} --no-blind --out {disk}/scores",
+    "peek": "peek {cache} --data {data} --html {disk}/peek.html",
+    "inspect": "inspect {cache} --html {disk}/inspect.html",
+    "bind": "bind {cache} --data {data} --out {disk}/new/binding.json",
+    "select": "select {cache} --keys {keys} --out {disk}/some",
+    "merge": "merge {first} {others} --out {disk}/all",
+    "recompress": "recompress {cache} {disk}/small --top-k 8",
+    "parquet": "export {cache} {disk}/parquet --to parquet",
+    "webdataset": "export {cache} {disk}/tars --data {data} --to webdataset",
+    "push": "push {cache} file://{disk}/pushed",
+    "pull": "pull file://{cache} {disk}/pulled",
+    "train": "train --student {student} --data {data} --lambda-align 0 --lambda-vsd 0 --out {disk}/run",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, student_path, cache_path, data_path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("full")
+    write_tar(folder / "few" / "0.tar", tar_members(6))
+    settings = {"lambda_align": 0, "lambda_vsd": 0, "save_steps": 0, "batch_size": 6}
+    train(TrainConfig(student=str(student_path), data=str(folder / "few"), out=folder / "run", **settings))
+    keys = list(LogitCache(cache_path))
+    (folder / "keys").write_text(keys[0])
+    select_samples(cache_path, folder / "first", keys[:1])
+    select_samples(cache_path, folder / "others", keys[1:])
+    made = {name: folder / name for name in ("run", "keys", "first", "others")}
+    return {"cache": cache_path, "data": data_path, "student": student_path, **made}
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Path]:
+    """A full disk of 4 kB: folders can be made, but no file written."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    (folder / "ballast").write_bytes(bytes(4096))
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(disk: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def refused(name: str, places: dict[str, Path], disk: Path) -> CachekdError:
+    result = run(name, places, disk)
+    error = result.exception
+    assert isinstance(error, CachekdError), (result.output, error)
+    said = str(error)
+    assert any(text in said for text in ("No space left", "Read-only", "no room", "too small")), said
+    assert str(disk) in said
+    assert error.fix is not None
+    return error
+
+
+def run(name: str, places: dict[str, Path], disk: Path) -> Result:
+    return CliRunner().invoke(app, [part.format(**places, disk=disk) for part in COMMANDS[name].split()])
+
+
+def files(disk: Path) -> list[Path]:
+    return [path for path in disk.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("how", ["size=4k", "ro"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_cannot_be_written_is_said_and_nothing_is_left(name, how, places, mounted):
+    remount(mounted, how)
+    refused(name, places, mounted)
+    assert files(mounted) == [mounted / "ballast"]
+
+
+@pytest.mark.parametrize("name", ["report", "peek", "inspect", "select", "merge", "recompress", "webdataset"])
+def test_what_does_not_fit_as_a_whole_leaves_nothing(name, places, mounted):
+    remount(mounted, "size=20k")
+    refused(name, places, mounted)
+    assert files(mounted) == [mounted / "ballast"]
+
+
+@pytest.mark.parametrize("name", ["push", "pull"])
+def test_what_goes_on_keeps_what_is_whole(name, places, mounted):
+    remount(mounted, "size=24k")
+    refused(name, places, mounted)
+    assert not [path for path in files(mounted) if is_temporary(path)]
+    remount(mounted, "size=1m")
+    assert run(name, places, mounted).exit_code == 0
+    assert verify_files(mounted / f"{name}ed") == []
