@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 import cachekd
-from cachekd.cache.files import cannot_write, make_folder
 from cachekd.errors import CachekdError
 from cachekd_cli.console import console, quiet_libraries, table
 
@@ -92,12 +91,16 @@ def check_example() -> None:
 
 def new_folder(out: Path) -> Path:
     """`out`, or `out-2`, `out-3`, ...: earlier demos, and those that run now, stay as they are."""
+    from cachekd.cache.files import make_folder
+
     make_folder(out.parent)
     numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
     return next(path for path in chain([out], numbered) if _is_made(path))
 
 
 def _is_made(path: Path) -> bool:
+    from cachekd.cache.files import cannot_write
+
     try:
         path.mkdir()
     except FileExistsError:
