@@ -216,17 +216,20 @@ def test_a_second_signal_stops_at_once(plain, monkeypatch):
     assert not plain["out"].exists()
 
 
-def test_a_signal_that_a_launcher_passes_on_is_the_same_one(monkeypatch):
-    """To all of a job: to this process, and to the launcher, which sends it here once more."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
+@pytest.mark.parametrize(
+    ("launched", "number"), [(True, signal.SIGTERM), (True, signal.SIGINT), (False, signal.SIGTERM)]
+)
+def test_a_signal_that_comes_twice_is_the_same_one(monkeypatch, launched, number):
+    """A launcher passes on what its job has had; `timeout` signals its process, and then the group of it."""
+    monkeypatch.setenv("LOCAL_RANK", "0") if launched else monkeypatch.delenv("LOCAL_RANK", raising=False)
 
     def twice_and_later(asked: Callable[[], int]) -> None:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert asked() == signal.SIGTERM
+        signal.raise_signal(number)
+        signal.raise_signal(number)
+        assert asked() == number
         monkeypatch.setattr("cachekd_cli.signals.PASSED_ON", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
     with pytest.raises(KeyboardInterrupt), noting_the_first(lambda: True, lambda: None) as asked:
         twice_and_later(asked)

@@ -13,8 +13,9 @@ import typer
 
 from cachekd_cli.console import errors
 
-# Seconds in which a process that a launcher started takes a second signal for the first: one to all of a job
-# comes from its sender, and once more from the launcher, which passes it on.
+# Seconds in which a second signal is taken for the first. A launcher that is signalled with its whole job
+# passes on what its processes have had already; `timeout`, and others that end jobs, send SIGTERM to the
+# process and once more to its group.
 PASSED_ON = 5.0
 
 
@@ -50,7 +51,7 @@ def exit_code(error: KeyboardInterrupt) -> int:
 @contextmanager
 def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
     """For a loop that ends in order: its first SIGINT or SIGTERM is only noted, a second one stops at once
-    (under a launcher, `PASSED_ON` seconds later).
+    (the same SIGTERM, or any under a launcher, only `PASSED_ON` seconds later).
 
     Args:
         under_way: whether the loop runs; before it does, the first one stops at once too.
@@ -66,7 +67,8 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
 
     def note(number: int, _frame: Any) -> None:
         nonlocal noted, since
-        if noted and "LOCAL_RANK" in os.environ and time.monotonic() - since < PASSED_ON:
+        may_be_the_same = "LOCAL_RANK" in os.environ or number == noted == signal.SIGTERM
+        if noted and may_be_the_same and time.monotonic() - since < PASSED_ON:
             return
         if noted or not under_way():
             raise interrupt(number)
