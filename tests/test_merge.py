@@ -309,6 +309,17 @@ def test_common_keys_are_refused(tmp_path, parts, teacher_path):
     assert_refused([parts[0]], tmp_path / "out", "two caches or more")
 
 
+def test_keys_are_not_looked_for_in_each_other_cache(tmp_path, monkeypatch):
+    """Of 64 caches of 20,000 samples that took two minutes."""
+    paths = [tmp_path / str(number) for number in range(4)]
+    for number, path in enumerate(paths):
+        with LogitCacheWriter(path, **header()) as writer:
+            writer.add(*sample(number))
+    with monkeypatch.context() as patched:
+        patched.setattr(LogitCache, "__contains__", lambda *_: pytest.fail("looked for"))
+        assert merge_caches(paths, tmp_path / "out").samples == 4
+
+
 def test_nothing_is_overwritten_and_a_failure_leaves_nothing(tmp_path, parts, monkeypatch):
     taken = tmp_path / "taken"
     taken.mkdir()

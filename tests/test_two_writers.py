@@ -116,7 +116,7 @@ def test_who_holds_it_is_said_and_the_dead_hold_nothing(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP])
 def test_without_flock_there_is_a_lease(tmp_path, monkeypatch, number):
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -130,6 +130,12 @@ def test_without_flock_there_is_a_lease(tmp_path, monkeypatch, number):
         with pytest.raises(CachekdError, match=f"process {os.getpid()} on"):
             elsewhere(enter, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_where_no_file_can_be_made_nobody_is_blamed():
+    with pytest.raises(CachekdError, match="cannot be written"):
+        enter(Path("/proc"))
 
 
 def enter(folder: Path) -> None:

@@ -8,14 +8,16 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from caches import copied, dump_cache, files_of, flip, reseal, write_data
 from test_cache import write_cache
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache, Manifest, verify_files
+from cachekd.cache import LogitCache, Manifest, shard_codes, verify_files
 from cachekd.cache.dump_folder import plan_of, records_of, wrong_files
 from cachekd.cache.plan import Plan, ShardRecord
+from cachekd.cache.records import offsets
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.status import dump_status
@@ -340,3 +342,22 @@ def test_a_plan_and_records_of_another_dump_are_seen(cache, tmp_path, teacher_pa
         Plan.read(other / "dump" / "plan.json").sha256
         == ShardRecord.read(other / "dump" / "00001.json").plan_sha256
     )
+
+
+@pytest.mark.parametrize("ranked", [300, 2**16 + 300])
+@pytest.mark.parametrize("together", [1, 50, 2**20])
+def test_an_id_twice_is_found_wherever_it_is(monkeypatch, ranked, together):
+    monkeypatch.setattr(shard_codes, "_SORTED", together)
+    rng = np.random.default_rng(ranked + together)
+    k = rng.integers(1, 20, 60).astype("<u2")
+    starts = offsets(k)
+    type_ = "<u2" if ranked <= 2**16 else "<u4"
+    # Neighbours share most of their ids, which is nothing wrong.
+    ranks = np.concatenate([rng.permutation(25)[:n] + ranked - 25 for n in k]).astype(type_)
+    shard_codes._require_different_ids(ranks, k)
+    for token in np.flatnonzero(k > 1):
+        first, second = rng.choice(np.arange(starts[token], starts[token + 1]), 2, replace=False)
+        wrong = ranks.copy()
+        wrong[first] = wrong[second]
+        with pytest.raises(ValueError, match="twice"):
+            shard_codes._require_different_ids(wrong, k)

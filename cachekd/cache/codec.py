@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.records import first_of_run, offsets
+from cachekd.cache.records import offsets
 
 TAIL_STEP = 1 / 32  # nats of log-odds
 NO_TAIL = -(2**15)
@@ -43,15 +43,12 @@ def decode_logprobs(
     and TAIL_STEP / 2 for that of the odds. So values are within step + TAIL_STEP / 2 of the originals;
     differences, which are what DBiLD compares, within step.
     """
-    total = np.cumsum(gaps, dtype=np.int64)
-    first = first_of_run(k)
-    logprobs = (total - (total[first] - gaps[first])) * -step
-    if len(logprobs) == 0:
-        return logprobs.astype(np.float32)
-    # Rows without entries would confuse reduceat; they have nothing to rescale.
-    rows = np.asarray(k) > 0
+    k = np.asarray(k)
+    rows, total = k > 0, np.cumsum(gaps, dtype=np.int64)  # rows without entries have nothing to rescale
+    first = offsets(k)[:-1][rows]
+    logprobs = (total - np.repeat(total[first] - gaps[first], k[rows])) * -step
     shift = kept_logmass[rows] - _logsumexp(logprobs, k)[rows]
-    return (logprobs + np.repeat(shift, np.asarray(k)[rows])).astype(np.float32)
+    return (logprobs + np.repeat(shift, k[rows])).astype(np.float32)
 
 
 def encode_tail(tail_logmass: NDArray, logprobs: NDArray, k: NDArray) -> NDArray[np.int16]:

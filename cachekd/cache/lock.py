@@ -18,10 +18,10 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, make_folder
+from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, make_folder, require_room_for
 from cachekd.errors import CachekdError
 
-_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # the last two are one on Linux
 _LEASE, _GRACE = 60.0, 5.0  # seconds
 
 
@@ -41,6 +41,8 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     try:
         lock = _acquired(note, patience)
     except Timeout:
+        if not note.exists():  # filelock waits as well where no file can be made, as in /proc
+            require_room_for(folder)
         raise CachekdError(
             f"another process {doing} this folder",
             where=str(folder),
