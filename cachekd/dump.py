@@ -102,7 +102,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     if earlier is None:
         pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
         found = estimate_of(config, samples, teacher, pilot)
-        refuse_small_disk(config.out, found.size, "the whole cache")
+        refuse_small_disk(config.out, found.size, "the whole cache", may_shrink=True)
         plan = new_plan(config, samples, teacher, found)
     else:
         plan = same_plan(config, samples, teacher, earlier)

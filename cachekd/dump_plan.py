@@ -150,8 +150,11 @@ def require_same_shards(config: DumpConfig, earlier: Plan) -> None:
     require_same({name: size}, {name: asked}, "the dump in this folder", str(config.out))
 
 
-def refuse_small_disk(folder: Path, needed: int, what: str) -> None:
+def refuse_small_disk(folder: Path, needed: int, what: str, *, may_shrink: bool = False) -> None:
     """Refuse to start what cannot be finished.
+
+    Args:
+        may_shrink: whether the settings may still become others; those of a dump that has begun may not.
 
     Raises:
         CachekdError: less than `needed` bytes are free.
@@ -159,12 +162,15 @@ def refuse_small_disk(folder: Path, needed: int, what: str) -> None:
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
+        fix = "free some space on this disk, then run the same command again: what is finished stays"
+        if may_shrink:
+            fix = f"free some space, choose another --out, or try --disk-budget {int(0.9 * free / 1e3)}kB"
         raise CachekdError(
             "the disk is too small",
             where=str(place),
-            expected=f"{needed / 1e6:,.1f} MB for {what}",
-            found=f"{free / 1e6:,.1f} MB are free",
-            fix=f"free some space, choose another --out, or try --disk-budget {int(0.9 * free / 1e6)}MB",
+            expected=f"{needed / 1e6:,.3f} MB for {what}",
+            found=f"{free / 1e6:,.3f} MB are free",
+            fix=fix,
         )
 
 

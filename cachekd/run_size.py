@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.cache import LogitCache
+from cachekd.cache.files import LOCK_FILE
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
@@ -105,7 +106,7 @@ def require_room(size: RunSize, out: Path) -> None:
     """
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    there = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file())
+    there = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     if size.total <= free + there:
         return
     already = f", and {_megabytes(there)} are this run's" if there else ""
@@ -114,9 +115,17 @@ def require_room(size: RunSize, out: Path) -> None:
         where=str(place),
         expected=f"{_megabytes(size.total)}: {told(size)}",
         found=f"{_megabytes(free)} are free{already}",
-        fix="free some space, choose an --out on a larger disk, keep fewer checkpoints (training: "
-        "{save_total_limit: 1} in the YAML), or save none: --save-steps 0",
+        fix=_how_to_fit(size),
     )
+
+
+def _how_to_fit(size: RunSize) -> str:
+    ways = ["free some space", "choose an --out on a larger disk"]
+    if size.kept > 1:
+        ways.append("keep fewer checkpoints (training: {save_total_limit: 1} in the YAML)")
+    if size.checkpoints:
+        ways.append("save none: --save-steps 0")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def told(size: RunSize) -> str:

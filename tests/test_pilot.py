@@ -15,6 +15,7 @@ from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig
 from cachekd.disk_budget import ALL_THAT_BYTES_BUY
 from cachekd.dump import dump, estimate_dump
+from cachekd.dump_plan import refuse_small_disk
 from cachekd.errors import CachekdError
 from cachekd.spread import evenly, spread
 
@@ -84,8 +85,16 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10_000))
     with pytest.raises(CachekdError, match="the disk is too small") as caught:
         dump(settings(teacher_path, many, tmp_path / "c"))
-    assert "--disk-budget" in str(caught.value)
+    assert "0.010 MB are free" in str(caught.value)
+    assert "--disk-budget 9kB" in str(caught.value)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_got_too_small_for_a_dump_that_has_begun(tmp_path):
+    """Its settings stay, so that a budget would be refused."""
+    with pytest.raises(CachekdError, match="the same command again") as caught:
+        refuse_small_disk(tmp_path, 10**18, "the other 9 shards")
+    assert "--disk-budget" not in str(caught.value)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])

@@ -25,6 +25,7 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.open_run import open_run
 from cachekd.run_folder import CHECKPOINTS, PART
+from cachekd.run_size import RunSize, require_room
 from cachekd.train import size_of, train
 from cachekd.train_estimate import estimate_training
 
@@ -62,7 +63,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_dump_and_what_is_finished_stays(
     tmp_path, teacher_path, data, small_disk, monkeypatch
 ):
-    monkeypatch.setattr("cachekd.dump.refuse_small_disk", lambda *_: None)  # as if others filled it meanwhile
+    monkeypatch.setattr("cachekd.dump.refuse_small_disk", lambda *_, **__: None)  # others fill it meanwhile
     config = settings(teacher_path, data, small_disk / "c", tail="none")
     with pytest.raises(CachekdError, match="a file cannot be written") as caught:
         dump(config)
@@ -292,8 +293,16 @@ def test_a_run_that_has_no_room_is_refused_with_the_numbers(student_path, data, 
     with pytest.raises(CachekdError, match="the disk is too small for what the run saves") as caught:
         train(config)
     assert re.search(r"the student with 0\.\d MB, and up to 3 checkpoints at a time", str(caught.value))
-    assert "0.1 MB are free" in str(caught.value)
+    assert "found: 0.1 MB are free\n" in str(caught.value)  # the lock is not the run's
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_no_room_is_mended_by_what_the_run_has(tmp_path, kept):
+    with pytest.raises(CachekdError) as caught:
+        require_room(RunSize(10**18, 10, kept, kept and kept + 1), tmp_path / "run")
+    assert ("save_total_limit: 1" in str(caught.value)) == (kept > 1)
+    assert ("--save-steps 0" in str(caught.value)) == (kept > 0)
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "/sys/x", "/dev/null/x"])

@@ -22,13 +22,13 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from cachekd.cache import lock as locks
-from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
+from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, contents
 from cachekd.cache.lock import alone
 from cachekd.cache.staging import staged_folder
 from cachekd.checkpoints import SETTINGS_FILE
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, FailedWrite
 from cachekd.evaluation import read_records, save_in_runs
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
@@ -352,6 +352,16 @@ def test_of_two_that_make_a_folder_the_second_is_refused(tmp_path, there):
         make(out, "second", meanwhile=lambda: make(out, "first"))
     assert {path.name: path.read_text() for path in out.iterdir()} == {"a": "first", "z": "first"}
     assert contents(tmp_path) == [out]
+
+
+def test_a_failed_write_is_said_of_the_folder_that_was_asked_for(tmp_path):
+    with (
+        pytest.raises(FailedWrite, match="No space left") as caught,
+        staged_folder(tmp_path / "new", "cache", last="z") as folder,
+    ):
+        raise cannot_write(folder / "shards" / "0", OSError(28, "No space left on device"))
+    assert caught.value.where == str(tmp_path / "new" / "shards" / "0")
+    assert contents(tmp_path) == []
 
 
 def make(out: Path, what: str, meanwhile: Any = lambda: None) -> None:

@@ -17,6 +17,7 @@ from cachekd.cache.files import (
     temporary_name,
 )
 from cachekd.cache.lock import alone
+from cachekd.errors import FailedWrite
 
 
 @contextmanager
@@ -49,6 +50,9 @@ def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
         else:
             _rename(staging, out, out)  # refused by the system if another process was faster
             sync_folder(out.parent)
+    except FailedWrite as error:  # said of what was asked for, not of a folder that is gone
+        where = (error.where or "").replace(str(staging), str(out))
+        raise FailedWrite(error.problem, where=where, found=error.found, fix=error.fix) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
