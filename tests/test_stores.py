@@ -12,21 +12,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from caches import copied, files_of, reseal
-from flaky_server import FlakyServer, serving
+from flaky_server import FlakyServer, falling_silent, serving
 from hub_server import HubServer
 from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from cachekd.cache import Manifest, verify_files
+from cachekd.cache.files import LOCK_FILE
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
-from cachekd.sharing import pull_cache, push_cache
+from cachekd.sharing import local_folder, pull_cache, push_cache
 from cachekd.sharing.claim import CLAIM_FILE
 from cachekd.sharing.contents import listed_files
 from cachekd_cli.main import app
@@ -121,6 +123,33 @@ def test_what_a_killed_pull_left_is_no_hindrance(flaky, big_cache, tmp_path):
     assert f"/{BIG}" in flaky.got
 
 
+@pytest.mark.parametrize("left", [LOCK_FILE, f".pull/{BIG}"])
+def test_what_a_pull_left_that_was_killed_as_it_began(flaky, big_cache, tmp_path, left):
+    out = tmp_path / "out"
+    (out / left).parent.mkdir(parents=True)
+    (out / left).write_bytes(b"?")
+    pull_cache(flaky.url, out)
+    assert files_of(out) == published(big_cache)
+
+
+def test_of_two_pulls_into_one_folder_one_is_refused_and_of_two_readers_one_waits(
+    flaky, big_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / "home"))
+    flaky.pause = 0.01  # about a second for the big file
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(local_folder, flaky.url) for _ in range(2)]
+        while not flaky.got.count(f"/{BIG}"):
+            time.sleep(0.01)
+        (folder,) = (path for path in (tmp_path / "home").iterdir())
+        with pytest.raises(CachekdError, match="another process is fetching into this folder") as caught:
+            pull_cache(flaky.url, folder)
+        assert f"process {os.getpid()} on" in caught.value.found
+        assert [call.result() for call in both] == [folder, folder]
+    assert flaky.got.count(f"/{BIG}") == 1
+    assert files_of(folder) == published(big_cache)
+
+
 @pytest.mark.parametrize("fault", [500, 503, 429, 404, "drop"])
 @pytest.mark.parametrize("name", [BIG, "sketch.zarr.zip", "manifest.json"])
 @pytest.mark.parametrize("lengths", [True, False])
@@ -128,7 +157,7 @@ def test_what_passes_is_tried_again(flaky, big_cache, tmp_path, name, fault, len
     if name == "manifest.json" and fault == "drop" and not lengths:
         pytest.skip("nothing says how long a manifest is; that it is cut short is seen as it is read")
     flaky.lengths = lengths
-    # A HEAD and the GET that fsspec has follow it, then one GET: each of them fails once.
+    # Each file is asked for with one GET.
     flaky.faults[name] = [fault, fault]
     seen: list[int] = []
     pulled = pull_cache(flaky.url, tmp_path / "out", progress=seen.append)
@@ -180,9 +209,10 @@ def test_a_manifest_without_end_is_stopped(flaky, tmp_path, monkeypatch):
         pull_cache(flaky.url, tmp_path / "out")
 
 
+@pytest.mark.parametrize("fault", ["silent", "stall"])
 @pytest.mark.parametrize("name", ["manifest.json", BIG])
-def test_a_stall_is_given_up(flaky, tmp_path, name):
-    flaky.faults[name] = ["stall"]
+def test_a_stall_is_given_up(flaky, tmp_path, name, fault):
+    flaky.faults[name] = [fault]
     start = time.monotonic()
     out = tmp_path / "out"
     error = CliRunner().invoke(app, ["pull", flaky.url, str(out), "--timeout", "1"]).exception
@@ -248,6 +278,23 @@ def test_a_silent_s3_is_given_up(silent, skipping_cache, tmp_path, command):
     error = CliRunner().invoke(app, [command, *paths, "--timeout", "1"]).exception
     assert isinstance(error, CachekdError)
     assert error.problem.startswith("the connection stalled")
+    assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("silent_in", ["get_object", "put_object", "upload_part"])
+def test_an_s3_that_falls_silent_is_given_up(s3, skipping_cache, tmp_path, monkeypatch, silent_in):
+    """In the middle of a body that it sends; and after one that it took, whole or in parts."""
+    if silent_in == "upload_part":
+        monkeypatch.setattr("cachekd.sharing.fsspec_store._BLOCK", 1000)
+    if silent_in == "get_object":
+        push_cache(skipping_cache, f"{s3}/c")
+    call = pull_cache if silent_in == "get_object" else push_cache
+    paths = (f"{s3}/c", tmp_path / "out") if silent_in == "get_object" else (skipping_cache, f"{s3}/c")
+    start = time.monotonic()
+    with falling_silent(os.environ["AWS_ENDPOINT_URL"], silent_in) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(CachekdError, match=r"stalled[\s\S]*every 1 seconds[\s\S]*--timeout"):
+            call(*paths, timeout=1)
     assert time.monotonic() - start < 8
 
 

@@ -53,7 +53,7 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
         raise cannot_write(note, error) from None
     try:
         with suppress(OSError):  # on a full disk nobody is told who holds it
-            note.write_text(json.dumps(_who_we_are()))
+            note.write_text(json.dumps(this_process()))
         yield
     finally:
         with suppress(OSError):  # before the release: afterwards it may be somebody else's
@@ -79,14 +79,23 @@ def _acquired(path: Path, patience: float) -> BaseFileLock:
     return lock
 
 
-def _who_we_are() -> dict[str, str | int]:
+def this_process() -> dict[str, str | int]:
+    """What a holder writes of itself."""
     now = datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
     return {"host": socket.gethostname(), "process": os.getpid(), "since": now}
 
 
+def said(note: bytes) -> str:
+    """What a holder has written, for a message."""
+    try:
+        who = json.loads(note)
+        return f"process {who['process']} on {who['host']}, since {who['since']}"
+    except (ValueError, TypeError, KeyError):  # it has only just begun, or its disk is full
+        return "a process that has not said which it is"
+
+
 def _holder(note: Path) -> str:
     try:
-        who = json.loads(note.read_text())
-        return f"process {who['process']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, TypeError, KeyError):  # it has only just begun, or its disk is full
-        return "a process that has not said which it is"
+        return said(note.read_bytes())
+    except OSError:
+        return said(b"")

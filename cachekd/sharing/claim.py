@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
+from cachekd.cache.lock import said, this_process
 from cachekd.sharing.hub_store import HubStore
 from cachekd.sharing.store import OtherContent, Store
 
@@ -34,12 +31,7 @@ def claimed(store: Store, manifest: str) -> Iterator[None]:
     if isinstance(store, HubStore):
         yield
         return
-    try:
-        who = f"{getpass.getuser()}@{socket.gethostname()}, process {os.getpid()}"
-    except (KeyError, OSError):  # a container's user without a name
-        who = f"{socket.gethostname()}, process {os.getpid()}"
-    since = datetime.now(UTC).isoformat(timespec="seconds")
-    made = store.put_first(CLAIM_FILE, json.dumps({"manifest": manifest, "by": who, "since": since}).encode())
+    made = store.put_first(CLAIM_FILE, json.dumps({"manifest": manifest, **this_process()}).encode())
     try:
         _require_ours(store, manifest)
         yield
@@ -55,15 +47,15 @@ def _require_ours(store: Store, manifest: str) -> None:
     if content is None:
         return  # its push has just ended: what is there now will be compared
     try:
-        theirs, by, since = (str(json.loads(content)[name]) for name in ("manifest", "by", "since"))
+        theirs = str(json.loads(content)["manifest"])
     except (ValueError, LookupError, TypeError):
-        theirs, by, since = "a cache that it does not name", "someone", "?"
+        theirs = "a cache that it does not name"
     if theirs != manifest:
         raise OtherContent(
             "another cache is being pushed to this address",
             where=store.url,
             expected=f"a push of the manifest with sha256 {manifest}",
-            found=f"one of {theirs}, by {by}, since {since}",
+            found=f"one of {theirs}, by {said(content)}",
             fix="publish under another name, or wait for it; if that push has died, repeat its command, or "
             f"remove {store.url}/{CLAIM_FILE} and what it left there",
         )

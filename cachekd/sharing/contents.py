@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -25,6 +26,11 @@ class Listed:
     name: str
     bytes: int
     sha256: str
+
+
+def listed(name: str, content: bytes) -> Listed:
+    """What a manifest would list of a file with this content."""
+    return Listed(name, len(content), hashlib.sha256(content).hexdigest())
 
 
 def listed_files(manifest: Manifest) -> list[Listed]:

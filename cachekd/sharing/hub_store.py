@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -20,15 +21,13 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import Listed, not_listed
-from cachekd.sharing.reach import Line, Watch
-from cachekd.sharing.store import Progress, holds
+from cachekd.sharing.moved import Moved, Progress, while_bytes_move
+from cachekd.sharing.reach import reach
 
 T = TypeVar("T")
 _TOGETHER = 32  # files that are downloaded between two looks at what came
 _PER_COMMIT = 128  # the hub limits commits per hour, and advises against thousands of files in one
 _CHANGED = (409, 412)  # HTTP's: the branch is no longer at the commit that was named
-_TIMES = 5  # that a commit is tried on top of what others committed meanwhile
-_DOWN = "the files cannot be downloaded"
 
 
 class HubStore:
@@ -43,11 +42,12 @@ class HubStore:
         revision: a branch, tag or commit; None: main.
     """
 
-    def __init__(self, repo: str, revision: str | None, line: Line) -> None:
-        self.repo, self.revision, self._line = repo, revision, line
+    def __init__(self, repo: str, revision: str | None, timeout: float) -> None:
+        self.repo, self.revision, self._timeout = repo, revision, timeout
         self.url = f"hf://datasets/{repo}" + (f"@{revision}" if revision else "")
         self._api = HfApi(library_name="cachekd")
-        get_session().timeout = line.timeout  # of requests that have no other: none at all is its default
+        self._digest = functools.cache(self._read_digest)
+        get_session().timeout = timeout  # of requests that have no other: none at all is its default
 
     def create(self, *, private: bool) -> None:
         """Make the repository, and the branch, where they do not exist.
@@ -56,7 +56,7 @@ class HubStore:
             CachekdError: it exists and is public, though it should be private.
         """
 
-        def call(_watch: Watch) -> bool:
+        def call() -> bool:
             self._api.create_repo(self.repo, repo_type="dataset", private=private or None, exist_ok=True)
             public = private and not self._api.dataset_info(self.repo).private
             if self.revision is not None and not public:
@@ -81,9 +81,11 @@ class HubStore:
             return None
         if file.lfs is not None:
             return file.lfs.sha256
+        return self._digest(name, file.blob_id)
+
+    def _read_digest(self, name: str, _blob: str) -> str:
         # The hub keeps small text files in git, under git's own checksum.
-        content = self.read(name, file.size)
-        return None if content is None else hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(self.read(name, self._files[name].size) or b"").hexdigest()
 
     def read(self, name: str, most: int) -> bytes | None:
         file = self._files.get(name)
@@ -92,7 +94,7 @@ class HubStore:
         if file.size > most:
             raise not_listed(f"{self.url}/{name}", f"{most:,} bytes at most", f"{file.size:,} bytes")
 
-        def call(_watch: Watch) -> bytes:
+        def call() -> bytes:
             with TemporaryDirectory() as folder:  # the client's own cache would keep it
                 path = self._api.hf_hub_download(
                     self.repo, name, repo_type="dataset", revision=self._commit, local_dir=folder
@@ -109,45 +111,40 @@ class HubStore:
                 raise not_listed(f"{self.url}/{file.name}", f"{file.bytes:,} bytes", found)
         for first in range(0, len(files), _TOGETHER):
             some = files[first : first + _TOGETHER]
-            bytes_of = _Bytes(sum(file.bytes for file in some), progress, self.url)
-            self._reach(lambda watch: self._download(some, folder, bytes_of.bar(watch)), _DOWN, silent=False)  # noqa: B023
-            bytes_of.finish()  # with what an earlier pull had fetched
+            self._reach(lambda: self._download(some, folder, progress), "the files cannot be downloaded")  # noqa: B023
             yield from some
 
-    def _download(self, files: Sequence[Listed], folder: Path, bar: type[tqdm]) -> None:
-        snapshot_download(
+    def _download(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
+        moved = Moved(self.url, sum(file.bytes for file in files), progress)
+        download = functools.partial(
+            snapshot_download,
             self.repo,
             repo_type="dataset",
             revision=self._commit,
             local_dir=folder,
             allow_patterns=[file.name for file in files],
-            tqdm_class=bar,
+            tqdm_class=_bar(moved),
         )
+        try:
+            # Watched, because the client tries a stall five times more, and xet has limits of its own.
+            while_bytes_move(download, moved, self._timeout)
+            moved.finish()  # with what an earlier pull had fetched
+        except BaseException:
+            moved.undo()
+            raise
 
     def put(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
         for first in range(0, len(files), _PER_COMMIT):
             some = files[first : first + _PER_COMMIT]
-            lacking = list(some)
-            for _ in range(_TIMES):
-                if lacking:
-                    self._upload([file.name for file in lacking], folder)
-                    self.look()
-                    lacking = [file for file in some if not holds(self, file)]
-            if lacking:
-                raise CachekdError(
-                    "others commit all the time, and nothing is put on top of what was not read",
-                    where=self.url,
-                    fix="run the same command again when they are done",
-                )
+            more = f" and {len(some) - 1} more files" if len(some) > 1 else ""
+            if not self._on_top(
+                self._api.upload_folder,
+                folder_path=folder,
+                allow_patterns=[file.name for file in some],
+                commit_message=f"Add {some[0].name}{more}",
+            ):
+                return
             progress(sum(file.bytes for file in some))
-
-    def _upload(self, names: list[str], folder: Path) -> bool:
-        return self._on_top(
-            self._api.upload_folder,
-            folder_path=folder,
-            allow_patterns=names,
-            commit_message=f"Add {names[0]}" + (f" and {len(names) - 1} more files" if names[1:] else ""),
-        )
 
     def put_first(self, name: str, content: bytes) -> bool:
         return self._on_top(
@@ -158,32 +155,31 @@ class HubStore:
         """Nothing: the history keeps it, and what is there was compared in the commit that it was put on."""
 
     def _on_top(self, upload: Callable[..., Any], **what: Any) -> bool:
-        """Commit on what was read; False if that is no longer the branch's newest commit."""
+        """Commit on what was read, or on our own last commit; False if that is no longer the newest one."""
 
-        def call(_watch: Watch) -> bool:
+        def call() -> bool:
             try:
-                upload(
+                self._commit = upload(
                     repo_id=self.repo,
                     repo_type="dataset",
                     revision=self.revision,
                     parent_commit=self._commit,
                     **what,
-                )
+                ).oid
             except HfHubHTTPError as error:
                 if error.response.status_code in _CHANGED:
                     return False
                 raise
             return True
 
-        # Without a limit of ours: the client does not tell of bytes that it sends.
         return self._reach(call, "the files cannot be uploaded")
 
-    def _reach(self, call: Callable[[Watch], T], problem: str, *, silent: bool = True) -> T:
-        return self._line.reach(call, self.url, problem, silent=silent)
+    def _reach(self, call: Callable[[], T], problem: str) -> T:
+        return reach(call, self.url, problem, timeout=self._timeout)
 
     @cached_property
     def _commit(self) -> str:
-        def call(_watch: Watch) -> str:
+        def call() -> str:
             try:
                 return str(self._api.dataset_info(self.repo, revision=self.revision).sha)
             except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -198,7 +194,7 @@ class HubStore:
 
     @cached_property
     def _files(self) -> dict[str, RepoFile]:
-        def call(_watch: Watch) -> dict[str, RepoFile]:
+        def call() -> dict[str, RepoFile]:
             try:
                 tree = self._api.list_repo_tree(
                     self.repo, recursive=True, repo_type="dataset", revision=self._commit
@@ -210,34 +206,15 @@ class HubStore:
         return self._reach(call, "the hub cannot be asked for its files")
 
 
-class _Bytes:
-    """What came of a download: the client tells its bar, which stops it when it is too much."""
+def _bar(moved: Moved) -> type[tqdm]:
+    """What the client tells of bytes."""
 
-    def __init__(self, most: int, progress: Progress, where: str) -> None:
-        self.most, self.progress, self.where, self.done = most, progress, where, 0
+    class Bar(tqdm):
+        def __init__(self, *args: Any, name: str = "", **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+            self._counts = kwargs.get("unit") == "B" and not name.endswith(".transfer")
 
-    def add(self, size: int) -> None:
-        if self.done + size > self.most:
-            raise not_listed(self.where, f"{self.most:,} bytes", "more")
-        self.done += size
-        self.progress(size)
+        def update(self, n: float | None = 1) -> None:
+            moved.relative_update(int(n or 0) if self._counts else 0)
 
-    def finish(self) -> None:
-        self.progress(self.most - self.done)
-
-    def bar(self, watch: Watch) -> type[tqdm]:
-        counted = self
-        counted.progress(-counted.done)  # of a try before this one
-        counted.done = 0
-
-        class Bar(tqdm):
-            def __init__(self, *args: Any, name: str = "", **kwargs: Any) -> None:
-                super().__init__(*args, **{**kwargs, "disable": True})
-                self._counts = kwargs.get("unit") == "B" and not name.endswith(".transfer")
-
-            def update(self, n: float | None = 1) -> None:
-                watch.beat()
-                if self._counts:
-                    counted.add(int(n or 0))
-
-        return Bar
+    return Bar

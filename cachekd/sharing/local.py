@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from filelock import FileLock
-
-from cachekd.cache.files import make_folder
+from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import listed_files
-from cachekd.sharing.pull import Published, pull_from, read_published
-from cachekd.sharing.store import Progress, open_store
+from cachekd.sharing.moved import Progress, untold
+from cachekd.sharing.pull import Published, fetch_into, read_published
+from cachekd.sharing.store import open_store
+
+_PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
 
 
 def cache_home() -> Path:
@@ -25,8 +26,8 @@ def cache_home() -> Path:
 def local_folder(
     address: str,
     *,
-    progress: Progress = lambda done: None,
-    total: Progress = lambda size: None,
+    progress: Progress = untold,
+    total: Progress = untold,
 ) -> Path:
     """Fetch a published cache if it is not here yet, all of it, and verified.
 
@@ -45,12 +46,12 @@ def local_folder(
     published = read_published(store)
     name = store.url.rpartition("/")[2].partition("@")[0] or "cache"
     folder = cache_home() / f"{name}-{str(published.manifest.sha256)[:16]}"
-    make_folder(folder.parent)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if (folder / MANIFEST_FILE).is_file():
-            _require_as_fetched(folder, address, published)
-        else:
-            pull_from(store, folder, published, progress=progress, total=total)
+    if not (folder / MANIFEST_FILE).is_file():  # the last to be there
+        total(sum(file.bytes for file in listed_files(published.manifest)))
+        with alone(folder, "is fetching into", patience=_PATIENCE):
+            if not (folder / MANIFEST_FILE).is_file():
+                fetch_into(store, folder, published, progress)
+    _require_as_fetched(folder, address, published)
     return folder
 
 

@@ -18,14 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import cannot_write, commit, sync_folder
+from cachekd.cache.files import cannot_write, commit, contents, make_folder, require_new_folder, sync_folder
+from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import Listed, listed_files, not_listed, some_shards
-from cachekd.sharing.pull_folder import PULL_FOLDER, alone, begin, prepare, require_space
+from cachekd.sharing.moved import Progress, untold
 from cachekd.sharing.reach import TIMEOUT
-from cachekd.sharing.store import Progress, Store, open_store
+from cachekd.sharing.store import Store, open_store
+
+PULL_FOLDER = ".pull"
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def pull_cache(
     shards: str | None = None,
     revision: str | None = None,
     timeout: float = TIMEOUT,
-    progress: Progress = lambda done: None,
-    total: Progress = lambda size: None,
+    progress: Progress = untold,
+    total: Progress = untold,
 ) -> Pulled:
     """Download a cache and verify every file of it; the same call goes on after an interruption, and fetches
     again what was lost or damaged since.
@@ -72,8 +75,22 @@ def pull_cache(
     Raises:
         CachekdError: there is no cache, a file is not what its manifest lists, or `out` holds something else.
     """
+    out = Path(out)
     store = open_store(address, revision=revision, timeout=timeout)
-    return pull_from(store, Path(out), read_published(store), shards=shards, progress=progress, total=total)
+    published = read_published(store)
+    if shards is not None:
+        part = some_shards(published.manifest, shards, store.url)
+        published = Published(part, part.to_json())
+    files = listed_files(published.manifest)
+    total(sum(file.bytes for file in files))
+    _require_ours(out, published)
+    fetched: Sequence[Listed] = []
+    # What is finished may be where nobody may write.
+    if not ((out / MANIFEST_FILE).is_file() and all(_is_whole(out, file) for file in files)):
+        with alone(out, "is fetching into"):
+            fetched = fetch_into(store, out, published, progress)
+    size = sum(file.bytes for file in fetched)
+    return Pulled(out, published.manifest, len(fetched), len(files) - len(fetched), size)
 
 
 class Published(NamedTuple):
@@ -109,60 +126,72 @@ def read_published(store: Store) -> Published:
             ) from None
 
 
-def pull_from(
-    store: Store,
-    out: Path,
-    published: Published,
-    *,
-    shards: str | None = None,
-    progress: Progress = lambda done: None,
-    total: Progress = lambda size: None,
-) -> Pulled:
-    """`pull_cache` with the store open and its manifest read."""
-    manifest, content = published
-    if shards is not None:
-        manifest = some_shards(manifest, shards, store.url)
-        content = manifest.to_json()
-    files = listed_files(manifest)
-    total(sum(file.bytes for file in files))
-    if not begin(out, content):
-        if all(_is_whole(out, file) for file in files):
-            return Pulled(out, manifest, 0, len(files), 0)
-        prepare(out, content)  # a file was lost or damaged since: it is fetched again
-    with alone(out):
-        fetched = _fetch_all(store, out, files, progress)
-        for folder in (out / SHARD_FOLDER, out):
-            sync_folder(folder)
-        commit(out / MANIFEST_FILE, content)
-        shutil.rmtree(out / PULL_FOLDER, ignore_errors=True)
-    return Pulled(out, manifest, len(fetched), len(files) - len(fetched), sum(file.bytes for file in fetched))
-
-
-def _fetch_all(store: Store, out: Path, files: Sequence[Listed], progress: Progress) -> list[Listed]:
-    """Returns the files that were not there yet.
+def fetch_into(store: Store, out: Path, published: Published, progress: Progress) -> Sequence[Listed]:
+    """Fetch what is not there yet, into a folder that this process holds.
 
     Raises:
-        CachekdError: what the store has is not what the manifest lists.
+        CachekdError: what the store has is not what the manifest lists; the folder holds something else,
+            cannot be written, or its disk has no room.
     """
-    require_space(out, files)
+    _require_ours(out, published)
+    make_folder(out / PULL_FOLDER / SHARD_FOLDER)
+    commit(out / PULL_FOLDER / MANIFEST_FILE, published.content)  # before anything else is there
+    make_folder(out / SHARD_FOLDER)
     missing = []
-    for file in files:
+    for file in listed_files(published.manifest):
         if _is_whole(out, file):
             progress(file.bytes)
         else:
             missing.append(file)
+    _require_space(out, missing)
     for file in store.fetch(missing, out / PULL_FOLDER, progress):
-        part, target = out / PULL_FOLDER / file.name, out / file.name
-        if (sha256 := _sha256(part)) != file.sha256:
-            part.unlink()
-            raise not_listed(f"{store.url}/{file.name}", f"sha256 {file.sha256}", f"sha256 {sha256}")
-        try:
-            with part.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            part.replace(target)
-        except OSError as error:
-            raise cannot_write(target, error) from None
+        _name_verified(out, file, store.url)
+    for folder in (out / SHARD_FOLDER, out):
+        sync_folder(folder)
+    commit(out / MANIFEST_FILE, published.content)
+    shutil.rmtree(out / PULL_FOLDER, ignore_errors=True)
     return missing
+
+
+def _require_ours(out: Path, published: Published) -> None:
+    """Raises CachekdError: the folder is neither new nor of a pull of this manifest."""
+    there = [path for path in (out / MANIFEST_FILE, out / PULL_FOLDER / MANIFEST_FILE) if path.is_file()]
+    if any(path.read_bytes() != published.content for path in there):
+        raise CachekdError(
+            "the folder holds another cache, or another part of this one",
+            where=str(out),
+            expected="a new or empty folder: nothing is ever overwritten",
+            fix="choose another folder; parts can be joined with `cachekd merge`",
+        )
+    if not there and not (out.is_dir() and {path.name for path in contents(out)} == {PULL_FOLDER}):
+        require_new_folder(out, "cache")
+
+
+def _require_space(out: Path, files: Sequence[Listed]) -> None:
+    """Raises CachekdError: the files do not fit on the disk."""
+    needed = sum(file.bytes for file in files)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise CachekdError(
+            "the disk has no room for the cache",
+            where=str(out),
+            expected=f"{needed:,} bytes free",
+            found=f"{free:,} bytes",
+            fix="choose another folder, or fetch a part: --shards 0-9",
+        )
+
+
+def _name_verified(out: Path, file: Listed, url: str) -> None:
+    part, target = out / PULL_FOLDER / file.name, out / file.name
+    if (sha256 := _sha256(part)) != file.sha256:
+        part.unlink()
+        raise not_listed(f"{url}/{file.name}", f"sha256 {file.sha256}", f"sha256 {sha256}")
+    try:
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        part.replace(target)
+    except OSError as error:
+        raise cannot_write(target, error) from None
 
 
 def _is_whole(out: Path, file: Listed) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +10,13 @@ from cachekd.cache.verify import verify_files
 from cachekd.errors import CachekdError
 from cachekd.sharing.card import dataset_card
 from cachekd.sharing.claim import claimed
-from cachekd.sharing.contents import CARD_FILE, Listed, listed_files
+from cachekd.sharing.contents import CARD_FILE, Listed, listed, listed_files
 from cachekd.sharing.hub_store import HubStore
+from cachekd.sharing.moved import Progress, untold
 from cachekd.sharing.reach import TIMEOUT
-from cachekd.sharing.store import OtherContent, Progress, Store, holds, open_store
+from cachekd.sharing.store import OtherContent, Store, holds, open_store
 
-_LOOKS = 5  # at what is there, until the manifest is among it
+_LOOKS = 8  # at what is there, until all of it is
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def push_cache(
     private: bool = False,
     revision: str | None = None,
     timeout: float = TIMEOUT,
-    progress: Progress = lambda done: None,
+    progress: Progress = untold,
 ) -> Pushed:
     """Upload a cache: shards, tail sketches, the list of what was left out, a card, then the manifest.
 
@@ -79,65 +77,63 @@ def push_cache(
     elif private:
         raise CachekdError("--private is for the hub", where=address, fix="set the bucket's own permissions")
     content = (Path(path) / MANIFEST_FILE).read_bytes()
-    last = _listed(MANIFEST_FILE, content)
-    finished = holds(store, last)  # first: another cache's manifest is refused before anything is written
-    with tempfile.TemporaryDirectory() as folder, claimed(store, last.sha256):
-        card = dataset_card(manifest, store.url, license).encode()
-        (Path(folder) / CARD_FILE).write_bytes(card)
-        files = listed_files(manifest)
-        missing = _missing(store, files, progress)
-        store.put(missing, Path(path), progress)
-        listed_card = _listed(CARD_FILE, card)
-        there = store.sha256(CARD_FILE)
-        if there is None:
-            store.put([listed_card], Path(folder), lambda done: None)
-        _publish(store, files, last, content, progress)
-    sent = missing + [listed_card] * (there is None) + [last] * (not finished)
-    size = sum(file.bytes for file in sent)
-    kept = there not in (None, listed_card.sha256)
-    return Pushed(store.url, len(sent), len(files) + 2 - len(sent), size, kept)
+    card = dataset_card(manifest, store.url, license).encode()
+    last = listed(MANIFEST_FILE, content)
+    holds(store, last)  # first: another cache's manifest is refused before anything is written
+    files = listed_files(manifest)
+    with claimed(store, last.sha256):
+        sent = _bring(store, files, Path(path), {CARD_FILE: card, MANIFEST_FILE: content}, progress)
+        kept = store.sha256(CARD_FILE) != listed(CARD_FILE, card).sha256
+    return Pushed(store.url, len(sent), len(files) + 2 - len(sent), sum(sent.values()), kept)
 
 
-def _listed(name: str, content: bytes) -> Listed:
-    return Listed(name, len(content), hashlib.sha256(content).hexdigest())
+def _bring(
+    store: Store, files: list[Listed], folder: Path, small: dict[str, bytes], progress: Progress
+) -> dict[str, int]:
+    """Look at what is there and put what is missing, until nothing is: the manifest when all else was found
+    to be as it lists it, and then everything is compared once more.
 
+    Args:
+        small: the card and the manifest.
 
-def _missing(store: Store, files: Sequence[Listed], progress: Progress) -> list[Listed]:
-    missing = []
-    for file in files:
-        if holds(store, file):
-            progress(file.bytes)
-        else:
-            missing.append(file)
-    return missing
-
-
-def _publish(store: Store, files: Sequence[Listed], last: Listed, content: bytes, progress: Progress) -> None:
-    """Put the manifest; before and after, every file has to be as it lists it.
+    Returns:
+        the bytes of each file that was sent.
 
     Raises:
-        OtherContent: one is not. Then this manifest is not there either.
+        OtherContent: a file is not as listed. Then this manifest is not there either.
     """
-    made = False
+    sent: dict[str, int] = {}
+    last = listed(MANIFEST_FILE, small[MANIFEST_FILE])
+
+    def put_first(name: str) -> None:
+        if store.put_first(name, small[name]):
+            sent[name] = len(small[name])
+
     try:
-        for _ in range(_LOOKS):
+        for turn in range(_LOOKS):
             store.look()
-            if lacking := _missing(store, files, progress):
-                raise OtherContent(
-                    "a file that had been uploaded is no longer there, and the cache was not published",
-                    where=f"{store.url}/{lacking[0].name}",
-                    fix="find out who removes files there, then run the same command again",
-                )
-            progress = lambda done: None  # noqa: E731
-            if holds(store, last):
-                return
-            made = store.put_first(MANIFEST_FILE, content) or made
-        raise CachekdError(
-            "others commit all the time, and the manifest is not put on top of what was not read",
+            tell = progress if turn < 2 else untold
+            missing = []
+            for file in files:
+                if holds(store, file):
+                    tell(file.bytes)
+                else:
+                    missing.append(file)
+            if missing:
+                store.put(missing, folder, tell)
+                sent |= {file.name: file.bytes for file in missing}
+            if store.sha256(CARD_FILE) is None:
+                put_first(CARD_FILE)
+            if not missing and not holds(store, last):
+                put_first(MANIFEST_FILE)
+            elif not missing and turn:
+                return sent
+        raise OtherContent(
+            "others change what is there all the time, and nothing is put on top of what was not read",
             where=store.url,
             fix="run the same command again when they are done",
         )
     except OtherContent:
-        if made and store.sha256(MANIFEST_FILE) == last.sha256:
+        if MANIFEST_FILE in sent and store.sha256(MANIFEST_FILE) == last.sha256:
             store.remove(MANIFEST_FILE)
         raise

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from cachekd.errors import CachekdError
 from cachekd.paths import HUB_CACHE, is_path
 from cachekd.sharing.contents import Listed
-from cachekd.sharing.reach import TIMEOUT, Line
-
-Progress = Callable[[int], None]  # is told of bytes that are done; of fewer than none when they came in vain
+from cachekd.sharing.moved import Progress
+from cachekd.sharing.reach import TIMEOUT, reach
 
 FORMS = (
     "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
@@ -49,13 +48,14 @@ class Store(Protocol):
         """Download files to their names in `folder`, in any order; yields each when it is there.
 
         Raises:
-            CachekdError: there is no such file, or it has another size: that is known before its first byte
-                where the store tells sizes, and at the first byte too many where it does not.
+            CachekdError: there is no such file, or it has another size: that is known at its first block
+                where the store tells sizes, and at the first block too many where it does not.
         """
         ...
 
     def put(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
-        """Upload files from `folder`. Each is there as a whole or not at all, and none is overwritten."""
+        """Upload files from `folder`. Each is there as a whole or not at all, and none is overwritten: where
+        something was put there since `look`, it stays, and on the hub nothing more is put."""
         ...
 
     def put_first(self, name: str, content: bytes) -> bool:
@@ -107,15 +107,14 @@ def open_store(address: str, *, revision: str | None = None, timeout: float = TI
         named = hub[2]
         if named is not None and revision is not None and named != revision:
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
-        return HubStore(hub[1], named if revision is None else revision, Line(timeout))
+        return HubStore(hub[1], named if revision is None else revision, timeout)
     if "://" not in address or address.startswith("hf://"):
         raise CachekdError(
             "this is no address of a cache", where=address, expected=FORMS, fix=_advice(address)
         )
     if revision is not None:
         raise CachekdError("only repositories of the hub have revisions", where=address, found=revision)
-    line = Line(timeout)
-    return line.reach(lambda _: FsspecStore(address, line), address, "the address cannot be used")
+    return reach(lambda: FsspecStore(address, timeout), address, "the address cannot be used")
 
 
 def _advice(address: str) -> str | None:
