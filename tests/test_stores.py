@@ -278,7 +278,7 @@ def test_a_silent_s3_is_given_up(silent, skipping_cache, tmp_path, command):
     error = CliRunner().invoke(app, [command, *paths, "--timeout", "1"]).exception
     assert isinstance(error, CachekdError)
     assert error.problem.startswith("the connection stalled")
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("silent_in", ["get_object", "put_object", "upload_part"])
@@ -295,7 +295,7 @@ def test_an_s3_that_falls_silent_is_given_up(s3, skipping_cache, tmp_path, monke
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(CachekdError, match=r"stalled[\s\S]*every 1 seconds[\s\S]*--timeout"):
             call(*paths, timeout=1)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.slow
@@ -305,6 +305,11 @@ def test_a_process_that_gives_up_ends(silent, tmp_path):
     assert done.returncode == 2
     assert "stalled" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nothing_is_pushed_to_a_web_server(flaky, skipping_cache):
+    with pytest.raises(CachekdError, match="a web server can only be read"):
+        push_cache(skipping_cache, flaky.url)
 
 
 def test_to_s3_and_back(s3, skipping_cache, other_cache, tmp_path):

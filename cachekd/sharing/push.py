@@ -71,6 +71,10 @@ def push_cache(
             found=f"{findings[0].problem}; {len(findings)} finding(s) in all",
             fix="run `cachekd verify --repair`",
         )
+    if address.startswith(("http://", "https://")):
+        raise CachekdError(
+            "a web server can only be read", where=address, fix="push to a folder, a bucket or the hub"
+        )
     store = open_store(address, revision=revision, timeout=timeout)
     if isinstance(store, HubStore):
         store.create(private=private)

@@ -58,7 +58,7 @@ def stalled(where: str, timeout: float) -> CachekdError:
         where=where,
         expected=f"a byte at least every {timeout:g} seconds",
         found="none",
-        fix="run the same command again: what is finished stays; if slow, raise --timeout",
+        fix="run the same command again: what is finished stays; push and pull take a larger --timeout",
     )
 
 
