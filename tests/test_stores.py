@@ -220,7 +220,7 @@ def test_a_stall_is_given_up(flaky, tmp_path, name, fault):
     assert "stalled" in str(error)
     assert "every 1 seconds" in str(error)
     assert "--timeout" in str(error)
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 30
     flaky.go_on.set()
     assert pull_cache(flaky.url, out).kept >= 0
 
@@ -231,7 +231,7 @@ def test_a_stall_of_the_hub_is_given_up(hub, skipping_cache, tmp_path):
     start = time.monotonic()
     with pytest.raises(CachekdError, match=r"stalled[\s\S]*--timeout"):
         pull_cache("org/cache", tmp_path / "out", timeout=1)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     hub.go_on.set()
     pull_cache("org/cache", tmp_path / "out")
     assert files_of(tmp_path / "out") == published(skipping_cache)
