@@ -146,7 +146,9 @@ def missing_samples(cache: LogitCache, samples: Samples, data: DataOptions | Non
     lacking = [key for key in samples.keys if key not in cache]
     if not lacking:
         return MissingSamples({}, [], [])
-    reasons = {sample.key: sample.reason for sample in read_skipped(cache.path, cache.manifest.skipped)}
+    wanted = set(lacking)
+    left_out = read_skipped(cache.path, cache.manifest.skipped)
+    reasons = {sample.key: sample.reason for sample in left_out if sample.key in wanted}
     skipped = {key: reasons[key] for key in lacking if key in reasons}
     rest = [key for key in lacking if key not in reasons]
     dumped = dumped_data(cache)

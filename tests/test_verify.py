@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -242,9 +244,34 @@ def test_plan_and_records_follow_from_the_manifest(cache, tmp_path):
         manifest = Manifest.load(path)
         plan = plan_of(manifest)
         assert plan.to_json() == (path / "dump" / "plan.json").read_bytes()
-        records = records_of(manifest, plan, read_skipped(path, manifest.skipped))
+        records = dict(records_of(manifest, plan, read_skipped(path, manifest.skipped)))
         written = {int(file.stem): file.read_bytes() for file in (path / "dump").glob("0*.json")}
         assert {number: record.to_json() for number, record in records.items()} == written
+
+
+def test_samples_that_were_left_out_are_not_all_in_memory(cache):
+    """Nor are the records of shards of which nothing was kept."""
+    count = 50_000
+    content = b"".join(b'{"key": "k%d", "reason": "too long"}\n' % number for number in range(count))
+    (cache / "skipped.jsonl").write_bytes(content)
+
+    def leave_out(values):
+        values["sources"][0]["data"]["samples"] = values["shards"][-1]["span"][1] + count
+        sha256 = hashlib.sha256(content).hexdigest()
+        values["skipped"] = {"samples": count, "bytes": len(content), "sha256": sha256}
+
+    reseal(cache / "manifest.json", leave_out)
+    manifest = Manifest.load(cache)
+    plan = plan_of(manifest)
+    tracemalloc.start()
+    try:
+        skipped = read_skipped(cache, manifest.skipped)
+        left_out = sum(len(record.skipped) for _, record in records_of(manifest, plan, skipped))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert left_out == len(skipped) == len(list(skipped)) == count
+    assert peak < 5 * len(content)
 
 
 # ---- status

@@ -27,7 +27,7 @@ from cachekd.cache.plan import Skipped
 from cachekd.cache.reader import LogitCache, shard_counts
 from cachekd.cache.shard_codes import Counts, cut_shard
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.skipped import skipped_info, write_skipped
+from cachekd.cache.skipped import SkippedSamples, skipped_info, write_skipped
 from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError
 
@@ -119,7 +119,7 @@ class DerivedCache:
         self,
         operation: Literal["select", "merge", "recompress"],
         parents: Sequence[Manifest],
-        skipped: Sequence[Skipped],
+        skipped: list[Skipped] | SkippedSamples,
         *,
         codec: CodecSettings | None = None,
         fidelity: Fidelity | None = None,

@@ -6,13 +6,15 @@ So each can be checked against the other, and written again from it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME
-from cachekd.cache.manifest import PLAN_FILE, Manifest
+from cachekd.cache.manifest import PLAN_FILE, Manifest, ShardInfo
 from cachekd.cache.plan import Plan, ShardRecord, Skipped
 from cachekd.cache.sealed import Sealed, is_canonical
+from cachekd.cache.skipped import SkippedSamples
 from cachekd.errors import CachekdError
 
 
@@ -36,8 +38,10 @@ def plan_of(manifest: Manifest) -> Plan | None:
     return Plan.model_validate_json(plan.to_json())  # with its seal, which the records name
 
 
-def records_of(manifest: Manifest, plan: Plan, skipped: list[Skipped]) -> dict[int, ShardRecord] | None:
-    """The records of the dump that wrote a manifest, by number of the shard.
+def records_of(
+    manifest: Manifest, plan: Plan, skipped: SkippedSamples
+) -> Iterator[tuple[int, ShardRecord]] | None:
+    """The records of the dump that wrote a manifest, one by one, with the shards' numbers.
 
     Args:
         skipped: what skipped.jsonl says.
@@ -49,18 +53,26 @@ def records_of(manifest: Manifest, plan: Plan, skipped: list[Skipped]) -> dict[i
     count = len(shards) if plan.shards is None else plan.shards
     if not count - len(shards) <= len(skipped) or any(number >= count for number in shards):
         return None
-    spans = plan.spans() if plan.source.geometry else []
-    records, left = {}, list(skipped)
-    for number in range(count):
-        info = shards.get(number)
-        # A sample of the span is in the shard, or was left out.
-        out = spans[number][1] - spans[number][0] - (info.samples if info else 0) if spans else 0
-        here, left = left[: max(0, out)], left[max(0, out) :]
-        records[number] = ShardRecord(plan_sha256=str(plan.sha256), shard=info, skipped=here)
-    return None if left else records
+    left_out = [0] * count
+    if plan.source.geometry is not None:
+        for number, (first, last) in enumerate(plan.spans()):
+            # A sample of the span is in the shard, or was left out.
+            there = shards[number].samples if number in shards else 0
+            left_out[number] = max(0, last - first - there)
+    if sum(left_out) < len(skipped):
+        return None
+    return _records(shards, str(plan.sha256), left_out, iter(skipped))
 
 
-def wrong_files(path: Path, manifest: Manifest, skipped: list[Skipped] | None) -> Iterator[Wrong]:
+def _records(
+    shards: dict[int, ShardInfo], plan_sha256: str, left_out: list[int], skipped: Iterator[Skipped]
+) -> Iterator[tuple[int, ShardRecord]]:
+    for number, count in enumerate(left_out):
+        here = list(islice(skipped, count))
+        yield number, ShardRecord(plan_sha256=plan_sha256, shard=shards.get(number), skipped=here)
+
+
+def wrong_files(path: Path, manifest: Manifest, skipped: SkippedSamples | None) -> Iterator[Wrong]:
     """Compare dump/ with the manifest, where a cache still has it: a finished one does not need it.
 
     Args:
@@ -78,11 +90,14 @@ def wrong_files(path: Path, manifest: Manifest, skipped: list[Skipped] | None) -
     elif plan is not None:
         plan = Plan.read(plan_file)  # one of another version may have another seal
     records = records_of(manifest, plan, skipped) if plan is not None and skipped is not None else None
-    expected = {folder / f"{number:05d}.json": record for number, record in (records or {}).items()}
-    for file in sorted(there | set(expected)):
-        record = expected.get(file)
-        if problem := _problem(file, record, compare=records is not None):
+    for number, record in records or ():
+        file = folder / f"{number:05d}.json"
+        there.discard(file)
+        if problem := _problem(file, record):
             yield Wrong(file, problem, record)
+    for file in sorted(there):
+        if problem := _problem(file, None, compare=records is not None):
+            yield Wrong(file, problem, None)
 
 
 def _problem(file: Path, expected: Sealed | None, *, compare: bool = True) -> str | None:

@@ -9,9 +9,9 @@ from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
 from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import commit
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest
-from cachekd.cache.plan import Plan, ShardRecord, Skipped
+from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.skipped import SKIPPED_FILE, pack_skipped, read_skipped
+from cachekd.cache.skipped import SKIPPED_FILE, SkippedSamples, pack_skipped, read_skipped
 from cachekd.errors import CachekdError
 
 
@@ -75,7 +75,7 @@ def tidy(path: Path) -> list[str]:
     return done + _mend_dump_folder(path, manifest, skipped)
 
 
-def _mend_dump_folder(path: Path, manifest: Manifest, skipped: list[Skipped]) -> list[str]:
+def _mend_dump_folder(path: Path, manifest: Manifest, skipped: SkippedSamples) -> list[str]:
     done = []
     for file, problem, expected in wrong_files(path, manifest, skipped):
         if expected is None:
@@ -90,7 +90,7 @@ def _mend_dump_folder(path: Path, manifest: Manifest, skipped: list[Skipped]) ->
     return done
 
 
-def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> list[Skipped]:
+def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> SkippedSamples:
     """skipped.jsonl, from the records; `error` says what was wrong with it."""
     try:
         build = CacheBuild(path, Plan.read(path / PLAN_FILE))

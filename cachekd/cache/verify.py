@@ -12,13 +12,12 @@ from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.dump_folder import wrong_files
 from cachekd.cache.files import require_plain
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
-from cachekd.cache.plan import Skipped
 from cachekd.cache.reader import shard_counts
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.shard import read_shard, samples_sha256
 from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.sketch_encoder import read_encoder
-from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
+from cachekd.cache.skipped import SKIPPED_FILE, SkippedSamples, read_skipped
 from cachekd.errors import CachekdError
 
 Progress = Callable[[int], None]
@@ -52,7 +51,7 @@ def verify_files(path: str | Path, progress: Progress = lambda done: None) -> li
     findings = []
     if not is_canonical(path / MANIFEST_FILE):
         findings.append(Finding(path / MANIFEST_FILE, "was changed after it was written"))
-    skipped: list[Skipped] | None = None
+    skipped: SkippedSamples | None = None
     try:
         skipped = read_skipped(path, manifest.skipped)
     except CachekdError as error:
