@@ -29,8 +29,8 @@ _NO_ROOM_ON_THE_GPU = (
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
-# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
 _NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 
 

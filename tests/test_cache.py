@@ -544,7 +544,7 @@ def test_packing_is_exact_at_the_edges():
         assert packed == pack_shard(shard, 1 / 32)
 
 
-@pytest.mark.parametrize("what", ["answer token", "id", "more than top_k", "nothing"])
+@pytest.mark.parametrize("what", ["answer token", "id", "id twice", "more than top_k", "nothing"])
 def test_what_no_reader_would_take_is_not_written(tmp_path, what):
     key, targets, content = sample(2)
     ids, tokens, k = targets.ids.copy(), targets.token_ids.copy(), targets.k.copy()
@@ -552,12 +552,14 @@ def test_what_no_reader_would_take_is_not_written(tmp_path, what):
         tokens[0] = VOCAB
     elif what == "id":
         ids[0] = VOCAB
+    elif what == "id twice":
+        ids[1] = ids[0]
     elif what == "more than top_k":
         k[0] = 33
     else:
         k[0] = 0
     with (
-        pytest.raises(CachekdError, match="does not fit what is said"),
+        pytest.raises(CachekdError, match=r"does not fit what is said|an id twice"),
         LogitCacheWriter(tmp_path / "c", **header()) as writer,
     ):
         writer.add(key, replace(targets, ids=ids, token_ids=tokens, k=k), content)

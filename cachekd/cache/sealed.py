@@ -24,12 +24,9 @@ from cachekd.errors import CachekdError
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards
 MOST_FIELDS = 2**8  # of one object
-MOST_VALUES = (
-    3 * 2**19
-)  # in such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed
+# In such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed.
+MOST_VALUES = 3 * 2**19
 _RESTORE = "restore it from where the cache came from, or run `cachekd verify --repair`"
-
-
 LATER = "later"  # marks a field, in Annotated, that came after the first caches
 
 

@@ -45,7 +45,7 @@ SKETCH_RULES = {
     "sketch_shift": ArrayRule(("int16",), ("tokens",), least=-MOST_CODE),
 }
 _NARROW = 2**16  # ids whose places fit into 16 bits
-_SORTED = 2**20  # entries that are looked at together
+_SORTED = 2**16  # entries at a time: what stays in a CPU's cache
 
 
 class Counts(NamedTuple):
@@ -172,20 +172,27 @@ def _check(arrays: dict[str, NDArray]) -> None:
         raise ValueError(f"topk_ranks has {len(ranks):,} entries, expected {entries:,} by k")
     if (ranks.dtype.itemsize == 2) != (ranked <= _NARROW):
         raise ValueError(f"topk_ranks is of type {ranks.dtype.name} for {ranked:,} ids")
-    _require_different_ids(ranks, k)
+    require_different(ranks, k)
 
 
-def _require_different_ids(ranks: NDArray, k: NDArray) -> None:
-    """Which of two logprobs a reader took would be chance.
+def require_different(ids: NDArray, k: NDArray) -> None:
+    """Refuse an id, or its rank, that a token has twice: which of two logprobs a reader took would be chance.
 
-    Entries are sorted by rank, 16 bits at a time, for which numpy has its fastest sort: a token's own then
-    stay in order, so that equal ones are neighbours. Few tokens at a time: memory is bounded.
+    Entries are sorted by it, 16 bits at a time, for which numpy has its fastest sort: a token's own then
+    stay in order, so that equal ones are neighbours.
+
+    Args:
+        ids: [sum k] uint16 or uint32.
+        k: [N] entries of each token, one at least.
+
+    Raises:
+        ValueError: there is one.
     """
     rows = max(1, _SORTED // int(k.max()))
     for first in range(0, len(k), rows):
         some = k[first : first + rows]
-        here = ranks[: int(some.sum(dtype=np.int64))]
-        ranks = ranks[len(here) :]
+        here = ids[: int(some.sum(dtype=np.int64))]
+        ids = ids[len(here) :]
         order = np.lexsort(here.view("<u2").reshape(len(here), -1).T)
         here, tokens = here[order], np.repeat(np.arange(len(some)), some)[order]
         if ((here[1:] == here[:-1]) & (tokens[1:] == tokens[:-1])).any():

@@ -16,6 +16,7 @@ from cachekd.cache.plan import ShardRecord, Skipped
 from cachekd.cache.probes import Probes
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
+from cachekd.cache.shard_codes import require_different
 from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import CachekdError
 
@@ -177,6 +178,12 @@ def check_sample(
             found=f"ids up to {most_id:,}, and {targets.k.min():,} to {targets.k.max():,} logprobs",
             fix="pass the teacher's vocab_size, and the top_k with which the logprobs were selected",
         )
+    try:
+        require_different(targets.ids, targets.k)
+    except ValueError as error:
+        raise CachekdError(
+            "the sample cannot be stored", where=f"sample {key!r}", expected="different ids", found=str(error)
+        ) from None
     if needs_states and (states is None or len(states) != len(targets)):
         raise CachekdError(
             "a tail sketch needs the teacher's hidden states",

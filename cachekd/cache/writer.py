@@ -112,8 +112,8 @@ class LogitCacheWriter:
             states: at the same tokens; a tail sketch needs them.
 
         Raises:
-            CachekdError: the key came before or has a line break, there is no answer token, or an id or a
-                number of logprobs is beyond what teacher and codec say.
+            CachekdError: the key came before or has a line break, there is no answer token, a token has an
+                id twice, or an id or a number of logprobs is beyond what teacher and codec say.
         """
         if key in self._seen:
             raise CachekdError(
@@ -163,7 +163,7 @@ class LogitCacheWriter:
             if not (self.path / MANIFEST_FILE).exists():
                 shutil.rmtree(self.path, ignore_errors=True)
                 if not self._made_folder:
-                    self.path.mkdir()
+                    self.path.mkdir(exist_ok=True)  # another process may begin there now
             self._held.close()
 
     def _start_sketch(self) -> None:
