@@ -418,6 +418,23 @@ def test_what_changes_about_the_manifest_is_seen(skipping_cache, tmp_path, monke
     assert not (tmp_path / "c" / CLAIM_FILE).exists()
 
 
+def test_what_is_removed_about_the_manifest_is_sent_again(skipping_cache, tmp_path, monkeypatch):
+    from cachekd.sharing.fsspec_store import FsspecStore
+
+    put_first, times = FsspecStore.put_first, []
+
+    def removing(store: FsspecStore, name: str, content: bytes) -> bool:
+        made = put_first(store, name, content)
+        if name == "manifest.json":
+            times.append((tmp_path / "c" / BIG).unlink())
+        return made
+
+    monkeypatch.setattr(FsspecStore, "put_first", removing)
+    push_cache(skipping_cache, f"file://{tmp_path}/c")
+    assert len(times) == 1
+    assert at(f"file://{tmp_path}/c") == published(skipping_cache)
+
+
 def test_dead_pushers_leftovers_are_removed(skipping_cache, tmp_path):
     from cachekd.cache.files import _HERE
 
