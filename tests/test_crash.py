@@ -143,6 +143,7 @@ def test_killed_at_random_moments(tmp_path, settings, whole, workers, ranks):
             processes = [in_a_process(out | share) for share in shares]
             processes[0].join(generator.uniform(0.3, 1.0) * duration)
             if not all(process.is_alive() for process in processes):
+                duration *= 0.8  # it was measured while the machine was busier
                 break
             for process in generator.sample(processes, generator.randint(1, ranks)):
                 process.kill()
