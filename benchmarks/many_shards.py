@@ -80,6 +80,7 @@ COMMANDS = {
     "select --list --json": ["select", "CACHE", "--list", "--json"],
     "select --filter": ["select", "CACHE", "-o", "OUT", "--filter", "logprob > -1.5"],
     "inspect": ["inspect", "CACHE", "--json"],
+    "verify": ["verify", "CACHE"],
     "recompress": ["recompress", "CACHE", "OUT", "--top-k", "2"],
     "export": ["export", "CACHE", "OUT", "--to", "parquet"],
 }
