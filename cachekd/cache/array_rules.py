@@ -89,8 +89,10 @@ def require_values(rules: Mapping[str, ArrayRule], arrays: Mapping[str, NDArray]
             raise ValueError(f"{name} has {high:,}, expected less than {below:,}{_of(rule.below)}")
         if rule.order == "ascending" and (values[1:] <= values[:-1]).any():
             raise ValueError(f"{name} do not ascend")
-        if rule.order == "unique" and len(np.unique(values)) != len(values):
-            raise ValueError(f"{name} has a value twice")
+        if rule.order == "unique":
+            ordered = np.sort(values)  # `np.unique` hashes, in ten times as long
+            if (ordered[1:] == ordered[:-1]).any():
+                raise ValueError(f"{name} has a value twice")
 
 
 def _size(size: Size | None, sizes: Sizes) -> int | None:
