@@ -143,6 +143,7 @@ class RunFolder:
         Raises:
             CachekdError: another run has begun here meanwhile; or the folder cannot be written.
         """
+        shutil.rmtree(self.part, ignore_errors=True)  # of a session that was killed while it saved
         begun = self.path / STARTED_FILE
         content = _json(self.settings | self._facts | {KNOWN: self.known})
         if not self._is_new:
