@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
 from cachekd.cache.compare import facts, require_same
+from cachekd.cache.files import free_space
 from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig
 from cachekd.data_options import DataOptions
@@ -159,8 +159,7 @@ def refuse_small_disk(folder: Path, needed: int, what: str, *, may_shrink: bool 
     Raises:
         CachekdError: less than `needed` bytes are free.
     """
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_space(folder)
     if needed > free:
         fix = "free some space on this disk, then run the same command again: what is finished stays"
         if may_shrink:

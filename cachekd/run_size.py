@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from math import ceil
@@ -15,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.cache import LogitCache
-from cachekd.cache.files import LOCK_FILE
+from cachekd.cache.files import LOCK_FILE, free_space
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
@@ -104,8 +103,7 @@ def require_room(size: RunSize, out: Path) -> None:
     Raises:
         CachekdError: there is too little room.
     """
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    place, free = free_space(out)
     there = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     if size.total <= free + there:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,15 @@ def skipping_cache(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path,
     """A cache with everything: shards 0, 1 and 3, a tail sketch, skipped.jsonl, plan and records."""
     out = tmp_path_factory.mktemp("caches") / "skipping"
     return dump_cache(out, teacher_path, broken_data, on_error="skip")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 96 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed write's file may still be open

@@ -6,7 +6,6 @@ Training and dumping, which take long and go on: tests/test_storage_errors.py.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,16 +54,11 @@ def places(tmp_path_factory, student_path, cache_path, data_path) -> dict[str, P
 
 
 @pytest.fixture
-def mounted(tmp_path) -> Iterator[Path]:
-    """A full disk of 4 kB: folders can be made, but no file written."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting needs root")
-    (folder / "ballast").write_bytes(bytes(4096))
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+def full_disk(small_disk) -> Path:
+    """One of 4 kB: folders can be made, but no file written."""
+    (small_disk / "ballast").write_bytes(bytes(4096))
+    remount(small_disk, "size=4k")
+    return small_disk
 
 
 def remount(disk: Path, how: str) -> None:
@@ -92,24 +86,24 @@ def files(disk: Path) -> list[Path]:
 
 @pytest.mark.parametrize("how", ["size=4k", "ro"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_cannot_be_written_is_said_and_nothing_is_left(name, how, places, mounted):
-    remount(mounted, how)
-    refused(name, places, mounted)
-    assert files(mounted) == [mounted / "ballast"]
+def test_what_cannot_be_written_is_said_and_nothing_is_left(name, how, places, full_disk):
+    remount(full_disk, how)
+    refused(name, places, full_disk)
+    assert files(full_disk) == [full_disk / "ballast"]
 
 
 @pytest.mark.parametrize("name", ["report", "peek", "inspect", "select", "merge", "recompress", "webdataset"])
-def test_what_does_not_fit_as_a_whole_leaves_nothing(name, places, mounted):
-    remount(mounted, "size=20k")
-    refused(name, places, mounted)
-    assert files(mounted) == [mounted / "ballast"]
+def test_what_does_not_fit_as_a_whole_leaves_nothing(name, places, full_disk):
+    remount(full_disk, "size=20k")
+    refused(name, places, full_disk)
+    assert files(full_disk) == [full_disk / "ballast"]
 
 
 @pytest.mark.parametrize("name", ["push", "pull"])
-def test_what_goes_on_keeps_what_is_whole(name, places, mounted):
-    remount(mounted, "size=24k")
-    refused(name, places, mounted)
-    assert not [path for path in files(mounted) if is_temporary(path)]
-    remount(mounted, "size=1m")
-    assert run(name, places, mounted).exit_code == 0
-    assert verify_files(mounted / f"{name}ed") == []
+def test_what_goes_on_keeps_what_is_whole(name, places, full_disk):
+    remount(full_disk, "size=24k")
+    refused(name, places, full_disk)
+    assert not [path for path in files(full_disk) if is_temporary(path)]
+    remount(full_disk, "size=1m")
+    assert run(name, places, full_disk).exit_code == 0
+    assert verify_files(full_disk / f"{name}ed") == []

@@ -31,7 +31,7 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.evaluation import read_records, save_in_runs
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
+from cachekd.run_folder import CHECKPOINTS, PART, STARTED_FILE
 from cachekd.train import train
 from cachekd_cli.demo import new_folder
 from cachekd_cli.main import app
@@ -217,7 +217,10 @@ def test_each_checkpoint_says_what_it_was_made_with(tmp_path, student_path, data
         train(config)
     assert (caught.value.where, caught.value.expected) == (str(noted), "learning_rate: 0.001")
     noted.unlink()  # as in older runs
+    (config.out / PART).mkdir()
+    (config.out / PART / "half.safetensors").touch()  # of a session that was killed while it saved
     assert train(config).resumed_from == 2
+    assert not list(config.out.glob("half*"))
 
 
 @pytest.mark.slow
@@ -371,16 +374,17 @@ def make(out: Path, what: str, meanwhile: Any = lambda: None) -> None:
         meanwhile()
 
 
-def test_what_the_killed_were_making_is_removed_by_the_next(tmp_path):
+@pytest.mark.parametrize("name", ["new", "new[1]"])
+def test_what_the_killed_were_making_is_removed_by_the_next(tmp_path, name):
     child = os.fork()
     if not child:
-        with staged_folder(tmp_path / "new", "cache", last="z") as folder:
+        with staged_folder(tmp_path / name, "cache", last="z") as folder:
             (folder / "a").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [path.name.startswith(".new.tmp-") for path in contents(tmp_path)] == [True]
-    make(tmp_path / "new", "whole")
-    assert contents(tmp_path) == [tmp_path / "new"]
+    assert [path.name.startswith(f".{name}.tmp-") for path in contents(tmp_path)] == [True]
+    make(tmp_path / name, "whole")
+    assert contents(tmp_path) == [tmp_path / name]
 
 
 def test_demos_that_start_together_have_a_folder_each(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import secrets
@@ -209,6 +210,12 @@ def require_room_for(path: Path) -> None:
         raise cannot_write(path, OSError(error.errno, f"{error.strerror}: {there}")) from None
 
 
+def free_space(path: Path) -> tuple[Path, int]:
+    """Bytes that are free where a file or folder is or will be, and the nearest place there that exists."""
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return place, shutil.disk_usage(place).free
+
+
 def write_file(path: Path, content: bytes) -> None:
     """`commit`, into a folder that is made where there is none.
 
@@ -258,7 +265,7 @@ def remove_stale(folder: Path, of: str = "") -> None:
     Args:
         of: the name that it stood for; by default any.
     """
-    for path in filter(is_temporary, folder.glob(f".{of}*")):
+    for path in folder.glob(f".{glob.escape(of) or '*'}.tmp-*"):
         with suppress(FileNotFoundError):
             if not is_stale(path.name, path.stat().st_mtime):
                 continue

@@ -18,14 +18,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import cannot_write, commit, contents, make_folder, require_new_folder, sync_folder
+from cachekd.cache.files import (
+    cannot_write,
+    commit,
+    contents,
+    free_space,
+    make_folder,
+    require_new_folder,
+    sync_folder,
+)
 from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.sealed import MOST_JSON
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import Listed, listed_files, not_listed, some_shards
 from cachekd.sharing.moved import Progress, untold
-from cachekd.sharing.reach import TIMEOUT
 from cachekd.sharing.store import Store, open_store
 
 PULL_FOLDER = ".pull"
@@ -55,7 +63,7 @@ def pull_cache(
     *,
     shards: str | None = None,
     revision: str | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float = STORE_TIMEOUT,
     progress: Progress = untold,
     total: Progress = untold,
 ) -> Pulled:
@@ -170,7 +178,7 @@ def _require_ours(out: Path, published: Published) -> None:
 def _require_space(out: Path, files: Sequence[Listed]) -> None:
     """Raises CachekdError: the files do not fit on the disk."""
     needed = sum(file.bytes for file in files)
-    free = shutil.disk_usage(out).free
+    _, free = free_space(out)
     if needed > free:
         raise CachekdError(
             "the disk has no room for the cache",

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.verify import verify_files
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.sharing.card import dataset_card
 from cachekd.sharing.claim import claimed
 from cachekd.sharing.contents import CARD_FILE, Listed, listed, listed_files
 from cachekd.sharing.hub_store import HubStore
 from cachekd.sharing.moved import Progress, untold
-from cachekd.sharing.reach import TIMEOUT
 from cachekd.sharing.store import OtherContent, Store, holds, open_store
 
 _LOOKS = 8  # at what is there, until all of it is
@@ -44,7 +44,7 @@ def push_cache(
     license: str | None = None,
     private: bool = False,
     revision: str | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float = STORE_TIMEOUT,
     progress: Progress = untold,
 ) -> Pushed:
     """Upload a cache: shards, tail sketches, the list of what was left out, a card, then the manifest.

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 
 T = TypeVar("T")
-TIMEOUT = 60.0  # seconds without a byte
 _WAITS = (0.5, 1.0, 2.0)  # seconds before the second, third and fourth time
 _CERTAIN = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
 _CERTAIN += (ValueError, TypeError, NotImplementedError, InterruptedError)  # type: ignore[assignment]
@@ -19,7 +19,7 @@ _BUSY = (408, 429)  # of HTTP's 4xx, those that pass
 
 
 def reach(
-    call: Callable[[], T], where: str, problem: str, *, timeout: float = TIMEOUT, recheck: bool = False
+    call: Callable[[], T], where: str, problem: str, *, timeout: float = STORE_TIMEOUT, recheck: bool = False
 ) -> T:
     """What `call` returns. An error that may pass (HTTP's 5xx, a connection that broke) has it called again,
     up to four times within seconds. A client that has waited for `timeout` seconds has waited long enough.

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.paths import HUB_CACHE, is_path
 from cachekd.sharing.contents import Listed
 from cachekd.sharing.moved import Progress
-from cachekd.sharing.reach import TIMEOUT, reach
+from cachekd.sharing.reach import reach
 
 FORMS = (
     "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
@@ -89,7 +90,7 @@ def holds(store: Store, file: Listed) -> bool:
     return found is not None
 
 
-def open_store(address: str, *, revision: str | None = None, timeout: float = TIMEOUT) -> Store:
+def open_store(address: str, *, revision: str | None = None, timeout: float = STORE_TIMEOUT) -> Store:
     """The store that an address means; nothing is asked of it yet. What begins as a path on this disk is one.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
 from cachekd_cli.sharing_options import Timeout
@@ -22,7 +23,7 @@ def pull_command(
         str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
-    timeout: Timeout = 60.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.

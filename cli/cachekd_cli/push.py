@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
 from cachekd_cli.sharing_options import Timeout
@@ -23,7 +24,7 @@ def push_command(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
-    timeout: Timeout = 60.0,
+    timeout: Timeout = STORE_TIMEOUT,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
