@@ -152,7 +152,7 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _is_the_trainers(name: str) -> bool:
-    from cachekd.trainer_settings import FIELDS
+    from cachekd.training_arguments import FIELDS
 
     return name in FIELDS
 

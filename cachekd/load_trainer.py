@@ -17,7 +17,7 @@ from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import settings_of
 from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
-from cachekd.trainer_settings import explained
+from cachekd.training_arguments import explained
 from cachekd.training_data import TrainingSamples
 from cachekd.validation.run import Validation
 from cachekd.vlm import (

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
@@ -16,7 +14,7 @@ from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_teacher
 from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
 from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.training_arguments import require_one_gpu, training_arguments
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.validation.data import HeldOut, open_held_out
 from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
 
@@ -35,7 +33,7 @@ class OpenRun:
     processor: Any
     encoder: SampleEncoder
     cache: LogitCache | None
-    arguments: TrainingArguments
+    arguments: SwitchKDTrainingArguments
     missing: LeftOutSamples
     held_out: HeldOut | None = None
 
@@ -48,8 +46,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("reading the settings")
-    arguments = training_arguments(config, checkpoints)
-    require_one_gpu(arguments)
+    arguments = SwitchKDTrainingArguments.of(config, checkpoints)
     phase("opening the data")
     samples = open_samples(config)
     if config.distils and not config.live_teacher:
@@ -66,7 +63,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     return OpenRun(samples, processor, encoder, cache, arguments, missing, held_out)
 
 
-def require_steps(samples: int, arguments: TrainingArguments) -> None:
+def require_steps(samples: int, arguments: SwitchKDTrainingArguments) -> None:
     """Refuse a run whose every epoch drops its only batch: it would end at once, the student untrained.
 
     Raises:

@@ -27,7 +27,7 @@ from cachekd.run_size import RunSize, require_room, run_size
 from cachekd.samples import Limits
 from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import training_arguments
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.validation.run import saved_evaluation
 from cachekd.vlm import save_processor
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "SwitchKDTrainer",
+    "SwitchKDTrainingArguments",
     "TrainSummary",
     "TrainingSamples",
     "collate_with_targets",
     "make_trainer",
     "train",
-    "training_arguments",
 ]
 
 

@@ -21,7 +21,7 @@ from cachekd.failures import memory_advice
 from cachekd.run_size import RunSize, run_size
 from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import training_arguments
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import IGNORE, Example, TrainingSamples
 from cachekd.validation.run import undisturbed
 
@@ -129,7 +129,7 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
         _run(trainer, batch)
         evaluation = _seconds_per_evaluation(trainer)
         longest = _peak_bytes()
-        args = training_arguments(config, Path(folder))
+        args = SwitchKDTrainingArguments.of(config, Path(folder))
     size = _run_size(config, args, trainer)
     estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest), size)
     evaluations = _evaluations(args, watch.total_steps)

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
@@ -26,7 +26,7 @@ from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, predicting_positions
 from cachekd.stopping import LastStep
-from cachekd.training_arguments import require_one_gpu
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import IGNORE, Example, checked, collate_with_targets, reading, without_bad
 from cachekd.validation.run import Validation, best_checkpoint
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
@@ -74,7 +74,7 @@ class SwitchKDTrainer(Trainer):
     def __init__(
         self,
         student: nn.Module,
-        args: TrainingArguments,
+        args: SwitchKDTrainingArguments,
         train_dataset: Dataset,
         *,
         pad_token_id: int,
@@ -93,7 +93,6 @@ class SwitchKDTrainer(Trainer):
     ) -> None:
         if lambda_vsd > 0 and teacher is None:
             raise CachekdError("L_VSD needs a teacher to switch into", fix="pass teacher=, or lambda_vsd=0")
-        require_one_gpu(args)
         if args.torch_compile and lambda_vsd > 0:
             raise CachekdError(
                 "L_VSD takes what the vision encoder says out of the student's forward, which a compiled one "

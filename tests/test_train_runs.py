@@ -18,8 +18,7 @@ from cachekd.files import RUN_FILE
 from cachekd.run_folder import STARTED_FILE
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
-from cachekd.trainer_settings import OWN_NAMES, REFUSED
-from cachekd.training_arguments import training_arguments
+from cachekd.training_arguments import FIELDS, OWN_NAMES, REFUSED, SwitchKDTrainingArguments
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def losses(out: Path) -> list[tuple[float, ...]]:
 
 def test_any_field_of_the_trainer_goes_through(settings, tmp_path):
     training = {"lr_scheduler_type": "constant", "adam_beta2": 0.9, "max_steps": 3, "optim": "adafactor"}
-    arguments = training_arguments(TrainConfig(**settings, training=training), tmp_path)
+    arguments = SwitchKDTrainingArguments.of(TrainConfig(**settings, training=training), tmp_path)
     assert (arguments.adam_beta2, arguments.max_steps, arguments.optim) == (0.9, 3, "adafactor")
     assert arguments.learning_rate == 1e-3
     assert train(TrainConfig(**settings, training=training)).steps == 3
@@ -57,19 +56,16 @@ def test_any_field_of_the_trainer_goes_through(settings, tmp_path):
 @pytest.mark.parametrize("name", [*OWN_NAMES, *REFUSED, "no_such_field"])
 def test_names_that_conflict_are_refused(settings, tmp_path, name):
     with pytest.raises(CachekdError) as caught:
-        training_arguments(TrainConfig(**settings, training={name: 1}), tmp_path)
+        value = not getattr(SwitchKDTrainingArguments, name, None)
+        SwitchKDTrainingArguments.of(TrainConfig(**settings, training={name: value}), tmp_path)
     assert f"training.{name}" in str(caught.value)
+    assert REFUSED.get(name, "") in str(caught.value)
     if name in OWN_NAMES:
         assert f"set `{OWN_NAMES[name]}` at the top level, outside `training`" in str(caught.value)
 
 
 def test_own_names_and_refused_names_are_the_trainers(settings):
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-
-    known = {field.name for field in fields(TrainingArguments)}
-    assert set(REFUSED) <= known
+    assert set(REFUSED) <= FIELDS
     assert set(OWN_NAMES.values()) <= set(TrainConfig.model_fields)
 
 

@@ -29,7 +29,7 @@ from cachekd.samples import SampleEncoder, collate, open_samples, predicting_pos
 from cachekd.targets import DenseTargets
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
-from cachekd.training_arguments import training_arguments
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
@@ -375,7 +375,7 @@ def test_by_the_share_of_right_tokens_more_is_better(settings, tmp_path):
     def better(metric: str) -> bool | None:
         training = {"load_best_model_at_end": True, "metric_for_best_model": metric}
         config = TrainConfig(**settings | {"save_steps": 2}, training=training)
-        return training_arguments(config, tmp_path).greater_is_better
+        return SwitchKDTrainingArguments.of(config, tmp_path).greater_is_better
 
     assert [better(f"eval_{name}") for name in NAMES] == [False] * 4 + [True]
     assert better("vsd") is False
@@ -390,24 +390,24 @@ def test_by_the_share_of_right_tokens_more_is_better(settings, tmp_path):
         ({"eval_strategy": "steps"}, {"eval_data": None}, "--eval-data PATH"),
         ({"load_best_model_at_end": True}, {"eval_data": None}, "--eval-data PATH"),
         ({"eval_on_start": True}, {"eval_data": None}, "--eval-data PATH"),
-        ({"eval_strategy": "no"}, {}, "would not be evaluated"),
-        ({"eval_strategy": "epoch"}, {}, "'eval_steps' would be ignored"),
+        ({"eval_strategy": "no"}, {}, "as there are held-out data"),
+        ({"eval_strategy": "epoch"}, {}, "steps, or no eval_steps"),
         ({"eval_steps": 3}, {}, "set `eval_steps` at the top level"),
         ({"do_eval": True}, {}, "set `eval_data` at the top level"),
         ({"eval_delay": 99}, {}, "after the first `eval_steps` steps"),
         ({"bf16_full_eval": True}, {}, "in the dtype that it trains in"),
         ({"metric_for_best_model": "accuracy"}, {}, "eval_token_accuracy"),
         ({"metric_for_best_model": "eval_vsd"}, {"eval_cache": None}, "--eval-cache"),
-        ({"load_best_model_at_end": True}, {"save_steps": 0}, "none is saved"),
-        ({"load_best_model_at_end": True}, {"save_steps": 3}, "a multiple of eval_steps"),
+        ({"load_best_model_at_end": True}, {"save_steps": 0}, "save_steps above 0"),
+        ({"load_best_model_at_end": True}, {"save_steps": 3}, "multiple of the evaluation steps"),
         ({"load_best_model_at_end": True, "save_total_limit": 1}, {"save_steps": 2}, "at least 2"),
         ({"load_best_model_at_end": True, "save_strategy": "epoch"}, {}, "strategy to match"),
-        ({"save_strategy": "best"}, {}, "load_best_model_at_end: true"),
+        ({"save_strategy": "best"}, {}, "load_best_model_at_end: true keeps"),
     ],
 )
 def test_settings_that_would_be_ignored_or_fail_late_are_refused(settings, tmp_path, training, changed, says):
     with pytest.raises(CachekdError) as caught:
-        training_arguments(TrainConfig(**settings | changed, training=training), tmp_path)
+        SwitchKDTrainingArguments.of(TrainConfig(**settings | changed, training=training), tmp_path)
     assert says in str(caught.value)
     assert "training" in str(caught.value.where)
 

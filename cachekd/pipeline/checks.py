@@ -31,7 +31,7 @@ from cachekd.run_folder import CHECKPOINTS
 from cachekd.samples import SampleEncoder, open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
-from cachekd.training_arguments import training_arguments
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor, plan_bridge
 
 
@@ -105,7 +105,7 @@ def _check_dump(config: DumpConfig, models: _Models) -> None:
 
 
 def _check_train(config: TrainConfig, models: _Models) -> None:
-    training_arguments(config, config.out / CHECKPOINTS)
+    SwitchKDTrainingArguments.of(config, config.out / CHECKPOINTS)
     check_lean_settings(config)
     if config.binding is not None:
         Binding.read(config.binding)

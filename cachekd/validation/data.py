@@ -15,7 +15,7 @@ from cachekd.errors import about
 from cachekd.left_out import LeftOutSamples
 from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
 from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.validation.settings import metric_of
+from cachekd.training_arguments import metric_of
 
 log = logging.getLogger(__name__)
 

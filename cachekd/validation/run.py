@@ -22,9 +22,9 @@ from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError, about
 from cachekd.left_out import BadSamples
 from cachekd.samples import SampleEncoder
+from cachekd.training_arguments import ACCURACY
 from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
 from cachekd.validation.data import HeldOut
-from cachekd.validation.settings import ACCURACY
 from cachekd.vlm.steady import in_eval_mode
 from cachekd.worker_loader import WorkerLoader
 
