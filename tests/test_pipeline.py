@@ -481,12 +481,7 @@ def test_a_step_that_failed_after_its_output_was_whole_is_done(short, tmp_path):
 @pytest.mark.parametrize(
     ("step", "change", "message", "where"),
     [
-        (
-            3,
-            {"training": {"optm": "adamw_torch"}},
-            "cannot be set here",
-            "step 'dft': setting 'training.optm'",
-        ),
+        (3, {"training": {"optm": "adamw_torch"}}, "cannot be set", "step 'dft': setting 'training.optm'"),
         (3, {"lora": {"rr": 4}}, "peft refuses", "step 'dft': setting 'lora'"),
         (3, {"student_quantization": {"load_in_4bit": True}}, "quantised weights", "step 'dft': setting"),
         (3, {"student": "nope"}, "no such step or model", "step 'dft': nope"),

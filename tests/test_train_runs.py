@@ -55,8 +55,8 @@ def test_any_field_of_the_trainer_goes_through(settings, tmp_path):
 
 @pytest.mark.parametrize("name", [*OWN_NAMES, *REFUSED, "no_such_field"])
 def test_names_that_conflict_are_refused(settings, tmp_path, name):
+    value = not getattr(SwitchKDTrainingArguments, name, None)
     with pytest.raises(CachekdError) as caught:
-        value = not getattr(SwitchKDTrainingArguments, name, None)
         SwitchKDTrainingArguments.of(TrainConfig(**settings, training={name: value}), tmp_path)
     assert f"training.{name}" in str(caught.value)
     assert REFUSED.get(name, "") in str(caught.value)
