@@ -14,13 +14,13 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    TrainingArguments,
 )
 
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.samples import Encoded, predicting_positions
 from cachekd.targets import DenseTargets
 from cachekd.trainer import SwitchKDTrainer
+from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import Example, collate_with_targets
 from cachekd.vlm import SwitchedTeacher, capture_vision
 
@@ -114,19 +114,16 @@ def lean_trainer(
     """cachekd's trainer over the same batch, `steps` times.
 
     Args:
-        settings: of `TrainingArguments`, beside those here.
+        settings: of `SwitchKDTrainingArguments`, beside those here.
         ours: of `SwitchKDTrainer`.
     """
-    arguments = TrainingArguments(
+    arguments = SwitchKDTrainingArguments(
         str(out),
         **{
             "per_device_train_batch_size": len(examples),
             "num_train_epochs": 1,
             "save_strategy": "no",
-            "report_to": [],
             "logging_steps": 1,
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
             "dataloader_pin_memory": False,
             "train_sampling_strategy": "sequential",
             **(settings or {}),

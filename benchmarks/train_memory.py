@@ -41,6 +41,7 @@ from cachekd.cache import CachedTargets
 from cachekd.cache.select import select_topk
 from cachekd.lean import recompute_frozen_layers
 from cachekd.samples import Encoded, predicting_positions
+from cachekd.training_arguments import CHECKPOINTING
 from cachekd.training_data import Example
 from cachekd.vlm import LiveTeacher, SwitchedTeacher, load_model
 
@@ -71,7 +72,7 @@ def lean(folder: Path, options: argparse.Namespace) -> float:
         [Example(encoded, target) for encoded, target in zip(data, targets, strict=True)],
         folder / "out",
         steps=2,
-        settings={"use_cpu": True, "activation_checkpointing": recomputed},
+        settings={"use_cpu": True, CHECKPOINTING: recomputed},
         teacher=teacher,
         live=LiveTeacher(teacher, options.vocab, WINDOW, MIN_K) if live else None,
     )

@@ -27,7 +27,7 @@ FIELDS = {field.name for field in fields(TrainingArguments) if field.init}
 _PLAIN = {bool, int, float, bool | None, int | None, float | None}
 _TYPES = {name: hint for name, hint in get_type_hints(TrainingArguments).items() if hint in _PLAIN}
 # transformers 5.23 renamed it, and warns of the old name.
-_CHECKPOINTING = (
+CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 )
 
@@ -131,7 +131,7 @@ class SwitchKDTrainingArguments(TrainingArguments):
             "accelerator_config": {"non_blocking": on_gpu},
         }
         if config.gradient_checkpointing:
-            settings |= {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+            settings |= {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
         if config.eval_data is not None:
             settings |= _of_held_out(config)
         training = {name: _checked(name, value, config) for name, value in config.training.items()}
