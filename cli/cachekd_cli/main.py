@@ -35,7 +35,7 @@ from cachekd_cli import (
     verify,
 )
 from cachekd_cli.console import errors, print_error
-from cachekd_cli.path_options import expands_paths
+from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(

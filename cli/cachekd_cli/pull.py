@@ -10,7 +10,7 @@ import typer
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
-from cachekd_cli.sharing_options import Timeout
+from cachekd_cli.options import AsJson, Timeout
 from cachekd_cli.signals import resumable
 
 
@@ -24,7 +24,7 @@ def pull_command(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
     timeout: Timeout = STORE_TIMEOUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +9,12 @@ import typer
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
-from cachekd_cli.sharing_options import Timeout
+from cachekd_cli.options import AsJson, CacheFolder, Timeout
 from cachekd_cli.signals import resumable
 
 
 def push_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    cache: CacheFolder,
     to: Annotated[
         PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder: ./name.")
     ],
@@ -25,7 +24,7 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
     timeout: Timeout = STORE_TIMEOUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
 
