@@ -34,7 +34,6 @@ def model_of(command: Any) -> type[Config] | None:
 
 
 MODELS = {name: model for name, command in COMMANDS.items() if (model := model_of(command)) is not None}
-SETTINGS = [(command, name) for command, model in MODELS.items() for name in model.model_fields]
 
 
 def as_yaml(value: Any) -> str:
@@ -68,30 +67,28 @@ def test_the_commands_with_a_configuration_are_all_looked_at():
     assert {name: MODELS[name] for name in of_data} == dict.fromkeys(of_data, DataOptions)
 
 
-@pytest.mark.parametrize(("command", "name"), SETTINGS)
-def test_every_setting_is_one_option_with_the_models_help_default_and_choices(command, name):
-    field = MODELS[command].model_fields[name]
-    found = options_named(command, name)
-    if name in IN_FILE_ALONE:
-        (config,) = options_named(command, "config")
-        assert found == []
-        assert f"{name} ({field.description})" in config.help
-        return
-    (option,) = found
-    help = option.help
-    assert help.lower().startswith(field.description.lower() + ".")
-    assert option.default is None  # what is not given may stand in the file
-    assert option.required is False
-    told = help[len(field.description) + 1 :]
-    default, choices = shown_default(field), choices_in_schema(schema_of(MODELS[command], name))
-    assert ("Required." in told) == field.is_required()
-    if default is None:
-        assert "Default" not in told
-    elif isinstance(field.default, float):
-        assert float(told.split("Default: ")[1].removesuffix(".")) == field.default
-    else:
-        assert f"Default: {default}." in told
-    assert f"Choices: {', '.join(choices)}." in told if choices else "Choices" not in told
+@pytest.mark.parametrize("command", MODELS)
+def test_every_setting_is_one_option_with_the_models_help_default_and_choices(command):
+    model = MODELS[command]
+    for name, field in model.model_fields.items():
+        if name in IN_FILE_ALONE:
+            (config,) = options_named(command, "config")
+            assert options_named(command, name) == []
+            assert f"{name} ({field.description})" in config.help
+            continue
+        (option,) = options_named(command, name)
+        assert option.help.lower().startswith(f"{field.description.lower()}.")
+        assert (option.default, option.required) == (None, False)  # what is not given may stand in the file
+        told = option.help[len(field.description) + 1 :]
+        default, choices = shown_default(field), choices_in_schema(schema_of(model, name))
+        assert ("Required." in told) == field.is_required()
+        if default is None:
+            assert "Default" not in told
+        elif isinstance(field.default, float):
+            assert float(told.split("Default: ")[1].removesuffix(".")) == field.default
+        else:
+            assert f"Default: {default}." in told
+        assert f"Choices: {', '.join(choices)}." in told if choices else "Choices" not in told
 
 
 def schema_of(model: type[Config], name: str) -> dict[str, Any]:
@@ -205,25 +202,25 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("command", "name"), [pair for pair in SETTINGS if pair[1] not in IN_FILE_ALONE])
-def test_an_option_says_what_a_file_would(command, name, tmp_path):
-    model, value = MODELS[command], VALUES.get(name, 2)
-    needed = {each: VALUES[each] for each, one in model.model_fields.items() if one.is_required()}
-    file = tmp_path / "all.yaml"
-    file.write_text(yaml.safe_dump(needed | {name: value}))
-    seen: list[Config] = []
+@pytest.mark.parametrize("model", set(MODELS.values()), ids=lambda model: model.__name__)
+def test_an_option_says_what_a_file_would(model, tmp_path):
+    file, seen, typed = tmp_path / "all.yaml", [], typer.Typer()
 
     def take(config: Any) -> None:
         seen.append(config)
 
     take.__annotations__["config"] = model
-    typed = typer.Typer()
     typed.command()(takes(model, arguments=["models"])(take))
-    words = [word for each, one in (needed | {name: value}).items() for word in as_words(each, one)]
-    result = CliRunner().invoke(typed, words)
-    assert result.exception is None, result.exception
-    assert seen == [read_config(file, model, {})]
-    assert {*needed, name} <= seen[0].model_fields_set == read_config(file, model, {}).model_fields_set
+    needed = {name: VALUES[name] for name, field in model.model_fields.items() if field.is_required()}
+    for name in model.model_fields.keys() - IN_FILE_ALONE:
+        said = needed | {name: VALUES.get(name, 2)}
+        words = [word for each, value in said.items() for word in as_words(each, value)]
+        result = CliRunner().invoke(typed, words)
+        assert result.exception is None, (name, result.exception)
+        file.write_text(yaml.safe_dump(said))
+        read = read_config(file, model, {})
+        assert seen.pop() == read
+        assert said.keys() <= read.model_fields_set
 
 
 def as_words(name: str, value: Any) -> list[str]:
@@ -238,20 +235,19 @@ def as_words(name: str, value: Any) -> list[str]:
 # ---- what is refused
 
 
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [(command, name) for command, name in SETTINGS if choices_in_schema(schema_of(MODELS[command], name))],
-)
-def test_a_wrong_choice_is_refused_with_the_choices(command, name):
-    (option,) = options_named(command, name)
-    needs = {"bind": ["c"], "peek": ["c"], "verify": ["c"], "export": ["c", "o", "--to", "parquet"]}
-    words = [command, *needs.get(command, []), "--data", "d", option.opts[0], "purple"]
-    error = CliRunner().invoke(app, words).exception
-    assert isinstance(error, CachekdError)
-    assert f"setting '{name}" in str(error)
-    assert "purple" in str(error)
-    for choice in choices_in_schema(schema_of(MODELS[command], name)):
-        assert f"'{choice}'" in str(error)
+@pytest.mark.parametrize("command", MODELS)
+def test_a_wrong_choice_is_refused_with_the_choices(command):
+    own = {"bind": ["c"], "peek": ["c"], "verify": ["c"], "export": ["c", "o", "--to", "parquet"]}
+    for name in MODELS[command].model_fields:
+        choices = choices_in_schema(schema_of(MODELS[command], name))
+        if not choices:
+            continue
+        words = [command, *own.get(command, []), "--data", "d", *as_words(name, "purple")]
+        error = CliRunner().invoke(app, words).exception
+        assert isinstance(error, CachekdError)
+        assert f"setting '{name}" in str(error)
+        assert "purple" in str(error)
+        assert all(f"'{choice}'" in str(error) for choice in choices)
 
 
 @pytest.mark.parametrize("command", WITH_FILE)

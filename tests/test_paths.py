@@ -110,7 +110,7 @@ def test_a_user_that_is_none_is_named():
 OTHER_SETTINGS = {"map", "key", "image_field", "tail", "name"}
 OTHER_SETTINGS |= {"lora", "teacher_quantization", "student_quantization"}  # mappings for other libraries
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
-OTHER_OPTIONS = {"match", "filter_", "license", "revision", "shards", "name", "sample_key"}
+OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
 
 
 def has(kind: Any, annotation: Any) -> bool:

@@ -158,7 +158,7 @@ def _parameter(name: str, field: FieldInfo, is_argument: bool, variable: str | N
     if is_argument:
         return _optional(name, kind, typer.Argument(help=help, show_default=False))
     if kind is bool:
-        option += f"/--no-{option.removeprefix('--')}" * field.default
+        option += f"/{option_name(f'no_{name}')}" * field.default
     panel = "Data" if name in DataOptions.model_fields else None
     return _optional(name, kind, typer.Option(option, help=help, envvar=variable, rich_help_panel=panel))
 
