@@ -10,7 +10,15 @@ import typer
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
-from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
+from cachekd_cli.console import (
+    console,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    sample_progress,
+    say,
+    table,
+)
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
@@ -96,20 +104,16 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
     found.columns[2].justify = "left"
     console.print(found)
     if report.changed:
-        console.print(
-            "changed: other text, or other pixels, such as those of an image that was encoded again",
-            soft_wrap=True,
-        )
+        say("changed: other text, or other pixels, such as those of an image that was encoded again")
     if report.unbound:
-        console.print(
+        say(
             f"{len(report.unbound):,} samples of the data cannot be aligned with this cache; with the "
-            "binding, --missing skip leaves them out, --missing ce-only trains them by L_CE alone",
-            soft_wrap=True,
+            "binding, --missing skip leaves them out, --missing ce-only trains them by L_CE alone"
         )
     if out is not None:
-        console.print(f"next: cachekd train --binding {out} ...", markup=False, soft_wrap=True)
+        say(f"next: cachekd train --binding {out} ...")
     elif report.moved or report.unbound:
-        console.print("next: the same with --out binding.json, for `cachekd train --binding`", soft_wrap=True)
+        say("next: the same with --out binding.json, for `cachekd train --binding`")
 
 
 def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:
@@ -119,9 +123,9 @@ def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:
     named = {source.data.map for source in cache.manifest.sources} - {None}
     if report.unbound and named and data.map is None:
         told = f"the cache's data were read by --map {' and '.join(map(str, named))}, these without"
-        console.print(told, markup=False, soft_wrap=True)
+        say(told)
     if report.changed and reads_images_otherwise(cache.manifest.fingerprints):
-        console.print("some images are read in another way since that dump: dump again", soft_wrap=True)
+        say("some images are read in another way since that dump: dump again")
 
 
 def _some(values: list[str]) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.progress import TaskID
 
 from cachekd.config import DumpConfig
-from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, table
+from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, say, table
 from cachekd_cli.options import AsJson, takes
 from cachekd_cli.signals import exit_code
 
@@ -100,14 +100,13 @@ def print_stopped(out: Path) -> None:
     from cachekd.cache.status import dump_status
 
     if not (out / PLAN_FILE).exists():
-        errors.print("stopped before anything was written", highlight=False)
+        say("stopped before anything was written", errors)
         return
     status = dump_status(out)
-    errors.print(
+    say(
         f"stopped: {status.shards:,} of {status.all_shards:,} shards are finished and stay, the one that was "
         "being made is discarded. Run the same command again to go on.",
-        highlight=False,
-        soft_wrap=True,
+        errors,
     )
 
 
@@ -133,10 +132,9 @@ def print_summary(summary: DumpSummary) -> None:
     ]
     console.print(table(f"cache {summary.out}", ("", "value"), rows))
     if not summary.finished:
-        console.print(
+        say(
             f"{summary.all_shards - summary.shards} shards are still to come from other processes. "
-            "If they have died, run the same command again: it goes on where they stopped.",
-            soft_wrap=True,
+            "If they have died, run the same command again: it goes on where they stopped."
         )
 
 

@@ -9,7 +9,7 @@ import typer
 
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, progress_bar
+from cachekd_cli.console import print_json, progress_bar, say
 from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes
 
 
@@ -65,6 +65,4 @@ def export_command(
     if as_json:
         print_json({"out": out, "samples": written, "bytes": size})
     else:
-        console.print(
-            f"{out}: {written:,} samples, {size / 1e6:,.2f} MB", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"{out}: {written:,} samples, {size / 1e6:,.2f} MB")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json
+from cachekd_cli.console import print_json, say
 from cachekd_cli.options import AsJson
 
 
@@ -30,10 +30,7 @@ def merge_command(
             {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
         )
     else:
-        console.print(
+        say(
             f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
-            f"{len(manifest.shards):,} shards from {len(caches)} caches",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{len(manifest.shards):,} shards from {len(caches)} caches"
         )

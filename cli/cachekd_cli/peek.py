@@ -17,14 +17,7 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd.visible import visible
-from cachekd_cli.console import (
-    console,
-    errors,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    write_page,
-)
+from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, say, write_page
 from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
@@ -89,7 +82,7 @@ def peek_command(
     reader = find_reader(opened, tokenizer)
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
-        errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
+        say(visible(note), errors)
     seen = None if data is None else open_data(opened, data, reader, bound=binding is not None)
     if sample_key is not None:
         opened.shard_of(sample_key)  # a key that the cache lacks is refused before the data are asked
@@ -165,7 +158,7 @@ def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
     except BadSample as error:
         if not skip:
             raise
-        errors.print(f"{error.where}: {error.problem}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{error.where}: {error.problem}", errors)
         return None
 
 
@@ -188,7 +181,7 @@ def print_sample(sample: PeekedSample) -> None:
     )
     console.print(title, soft_wrap=True)
     for number, size in enumerate(sample.images or []):
-        console.print(f"image {number + 1}: {size.width} x {size.height} pixels", highlight=False)
+        say(f"image {number + 1}: {size.width} x {size.height} pixels")
     if sample.messages is None or any(token.turn is None for token in sample.tokens):
         for message in sample.messages or []:
             print_message(message)

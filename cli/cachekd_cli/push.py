@@ -8,7 +8,7 @@ import typer
 
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
-from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
+from cachekd_cli.console import byte_progress, print_json, progress_bar, quiet_hub, say
 from cachekd_cli.options import AsJson, CacheFolder, Timeout
 from cachekd_cli.signals import resumable
 
@@ -50,15 +50,12 @@ def push_command(
     if as_json:
         print_json(pushed.__dict__)
         return
-    console.print(
+    say(
         f"{pushed.url}: {pushed.uploaded:,} files uploaded ({pushed.bytes / 1e6:,.2f} MB), "
-        f"{pushed.skipped:,} were there already",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{pushed.skipped:,} were there already"
     )
     if pushed.kept_card:
-        console.print("a README.md was there, and was kept as it is", soft_wrap=True)
+        say("a README.md was there, and was kept as it is")
     elif license is None:
-        console.print("the card says that the licence is unknown: nobody may rely on it", soft_wrap=True)
-    console.print(f"next: cachekd pull {pushed.url} <folder>", markup=False, highlight=False, soft_wrap=True)
+        say("the card says that the licence is unknown: nobody may rely on it")
+    say(f"next: cachekd pull {pushed.url} <folder>")

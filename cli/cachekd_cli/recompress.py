@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json, progress_bar, table
+from cachekd_cli.console import console, print_json, progress_bar, say, table
 from cachekd_cli.options import AsJson, CacheFolder, NewFolder, TopK
 
 
@@ -57,9 +57,7 @@ def recompress_command(
     ]
     console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
-        console.print(
+        say(
             f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "
-            f"gradient cosine {fidelity.cosine:.4f}",
-            highlight=False,
-            soft_wrap=True,
+            f"gradient cosine {fidelity.cosine:.4f}"
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, print_json_list, table
+from cachekd_cli.console import console, print_json, print_json_list, say, table
 from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
@@ -70,12 +70,7 @@ def select_command(
             {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
         )
     else:
-        console.print(
-            f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens")
 
 
 def choose(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json, table
+from cachekd_cli.console import console, print_json, say, table
 from cachekd_cli.options import AsJson
 
 
@@ -37,4 +37,4 @@ def status_command(
     ]
     console.print(table(f"{'cache' if status.finished else 'dump'} {cache}", ("", "value"), rows))
     if not status.finished:
-        console.print("not finished: the same `cachekd dump` goes on with it", soft_wrap=True)
+        say("not finished: the same `cachekd dump` goes on with it")

@@ -23,6 +23,7 @@ from cachekd_cli.console import (
     progress_bar,
     quiet_hub,
     quiet_libraries,
+    say,
     table,
 )
 from cachekd_cli.options import AsJson, takes
@@ -222,7 +223,7 @@ def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
 
     if is_main_process():
         text = f"{str(stop) or 'stopped'}: {how_to_go_on(out)}"
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, errors)
 
 
 def print_summary(summary: TrainSummary) -> None:
@@ -242,9 +243,7 @@ def print_summary(summary: TrainSummary) -> None:
     print_left_out("samples that cannot be used", summary.bad)
     print_left_out("held-out samples that their cache lacks", summary.eval_missing)
     print_left_out("held-out samples that cannot be used", summary.eval_bad)
-    console.print(
-        f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>", highlight=False
-    )
+    say(f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>")
 
 
 def print_estimate(estimate: TrainEstimate) -> None:
