@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -118,6 +119,7 @@ class Small(Config):
     names: tuple[str, ...] = Field((), description="again for several")
     fast: bool = Field(False, description="be fast")
     loud: bool = Field(True, description="be loud")
+    share: float | Literal["auto"] = Field("auto", description="of them")
     others: dict[str, Any] = Field({}, description="for another library")
 
 
@@ -140,22 +142,9 @@ def run_small(*words: str, file: Path | None = None) -> Any:
 
 def test_a_new_field_is_a_new_option_and_nothing_else_is_to_do(tmp_path):
     assert run_small() == (Small(), 1)
-    said = [
-        "--size",
-        "7",
-        "--colour",
-        "blue",
-        "--names",
-        "a",
-        "--names",
-        "b",
-        "--fast",
-        "--no-loud",
-        "--times",
-        "2",
-    ]
-    meant = Small(size=7, colour="blue", names=("a", "b"), fast=True, loud=False)
-    assert run_small(*said) == (meant, 2)
+    said = ["--size", "7", "--colour", "blue", "--names", "a", "--names", "b", "--fast", "--no-loud"]
+    meant = Small(size=7, colour="blue", names=("a", "b"), fast=True, loud=False, share=0.5)
+    assert run_small(*said, "--share", "0.5", "--times", "2") == (meant, 2)
     file = tmp_path / "small.yaml"
     file.write_text("size: 9\nnames: [c]\nfast: true\nothers: {r: 1}\n")
     assert run_small(file=file)[0] == Small(size=9, names=("c",), fast=True, others={"r": 1})
@@ -306,3 +295,31 @@ def test_options_of_data_without_data_are_refused(command):
     error = CliRunner().invoke(app, words).exception
     assert isinstance(error, CachekdError)
     assert "--image-field, --limit without data" in error.problem
+
+
+def test_from_a_file_a_pair_is_checked_dumped_trained_and_evaluated(
+    tmp_path, teacher_path, student_path, data_path
+):
+    """The whole way, each step by its own file; the check by the run's."""
+    cache, run, scores = tmp_path / "cache", tmp_path / "run", tmp_path / "scores"
+    common = {"teacher": str(teacher_path), "data": str(data_path), "limit": 4}
+    pair = common | {"student": str(student_path), "cache": str(cache)}
+    files = {
+        "dump": common | {"out": str(cache), "top_k": 64},
+        "check": pair | {"out": str(run), "epochs": 9, "batch_size": 2},
+        "train": pair | {"out": str(run), "epochs": 9, "batch_size": 2},
+        "eval": common
+        | {"models": [str(run)], "blind": False, "prior_data": {"data": str(data_path), "limit": 2}},
+    }
+    options = {"dump": ["--top-k", "8"], "train": ["--epochs", "1"], "eval": ["--out", str(scores)]}
+    for command, settings in files.items():
+        file = tmp_path / f"{command}.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        words = [command, "--config", str(file), *options.get(command, []), "--json"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, (command, result.exception, result.output)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["codec"]["top_k"] == 8
+    assert json.loads((run / "cachekd_run.json").read_text())["steps"] == 2
+    (row,) = json.loads((scores / "scores.json").read_text())["models"]
+    assert row["name"] == str(run)

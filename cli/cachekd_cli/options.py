@@ -10,6 +10,7 @@ from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from typer.models import ArgumentInfo, ParameterInfo
 
@@ -85,15 +86,8 @@ def takes(
 
 def option_type(field: FieldInfo) -> Any:
     """What a field's option is to typer, which leaves all else to the model; None where it is a mapping."""
-    (kind,) = set(_types(field.annotation)) - {NoneType}
-    if kind in (bool, int, float, Path):
-        return kind
-    shape = get_origin(kind) or kind
-    if shape in (list, tuple):
-        return list[str]
-    if isinstance(shape, type) and issubclass(shape, dict | Config) and not issubclass(shape, DataOptions):
-        return None
-    return str  # other data among them, which their name says
+    kinds = {_typer_type(kind) for kind in _types(field.annotation) if kind is not NoneType}
+    return kinds.pop() if len(kinds) == 1 else str
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
@@ -181,6 +175,16 @@ def _told(field: FieldInfo) -> str:
     elif isinstance(value, tuple):
         value = ",".join(value)
     return f"{told} Default: {'on' if value is True else value}."
+
+
+def _typer_type(kind: Any) -> Any:
+    if kind in (bool, int, float, Path):
+        return kind
+    shape = get_origin(kind) or kind
+    if shape in (list, tuple):
+        return list[str]
+    # Other data are said by their name.
+    return str if shape is Literal or issubclass(shape, str | ByteSize | DataOptions) else None
 
 
 def _types(annotation: Any) -> list[Any]:
