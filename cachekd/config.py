@@ -31,13 +31,30 @@ from cachekd.stages import (
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
+# Settings that several stages have, each said once.
+ModelName = Annotated[PathOrName, Field(description="model folder or hub name")]
+CacheName = Annotated[
+    PathOrName | None,
+    Field(
+        description="what `cachekd dump` wrote, or the address of a published cache, such as "
+        "hf://datasets/org/name"
+    ),
+]
+SwitchBridge = Annotated[
+    Literal["linear"] | None,
+    Field(
+        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
+        "vision encoder to the teacher's projector where their widths or grids differ"
+    ),
+]
+Workers = Annotated[int, Field(ge=0, description="processes that read and encode samples; 0: a thread")]
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
 class DumpConfig(DataOptions):
     """Stage one."""
 
-    teacher: PathOrName = Field(description="model folder or hub name")
+    teacher: ModelName
     out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
     top_k: int = Field(128, ge=2, le=KEPT, description="most logprobs kept per answer token")
     top_p: float | None = Field(
@@ -58,7 +75,7 @@ class DumpConfig(DataOptions):
         None, ge=1, description="samples per shard; by default what holds some 65,000 answer tokens"
     )
     batch_size: int = Field(16, ge=1, description="samples per teacher forward")
-    workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
+    workers: Workers = 0
     dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
     rank: int = Field(0, ge=0, description="of this process among those that share the work")
     world_size: int = Field(1, ge=1, description="processes that share the work")
@@ -86,14 +103,10 @@ class TrainConfig(DataOptions):
             bridge for it; `training` has a token in it.
     """
 
-    student: PathOrName = Field(description="model folder or hub name")
+    student: ModelName
     out: LocalPath = Field(description="the run's folder: new, empty, or a run to go on with")
     teacher: PathOrName | None = Field(None, description="model folder or hub name; needed for L_VSD")
-    cache: PathOrName | None = Field(
-        None,
-        description="what `cachekd dump` wrote, or the address of a published cache, such as "
-        "hf://datasets/org/name; needed for L_Align and L_VSD",
-    )
+    cache: CacheName = None
     binding: LocalPath | None = Field(
         None, description="what `cachekd bind` wrote, where the data's keys are not the cache's"
     )
@@ -131,11 +144,7 @@ class TrainConfig(DataOptions):
     vsd_every: int = Field(
         1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
     )
-    switch_bridge: Literal["linear"] | None = Field(
-        None,
-        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
-        "vision encoder to the teacher's projector where their widths or grids differ",
-    )
+    switch_bridge: SwitchBridge = None
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     batch_size: int = Field(16, ge=1, description="samples per device and step")
@@ -155,7 +164,8 @@ class TrainConfig(DataOptions):
     )
     save_steps: int = Field(SAVE_STEPS, ge=0, description="steps between checkpoints to resume from; 0: none")
     keep_checkpoints: bool = Field(
-        False, description="leave them in a finished run; by default they go, as nothing reads them any more"
+        False,
+        description="leave checkpoints in a finished run, where nothing reads them; by default they go",
     )
     logit_chunk: int | None = Field(
         None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
@@ -343,7 +353,7 @@ class EvalConfig(DataOptions):
         "is answered most often there",
     )
     batch_size: int = Field(32, ge=1, description="questions per forward; halved when memory runs out")
-    workers: int = Field(0, ge=0, description="processes that read and encode samples; 0: a thread")
+    workers: Workers = 0
     dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
 
     @field_validator("models")
@@ -363,6 +373,25 @@ class EvalConfig(DataOptions):
                 fix="leave one of them out: the teacher has a row of its own, a cache costs nothing",
             )
         return self
+
+
+class CheckConfig(DataOptions):
+    """Whether teacher, student, data and cache fit, before anything long starts."""
+
+    teacher: ModelName
+    student: ModelName
+    cache: CacheName = None
+    switch_bridge: SwitchBridge = None
+    samples: int = Field(2, ge=1, description="samples to look at, and to show")
+    forward: bool = Field(False, description="load both models and prove that each can be taken apart")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_run(cls, values: Any) -> Any:
+        """The file of a dump or a run will do: what these alone are told is passed over, but for a binding,
+        without which its cache does not fit."""
+        theirs = (DumpConfig.model_fields | TrainConfig.model_fields).keys() - cls.model_fields - {"binding"}
+        return {n: v for n, v in values.items() if n not in theirs} if isinstance(values, dict) else values
 
 
 # Settings that may change between two sessions of one run: they do not change its numbers. (What a stage

@@ -44,14 +44,20 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
     try:
         return model(**(file.values if file else {}) | given)
     except ValidationError as error:
-        mistakes = []
+        mistakes, missing = [], []
         for each in error.errors():
             where = each["loc"]
             place = (
                 "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
             )
             mistakes.append(Mistake.of(each, _name(where), place, known_at(model, where)))
-        raise refusal(mistakes) from None
+            missing += [option_name(where[0])] * (each["type"] == "missing")
+        raise refusal(mistakes, f"give {' and '.join(missing)}") from None
+
+
+def option_name(setting: str | int) -> str:
+    """A setting's option, as it is typed."""
+    return f"--{str(setting).replace('_', '-')}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.plan import Plan, ShardRecord, Skipped
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import CheckConfig, DumpConfig, EvalConfig, TrainConfig
 from cachekd.pipeline import PipelineConfig
 from cachekd.samples.record_form import SampleRecord
 
@@ -17,8 +17,10 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "plan": Plan,  # dump/plan.json
     "record": ShardRecord,  # dump/00000.json
     "skipped": Skipped,  # a line of skipped.jsonl
+    "check": CheckConfig,  # these four: --config FILE
     "dump": DumpConfig,
-    "train": TrainConfig,  # --config run.yaml
+    "train": TrainConfig,
+    "eval": EvalConfig,
     "pipeline": PipelineConfig,  # `cachekd run`'s file
     "sample": SampleRecord,  # a record of the data
 }

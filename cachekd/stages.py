@@ -30,8 +30,11 @@ def with_stage(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def parts_of(value: Any) -> Any:
-    """Names of parts from a list, or from a text as in "projector,language_model"."""
-    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+    """Names of parts from a list, or from a text as in "projector,language_model", or from several."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(name.strip() for text in texts for name in text.split(","))
 
 
 def in_order(parts: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:

@@ -5,9 +5,7 @@ And one set of options for all commands.
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,6 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys
-from cachekd_cli.data_options import read_optional, takes_data
 from cachekd_cli.main import app
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
@@ -331,23 +328,3 @@ def test_an_address_is_no_path(name, student_path, tmp_path):
     done = CliRunner().invoke(app, [name, *own, "--data", url])
     assert isinstance(done.exception, CachekdError)
     assert done.exception.where == url
-
-
-def test_options_of_data_without_data_are_refused():
-    assert read_optional({}) is None
-    with pytest.raises(CachekdError, match="--image-field, --limit without data"):
-        read_optional({"image_field": ["x"], "limit": 3})
-
-
-def test_what_is_given_is_passed_on_and_nothing_else():
-    seen: list[dict] = []
-
-    @takes_data()
-    def command(cache: str, data: dict, times: int = 1) -> None:
-        seen.append({"cache": cache, "times": times, **data})
-
-    names = Counter(list(inspect.signature(command).parameters))
-    assert names == Counter(["cache", "times", *(f"data_{name}" for name in DataOptions.model_fields)])
-    empty = {f"data_{name}": None for name in DataOptions.model_fields}
-    command(cache="c", times=2, **{**empty, "data_data": "d", "data_image_field": [], "data_limit": 3})
-    assert seen == [{"cache": "c", "times": 2, "data": "d", "limit": 3}]

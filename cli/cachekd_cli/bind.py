@@ -7,31 +7,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
-from cachekd_cli.console import console, print_json, progress_bar, quiet_libraries, sample_progress, table
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.console import (
+    console,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    sample_progress,
+    say,
+    table,
+)
+from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
     from cachekd.bind import BindReport
     from cachekd.cache import LogitCache
-    from cachekd.data_options import DataOptions
 
 SHOWN = 5
 
 
-@takes_data()
+@takes(DataOptions)
 def bind_command(
     cache: Annotated[
         PathOrName, typer.Argument(help="The cache: a folder, or the address of a published one.")
     ],
-    data: Given,
+    data: DataOptions,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Write the binding, for train, peek, verify and export."),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result, all keys, as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find a cache's samples in a data set, by key and by content (messages and pixels).
 
@@ -55,18 +63,17 @@ def bind_command(
             raise CachekdError(
                 "the file for the binding exists already", where=str(out), fix="choose another --out"
             )
-    options = read_data(data)
-    opened, samples = LogitCache(cache), open_samples(options)
+    opened, samples = LogitCache(cache), open_samples(data)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "bind", len(samples))
         report = bind(opened, samples, workers=workers, progress=lambda done: advance(done, done))
     if out is not None:
-        report.write(out, opened, options.data)
+        report.write(out, opened, data.data)
     if as_json:
         print_json(as_dict(report))
     else:
-        print_report(report, cache, options.data, out)
-        print_why(report, opened, options)
+        print_report(report, cache, data.data, out)
+        print_why(report, opened, data)
     if report.unbound:
         raise typer.Exit(1)
 
@@ -97,32 +104,28 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
     found.columns[2].justify = "left"
     console.print(found)
     if report.changed:
-        console.print(
-            "changed: other text, or other pixels, such as those of an image that was encoded again",
-            soft_wrap=True,
-        )
+        say("changed: other text, or other pixels, such as those of an image that was encoded again")
     if report.unbound:
-        console.print(
+        say(
             f"{len(report.unbound):,} samples of the data cannot be aligned with this cache; with the "
-            "binding, --missing skip leaves them out, --missing ce-only trains them by L_CE alone",
-            soft_wrap=True,
+            "binding, --missing skip leaves them out, --missing ce-only trains them by L_CE alone"
         )
     if out is not None:
-        console.print(f"next: cachekd train --binding {out} ...", markup=False, soft_wrap=True)
+        say(f"next: cachekd train --binding {out} ...")
     elif report.moved or report.unbound:
-        console.print("next: the same with --out binding.json, for `cachekd train --binding`", soft_wrap=True)
+        say("next: the same with --out binding.json, for `cachekd train --binding`")
 
 
-def print_why(report: BindReport, cache: LogitCache, options: DataOptions) -> None:
+def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:
     """What of the reading, and not of the data, may be why samples do not match."""
     from cachekd.fingerprint import reads_images_otherwise
 
     named = {source.data.map for source in cache.manifest.sources} - {None}
-    if report.unbound and named and options.map is None:
+    if report.unbound and named and data.map is None:
         told = f"the cache's data were read by --map {' and '.join(map(str, named))}, these without"
-        console.print(told, markup=False, soft_wrap=True)
+        say(told)
     if report.changed and reads_images_otherwise(cache.manifest.fingerprints):
-        console.print("some images are read in another way since that dump: dump again", soft_wrap=True)
+        say("some images are read in another way since that dump: dump again")
 
 
 def _some(values: list[str]) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.text import Text
 
-from cachekd.paths import PathOrName
+from cachekd.config import CheckConfig
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
-from cachekd_cli.data_options import Given, read_data, takes_data
+from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
     from cachekd.pair import PairReport, Run, Sizes
@@ -20,46 +20,27 @@ _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
 
 
-@takes_data()
-def check_command(
-    teacher: Annotated[PathOrName, typer.Option(help="Teacher: a model folder or hub name.")],
-    student: Annotated[PathOrName, typer.Option(help="Student: a model folder or hub name.")],
-    data: Given,
-    cache: Annotated[
-        PathOrName | None, typer.Option(help="A cache, to check too: a folder or an address.")
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples to look at, and to show.")] = 2,
-    forward: Annotated[
-        bool, typer.Option("--forward", help="Load both models and prove that each can be taken apart.")
-    ] = False,
-    switch_bridge: Annotated[
-        str | None, typer.Option(help="linear: as for train; beyond the paper. Default: none.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
+@takes(CheckConfig)
+def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
     """Check teacher, student and data against each other, and show what is supervised.
 
     All that does not fit is shown, not only the first. Exit code 2 if something would be refused later.
-    Without --forward no weights are read.
+    Without --forward no weights are read. --config takes the file of a dump or of a run too.
 
     Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
     """
     quiet_libraries()
-    if switch_bridge not in (None, "linear"):
-        raise typer.BadParameter(
-            f"linear is the only one, not {switch_bridge!r}", param_hint="--switch-bridge"
-        )
     from cachekd.pair import check_pair
 
     with errors.status("looking at models and data", spinner="dots"):
         report = check_pair(
-            teacher,
-            student,
-            read_data(data),
-            cache=cache,
-            samples=samples,
-            forward=forward,
-            switch_bridge="linear" if switch_bridge else None,
+            config.teacher,
+            config.student,
+            config,
+            cache=config.cache,
+            samples=config.samples,
+            forward=config.forward,
+            switch_bridge=config.switch_bridge,
         )
     if as_json:
         print_json(asdict(report) | {"fits": report.fits})

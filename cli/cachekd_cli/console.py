@@ -42,6 +42,11 @@ def print_error(error: CachekdError) -> None:
         errors.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def say(text: str, to: Console = console) -> None:
+    """A text as it is: nothing in it is markup, and lines end where it has them."""
+    to.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """For scripts: the only thing on stdout."""
     print(json.dumps(value, indent=2, default=str))
@@ -130,7 +135,7 @@ def print_left_out(what: str, left_out: LeftOutSamples) -> None:
         return
     lines = [f"left out: {left_out.samples:,} {what}"]
     lines += [f"  {key}: {reason}" for key, reason in islice(left_out.first.items(), SHOWN)]
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    say("\n".join(lines))
 
 
 def write_page(path: Path, html: str) -> None:
@@ -142,7 +147,7 @@ def write_page(path: Path, html: str) -> None:
     from cachekd.cache.files import write_file  # which comes with torch
 
     write_file(path, html.encode())
-    errors.print(f"page: {path.resolve()}", markup=False, highlight=False, soft_wrap=True)
+    say(f"page: {path.resolve()}", errors)
 
 
 def quiet_libraries() -> None:

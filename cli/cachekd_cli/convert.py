@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console
+from cachekd_cli.console import say
 
 
 def convert_command(
@@ -25,9 +25,4 @@ def convert_command(
 
     model = convert_tinyllava(source, out)
     text, vision = model.config.text_config, model.config.vision_config
-    console.print(
-        f"{out}: a Llava with {vision.model_type} and {text.model_type}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{out}: a Llava with {vision.model_type} and {text.model_type}")

@@ -15,7 +15,7 @@ import typer
 
 import cachekd
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, quiet_libraries, table
+from cachekd_cli.console import console, quiet_libraries, say, table
 
 EXAMPLE = Path(cachekd.__file__).parents[1] / "examples" / "easy_vqa"
 
@@ -72,7 +72,7 @@ def demo_command(
     with stages.run("report", f"cachekd report {switch_kd} --baseline {ce}"):
         page = write_report(switch_kd, [ce])
     stages.print()
-    console.print(f"report: {page.resolve()}", highlight=False, soft_wrap=True)
+    say(f"report: {page.resolve()}")
 
 
 def check_example() -> None:

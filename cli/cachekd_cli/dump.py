@@ -2,66 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import TaskID
 
-from cachekd.paths import PathOrName
-from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, table
-from cachekd_cli.data_options import Given, takes_data
+from cachekd.config import DumpConfig
+from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, say, table
+from cachekd_cli.options import AsJson, takes
 from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
-    from cachekd.config import DumpConfig
     from cachekd.dump import DumpSummary
     from cachekd.dump_estimate import Estimate
 
 
-@takes_data()
+@takes(DumpConfig, environment={"rank": "RANK", "world_size": "WORLD_SIZE"})  # of torchrun and accelerate
 def dump_command(
-    teacher: Annotated[PathOrName, typer.Option(help="Teacher: a model folder or hub name.")],
-    data: Given,
-    out: Annotated[Path, typer.Option(help="The cache's folder: new, empty, or a dump to go on with.")],
-    top_k: Annotated[int, typer.Option(help="Most logprobs kept per answer token.")] = 128,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Keep at least this share of the mass; default 0.99 with --tail none, else 0."),
-    ] = None,
-    tail: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the logprobs that are not kept: none, bytes=32 (a token), step=0.1 or exact. "
-            "Default: bytes=64."
-        ),
-    ] = None,
-    disk_budget: Annotated[
-        str | None, typer.Option(help="For the whole cache, such as 50GB: chooses top-k and tail.")
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None,
-        typer.Option(help="Answer tokens of the pilot, which the sketch is fitted on. Default: 16384."),
-    ] = None,
-    window: Annotated[int, typer.Option(help="Kneedle looks at this many of the largest logits.")] = 128,
-    min_k: Annotated[int, typer.Option(help="Least logprobs kept per answer token.")] = 2,
-    shard_samples: Annotated[
-        int | None, typer.Option(help="Samples per shard; default: some 65,000 answer tokens.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per teacher forward.")] = 16,
-    workers: Annotated[int, typer.Option(help="Processes that read and encode samples; 0: a thread.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    rank: Annotated[
-        int | None, typer.Option(help="Of this process; default: from torchrun or accelerate, else 0.")
-    ] = None,
-    world_size: Annotated[
-        int | None, typer.Option(help="Processes that share the work; default likewise, else 1.")
-    ] = None,
+    config: DumpConfig,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run a few batches, say what the whole will cost, and stop.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the teacher once over a data set and cache its logits at the answer tokens.
 
@@ -70,31 +33,6 @@ def dump_command(
 
     Example: cachekd dump --teacher models/llava-7b --data data/train --out caches/llava-7b
     """
-    from cachekd.config import DumpConfig
-    from cachekd.config_file import read_config
-
-    config = read_config(
-        None,
-        DumpConfig,
-        {
-            "teacher": teacher,
-            **data,
-            "out": out,
-            "top_k": top_k,
-            "top_p": top_p,
-            "tail": tail,
-            "disk_budget": disk_budget,
-            "calibration_tokens": calibration_tokens,
-            "window": window,
-            "min_k": min_k,
-            "shard_samples": shard_samples,
-            "batch_size": batch_size,
-            "workers": workers,
-            "dtype": dtype,
-            "rank": int(os.environ.get("RANK", 0)) if rank is None else rank,
-            "world_size": int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size,
-        },
-    )
     quiet_libraries()
     if estimate:
         found = run_estimate(config)
@@ -162,14 +100,13 @@ def print_stopped(out: Path) -> None:
     from cachekd.cache.status import dump_status
 
     if not (out / PLAN_FILE).exists():
-        errors.print("stopped before anything was written", highlight=False)
+        say("stopped before anything was written", errors)
         return
     status = dump_status(out)
-    errors.print(
+    say(
         f"stopped: {status.shards:,} of {status.all_shards:,} shards are finished and stay, the one that was "
         "being made is discarded. Run the same command again to go on.",
-        highlight=False,
-        soft_wrap=True,
+        errors,
     )
 
 
@@ -195,10 +132,9 @@ def print_summary(summary: DumpSummary) -> None:
     ]
     console.print(table(f"cache {summary.out}", ("", "value"), rows))
     if not summary.finished:
-        console.print(
+        say(
             f"{summary.all_shards - summary.shards} shards are still to come from other processes. "
-            "If they have died, run the same command again: it goes on where they stopped.",
-            soft_wrap=True,
+            "If they have died, run the same command again: it goes on where they stopped."
         )
 
 

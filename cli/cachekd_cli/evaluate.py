@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from cachekd.paths import PathOrName, shortest
+from cachekd.config import EvalConfig
+from cachekd.paths import shortest
 from cachekd_cli.console import (
     console,
     print_json,
@@ -17,48 +16,16 @@ from cachekd_cli.console import (
     sample_progress,
     table,
 )
-from cachekd_cli.data_options import Given, takes_data
+from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cachekd.config import EvalConfig
     from cachekd.evaluation import Difference, Evaluation, Score
 
 
-@takes_data()
-def eval_command(
-    models: Annotated[
-        list[PathOrName], typer.Argument(help="Model or run folders; all are asked the same questions.")
-    ],
-    data: Given,
-    teacher: Annotated[
-        PathOrName | None, typer.Option(help="Adds its own row, and every model's agreement with it.")
-    ] = None,
-    cache: Annotated[
-        PathOrName | None,
-        typer.Option(help="The teacher's logits of these data, for the agreement alone: it need not run."),
-    ] = None,
-    history: Annotated[
-        str,
-        typer.Option(
-            help="What stands before a question: none of its conversation, or full: all of it, true answers "
-            "included."
-        ),
-    ] = "none",
-    blind: Annotated[
-        bool, typer.Option(help="Ask every model again with each picture replaced by its mean colour.")
-    ] = True,
-    prior_data: Annotated[
-        PathOrName | None,
-        typer.Option(help="The training data: adds the row of what is answered most often there."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions per forward; halved when memory runs out.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that read and encode samples; 0: a thread.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="A folder for scores.json: all rows.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
+@takes(EvalConfig, arguments=["models"])
+def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
     """Exact match per question type, and agreement with the teacher.
 
     Every run folder among the models keeps its scores on these questions for `cachekd report`. One model is
@@ -68,22 +35,6 @@ def eval_command(
 
     Example: cachekd eval runs/ce --data data/test --prior-data data/train --limit 500
     """
-    from cachekd.config import EvalConfig
-    from cachekd.config_file import read_config
-
-    options = {
-        "models": models,
-        "teacher": teacher,
-        "cache": cache,
-        "history": history,
-        "blind": blind,
-        "prior_data": prior_data,
-        "batch_size": batch_size,
-        "workers": workers,
-        "dtype": dtype,
-        "out": out,
-    }
-    config = read_config(None, EvalConfig, {**options, **data})
     from cachekd.evaluation import only_writer
 
     quiet_libraries()

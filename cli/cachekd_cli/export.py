@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, progress_bar
-from cachekd_cli.data_options import Given, read_optional, takes_data
+from cachekd_cli.console import print_json, progress_bar, say
+from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes
 
 
 class Form(StrEnum):
@@ -20,19 +20,15 @@ class Form(StrEnum):
     webdataset = "webdataset"
 
 
-@takes_data(required=False)
+@takes(DataOptions)
 def export_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
-    out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    cache: CacheFolder,
+    out: NewFolder,
     to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
-    data: Given,
-    top_k: Annotated[
-        int | None, typer.Option(help="Most logprobs per token. Default: all that are kept.")
-    ] = None,
-    binding: Annotated[
-        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    data: DataOptions | None,
+    top_k: TopK = None,
+    binding: Binding = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a cache's logprobs for trainers other than cachekd.
 
@@ -46,11 +42,10 @@ def export_command(
     from cachekd.samples import open_samples
     from cachekd.samples.dumped import as_dumped
 
-    said = read_optional(data)
-    if (said is None) == (to is Form.webdataset):
+    if (data is None) == (to is Form.webdataset):
         raise CachekdError(
             "--data goes with --to webdataset, and only with it",
-            found=f"--to {to.value} {'with' if 'data' in data else 'without'} --data",
+            found=f"--to {to.value} {'without' if data is None else 'with'} --data",
             fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
         )
     opened = open_bound(cache, binding)
@@ -60,16 +55,14 @@ def export_command(
         def advance(done: int) -> None:
             bar.advance(task, done)
 
-        if said is None:
+        if data is None:
             written = export_parquet(opened, out, top_k=top_k, progress=advance)
         else:
             dumped = opened.manifest.sources[0].data
-            samples = open_samples(as_dumped(said, dumped, str(cache), bound=binding is not None))
+            samples = open_samples(as_dumped(data, dumped, str(cache), bound=binding is not None))
             written = export_webdataset(opened, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if as_json:
         print_json({"out": out, "samples": written, "bytes": size})
     else:
-        console.print(
-            f"{out}: {written:,} samples, {size / 1e6:,.2f} MB", markup=False, highlight=False, soft_wrap=True
-        )
+        say(f"{out}: {written:,} samples, {size / 1e6:,.2f} MB")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cachekd.visible import visible
 from cachekd_cli.console import console, print_json, progress_bar, table, write_page
+from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
     from cachekd.cache.summary import CacheSummary, ShardSummary
@@ -23,13 +24,13 @@ BAR_WIDTH = 32
 
 
 def inspect_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    cache: CacheFolder,
     html: Annotated[Path | None, typer.Option(help="Write it as an HTML page with plots.")] = None,
     entropy_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="With a tail sketch: tokens whose entropy is measured; default: 1024."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is in a cache: teacher, data, bytes by part, k, entropy, accuracy, shards. Reads all of it.
 

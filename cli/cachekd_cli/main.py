@@ -34,8 +34,8 @@ from cachekd_cli import (
     train,
     verify,
 )
-from cachekd_cli.console import errors, print_error
-from cachekd_cli.path_options import expands_paths
+from cachekd_cli.console import errors, print_error, say
+from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
@@ -112,7 +112,7 @@ def main() -> None:
     except CachekdError as error:
         print_error(error)
         if isinstance(error, BadSample) and sys.argv[1:2] in (["dump"], ["train"], ["eval"]):
-            errors.print("  or: --on-error skip leaves such samples out, counted and named", highlight=False)
+            say("  or: --on-error skip leaves such samples out, counted and named", errors)
         sys.exit(2)
 
 

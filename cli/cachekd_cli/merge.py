@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json
+from cachekd_cli.console import print_json, say
+from cachekd_cli.options import AsJson
 
 
 def merge_command(
     caches: Annotated[list[Path], typer.Argument(help="Two or more caches.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new cache's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Join caches of the same teacher, inputs and settings; no shard is rewritten.
 
@@ -29,10 +30,7 @@ def merge_command(
             {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
         )
     else:
-        console.print(
+        say(
             f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
-            f"{len(manifest.shards):,} shards from {len(caches)} caches",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"{len(manifest.shards):,} shards from {len(caches)} caches"
         )

@@ -13,22 +13,15 @@ from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
+from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd.visible import visible
-from cachekd_cli.console import (
-    console,
-    errors,
-    print_json,
-    progress_bar,
-    quiet_libraries,
-    write_page,
-)
-from cachekd_cli.data_options import Given, read_optional, takes_data
+from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, say, write_page
+from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
-    from cachekd.data_options import DataOptions
     from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
     from cachekd.peek_data import PeekedData
     from cachekd.samples import Sample
@@ -46,16 +39,15 @@ class Order(StrEnum):
     surprising = "surprising"
 
 
-@takes_data(required=False)
+@takes(DataOptions)
 def peek_command(
-    data: Given,
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
-    key: Annotated[
-        str | None, typer.Argument(help="A sample's key; default: chosen by --order and --samples.")
+    data: DataOptions | None,
+    cache: CacheFolder,
+    sample_key: Annotated[
+        str | None,
+        typer.Argument(metavar="KEY", help="A sample's key; default: chosen by --order and --samples."),
     ] = None,
-    binding: Annotated[
-        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
-    ] = None,
+    binding: Binding = None,
     tokenizer: Annotated[
         PathOrName | None,
         typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here."),
@@ -72,7 +64,7 @@ def peek_command(
         Order, typer.Option(help="The first samples, or those whose answers surprise the teacher most.")
     ] = Order.first,
     html: Annotated[Path | None, typer.Option(help="Write a page to click through.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the teacher said at each answer token: its probability, the alternatives, entropy, k.
 
@@ -90,18 +82,17 @@ def peek_command(
     reader = find_reader(opened, tokenizer)
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
-        errors.print(visible(note), markup=False, highlight=False, soft_wrap=True)
-    options = read_optional(data)
-    seen = None if options is None else open_data(opened, options, reader, bound=binding is not None)
-    if key is not None:
-        opened.shard_of(key)  # a key that the cache lacks is refused before the data are asked
-        keys = [key]
+        say(visible(note), errors)
+    seen = None if data is None else open_data(opened, data, reader, bound=binding is not None)
+    if sample_key is not None:
+        opened.shard_of(sample_key)  # a key that the cache lacks is refused before the data are asked
+        keys = [sample_key]
     else:
         there: Container[str] = opened if seen is None else seen
         with errors.status("choosing samples"):
             keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order.value, there)
     with_images = html is not None
-    skip = options is not None and options.on_error == "skip"
+    skip = data is not None and data.on_error == "skip"
     shown = top or (10 if html else 5)
     found, images = look(opened, keys, seen, reader, shown, with_images=with_images, skip=skip)
     if html is not None:
@@ -167,7 +158,7 @@ def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
     except BadSample as error:
         if not skip:
             raise
-        errors.print(f"{error.where}: {error.problem}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{error.where}: {error.problem}", errors)
         return None
 
 
@@ -190,7 +181,7 @@ def print_sample(sample: PeekedSample) -> None:
     )
     console.print(title, soft_wrap=True)
     for number, size in enumerate(sample.images or []):
-        console.print(f"image {number + 1}: {size.width} x {size.height} pixels", highlight=False)
+        say(f"image {number + 1}: {size.width} x {size.height} pixels")
     if sample.messages is None or any(token.turn is None for token in sample.tokens):
         for message in sample.messages or []:
             print_message(message)

@@ -9,8 +9,8 @@ import typer
 
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
-from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
-from cachekd_cli.sharing_options import Timeout
+from cachekd_cli.console import byte_progress, print_json, progress_bar, quiet_hub, say
+from cachekd_cli.options import AsJson, Timeout
 from cachekd_cli.signals import resumable
 
 
@@ -24,7 +24,7 @@ def pull_command(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
     timeout: Timeout = STORE_TIMEOUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.
 
@@ -58,16 +58,8 @@ def pull_command(
             }
         )
         return
-    console.print(
+    say(
         f"{out}: {len(manifest.shards):,} shards, {manifest.samples:,} samples, {manifest.tokens:,} answer "
-        f"tokens; {pulled.fetched:,} files fetched ({pulled.bytes / 1e6:,.2f} MB), {pulled.kept:,} were here",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"tokens; {pulled.fetched:,} files fetched ({pulled.bytes / 1e6:,.2f} MB), {pulled.kept:,} were here"
     )
-    console.print(
-        f"next: cachekd bind {out} --data <your copy of the data>",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"next: cachekd bind {out} --data <your copy of the data>")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.paths import PathOrName
-from cachekd_cli.console import byte_progress, console, print_json, progress_bar, quiet_hub
-from cachekd_cli.sharing_options import Timeout
+from cachekd_cli.console import byte_progress, print_json, progress_bar, quiet_hub, say
+from cachekd_cli.options import AsJson, CacheFolder, Timeout
 from cachekd_cli.signals import resumable
 
 
 def push_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    cache: CacheFolder,
     to: Annotated[
         PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder: ./name.")
     ],
@@ -25,7 +24,7 @@ def push_command(
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
     timeout: Timeout = STORE_TIMEOUT,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
 
@@ -51,15 +50,12 @@ def push_command(
     if as_json:
         print_json(pushed.__dict__)
         return
-    console.print(
+    say(
         f"{pushed.url}: {pushed.uploaded:,} files uploaded ({pushed.bytes / 1e6:,.2f} MB), "
-        f"{pushed.skipped:,} were there already",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{pushed.skipped:,} were there already"
     )
     if pushed.kept_card:
-        console.print("a README.md was there, and was kept as it is", soft_wrap=True)
+        say("a README.md was there, and was kept as it is")
     elif license is None:
-        console.print("the card says that the licence is unknown: nobody may rely on it", soft_wrap=True)
-    console.print(f"next: cachekd pull {pushed.url} <folder>", markup=False, highlight=False, soft_wrap=True)
+        say("the card says that the licence is unknown: nobody may rely on it")
+    say(f"next: cachekd pull {pushed.url} <folder>")

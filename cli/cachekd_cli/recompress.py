@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json, progress_bar, table
+from cachekd_cli.console import console, print_json, progress_bar, say, table
+from cachekd_cli.options import AsJson, CacheFolder, NewFolder, TopK
 
 
 def recompress_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
-    out: Annotated[Path, typer.Argument(help="The new cache's folder.")],
-    top_k: Annotated[int | None, typer.Option(help="Most logprobs per token. Default: as it is.")] = None,
+    cache: CacheFolder,
+    out: NewFolder,
+    top_k: TopK = None,
     tail: Annotated[
         str | None, typer.Option(help="A coarser tail: none, bytes=32 or step=0.3. Default: as it is.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a smaller cache from a larger one; the teacher is not needed.
 
@@ -57,9 +57,7 @@ def recompress_command(
     ]
     console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
-        console.print(
+        say(
             f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "
-            f"gradient cosine {fidelity.cosine:.4f}",
-            highlight=False,
-            soft_wrap=True,
+            f"gradient cosine {fidelity.cosine:.4f}"
         )

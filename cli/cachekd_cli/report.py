@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console
+from cachekd_cli.console import say
 
 
 def report_command(
@@ -24,4 +24,4 @@ def report_command(
     from cachekd.report import write_report
 
     page = write_report(run, baseline or [], out)
-    console.print(f"report: {page.resolve()}", highlight=False, soft_wrap=True)
+    say(f"report: {page.resolve()}")

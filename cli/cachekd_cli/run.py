@@ -11,6 +11,7 @@ import typer
 
 from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.options import AsJson
 from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def run_command(
     status: Annotated[
         bool, typer.Option("--status", help="Show what is done and what would run, and stop.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The steps' states as JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the steps of a file: dump, train in stages, eval, report.
 
@@ -45,12 +46,12 @@ def run_command(
 
     quiet_libraries()
     try:
-        states = look(config) if status else run_pipeline(config, runners(quiet=json), announce)
+        states = look(config) if status else run_pipeline(config, runners(quiet=as_json), announce)
     except KeyboardInterrupt as stop:
         text = f"{str(stop) or 'stopped'}: the same command goes on from here; what is finished stays"
         errors.print(text, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code(stop)) from None
-    if json:
+    if as_json:
         print_json([{name: x for name, x in asdict(s).items() if name != "facts"} for s in states])
     else:
         print_states(states, f"pipeline {config.out}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console
+from cachekd_cli.console import say
 
 
 def schema_command(
@@ -25,7 +25,7 @@ def schema_command(
     if name is None:
         for known, model in SCHEMAS.items():
             first = (model.__doc__ or "").split("\n")[0]
-            console.print(f"{known:10}{first}", highlight=False, markup=False, soft_wrap=True)
+            say(f"{known:10}{first}")
         return
     if name not in SCHEMAS:
         raise CachekdError(f"there is no schema {name!r}", expected=f"one of {', '.join(SCHEMAS)}")

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, print_json_list, table
+from cachekd_cli.console import console, print_json, print_json_list, say, table
+from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ SHOWN = 20
 
 
 def select_command(
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    cache: CacheFolder,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The new cache's folder.")] = None,
     keys: Annotated[Path | None, typer.Option(help="A file with a key per line; '-': stdin.")] = None,
     match: Annotated[str | None, typer.Option(help="Keys of this pattern, such as 'coco/*'.")] = None,
@@ -34,7 +35,7 @@ def select_command(
         typer.Option("--filter", help="A condition on key, tokens, mean_k, logprob and shard; see --list."),
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="Show the samples; make nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Derive a smaller cache; every value in it is as it was. Conditions are combined: all must hold.
 
@@ -69,12 +70,7 @@ def select_command(
             {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
         )
     else:
-        console.print(
-            f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens")
 
 
 def choose(

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cachekd_cli.console import console, print_json, table
+from cachekd_cli.console import console, print_json, say, table
+from cachekd_cli.options import AsJson
 
 
 def status_command(
     cache: Annotated[Path, typer.Argument(help="The folder of a cache or of a dump under way.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show how much of a dump is done, while it runs or after it was stopped.
 
@@ -36,4 +37,4 @@ def status_command(
     ]
     console.print(table(f"{'cache' if status.finished else 'dump'} {cache}", ("", "value"), rows))
     if not status.finished:
-        console.print("not finished: the same `cachekd dump` goes on with it", soft_wrap=True)
+        say("not finished: the same `cachekd dump` goes on with it")

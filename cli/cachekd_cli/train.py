@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from cachekd.paths import PathOrName, is_address
+from cachekd.config import TrainConfig
+from cachekd.paths import is_address
 from cachekd_cli.console import (
     byte_progress,
     console,
@@ -22,118 +23,26 @@ from cachekd_cli.console import (
     progress_bar,
     quiet_hub,
     quiet_libraries,
+    say,
     table,
 )
-from cachekd_cli.data_options import Given, takes_data
+from cachekd_cli.options import AsJson, takes
 from cachekd_cli.signals import exit_code, interrupt, noting_the_first
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from cachekd.config import TrainConfig
     from cachekd.train import TrainSummary
     from cachekd.train_estimate import TrainEstimate
 
 
-@takes_data(required=False)
+@takes(TrainConfig)
 def train_command(
-    data: Given,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML with any of these settings; options override it.")
-    ] = None,
-    student: Annotated[PathOrName | None, typer.Option(help="Student: a model folder or hub name.")] = None,
-    teacher: Annotated[PathOrName | None, typer.Option(help="Teacher, for the switched path.")] = None,
-    cache: Annotated[
-        PathOrName | None,
-        typer.Option(
-            help="What `cachekd dump` wrote, or where it was published: hf://datasets/org/name, ..."
-        ),
-    ] = None,
-    binding: Annotated[
-        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder: new, or a run that was cut short.")
-    ] = None,
-    eval_data: Annotated[
-        PathOrName | None,
-        typer.Option(
-            help="Held-out data, evaluated while the student trains. Their options: a mapping in the YAML."
-        ),
-    ] = None,
-    eval_cache: Annotated[
-        PathOrName | None,
-        typer.Option(help="The teacher's cache of them; without one L_CE alone is evaluated."),
-    ] = None,
-    eval_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps between evaluations. Default: as --save-steps, and at the last step."),
-    ] = None,
-    live_teacher: Annotated[
-        bool | None, typer.Option("--live-teacher", help="Run the whole teacher in place of a cache.")
-    ] = None,
-    missing: Annotated[
-        str | None,
-        typer.Option(
-            help="Samples that the cache lacks: error, skip (left out) or ce-only (train by L_CE alone). "
-            "Default: error. It means nothing beside --live-teacher."
-        ),
-    ] = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(help="dpt, sft or dft: presets of the next three, each of which can be set by itself."),
-    ] = None,
-    trainable: Annotated[
-        str | None,
-        typer.Option(
-            help="Parts that train, as in projector,language_model. Default: vision_encoder,projector,"
-            "language_model."
-        ),
-    ] = None,
-    lambda_align: Annotated[float | None, typer.Option(help="Weight of L_Align. Default: 1.")] = None,
-    lambda_vsd: Annotated[float | None, typer.Option(help="Weight of L_VSD. Default: 1.")] = None,
-    vsd_every: Annotated[
-        int | None, typer.Option(help="Optimizer steps per one with the switched path. Default: 1.")
-    ] = None,
-    switch_bridge: Annotated[
-        str | None,
-        typer.Option(
-            help="linear: a trained map from the student's vision encoder to a teacher's projector of "
-            "another width or grid. Beyond the paper. Default: none."
-        ),
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of DBiLD. Default: 3.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples per step. Default: 16.")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Batches per step. Default: 1.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="AdamW's peak. Default: 2e-5.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's. Default: 0.")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps. Default: 0.03.")] = None,
-    max_grad_norm: Annotated[float | None, typer.Option(help="Gradient clip. Default: 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the data order. Default: 0.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16, float16. Default: auto.")
-    ] = None,
-    logging_steps: Annotated[int | None, typer.Option(help="Steps between log entries. Default: 10.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that read samples. Default: 0; on a GPU 4.")
-    ] = None,
-    save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; 0: none. Default: 500.")
-    ] = None,
-    keep_checkpoints: Annotated[
-        bool | None, typer.Option("--keep-checkpoints", help="Leave them in the finished run.")
-    ] = None,
-    logit_chunk: Annotated[
-        int | None, typer.Option(help="Answer tokens whose logits exist at a time. Default: 64 MiB of them.")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Recompute layers: slower, leaner.")
-    ] = None,
+    config: TrainConfig,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Run a few steps, print memory and time, and stop.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The summary or estimate as JSON on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a student against a cache: L_CE + lambda_align L_Align + lambda_vsd L_VSD.
 
@@ -147,39 +56,33 @@ def train_command(
 
     A run that was cut short goes on when its command is repeated. Ctrl-C and SIGTERM let the step that runs
     end and write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
-    -m cachekd_cli.main train ... In the YAML alone: lora, teacher_quantization, student_quantization, and
-    training, a mapping of any other fields of transformers.TrainingArguments, such as
-    load_best_model_at_end: true, which ends with the student of the best evaluation.
+    -m cachekd_cli.main train ... With `training: {load_best_model_at_end: true}` in the YAML a run ends with
+    the student of the best evaluation.
     """
-    options = {n: v for n, v in locals().items() if n not in ("config", "data", "estimate", "json")} | data
-    from cachekd.config import TrainConfig
-    from cachekd.config_file import read_config
-
-    settings = read_config(config, TrainConfig, options)
     quiet_libraries()
     try:
-        train_or_estimate(settings, estimate=estimate, json=json)
+        train_or_estimate(config, estimate=estimate, as_json=as_json)
     except KeyboardInterrupt as stop:
-        print_stopped(stop, settings.out)
+        print_stopped(stop, config.out)
         raise typer.Exit(exit_code(stop)) from None
 
 
-def train_or_estimate(settings: TrainConfig, *, estimate: bool, json: bool) -> None:
+def train_or_estimate(config: TrainConfig, *, estimate: bool, as_json: bool) -> None:
     """Fetch what is not here yet, run, and print the result; one process prints."""
-    fetch_cache(settings)
+    fetch_cache(config)
     if estimate:
         from cachekd.train_estimate import estimate_training
 
-        result = estimate_training(settings)
+        result = estimate_training(config)
         if is_main_process():
-            print_json(asdict(result)) if json else print_estimate(result)
+            print_json(asdict(result)) if as_json else print_estimate(result)
         return
-    if is_main_process() and not json:
-        print_settings(settings)
-    summary = run_train(settings)
+    if is_main_process() and not as_json:
+        print_settings(config)
+    summary = run_train(config)
     if not is_main_process():
         return
-    print_json(asdict(summary)) if json else print_summary(summary)
+    print_json(asdict(summary)) if as_json else print_summary(summary)
 
 
 def fetch_cache(config: TrainConfig) -> None:
@@ -320,7 +223,7 @@ def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
 
     if is_main_process():
         text = f"{str(stop) or 'stopped'}: {how_to_go_on(out)}"
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, errors)
 
 
 def print_summary(summary: TrainSummary) -> None:
@@ -340,9 +243,7 @@ def print_summary(summary: TrainSummary) -> None:
     print_left_out("samples that cannot be used", summary.bad)
     print_left_out("held-out samples that their cache lacks", summary.eval_missing)
     print_left_out("held-out samples that cannot be used", summary.eval_bad)
-    console.print(
-        f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>", highlight=False
-    )
+    say(f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>")
 
 
 def print_estimate(estimate: TrainEstimate) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
@@ -19,11 +20,10 @@ from cachekd_cli.console import (
     sample_progress,
     table,
 )
-from cachekd_cli.data_options import Given, read_optional, takes_data
+from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
     from cachekd.cache import Finding, Manifest
-    from cachekd.data_options import DataOptions
     from cachekd.recheck import Recheck
     from cachekd.samples import Samples
     from cachekd.teacher import Teacher
@@ -31,24 +31,22 @@ if TYPE_CHECKING:
 SHOWN = 20
 
 
-@takes_data(required=False)
+@takes(DataOptions)
 def verify_command(
-    data: Given,
-    cache: Annotated[Path, typer.Argument(help="The cache's folder.")],
+    data: DataOptions | None,
+    cache: CacheFolder,
     teacher: Annotated[
         PathOrName | None,
         typer.Option(help="Ask this teacher again (with --data), and make repairs with it."),
     ] = None,
-    binding: Annotated[
-        Path | None, typer.Option(help="What `cachekd bind` wrote, where the data have other keys.")
-    ] = None,
+    binding: Binding = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
         bool, typer.Option("--repair", help="Make broken files again: shards need --teacher and --data.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read samples for a repair.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a cache: every file against its checksum; with --teacher and --data, values against the teacher.
 
@@ -60,8 +58,7 @@ def verify_command(
     from cachekd.cache.manifest import require_manifest
 
     quiet_libraries()
-    options = read_optional(data)
-    if (teacher is None) != (options is None):
+    if (teacher is None) != (data is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
     if binding is not None and (repair or teacher is None):
         raise CachekdError(
@@ -74,10 +71,10 @@ def verify_command(
     found = check_files(cache)
     live = None
     if repair and found:
-        run_repair(cache, found, teacher, options, workers, done)
+        run_repair(cache, found, teacher, data, workers, done)
         found = check_files(cache)
-    if teacher is not None and options is not None and not found:
-        live = ask_again(cache, teacher, options, binding, sample, seed)
+    if teacher is not None and data is not None and not found:
+        live = ask_again(cache, teacher, data, binding, sample, seed)
     if as_json:
         print_json(as_dict(cache, found, done, live))
     else:
