@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families import PIXEL_INPUTS, changed, family_of, vision_tower, vision_tower_name
+from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_tower_name
+from cachekd.vlm.families.replay import changed
 
 
 class VisionCapture:
