@@ -10,12 +10,8 @@ from transformers import PreTrainedModel
 
 from cachekd.errors import CachekdError
 from cachekd.vlm.families import FAMILIES
-from cachekd.vlm.split import capture_vision, decode, logits_at, project
+from cachekd.vlm.split import capture_vision, decode, logits_at, project, rounding
 from cachekd.vlm.steady import in_eval_mode
-
-# Share of the logits' deviation. The same operations on the same numbers: mostly there is no difference.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_HALF = 2e-2
 
 
 @torch.no_grad()
@@ -43,7 +39,7 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     miss = float((split - whole).abs().max() / whole.float().std())
-    if not miss <= _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF):
+    if not miss <= rounding(whole.dtype):
         raise _refusal(model, f"logits off by {miss:.1%} of their deviation")
     return miss
 

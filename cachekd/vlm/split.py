@@ -23,6 +23,11 @@ from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_t
 from cachekd.vlm.families.replay import changed
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """By what share of the logits' deviation the same operations on the same numbers may differ."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
+
+
 class VisionCapture:
     """Holds the raw output of the vision encoder's last forward; None if it did not run (no image)."""
 
