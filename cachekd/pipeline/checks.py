@@ -91,12 +91,20 @@ class _Models:
         source = self.source(name)
         return self._opened.setdefault(source, ModelFiles(source))
 
+    def reader(self, name: str) -> ModelFiles:
+        """The same, of a model that reads samples by itself.
+
+        Raises:
+            CachekdError: its processor cannot be used for that.
+        """
+        files = self.files(name)
+        _ = files.encoder
+        return files
+
 
 def _check_dump(config: DumpConfig, models: _Models) -> None:
     TailSetting.parse(config.tail)
-    teacher = models.files(config.teacher)
-    assert teacher.encoder is not None  # it has a template that can be used
-    require_vocabulary(config, teacher)
+    require_vocabulary(config, models.reader(config.teacher))
 
 
 def _check_train(config: TrainConfig, models: _Models) -> None:
@@ -104,7 +112,7 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     check_lean_settings(config)
     if config.binding is not None:
         Binding.read(config.binding)
-    student = models.files(config.student)
+    student = models.reader(config.student)
     if config.cache is not None:
         _check_cache(config.cache, student, models)
     if config.runs_teacher:
@@ -128,7 +136,7 @@ def _check_cache(cache: str, student: ModelFiles, models: _Models, facts: tuple[
     """
     tokenizer = student.processor.tokenizer
     if (name := models.teachers.get(cache)) is not None:
-        teacher = models.files(name)
+        teacher = models.reader(name)
         check_tokenizers(teacher.processor.tokenizer, tokenizer)
         stored = teacher.fingerprints
     elif is_address(cache):
@@ -161,7 +169,7 @@ def _check_teacher(config: TrainConfig, models: _Models) -> None:
 
 def _check_eval(config: EvalConfig, models: _Models) -> None:
     names = [*([config.teacher] if config.teacher else []), *config.models]
-    first, *others = map(models.files, names)
+    first, *others = map(models.reader, names)
     for other in others:
         check_tokenizers(first.processor.tokenizer, other.processor.tokenizer)
     if config.cache is None:

@@ -43,9 +43,9 @@ class ModelFiles:
 
     def within(self, limits: Limits) -> ModelFiles:
         """The same model, with what is opened of it, for samples within other limits."""
-        assert self.processor is not None  # opened here, and so once for both
+        processor = self.processor  # opened here, and so once for both
         other = copy.copy(self)
-        other.limits = limits
+        other.limits, other.processor = limits, processor
         vars(other).pop("encoder", None)
         return other
 
