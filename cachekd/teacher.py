@@ -21,8 +21,8 @@ from cachekd.cache import (
 from cachekd.cache.select import select_and_normalise
 from cachekd.errors import BadSample, CachekdError
 from cachekd.failures import failed_forward, together_or_each
-from cachekd.samples import Encoded, SampleEncoder
-from cachekd.samples.batch import Batch
+from cachekd.samples import Encoded, SampleEncoder, collate
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
 
 
@@ -180,8 +180,8 @@ class Teacher:
             raise failed_forward(error, samples, "the teacher", kept=True) from error
 
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        batch = Batch.of(samples, self.encoder.pad_token_id, self.model.device)
-        hidden, logits = hidden_and_logits_at(self.model, batch.inputs, batch.positions)
+        batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id)).to(self.model.device)
+        hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
         return hidden, logits, batch.token_ids, batch.counts
 
     def info(self) -> TeacherInfo:

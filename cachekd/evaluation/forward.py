@@ -16,8 +16,8 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.reference import Reference
 from cachekd.failures import failed_forward, free_memory, memory_that_ran_out, together_or_each
 from cachekd.losses import forward_kl_loss
-from cachekd.samples import Encoded, SampleEncoder
-from cachekd.samples.batch import Batch
+from cachekd.samples import Encoded, SampleEncoder, collate
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import hidden_and_logits_at, output_head, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,10 @@ class QuestionRunner:
 
     @torch.inference_mode()
     def _forward(self, questions: list[Question]) -> list[Answered]:
-        batch = Batch.of([one.encoded for one in questions], self.encoder.pad_token_id, self.model.device)
+        collated = collate([one.encoded for one in questions], self.encoder.pad_token_id)
+        batch = ModelInputs.of(collated).to(self.model.device)
         counts = batch.counts
-        hidden, logits = hidden_and_logits_at(self.model, batch.inputs, batch.positions)
+        hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
         logits = logits[:, : self.vocab_size].float()
         if not bool(logits.isfinite().all()):
             raise BadSample(

@@ -15,9 +15,9 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
-from cachekd.samples import Encoded, Limits, Samples
-from cachekd.samples.batch import Batch
+from cachekd.samples import Encoded, Limits, Samples, collate
 from cachekd.samples.limits import NO_ROW
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import ModelFiles as Side
 from cachekd.vlm import default_device, default_dtype, generation_stops, plan_bridge, prove_split
 from cachekd.vlm.compat import switch_differences, tokenizer_difference
@@ -241,9 +241,9 @@ def split_row(name: str, side: Side, encoded: Encoded) -> Row:
         return Row(name, "note", "no image in the sample to take it apart with")
     device = default_device()
     model = side.load(dtype=default_dtype(device), device=device)
-    batch = Batch.of([encoded], side.encoder.pad_token_id, device)
+    batch = ModelInputs.of(collate([encoded], side.encoder.pad_token_id)).to(device)
     try:
-        miss = prove_split(model, batch.inputs, batch.positions)
+        miss = prove_split(model, batch.tensors, batch.positions)
     except CachekdError as error:
         return _refused(name, error)
     if miss == 0:

@@ -144,7 +144,7 @@ def load_model(
 def empty_model(config: Any) -> PreTrainedModel:
     """The modules of a model without memory or weights ("meta"), from its config alone."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config).from_config(config)
+        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config))
     return model
 
 
