@@ -15,7 +15,6 @@ from cachekd.vlm.load import (
     empty_model,
     load_config,
     load_model,
-    load_without_tower,
 )
 from cachekd.vlm.model_files import ModelFiles
 from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, reach_by_text, train_only
@@ -50,7 +49,6 @@ __all__ = [
     "load_config",
     "load_model",
     "load_processor",
-    "load_without_tower",
     "logits_at",
     "model_content",
     "modules_outside",

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +23,6 @@ from cachekd.errors import CachekdError
 
 log = logging.getLogger(__name__)
 
-HASH_AGAIN = "CACHEKD_HASH_AGAIN"
-HOME = "CACHEKD_HOME"
 _BLOCK = 1 << 22
 _SAID_EVERY = 5.0  # seconds
 # A file that changes again within the clock's step of its file system keeps its time: younger ones are
@@ -48,13 +46,8 @@ class FileState(Part):
         """Of the file behind links: a hub's snapshot is made of them."""
         real = path.resolve()
         stat = real.stat()
-        return cls(
-            path=str(real),
-            size=stat.st_size,
-            modified=stat.st_mtime_ns,
-            changed=stat.st_ctime_ns,
-            inode=stat.st_ino,
-        )
+        times = {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
+        return cls(path=str(real), size=stat.st_size, inode=stat.st_ino, **times)
 
 
 class RememberedHash(Sealed):
@@ -74,7 +67,7 @@ def hash_files(files: Sequence[Path]) -> str:
         OSError: a file cannot be read.
     """
     states = [FileState.of(path) for path in files]
-    if not os.environ.get(HASH_AGAIN):
+    if not os.environ.get("CACHEKD_HASH_AGAIN"):
         with suppress(*_NO_MEMORY):
             known = RememberedHash.read(_place(states))
             if known.files == states:
@@ -92,30 +85,20 @@ def read_and_hash(files: Sequence[Path]) -> str:
     """The same, by reading every byte; of what takes longer, it is said how far it is."""
     digest, done, total = hashlib.sha256(), 0, sum(path.stat().st_size for path in files)
     said = time.monotonic()
-    for block in _blocks(files):
-        digest.update(block)
-        done += len(block)
-        if time.monotonic() - said > _SAID_EVERY:
-            said = time.monotonic()
-            log.warning("hashing %s: %.1f of %.1f GB", files[0].parent, done / 1e9, total / 1e9)
-    return digest.hexdigest()
-
-
-def _blocks(files: Sequence[Path]) -> Iterator[bytes]:
     for path in files:
         with path.open("rb") as stream:
             while block := stream.read(_BLOCK):
-                yield block
+                digest.update(block)
+                done += len(block)
+                if time.monotonic() - said > _SAID_EVERY:
+                    said = time.monotonic()
+                    log.warning("hashing %s: %.1f of %.1f GB", path.parent, done / 1e9, total / 1e9)
+    return digest.hexdigest()
 
 
 def _place(states: Sequence[FileState]) -> Path:
-    """Where these files' hash is remembered, by their names."""
-    names = hashlib.sha256("\n".join(state.path for state in states).encode(errors="surrogateescape"))
-    return cache_home() / "hashes" / f"{names.hexdigest()}.json"
-
-
-def cache_home() -> Path:
-    """`CACHEKD_HOME`, or `cachekd` in the user's cache folder."""
-    if home := os.environ.get(HOME):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd")
+    """Where these files' hash is remembered: by their names, in the user's cache folder."""
+    names = "\n".join(state.path for state in states)
+    home = os.environ.get("CACHEKD_HOME")
+    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd"))
+    return folder / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"

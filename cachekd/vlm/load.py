@@ -125,12 +125,14 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     quantization: dict[str, Any] | None = None,
+    tower: bool = True,
     config: Any = None,
 ) -> PreTrainedModel:
-    """A whole VLM (or, of the family `text_only`, language model) in eval mode.
+    """A VLM (or, of the family `text_only`, language model) in eval mode.
 
     Args:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+        tower: False: P, L and the head alone, frozen; the vision encoder's weights are never read.
         config: of `load_config`, where it was read before; it stays as it is.
 
     Raises:
@@ -138,7 +140,9 @@ def load_model(
             cannot be read, or a package is missing.
     """
     config = load_config(path) if config is None else config
-    return _load(_auto_class(config), path, config, dtype, device, quantization)
+    model_class = _auto_class(config) if tower else _without_tower(config)
+    model = _load(model_class, path, config, dtype, device, quantization)
+    return model if tower else model.requires_grad_(False)
 
 
 def empty_model(config: Any) -> PreTrainedModel:
@@ -152,23 +156,8 @@ def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
 
 
-def load_without_tower(
-    path: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: dict[str, Any] | None = None,
-    config: Any = None,
-) -> PreTrainedModel:
-    """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read.
-
-    Args:
-        quantization, config: see `load_model`.
-
-    Raises:
-        CachekdError: as `load_model`.
-    """
-    config = load_config(path) if config is None else config
+def _without_tower(config: Any) -> Any:
+    """The class of a VLM, but for its vision encoder: the checkpoint's weights of it are passed over."""
     name, kept = vision_tower_name(config), family_of(config).inside
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
@@ -183,7 +172,7 @@ def load_without_tower(
 
     # transformers renames a checkpoint's weights only for classes that it knows as its own.
     Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__
-    return _load(Towerless, path, config, dtype, device, quantization).requires_grad_(False)
+    return Towerless
 
 
 def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:

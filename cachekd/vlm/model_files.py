@@ -24,7 +24,7 @@ from cachekd.samples.limits import NO_LIMITS
 from cachekd.samples.processor import Processor
 from cachekd.vlm.families import TEXT_ONLY, family_of
 from cachekd.vlm.file_hashes import hash_files
-from cachekd.vlm.load import load_config, load_model, load_without_tower
+from cachekd.vlm.load import load_config, load_model
 from cachekd.vlm.processors import processor_of
 from cachekd.vlm.weights import model_content, weights_files
 
@@ -130,13 +130,6 @@ class ModelFiles:
         quantization: dict[str, Any] | None = None,
         tower: bool = True,
     ) -> PreTrainedModel:
-        """The weights, as `load_model` reads them.
-
-        Args:
-            tower: whether the vision encoder's are read too; see `load_without_tower`.
-
-        Raises:
-            CachekdError: as `load_model`.
-        """
-        read = load_model if tower else load_without_tower
-        return read(self.path, dtype=dtype, device=device, quantization=quantization, config=self.config)
+        """See `load_model`."""
+        settings: dict[str, Any] = {"quantization": quantization, "tower": tower, "config": self.config}
+        return load_model(self.path, dtype=dtype, device=device, **settings)
