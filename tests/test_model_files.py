@@ -135,7 +135,7 @@ def test_hashing_can_be_forced(weights, read, monkeypatch):
     assert len(read) == 2
 
 
-@pytest.mark.parametrize("home", ["model/1.safetensors/home", "/proc/cachekd"])
+@pytest.mark.parametrize("home", ["model/1.safetensors/home", "/proc/cachekd", "x" * 300])
 def test_a_memory_that_cannot_be_written_is_done_without(weights, read, tmp_path, monkeypatch, home):
     monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / home))
     assert [hash_files(weights), hash_files(weights)] == [whole(weights)] * 2

@@ -29,7 +29,7 @@ _SAID_EVERY = 5.0  # seconds
 # hashed each time.
 _SETTLED_NS = 2_000_000_000
 # None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
-_NO_MEMORY = (CachekdError, RuntimeError, UnicodeError)
+_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
 
 
 class FileState(Part):
