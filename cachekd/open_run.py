@@ -40,7 +40,7 @@ class OpenRun:
 
     @property
     def encoder(self) -> SampleEncoder:
-        """The student's."""
+        """What makes the student's inputs of samples."""
         return self.models.student.encoder
 
 

@@ -67,7 +67,7 @@ class Teacher:
 
     @property
     def encoder(self) -> SampleEncoder:
-        """The files'."""
+        """What makes the model's inputs of samples."""
         return self.files.encoder
 
     @property

@@ -51,7 +51,7 @@ class ModelFiles:
 
     @cached_property
     def config(self) -> Any:
-        """As `load_config` reads it.
+        """The configuration, as `load_config` reads it.
 
         Raises:
             CachekdError: there is no such model, or its family is not supported.
@@ -60,7 +60,7 @@ class ModelFiles:
 
     @cached_property
     def processor(self) -> Processor:
-        """As `load_processor` reads it.
+        """Tokenizer, image processor and chat template, as `load_processor` reads them.
 
         Raises:
             CachekdError: there is none, or it has no tokenizer.
