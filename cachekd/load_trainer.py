@@ -102,15 +102,16 @@ def load_trainer(
 
 def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -> SwitchedTeacher:
     """P_T, L_T and the head; the vision encoder too, if the teacher is live."""
-    model = files.load(
+    weights = files.load(
         dtype=dtype_of(config.dtype, device),
         device=device,
         quantization=config.teacher_quantization,
         tower=config.live_teacher,
     )
+    teacher = SwitchedTeacher(weights)
     if config.gradient_checkpointing:
-        recompute_frozen_layers(model)
-    return SwitchedTeacher(model)
+        recompute_frozen_layers(teacher.model)  # after its eval mode, which would end that
+    return teacher
 
 
 def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None:
