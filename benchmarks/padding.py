@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cachekd.sample_order import LengthGroups
-from cachekd.samples import SampleEncoder, open_samples, rough_lengths
-from cachekd.vlm import load_processor
+from cachekd.samples import open_samples, rough_lengths
+from cachekd.vlm import ModelFiles
 
 
 def padding_share(lengths: list[int], order: list[int], batch_size: int) -> float:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     samples = open_samples(options.data, map=options.map, limit=options.limit, shuffle_seed=0)
-    encoder = SampleEncoder(load_processor(options.student))
+    encoder = ModelFiles(options.student).encoder
     rough = rough_lengths(samples, encoder)
     true = [len(encoder(samples[index])) for index in range(len(samples))]
     shuffled = random.Random(0).sample(range(len(true)), len(true))

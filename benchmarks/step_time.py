@@ -55,7 +55,7 @@ from cachekd.cache.select import select_and_normalise
 from cachekd.cache.tail import TailSetting
 from cachekd.samples import predicting_positions
 from cachekd.training_data import Example
-from cachekd.vlm import LiveTeacher, SwitchedTeacher, load_model
+from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.vlm.split import hidden_and_logits_at
 
 VARIANTS = ("naive_live", "live", "cached", "cached_no_vsd", "ce_only")
@@ -203,9 +203,8 @@ def run_ours(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
     dtype = getattr(torch, options.dtype)
     teacher = None
     if name in ("live", "cached"):
-        teacher = SwitchedTeacher.load(
-            str(folder / "teacher"), dtype=dtype, device=device, with_tower=name == "live"
-        )
+        files = ModelFiles(folder / "teacher")
+        teacher = SwitchedTeacher(files.load(dtype=dtype, device=device, tower=name == "live"))
     data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.student[0])
     targets: list[CachedTargets | None] = [None] * len(data)
     if name.startswith("cached"):

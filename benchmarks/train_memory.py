@@ -43,7 +43,7 @@ from cachekd.lean import recompute_frozen_layers
 from cachekd.samples import Encoded, predicting_positions
 from cachekd.training_arguments import CHECKPOINTING
 from cachekd.training_data import Example
-from cachekd.vlm import LiveTeacher, SwitchedTeacher, load_model
+from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 
 VARIANTS = ("naive", "live", "cached", "cached, recomputed layers")
 TEACHER = Tower(layers=4, width=64), Text(layers=4, width=128)
@@ -62,7 +62,8 @@ def cached_targets(teacher: LlavaForConditionalGeneration, sample: Encoded) -> C
 def lean(folder: Path, options: argparse.Namespace) -> float:
     """cachekd's trainer; the loss of the first step."""
     live, recomputed = options.variant == "live", options.variant == VARIANTS[3]
-    teacher = SwitchedTeacher.load(str(folder / "teacher"), dtype=torch.float32, device=CPU, with_tower=live)
+    files = ModelFiles(folder / "teacher")
+    teacher = SwitchedTeacher(files.load(dtype=torch.float32, device=CPU, tower=live))
     if recomputed:
         recompute_frozen_layers(teacher.model)
     data = random_samples(options.batch, options.length, options.vocab, STUDENT[0])

@@ -32,9 +32,9 @@ from cachekd.dump_plan import (
     same_plan,
 )
 from cachekd.make_shards import make_shards
-from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.teacher import Teacher, load_encoder
-from cachekd.vlm import default_device, dtype_of, load_config
+from cachekd.samples import Samples, open_samples
+from cachekd.teacher import Teacher
+from cachekd.vlm import ModelFiles, default_device, dtype_of, limits_of
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
@@ -112,12 +112,10 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     build = CacheBuild.start(config.out, plan)
     require_same_shards(config, build.plan)  # it is that of whoever was first
     known = pilot.reusable(build.plan) if pilot is not None else {}
-    teacher.codec = build.plan.codec
+    teacher = teacher.keeping(build.plan.codec)
     encoder = None
     if TailSetting.parse(teacher.codec.tail).sketch:
         encoder = build.encoder(lambda: pilot.fit(teacher))  # type: ignore[union-attr]  # it was run, as checked
-    else:
-        teacher.head = None
 
     spans = build.plan.spans()
     records = build.records(len(spans))
@@ -170,9 +168,9 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     """
     codec = codec_of(config)
     samples = open_samples(config)
-    encoder = load_encoder(config.teacher, max_tokens=config.max_tokens, too_long=config.too_long)
-    require_vocabulary(config, load_config(config.teacher), encoder.processor)
-    return samples, _load_teacher(config.teacher, encoder, samples, config, codec, config.dtype)
+    files = teacher_files(config.teacher, config)
+    require_vocabulary(config, files)
+    return samples, _load_teacher(files, samples, config, codec, config.dtype)
 
 
 def open_teacher(
@@ -187,25 +185,32 @@ def open_teacher(
     Raises:
         CachekdError: no such model or processor, or one that does not fit the data.
     """
-    encoder = load_encoder(path, max_tokens=options.max_tokens, too_long=options.too_long)
-    return _load_teacher(path, encoder, samples, options, codec, dtype)
+    return _load_teacher(teacher_files(path, options), samples, options, codec, dtype)
+
+
+def teacher_files(path: str, options: DataOptions) -> ModelFiles:
+    """The teacher's, within its own limits and what the options say of long samples.
+
+    Raises:
+        CachekdError: an unknown family, or no usable processor or chat template.
+    """
+    files = ModelFiles(path)
+    return files.within(limits_of([files.config], max_tokens=options.max_tokens, too_long=options.too_long))
 
 
 def _load_teacher(
-    path: str,
-    encoder: SampleEncoder,
-    samples: Samples,
-    options: DataOptions,
-    codec: CodecSettings,
-    dtype: str,
+    files: ModelFiles, samples: Samples, options: DataOptions, codec: CodecSettings, dtype: str
 ) -> Teacher:
     """The weights, once a sample could be encoded."""
-    first_good(len(samples), lambda index: encoder(samples[index]), options.on_error)
+    first_good(len(samples), lambda index: files.encoder(samples[index]), options.on_error)
     device = default_device()
-    teacher = Teacher.load(path, encoder, codec, dtype=dtype_of(dtype, device), device=device)
-    if TailSetting.parse(codec.tail).sketch:
-        first_good(len(samples), lambda index: teacher.find_head(encoder(samples[index])), options.on_error)
-    return teacher
+    teacher = Teacher(files, files.load(dtype=dtype_of(dtype, device), device=device), codec)
+    if not TailSetting.parse(codec.tail).sketch:
+        return teacher
+    measured = first_good(
+        len(samples), lambda index: teacher.with_head(files.encoder(samples[index])), options.on_error
+    )
+    return measured[1]
 
 
 def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:

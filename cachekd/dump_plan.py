@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
 from cachekd.cache.compare import facts, require_same
@@ -22,6 +21,7 @@ from cachekd.pilot import Pilot, run_pilot
 from cachekd.samples import Samples
 from cachekd.samples.open import content_hash, keys_hash
 from cachekd.teacher import Teacher
+from cachekd.vlm import ModelFiles
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8
@@ -43,17 +43,14 @@ def codec_of(config: DumpConfig) -> CodecSettings:
     )
 
 
-def require_vocabulary(config: DumpConfig, teacher: Any, processor: Any) -> None:
+def require_vocabulary(config: DumpConfig, teacher: ModelFiles) -> None:
     """Refuse to keep or to look at more logprobs than the teacher has ids; no weights are read.
-
-    Args:
-        teacher, processor: its configuration and processor.
 
     Raises:
         CachekdError: a setting is larger than its vocabulary.
     """
-    tokens = len(processor.tokenizer)
-    ids = min(tokens, getattr(teacher.get_text_config(), "vocab_size", None) or tokens)
+    tokens = len(teacher.processor.tokenizer)
+    ids = min(tokens, getattr(teacher.config.get_text_config(), "vocab_size", None) or tokens)
     for name in ("top_k", "window"):
         if (value := getattr(config, name)) > ids:
             raise CachekdError(
@@ -198,7 +195,7 @@ def _plan(
     )
     return Plan(
         teacher=teacher.info(),
-        fingerprints=teacher.fingerprints(),
+        fingerprints=teacher.files.fingerprints,
         codec=codec,
         source=Source(data=data, geometry=geometry, versions=library_versions()),
     )

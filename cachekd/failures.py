@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from cachekd.cache.files import cannot_write
 from cachekd.config import TrainConfig
-from cachekd.errors import BadSample, CachekdError, FailedWrite
+from cachekd.errors import BadSample, CachekdError, FailedWrite, without_frames
 
 if TYPE_CHECKING:
     from cachekd.samples import Encoded
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # What a failed allocation says; only some of them have a class of their own.
 _NO_ROOM_ON_THE_GPU = (
@@ -104,6 +107,20 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
             fix=f"{again}. If it fails at the same samples, CUDA_LAUNCH_BLOCKING=1 shows where",
         )
     return BadSample(f"{who} cannot run on the sample", where=where, found=found)
+
+
+def together_or_each(run: Callable[[list[T]], Iterable[R]], batch: list[T]) -> list[R | BadSample]:
+    """What a batch gives; of one that cannot be run, what each item gives by itself, or its fault.
+
+    Args:
+        run: raises `BadSample` where the fault is some item's.
+    """
+    try:
+        return list(run(batch))
+    except BadSample as error:
+        bad = without_frames(error)
+    # Here the frames that held the batch's tensors are gone.
+    return [bad] if len(batch) == 1 else [found for one in batch for found in together_or_each(run, [one])]
 
 
 def is_failed_write(error: Exception) -> bool:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from cachekd.cache.manifest import Fingerprints
 from cachekd.samples import SampleEncoder
 from cachekd.samples.pixels import READING
 from cachekd.samples.probe import probe_encoding
+from cachekd.samples.processor import Processor
 
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
 
@@ -59,7 +59,7 @@ def encoding_fingerprint(encoder: SampleEncoder) -> str | None:
     return None if found is None else _sha256([values.tolist() for values in found])
 
 
-def image_processor_fingerprint(processor: Any) -> str:
+def image_processor_fingerprint(processor: Processor) -> str:
     """The image processor's settings and real class, and how many tokens the processor makes of an image.
 
     A language model's is that of nothing.
@@ -75,7 +75,7 @@ def image_processor_fingerprint(processor: Any) -> str:
     return _sha256([type(images).__name__, settings, grid, strategy, *([has] if has else [])])
 
 
-def image_reading(processor: Any) -> int | None:
+def image_reading(processor: Processor) -> int | None:
     """The version of how images become the pixels that an image processor is given; None of a language model.
 
     It is no reason to refuse a whole cache: most images are the same in every version, and those that are not
@@ -102,16 +102,6 @@ def config_fingerprint(config: Any) -> str:
         return {name: stripped(part) for name, part in value.items() if name not in _NOT_THE_MODEL}
 
     return _sha256(stripped(config.to_dict()))
-
-
-def weights_fingerprint(files: list[Path]) -> str:
-    """sha256 over the bytes of the weight files, in order."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def library_versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
-from cachekd.vlm import check_adapters, language_model, load_model, modules_outside, train_only
+from cachekd.vlm import ModelFiles, check_adapters, language_model, modules_outside, train_only
 from cachekd.vlm.load import quantization_config
 
 
@@ -41,7 +41,7 @@ def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
     return len(layers)
 
 
-def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
+def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -> nn.Module:
     """The student in float32, or quantised; inside peft's wrapper if it trains adapters. What is not to be
     trained requires no gradient, and so is in no optimizer.
 
@@ -50,9 +50,7 @@ def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
             settings; adapters outside the parts that train.
     """
     check_lean_settings(config)
-    student = load_model(
-        config.student, dtype=torch.float32, device=device, quantization=config.student_quantization
-    )
+    student = files.load(dtype=torch.float32, device=device, quantization=config.student_quantization)
     if config.lora is None:
         train_only(student, config.trainable)
         return student
@@ -131,9 +129,9 @@ def within(
     return settings | {"exclude_modules": [*theirs, *frozen]}
 
 
-def save_merged(config: TrainConfig, adapter: Path, out: Path) -> None:
+def save_merged(files: ModelFiles, adapter: Path, out: Path) -> None:
     """The saved adapters, added to the student's own float32 weights: a plain model in `out`."""
     from peft import PeftModel
 
-    student = load_model(config.student, dtype=torch.float32, device=torch.device("cpu"))
+    student = files.load(dtype=torch.float32, device=torch.device("cpu"))
     PeftModel.from_pretrained(student, adapter).merge_and_unload().save_pretrained(out)

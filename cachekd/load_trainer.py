@@ -11,8 +11,8 @@ from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
 from cachekd.errors import about
-from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.lean import load_student, recompute_frozen_layers
+from cachekd.open_data import RunModels
 from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import settings_of
 from cachekd.samples import SampleEncoder
@@ -22,11 +22,10 @@ from cachekd.training_data import TrainingSamples
 from cachekd.validation.run import Validation
 from cachekd.vlm import (
     LiveTeacher,
+    ModelFiles,
     SwitchBridge,
     SwitchedTeacher,
     dtype_of,
-    load_config,
-    load_processor,
     plan_bridge,
     vocabulary_of,
 )
@@ -56,22 +55,23 @@ def load_trainer(
     phase: Callable[[str], None],
 ) -> SwitchKDTrainer:
     """The models' weights, and the Trainer with all of it."""
-    bridge = switch_bridge(config)
-    teacher_encoder = encoder_for_teacher(config, bridge, opened.encoder)
+    models = opened.models
+    bridge = switch_bridge(config, models)
+    teacher_encoder = encoder_for_teacher(config, bridge, models)
     validation = None
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
             validation = Validation.of(opened.held_out, teacher_encoder)
             validation.read(opened.arguments)
-    teacher = None
-    if config.runs_teacher:
+    teacher, live = None, None
+    if models.teacher is not None:
         phase("loading the teacher")
-        teacher = load_teacher(config, opened.arguments.device)
-    live = live_teacher(config, teacher) if config.live_teacher and teacher is not None else None
+        teacher = load_teacher(config, models.teacher, opened.arguments.device)
+        live = live_teacher(config, models.teacher, teacher) if config.live_teacher else None
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
-    student = load_student(config, opened.arguments.device)
+    student = load_student(config, models.student, opened.arguments.device)
     data = TrainingSamples(
         opened.samples, opened.encoder, opened.cache, teacher_encoder, on_error=config.on_error
     )
@@ -100,29 +100,29 @@ def load_trainer(
     return trainer
 
 
-def load_teacher(config: TrainConfig, device: torch.device) -> SwitchedTeacher:
+def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -> SwitchedTeacher:
     """P_T, L_T and the head; the vision encoder too, if the teacher is live."""
-    teacher = SwitchedTeacher.load(
-        str(config.teacher),
+    weights = files.load(
         dtype=dtype_of(config.dtype, device),
         device=device,
         quantization=config.teacher_quantization,
-        with_tower=config.live_teacher,
+        tower=config.live_teacher,
     )
+    teacher = SwitchedTeacher(weights)
     if config.gradient_checkpointing:
-        recompute_frozen_layers(teacher.model)
+        recompute_frozen_layers(teacher.model)  # after its eval mode, which would end that
     return teacher
 
 
-def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
+def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None:
     """The bridge between V_S and P_T, where one is asked for; what it is goes into the log.
 
     Raises:
         CachekdError: it is not needed, or not sound for this pair.
     """
-    if config.switch_bridge is None:
+    if config.switch_bridge is None or models.teacher is None:
         return None
-    plan = plan_bridge(load_config(str(config.teacher)), load_config(config.student))
+    plan = plan_bridge(models.teacher.config, models.student.config)
     bridge = SwitchBridge(plan, config.seed)
     log.warning(
         "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
@@ -132,27 +132,24 @@ def switch_bridge(config: TrainConfig) -> SwitchBridge | None:
     return bridge
 
 
-def live_teacher(config: TrainConfig, teacher: SwitchedTeacher) -> LiveTeacher:
+def live_teacher(config: TrainConfig, files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
     """The teacher in the cache's place."""
-    own = load_processor(str(config.teacher))
     return LiveTeacher(
         teacher,
-        vocab_size=vocabulary_of(teacher.model, own.tokenizer),
+        vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer),
         window=config.window or 128,
         min_k=config.min_k or 2,
     )
 
 
 def encoder_for_teacher(
-    config: TrainConfig, bridge: SwitchBridge | None, encoder: SampleEncoder
+    config: TrainConfig, bridge: SwitchBridge | None, models: RunModels
 ) -> SampleEncoder | None:
     """The teacher's own, where a live one prepares images in another way than the student, or where behind a
     bridge an image has another number of places in its text; None where it reads what the student reads."""
-    live = config.live_teacher and config.runs_teacher
-    if not live and (bridge is None or not bridge.plan.other_text):
+    student, teacher = models
+    if teacher is None:
         return None
-    own = load_processor(str(config.teacher))
-    same = image_processor_fingerprint(own) == image_processor_fingerprint(encoder.processor)
-    if same and (bridge is None or not bridge.plan.other_text):
-        return None
-    return SampleEncoder(own, encoder.limits)
+    other_text = bridge is not None and bridge.plan.other_text
+    other_images = config.live_teacher and teacher.image_processing != student.image_processing
+    return teacher.within(student.limits).encoder if other_text or other_images else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from cachekd.cache import CachedTargets, LogitCache
@@ -11,9 +9,7 @@ from cachekd.cache.compare import require_same
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
-    config_fingerprint,
     encoding_fingerprint,
-    image_processor_fingerprint,
     reads_images_otherwise,
     template_fingerprint,
     tokenizer_fingerprint,
@@ -21,13 +17,12 @@ from cachekd.fingerprint import (
 from cachekd.missing import MissingSamples, missing_samples
 from cachekd.samples import Encoded, SampleEncoder, Samples
 from cachekd.samples.pixels import READING
-from cachekd.vlm import load_config, load_processor, weights_identity
+from cachekd.vlm import ModelFiles
 
 
 def check_cache(
     cache: LogitCache,
     samples: Samples,
-    processor: Any,
     encoder: SampleEncoder,
     *,
     data: DataOptions | None,
@@ -37,6 +32,7 @@ def check_cache(
     """Refuse a cache of another tokenizer, chat template, way to encode or data set.
 
     Args:
+        encoder: the student's.
         data: how the samples were opened; None where their keys are not the dump's (a binding).
         missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
             none of the data is refused whatever it is.
@@ -48,16 +44,16 @@ def check_cache(
     Raises:
         CachekdError: what differs, and how.
     """
-    stored = cache.manifest.fingerprints
+    stored, tokenizer = cache.manifest.fingerprints, encoder.processor.tokenizer
     found = {
-        "tokenizer": (stored.tokenizer, tokenizer_fingerprint(processor.tokenizer)),
+        "tokenizer": (stored.tokenizer, tokenizer_fingerprint(tokenizer)),
         "chat template": (stored.chat_template, template_fingerprint(encoder.template)),
     }
     for name, (theirs, ours) in found.items():
         if theirs != ours:
             raise CachekdError(
                 f"the cache was made with a different {name} than the student's",
-                where=f"{cache.path} and {processor.tokenizer.name_or_path}",
+                where=f"{cache.path} and {tokenizer.name_or_path}",
                 expected=f"sha256 {theirs}",
                 found=f"sha256 {ours}",
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
@@ -94,32 +90,32 @@ def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:
         )
 
 
-def check_teacher(cache: LogitCache, path: str) -> None:
+def check_teacher(cache: LogitCache, teacher: ModelFiles) -> None:
     """Refuse a teacher whose logits are not those of the cache: the switched path would be told to be like
     another model.
 
     Args:
-        path: folder or hub name of the teacher that runs the switched path.
+        teacher: that runs the switched path.
 
     Raises:
         CachekdError: weights, configuration or image processing differ; old and new.
     """
-    stored, config = cache.manifest, load_config(path)
-    between = f"the cache (of the teacher {stored.teacher.name})", f"{cache.path} and {path}"
+    stored = cache.manifest
+    between = f"the cache (of the teacher {stored.teacher.name})", f"{cache.path} and {teacher.path}"
     require_same(
         {
             "teacher's configuration": stored.teacher.config_sha256,
             "image processing": stored.fingerprints.image_processor,
         },
         {
-            "teacher's configuration": config_fingerprint(config),
-            "image processing": image_processor_fingerprint(load_processor(path)),
+            "teacher's configuration": teacher.config_sha256,
+            "image processing": teacher.image_processing,
         },
         *between,
     )
-    # Last: all bytes of the weights are read for it.
-    weights, found = "teacher's weights", weights_identity(path, config)
-    require_same({weights: stored.teacher.weights_sha256}, {weights: found}, *between)
+    # Last: all bytes of the weights may be read for it.
+    weights = "teacher's weights"
+    require_same({weights: stored.teacher.weights_sha256}, {weights: teacher.weights}, *between)
 
 
 def cut_alike(encoded: Encoded, targets: CachedTargets) -> tuple[Encoded, CachedTargets]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachekd.bind import open_bound
 from cachekd.cache import DataInfo, LogitCache
@@ -16,7 +16,21 @@ from cachekd.missing import dumped_data
 from cachekd.samples import Limits, SampleEncoder, Samples
 from cachekd.samples.dumped import unsaid
 from cachekd.samples.view import SamplesView
-from cachekd.vlm import limits_of, load_config
+from cachekd.vlm import ModelFiles, limits_of
+
+
+class RunModels(NamedTuple):
+    """The models of a run; the teacher None where none runs in it."""
+
+    student: ModelFiles
+    teacher: ModelFiles | None
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunModels:
+        """As the settings name them; nothing is opened."""
+        return cls(
+            ModelFiles(config.student), ModelFiles(str(config.teacher)) if config.runs_teacher else None
+        )
 
 
 def open_cache(config: TrainConfig) -> LogitCache | None:
@@ -43,11 +57,10 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     return cache
 
 
-def length_limits(config: TrainConfig, cache: LogitCache | None) -> Limits:
+def length_limits(config: TrainConfig, cache: LogitCache | None, models: RunModels) -> Limits:
     """What the models that read the samples allow, and the settings."""
     said = length_settings(config, None if cache is None else dumped_data(cache))
-    read_by = [config.student, *([str(config.teacher)] if config.runs_teacher else [])]
-    return limits_of(map(load_config, read_by), **said)
+    return limits_of([model.config for model in models if model is not None], **said)
 
 
 def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:
@@ -61,14 +74,14 @@ def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) 
 
 
 def without_missing(
-    config: TrainConfig, samples: Samples, cache: LogitCache | None, processor: Any, encoder: SampleEncoder
+    config: TrainConfig, samples: Samples, cache: LogitCache | None, encoder: SampleEncoder
 ) -> tuple[Samples, LeftOutSamples]:
     """The samples that are used, and those that are left out because the cache lacks them.
 
     Raises:
         CachekdError: as for `missing_in`.
     """
-    missing = {} if cache is None else missing_in(cache, config, samples, processor, encoder)
+    missing = {} if cache is None else missing_in(cache, config, samples, encoder)
     if config.missing != "skip" or not missing:
         return samples, LeftOutSamples()
     kept = [index for index, key in enumerate(samples.keys) if key not in missing]
@@ -76,7 +89,7 @@ def without_missing(
 
 
 def missing_in(
-    cache: LogitCache, config: TrainConfig, samples: Samples, processor: Any, encoder: SampleEncoder
+    cache: LogitCache, config: TrainConfig, samples: Samples, encoder: SampleEncoder
 ) -> dict[str, str]:
     """The samples that the cache lacks, key to why.
 
@@ -86,7 +99,7 @@ def missing_in(
     """
     data = None if config.binding is not None else config
     choices = {"missing": config.missing, "on_error": config.on_error}
-    return check_cache(cache, samples, processor, encoder, data=data, **choices).reasons
+    return check_cache(cache, samples, encoder, data=data, **choices).reasons
 
 
 def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_teacher
-from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
+from cachekd.open_data import RunModels, has_pictures, length_limits, open_cache, without_missing
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.validation.data import HeldOut, open_held_out
-from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor
+from cachekd.vlm import ModelFiles, check_switch, check_tokenizers
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,22 @@ class OpenRun:
 
     Attributes:
         samples: to train on.
+        models: the student within the limits of these samples.
         missing: that the cache lacks and that are left out of them.
         held_out: to evaluate while the student trains.
     """
 
     samples: Samples
-    processor: Any
-    encoder: SampleEncoder
+    models: RunModels
     cache: LogitCache | None
     arguments: SwitchKDTrainingArguments
     missing: LeftOutSamples
     held_out: HeldOut | None = None
+
+    @property
+    def encoder(self) -> SampleEncoder:
+        """What makes the student's inputs of samples."""
+        return self.models.student.encoder
 
 
 def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None]) -> OpenRun:
@@ -52,15 +56,15 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     if config.distils and not config.live_teacher:
         phase("opening the cache")
     cache = open_cache(config)
-    processor = load_processor(config.student)
-    encoder = SampleEncoder(processor, length_limits(config, cache))
-    samples, missing = without_missing(config, samples, cache, processor, encoder)
+    models = RunModels.of(config)
+    models = models._replace(student=models.student.within(length_limits(config, cache, models)))
+    samples, missing = without_missing(config, samples, cache, models.student.encoder)
     require_steps(len(samples), arguments)
-    if config.runs_teacher:
+    if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
-        check_the_teacher(config, processor, samples, cache)
-    held_out = open_held_out(config, processor, cache, phase)
-    return OpenRun(samples, processor, encoder, cache, arguments, missing, held_out)
+        check_the_teacher(config, models.student, models.teacher, samples, cache)
+    held_out = open_held_out(config, models, cache, phase)
+    return OpenRun(samples, models, cache, arguments, missing, held_out)
 
 
 def require_steps(samples: int, arguments: SwitchKDTrainingArguments) -> None:
@@ -105,7 +109,11 @@ def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str
 
 
 def check_the_teacher(
-    config: TrainConfig, processor: Any, samples: Samples, cache: LogitCache | None
+    config: TrainConfig,
+    student: ModelFiles,
+    teacher: ModelFiles,
+    samples: Samples,
+    cache: LogitCache | None,
 ) -> None:
     """What its files say, without a model of them; their bytes are hashed last, as it takes longest.
 
@@ -113,17 +121,15 @@ def check_the_teacher(
         CachekdError: the pair cannot be switched, or has nothing to switch; it has other tokens or another
             template; or the cache is of another teacher.
     """
-    assert config.teacher is not None  # as `require_inputs` saw
     if config.lambda_vsd > 0 and config.switch_bridge is None:
-        check_switch(load_config(config.teacher), load_config(config.student))
-    theirs = load_processor(config.teacher)
-    check_tokenizers(theirs.tokenizer, processor.tokenizer)
-    if config.live_teacher and SampleEncoder(theirs).template != SampleEncoder(processor).template:
+        check_switch(teacher.config, student.config)
+    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer)
+    if config.live_teacher and teacher.encoder.template != student.encoder.template:
         raise CachekdError(
             "teacher and student have different chat templates",
-            where=f"{config.teacher} and {config.student}",
+            where=f"{teacher.path} and {student.path}",
             fix="save the teacher's chat_template.jinja beside the student's processor",
         )
     require_pictures(config, samples, cache)
     if cache is not None:
-        check_teacher(cache, config.teacher)
+        check_teacher(cache, teacher)

@@ -83,7 +83,7 @@ def recheck(
             or the data set has none of the cache's samples.
     """
     manifest = cache.manifest
-    header = Header(teacher=teacher.info(), fingerprints=teacher.fingerprints(), codec=manifest.codec)
+    header = Header(teacher=teacher.info(), fingerprints=teacher.files.fingerprints, codec=manifest.codec)
     require_same(facts(manifest), facts(header), "the cache", str(cache.path))
     places = {key: index for index, key in enumerate(samples.keys)}
     chosen, there = _choose(cache, places, count, seed)

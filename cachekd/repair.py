@@ -117,9 +117,9 @@ def repair(
     """
     refuse_what_cannot_be_made(path, findings)
     manifest = Manifest.load(path)
-    header = Header(teacher=teacher.info(), fingerprints=teacher.fingerprints(), codec=manifest.codec)
+    header = Header(teacher=teacher.info(), fingerprints=teacher.files.fingerprints, codec=manifest.codec)
     require_same(facts(manifest), facts(header), "the cache", str(path))
-    teacher.codec = manifest.codec
+    teacher = teacher.keeping(manifest.codec)
     broken = sorted({finding.shard for finding in findings if finding.shard is not None})
     done, shards = [], list(manifest.shards)
     for number in broken:

@@ -30,7 +30,6 @@ STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"
 PART = ".student.part"
 INPUTS = "inputs"  # in that file: what was read, by its content
-KNOWN = "known"  # models that were hashed, so that they need not be again
 PROCESSES = "processes"
 
 
@@ -60,7 +59,6 @@ class RunFolder:
         self.checkpoints = self.path / CHECKPOINTS
         self.keep_checkpoints = config.keep_checkpoints
         self.settings = settings_of(config)
-        self.known: dict[str, Any] = {}  # of models, by `inputs_of`
         self._facts: dict[str, Any] = {}
         self._earlier: dict[str, Any] = {}  # facts of the session that began the run
         self._begun = self._trained = False
@@ -75,7 +73,6 @@ class RunFolder:
         if earlier["eval_data"] is not None and earlier["eval_steps"] is None:
             earlier["eval_steps"] = self.settings["eval_steps"]  # once it was not noted where nobody said it
         self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
-        self.known = earlier.get(KNOWN, {})
         self._require_same_settings(earlier, started)
         checkpoint = self.last_checkpoint()
         if checkpoint is not None and (noted := checkpoint / SETTINGS_FILE).exists():
@@ -145,7 +142,7 @@ class RunFolder:
         """
         shutil.rmtree(self.part, ignore_errors=True)  # of a session that was killed while it saved
         begun = self.path / STARTED_FILE
-        content = _json(self.settings | self._facts | {KNOWN: self.known})
+        content = _json(self.settings | self._facts)
         if not self._is_new:
             commit(begun, content)
         elif not commit_first(begun, content):

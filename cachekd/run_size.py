@@ -19,8 +19,9 @@ from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write
 from cachekd.lean import with_adapters
-from cachekd.samples import SampleEncoder
-from cachekd.vlm import SwitchBridge, empty_model, load_config, plan_bridge, train_only
+from cachekd.open_data import RunModels
+from cachekd.samples.processor import Processor
+from cachekd.vlm import SwitchBridge, empty_model, plan_bridge, train_only
 
 # Bytes, each a little more than it is.
 _OF_A_TENSOR = 512  # its name, its place in a file
@@ -57,7 +58,7 @@ def run_size(
     config: TrainConfig,
     args: TrainingArguments,
     samples: int,
-    encoder: SampleEncoder,
+    models: RunModels,
     cache: LogitCache | None,
 ) -> RunSize:
     """What a run saves, but for what others log of it (TensorBoard) and for the batches of a loss that is not
@@ -65,10 +66,9 @@ def run_size(
 
     Args:
         samples: to train on.
-        encoder: the student's.
         cache: whose manifest goes into the record.
     """
-    student = empty_model(load_config(config.student))
+    student = empty_model(models.student.config)
     weights = _weights(student)
     if config.lora is None:
         train_only(student, config.trainable)
@@ -81,8 +81,8 @@ def run_size(
         weights += saved
     trained = [weight for weight in adapted.parameters() if weight.requires_grad]
     bridge = 0
-    if config.switch_bridge is not None:
-        plan = plan_bridge(load_config(str(config.teacher)), load_config(config.student))
+    if config.switch_bridge is not None and models.teacher is not None:
+        plan = plan_bridge(models.teacher.config, models.student.config)
         parts = list(SwitchBridge(plan, config.seed).parameters())
         bridge, trained = sum(map(_bytes, parts)), [*trained, *parts]
     a_parameter = _state_of_a_parameter(args)
@@ -90,7 +90,7 @@ def run_size(
     steps = _steps(samples, args)
     entries = 2 + steps / _each(args.logging_strategy, args.logging_steps, steps, args)
     entries += steps / _each(args.eval_strategy, args.eval_steps or steps, steps, args)
-    beside = bridge + _NOTES + _size_of_processor(encoder) + ceil(entries) * _OF_A_LOG_ENTRY
+    beside = bridge + _NOTES + _size_of_processor(models.student.processor) + ceil(entries) * _OF_A_LOG_ENTRY
     record = 0 if cache is None else len(cache.manifest.to_json())
     kept, at_a_time = _checkpoints(steps, args)
     checkpoint = saved + optimizer + beside + args.world_size * _RANDOM_STATE
@@ -164,11 +164,11 @@ def _state_of_a_parameter(args: TrainingArguments) -> float:
     return sum(x.numel() * x.element_size() for x in state) / weight.numel()
 
 
-def _size_of_processor(encoder: SampleEncoder) -> int:
+def _size_of_processor(processor: Processor) -> int:
     """0 where there is no room to try it: that disk need not be the run's."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            encoder.processor.save_pretrained(folder)
+            processor.save_pretrained(folder)
             return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
     except Exception as error:
         if not is_failed_write(error):

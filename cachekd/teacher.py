@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachekd.cache import CodecSettings, Fingerprints, OutputHead, TailStates, TeacherInfo, TokenTargets
+from cachekd.cache import (
+    CodecSettings,
+    OutputHead,
+    TailSetting,
+    TailStates,
+    TeacherInfo,
+    TokenTargets,
+)
 from cachekd.cache.select import select_and_normalise
-from cachekd.data_options import TooLong
-from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.failures import failed_forward
-from cachekd.fingerprint import (
-    config_fingerprint,
-    encoding_fingerprint,
-    image_processor_fingerprint,
-    image_reading,
-    template_fingerprint,
-    tokenizer_fingerprint,
-)
-from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
-from cachekd.vlm import (
-    hidden_and_logits_at,
-    limits_of,
-    load_config,
-    load_model,
-    load_processor,
-    output_head,
-    vocabulary_of,
-    weights_identity,
-)
+from cachekd.errors import BadSample, CachekdError
+from cachekd.failures import failed_forward, together_or_each
+from cachekd.samples import Encoded, SampleEncoder, collate
+from cachekd.samples.model_inputs import ModelInputs
+from cachekd.vlm import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
 
 
 class Answer(NamedTuple):
@@ -60,55 +50,44 @@ class Answer(NamedTuple):
         return self._replace(states=moved)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Teacher:
-    """A frozen VLM, or language model, with its processor.
+    """A frozen VLM, or language model, and what is kept of its logits.
 
     Attributes:
-        path: folder or hub name it was loaded from.
+        files: that it was loaded from; their encoder makes its inputs.
         codec: what is kept.
         head: how its logits follow from its states; None without a tail sketch.
     """
 
-    path: str
+    files: ModelFiles
     model: PreTrainedModel
-    processor: Any
-    encoder: SampleEncoder
     codec: CodecSettings
     head: OutputHead | None = None
 
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        encoder: SampleEncoder,
-        codec: CodecSettings,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Teacher:
-        """Load the whole model.
-
-        Raises:
-            CachekdError: there is none, its family is not supported, or weights are missing.
-        """
-        model = load_model(path, dtype=dtype, device=device)
-        return cls(path, model, encoder.processor, encoder, codec)
+    @property
+    def encoder(self) -> SampleEncoder:
+        """What makes the model's inputs of samples."""
+        return self.files.encoder
 
     @property
     def vocab_size(self) -> int:
         """See `vocabulary_of`."""
-        return vocabulary_of(self.model, self.processor.tokenizer)
+        return vocabulary_of(self.model, self.files.processor.tokenizer)
 
-    def find_head(self, example: Encoded) -> None:
-        """Measure the head on a sample.
+    def with_head(self, example: Encoded) -> Teacher:
+        """The same, its head measured on a sample.
 
         Raises:
             BadSample: the model cannot run on it.
             CachekdError: the logits do not follow from the states by a matrix, a scale and a cap.
         """
         hidden, logits, _, _ = self.forward([example])
-        self.head = output_head(self.model, hidden, logits, self.vocab_size)
+        return replace(self, head=output_head(self.model, hidden, logits, self.vocab_size))
+
+    def keeping(self, codec: CodecSettings) -> Teacher:
+        """The same with another codec; without a head where that has no tail sketch."""
+        return replace(self, codec=codec, head=self.head if TailSetting.parse(codec.tail).sketch else None)
 
     def answers(
         self, group: Sequence[Encoded | BadSample], batch_size: int, known: Mapping[str, Answer] = {}
@@ -136,18 +115,12 @@ class Teacher:
     @torch.inference_mode()
     def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
         """One batch; of one that the model cannot run on, sample by sample."""
-        try:
-            hidden, logits, token_ids, counts = self.forward(samples)
-        except BadSample as error:
-            bad = without_frames(error)  # whose inputs and activations would stay as long as the answer
-        else:
-            return self._checked(samples, hidden, logits[:, : self.vocab_size], token_ids, counts)
-        return [bad] if len(samples) == 1 else [answer for sample in samples for answer in self.run([sample])]
+        return together_or_each(self._run, samples)
 
-    def _checked(
-        self, samples: list[Encoded], hidden: Tensor, logits: Tensor, token_ids: Tensor, counts: list[int]
-    ) -> list[Answer | BadSample]:
+    def _run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
         """The answers; of a batch whose logits are not all finite, sample by sample."""
+        hidden, logits, token_ids, counts = self.forward(samples)
+        logits = logits[:, : self.vocab_size]
         try:
             return self._answers(samples, hidden, logits, token_ids, counts)
         except CachekdError:  # find the sample
@@ -207,32 +180,19 @@ class Teacher:
             raise failed_forward(error, samples, "the teacher", kept=True) from error
 
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        batch = collate(samples, self.encoder.pad_token_id)
-        batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        supervised = batch.pop("supervised")
-        hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
-        return hidden, logits, batch["input_ids"][supervised], supervised.sum(1).tolist()
+        batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id)).to(self.model.device)
+        hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
+        return hidden, logits, batch.token_ids, batch.counts
 
     def info(self) -> TeacherInfo:
         """What the manifest says of it."""
         return TeacherInfo(
-            name=self.path,
+            name=self.files.path,
             model_type=self.model.config.model_type,
             dtype=str(self.model.dtype).removeprefix("torch."),
             vocab_size=self.vocab_size,
-            weights_sha256=weights_identity(self.path, self.model.config),
-            config_sha256=config_fingerprint(self.model.config),
-        )
-
-    def fingerprints(self) -> Fingerprints:
-        """Of what turns samples into its inputs."""
-        return Fingerprints(
-            tokenizer=tokenizer_fingerprint(self.processor.tokenizer),
-            chat_template=template_fingerprint(self.encoder.template),
-            image_processor=image_processor_fingerprint(self.processor),
-            image_token=self.processor.image_token or "",
-            encoding=encoding_fingerprint(self.encoder),
-            image_reading=image_reading(self.processor),
+            weights_sha256=self.files.weights,
+            config_sha256=self.files.config_sha256,
         )
 
 
@@ -241,17 +201,3 @@ def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[li
     usable = [(index, sample) for index, sample in enumerate(group) if not isinstance(sample, BadSample)]
     usable.sort(key=lambda pair: len(pair[1]))
     return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]
-
-
-def load_encoder(path: str, *, max_tokens: int | None = None, too_long: TooLong = "error") -> SampleEncoder:
-    """What turns samples into the teacher's inputs; its configuration is checked before its weights are read.
-
-    Args:
-        max_tokens: of a sample, where the teacher's context allows more.
-        too_long: what becomes of a longer one, see `Limits`.
-
-    Raises:
-        CachekdError: an unknown family, or no usable processor or chat template.
-    """
-    limits = limits_of([load_config(path)], max_tokens=max_tokens, too_long=too_long)
-    return SampleEncoder(load_processor(path), limits)

@@ -30,7 +30,7 @@ from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.validation.run import saved_evaluation
-from cachekd.vlm import save_processor
+from cachekd.vlm import ModelFiles, save_processor
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def train(
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
-        found = inputs_of(config, opened, folder.known)
+        found = inputs_of(config, opened)
         folder.require_inputs(found, processes=opened.arguments.world_size)
         if opened.arguments.should_save:
             require_room(size_of(config, opened), folder.path)
@@ -132,7 +132,7 @@ def train(
             **of_held_out(opened, trainer),
         )
         with folder.finishing():
-            save_run(folder, config, trainer, summary)
+            save_run(folder, config, opened.models.student, trainer, summary)
     workers, here = trainer.args.dataloader_num_workers, summary.steps - resumed_from
     waited = advice(summary.data_wait, workers, here, summary.seconds)
     if waited is not None and trainer.is_world_process_zero():
@@ -142,7 +142,7 @@ def train(
 
 def size_of(config: TrainConfig, opened: OpenRun) -> RunSize:
     """What the run will save."""
-    return run_size(config, opened.arguments, len(opened.samples), opened.encoder, opened.cache)
+    return run_size(config, opened.arguments, len(opened.samples), opened.models, opened.cache)
 
 
 def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
@@ -177,8 +177,18 @@ def held_out_record(summary: TrainSummary) -> dict[str, Any]:
     }
 
 
-def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
-    """The student as a plain model with its processor, and everything the report needs."""
+def save_run(
+    folder: RunFolder,
+    config: TrainConfig,
+    student: ModelFiles,
+    trainer: SwitchKDTrainer,
+    summary: TrainSummary,
+) -> None:
+    """The student as a plain model with its processor, and everything the report needs.
+
+    Args:
+        student: as it was before.
+    """
     data: TrainingSamples = trainer.train_dataset
     limits = data.encoder.limits
     trainer.save_model(str(folder.part if config.lora is None else folder.part / ADAPTER_FOLDER))
@@ -187,7 +197,7 @@ def save_run(folder: RunFolder, config: TrainConfig, trainer: SwitchKDTrainer, s
         return
     folder.take_student()
     if config.lora is not None:
-        save_merged(config, folder.path / ADAPTER_FOLDER, folder.part)
+        save_merged(student, folder.path / ADAPTER_FOLDER, folder.part)
         folder.take_student()
     save_processor(data.encoder, folder.path)
     if trainer.bridge is not None:

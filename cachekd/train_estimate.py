@@ -18,8 +18,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
+from cachekd.load_trainer import load_trainer
+from cachekd.open_run import open_run
 from cachekd.run_size import RunSize, run_size
-from cachekd.train import make_trainer
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import IGNORE, Example, TrainingSamples
@@ -121,7 +122,9 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
     watch = _Stopwatch(max(STEPS, config.vsd_every))
     with tempfile.TemporaryDirectory() as folder, memory_advice(config):
         before = _reset_peak()
-        trainer = make_trainer(_quiet(config), Path(folder), [watch])
+        quiet = _quiet(config)
+        opened = open_run(quiet, Path(folder), lambda _: None)
+        trainer = load_trainer(quiet, opened, [watch], lambda _: None)
         trainer.train()
         random = _peak_bytes()
         batch = _longest(trainer)
@@ -130,15 +133,10 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
         evaluation = _seconds_per_evaluation(trainer)
         longest = _peak_bytes()
         args = SwitchKDTrainingArguments.of(config, Path(folder))
-    size = _run_size(config, args, trainer)
+    size = run_size(config, args, len(opened.samples), opened.models, opened.cache)
     estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest), size)
     evaluations = _evaluations(args, watch.total_steps)
     return replace(estimate, evaluations=evaluations, seconds_per_evaluation=evaluation)
-
-
-def _run_size(config: TrainConfig, args: TrainingArguments, trainer: SwitchKDTrainer) -> RunSize:
-    data: TrainingSamples = trainer.train_dataset
-    return run_size(config, args, len(data), data.encoder, data.cache)
 
 
 def _seconds_per_evaluation(trainer: SwitchKDTrainer) -> float:

@@ -19,6 +19,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHEKD_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     with running_hub() as server:

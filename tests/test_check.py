@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from typer.testing import CliRunner
 
 from cachekd.pair import check_pair, preview
 from cachekd.samples import SampleEncoder, open_samples
-from cachekd.vlm import load_processor
+from cachekd.vlm import families, load_processor
+from cachekd.vlm.families.replay import changed
 from cachekd_cli.main import app
 
 
@@ -30,6 +32,23 @@ def test_a_pair_that_fits(teacher_path, student_path, data_path, cache_path):
     assert report.fits
     assert set(states(report).values()) == {"ok"}
     assert {"vocabulary", "switch", "cache: teacher", "teacher's split"} <= states(report).keys()
+
+
+def test_a_split_that_is_none_is_refused_as_training_refuses_it(
+    teacher_path, student_path, data_path, monkeypatch
+):
+    right = families.FAMILIES["llava"]
+
+    def halved(tower, output):
+        states = tuple(None if state is None else state / 2 for state in output.hidden_states)
+        return right.replay(tower, changed(output, hidden_states=states))
+
+    monkeypatch.setitem(families.FAMILIES, "llava", replace(right, replay=halved))
+    report = check_pair(str(teacher_path), str(student_path), str(data_path), forward=True)
+    [row] = [row for row in report.rows if row.name == "student's split"]
+    assert row.state == "refused"
+    assert "of their deviation" in row.found
+    assert row.fix == "train without the switched path: --lambda-vsd 0"
 
 
 def test_sizes_are_those_of_the_loaded_models(teacher_path, student_path, data_path):

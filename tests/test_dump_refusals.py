@@ -17,8 +17,7 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys
-from cachekd.vlm import load_config
-from cachekd.vlm.weights import weights_identity
+from cachekd.vlm import ModelFiles
 
 
 def settings(teacher: Path, data: Path | str, out: Path, **changes) -> DumpConfig:
@@ -132,11 +131,11 @@ def test_weights_in_bin_files_are_weights(tmp_path, teacher_path):
     folder = shutil.copytree(teacher_path, tmp_path / "teacher")
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    config, found = load_config(str(folder)), []
+    found = []
     with pytest.raises(CachekdError, match="has no weights"):
-        weights_identity(str(folder), config)
+        assert ModelFiles(folder).weights
     for factor in (1.0, 1.3):
         scaled = {name: value * factor for name, value in weights.items()}
         torch.save(scaled, folder / "pytorch_model.bin")
-        found.append(weights_identity(str(folder), config))
+        found.append(ModelFiles(folder).weights)
     assert found[0] != found[1]

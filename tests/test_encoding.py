@@ -26,7 +26,7 @@ from cachekd.samples import SampleEncoder, encode, open_samples
 from cachekd.samples.probe import CONVERSATION, probe_encoding
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
-from cachekd.vlm import load_processor
+from cachekd.vlm import ModelFiles, load_processor
 
 BOS = "<|system|>"
 
@@ -109,8 +109,7 @@ def test_of_an_older_cache_the_encoding_is_not_known(silent, right, models, halv
     manifest = Manifest.load(old)
     assert manifest.fingerprints.encoding is None
     assert manifest.to_json() == (old / "manifest.json").read_bytes()
-    processor = load_processor(str(models[1]))
-    check_cache(LogitCache(old), open_samples(halves[0]), processor, SampleEncoder(processor), data=None)
+    check_cache(LogitCache(old), open_samples(halves[0]), ModelFiles(models[1]).encoder, data=None)
     assert merge_caches([right, old], tmp_path / "merged").fingerprints.encoding is None
 
 

@@ -25,7 +25,6 @@ from tiny import (
 from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
-import cachekd.evaluation.run as evaluation_run
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.config_file import read_config
 from cachekd.dump import dump
@@ -46,7 +45,7 @@ from cachekd.paths import shortest
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.samples.outline import outline_of_record
 from cachekd.train import train
-from cachekd.vlm import load_model, load_processor
+from cachekd.vlm import load_model, load_processor, model_files
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -262,7 +261,7 @@ def test_one_model_is_in_memory_at_a_time(student_path, teacher_path, trained, d
         alive.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(evaluation_run, "load_model", loading)
+    monkeypatch.setattr(model_files, "load_model", loading)
     evaluated([student_path, trained], data_path, teacher=str(teacher_path), limit=3)
     assert len(alive) == 3
 
@@ -280,7 +279,7 @@ def test_batches_become_smaller_when_memory_runs_out(trained, teacher_path, data
         model.register_forward_pre_hook(full, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(evaluation_run, "load_model", small_card)
+    monkeypatch.setattr(model_files, "load_model", small_card)
     found = evaluated([trained], data_path, teacher=str(teacher_path), batch_size=16)
     assert found.models[0].correct == expected.models[0].correct
     assert found.models[0].kl == pytest.approx(expected.models[0].kl, rel=1e-4)
@@ -299,7 +298,7 @@ def test_memory_that_is_too_small_for_one_question_is_said(student_path, data_pa
         model.register_forward_pre_hook(full, with_kwargs=True)
         return model
 
-    monkeypatch.setattr(evaluation_run, "load_model", no_card)
+    monkeypatch.setattr(model_files, "load_model", no_card)
     with pytest.raises(CachekdError, match=r"GPU's memory is too small[\s\S]*--max-tokens"):
         evaluated([student_path], data_path)
 
@@ -711,7 +710,7 @@ def no_model(monkeypatch):
     def loading(path, **_settings):
         raise AssertionError(f"{path} was loaded")
 
-    monkeypatch.setattr(evaluation_run, "load_model", loading)
+    monkeypatch.setattr(model_files, "load_model", loading)
 
 
 def test_a_model_is_named_once(student_path):

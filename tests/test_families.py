@@ -39,7 +39,6 @@ from cachekd.vlm import (
     load_config,
     load_model,
     load_processor,
-    load_without_tower,
     logits_at,
     output_head,
     project,
@@ -222,7 +221,7 @@ def test_teacher_without_its_vision_encoder(family, tmp_path: Path):
     assert v_t
     save_file({key: w for key, w in weights.items() if key not in v_t}, path / "model.safetensors")
 
-    teacher = load_without_tower(str(path), dtype=torch.float32, device=torch.device("cpu"))
+    teacher = load_model(str(path), dtype=torch.float32, device=torch.device("cpu"), tower=False)
     inputs, positions = batch_of(family, WIDE, TALL)
     student = build(family, seed=2)
     with torch.no_grad(), capture_vision(student) as vision:

@@ -43,8 +43,8 @@ from cachekd.samples import (
     rough_lengths,
     survey,
 )
-from cachekd.teacher import Answer, Teacher, load_encoder
-from cachekd.vlm import limits_of, logits_at
+from cachekd.teacher import Answer, Teacher
+from cachekd.vlm import ModelFiles, limits_of, logits_at
 from cachekd_cli.main import app
 
 LONG_ANSWER = "a large green dog. " * 40
@@ -200,11 +200,9 @@ def test_a_cut_sample_is_cached_up_to_the_cut(tmp_path, teacher_path):
     dump(settings(teacher_path, data, tmp_path / "whole", on_error="skip"))
     summary = dump(settings(teacher_path, data, tmp_path / "c", **cut))
     assert (summary.samples, summary.skipped, summary.cut) == (8, 0, 2)
-    encoder, samples, cache = (
-        load_encoder(str(teacher_path), **cut),
-        open_samples(data),
-        LogitCache(tmp_path / "c"),
-    )
+    config = settings(teacher_path, data, tmp_path / "c", **cut)
+    encoder = stage_one.teacher_files(config.teacher, config).encoder
+    samples, cache = open_samples(data), LogitCache(tmp_path / "c")
     whole = LogitCache(tmp_path / "whole")
     for index, key in enumerate(samples.keys):
         assert torch.equal(cache[key].token_ids, encoder(samples[index]).token_ids)
@@ -279,7 +277,7 @@ def test_the_first_samples_need_not_be_ones_that_the_teacher_can_run_on(tmp_path
     order = sorted(range(12), key=lambda index: not is_bad[index])
     data.write_text(json.dumps([records[index] for index in order]))
     with pytest.MonkeyPatch.context() as patch:  # as if no config said how many rows there are
-        patch.setattr(stage_one, "load_encoder", lambda path, **_: load_encoder(path).without_limits())
+        patch.setattr(stage_one, "teacher_files", lambda path, _: ModelFiles(path))
         summary = dump(settings(teacher, data, tmp_path / "c", on_error="skip", tail="bytes=16"))
     assert (summary.samples, summary.skipped) == (12 - sum(is_bad), sum(is_bad))
 
@@ -289,7 +287,9 @@ def teacher_without_a_row() -> Teacher:
     processor = tiny_processor()
     model = tiny_vlm(processor, vocab_size=len(processor.tokenizer) - 1)
     codec = CodecSettings(top_k=8, top_p=0.99, window=64, min_k=2, logprob_step=0.1, tail="none")
-    return Teacher("tiny", model, processor, SampleEncoder(processor), codec)
+    files = ModelFiles("tiny")
+    files.processor = processor
+    return Teacher(files, model, codec)
 
 
 def test_others_of_a_failed_batch_keep_their_answers():

@@ -16,9 +16,9 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import expanded, is_address, is_hub_data, is_path, takes_path, what_is_there
 from cachekd.pipeline import plan_steps, read_pipeline
-from cachekd.pipeline.inputs import data_content, model_content
+from cachekd.pipeline.inputs import data_content
 from cachekd.samples import open_samples
-from cachekd.vlm import load_config, load_processor
+from cachekd.vlm import load_config, load_processor, model_content
 from cachekd_cli.main import PANELS, app
 
 COMMANDS = {name: command for commands in PANELS.values() for name, command in commands.items()}
@@ -217,7 +217,7 @@ def test_what_begins_as_a_path_is_one():
     assert [name for name in [*local, "org/name", "name", "model/x"] if is_path(name)] == local
 
 
-@pytest.mark.parametrize("load", [load_config, load_processor, lambda name: model_content(name, {})])
+@pytest.mark.parametrize("load", [load_config, load_processor, model_content])
 def test_a_model_that_is_not_there_is_said_at_once(load, monkeypatch):
     """The hub was asked for 52 s."""
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)  # asked, it would be an error here
@@ -252,7 +252,7 @@ def test_names_of_the_hub_are_the_same_to_all_who_ask(name, monkeypatch):
         open_samples(name)
     assert data_content(DataOptions(data=name), {}) is None
     bare = name.partition("?")[0]
-    assert (is_address(bare), model_content(bare, {})) == (True, None)
+    assert (is_address(bare), model_content(bare)) == (True, None)
 
 
 @pytest.mark.parametrize(

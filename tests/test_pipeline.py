@@ -31,11 +31,11 @@ from cachekd.evaluation.questions import require_single_questions
 from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.paths import is_hub_data
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
-from cachekd.pipeline.inputs import model_content
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.samples import open_samples
 from cachekd.stages import PARTS
+from cachekd.vlm import model_content
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 
@@ -376,11 +376,11 @@ def test_other_files_under_the_same_name_are_noticed(short, tmp_path, student_pa
 
 
 def test_a_gguf_file_is_a_model(tmp_path):
-    file, known = tmp_path / "m.gguf", {}
+    file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF one")
-    one = model_content(str(file), known)
+    one = model_content(str(file))
     file.write_bytes(b"GGUF another")
-    assert one != model_content(str(file), known)
+    assert one != model_content(str(file))
 
 
 def test_another_cache_under_the_same_name_is_noticed(short, tmp_path, cache_path):

@@ -22,7 +22,6 @@ from cachekd.vlm import (
     hidden_and_logits_at,
     load_config,
     load_model,
-    load_without_tower,
     logits_at,
     project,
 )
@@ -135,7 +134,7 @@ def test_hidden_states_are_what_the_head_reads(processor, tower, batch):
 def test_teacher_without_tower_never_reads_its_weights(processor, tower, batch, tmp_path: Path):
     path = save_vlm(tmp_path / "teacher", processor, tower=tower, text_width=48, seed=1)
     whole = tiny_vlm(processor, tower=tower, text_width=48, seed=1)
-    light = load_without_tower(str(path), dtype=torch.float32, device=torch.device("cpu"))
+    light = load_model(str(path), dtype=torch.float32, device=torch.device("cpu"), tower=False)
     assert not any("vision_tower" in name for name, _ in light.named_parameters())
     assert not any(p.requires_grad for p in light.parameters())
     student = tiny_vlm(processor, tower=tower, seed=2)
@@ -184,9 +183,9 @@ def test_a_checkpoint_with_missing_weights_is_refused(tmp_path: Path):
         path / "model.safetensors",
         {"format": "pt"},
     )
-    for load in (load_model, load_without_tower):
+    for whole in (True, False):
         with pytest.raises(CachekdError, match="would be random"):
-            load(str(path), dtype=torch.float32, device=torch.device("cpu"))
+            load_model(str(path), dtype=torch.float32, device=torch.device("cpu"), tower=whole)
 
 
 def test_unsupported_family_and_missing_model_are_named(tmp_path: Path):

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache.output_head import OutputHead
-from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.reference import Reference
-from cachekd.failures import failed_forward, free_memory, memory_that_ran_out
+from cachekd.failures import failed_forward, free_memory, memory_that_ran_out, together_or_each
 from cachekd.losses import forward_kl_loss
-from cachekd.samples import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.samples import Encoded, SampleEncoder, collate
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import hidden_and_logits_at, output_head, vocabulary_of
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,10 @@ class Answered:
     agreed: int = 0
     divergence: float = 0.0
     states: Tensor | None = None
+
+
+class _BatchTooLarge(Exception):
+    """For the memory; a smaller one may do."""
 
 
 class QuestionRunner:
@@ -93,44 +98,37 @@ class QuestionRunner:
         found: dict[int, Answered | BadSample] = {}
         while order:
             some = order[: self.batch_size]
-            results = self._tried([questions[index] for index in some])
+            try:
+                results = together_or_each(self._tried, [questions[index] for index in some])
+            except _BatchTooLarge:
+                results = None
             if results is not None:
                 found |= zip(some, results, strict=True)
                 order = order[len(some) :]
+                continue
+            # Here the frames that held the batch's tensors are gone.
+            self.batch_size = len(some) // 2
+            log.warning("memory ran out: %d questions per forward from now on", self.batch_size)
+            free_memory()
         return [found[index] for index in range(len(questions))]
 
-    def _tried(self, batch: list[Question]) -> Sequence[Answered | BadSample] | None:
-        """None where memory ran out, and batches are smaller from now on."""
-        bad: CachekdError
+    def _tried(self, batch: list[Question]) -> list[Answered]:
         try:
             return self._forward(batch)
-        except CachekdError as error:
-            if not isinstance(error, BadSample):
-                raise
-            bad = without_frames(error)
+        except CachekdError:
+            raise
         except Exception as error:  # torch's, the model's own: each has its own
-            ran_out = memory_that_ran_out(error) is not None and len(batch) > 1
-            bad = failed_forward(error, [one.encoded for one in batch], self.model.name_or_path, kept=False)
-            if not ran_out and not isinstance(bad, BadSample):
-                raise bad from error
-            bad = without_frames(bad)
-        # Here the frames that held the batch's tensors are gone.
-        if isinstance(bad, BadSample):  # find the sample
-            return (
-                [bad] if len(batch) == 1 else [found for one in batch for found in self._tried([one]) or ()]
-            )
-        self.batch_size = len(batch) // 2
-        log.warning("memory ran out: %d questions per forward from now on", self.batch_size)
-        free_memory()
-        return None
+            if memory_that_ran_out(error) is not None and len(batch) > 1:
+                raise _BatchTooLarge from error
+            encoded = [one.encoded for one in batch]
+            raise failed_forward(error, encoded, self.model.name_or_path, kept=False) from error
 
     @torch.inference_mode()
     def _forward(self, questions: list[Question]) -> list[Answered]:
-        batch = collate([one.encoded for one in questions], self.encoder.pad_token_id)
-        batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        supervised = batch.pop("supervised")
-        answers, counts = batch["input_ids"][supervised], supervised.sum(1).tolist()
-        hidden, logits = hidden_and_logits_at(self.model, batch, predicting_positions(supervised))
+        collated = collate([one.encoded for one in questions], self.encoder.pad_token_id)
+        batch = ModelInputs.of(collated).to(self.model.device)
+        counts = batch.counts
+        hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
         logits = logits[:, : self.vocab_size].float()
         if not bool(logits.isfinite().all()):
             raise BadSample(
@@ -141,7 +139,7 @@ class QuestionRunner:
             instead = "evaluate without --teacher, or with a --cache of these data, dumped with --tail none"
             self.head = output_head(self.model, hidden, logits, self.vocab_size, instead=instead)
         preferred = logits.argmax(-1)
-        right = (preferred == answers).split(counts)
+        right = (preferred == batch.token_ids).split(counts)
         agreed, divergence = self._compared(questions, logits, preferred)
         states = hidden.cpu().split(counts) if self.keep_states else [None] * len(questions)
         return [

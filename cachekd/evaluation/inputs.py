@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
@@ -14,24 +14,25 @@ from cachekd.evaluation.questions import QuestionEncoder
 from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.missing import missing_samples
 from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.vlm import limits_of, load_config, load_processor, tokenizer_difference
+from cachekd.vlm import ModelFiles, limits_of, tokenizer_difference
 
 Progress = Callable[[str, int, int, int], None]
 """The model that is asked, or "prior"; the samples in all; samples and questions since the last call."""
 
 
-def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
-    """Each model's own, by its path; the limits are those of all.
+def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
+    """Each model's files, by its path; the limits are those of all.
 
     Raises:
         CachekdError: a model cannot be found, or their tokenizers differ.
     """
-    paths = dict.fromkeys([*([config.teacher] if config.teacher else []), *config.models])
+    models = {path: ModelFiles(path) for path in ([config.teacher] if config.teacher else []) + config.models}
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
-    limits = limits_of(map(load_config, paths), max_tokens=config.max_tokens, too_long=too_long)
-    encoders = {path: SampleEncoder(load_processor(path), limits) for path in paths}
-    first, *others = encoders.values()
+    configs = [model.config for model in models.values()]
+    limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
+    models = {path: model.within(limits) for path, model in models.items()}
+    first, *others = models.values()
     for other in others:
         ours, theirs = first.processor.tokenizer, other.processor.tokenizer
         if (difference := tokenizer_difference(ours, theirs)) is not None:
@@ -41,7 +42,7 @@ def open_encoders(config: EvalConfig) -> dict[str, SampleEncoder]:
                 found=difference,
                 fix="evaluate them one by one",
             )
-    return encoders
+    return models
 
 
 def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) -> None:
@@ -54,22 +55,22 @@ def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) ->
     first_good(len(samples), lambda index: encode(samples[index]), config.on_error)
 
 
-def open_cache(
-    config: EvalConfig, samples: Samples, encoders: Mapping[str, SampleEncoder]
-) -> tuple[LogitCache, dict[str, str]]:
+def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple[LogitCache, dict[str, str]]:
     """The teacher's logits of the data; and the samples that it lacks, key to why.
+
+    Args:
+        model: any of those that are asked.
 
     Raises:
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
     cache = LogitCache(str(config.cache))
-    name, encoder = next(iter(encoders.items()))
-    ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
+    ours, theirs = tokenizer_fingerprint(model.processor.tokenizer), cache.manifest.fingerprints.tokenizer
     if ours != theirs:
         raise CachekdError(
             "the cache was made with a different tokenizer than the models'",
-            where=f"{cache.path} and {name}",
+            where=f"{cache.path} and {model.path}",
             expected=f"sha256 {theirs}",
             found=f"sha256 {ours}",
             fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",

@@ -19,7 +19,7 @@ from cachekd.config import EvalConfig
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
-from cachekd.evaluation.inputs import Progress, open_cache, open_encoders, read_prior, try_encoder
+from cachekd.evaluation.inputs import Progress, open_cache, open_models, read_prior, try_encoder
 from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import (
     AskedSample,
@@ -31,8 +31,8 @@ from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
 from cachekd.failures import free_memory
 from cachekd.left_out import BadSamples, LeftOutSamples
-from cachekd.samples import SampleEncoder, Samples, open_samples
-from cachekd.vlm import default_device, dtype_of, load_model
+from cachekd.samples import Samples, open_samples
+from cachekd.vlm import ModelFiles, default_device, dtype_of
 
 Found = dict[str, Answers]  # by a sample's key
 
@@ -48,17 +48,17 @@ def evaluate(
     Raises:
         CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
     """
-    samples, encoders = open_samples(config), open_encoders(config)
-    interviewer = Interviewer(config, samples, encoders, progress)
+    samples, files = open_samples(config), open_models(config)
+    interviewer = Interviewer(config, samples, files, progress)
     reference: Reference | None = None
     if config.cache is not None:
         if config.history == "none":
             require_single_questions(samples)
-        cache, missing = open_cache(config, samples, encoders)
+        cache, missing = open_cache(config, samples, next(iter(files.values())))
         interviewer.bad.add([missing])
         reference = CachedReference(cache, interviewer.device)
-    for encoder in encoders.values():
-        try_encoder(config, samples, encoder)
+    for model in files.values():
+        try_encoder(config, samples, model.encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 
     teacher: Found | None = None
@@ -85,7 +85,7 @@ class Interviewer:
     """Asks one model after the other about the same data; each is in memory for as long as that takes.
 
     Args:
-        encoders: of each model, by its path.
+        files: of each model, by its path.
 
     Attributes:
         bad: samples that were left out so far; no later model is asked about them.
@@ -96,10 +96,10 @@ class Interviewer:
         self,
         config: EvalConfig,
         samples: Samples,
-        encoders: Mapping[str, SampleEncoder],
+        files: Mapping[str, ModelFiles],
         progress: Progress,
     ) -> None:
-        self.config, self.samples, self.encoders, self.progress = config, samples, encoders, progress
+        self.config, self.samples, self.files, self.progress = config, samples, files, progress
         self.bad = BadSamples()
         self.device = default_device()
         self.dtype = dtype_of(config.dtype, self.device)
@@ -118,8 +118,9 @@ class Interviewer:
 
     def _runner(self, path: str, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
-        model = load_model(path, dtype=self.dtype, device=self.device)
-        return QuestionRunner(model, self.encoders[path], batch_size=self.config.batch_size, **settings)
+        files = self.files[path]
+        model = files.load(dtype=self.dtype, device=self.device)
+        return QuestionRunner(model, files.encoder, batch_size=self.config.batch_size, **settings)
 
     def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:
         total = len(self.samples)

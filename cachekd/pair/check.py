@@ -13,7 +13,6 @@ from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
     Row,
-    Side,
     answers_row,
     bad_rows,
     cache_rows,
@@ -31,7 +30,7 @@ from cachekd.pair.size import Sizes, sizes_of
 from cachekd.samples import Encoded, Samples, open_samples, survey
 from cachekd.samples.tar_urls import is_remote
 from cachekd.samples.view import SamplesView
-from cachekd.vlm import default_device, default_dtype, limits_of
+from cachekd.vlm import ModelFiles, default_device, default_dtype, limits_of
 
 _SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much
@@ -83,7 +82,7 @@ def check_pair(
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
-    theirs, ours, said = Side.open(teacher), Side.open(student), DataOptions.of(data)
+    theirs, ours, said = ModelFiles(teacher), ModelFiles(student), DataOptions.of(data)
     opened = open_samples(said)
     limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
     pairs, bad = _first_pairs(opened, theirs, ours, samples)
@@ -106,7 +105,7 @@ def check_pair(
         *switch_rows(theirs, ours, switch_bridge),
     ]
     if cache is not None:
-        rows += cache_rows(cache, opened, said, ours, teacher, pairs)
+        rows += cache_rows(cache, opened, said, ours, theirs, pairs)
     if forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
@@ -123,7 +122,7 @@ def _is_costly(data: DataOptions) -> bool:
 
 
 def _first_pairs(
-    samples: Samples, teacher: Side, student: Side, count: int
+    samples: Samples, teacher: ModelFiles, student: ModelFiles, count: int
 ) -> tuple[list[tuple[Encoded, Encoded]], list[BadSample]]:
     """The first samples that can be used, as either side reads them, and those before that cannot.
 

@@ -6,35 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from cachekd.cache import LogitCache
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
-from cachekd.fingerprint import encoding_fingerprint, image_processor_fingerprint, template_fingerprint
+from cachekd.fingerprint import encoding_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
-from cachekd.samples import Encoded, Limits, SampleEncoder, Samples, collate, predicting_positions
+from cachekd.samples import Encoded, Limits, Samples, collate
 from cachekd.samples.limits import NO_ROW
-from cachekd.vlm import (
-    decode,
-    default_device,
-    default_dtype,
-    encode,
-    generation_stops,
-    load_config,
-    load_model,
-    load_processor,
-    logits_at,
-    plan_bridge,
-    project,
-)
+from cachekd.samples.model_inputs import ModelInputs
+from cachekd.vlm import ModelFiles as Side
+from cachekd.vlm import default_device, default_dtype, generation_stops, plan_bridge, prove_split
 from cachekd.vlm.compat import switch_differences, tokenizer_difference
-from cachekd.vlm.families import TEXT_ONLY, family_of
+from cachekd.vlm.families import family_of
 
 State = Literal["ok", "note", "refused"]
-_ROUNDING = 0.05  # of the logits' deviation: what bfloat16 can do; a wrong split is off by more
 PROBE = "Two cats, 3.14 % of a naïve café: 猫が二匹。\n\t<b>def f(x):</b> return x**2  🙂"
 
 
@@ -52,31 +41,6 @@ class Row:
     state: State
     found: str
     fix: str | None = None
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model's config, processor and encoder: the teacher's or the student's."""
-
-    path: str
-    config: Any
-    processor: Any
-    encoder: SampleEncoder
-
-    @classmethod
-    def open(cls, path: str) -> Side:
-        """From a model's folder or hub name; no weights are read.
-
-        Raises:
-            CachekdError: config or processor cannot be read.
-        """
-        processor = load_processor(path)
-        return cls(path, load_config(path), processor, SampleEncoder(processor))
-
-    @property
-    def image_token_id(self) -> int | None:
-        """The placeholder's; None for a language model."""
-        return None if family_of(self.config) is TEXT_ONLY else self.config.image_token_id
 
 
 def vocabulary_row(teacher: Side, student: Side) -> Row:
@@ -195,8 +159,7 @@ def pixels_row(teacher: Side, student: Side, pairs: list[tuple[Encoded, Encoded]
         if "pixel_values" in theirs.inputs and "pixel_values" in ours.inputs
     ]
     same = all(a.shape == b.shape and torch.equal(a, b) for a, b in seen)
-    settings = [image_processor_fingerprint(side.processor) for side in (teacher, student)]
-    if settings[0] == settings[1]:
+    if teacher.image_processing == student.image_processing:
         return Row(name, "ok", f"the same settings, {len(seen)} sample(s) with the same pixels")
     if seen and same:
         return Row(name, "ok", f"other settings, but the same pixels in {len(seen)} sample(s)")
@@ -240,7 +203,7 @@ def cache_rows(
     samples: Samples,
     data: DataOptions,
     student: Side,
-    teacher: str,
+    teacher: Side,
     pairs: list[tuple[Encoded, Encoded]],
 ) -> list[Row]:
     """A cache against data, student and teacher."""
@@ -256,7 +219,7 @@ def cache_rows(
             check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
-        lacking = check_cache(cache, samples, student.processor, student.encoder, data=data, missing="skip")
+        lacking = check_cache(cache, samples, student.encoder, data=data, missing="skip")
         if lacking.others:
             raise lacking.error(cache, samples)
         if len(lacking):
@@ -273,22 +236,20 @@ def cache_rows(
 
 def split_row(name: str, side: Side, encoded: Encoded) -> Row:
     """Vision encoder, projector and language model one after the other, against the model's own forward."""
+    name = f"{name}'s split"
+    if side.image_token_id is None or "pixel_values" not in encoded.inputs:
+        return Row(name, "note", "no image in the sample to take it apart with")
     device = default_device()
-    model = load_model(side.path, dtype=default_dtype(device), device=device)
-    batch = collate([encoded], side.encoder.pad_token_id)
-    batch = {key: value.to(device) for key, value in batch.items()}
-    positions = predicting_positions(batch.pop("supervised"))
-    with torch.no_grad():
-        whole = logits_at(model, batch, positions)
-        if side.image_token_id is None or "pixel_values" not in batch:
-            return Row(f"{name}'s split", "note", "no image in the sample to take it apart with")
-        apart = decode(model, project(model, encode(model, batch), batch), batch, positions)
-    miss = float((apart.float() - whole.float()).abs().max())
+    model = side.load(dtype=default_dtype(device), device=device)
+    batch = ModelInputs.of(collate([encoded], side.encoder.pad_token_id)).to(device)
+    try:
+        miss = prove_split(model, batch.tensors, batch.positions)
+    except CachekdError as error:
+        return _refused(name, error)
     if miss == 0:
-        return Row(f"{name}'s split", "ok", f"equals the whole forward at {len(whole)} tokens, bit by bit")
-    deviation = float(whole.float().std())
-    state: State = "note" if miss < _ROUNDING * deviation else "refused"
-    return Row(f"{name}'s split", state, f"off by {miss:.2g} nats, the logits' deviation is {deviation:.2g}")
+        tokens = len(batch.token_ids)
+        return Row(name, "ok", f"equals the whole forward at {tokens} tokens, bit by bit")
+    return Row(name, "note", f"off by {miss:.1%} of the logits' deviation, as rounding may be", "nothing")
 
 
 def _tried(name: str, attempt: Callable[[], None]) -> Row:

@@ -13,7 +13,7 @@ import huggingface_hub
 from fsspec.core import url_to_fs
 
 from cachekd.bind import Binding
-from cachekd.cache.manifest import Manifest
+from cachekd.cache.manifest import Fingerprints, Manifest
 from cachekd.cache.tail import TailSetting
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
@@ -21,18 +21,17 @@ from cachekd.dump_plan import require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.files import RUN_FILE
-from cachekd.fingerprint import encoding_fingerprint, template_fingerprint, tokenizer_fingerprint
 from cachekd.lean import check_lean_settings
 from cachekd.paths import is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.coverage import check_coverage, check_pictures, on_this_disk
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
-from cachekd.samples import SampleEncoder, open_samples
+from cachekd.samples import open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
 from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.vlm import check_switch, check_tokenizers, load_config, load_processor, plan_bridge
+from cachekd.vlm import ModelFiles, check_switch, check_tokenizers, plan_bridge
 
 
 def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
@@ -79,7 +78,7 @@ class _Models:
         self.dumps = {
             str(step.out): step.config for step in steps if step.kind == "dump" and step.name in names
         }
-        self._processors: dict[str, Any] = {}
+        self._opened: dict[str, ModelFiles] = {}
 
     def source(self, name: str) -> str:
         """The model, which is there, that this one begins from."""
@@ -87,21 +86,25 @@ class _Models:
             name = self.students[name]
         return name
 
-    def config(self, name: str) -> Any:
-        return load_config(self.source(name))
-
-    def processor(self, name: str) -> Any:
+    def files(self, name: str) -> ModelFiles:
+        """Of that model, opened once for all steps."""
         source = self.source(name)
-        if source not in self._processors:
-            self._processors[source] = load_processor(source)
-        return self._processors[source]
+        return self._opened.setdefault(source, ModelFiles(source))
+
+    def reader(self, name: str) -> ModelFiles:
+        """The same, of a model that reads samples by itself.
+
+        Raises:
+            CachekdError: its processor cannot be used for that.
+        """
+        files = self.files(name)
+        _ = files.encoder
+        return files
 
 
 def _check_dump(config: DumpConfig, models: _Models) -> None:
     TailSetting.parse(config.tail)
-    processor = models.processor(config.teacher)
-    SampleEncoder(processor)
-    require_vocabulary(config, models.config(config.teacher), processor)
+    require_vocabulary(config, models.reader(config.teacher))
 
 
 def _check_train(config: TrainConfig, models: _Models) -> None:
@@ -109,7 +112,7 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
     check_lean_settings(config)
     if config.binding is not None:
         Binding.read(config.binding)
-    student = SampleEncoder(models.processor(config.student))
+    student = models.reader(config.student)
     if config.cache is not None:
         _check_cache(config.cache, student, models)
     if config.runs_teacher:
@@ -123,9 +126,7 @@ def _check_train(config: TrainConfig, models: _Models) -> None:
             check_coverage(held_out, models.dumps)
 
 
-def _check_cache(
-    cache: str, student: SampleEncoder, models: _Models, facts: tuple[str, ...] = _FACTS
-) -> None:
+def _check_cache(cache: str, student: ModelFiles, models: _Models, facts: tuple[str, ...] = _FACTS) -> None:
     """A dump above will have its teacher's fingerprints, a cache that is there has its own; one at an address
     is not asked.
 
@@ -135,15 +136,14 @@ def _check_cache(
     """
     tokenizer = student.processor.tokenizer
     if (name := models.teachers.get(cache)) is not None:
-        teacher = SampleEncoder(models.processor(name))
+        teacher = models.reader(name)
         check_tokenizers(teacher.processor.tokenizer, tokenizer)
-        theirs = _fingerprints(teacher)
+        stored = teacher.fingerprints
     elif is_address(cache):
         return
     else:
         stored = Manifest.load(Path(cache)).fingerprints
-        theirs = (stored.tokenizer, stored.chat_template, stored.encoding)
-    for fact, wanted, found in zip(facts, theirs, _fingerprints(student), strict=False):
+    for fact, wanted, found in zip(facts, _of_text(stored), _of_text(student.fingerprints), strict=False):
         if wanted not in (None, found):  # older caches do not know of the last
             raise CachekdError(
                 f"the cache's {fact} and the model's are different",
@@ -154,26 +154,22 @@ def _check_cache(
             )
 
 
-def _fingerprints(encoder: SampleEncoder) -> tuple[str, str, str | None]:
-    return (
-        tokenizer_fingerprint(encoder.processor.tokenizer),
-        template_fingerprint(encoder.template),
-        encoding_fingerprint(encoder),
-    )
+def _of_text(prints: Fingerprints) -> tuple[str, str, str | None]:
+    return prints.tokenizer, prints.chat_template, prints.encoding
 
 
 def _check_teacher(config: TrainConfig, models: _Models) -> None:
-    teacher, student = str(config.teacher), config.student
+    teacher, student = models.files(str(config.teacher)), models.files(config.student)
     if config.switch_bridge is not None:
-        plan_bridge(models.config(teacher), models.config(student))
+        plan_bridge(teacher.config, student.config)
     elif config.lambda_vsd > 0:
-        check_switch(models.config(teacher), models.config(student))
-    check_tokenizers(models.processor(teacher).tokenizer, models.processor(student).tokenizer)
+        check_switch(teacher.config, student.config)
+    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer)
 
 
 def _check_eval(config: EvalConfig, models: _Models) -> None:
     names = [*([config.teacher] if config.teacher else []), *config.models]
-    first, *others = (SampleEncoder(models.processor(name)) for name in names)
+    first, *others = map(models.reader, names)
     for other in others:
         check_tokenizers(first.processor.tokenizer, other.processor.tokenizer)
     if config.cache is None:

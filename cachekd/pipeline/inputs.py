@@ -1,6 +1,6 @@
-"""Are the files that a step reads the ones that it read?
+"""Are the data that a step reads the ones that it read?
 
-Cheap: they are hashed once, and again only if their names, sizes or times change.
+Cheap: they are read once, and again only if names, sizes or times of their files change.
 """
 
 from __future__ import annotations
@@ -12,14 +12,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from cachekd.data_options import DataOptions
-from cachekd.errors import CachekdError
-from cachekd.fingerprint import weights_fingerprint
-from cachekd.paths import is_hub_data, is_hub_name, require_path, split_query
+from cachekd.paths import is_hub_data, split_query
 from cachekd.samples import open_samples
 from cachekd.samples.open import content_hash, keys_hash
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
-
-_OF_A_MODEL = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
 class Known(BaseModel):
@@ -32,42 +28,6 @@ class Known(BaseModel):
 
     listing: str
     content: str
-
-
-def model_content(name: str, known: dict[str, Known]) -> str | None:
-    """Which model this is: sha256 over the files that `from_pretrained` reads; None for a hub name.
-
-    Args:
-        known: what was found before, by what; it is kept up to date.
-
-    Raises:
-        CachekdError: there is no such folder, and it is no hub name.
-    """
-    folder = Path(name)
-    if not folder.exists():
-        expected = "a train step above, a model folder, or a hub name, which has a slash: org/name"
-        require_path(name, "step or model", expected)
-        if is_hub_name(name):
-            return None
-        raise CachekdError("there is no such step or model", where=name, expected=expected)
-    files = _read_by_transformers(folder)
-    listing = _listing(files)
-    place = f"model {name}"
-    if place not in known or known[place].listing != listing:
-        names = "\n".join(path.name for path in files)
-        content = hashlib.sha256(f"{names}\n{weights_fingerprint(files)}".encode()).hexdigest()
-        known[place] = Known(listing=listing, content=content)
-    return known[place].content
-
-
-def _read_by_transformers(model: Path) -> list[Path]:
-    if model.is_file():  # .gguf
-        return [model]
-    return sorted(
-        path
-        for path in model.iterdir()
-        if path.suffix in _OF_A_MODEL and not path.name.startswith("cachekd_")  # what stages leave in a run
-    )
 
 
 def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.cache.files import write_file
 from cachekd.errors import CachekdError
-from cachekd.pipeline.inputs import Known, data_content, model_content
+from cachekd.pipeline.inputs import Known, data_content
 from cachekd.pipeline.output import damage_of
 from cachekd.pipeline.plan import PlannedStep, in_step
+from cachekd.vlm import model_content
 
 STATE_FILE = "pipeline_state.json"
 Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's output depends on
@@ -130,9 +131,7 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
 
 def _facts(step: PlannedStep, state: PipelineState) -> Facts:
     """Settings, what is read, and which making of each step above is taken."""
-    inputs: dict[str, str | None] = {
-        f"files of {name}": model_content(name, state.known) for name in step.models
-    }
+    inputs: dict[str, str | None] = {f"files of {name}": model_content(name) for name in step.models}
     if step.data is not None:
         inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
     for setting, data in step.other_data.items():

@@ -8,11 +8,11 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
-from typing import Any
 
 from jinja2 import TemplateError
 
 from cachekd.errors import BadSample, CachekdError
+from cachekd.samples.processor import Processor
 from cachekd.samples.render import NO_TOOL_TURNS, PROBE, Messages, Renderer, Span, find_answers
 from cachekd.samples.sample import Sample, is_supervised, message_text
 from cachekd.samples.turn_fields import KEPT_FIELDS
@@ -48,7 +48,7 @@ class ChatTemplate:
         CachekdError: the template writes today's date.
     """
 
-    def __init__(self, processor: Any, source: str) -> None:
+    def __init__(self, processor: Processor, source: str) -> None:
         self.source = source
         self._tokenizer, self._image_token = processor.tokenizer, processor.image_token
         self._renderer = Renderer(processor, source)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.chat_template import ChatTemplate
 from cachekd.samples.limits import NO_LIMITS, Limits
+from cachekd.samples.processor import Processor
 from cachekd.samples.sample import Sample
 from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
 from cachekd.samples.supervision import answer_numbers, expand_images
@@ -75,7 +76,7 @@ class SampleEncoder:
             date.
     """
 
-    def __init__(self, processor: Any, limits: Limits = NO_LIMITS) -> None:
+    def __init__(self, processor: Processor, limits: Limits = NO_LIMITS) -> None:
         self.processor, self.limits = processor, limits
         if takes_suffix(processor):
             self.template: str = LAYOUT
@@ -194,7 +195,7 @@ class SampleEncoder:
         return inputs, answer_numbers(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
 
 
-def _template_source(processor: Any) -> str:
+def _template_source(processor: Processor) -> str:
     template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(template, dict):  # several by name, for tools and the like
         template = template.get("default")

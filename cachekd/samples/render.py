@@ -18,6 +18,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cachekd.errors import BadSample, CachekdError
+from cachekd.samples.processor import Processor
 from cachekd.samples.sample import message_text
 
 Span = tuple[int, int]  # characters [start, end)
@@ -50,7 +51,7 @@ class Renderer:
 
     tools: Sequence[dict[str, Any]] = ()
 
-    def __init__(self, processor: Any, source: str) -> None:
+    def __init__(self, processor: Processor, source: str) -> None:
         self.processor, self.source = processor, source
         if "strftime_now" in source and "date_string" not in source:
             raise CachekdError(

@@ -7,23 +7,22 @@ and so by the tokens that are to predict it.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from cachekd.errors import BadSample
+from cachekd.samples.processor import Processor
 from cachekd.samples.sample import Sample, message_text
 
 LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
 
 
-def takes_suffix(processor: Any) -> bool:
+def takes_suffix(processor: Processor) -> bool:
     """Whether answers go into the processor's suffix; a chat template is not used then."""
     # By its name: importing the class takes a second.
     return any(base.__name__ == "PaliGemmaProcessor" for base in type(processor).__mro__)
 
 
-def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+def suffix_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
     """Encode a sample of one question.
 
     Returns:
@@ -35,7 +34,7 @@ def suffix_inputs(processor: Any, sample: Sample) -> tuple[dict[str, Tensor], Te
     """
     _check(sample)
     [((question,), answer)] = sample.questions
-    text = processor.image_token * len(sample.images) + message_text(question)
+    text = (processor.image_token or "") * len(sample.images) + message_text(question)
     batch = dict(
         processor(
             text=[text],

@@ -19,8 +19,8 @@ class TextProcessor:
         image_processor: None.
     """
 
-    image_token = None
-    image_processor = None
+    image_token: str | None = None
+    image_processor: Any = None
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -34,7 +34,7 @@ class TextProcessor:
         self,
         *,
         text: list[str],
-        images: None,
+        images: Any = None,
         return_text_replacement_offsets: bool = False,
         add_special_tokens: bool = False,
         **options: Any,

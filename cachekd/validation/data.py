@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cachekd.cache import LogitCache
 from cachekd.cache.compare import facts, require_same
@@ -13,7 +12,7 @@ from cachekd.config import TrainConfig
 from cachekd.data_options import OnError
 from cachekd.errors import about
 from cachekd.left_out import LeftOutSamples
-from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
+from cachekd.open_data import RunModels, has_pictures, length_limits, open_cache, without_missing
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.training_arguments import metric_of
 
@@ -51,7 +50,7 @@ class HeldOut:
 
 
 def open_held_out(
-    config: TrainConfig, processor: Any, cache: LogitCache | None, phase: Callable[[str], None]
+    config: TrainConfig, models: RunModels, cache: LogitCache | None, phase: Callable[[str], None]
 ) -> HeldOut | None:
     """`eval_data` and `eval_cache`, checked as what the run trains on; None where there are no such data.
 
@@ -71,9 +70,9 @@ def open_held_out(
         eval_cache = open_cache(held_out) if config.eval_cache is not None else None
         if cache is not None and eval_cache is not None:
             require_same_teacher(cache, eval_cache)
-    encoder = SampleEncoder(processor, length_limits(held_out, eval_cache or cache))
+    encoder = models.student.within(length_limits(held_out, eval_cache or cache, models)).encoder
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
-        samples, missing = without_missing(held_out, samples, eval_cache, processor, encoder)
+        samples, missing = without_missing(held_out, samples, eval_cache, encoder)
     terms = config.eval_terms
     if "vsd" in terms and not has_pictures(samples, eval_cache):
         terms = tuple(name for name in terms if name != "vsd")

@@ -15,19 +15,20 @@ from cachekd.vlm.load import (
     empty_model,
     load_config,
     load_model,
-    load_without_tower,
 )
+from cachekd.vlm.model_files import ModelFiles
 from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, reach_by_text, train_only
 from cachekd.vlm.processors import load_processor
 from cachekd.vlm.proof import prove_split
 from cachekd.vlm.split import capture_vision, decode, encode, hidden_and_logits_at, logits_at, project
 from cachekd.vlm.switch import SwitchedTeacher
-from cachekd.vlm.weights import weights_files, weights_identity
+from cachekd.vlm.weights import model_content, weights_files
 
 __all__ = [
     "BridgePlan",
     "DeferredHead",
     "LiveTeacher",
+    "ModelFiles",
     "SwitchBridge",
     "SwitchedTeacher",
     "capture_vision",
@@ -48,8 +49,8 @@ __all__ = [
     "load_config",
     "load_model",
     "load_processor",
-    "load_without_tower",
     "logits_at",
+    "model_content",
     "modules_outside",
     "output_head",
     "parameters_by_part",
@@ -64,5 +65,4 @@ __all__ = [
     "vision_tower",
     "vocabulary_of",
     "weights_files",
-    "weights_identity",
 ]

@@ -23,8 +23,7 @@ from cachekd.cache.files import commit
 from cachekd.errors import CachekdError
 from cachekd.files import BRIDGE_FILE
 from cachekd.vlm.compat import check_switch, switch_differences, width_setting
-from cachekd.vlm.families import family_of
-from cachekd.vlm.families.llava import GRID
+from cachekd.vlm.families import GRID, family_of
 
 # An image is one square of patches, whose number is a matter of the vision encoder alone.
 _ONE_SQUARE = ("llava", "paligemma", "gemma3")

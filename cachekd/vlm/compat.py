@@ -7,8 +7,7 @@ from typing import Any
 
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import tokenizer_fingerprint
-from cachekd.vlm.families import Family, family_of, vision_tower_name
-from cachekd.vlm.families.llava import GRID
+from cachekd.vlm.families import GRID, Family, family_of, vision_tower_name
 
 _SHOWN = 3  # tokens that differ
 

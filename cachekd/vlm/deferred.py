@@ -13,14 +13,11 @@ from transformers import PreTrainedModel
 
 from cachekd.cache.sketch import capped
 from cachekd.vlm.head import scale_between
-from cachekd.vlm.split import hidden_and_logits_at
+from cachekd.vlm.split import hidden_and_logits_at, rounding
 from cachekd.vlm.steady import in_eval_mode
 
 log = logging.getLogger(__name__)
 
-# Share of the logits' deviation by which the head may miss them: what rounding in the dtype explains.
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-_TOLERANCE_HALF = 2e-2
 # What the language model needs when no image is there.
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -65,7 +62,7 @@ class DeferredHead:
             misses[miss] = self.scale, self.softcap
         miss = min(misses)
         self.scale, self.softcap = misses[miss]
-        if not miss <= _TOLERANCE.get(logits.dtype, _TOLERANCE_HALF):
+        if not miss <= rounding(logits.dtype):
             self.reason = f"its logits do not follow from its final hidden states (off by {miss:.1%})"
             log.warning(
                 "%s: %s; the logits of a whole batch will be held at once",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import struct
 from functools import cache
@@ -119,42 +120,44 @@ def _hub_adapter(name: str) -> bool:
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: dict[str, Any] | None = None,
+    tower: bool = True,
+    config: Any = None,
 ) -> PreTrainedModel:
-    """A whole VLM (or, of the family `text_only`, language model) in eval mode.
+    """A VLM (or, of the family `text_only`, language model) in eval mode.
 
     Args:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+        tower: False: P, L and the head alone, frozen; the vision encoder's weights are never read.
+        config: of `load_config`, where it was read before; it stays as it is.
 
     Raises:
         CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, they
             cannot be read, or a package is missing.
     """
-    text_only = family_of(load_config(path)) is TEXT_ONLY
-    auto_class = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
-    return _load(auto_class, path, dtype, device, quantization)
+    config = load_config(path) if config is None else config
+    model_class = _auto_class(config) if tower else _without_tower(config)
+    model = _load(model_class, path, config, dtype, device, quantization)
+    return model if tower else model.requires_grad_(False)
 
 
 def empty_model(config: Any) -> PreTrainedModel:
     """The modules of a model without memory or weights ("meta"), from its config alone."""
-    auto_class: Any = AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class.from_config(config)
+        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config))
     return model
 
 
-def load_without_tower(
-    path: str, *, dtype: torch.dtype, device: torch.device, quantization: dict[str, Any] | None = None
-) -> PreTrainedModel:
-    """P, L and the head of a VLM, frozen and in eval mode; the vision encoder's weights are never read.
+def _auto_class(config: Any) -> Any:
+    return AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
 
-    Args:
-        quantization: see `load_model`.
 
-    Raises:
-        CachekdError: as `load_model`.
-    """
-    config = load_config(path)
+def _without_tower(config: Any) -> Any:
+    """The class of a VLM, but for its vision encoder: the checkpoint's weights of it are passed over."""
     name, kept = vision_tower_name(config), family_of(config).inside
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
 
@@ -169,7 +172,7 @@ def load_without_tower(
 
     # transformers renames a checkpoint's weights only for classes that it knows as its own.
     Towerless.__name__, Towerless.__module__ = whole.__name__, whole.__module__
-    return _load(Towerless, path, dtype, device, quantization).requires_grad_(False)
+    return Towerless
 
 
 def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
@@ -205,6 +208,7 @@ def quantization_config(settings: dict[str, Any]) -> Any:
 def _load(
     model_class: Any,
     path: str,
+    config: Any,
     dtype: torch.dtype,
     device: torch.device,
     quantization: dict[str, Any] | None,
@@ -212,7 +216,7 @@ def _load(
     settings: dict[str, Any] = {}
     if quantization is not None:
         settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
-    config = load_config(path)
+    config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
     if is_gguf(path):
         return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
     weights_files(path)  # with a message of its own where a folder has none

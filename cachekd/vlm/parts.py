@@ -14,12 +14,12 @@ from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm.families import (
     TEXT_ONLY,
-    changed,
     family_of,
     language_model,
     projectors_in_tower,
     vision_tower,
 )
+from cachekd.vlm.families.replay import changed
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:

@@ -9,11 +9,12 @@ import logging
 from functools import cache
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from cachekd.errors import CachekdError
+from cachekd.samples.processor import Processor
 from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of
 from cachekd.vlm.gguf import source
@@ -22,18 +23,23 @@ from cachekd.vlm.load import load_config
 log = logging.getLogger(__name__)
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str) -> Processor:
     """A VLM's processor: image processor, tokenizer and chat template. A language model's tokenizer.
 
     Raises:
         CachekdError: there is none at `path`, or it has no tokenizer.
     """
-    if family_of(load_config(path)) is TEXT_ONLY:
+    return processor_of(path, load_config(path))
+
+
+def processor_of(path: str, config: Any) -> Processor:
+    """The same, where the config was read before."""
+    if family_of(config) is TEXT_ONLY:
         return TextProcessor(_load_tokenizer(path))
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        processor = load_without_video(path)
+        processor = load_without_video(path, type(config))
         if processor is None:
             reason = next(line for line in str(error).splitlines() if line.strip())
             raise CachekdError(
@@ -65,13 +71,13 @@ def _load_tokenizer(path: str) -> Any:
         ) from None
 
 
-def load_without_video(path: str) -> Any | None:
+def load_without_video(path: str, config_class: type) -> Any | None:
     """A model's processor for images and text, where torchvision is missing and only videos want it.
 
     Returns:
         None where that is not what is missing.
     """
-    processor_class = _processor_class(path)
+    processor_class = PROCESSOR_MAPPING.get(config_class, None)
     if is_torchvision_available() or processor_class is None:
         return None
     if "video_processor" not in processor_class.get_attributes():
@@ -112,10 +118,3 @@ def without_video(processor_class: Any) -> Any:
 def _empty(processor_class: Any) -> Any:
     images_only = without_video(processor_class)
     return images_only.__new__(images_only)
-
-
-def _processor_class(path: str) -> Any | None:
-    try:
-        return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(path, trust_remote_code=False)), None)
-    except (OSError, ValueError):
-        return None

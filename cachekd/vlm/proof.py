@@ -10,22 +10,21 @@ from transformers import PreTrainedModel
 
 from cachekd.errors import CachekdError
 from cachekd.vlm.families import FAMILIES
-from cachekd.vlm.split import capture_vision, decode, logits_at, project
+from cachekd.vlm.split import capture_vision, decode, logits_at, project, rounding
 from cachekd.vlm.steady import in_eval_mode
-
-# Share of the logits' deviation. The same operations on the same numbers: mostly there is no difference.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_TOLERANCE_HALF = 2e-2
 
 
 @torch.no_grad()
-def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> None:
+def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> float:
     """Take a model apart on one batch and compare with its whole forward.
 
     Args:
         model: a VLM with its vision encoder; under LoRA the model inside.
         inputs: a batch with images.
         positions: [B, S] bool, where logits are compared.
+
+    Returns:
+        by how much they differ at most, as a share of the logits' deviation; mostly 0.
 
     Raises:
         CachekdError: V, P and L, one after the other, do not give the model's own logits.
@@ -40,8 +39,9 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     miss = float((split - whole).abs().max() / whole.float().std())
-    if not miss <= _TOLERANCE.get(whole.dtype, _TOLERANCE_HALF):
+    if not miss <= rounding(whole.dtype):
         raise _refusal(model, f"logits off by {miss:.1%} of their deviation")
+    return miss
 
 
 def _refusal(model: PreTrainedModel, found: str) -> CachekdError:

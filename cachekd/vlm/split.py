@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families import PIXEL_INPUTS, changed, family_of, vision_tower, vision_tower_name
+from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_tower_name
+from cachekd.vlm.families.replay import changed
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """By what share of the logits' deviation the same operations on the same numbers may differ."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
 
 
 class VisionCapture:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.vlm.deferred import DeferredHead
-from cachekd.vlm.load import load_model, load_without_tower
 from cachekd.vlm.split import decode, project
 
 
@@ -22,31 +20,13 @@ class SwitchedTeacher:
     has no parameters to optimise, to synchronise or to save.
 
     Args:
-        model: the teacher; its parameters stop requiring gradients. Its vision encoder is not used.
+        model: the teacher; its parameters stop requiring gradients. Its vision encoder is not used, and need
+            not have been loaded (`ModelFiles.load`), but by a `LiveTeacher`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
         self._head: DeferredHead | None = None
-
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        quantization: dict[str, Any] | None = None,
-        with_tower: bool = False,
-    ) -> SwitchedTeacher:
-        """Load the teacher from a model folder or hub name, all but its vision encoder.
-
-        Args:
-            quantization: see `load_model`.
-            with_tower: the vision encoder too, for a `LiveTeacher`.
-        """
-        load = load_model if with_tower else load_without_tower
-        return cls(load(path, dtype=dtype, device=device, quantization=quantization))
 
     def head(self, inputs: Mapping[str, Tensor], positions: Tensor) -> DeferredHead:
         """The teacher's head, measured on the first batch that asks for it."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Any
 
 from cachekd.errors import CachekdError
 from cachekd.files import BRIDGE_FILE
-from cachekd.fingerprint import weights_fingerprint
+from cachekd.paths import is_hub_name, require_path
+from cachekd.vlm.file_hashes import hash_files
 from cachekd.vlm.gguf import is_gguf
+
+_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
 def weights_files(path: str) -> list[Path]:
@@ -33,11 +36,28 @@ def weights_files(path: str) -> list[Path]:
     return files
 
 
-def weights_identity(path: str, config: Any) -> str:
-    """Which weights these are: sha256 over a local folder's, or hub:commit.
+def model_content(name: str) -> str | None:
+    """Which model this is: sha256 over the files that `from_pretrained` reads; None for a hub name.
 
-    Args:
-        config: as it was loaded from `path`.
+    Raises:
+        CachekdError: there is no such folder, and it is no hub name.
     """
-    files = weights_files(path)
-    return weights_fingerprint(files) if files else f"hub:{getattr(config, '_commit_hash', None)}"
+    folder = Path(name)
+    if not folder.exists():
+        expected = "a train step above, a model folder, or a hub name, which has a slash: org/name"
+        require_path(name, "step or model", expected)
+        if is_hub_name(name):
+            return None
+        raise CachekdError("there is no such step or model", where=name, expected=expected)
+    files = [folder] if folder.is_file() else _read_by_transformers(folder)  # a file: .gguf
+    names = "\n".join(path.name for path in files)
+    return hashlib.sha256(f"{names}\n{hash_files(files)}".encode()).hexdigest()
+
+
+def _read_by_transformers(model: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in model.iterdir()
+        # The second: what stages leave in a run.
+        if path.suffix in _READ_BY_TRANSFORMERS and not path.name.startswith("cachekd_")
+    )

@@ -1,0 +1,104 @@
+"""sha256 over large files, read once: what was hashed is remembered in the user's cache folder.
+
+A hash is remembered for as long as no file's name, size, times (of content and of inode) or inode changes.
+What that cannot see: content that changes without its file system noting a time, such as a disk's bit rot.
+`CACHEKD_HASH_AGAIN=1` reads every byte, whatever is remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import Field
+
+from cachekd.cache.files import write_file
+from cachekd.cache.sealed import Part, Sealed
+from cachekd.errors import CachekdError
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 1 << 22
+_SAID_EVERY = 5.0  # seconds
+# A file that changes again within the clock's step of its file system keeps its time: younger ones are
+# hashed each time.
+_SETTLED_NS = 2_000_000_000
+# None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
+_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
+
+
+class FileState(Part):
+    """What tells that a file is still the one that was hashed; times in ns since 1970."""
+
+    path: str
+    size: int
+    modified: int
+    changed: int  # also where a tool has put the time of the content back
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Of the file behind links: a hub's snapshot is made of them."""
+        real = path.resolve()
+        stat = real.stat()
+        times = {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
+        return cls(path=str(real), size=stat.st_size, inode=stat.st_ino, **times)
+
+
+class RememberedHash(Sealed):
+    """A file in the memory: one for each list of files, so that two writers never share one half each."""
+
+    files: list[FileState]
+    content: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """sha256 over the bytes of files, one after the other.
+
+    They are read if no earlier call, of whatever process, has read them as they are now. A memory that is
+    damaged, or of other files, is not believed; one that cannot be written is done without.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    states = [FileState.of(path) for path in files]
+    if not os.environ.get("CACHEKD_HASH_AGAIN"):
+        with suppress(*_NO_MEMORY):
+            known = RememberedHash.read(_place(states))
+            if known.files == states:
+                return known.content
+    started = time.time_ns()
+    content = read_and_hash(files)
+    settled = all(max(one.modified, one.changed) < started - _SETTLED_NS for one in states)
+    if settled and states == [FileState.of(path) for path in files]:
+        with suppress(*_NO_MEMORY):
+            write_file(_place(states), RememberedHash(files=states, content=content).to_json())
+    return content
+
+
+def read_and_hash(files: Sequence[Path]) -> str:
+    """The same, by reading every byte; of what takes longer, it is said how far it is."""
+    digest, done, total = hashlib.sha256(), 0, sum(path.stat().st_size for path in files)
+    said = time.monotonic()
+    for path in files:
+        with path.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                done += len(block)
+                if time.monotonic() - said > _SAID_EVERY:
+                    said = time.monotonic()
+                    log.warning("hashing %s: %.1f of %.1f GB", path.parent, done / 1e9, total / 1e9)
+    return digest.hexdigest()
+
+
+def _place(states: Sequence[FileState]) -> Path:
+    """Where these files' hash is remembered: by their names, in the user's cache folder."""
+    names = "\n".join(state.path for state in states)
+    home = os.environ.get("CACHEKD_HOME")
+    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd"))
+    return folder / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"

@@ -1,0 +1,135 @@
+"""A model's files, each opened once."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cachekd.cache import Fingerprints
+from cachekd.fingerprint import (
+    config_fingerprint,
+    encoding_fingerprint,
+    image_processor_fingerprint,
+    image_reading,
+    template_fingerprint,
+    tokenizer_fingerprint,
+)
+from cachekd.samples import Limits, SampleEncoder
+from cachekd.samples.limits import NO_LIMITS
+from cachekd.samples.processor import Processor
+from cachekd.vlm.families import TEXT_ONLY, family_of
+from cachekd.vlm.file_hashes import hash_files
+from cachekd.vlm.load import load_config, load_model
+from cachekd.vlm.processors import processor_of
+from cachekd.vlm.weights import model_content, weights_files
+
+
+class ModelFiles:
+    """A model before its weights are in memory: what is read of its folder, each part when it is first asked
+    for, and once. Whoever needs a model's files is given this, not its path.
+
+    Args:
+        path: a folder, a GGUF file, or a name on the hub.
+        limits: what the models that are to read the same samples allow of one.
+    """
+
+    def __init__(self, path: str | Path, limits: Limits = NO_LIMITS) -> None:
+        self.path, self.limits = str(path), limits
+
+    def within(self, limits: Limits) -> ModelFiles:
+        """The same model, with what is opened of it, for samples within other limits."""
+        processor = self.processor  # opened here, and so once for both
+        other = copy.copy(self)
+        other.limits, other.processor = limits, processor
+        vars(other).pop("encoder", None)
+        return other
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration, as `load_config` reads it.
+
+        Raises:
+            CachekdError: there is no such model, or its family is not supported.
+        """
+        return load_config(self.path)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Tokenizer, image processor and chat template, as `load_processor` reads them.
+
+        Raises:
+            CachekdError: there is none, or it has no tokenizer.
+        """
+        return processor_of(self.path, self.config)
+
+    @cached_property
+    def encoder(self) -> SampleEncoder:
+        """What turns samples into the model's inputs, within the limits.
+
+        Raises:
+            CachekdError: the processor has no usable chat template or tokenizer.
+        """
+        return SampleEncoder(self.processor, self.limits)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The placeholder's; None for a language model."""
+        return None if family_of(self.config) is TEXT_ONLY else int(self.config.image_token_id)
+
+    @cached_property
+    def weights(self) -> str:
+        """Which weights these are: sha256 over a local folder's, or hub:commit.
+
+        Raises:
+            CachekdError: a local folder has none.
+        """
+        files = weights_files(self.path)
+        return hash_files(files) if files else self._commit
+
+    @cached_property
+    def content(self) -> str:
+        """Which model this is: sha256 over all files that are read of a local folder, or hub:commit."""
+        return model_content(self.path) or self._commit
+
+    @property
+    def _commit(self) -> str:
+        return f"hub:{getattr(self.config, '_commit_hash', None)}"
+
+    @cached_property
+    def config_sha256(self) -> str:
+        """See `config_fingerprint`."""
+        return config_fingerprint(self.config)
+
+    @cached_property
+    def image_processing(self) -> str:
+        """See `image_processor_fingerprint`."""
+        return image_processor_fingerprint(self.processor)
+
+    @cached_property
+    def fingerprints(self) -> Fingerprints:
+        """Of what turns samples into the model's inputs."""
+        return Fingerprints(
+            tokenizer=tokenizer_fingerprint(self.processor.tokenizer),
+            chat_template=template_fingerprint(self.encoder.template),
+            image_processor=self.image_processing,
+            image_token=self.processor.image_token or "",
+            encoding=encoding_fingerprint(self.encoder),
+            image_reading=image_reading(self.processor),
+        )
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: dict[str, Any] | None = None,
+        tower: bool = True,
+    ) -> PreTrainedModel:
+        """See `load_model`."""
+        settings: dict[str, Any] = {"quantization": quantization, "tower": tower, "config": self.config}
+        return load_model(self.path, dtype=dtype, device=device, **settings)
