@@ -49,7 +49,6 @@ def load_student(config: TrainConfig, device: torch.device) -> nn.Module:
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
             settings; adapters outside the parts that train.
     """
-    check_lean_settings(config)
     student = load_model(
         config.student, dtype=torch.float32, device=device, quantization=config.student_quantization
     )

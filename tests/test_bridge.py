@@ -219,7 +219,7 @@ def test_runs_that_a_bridge_does_not_fit_are_refused(pair, tmp_path, student_pat
         make_trainer(TrainConfig(**pair | {"student": str(student_path)}, out=tmp_path / "x"), tmp_path)
     with pytest.raises(CachekdError, match="cannot be switched") as caught:
         make_trainer(TrainConfig(**pair | {"switch_bridge": None}, out=tmp_path / "x"), tmp_path)
-    assert "cachekd check" in str(caught.value)
+    assert "--switch-bridge linear (beyond the paper)" in str(caught.value.fix)
 
 
 def test_check_names_the_bridge_and_accepts_it(pair):
@@ -236,7 +236,7 @@ def test_check_names_the_bridge_and_accepts_it(pair):
     needless = check_pair(pair["teacher"], pair["teacher"], pair["data"], switch_bridge="linear")
     (row,) = (row for row in needless.rows if row.name == "switch bridge")
     assert row.state == "refused"
-    assert "nothing to do" in row.found
+    assert "nothing to do" in row.text
     other = CliRunner().invoke(app, ["check", *models, "--switch-bridge", "cubic"])
     assert other.exit_code == 2
     assert "linear is the only one" in " ".join(other.output.split())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.samples import Encoded, Limits, SampleEncoder, Samples, collate, predicting_positions
 from cachekd.samples.limits import NO_ROW
 from cachekd.vlm import (
+    check_switch,
+    check_tokenizers,
     decode,
     default_device,
     default_dtype,
@@ -30,7 +32,7 @@ from cachekd.vlm import (
     plan_bridge,
     project,
 )
-from cachekd.vlm.compat import switch_differences, tokenizer_difference
+from cachekd.vlm.compat import switch_differences
 from cachekd.vlm.families import TEXT_ONLY, family_of
 
 State = Literal["ok", "note", "refused"]
@@ -46,12 +48,64 @@ class Row:
         state: ok; note, where something differs that training can live with; refused, where it cannot.
         found: what is there.
         fix: what to do; None where it is ok.
+        problem, where, expected: of a row that is refused, what `CachekdError` says beside these two.
     """
 
     name: str
     state: State
     found: str
     fix: str | None = None
+    problem: str | None = None
+    where: str | None = None
+    expected: str | None = None
+
+    @classmethod
+    def refused(cls, name: str, error: CachekdError) -> Row:
+        """What an error says, as a row."""
+        where, expected, found, fix = (
+            None if value is None else str(value)
+            for value in (error.where, error.expected, error.found, error.fix)
+        )
+        return cls(name, "refused", found or "", fix, error.problem, where, expected)
+
+    @classmethod
+    def of(cls, name: str, check: Callable[[], object]) -> Row:
+        """Of a check that raises what does not fit."""
+        try:
+            check()
+        except CachekdError as error:
+            return cls.refused(name, error)
+        return cls(name, "ok", "matches")
+
+    @property
+    def text(self) -> str:
+        """What was found, in whole."""
+        return "; ".join(text for text in (self.problem, self.found) if text)
+
+    @property
+    def error(self) -> CachekdError:
+        """A refused row, as those say it who look no further."""
+        return CachekdError(
+            self.problem or f"{self.name} does not fit",
+            where=self.where,
+            expected=self.expected,
+            found=self.found or None,
+            fix=self.fix,
+        )
+
+
+def require(rows: Iterable[Row]) -> None:
+    """What `cachekd check` shows in whole, as training and pipelines take it.
+
+    Args:
+        rows: what takes longest last; those behind a refusal are not computed.
+
+    Raises:
+        CachekdError: the first row that is refused.
+    """
+    for row in rows:
+        if row.state == "refused":
+            raise row.error
 
 
 @dataclass(frozen=True)
@@ -82,17 +136,16 @@ class Side:
 def vocabulary_row(teacher: Side, student: Side) -> Row:
     """The same tokens with the same ids; embeddings may have more rows on either side."""
     ours, theirs = student.processor.tokenizer, teacher.processor.tokenizer
-    difference = tokenizer_difference(theirs, ours)
-    if difference is not None:
+    row = Row.of("vocabulary", partial(check_tokenizers, theirs, ours))
+    if row.state == "refused":
         probe = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (theirs, ours)]
         same = "a probe text has the same ids" if probe[0] == probe[1] else "a probe text has other ids"
-        fix = "a student of the teacher's family, or with the teacher's tokenizer"
-        return Row("vocabulary", "refused", f"{difference}; {same}", fix)
+        return replace(row, found=f"{row.found}; {same}")
     rows = [side.config.get_text_config().vocab_size for side in (teacher, student)]
     found = f"{len(ours):,} tokens on both sides"
     if rows[0] != rows[1]:
         found += f"; embeddings of {rows[0]:,} and {rows[1]:,} rows, those beyond the tokens are left out"
-    return Row("vocabulary", "ok", found)
+    return replace(row, found=found)
 
 
 def embedding_rows_row(limits: Limits, teacher: Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
@@ -136,7 +189,8 @@ def template_row(teacher: Side, student: Side) -> Row:
     if theirs == ours:
         return Row("chat template", "ok", "the same text")
     fix = "save the teacher's chat_template.jinja beside the student's processor"
-    return Row("chat template", "refused", f"sha256 {theirs[:12]} and {ours[:12]}", fix)
+    problem = "teacher and student have different chat templates"
+    return _other_text("chat template", problem, (teacher, student), (theirs, ours), fix)
 
 
 def encoding_row(teacher: Side, student: Side) -> Row:
@@ -150,7 +204,14 @@ def encoding_row(teacher: Side, student: Side) -> Row:
     if theirs == ours:
         return Row("encoding", "ok", "a probe text has the same tokens, and the same are supervised")
     fix = "the same tokenizer, chat template and kind of processor for both"
-    return Row("encoding", "refused", f"sha256 {theirs[:12]} and {ours[:12]} over a probe text's tokens", fix)
+    problem = "teacher and student encode a probe text in different ways"
+    return _other_text("encoding", problem, (teacher, student), (theirs, ours), fix)
+
+
+def _other_text(name: str, problem: str, sides: tuple[Side, Side], hashes: tuple[str, str], fix: str) -> Row:
+    expected, found = (f"sha256 {each}" for each in hashes)
+    where = " and ".join(side.path for side in sides)
+    return Row(name, "refused", found, fix, problem=problem, where=where, expected=expected)
 
 
 def bad_rows(bad: list[BadSample], on_error: str) -> list[Row]:
@@ -211,8 +272,9 @@ def switch_rows(teacher: Side, student: Side, bridge: str | None = None) -> list
     """What lies between the student's features and the teacher's projector."""
     if bridge is not None:
         return [_bridge_row(teacher, student)]
-    if teacher.image_token_id is None or student.image_token_id is None:
-        return [Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align")]
+    check = partial(check_switch, teacher.config, student.config)
+    if teacher.image_token_id is None:
+        return [Row.of("switch", check)]
     differences = switch_differences(teacher.config, student.config)
     if not differences:
         width = getattr(student.config.vision_config, family_of(student.config).width)
@@ -220,17 +282,20 @@ def switch_rows(teacher: Side, student: Side, bridge: str | None = None) -> list
     fix = "a student with the teacher's kind of vision encoder, or --lambda-vsd 0"
     if _bridge_row(teacher, student).state != "refused":
         fix = f"--switch-bridge linear (beyond the paper); or {fix}"
-    return [
-        Row(f"switch: {found.name}", "refused", f"{found.teacher} for the teacher, {found.student}", fix)
-        for found in differences
-    ]
+    settings = frozenset(difference.setting for difference in differences)
+    rows = []
+    for difference in differences:
+        others = settings - {difference.setting}
+        row = Row.of(f"switch: {difference.name}", partial(check, mended=others))
+        rows.append(replace(row, fix=fix))
+    return rows
 
 
 def _bridge_row(teacher: Side, student: Side) -> Row:
     try:
         plan = plan_bridge(teacher.config, student.config)
     except CachekdError as error:
-        return _refused("switch bridge", error)
+        return Row.refused("switch bridge", error)
     fix = "nothing, if it is meant; a student of the teacher's shape needs none"
     return Row("switch bridge", "note", f"trained, beyond the paper: {plan}", fix)
 
@@ -263,12 +328,17 @@ def cache_rows(
             causes = "; ".join([f"{len(lacking):,} of {len(samples):,} samples", *lacking.causes()])
             notes.append(Row("cache: lacks", "note", causes, "train with --missing skip"))
 
-    tries: dict[str, Callable[[], None]] = {
-        "cache: inputs and keys": same_inputs,
-        "cache: samples": same_samples,
-        "cache: teacher": partial(check_teacher, cache, teacher),
-    }
-    return [_tried(name, attempt) for name, attempt in tries.items()] + notes
+    return [
+        Row.of("cache: inputs and keys", same_inputs),
+        Row.of("cache: samples", same_samples),
+        cache_teacher_row(cache, teacher),
+        *notes,
+    ]
+
+
+def cache_teacher_row(cache: LogitCache, teacher: str) -> Row:
+    """Whether the teacher that runs the switched path is the cache's; all its weights are read."""
+    return Row.of("cache: teacher", partial(check_teacher, cache, teacher))
 
 
 def split_row(name: str, side: Side, encoded: Encoded) -> Row:
@@ -289,16 +359,3 @@ def split_row(name: str, side: Side, encoded: Encoded) -> Row:
     deviation = float(whole.float().std())
     state: State = "note" if miss < _ROUNDING * deviation else "refused"
     return Row(f"{name}'s split", state, f"off by {miss:.2g} nats, the logits' deviation is {deviation:.2g}")
-
-
-def _tried(name: str, attempt: Callable[[], None]) -> Row:
-    try:
-        attempt()
-    except CachekdError as error:
-        return _refused(name, error)
-    return Row(name, "ok", "matches")
-
-
-def _refused(name: str, error: CachekdError) -> Row:
-    found = error.problem + (f"; {error.found}" if error.found is not None else "")
-    return Row(name, "refused", found, error.fix)

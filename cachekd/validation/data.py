@@ -13,7 +13,8 @@ from cachekd.config import TrainConfig
 from cachekd.data_options import OnError
 from cachekd.errors import about
 from cachekd.left_out import LeftOutSamples
-from cachekd.open_data import has_pictures, length_limits, open_cache, without_missing
+from cachekd.open_data import length_limits, open_cache, without_missing
+from cachekd.pair.data_rows import has_pictures
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.validation.settings import metric_of
 
