@@ -63,17 +63,7 @@ def open_cache(
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
-    cache = LogitCache(str(config.cache))
-    name, encoder = next(iter(encoders.items()))
-    ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
-    if ours != theirs:
-        raise CachekdError(
-            "the cache was made with a different tokenizer than the models'",
-            where=f"{cache.path} and {name}",
-            expected=f"sha256 {theirs}",
-            found=f"sha256 {ours}",
-            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
-        )
+    cache = open_tokenized(str(config.cache), encoders)
     missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
         first = next(key for key in samples.keys if key not in cache)
@@ -86,6 +76,26 @@ def open_cache(
             fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
         )
     return cache, missing.reasons
+
+
+def open_tokenized(path: str, encoders: Mapping[str, SampleEncoder]) -> LogitCache:
+    """A cache of the models' tokenizer.
+
+    Raises:
+        CachekdError: it cannot be read, or is of another.
+    """
+    cache = LogitCache(path)
+    name, encoder = next(iter(encoders.items()))
+    ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
+    if ours != theirs:
+        raise CachekdError(
+            "the cache was made with a different tokenizer than the models'",
+            where=f"{cache.path} and {name}",
+            expected=f"sha256 {theirs}",
+            found=f"sha256 {ours}",
+            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
+        )
+    return cache
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
