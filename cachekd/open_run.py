@@ -93,7 +93,7 @@ def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str
     Raises:
         CachekdError: none of them has a picture, as their records tell.
     """
-    if config.lambda_vsd == 0:
+    if not config.switches:
         return
     if has_pictures(samples, cache):
         return
@@ -117,7 +117,7 @@ def check_the_teacher(
             template; or the cache is of another teacher.
     """
     assert config.teacher is not None  # as `require_inputs` saw
-    if config.lambda_vsd > 0 and config.switch_bridge is None:
+    if config.switches and config.switch_bridge is None:
         check_switch(load_config(config.teacher), load_config(config.student))
     theirs = load_processor(config.teacher)
     check_tokenizers(theirs.tokenizer, processor.tokenizer)

@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
     assert all(repr(key) in text for key in batch["keys"])
     trainer = make_trainer(config, config.out / "again")
     trainer.vlm.load_state_dict(saved["student"])
-    assert not torch.isfinite(trainer.compute_loss(trainer.model, batch["inputs"]))
+    assert not torch.isfinite(trainer.compute_loss(trainer.model, batch["batch"]))
     assert not (config.out / RUN_FILE).exists()
 
 

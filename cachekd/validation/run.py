@@ -9,18 +9,19 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
+from cachekd.batch import Batch
 from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError, about
 from cachekd.left_out import BadSamples
+from cachekd.losses.terms import TERMS
 from cachekd.samples import SampleEncoder
 from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
 from cachekd.validation.data import HeldOut
@@ -43,7 +44,7 @@ class Validation:
 
     Args:
         data: held out.
-        terms: that are computed on them, among "ce", "align" and "vsd".
+        terms: that are computed on them, by their names in `TERMS`.
         pad_token_id: for batches.
 
     Raises:
@@ -68,7 +69,7 @@ class Validation:
         """
         encoder, cache = held_out.encoder, held_out.cache
         theirs = None
-        if teacher_encoder is not None and len(held_out.terms) > 1:
+        if teacher_encoder is not None and any(TERMS[name].taught for name in held_out.terms):
             theirs = SampleEncoder(teacher_encoder.processor, encoder.limits)
         data = TrainingSamples(held_out.samples, encoder, cache, theirs, on_error=held_out.on_error)
         return cls(data, held_out.terms, encoder.pad_token_id)
@@ -83,7 +84,7 @@ class Validation:
         for _ in self.batches(args):
             pass
 
-    def batches(self, args: TrainingArguments) -> Iterator[dict[str, Any]]:
+    def batches(self, args: TrainingArguments) -> Iterator[Batch]:
         """This process's part of the data, in as many batches as any other process has: one that has no
         samples left for its last batch computes a stand-in of which nothing counts."""
         loader = WorkerLoader(
@@ -113,8 +114,8 @@ class Validation:
             prefix: of the names.
 
         Returns:
-            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of L_Align and
-            L_VSD: of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
+            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of a taught one:
+            of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
             argmax is right; `eval_runtime` in seconds.
 
         Raises:
@@ -124,7 +125,7 @@ class Validation:
         with about("eval_data"), undisturbed(trainer):
             sums = self.sums(trainer, self.batches(trainer.args))
         *totals, right, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
-        divisors = [tokens if name == "ce" else distilled for name in self.terms]
+        divisors = [distilled if TERMS[name].taught else tokens for name in self.terms]
         if not all(divisors):
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
@@ -140,13 +141,12 @@ class Validation:
         found = {"loss": loss, **means, ACCURACY: right / tokens, "runtime": seconds}
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
-    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[dict[str, Any]]) -> Tensor:
+    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
         """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
         tokens, and those of them that the teacher covers."""
         args = trainer.args
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=args.device)
         for batch in batches:
-            batch = send_to_device(batch, args.device, non_blocking=args.dataloader_pin_memory)
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
             terms = [found.terms.get(name, 0.0) for name in self.terms]
             row = (*terms, found.right, found.tokens, found.distilled)
@@ -177,25 +177,6 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
                 optimizer.train()
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The checkpoint of the best evaluation; None before the first.
-
-    Raises:
-        CachekdError: it is gone: the run would end with another student than it says.
-    """
-    if not state.best_global_step:
-        return None
-    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-    if not best.is_dir():
-        raise CachekdError(
-            "the best student's checkpoint is gone",
-            where=str(best),
-            expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
-            fix=f"put it back; or remove {best.parent}, and the same command begins anew",
-        )
-    return str(best)
 
 
 def saved_evaluation(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, float], int | None]:
