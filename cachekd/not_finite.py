@@ -83,6 +83,7 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
     rows = [{name: float(term) for name, term in batch.terms.items()} for batch in batches]
     path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-process-{trainer.args.process_index}.pt"
     bridge = {} if trainer.bridge is None else {"switch_bridge": trainer.bridge.state_dict()}
+    keys = [key for each in batches for key in each.batch.keys]
     saved = [
         {"keys": each.batch.keys, "terms": row, "batch": each.batch}
         for each, row in zip(batches, rows, strict=True)
@@ -92,7 +93,7 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
     terms = [", ".join(f"{term} {value:g}" for term, value in row.items()) for row in rows]
     raise CachekdError(
         problem,
-        where=f"step {step + 1}, samples {', '.join(repr(key) for each in saved for key in each['keys'])}",
+        where=f"step {step + 1}, samples {', '.join(map(repr, keys))}",
         expected=expected,
         found="; ".join([*terms, _rate(trainer), f"largest |weight| {size:g}, in {name}"]),
         fix=f"{_advice(trainer, size)}; {kept}",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
@@ -19,10 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.batch import Batch
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.checkpoints import note_settings, saving_checkpoint
-from cachekd.data_health import DataHealth, first_good
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
-from cachekd.left_out import BadSamples
 from cachekd.loss_terms import BatchTerms, LossTerms, TermSums, require_switch
 from cachekd.losses.terms import TERMS
 from cachekd.next_epoch import ReadsOn
@@ -31,7 +27,7 @@ from cachekd.sample_order import order_of
 from cachekd.samples import SampleEncoder
 from cachekd.stopping import LastStep
 from cachekd.training_arguments import require_one_gpu
-from cachekd.training_data import batch_of, checked, collate_with_targets, reading, without_bad
+from cachekd.training_data import Feed, batch_of
 from cachekd.validation.best import KeepBest, best_checkpoint
 from cachekd.validation.run import Validation
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
@@ -39,8 +35,8 @@ from cachekd.worker_loader import WorkerLoader
 
 
 class SwitchKDTrainer(Trainer):
-    """A Trainer whose loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD (Switch-KD, section 3), or what
-    else `cachekd.losses.terms.TERMS` has.
+    """A Trainer whose loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD (Switch-KD, section 3): the
+    weighted sum of the terms in `cachekd.losses.terms.TERMS`.
 
     Each term is a sum over answer tokens, divided by the number of answer tokens of a whole optimizer step,
     over all its accumulated batches and all processes. So neither accumulation nor batch size nor the number
@@ -59,9 +55,7 @@ class SwitchKDTrainer(Trainer):
         bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
             under the same gradient clip), and is saved in checkpoints, but is no part of it.
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
-            step a run was resumed at. In the others the loss is what it is with `lambda_vsd` 0. The weight is
-            the same wherever it runs: one that made up for the steps without would be `vsd_every` times the
-            loss that the paper's weights were chosen for, under the same gradient clip.
+            step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
         temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         callbacks: the Trainer's.
@@ -99,18 +93,13 @@ class SwitchKDTrainer(Trainer):
         self.weights = dict.fromkeys(TERMS, 0.0) | {"ce": 1.0} | dict(weights)
         require_one_gpu(args)
         require_switch(self.weights, teacher, compiled=args.torch_compile)
-        self.bad = BadSamples()
-        samples, read = len(cast(Sized, train_dataset)), reading(train_dataset, self.bad)
-        place, first = first_good(samples, read)
-        self.health = DataHealth(samples, read)
-        self.health.good(place)
+        self.feed = Feed(train_dataset, pad_token_id)
         super().__init__(
             model=student,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=None if validation is None else validation.data,
-            # No lambda: it goes to spawned workers.
-            data_collator=partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded),
+            data_collator=self.feed.collate,
             callbacks=[*(callbacks or []), LastStep(), KeepBest()],
         )
         self.encoder, self.validation, self.settings = encoder, validation, settings
@@ -118,8 +107,7 @@ class SwitchKDTrainer(Trainer):
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
         # The hooks go into the VLM itself; DDP and peft only wrap it.
-        plain: Any = student if isinstance(student, PreTrainedModel) else cast(Any, student).get_base_model()
-        self.vlm: PreTrainedModel = plain
+        self.vlm = student if isinstance(student, PreTrainedModel) else cast(Any, student).get_base_model()
         reach_by_text(self.vlm)
         self.teacher, self.vsd_every = teacher, vsd_every
         self.bridge = None if bridge is None else bridge.to(self.args.device)
@@ -134,7 +122,7 @@ class SwitchKDTrainer(Trainer):
             temperature=temperature,
             logit_chunk=logit_chunk,
             autocast=self.accelerator.autocast,
-            first=self._on_device(batch_of([first], pad_token_id)).student,
+            first=self._on_device(batch_of([self.feed.first], pad_token_id)).student,
         )
         self._sums = TermSums(self.args.device)
         self._step: list[Computed] = []  # the batches since the optimizer's last step
@@ -210,11 +198,6 @@ class SwitchKDTrainer(Trainer):
             logs = logs | self._sums.means(self.accelerator) | {"data_wait": waited.share}
         super().log(logs, start_time)
 
-    @property
-    def last_terms(self) -> dict[str, float]:
-        """The last logged value of each."""
-        return {name: entry[name] for entry in self.state.log_history for name in TERMS if name in entry}
-
     # ---- the step
 
     def get_batch_samples(
@@ -223,7 +206,7 @@ class SwitchKDTrainer(Trainer):
         """The batches of one optimizer step. How long they took to come is counted, and what they lack."""
         if self.bridge is not None:
             self.bridge.zero_grad()  # the Trainer does it for the student alone
-        batches = without_bad(self.data_wait.timed(checked(epoch_iterator)), self.bad, self.health)
+        batches = self.feed.batches(self.data_wait.timed(epoch_iterator))
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -274,8 +257,7 @@ class SwitchKDTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Overridden, as the Trainer's orders are not the same in every process after resuming
         (`cachekd.sample_order`), and no argument takes a sampler."""
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        ours = order_of(self.args, data, self._epoch)
+        ours = order_of(self.args, self.train_dataset, self._epoch)
         return super()._get_train_sampler(train_dataset) if ours is None else ours
 
     def _another_epoch(self) -> bool:
@@ -285,11 +267,6 @@ class SwitchKDTrainer(Trainer):
         """Which epoch begins, or is gone on with; right in every process, after a resumption too."""
         ahead = self._reader is not None and self._reader.begins_next
         return int(self.state.epoch or 0) + ahead
-
-    def bad_samples(self) -> dict[str, str]:
-        """Key and reason of those that were left out, in all processes, each of which has to ask."""
-        self.bad.add(gather_object([self.bad.reasons]))
-        return self.bad.reasons
 
     # ---- checkpoints
 
@@ -301,25 +278,24 @@ class SwitchKDTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if not _internal_call or output_dir is None:
             return
-        bad, folder = self.bad_samples(), Path(output_dir)
-        if not self.args.should_save:
-            return
-        if self.encoder is not None:
-            save_processor(self.encoder, folder)
-        if self.settings is not None:
-            note_settings(self.settings, folder)
-        if bad:
-            self.bad.save(folder)
-        if self.bridge is not None:
-            self.bridge.save(folder)
+        bad, checkpoint = self.feed.all_bad(), Path(output_dir)
+        if self.args.should_save:
+            if self.encoder is not None:
+                save_processor(self.encoder, checkpoint)
+            if self.settings is not None:
+                note_settings(self.settings, checkpoint)
+            if bad:
+                self.feed.bad.save(checkpoint)
+            if self.bridge is not None:
+                self.bridge.save(checkpoint)
 
-    def train(
-        self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; what `save_model` put into a checkpoint is gone on with too."""
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-        if checkpoint := last or resume_from_checkpoint:
-            self.bad.load(Path(checkpoint))
+        checkpoint = resume_from_checkpoint
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+        if checkpoint:
+            self.feed.bad.load(Path(checkpoint))
             if self.bridge is not None:
                 self.bridge.load(Path(checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)

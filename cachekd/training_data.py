@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator, Sized
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.batch import Batch, ModelInputs
 from cachekd.cache import CachedTargets, LogitCache
-from cachekd.data_health import DataHealth
+from cachekd.data_health import DataHealth, first_good
 from cachekd.data_options import OnError
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.left_out import BadSamples, may_be_left_out
@@ -95,7 +97,7 @@ class TrainingSamples(Dataset):
     def __getitem__(self, index: int) -> Example | Fault:
         """One example; a `Fault` where it is left out.
 
-        In a worker process any fault of it is a value, which `checked` raises: a DataLoader would wrap the
+        In a worker process any fault of it is a value, which `Feed` raises: a DataLoader would wrap the
         error into its own text and traceback.
         """
         in_worker = get_worker_info() is not None
@@ -150,62 +152,6 @@ def check_answers(ours: Encoded, theirs: Encoded) -> None:
         )
 
 
-def reading(data: Dataset, bad: BadSamples) -> Callable[[int], Example | BadSample]:
-    """Reads one sample in this process, by its index, whatever workers read; what is wrong with one that is
-    left out is a value, and `bad` is told of it.
-
-    Args:
-        data: of `Example` and `Fault`.
-    """
-    samples: Any = data
-
-    def read(index: int) -> Example | BadSample:
-        found: Example | Fault = samples[index]
-        if isinstance(found, Example):
-            return found
-        assert isinstance(found.error, BadSample)  # or it would have been raised
-        bad.note(found.key, found.error)
-        return found.error
-
-    return read
-
-
-def without_bad(batches: Iterator[Batch], bad: BadSamples, health: DataHealth) -> Iterator[Batch]:
-    """The same batches; which samples each lacks is noted.
-
-    Raises:
-        CachekdError: data that have gone.
-    """
-    for batch in batches:
-        for key, error in batch.left_out.items():
-            bad.note(key, error)
-        if batch.keys:
-            health.good()
-        else:
-            health.bad(batch.left_out.values())
-        yield batch
-
-
-def checked(batches: Iterator[Batch | Fault]) -> Iterator[Batch]:
-    """The same batches, from workers or not.
-
-    Raises:
-        CachekdError: what was wrong with a sample, as if it had been read here; or a worker died.
-    """
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if (died := dead_worker(error)) is not None:
-                raise died from error
-            raise
-        if batch is None:
-            return
-        if isinstance(batch, Fault):
-            raise batch.error
-        yield batch
-
-
 def collate_with_targets(
     examples: list[Example | Fault], pad_token_id: int, stand_in: Encoded | None = None
 ) -> Batch | Fault:
@@ -244,3 +190,70 @@ def batch_of(examples: list[Example], pad_token_id: int) -> Batch:
         covered=covered,
         teacher=ModelInputs.of(collate(theirs, pad_token_id)) if theirs else None,
     )
+
+
+class Feed:
+    """A data set as batches: samples that are left out are noted, and data that have gone stop it.
+
+    Args:
+        data: of `Example` and `Fault`.
+        pad_token_id: for batches.
+
+    Attributes:
+        first: the first sample that can be used.
+        collate: samples to a batch, for a DataLoader.
+        bad: samples that this process met and left out.
+
+    Raises:
+        CachekdError: no sample can be used.
+    """
+
+    def __init__(self, data: Dataset, pad_token_id: int) -> None:
+        self._data: Any = data
+        self.bad = BadSamples()
+        samples = len(cast(Sized, data))
+        place, self.first = first_good(samples, self._read)
+        self._health = DataHealth(samples, self._read)
+        self._health.good(place)
+        # No lambda: it goes to spawned workers.
+        self.collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=self.first.encoded)
+
+    def _read(self, index: int) -> Example | BadSample:
+        """Reads one sample in this process, whatever workers read."""
+        found: Example | Fault = self._data[index]
+        if isinstance(found, Example):
+            return found
+        assert isinstance(found.error, BadSample)  # or it would have been raised
+        self.bad.note(found.key, found.error)
+        return found.error
+
+    def batches(self, loaded: Iterator[Batch | Fault]) -> Iterator[Batch]:
+        """What was loaded, by workers or not.
+
+        Raises:
+            CachekdError: what was wrong with a sample, as if it had been read here; data that have gone; or a
+                worker died.
+        """
+        while True:
+            try:
+                batch = next(loaded, None)
+            except RuntimeError as error:
+                if (died := dead_worker(error)) is not None:
+                    raise died from error
+                raise
+            if batch is None:
+                return
+            if isinstance(batch, Fault):
+                raise batch.error
+            for key, wrong in batch.left_out.items():
+                self.bad.note(key, wrong)
+            if batch.keys:
+                self._health.good()
+            else:
+                self._health.bad(batch.left_out.values())
+            yield batch
+
+    def all_bad(self) -> dict[str, str]:
+        """Key and reason of those that were left out, in all processes, each of which has to ask."""
+        self.bad.add(gather_object([self.bad.reasons]))
+        return self.bad.reasons

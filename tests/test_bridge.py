@@ -257,10 +257,8 @@ def test_the_switched_path_is_the_teachers_text_with_the_bridged_features(pair, 
         trainer.vlm(**batch.student.tensors)
     logits = trainer.teacher.logits(trainer.bridge(vision.output), batch.teacher.tensors, positions)
     targets = batch.targets
-    kneedle = {"window": targets.window, "min_k": targets.min_k}
-    expected = dbild_loss(
-        logits[:, : targets.vocab_size], targets, **kneedle, temperature=3.0, reduction="sum"
-    )
+    how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}
+    expected = dbild_loss(logits[:, : targets.vocab_size], targets, **how)
     torch.testing.assert_close(vsd, expected)
     vsd.backward()
     touched = {name for name, p in trainer.vlm.named_parameters() if p.grad is not None and p.grad.any()}

@@ -1,4 +1,4 @@
-"""A term of the loss is one entry of a table; a batch is one object; few private methods are the Trainer's."""
+"""A term of the loss is one entry of a table; a batch is one object; what is private in the Trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def forward_kl(logits, targets, how):
     return forward_kl_loss(logits, targets, temperature=how.temperature, reduction="sum")
 
 
-KL = Term("L_KL", "the teacher's distribution over all tokens", forward_kl)
+KL = Term("L_KL", "forward KL over the whole vocabulary", forward_kl)
 
 
 class WithKL(TrainConfig):
@@ -228,4 +228,4 @@ def test_the_trainer_calls_each_of_them_in_a_run_that_is_cut_and_gone_on_with(se
     assert math.isfinite(summary.terms["ce"])
     more = Counter(calls.counts)
     more.subtract(first)
-    assert more == {name: 1 for name in PRIVATE}
+    assert more == dict.fromkeys(PRIVATE, 1)

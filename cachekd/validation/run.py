@@ -8,22 +8,18 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.batch import Batch
-from cachekd.data_health import DataHealth, first_good
 from cachekd.errors import CachekdError, about
-from cachekd.left_out import BadSamples
 from cachekd.losses.terms import TERMS
 from cachekd.samples import SampleEncoder
-from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
+from cachekd.training_data import Feed, TrainingSamples
 from cachekd.validation.data import HeldOut
 from cachekd.validation.settings import ACCURACY
 from cachekd.vlm.steady import in_eval_mode
@@ -53,12 +49,7 @@ class Validation:
 
     def __init__(self, data: TrainingSamples, terms: tuple[str, ...], pad_token_id: int) -> None:
         self.data, self.terms = data, terms
-        self.bad = BadSamples()
-        read = reading(data, self.bad)
-        place, first = first_good(len(data), read)
-        self._health = DataHealth(len(data), read)
-        self._health.good(place)
-        self._collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded)
+        self._feed = Feed(data, pad_token_id)
 
     @classmethod
     def of(cls, held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
@@ -90,14 +81,14 @@ class Validation:
         loader = WorkerLoader(
             self.data,
             batch_sampler=self.part_of(args),
-            collate_fn=self._collate,
+            collate_fn=self._feed.collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             generator=torch.Generator(),  # else it draws a number of the global one
         )
-        return without_bad(checked(iter(loader)), self.bad, self._health)
+        return self._feed.batches(iter(loader))
 
     def part_of(self, args: TrainingArguments) -> list[list[int]]:
         """This process's batches, as indices."""
@@ -130,7 +121,7 @@ class Validation:
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
-                found=f"{len(self.bad.reasons):,} of them cannot be used",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
         loss = sum(trainer.weights[name] * mean for name, mean in means.items())
@@ -156,8 +147,7 @@ class Validation:
 
     def bad_samples(self) -> dict[str, str]:
         """Key and reason of those that cannot be used, in all processes, each of which has to ask."""
-        self.bad.add(gather_object([self.bad.reasons]))
-        return self.bad.reasons
+        return self._feed.all_bad()
 
 
 @contextmanager
