@@ -21,7 +21,7 @@ from cachekd.samples import Encoded, predicting_positions
 from cachekd.targets import DenseTargets
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import Example, collate_with_targets
+from cachekd.training_data import Example, batch_of
 from cachekd.vlm import SwitchedTeacher, capture_vision
 
 WINDOW, MIN_K, IMAGE_TOKEN = 128, 2, 5
@@ -144,10 +144,8 @@ class Naive:
     ) -> None:
         self.student, self.teacher, self.switched = student, teacher, SwitchedTeacher(teacher)
         self.optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, fused=True)  # as the Trainer
-        batch = collate_with_targets([Example(encoded) for encoded in data], 0)
-        batch = {name: x.to(student.device) for name, x in batch.items() if isinstance(x, Tensor)}
-        self.supervised = batch["labels"] != -100
-        self.inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        inputs = batch_of([Example(encoded) for encoded in data], 0).to(student.device).student
+        self.supervised, self.inputs = inputs.supervised, inputs.tensors
         self.autocast = autocast
 
     def loss(self) -> Tensor:

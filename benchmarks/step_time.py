@@ -224,8 +224,7 @@ def run_ours(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
         },
         teacher=teacher,
         live=LiveTeacher(teacher, sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None,
-        lambda_align=0.0 if name == "ce_only" else 1.0,
-        lambda_vsd=1.0 if teacher else 0.0,
+        weights={"align": 0.0 if name == "ce_only" else 1.0, "vsd": 1.0 if teacher else 0.0},
         callbacks=[_Callback(clock)],
     )
     with profiled(options.profile):

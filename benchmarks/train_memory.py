@@ -74,6 +74,7 @@ def lean(folder: Path, options: argparse.Namespace) -> float:
         folder / "out",
         steps=2,
         settings={"use_cpu": True, CHECKPOINTING: recomputed},
+        weights={"align": 1.0, "vsd": 1.0},
         teacher=teacher,
         live=LiveTeacher(teacher, options.vocab, WINDOW, MIN_K) if live else None,
     )

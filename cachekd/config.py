@@ -292,7 +292,7 @@ class TrainConfig(DataOptions):
         settings = {name: value for name, value in settings.items() if name not in DataOptions.model_fields}
         settings |= {name: getattr(data, name) for name in data.model_fields_set}
         of_the_run = {"cache": self.eval_cache, "binding": None}
-        return TrainConfig(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
+        return type(self)(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
 
     @property
     def eval_is_taught(self) -> bool:
@@ -300,25 +300,42 @@ class TrainConfig(DataOptions):
         return self.eval_cache is not None or self.live_teacher
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
+        from cachekd.losses.terms import TERMS  # imports torch
+
+        return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
+
+    @property
     def terms(self) -> tuple[str, ...]:
-        """Those that are on, among "ce", "align" and "vsd"."""
-        align, vsd = ("align",) * (self.lambda_align > 0), ("vsd",) * (self.lambda_vsd > 0)
-        return ("ce", *align, *vsd)
+        """Those that are on, by their names in `TERMS`."""
+        return tuple(name for name, weight in self.weights.items() if weight > 0)
 
     @property
     def eval_terms(self) -> tuple[str, ...]:
         """The terms that are computed on held-out data, as far as settings tell."""
-        return self.terms if self.eval_is_taught else ("ce",)
+        from cachekd.losses.terms import TERMS
+
+        return tuple(name for name in self.terms if self.eval_is_taught or not TERMS[name].taught)
 
     @property
     def runs_teacher(self) -> bool:
         """Whether the teacher itself is in memory: for L_VSD, or in the cache's place."""
-        return self.lambda_vsd > 0 or (self.live_teacher and self.distils)
+        return self.switches or (self.live_teacher and self.distils)
+
+    @property
+    def switches(self) -> bool:
+        """Whether a term of the switched path is on."""
+        from cachekd.losses.terms import TERMS
+
+        return any(TERMS[name].path == "switched" for name in self.terms)
 
     @property
     def distils(self) -> bool:
-        """Whether any teacher term is on; otherwise this is plain cross-entropy training."""
-        return self.lambda_align > 0 or self.lambda_vsd > 0
+        """Whether any term that needs a teacher is on; otherwise this is plain cross-entropy training."""
+        from cachekd.losses.terms import TERMS
+
+        return any(TERMS[name].taught for name in self.terms)
 
 
 class EvalConfig(DataOptions):

@@ -165,7 +165,7 @@ def _knobs(config: TrainConfig) -> list[str]:
         knobs.append(f"--batch-size {half} --gradient-accumulation {twice} (the same steps)")
     if config.live_teacher:
         knobs.append("a cache instead of --live-teacher")
-    if config.teacher is not None and config.lambda_vsd > 0 and config.teacher_quantization is None:
+    if config.teacher is not None and config.switches and config.teacher_quantization is None:
         knobs.append("teacher_quantization: {load_in_4bit: true} in the YAML")
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
@@ -180,6 +180,6 @@ def _knobs(config: TrainConfig) -> list[str]:
 
 def _fewer_parts(config: TrainConfig) -> str:
     """Frozen weights have neither gradients nor moments; the language model has most of them."""
-    if config.lambda_vsd > 0:
+    if config.switches:
         return "--trainable vision_encoder,projector (no gradients and moments of the language model)"
     return "--trainable projector (gradients and moments of that part alone)"

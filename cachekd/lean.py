@@ -49,7 +49,6 @@ def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
             settings; adapters outside the parts that train.
     """
-    check_lean_settings(config)
     student = files.load(dtype=torch.float32, device=device, quantization=config.student_quantization)
     if config.lora is None:
         train_only(student, config.trainable)

@@ -1,10 +1,9 @@
-"""The three terms of one batch: L_CE, L_Align and L_VSD, each summed over answer tokens."""
+"""The terms of one batch, each summed over answer tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +12,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from cachekd.batch import Batch
 from cachekd.cache import CachedTargets
 from cachekd.errors import CachekdError
-from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
-from cachekd.samples import predicting_positions
+from cachekd.losses import chunk_tokens, summed_over_chunks
+from cachekd.losses.terms import TERMS, DistilSettings
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.targets import LiveTargets
-from cachekd.vlm import DeferredHead, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
+from cachekd.vlm import (
+    DeferredHead,
+    LiveTeacher,
+    SwitchBridge,
+    SwitchedTeacher,
+    capture_vision,
+    prove_split,
+)
 
 Targets = CachedTargets | LiveTargets
 
-
-TERMS = ("ce", "align", "vsd")
 _RIGHT = "right"  # beside the terms, while chunks are summed
 
 
@@ -31,7 +37,7 @@ class BatchTerms(NamedTuple):
     """Of one batch.
 
     Attributes:
-        terms: "ce", "align" and "vsd", those that are on, each summed over answer tokens; scalars.
+        terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
         right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
         tokens: answer tokens.
         distilled: those of them that have the teacher's targets.
@@ -51,10 +57,10 @@ class TermSums:
 
     def add(self, found: BatchTerms) -> None:
         """One batch more."""
-        for row, name in enumerate(TERMS):
+        for row, (name, term) in enumerate(TERMS.items()):
             if name in found.terms:
                 self._sums[row, 0] += found.terms[name].detach()
-                self._sums[row, 1] += found.tokens if name == "ce" else found.distilled
+                self._sums[row, 1] += found.distilled if term.taught else found.tokens
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Each term's mean per answer token since the last look, over all processes, each of which has to
@@ -69,142 +75,176 @@ class LossTerms:
 
     Args:
         vlm: the student itself, out of DDP's and peft's wrappers: the hooks go into it.
-        teacher: the switched path; None where L_VSD is off.
+        weights: of the terms; one whose weight is 0 is not computed.
+        teacher: the switched path; None where no term is of it.
+        live: takes the place of cached targets.
         bridge: between V_S and P_T, beyond the paper.
-        align, vsd: whether L_Align and L_VSD are on at all.
         temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         autocast: of the student's forward.
-        tokens, positions: a batch, and where it is answered, on which the heads are measured, before anything
-            long starts.
+        first: a sample on which the heads are measured, before anything long starts.
     """
 
     def __init__(
         self,
         vlm: PreTrainedModel,
-        teacher: SwitchedTeacher | None,
-        bridge: SwitchBridge | None,
+        weights: Mapping[str, float],
         *,
-        align: bool,
-        vsd: bool,
+        teacher: SwitchedTeacher | None,
+        live: LiveTeacher | None,
+        bridge: SwitchBridge | None,
         temperature: float,
         logit_chunk: int | None,
         autocast: Callable[[], AbstractContextManager[Any]],
-        tokens: dict[str, Tensor],
-        positions: Tensor,
+        first: ModelInputs,
     ) -> None:
-        self.vlm, self.teacher, self.bridge = vlm, teacher, bridge
-        self.align, self.temperature, self.autocast = align, temperature, autocast
+        self.vlm, self.teacher, self.live, self.bridge = vlm, teacher, live, bridge
+        self.temperature, self.autocast = temperature, autocast
+        self.own, self.switched = (
+            [name for name, term in TERMS.items() if term.path == path and weights[name] > 0]
+            for path in ("own", "switched")
+        )
         self._proven = False  # that the student's parts make up the student
         if teacher is not None:
-            teacher.head(tokens, positions)
-            if vsd and "pixel_values" in tokens:
-                self._prove(tokens, positions)
-        self.head = DeferredHead(vlm, tokens, positions)
+            teacher.head(first.tensors, first.positions)
+            if self.switched and "pixel_values" in first.tensors:
+                self._prove(first)
+        self.head = DeferredHead(vlm, first.tensors, first.positions)
         self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
 
-    def _prove(self, inputs: dict[str, Tensor], positions: Tensor) -> None:
+    def _prove(self, inputs: ModelInputs) -> None:
         """Once, on the first sample with an image."""
         if not self._proven:
-            prove_split(self.vlm, inputs, positions)
+            prove_split(self.vlm, inputs.tensors, inputs.positions)
             self._proven = True
 
     def __call__(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        supervised: Tensor,
-        targets: Targets | None,
-        covered: Tensor | None,
-        for_teacher: dict[str, Tensor] | None,
-        *,
-        switches: bool,
-        evaluating: bool = False,
+        self, model: nn.Module, batch: Batch, *, switches: bool, evaluating: bool = False
     ) -> BatchTerms:
-        """See `SwitchKDTrainer.loss_terms`.
+        """The terms that are on, each summed over answer tokens: taught ones over those with targets.
 
         Args:
             model: the student in its wrappers.
-            switches: whether the switched path runs.
+            switches: whether the switched path runs, if a term is of it.
+            evaluating: no gradient is wanted, a live teacher is asked whatever the step is, and the answer
+                tokens whose argmax is right are counted.
         """
-        positions = predicting_positions(supervised)
-        answer_ids = inputs["input_ids"][supervised]
+        inputs, positions = batch.student.tensors, batch.student.positions
+        token_ids, switched = batch.student.token_ids, self.switched if switches else []
+        taught = evaluating or any(TERMS[name].taught for name in (*self.own, *switched))
+        targets = self.targets_of(batch) if taught or self.live is None else None
         with capture_vision(self.vlm) as vision:
             states = self.head.states(
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
-        own_path = partial(self._own_path, counts_right=evaluating)
-        if targets is None or covered is None:
-            terms = own_path(states, answer_ids, targets)
+        if targets is None or batch.covered is None:
+            terms = self._own_path(states, token_ids, targets, counts_right=evaluating)
         else:
-            terms = own_path(states[covered], answer_ids[covered], targets)
-            others = own_path(states[~covered], answer_ids[~covered], None)
-            terms |= {name: terms[name] + term for name, term in others.items()}
+            terms = {}
+            for some, known in ((batch.covered, targets), (~batch.covered, None)):
+                found = self._own_path(states[some], token_ids[some], known, counts_right=evaluating)
+                terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
         right = terms.pop(_RIGHT, None)
         # Without an image z_W is z_T: no difference, and no gradient.
-        if targets is not None and switches and "pixel_values" in inputs:
-            self._prove(inputs, positions)
+        if targets is not None and switched and "pixel_values" in inputs:
+            self._prove(batch.student)
             output = _require_output(vision.output, with_gradient=not evaluating)
-            if self.bridge is not None:
-                output = self.bridge(output)
-                if for_teacher is not None:  # its own number of places for an image
-                    inputs = dict(for_teacher)
-                    positions = predicting_positions(inputs.pop("supervised"))
-            terms["vsd"] = self._switched_path(output, inputs, positions, targets, covered)
-        return BatchTerms(terms, right, len(answer_ids), 0 if targets is None else len(targets))
+            terms |= self._switched_path(output, batch, targets)
+        return BatchTerms(terms, right, len(token_ids), 0 if targets is None else len(targets))
+
+    def targets_of(self, batch: Batch) -> Targets | None:
+        """The teacher at the batch's answer tokens, or at those that the cache covers; None at none."""
+        if self.live is None:
+            return batch.targets
+        if not batch.student.supervised.any():
+            return None
+        seen = batch.student if batch.teacher is None else batch.teacher
+        return self.live.targets(seen.tensors, seen.positions, batch.student.token_ids)
 
     def _own_path(
-        self, states: Tensor, answer_ids: Tensor, targets: Targets | None, *, counts_right: bool
+        self, states: Tensor, token_ids: Tensor, targets: Targets | None, *, counts_right: bool
     ) -> dict[str, Tensor]:
-        """L_CE and, with targets, L_Align; and how many answer tokens are the likeliest, if that is asked."""
+        """L_CE and, with targets, the taught terms; and how many answer tokens are the likeliest, if that is
+        asked."""
+        on = [name for name in self.own if targets is not None or not TERMS[name].taught]
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
             logits = self.head.logits(some)
-            terms = {"ce": cross_entropy_loss(logits, answer_ids[rows], reduction="sum")}
-            if targets is not None and self.align:
-                terms["align"] = self.dbild(logits, targets, rows)
+            terms = self._terms(on, logits, token_ids[rows], targets, rows)
             if counts_right:
-                terms[_RIGHT] = (logits.argmax(-1) == answer_ids[rows]).sum()
+                terms[_RIGHT] = (logits.argmax(-1) == token_ids[rows]).sum()
             return terms
 
         # Around all chunks: the head's weights are cast once.
         with self.autocast():
             return summed_over_chunks(loss, states, self.logit_chunk)
 
-    def _switched_path(
-        self,
-        vision_output: ModelOutput,
-        inputs: dict[str, Tensor],
-        positions: Tensor,
-        targets: Targets,
-        covered: Tensor | None,
-    ) -> Tensor:
-        """L_VSD."""
+    def _switched_path(self, output: ModelOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
+        """The terms of the student's visual features in the teacher.
+
+        Args:
+            output: of the student's vision encoder.
+        """
         assert self.teacher is not None  # as the trainer checked
-        head = self.teacher.head(inputs, positions)
-        teacher_logits = self.teacher.logits
-        states = head.states(lambda: teacher_logits(vision_output, inputs, positions))
+        teacher, inputs = self.teacher, batch.student
+        if self.bridge is not None:
+            output = self.bridge(output)
+            if batch.teacher is not None:  # its own number of places for an image
+                inputs = batch.teacher
+        positions = inputs.positions
+        head = teacher.head(inputs.tensors, positions)
+        states = head.states(lambda: teacher.logits(output, inputs.tensors, positions))
+        states = states if batch.covered is None else states[batch.covered]
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            return {"vsd": self.dbild(head.logits(some), targets, rows)}
+            return self._terms(self.switched, head.logits(some), targets.token_ids[rows], targets, rows)
 
-        states = states if covered is None else states[covered]
-        return summed_over_chunks(loss, states, self.logit_chunk)["vsd"]
+        return summed_over_chunks(loss, states, self.logit_chunk)
 
-    def dbild(self, logits: Tensor, targets: Targets, rows: Tensor) -> Tensor:
-        """DBiLD summed over the answer tokens `rows` [n] int64, whose [n, V] logits are given."""
-        if logits.shape[1] > targets.vocab_size:
-            # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
-            logits = logits[:, : targets.vocab_size]
-        with torch.autocast(logits.device.type, enabled=False):  # a live teacher has a dtype of its own
-            return dbild_loss(
-                logits,
-                targets.select(rows),
-                temperature=self.temperature,
-                window=targets.window,
-                min_k=targets.min_k,
-                reduction="sum",
-            )
+    def _terms(
+        self, names: list[str], logits: Tensor, token_ids: Tensor, targets: Targets | None, rows: Tensor
+    ) -> dict[str, Tensor]:
+        """Terms of one path, each summed over the answer tokens `rows` [n] int64.
+
+        Args:
+            logits: [n, V], theirs; V may be padded beyond the tokenizer's tokens.
+            token_ids: [n] int64, theirs.
+            targets: of more answer tokens than these; None where no term is taught.
+        """
+        # Each loss computes in full precision, and a live teacher's head in a dtype of its own.
+        with torch.autocast(logits.device.type, enabled=False):
+            how = DistilSettings(self.temperature)
+            found = {n: TERMS[n].loss(logits, token_ids, how) for n in names if not TERMS[n].taught}
+            taught = [name for name in names if TERMS[name].taught]
+            if taught and targets is not None:
+                how = DistilSettings(self.temperature, targets.window, targets.min_k)
+                # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
+                logits, some = logits[:, : targets.vocab_size], targets.select(rows)
+                found |= {name: TERMS[name].loss(logits, some, how) for name in taught}
+        return found
+
+
+def require_switch(weights: Mapping[str, float], teacher: SwitchedTeacher | None, *, compiled: bool) -> None:
+    """Refuse terms of the switched path that could not be computed.
+
+    Args:
+        compiled: whether the student's forward is.
+
+    Raises:
+        CachekdError: there is no teacher to switch into, or nothing to be seen of a compiled student.
+    """
+    on = [term.label for name, term in TERMS.items() if term.path == "switched" and weights[name] > 0]
+    if on and teacher is None:
+        raise CachekdError(
+            f"{on[0]} needs a teacher to switch into", fix="pass teacher=, or no weight for it"
+        )
+    if on and compiled:
+        raise CachekdError(
+            f"{on[0]} takes what the vision encoder says out of the student's forward, which a compiled one "
+            "does not give",
+            where="setting 'training.torch_compile'",
+            fix="leave it out, or train without the switched path: --lambda-vsd 0",
+        )
 
 
 def _require_output(output: ModelOutput | None, *, with_gradient: bool) -> ModelOutput:

@@ -44,6 +44,28 @@ def check_cache(
     Raises:
         CachekdError: what differs, and how.
     """
+    check_text(cache, encoder)
+    lacking = missing_samples(cache, samples, data)
+    if lacking and missing != "error" and len(lacking) == len(samples):
+        then = "all would train by L_CE alone" if missing == "ce-only" else "nothing would be left"
+        raise CachekdError(
+            f"the cache lacks samples of the data set: it has none of them, and {then}",
+            where=str(cache.path),
+            expected=f"some of {len(samples):,} samples, as {samples.keys[0]!r}",
+            found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
+            fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
+            "--lambda-align 0 --lambda-vsd 0 for plain CE",
+        )
+    lacking.refuse(cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long)
+    return lacking
+
+
+def check_text(cache: LogitCache, encoder: SampleEncoder) -> None:
+    """Refuse a cache of another tokenizer, chat template or way to encode; no data are needed for it.
+
+    Raises:
+        CachekdError: what differs, and how.
+    """
     stored, tokenizer = cache.manifest.fingerprints, encoder.processor.tokenizer
     found = {
         "tokenizer": (stored.tokenizer, tokenizer_fingerprint(tokenizer)),
@@ -59,19 +81,6 @@ def check_cache(
                 fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
             )
     _check_encoding(cache, encoder)
-    lacking = missing_samples(cache, samples, data)
-    if lacking and missing != "error" and len(lacking) == len(samples):
-        then = "all would train by L_CE alone" if missing == "ce-only" else "nothing would be left"
-        raise CachekdError(
-            f"the cache lacks samples of the data set: it has none of them, and {then}",
-            where=str(cache.path),
-            expected=f"some of {len(samples):,} samples, as {samples.keys[0]!r}",
-            found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
-            fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
-            "--lambda-align 0 --lambda-vsd 0 for plain CE",
-        )
-    lacking.refuse(cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long)
-    return lacking
 
 
 def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:

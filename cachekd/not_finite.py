@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from cachekd.batch import Batch
 from cachekd.errors import CachekdError
 from cachekd.failures import is_failed_write, what_failed
 
@@ -30,14 +31,12 @@ class Computed:
     Attributes:
         loss: scalar, before it is divided by the step's answer tokens.
         terms: scalars, likewise.
-        keys: of the samples.
-        inputs: the batch as the Trainer gave it.
+        batch: as the Trainer gave it.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
-    keys: list[str]
-    inputs: dict[str, Any]
+    batch: Batch
 
 
 def stop_if_not_finite(trainer: SwitchKDTrainer, batches: Sequence[Computed], grad_norm: Any) -> None:
@@ -84,16 +83,17 @@ def _stop(trainer: SwitchKDTrainer, problem: str, batches: Sequence[Computed], e
     rows = [{name: float(term) for name, term in batch.terms.items()} for batch in batches]
     path = Path(trainer.args.output_dir) / f"not-finite-step-{step}-process-{trainer.args.process_index}.pt"
     bridge = {} if trainer.bridge is None else {"switch_bridge": trainer.bridge.state_dict()}
+    keys = [key for each in batches for key in each.batch.keys]
     saved = [
-        {"keys": batch.keys, "terms": row, "inputs": batch.inputs}
-        for batch, row in zip(batches, rows, strict=True)
+        {"keys": each.batch.keys, "terms": row, "batch": each.batch}
+        for each, row in zip(batches, rows, strict=True)
     ]
     kept = _save({"step": step, "batches": saved, "student": trainer.vlm.state_dict()} | bridge, path)
     name, size = _largest(trainer)
     terms = [", ".join(f"{term} {value:g}" for term, value in row.items()) for row in rows]
     raise CachekdError(
         problem,
-        where=f"step {step + 1}, samples {', '.join(repr(key) for batch in batches for key in batch.keys)}",
+        where=f"step {step + 1}, samples {', '.join(map(repr, keys))}",
         expected=expected,
         found="; ".join([*terms, _rate(trainer), f"largest |weight| {size:g}, in {name}"]),
         fix=f"{_advice(trainer, size)}; {kept}",

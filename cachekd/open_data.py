@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any, NamedTuple
 
 from cachekd.bind import open_bound
 from cachekd.cache import DataInfo, LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data_options import DataOptions
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache
 from cachekd.missing import dumped_data
@@ -79,37 +78,15 @@ def without_missing(
     """The samples that are used, and those that are left out because the cache lacks them.
 
     Raises:
-        CachekdError: as for `missing_in`.
+        CachekdError: the cache does not match the student's tokenizer, the template or the data; or the run
+            would stop at samples that it lacks.
     """
-    missing = {} if cache is None else missing_in(cache, config, samples, encoder)
+    if cache is None:
+        return samples, LeftOutSamples()
+    data = None if config.binding is not None else config
+    choices = {"missing": config.missing, "on_error": config.on_error}
+    missing = check_cache(cache, samples, encoder, data=data, **choices).reasons
     if config.missing != "skip" or not missing:
         return samples, LeftOutSamples()
     kept = [index for index, key in enumerate(samples.keys) if key not in missing]
     return SamplesView(samples, only=kept), LeftOutSamples.of(missing)
-
-
-def missing_in(
-    cache: LogitCache, config: TrainConfig, samples: Samples, encoder: SampleEncoder
-) -> dict[str, str]:
-    """The samples that the cache lacks, key to why.
-
-    Raises:
-        CachekdError: it does not match the student's tokenizer, the template or the data; or the run would
-            stop at them.
-    """
-    data = None if config.binding is not None else config
-    choices = {"missing": config.missing, "on_error": config.on_error}
-    return check_cache(cache, samples, encoder, data=data, **choices).reasons
-
-
-def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
-    """Whether any of the samples that the cache has (None: of all) has a picture, as their records tell."""
-    distilled = (index for index, key in enumerate(samples.keys) if cache is None or key in cache)
-    return any(_has_picture(samples, index) for index in distilled)
-
-
-def _has_picture(samples: Samples, index: int) -> bool:
-    try:
-        return samples.outline(index).images > 0
-    except BadSample:  # which is met again when it is read
-        return False

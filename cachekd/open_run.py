@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.lean import check_lean_settings
 from cachekd.left_out import LeftOutSamples
-from cachekd.matching import check_teacher
-from cachekd.open_data import RunModels, has_pictures, length_limits, open_cache, without_missing
+from cachekd.open_data import RunModels, length_limits, open_cache, without_missing
+from cachekd.pair.data_rows import pictures_row
+from cachekd.pair.rows import (
+    Row,
+    cache_teacher_row,
+    require,
+    switch_rows,
+    template_row,
+    vocabulary_row,
+)
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.validation.data import HeldOut, open_held_out
-from cachekd.vlm import ModelFiles, check_switch, check_tokenizers
+from cachekd.vlm import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     """
     config.require_inputs()
     phase("reading the settings")
-    arguments = SwitchKDTrainingArguments.of(config, checkpoints)
+    arguments = checked_arguments(config, checkpoints)
     phase("opening the data")
     samples = open_samples(config)
     if config.distils and not config.live_teacher:
@@ -62,9 +71,20 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     require_steps(len(samples), arguments)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
-        check_the_teacher(config, models.student, models.teacher, samples, cache)
+        require(teacher_rows(config, models.student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
     return OpenRun(samples, models, cache, arguments, missing, held_out)
+
+
+def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:
+    """The Trainer's settings, and those that peft and transformers get, checked.
+
+    Raises:
+        CachekdError: one of the three refuses a setting; or several GPUs for one process.
+    """
+    arguments = SwitchKDTrainingArguments.of(config, checkpoints)
+    check_lean_settings(config)
+    return arguments
 
 
 def require_steps(samples: int, arguments: SwitchKDTrainingArguments) -> None:
@@ -85,51 +105,26 @@ def require_steps(samples: int, arguments: SwitchKDTrainingArguments) -> None:
     )
 
 
-def require_pictures(config: TrainConfig, samples: Samples, cache: Container[str] | None) -> None:
-    """Refuse L_VSD where no sample feeds it; text alone has nothing to switch.
-
-    Args:
-        cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
-
-    Raises:
-        CachekdError: none of them has a picture, as their records tell.
-    """
-    if config.lambda_vsd == 0:
-        return
-    if has_pictures(samples, cache):
-        return
-    distilled = sum(cache is None or key in cache for key in samples.keys)
-    raise CachekdError(
-        "no sample feeds L_VSD: none has a picture",
-        where=f"setting 'lambda_vsd', and {config.data}",
-        expected="samples with pictures among those that are distilled",
-        found=f"{distilled:,} of text alone",
-        fix="--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0",
-    )
-
-
-def check_the_teacher(
+def teacher_rows(
     config: TrainConfig,
     student: ModelFiles,
     teacher: ModelFiles,
-    samples: Samples,
+    samples: Samples | None,
     cache: LogitCache | None,
-) -> None:
-    """What its files say, without a model of them; their bytes are hashed last, as it takes longest.
+) -> Iterator[Row]:
+    """What has to fit of a teacher that runs in training, as its files tell; its weights are hashed last, as
+    it takes longest.
 
-    Raises:
-        CachekdError: the pair cannot be switched, or has nothing to switch; it has other tokens or another
-            template; or the cache is of another teacher.
+    Args:
+        samples: None where they are not opened, as in a pipeline those of a hub.
+        cache: None where there is none, or not yet.
     """
-    if config.lambda_vsd > 0 and config.switch_bridge is None:
-        check_switch(teacher.config, student.config)
-    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer)
-    if config.live_teacher and teacher.encoder.template != student.encoder.template:
-        raise CachekdError(
-            "teacher and student have different chat templates",
-            where=f"{teacher.path} and {student.path}",
-            fix="save the teacher's chat_template.jinja beside the student's processor",
-        )
-    require_pictures(config, samples, cache)
+    if config.switches:
+        yield from switch_rows(teacher, student, config.switch_bridge)
+    yield vocabulary_row(teacher, student)
+    if config.live_teacher:
+        yield template_row(teacher, student)
+    if config.switches and samples is not None:
+        yield pictures_row(config.data, samples, cache)
     if cache is not None:
-        check_teacher(cache, teacher)
+        yield cache_teacher_row(cache, teacher)

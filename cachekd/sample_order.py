@@ -7,9 +7,11 @@ it has had and there are several processes: the rest of a later epoch then came 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
@@ -53,3 +55,19 @@ class LengthGroups(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator = torch.Generator().manual_seed(self._seed + self._epoch())
         return super().__iter__()
+
+
+def order_of(args: TrainingArguments, data: Any, epoch: Callable[[], int]) -> Sampler[int] | None:
+    """Of `train_sampling_strategy`; None where it is one that depends on nothing random.
+
+    Args:
+        data: that can tell its `lengths`, where samples are grouped by them.
+        epoch: which epoch begins, asked at its beginning.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if args.train_sampling_strategy == "random":
+        return RandomOrder(len(data), seed=seed, epoch=epoch)
+    if args.train_sampling_strategy == "group_by_length":
+        in_a_step = args.train_batch_size * args.gradient_accumulation_steps
+        return LengthGroups(data.lengths(), in_a_step, seed=seed, epoch=epoch)
+    return None

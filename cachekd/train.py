@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from cachekd.checkpoints import step_of
 from cachekd.config import TrainConfig
@@ -20,6 +20,7 @@ from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
 from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
+from cachekd.losses.terms import TERMS
 from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import RunFolder, claimed
 from cachekd.run_inputs import inputs_of
@@ -116,28 +117,45 @@ def train(
         resumed_from = 0 if checkpoint is None else step_of(checkpoint)
         trainer.args.eval_on_start &= checkpoint is None  # when the run began
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         stopper.raise_if_stopped(trainer.state)
-        bad = trainer.bad_samples()
-        summary = TrainSummary(
-            config.out,
-            trainer.state.global_step,
-            time.perf_counter() - started,
-            trainer.last_terms,
-            resumed_from,
-            trainer.train_dataset.uncovered(but=bad),
-            trainer.data_wait.total.share,
-            opened.missing,
-            LeftOutSamples.of(bad),
-            **of_held_out(opened, trainer),
-        )
+        summary = summarised(config.out, opened, trainer, resumed_from, time.perf_counter() - started)
         with folder.finishing():
             save_run(folder, config, opened.models.student, trainer, summary)
-    workers, here = trainer.args.dataloader_num_workers, summary.steps - resumed_from
+    say_what_would_be_faster(trainer, summary)
+    return summary
+
+
+def summarised(
+    out: Path, opened: OpenRun, trainer: SwitchKDTrainer, resumed_from: int, seconds: float
+) -> TrainSummary:
+    """What this session did; all processes have to ask."""
+    bad = trainer.feed.all_bad()
+    return TrainSummary(
+        out,
+        trainer.state.global_step,
+        seconds,
+        last_terms(trainer.state),
+        resumed_from,
+        trainer.train_dataset.uncovered(but=bad),
+        trainer.data_wait.total.share,
+        opened.missing,
+        LeftOutSamples.of(bad),
+        **of_held_out(opened, trainer),
+    )
+
+
+def last_terms(state: TrainerState) -> dict[str, float]:
+    """The last logged value of each."""
+    return {name: entry[name] for entry in state.log_history for name in TERMS if name in entry}
+
+
+def say_what_would_be_faster(trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
+    """If the steps waited for data."""
+    workers, here = trainer.args.dataloader_num_workers, summary.steps - summary.resumed_from
     waited = advice(summary.data_wait, workers, here, summary.seconds)
     if waited is not None and trainer.is_world_process_zero():
         log.warning("%s", waited)
-    return summary
 
 
 def size_of(config: TrainConfig, opened: OpenRun) -> RunSize:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from cachekd.batch import Batch
 from cachekd.config import TrainConfig
 from cachekd.failures import memory_advice
 from cachekd.load_trainer import load_trainer
@@ -23,7 +24,7 @@ from cachekd.open_run import open_run
 from cachekd.run_size import RunSize, run_size
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import IGNORE, Example, TrainingSamples
+from cachekd.training_data import Example, TrainingSamples, batch_of
 from cachekd.validation.run import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
@@ -170,20 +171,20 @@ def _quiet(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"save_steps": 0, "training": config.training | quiet})
 
 
-def _longest(trainer: SwitchKDTrainer) -> dict[str, Any]:
+def _longest(trainer: SwitchKDTrainer) -> Batch:
     """A batch of the longest samples, as their texts tell (`rough_lengths`)."""
     data: TrainingSamples = trainer.train_dataset
     lengths = data.lengths()
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     usable = (found for index in longest if isinstance(found := data[index], Example))
-    return trainer.data_collator(list(islice(usable, trainer.args.train_batch_size)))
+    return batch_of(list(islice(usable, trainer.args.train_batch_size)), data.encoder.pad_token_id)
 
 
-def _run(trainer: SwitchKDTrainer, batch: dict[str, Any]) -> None:
+def _run(trainer: SwitchKDTrainer, batch: Batch) -> None:
     """Forward and backward, the switched path among it, beside the optimizer's state; where gradients are
     accumulated, once more beside the gradients."""
     trainer.state.global_step = 0  # in which the switched path runs, whatever `vsd_every` is
-    tokens = int((batch["labels"] != IGNORE).sum())
+    tokens = int(batch.student.supervised.sum())
     for _ in range(min(2, trainer.args.gradient_accumulation_steps)):
         trainer.training_step(trainer.model_wrapped, batch, tokens)
 
@@ -192,7 +193,7 @@ def _estimate(
     config: TrainConfig,
     trainer: SwitchKDTrainer,
     watch: _Stopwatch,
-    batch: dict[str, Any],
+    batch: Batch,
     peaks: _Peaks,
     disk: RunSize,
 ) -> TrainEstimate:
@@ -212,7 +213,7 @@ def _estimate(
     memory["activations, logits, data"] = max(0, peak - sum(memory.values()))
     durations = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
     timed = durations[1:] or durations
-    samples, tokens = batch["labels"].shape
+    samples, tokens = batch.student.supervised.shape
     return TrainEstimate(
         settings=_settings(config, trainer),
         student_parameters=sum(p.numel() for p in student.parameters()),
@@ -220,7 +221,7 @@ def _estimate(
         teacher_parameters=0 if teacher is None else sum(p.numel() for p in teacher.parameters()),
         bridge_parameters=bridge,
         memory=memory,
-        logits_bytes=_logits(trainer, int((batch["labels"] != IGNORE).sum())),
+        logits_bytes=_logits(trainer, int(batch.student.supervised.sum())),
         peak_bytes=peak,
         random_peak_bytes=peaks.random,
         longest_peak_bytes=peaks.longest,

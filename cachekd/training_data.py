@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Container, Iterator, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, get_worker_info
 
+from cachekd.batch import Batch
 from cachekd.cache import CachedTargets, LogitCache
-from cachekd.data_health import DataHealth
+from cachekd.data_health import DataHealth, first_good
 from cachekd.data_options import OnError
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.left_out import BadSamples, may_be_left_out
 from cachekd.matching import check_sample, cut_alike
 from cachekd.samples import Encoded, SampleEncoder, Samples, collate, rough_lengths
+from cachekd.samples.model_inputs import ModelInputs
 from cachekd.worker_loader import dead_worker
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class TrainingSamples(Dataset):
     def __getitem__(self, index: int) -> Example | Fault:
         """One example; a `Fault` where it is left out.
 
-        In a worker process any fault of it is a value, which `checked` raises: a DataLoader would wrap the
+        In a worker process any fault of it is a value, which `Feed` raises: a DataLoader would wrap the
         error into its own text and traceback.
         """
         in_worker = get_worker_info() is not None
@@ -152,108 +153,108 @@ def check_answers(ours: Encoded, theirs: Encoded) -> None:
         )
 
 
-def reading(data: Dataset, bad: BadSamples) -> Callable[[int], Example | BadSample]:
-    """Reads one sample in this process, by its index, whatever workers read; what is wrong with one that is
-    left out is a value, and `bad` is told of it.
-
-    Args:
-        data: of `Example` and `Fault`.
-    """
-    samples: Any = data
-
-    def read(index: int) -> Example | BadSample:
-        found: Example | Fault = samples[index]
-        if isinstance(found, Example):
-            return found
-        assert isinstance(found.error, BadSample)  # or it would have been raised
-        bad.note(found.key, found.error)
-        return found.error
-
-    return read
-
-
-def without_bad(
-    batches: Iterator[dict[str, Any]], bad: BadSamples, health: DataHealth
-) -> Iterator[dict[str, Any]]:
-    """The same batches; which samples each lacks is noted, and no longer in it.
-
-    Raises:
-        CachekdError: data that have gone.
-    """
-    for batch in batches:
-        left_out: dict[str, CachekdError] = batch.pop("left_out", {})
-        for key, error in left_out.items():
-            bad.note(key, error)
-        if batch["keys"]:
-            health.good()
-        else:
-            health.bad(left_out.values())
-        yield batch
-
-
-def checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same batches, from workers or not.
-
-    Raises:
-        CachekdError: what was wrong with a sample, as if it had been read here; or a worker died.
-    """
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if (died := dead_worker(error)) is not None:
-                raise died from error
-            raise
-        if batch is None:
-            return
-        if "error" in batch:
-            raise batch["error"]
-        yield batch
-
-
 def collate_with_targets(
     examples: list[Example | Fault], pad_token_id: int, stand_in: Encoded | None = None
-) -> dict[str, Any]:
-    """One batch of the Trainer.
+) -> Batch | Fault:
+    """One batch of the Trainer; or the first fault that stops, where a worker met one.
 
     Args:
         stand_in: a sample that the model runs on where all of the batch are left out: without it this process
             would compute nothing, and the others would wait for its gradients. None of it is predicted.
-
-    Returns:
-        the model's inputs; `labels` [B, S] int64 for the Trainer to count, -100 where nothing is predicted;
-        `keys` of the samples. With targets: `targets` of all samples that have some, and, where not all
-        have, `covered` [N] bool, which of the answer tokens these are. For a teacher with inputs of its own:
-        `for_teacher`, these with `supervised` [B, S'] bool. Where samples are left out: `left_out`, what is
-        wrong with each, by its key. Where a worker met a fault that stops: `error`, the first one, alone.
     """
     faults = [example for example in examples if isinstance(example, Fault)]
     for fault in faults:
         if not fault.left_out:
-            return {"error": fault.error}
+            return fault
     good = [example for example in examples if isinstance(example, Example)]
     if good or stand_in is None:
-        batch = _batch(good, pad_token_id)
+        batch = batch_of(good, pad_token_id)
     else:
-        batch = _batch([Example(stand_in)], pad_token_id)
-        batch |= {"labels": torch.full_like(batch["labels"], IGNORE), "keys": []}
-    if faults:
-        batch["left_out"] = {fault.key: fault.error for fault in faults}
-    return batch
+        student = batch_of([Example(stand_in)], pad_token_id).student
+        batch = Batch(replace(student, supervised=torch.zeros_like(student.supervised)), keys=[])
+    return replace(batch, left_out={fault.key: fault.error for fault in faults})
 
 
-def _batch(examples: list[Example], pad_token_id: int) -> dict[str, Any]:
-    batch: dict[str, Any] = collate([example.encoded for example in examples], pad_token_id)
-    supervised: Tensor = batch.pop("supervised")
-    batch["labels"] = batch["input_ids"].masked_fill(~supervised, IGNORE)
-    batch["keys"] = [example.encoded.key for example in examples]
-    targets = [example.targets for example in examples]
-    if any(target is not None for target in targets):
-        batch["targets"] = CachedTargets.cat([target for target in targets if target is not None])
-        if any(target is None for target in targets):
-            has_targets = torch.tensor([target is not None for target in targets])
-            batch["covered"] = has_targets.repeat_interleave(supervised.sum(1))
-    others = [example.for_teacher for example in examples if example.for_teacher is not None]
-    if others:
-        batch["for_teacher"] = collate(others, pad_token_id)
-    return batch
+def batch_of(examples: list[Example], pad_token_id: int) -> Batch:
+    """One batch of samples that can all be used."""
+    student = ModelInputs.of(collate([example.encoded for example in examples], pad_token_id))
+    targets = [example.targets for example in examples if example.targets is not None]
+    covered = None
+    if targets and len(targets) < len(examples):
+        has_targets = torch.tensor([example.targets is not None for example in examples])
+        covered = has_targets.repeat_interleave(student.supervised.sum(1))
+    theirs = [example.for_teacher for example in examples if example.for_teacher is not None]
+    return Batch(
+        student,
+        keys=[example.encoded.key for example in examples],
+        targets=CachedTargets.cat(targets) if targets else None,
+        covered=covered,
+        teacher=ModelInputs.of(collate(theirs, pad_token_id)) if theirs else None,
+    )
+
+
+class Feed:
+    """A data set as batches: samples that are left out are noted, and data that have gone stop it.
+
+    Args:
+        data: of `Example` and `Fault`.
+        pad_token_id: for batches.
+
+    Attributes:
+        first: the first sample that can be used.
+        collate: samples to a batch, for a DataLoader.
+        bad: samples that this process met and left out.
+
+    Raises:
+        CachekdError: no sample can be used.
+    """
+
+    def __init__(self, data: Dataset, pad_token_id: int) -> None:
+        self._data: Any = data
+        self.bad = BadSamples()
+        samples = len(cast(Sized, data))
+        place, self.first = first_good(samples, self._read)
+        self._health = DataHealth(samples, self._read)
+        self._health.good(place)
+        # No lambda: it goes to spawned workers.
+        self.collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=self.first.encoded)
+
+    def _read(self, index: int) -> Example | BadSample:
+        """Reads one sample in this process, whatever workers read."""
+        found: Example | Fault = self._data[index]
+        if isinstance(found, Example):
+            return found
+        assert isinstance(found.error, BadSample)  # or it would have been raised
+        self.bad.note(found.key, found.error)
+        return found.error
+
+    def batches(self, loaded: Iterator[Batch | Fault]) -> Iterator[Batch]:
+        """What was loaded, by workers or not.
+
+        Raises:
+            CachekdError: what was wrong with a sample, as if it had been read here; data that have gone; or a
+                worker died.
+        """
+        while True:
+            try:
+                batch = next(loaded, None)
+            except RuntimeError as error:
+                if (died := dead_worker(error)) is not None:
+                    raise died from error
+                raise
+            if batch is None:
+                return
+            if isinstance(batch, Fault):
+                raise batch.error
+            for key, wrong in batch.left_out.items():
+                self.bad.note(key, wrong)
+            if batch.keys:
+                self._health.good()
+            else:
+                self._health.bad(batch.left_out.values())
+            yield batch
+
+    def all_bad(self) -> dict[str, str]:
+        """Key and reason of those that were left out, in all processes, each of which has to ask."""
+        self.bad.add(gather_object([self.bad.reasons]))
+        return self.bad.reasons

@@ -23,6 +23,7 @@ from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.files import BRIDGE_FILE, RUN_FILE
+from cachekd.losses import dbild_loss
 from cachekd.pair import check_pair
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.train import collate_with_targets, make_trainer, train
@@ -219,7 +220,7 @@ def test_runs_that_a_bridge_does_not_fit_are_refused(pair, tmp_path, student_pat
         make_trainer(TrainConfig(**pair | {"student": str(student_path)}, out=tmp_path / "x"), tmp_path)
     with pytest.raises(CachekdError, match="cannot be switched") as caught:
         make_trainer(TrainConfig(**pair | {"switch_bridge": None}, out=tmp_path / "x"), tmp_path)
-    assert "cachekd check" in str(caught.value)
+    assert "--switch-bridge linear (beyond the paper)" in str(caught.value.fix)
 
 
 def test_check_names_the_bridge_and_accepts_it(pair):
@@ -236,7 +237,7 @@ def test_check_names_the_bridge_and_accepts_it(pair):
     needless = check_pair(pair["teacher"], pair["teacher"], pair["data"], switch_bridge="linear")
     (row,) = (row for row in needless.rows if row.name == "switch bridge")
     assert row.state == "refused"
-    assert "nothing to do" in row.found
+    assert "nothing to do" in row.text
     other = CliRunner().invoke(app, ["check", *models, "--switch-bridge", "cubic"])
     assert other.exit_code == 2
     assert "linear is the only one" in " ".join(other.output.split())
@@ -249,16 +250,15 @@ def test_the_switched_path_is_the_teachers_text_with_the_bridged_features(pair, 
     """L_VSD from the parts by hand; its gradient is in V_S and the bridge."""
     trainer = make_trainer(TrainConfig(**pair, out=tmp_path / "x"), tmp_path / "t")
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(3)], 0)
-    supervised, theirs = batch["labels"] != -100, dict(batch["for_teacher"])
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    arguments = (trainer.model, inputs, supervised, batch["targets"], None, theirs)
-    vsd = trainer.loss_terms(*arguments).terms["vsd"]
-    positions = predicting_positions(theirs.pop("supervised"))
-    assert positions.shape[1] - supervised.shape[1] == 16 - 4
+    vsd = trainer.terms_of(trainer.model, batch).terms["vsd"]
+    positions = predicting_positions(batch.teacher.supervised)
+    assert positions.shape[1] - batch.student.supervised.shape[1] == 16 - 4
     with capture_vision(trainer.vlm) as vision:
-        trainer.vlm(**inputs)
-    logits = trainer.teacher.logits(trainer.bridge(vision.output), theirs, positions)
-    expected = trainer.terms.dbild(logits, batch["targets"], torch.arange(len(logits)))
+        trainer.vlm(**batch.student.tensors)
+    logits = trainer.teacher.logits(trainer.bridge(vision.output), batch.teacher.tensors, positions)
+    targets = batch.targets
+    how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}
+    expected = dbild_loss(logits[:, : targets.vocab_size], targets, **how)
     torch.testing.assert_close(vsd, expected)
     vsd.backward()
     touched = {name for name, p in trainer.vlm.named_parameters() if p.grad is not None and p.grad.any()}

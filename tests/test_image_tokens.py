@@ -167,7 +167,7 @@ def test_a_student_with_fewer_image_tokens_meets_the_right_targets(pair, tmp_pat
     """Against live logits of the teacher on its own, longer inputs; aligned answer token by answer token."""
     trainer = make_trainer(pair, tmp_path)
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(4)], 0)
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss = trainer.compute_loss(trainer.model, batch)
 
     teacher_path = LogitCache(pair.cache).manifest.teacher.name
     samples = open_samples(pair.data)
@@ -183,15 +183,15 @@ def test_a_student_with_fewer_image_tokens_meets_the_right_targets(pair, tmp_pat
         assert torch.equal(long.token_ids, short.token_ids)
         assert len(long) - len(short) == 16 - 4
     answers = torch.cat([sample.token_ids for sample in encoded["student"]])
-    vocab = batch["targets"].vocab_size
+    vocab = batch.targets.vocab_size
     live = DenseTargets(logits["teacher"][:, :vocab], answers)
     own = logits["student"][:, :vocab]
-    align = dbild_loss(own, live, temperature=3.0, window=batch["targets"].window)
+    align = dbild_loss(own, live, temperature=3.0, window=batch.targets.window)
     expected = cross_entropy_loss(logits["student"], answers) + 10 * align
     torch.testing.assert_close(loss.detach(), expected, rtol=5e-3, atol=1e-4)  # the cache rounds
     # One token to the side would be noticed.
     shifted = DenseTargets(logits["teacher"][:, :vocab].roll(1, 0), answers)
-    other = dbild_loss(own, shifted, temperature=3.0, window=batch["targets"].window)
+    other = dbild_loss(own, shifted, temperature=3.0, window=batch.targets.window)
     assert float((align - other).abs()) > float((loss.detach() - expected).abs())
 
 

@@ -291,7 +291,7 @@ def test_check_does_not_advise_to_run_check(teacher_path, tmp_path, data_path):
     assert row.state == "refused"
     assert "--lambda-vsd 0" in str(row.fix)
     for each in report.rows:
-        assert "cachekd check" not in f"{each.found} {each.fix}"
+        assert "cachekd check" not in f"{each.text} {each.fix}"
 
 
 @pytest.mark.parametrize(

@@ -812,7 +812,7 @@ def test_held_out_data_and_their_cache_are_inputs_of_a_train_step(values, tmp_pa
     assert (dpt.cache, dpt.eval_cache) == (str(out / "cache"), str(out / "held"))  # not the last dump
     assert set(planned["dpt"].upstream) == {"sft", "cache", "held"}
     assert planned["sft"].config.eval_cache is None  # L_CE needs none
-    held = planned["dpt"].other_data["eval_data"]
+    held = planned["dpt"].data["eval_data"]
     assert (held.key, held.limit) == ("__key__", 3)
     del values["defaults"]["key"]
     pipeline = read(values, tmp_path)
@@ -862,7 +862,7 @@ def test_an_evaluation_takes_a_dump_in_the_teachers_place_and_the_training_data_
     assert (live.config.teacher, live.upstream) == (values["defaults"]["teacher"], ())
     for step in (cached, live):
         assert step.config.limit is None
-        prior = step.other_data["prior_data"]
+        prior = step.data["prior_data"]
         assert (prior.data, prior.limit) == (str(data_path), 5)
 
 
@@ -874,7 +874,7 @@ def test_the_prior_reads_the_training_data_as_the_defaults_say_and_not_as_the_st
     values["steps"] = [{"step": "eval", "name": "scores", "models": ["m"], "data": "test.json"} | own]
     (step,) = plan_steps(read(values, tmp_path))
     assert (step.config.map, step.config.key, step.config.image_field) == ("mymap:f", "id", ("picture",))
-    for prior in (step.other_data["prior_data"], step.config.prior_data.inheriting_from(step.config)):
+    for prior in (step.data["prior_data"], step.config.prior_data.inheriting_from(step.config)):
         assert prior == DataOptions(data=str(data_path), key="uid", limit=5, max_tokens=99)
 
 
@@ -889,7 +889,7 @@ def test_null_in_a_step_turns_off_what_is_preset(values, tmp_path):
     assert (dpt.cache, dpt.lora, dpt.student) == (None, None, values["defaults"]["student"])
     assert (sft.stage, sft.key, sft.lora) == (None, None, {"r": 4})
     assert (scores.teacher, scores.prior_data, scores.max_tokens) == (None, None, None)
-    assert planned["scores"].other_data == {}
+    assert planned["scores"].data.keys() == {"data"}
     values["steps"][3] |= {"cache": None}
     with pytest.raises(CachekdError, match="need the teacher's cached logits") as caught:
         plan_steps(read(values, tmp_path))
@@ -923,7 +923,7 @@ def test_an_evaluation_by_a_cache_of_another_tokenizer_is_refused_first(
 ):
     other = save_vlm(tmp_path / "other", tiny_processor(corpus=["quite other words"] * 50))
     evaluating(values, data_path, models=[str(other)], history="full", cache=str(cache_path))
-    with pytest.raises(CachekdError, match="the cache's tokenizer and the model's are different") as caught:
+    with pytest.raises(CachekdError, match="different tokenizer than the models'") as caught:
         run(read(values, tmp_path), dump=begun)
     assert "step 'scores'" in str(caught.value.where)
 

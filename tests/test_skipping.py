@@ -149,7 +149,7 @@ def test_a_batch_of_nothing_contributes_exactly_zero(settings, tmp_path, live):
     gradients = []
     for index in (0, BROKEN[0]):
         batch = trainer.data_collator([trainer.train_dataset[index]])
-        assert batch.pop("left_out", {}).keys() == ({"s001"} if index else set())
+        assert batch.left_out.keys() == ({"s001"} if index else set())
         loss = trainer.compute_loss(
             trainer.model, batch, num_items_in_batch=torch.tensor(5 - 5 * bool(index))
         )
@@ -158,7 +158,7 @@ def test_a_batch_of_nothing_contributes_exactly_zero(settings, tmp_path, live):
         trainer.vlm.zero_grad()
     good, none = gradients
     assert loss == 0
-    assert batch["keys"] == []
+    assert batch.keys == []
     assert good.keys() == none.keys()
     assert any(gradient.any() for gradient in good.values())
     assert not any(gradient.any() for gradient in none.values())

@@ -23,7 +23,7 @@ from cachekd.errors import CachekdError
 from cachekd.files import RUN_FILE
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, open_samples, rough_lengths
-from cachekd.train import make_trainer, train
+from cachekd.train import last_terms, make_trainer, train
 from cachekd.training_arguments import default_workers
 
 
@@ -87,7 +87,7 @@ def test_the_logged_mean_is_over_the_tokens_of_the_steps_that_had_it(settings, t
     some.state.logging_steps = 3
     some.train()
     assert len(steps) == 3
-    assert some.last_terms["vsd"] == pytest.approx(steps[0], rel=1e-6)
+    assert last_terms(some.state)["vsd"] == pytest.approx(steps[0], rel=1e-6)
 
 
 def test_a_live_teacher_rests_where_no_term_asks_for_it(settings, tmp_path):  # noqa: F811

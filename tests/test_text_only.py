@@ -100,7 +100,7 @@ def test_the_loss_is_ce_and_dbild_of_live_logits(config, tmp_path):
     dump(DumpConfig(teacher=str(folder / "teacher"), data=str(config.data), out=out, tail="exact"))
     trainer = make_trainer(config.model_copy(update={"cache": out}), tmp_path)
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(4)], 0)
-    loss = trainer.compute_loss(trainer.model, dict(batch))
+    loss = trainer.compute_loss(trainer.model, batch)
 
     encoder, samples = SampleEncoder(load_processor(config.student)), open_samples(config.data)
     inputs = collate([encoder(samples[i]) for i in range(4)], encoder.pad_token_id)
@@ -111,10 +111,10 @@ def test_the_loss_is_ce_and_dbild_of_live_logits(config, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(folder / name)
         with torch.no_grad():
             logits[name] = model(**inputs).logits[predicting_positions(supervised)]
-    vocab = batch["targets"].vocab_size
+    vocab = batch.targets.vocab_size
     assert vocab == len(load_processor(config.student).tokenizer) < 352
     live = DenseTargets(logits["teacher"][:, :vocab], answers)
-    align = dbild_loss(logits["student"][:, :vocab], live, temperature=3.0, window=batch["targets"].window)
+    align = dbild_loss(logits["student"][:, :vocab], live, temperature=3.0, window=batch.targets.window)
     expected = cross_entropy_loss(logits["student"], answers) + 5 * align
     torch.testing.assert_close(loss.detach(), expected, rtol=5e-3, atol=1e-4)
 

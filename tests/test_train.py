@@ -42,8 +42,7 @@ def config(tmp_path, student_path, teacher_path, data_path, cache_path) -> Train
 def plain_batch(trainer, indices):
     """A batch, and what the model takes of it."""
     batch = collate_with_targets([trainer.train_dataset[i] for i in indices], 0)
-    names = ("labels", "targets", "keys", "covered")
-    return batch, {name: value for name, value in batch.items() if name not in names}
+    return batch, batch.student.tensors
 
 
 def test_the_loss_is_the_papers_sum(config, tmp_path):
@@ -56,8 +55,7 @@ def test_the_loss_is_the_papers_sum(config, tmp_path):
     student = load_model(config.student, dtype=torch.float32, device=CPU)
     teacher = load_model(config.teacher, dtype=torch.float32, device=CPU)
     teacher.model.vision_tower = student.model.vision_tower
-    supervised = batch["labels"] != -100
-    positions, targets = predicting_positions(supervised), batch["targets"]
+    positions, targets = predicting_positions(batch.student.supervised), batch.targets
     settings = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0}
     own, switched = (logits_at(m, inputs, positions) for m in (student, teacher))
     vocab = targets.vocab_size
@@ -96,9 +94,8 @@ def test_vsd_reaches_the_vision_encoder_only_and_the_teacher_stays(config, tmp_p
     trainer = make_trainer(config, tmp_path / "t")
     teacher = trainer.teacher.model
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    batch, inputs = plain_batch(trainer, range(3))
-    supervised = batch["labels"] != -100
-    terms = trainer.loss_terms(trainer.model, inputs, supervised, batch["targets"]).terms
+    batch, _ = plain_batch(trainer, range(3))
+    terms = trainer.terms_of(trainer.model, batch).terms
     terms["vsd"].backward()
     touched = {
         name for name, p in trainer.model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0

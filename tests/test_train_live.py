@@ -86,9 +86,8 @@ def test_live_targets_are_the_teachers_own_forward(pair, tmp_path):
     settings, _ = pair
     trainer = make_trainer(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path)
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(3)], 0)
-    supervised = batch["labels"] != -100
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-    targets, covered = trainer._targets(inputs, supervised, batch["input_ids"][supervised])
+    inputs, supervised = batch.student.tensors, batch.student.supervised
+    targets = trainer.terms.targets_of(batch)
     teacher = load_model(settings["teacher"], dtype=torch.float32, device=CPU)
     expected = logits_at(teacher, inputs, predicting_positions(supervised))
     vocab = len(load_processor(settings["teacher"]).tokenizer)
@@ -96,8 +95,7 @@ def test_live_targets_are_the_teachers_own_forward(pair, tmp_path):
     everything = torch.arange(len(targets))
     reference = DenseTargets(expected[:, :vocab])
     torch.testing.assert_close(targets.select(everything).logprobs, reference.logprobs)
-    assert torch.equal(targets.token_ids, batch["input_ids"][supervised])
-    assert covered is None
+    assert torch.equal(targets.token_ids, inputs["input_ids"][supervised])
     assert not targets.states.requires_grad
 
 
@@ -116,12 +114,10 @@ def test_a_live_teacher_sees_images_as_its_own_processor_makes_them(pair, tmp_pa
     assert torch.equal(example.for_teacher.inputs["pixel_values"], own.inputs["pixel_values"])
     assert not torch.equal(example.encoded.inputs["pixel_values"], own.inputs["pixel_values"])
     batch = collate_with_targets([example], 0)
-    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "for_teacher")}
     supervised = example.encoded.supervised[None]
-    targets, _ = trainer._targets(dict(batch), supervised, example.encoded.token_ids)
+    targets = trainer.terms.targets_of(batch)
     teacher = load_model(settings["teacher"], dtype=torch.float32, device=CPU)
-    seen = {**batch, "pixel_values": own.inputs["pixel_values"]}
-    seen.pop("for_teacher")
+    seen = {**batch.student.tensors, "pixel_values": own.inputs["pixel_values"]}
     expected = logits_at(teacher, seen, predicting_positions(supervised))[:, : targets.vocab_size]
     torch.testing.assert_close(
         targets.select(torch.arange(len(targets))).logprobs, DenseTargets(expected).logprobs

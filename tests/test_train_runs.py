@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_and_can_be_seen_again(settings):
     assert all(repr(key) in text for key in batch["keys"])
     trainer = make_trainer(config, config.out / "again")
     trainer.vlm.load_state_dict(saved["student"])
-    assert not torch.isfinite(trainer.compute_loss(trainer.model, batch["inputs"]))
+    assert not torch.isfinite(trainer.compute_loss(trainer.model, batch["batch"]))
     assert not (config.out / RUN_FILE).exists()
 
 
@@ -416,7 +416,7 @@ def test_the_teachers_vision_encoder_is_never_read(settings, tmp_path, teacher_p
     assert len(left) < len(weights)
     save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
     train(TrainConfig(**settings))
-    monkeypatch.setattr("cachekd.open_run.check_teacher", lambda *_: None)  # the file's hash has changed
+    monkeypatch.setattr("cachekd.pair.rows.check_teacher", lambda *_: None)  # the file's hash has changed
     train(TrainConfig(**settings | {"teacher": str(folder), "out": tmp_path / "blind"}))
     assert losses(tmp_path / "blind") == losses(settings["out"])
     live = {"teacher": str(folder), "cache": None, "live_teacher": True, "out": tmp_path / "live"}

@@ -212,8 +212,8 @@ def test_what_is_right_is_counted_beside_the_terms(settings, tmp_path):
     """Whatever is in `terms` has a weight in the loss."""
     trainer = make_trainer(TrainConfig(**settings), tmp_path / "t")
     batch = next(trainer.validation.batches(trainer.args))
-    evaluated = trainer.terms_of(trainer.model, dict(batch), evaluating=True)
-    trained = trainer.terms_of(trainer.model, dict(batch))
+    evaluated = trainer.terms_of(trainer.model, batch, evaluating=True)
+    trained = trainer.terms_of(trainer.model, batch)
     assert evaluated.terms.keys() == trained.terms.keys() == trainer.weights.keys()
     assert 0 <= int(evaluated.right) <= evaluated.tokens == trained.tokens
     assert trained.right is None

@@ -65,16 +65,7 @@ def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
-    cache = LogitCache(str(config.cache))
-    ours, theirs = tokenizer_fingerprint(model.processor.tokenizer), cache.manifest.fingerprints.tokenizer
-    if ours != theirs:
-        raise CachekdError(
-            "the cache was made with a different tokenizer than the models'",
-            where=f"{cache.path} and {model.path}",
-            expected=f"sha256 {theirs}",
-            found=f"sha256 {ours}",
-            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
-        )
+    cache = open_tokenized(str(config.cache), model)
     missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
         first = next(key for key in samples.keys if key not in cache)
@@ -87,6 +78,28 @@ def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple
             fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
         )
     return cache, missing.reasons
+
+
+def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
+    """A cache of the models' tokenizer.
+
+    Args:
+        model: any of those that are asked.
+
+    Raises:
+        CachekdError: it cannot be read, or is of another.
+    """
+    cache = LogitCache(path)
+    ours, theirs = tokenizer_fingerprint(model.processor.tokenizer), cache.manifest.fingerprints.tokenizer
+    if ours != theirs:
+        raise CachekdError(
+            "the cache was made with a different tokenizer than the models'",
+            where=f"{cache.path} and {model.path}",
+            expected=f"sha256 {theirs}",
+            found=f"sha256 {ours}",
+            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
+        )
+    return cache
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:

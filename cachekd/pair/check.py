@@ -87,6 +87,7 @@ def check_pair(
     limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
     pairs, bad = _first_pairs(opened, theirs, ours, samples)
     near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(said) else opened
+    take_images = None not in (theirs.image_token_id, ours.image_token_id)
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
     counts, lengths = counts_of(seen, opened), lengths_of(seen, limits)
@@ -96,14 +97,17 @@ def check_pair(
         template_row(theirs, ours),
         end_of_turn_row(ours),
         encoding_row(theirs, ours),
-        data_row(counts, opened.notes, takes_images=None not in (theirs.image_token_id, ours.image_token_id)),
+        data_row(counts, opened.notes, takes_images=take_images),
         *bad_rows(bad[:_SHOWN], said.on_error),
         length_row(lengths, said),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
-        *switch_rows(theirs, ours, switch_bridge),
     ]
+    if take_images or switch_bridge is not None:
+        rows += switch_rows(theirs, ours, switch_bridge)
+    else:
+        rows.append(Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align"))
     if cache is not None:
         rows += cache_rows(cache, opened, said, ours, theirs, pairs)
     if forward:

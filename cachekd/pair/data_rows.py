@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
 
 from cachekd.data_options import DataOptions
+from cachekd.errors import BadSample
 from cachekd.pair.rows import Row
 from cachekd.samples import Limits, Samples, Survey
 from cachekd.samples.limits import LONGER
 from cachekd.samples.protocol import DataNotes
+
+_TEXT_ALONE = "--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0"
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,7 @@ def data_row(counts: Counts, notes: DataNotes, *, takes_images: bool) -> Row:
         found.append(f"{counts.other_files:,} files that are no data, such as {notes.other_files[0]}")
     text = "; ".join(found)
     if takes_images and counts.without_image == counts.looked_at:
-        fix = "--image-field NAME takes images from another field; texts alone train with --lambda-vsd 0"
-        return Row("data", "refused" if whole else "note", text, fix)
+        return Row("data", "refused" if whole else "note", text, _TEXT_ALONE)
     return Row("data", "note" if found[1:] else "ok", text, "nothing, if it is meant" if found[1:] else None)
 
 
@@ -130,3 +133,36 @@ def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
     if data.too_long == "skip" or data.on_error == "skip":
         return Row(name, "note", f"{beyond}, which are left out", "nothing, if it is meant")
     return Row(name, "refused", beyond, LONGER)
+
+
+def pictures_row(data: str, samples: Samples, cache: Container[str] | None) -> Row:
+    """L_VSD needs a picture in some sample; text alone has nothing to switch.
+
+    Args:
+        cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
+    """
+    if has_pictures(samples, cache):
+        return Row("pictures", "ok", "some samples that are distilled have one")
+    distilled = sum(cache is None or key in cache for key in samples.keys)
+    return Row(
+        "pictures",
+        "refused",
+        f"{distilled:,} of text alone",
+        _TEXT_ALONE,
+        problem="no sample feeds L_VSD: none has a picture",
+        where=f"setting 'lambda_vsd', and {data}",
+        expected="samples with pictures among those that are distilled",
+    )
+
+
+def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
+    """Whether any of the samples that the cache has (None: of all) has a picture, as their records tell."""
+    distilled = (index for index, key in enumerate(samples.keys) if cache is None or key in cache)
+    return any(_has_picture(samples, index) for index in distilled)
+
+
+def _has_picture(samples: Samples, index: int) -> bool:
+    try:
+        return samples.outline(index).images > 0
+    except BadSample:  # which is met again when it is read
+        return False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,9 +18,17 @@ from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.samples import Encoded, Limits, Samples, collate
 from cachekd.samples.limits import NO_ROW
 from cachekd.samples.model_inputs import ModelInputs
-from cachekd.vlm import ModelFiles as Side
-from cachekd.vlm import default_device, default_dtype, generation_stops, plan_bridge, prove_split
-from cachekd.vlm.compat import switch_differences, tokenizer_difference
+from cachekd.vlm import (
+    ModelFiles,
+    check_switch,
+    check_tokenizers,
+    default_device,
+    default_dtype,
+    generation_stops,
+    plan_bridge,
+    prove_split,
+)
+from cachekd.vlm.compat import switch_differences
 from cachekd.vlm.families import family_of
 
 State = Literal["ok", "note", "refused"]
@@ -35,31 +43,82 @@ class Row:
         state: ok; note, where something differs that training can live with; refused, where it cannot.
         found: what is there.
         fix: what to do; None where it is ok.
+        problem, where, expected: of a row that is refused, what `CachekdError` says beside these two.
     """
 
     name: str
     state: State
     found: str
     fix: str | None = None
+    problem: str | None = None
+    where: str | None = None
+    expected: str | None = None
+
+    @classmethod
+    def refused(cls, name: str, error: CachekdError) -> Row:
+        """What an error says, as a row."""
+        where, expected, found, fix = (
+            None if value is None else str(value)
+            for value in (error.where, error.expected, error.found, error.fix)
+        )
+        return cls(name, "refused", found or "", fix, error.problem, where, expected)
+
+    @classmethod
+    def of(cls, name: str, check: Callable[[], object]) -> Row:
+        """Of a check that raises what does not fit."""
+        try:
+            check()
+        except CachekdError as error:
+            return cls.refused(name, error)
+        return cls(name, "ok", "matches")
+
+    @property
+    def text(self) -> str:
+        """What was found, in whole."""
+        return "; ".join(text for text in (self.problem, self.found) if text)
+
+    @property
+    def error(self) -> CachekdError:
+        """A refused row, as those say it who look no further."""
+        return CachekdError(
+            self.problem or f"{self.name} does not fit",
+            where=self.where,
+            expected=self.expected,
+            found=self.found or None,
+            fix=self.fix,
+        )
 
 
-def vocabulary_row(teacher: Side, student: Side) -> Row:
+def require(rows: Iterable[Row]) -> None:
+    """What `cachekd check` shows in whole, as training and pipelines take it.
+
+    Args:
+        rows: what takes longest last; those behind a refusal are not computed.
+
+    Raises:
+        CachekdError: the first row that is refused.
+    """
+    for row in rows:
+        if row.state == "refused":
+            raise row.error
+
+
+def vocabulary_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     """The same tokens with the same ids; embeddings may have more rows on either side."""
     ours, theirs = student.processor.tokenizer, teacher.processor.tokenizer
-    difference = tokenizer_difference(theirs, ours)
-    if difference is not None:
+    row = Row.of("vocabulary", partial(check_tokenizers, theirs, ours))
+    if row.state == "refused":
         probe = [tokenizer(PROBE, add_special_tokens=False)["input_ids"] for tokenizer in (theirs, ours)]
         same = "a probe text has the same ids" if probe[0] == probe[1] else "a probe text has other ids"
-        fix = "a student of the teacher's family, or with the teacher's tokenizer"
-        return Row("vocabulary", "refused", f"{difference}; {same}", fix)
+        return replace(row, found=f"{row.found}; {same}")
     rows = [side.config.get_text_config().vocab_size for side in (teacher, student)]
     found = f"{len(ours):,} tokens on both sides"
     if rows[0] != rows[1]:
         found += f"; embeddings of {rows[0]:,} and {rows[1]:,} rows, those beyond the tokens are left out"
-    return Row("vocabulary", "ok", found)
+    return replace(row, found=found)
 
 
-def embedding_rows_row(limits: Limits, teacher: Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+def embedding_rows_row(limits: Limits, teacher: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
     """Tokens that one of the models has no embedding for are refused where a sample has one."""
     name, rows, tokens = "embedding rows", limits.embedding_rows, len(teacher.processor.tokenizer)
     if rows is None or tokens <= rows:
@@ -75,7 +134,7 @@ def embedding_rows_row(limits: Limits, teacher: Side, pairs: list[tuple[Encoded,
     return Row(name, "note", f"{found}; a sample with such a token is refused", NO_ROW)
 
 
-def end_of_turn_row(student: Side) -> Row:
+def end_of_turn_row(student: ModelFiles) -> Row:
     """Whether generation stops where the template ends a turn."""
     name, token = "end of turn", student.encoder.end_of_turn
     if token is None:
@@ -94,16 +153,17 @@ def end_of_turn_row(student: Side) -> Row:
     return Row(name, "note", f"{found}; generation stops at {shown}", fix)
 
 
-def template_row(teacher: Side, student: Side) -> Row:
+def template_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     """The same chat template, or every answer stands elsewhere."""
     theirs, ours = (template_fingerprint(side.encoder.template) for side in (teacher, student))
     if theirs == ours:
         return Row("chat template", "ok", "the same text")
     fix = "save the teacher's chat_template.jinja beside the student's processor"
-    return Row("chat template", "refused", f"sha256 {theirs[:12]} and {ours[:12]}", fix)
+    problem = "teacher and student have different chat templates"
+    return _other_text("chat template", problem, (teacher, student), (theirs, ours), fix)
 
 
-def encoding_row(teacher: Side, student: Side) -> Row:
+def encoding_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     """The same tokens for the same text: a BOS token, for one, may be missing on one side."""
     theirs, ours = (encoding_fingerprint(side.encoder) for side in (teacher, student))
     if theirs is None or ours is None:
@@ -114,7 +174,16 @@ def encoding_row(teacher: Side, student: Side) -> Row:
     if theirs == ours:
         return Row("encoding", "ok", "a probe text has the same tokens, and the same are supervised")
     fix = "the same tokenizer, chat template and kind of processor for both"
-    return Row("encoding", "refused", f"sha256 {theirs[:12]} and {ours[:12]} over a probe text's tokens", fix)
+    problem = "teacher and student encode a probe text in different ways"
+    return _other_text("encoding", problem, (teacher, student), (theirs, ours), fix)
+
+
+def _other_text(
+    name: str, problem: str, sides: tuple[ModelFiles, ModelFiles], hashes: tuple[str, str], fix: str
+) -> Row:
+    expected, found = (f"sha256 {each}" for each in hashes)
+    where = " and ".join(side.path for side in sides)
+    return Row(name, "refused", found, fix, problem=problem, where=where, expected=expected)
 
 
 def bad_rows(bad: list[BadSample], on_error: str) -> list[Row]:
@@ -135,10 +204,10 @@ def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:
     return Row("answer tokens", "ok", f"the same in {len(pairs)} sample(s): {counts}")
 
 
-def image_tokens_row(teacher: Side, student: Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+def image_tokens_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
     """How many places an image takes on each side; targets belong to answer tokens, so they may differ."""
 
-    def count(side: Side, encoded: Encoded) -> int:
+    def count(side: ModelFiles, encoded: Encoded) -> int:
         return int((encoded.inputs["input_ids"] == side.image_token_id).sum()) if side.image_token_id else 0
 
     counts = [(count(teacher, theirs), count(student, ours)) for theirs, ours in pairs]
@@ -148,7 +217,7 @@ def image_tokens_row(teacher: Side, student: Side, pairs: list[tuple[Encoded, En
     return Row("image tokens", "note", f"{found} a sample", "L_Align does not mind; for L_VSD see the switch")
 
 
-def pixels_row(teacher: Side, student: Side, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
     """Whether V_T and V_S see the same picture."""
     name = "image processing"
     if student.image_token_id is None or teacher.image_token_id is None:
@@ -170,12 +239,13 @@ def pixels_row(teacher: Side, student: Side, pairs: list[tuple[Encoded, Encoded]
     return Row(name, "note", found, fix)
 
 
-def switch_rows(teacher: Side, student: Side, bridge: str | None = None) -> list[Row]:
+def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = None) -> list[Row]:
     """What lies between the student's features and the teacher's projector."""
     if bridge is not None:
         return [_bridge_row(teacher, student)]
-    if teacher.image_token_id is None or student.image_token_id is None:
-        return [Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align")]
+    check = partial(check_switch, teacher.config, student.config)
+    if teacher.image_token_id is None:
+        return [Row.of("switch", check)]
     differences = switch_differences(teacher.config, student.config)
     if not differences:
         width = getattr(student.config.vision_config, family_of(student.config).width)
@@ -183,17 +253,20 @@ def switch_rows(teacher: Side, student: Side, bridge: str | None = None) -> list
     fix = "a student with the teacher's kind of vision encoder, or --lambda-vsd 0"
     if _bridge_row(teacher, student).state != "refused":
         fix = f"--switch-bridge linear (beyond the paper); or {fix}"
-    return [
-        Row(f"switch: {found.name}", "refused", f"{found.teacher} for the teacher, {found.student}", fix)
-        for found in differences
-    ]
+    settings = frozenset(difference.setting for difference in differences)
+    rows = []
+    for difference in differences:
+        others = settings - {difference.setting}
+        row = Row.of(f"switch: {difference.name}", partial(check, mended=others))
+        rows.append(replace(row, fix=fix))
+    return rows
 
 
-def _bridge_row(teacher: Side, student: Side) -> Row:
+def _bridge_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     try:
         plan = plan_bridge(teacher.config, student.config)
     except CachekdError as error:
-        return _refused("switch bridge", error)
+        return Row.refused("switch bridge", error)
     fix = "nothing, if it is meant; a student of the teacher's shape needs none"
     return Row("switch bridge", "note", f"trained, beyond the paper: {plan}", fix)
 
@@ -202,8 +275,8 @@ def cache_rows(
     path: str | Path,
     samples: Samples,
     data: DataOptions,
-    student: Side,
-    teacher: Side,
+    student: ModelFiles,
+    teacher: ModelFiles,
     pairs: list[tuple[Encoded, Encoded]],
 ) -> list[Row]:
     """A cache against data, student and teacher."""
@@ -226,15 +299,20 @@ def cache_rows(
             causes = "; ".join([f"{len(lacking):,} of {len(samples):,} samples", *lacking.causes()])
             notes.append(Row("cache: lacks", "note", causes, "train with --missing skip"))
 
-    tries: dict[str, Callable[[], None]] = {
-        "cache: inputs and keys": same_inputs,
-        "cache: samples": same_samples,
-        "cache: teacher": partial(check_teacher, cache, teacher),
-    }
-    return [_tried(name, attempt) for name, attempt in tries.items()] + notes
+    return [
+        Row.of("cache: inputs and keys", same_inputs),
+        Row.of("cache: samples", same_samples),
+        cache_teacher_row(cache, teacher),
+        *notes,
+    ]
 
 
-def split_row(name: str, side: Side, encoded: Encoded) -> Row:
+def cache_teacher_row(cache: LogitCache, teacher: ModelFiles) -> Row:
+    """Whether the teacher that runs the switched path is the cache's; all its weights may be read."""
+    return Row.of("cache: teacher", partial(check_teacher, cache, teacher))
+
+
+def split_row(name: str, side: ModelFiles, encoded: Encoded) -> Row:
     """Vision encoder, projector and language model one after the other, against the model's own forward."""
     name = f"{name}'s split"
     if side.image_token_id is None or "pixel_values" not in encoded.inputs:
@@ -245,21 +323,8 @@ def split_row(name: str, side: Side, encoded: Encoded) -> Row:
     try:
         miss = prove_split(model, batch.tensors, batch.positions)
     except CachekdError as error:
-        return _refused(name, error)
+        return Row.refused(name, error)
     if miss == 0:
         tokens = len(batch.token_ids)
         return Row(name, "ok", f"equals the whole forward at {tokens} tokens, bit by bit")
     return Row(name, "note", f"off by {miss:.1%} of the logits' deviation, as rounding may be", "nothing")
-
-
-def _tried(name: str, attempt: Callable[[], None]) -> Row:
-    try:
-        attempt()
-    except CachekdError as error:
-        return _refused(name, error)
-    return Row(name, "ok", "matches")
-
-
-def _refused(name: str, error: CachekdError) -> Row:
-    found = error.problem + (f"; {error.found}" if error.found is not None else "")
-    return Row(name, "refused", found, error.fix)

@@ -1,11 +1,13 @@
-"""What can be known of the steps before the first of them begins, so that it is not found out in ten hours.
+"""What can be known of the steps before the first of them begins, so that it is not found out in ten hours:
+the checks of their own commands, and whether what one step will make is what another takes.
 
-No weights are read: settings, configurations, processors, and whether data and caches are there.
+No weights are loaded: settings, configurations, processors, and whether data and caches are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,28 @@ import huggingface_hub
 from fsspec.core import url_to_fs
 
 from cachekd.bind import Binding
-from cachekd.cache.manifest import Fingerprints, Manifest
-from cachekd.cache.tail import TailSetting
+from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
 from cachekd.data_options import DataOptions
-from cachekd.dump_plan import require_vocabulary
+from cachekd.dump_plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
+from cachekd.evaluation.inputs import open_cache as open_asked_cache
+from cachekd.evaluation.inputs import open_models, open_tokenized
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.files import RUN_FILE
-from cachekd.lean import check_lean_settings
+from cachekd.matching import check_text
+from cachekd.missing import DECIDING
+from cachekd.open_data import RunModels, length_limits, length_settings, open_cache, without_missing
+from cachekd.open_run import checked_arguments, teacher_rows
+from cachekd.pair.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.paths import is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
-from cachekd.pipeline.coverage import check_coverage, check_pictures, on_this_disk
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
-from cachekd.samples import open_samples
+from cachekd.samples import Samples, open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
-from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.vlm import ModelFiles, check_switch, check_tokenizers, plan_bridge
+from cachekd.vlm import ModelFiles
 
 
 def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
@@ -44,41 +49,34 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
     Raises:
         CachekdError: the first that is wrong; the step is named.
     """
-    models = _Models(steps, names)
+    made = _ToBeMade(steps, names)
     for step in steps:
         if step.name not in names:
             continue
-        try:
-            _CHECKS[step.kind](step.config, models)
-            if step.data is not None:
-                _check_data(step.data)
-            for setting, data in step.other_data.items():
-                with about(setting):
-                    _check_data(data)
-        except CachekdError as error:
-            raise in_step(step.name, error) from None
+        with in_step(step.name):
+            _CHECKS[step.kind](step.config, made)
+            for setting, data in step.data.items():
+                if setting == "data":
+                    _require_data(data)
+                else:
+                    with about(setting):
+                        _require_data(data)
 
 
-# Of a model and of a cache's teacher.
-_FACTS = ("tokenizer", "chat template", "encoding of text")
-
-
-class _Models:
-    """Configurations and processors, each read once. What a train step will make has those of its student.
+class _ToBeMade:
+    """What steps will make, by its folder.
 
     Attributes:
-        students: of train steps, by the folder of the run.
-        teachers: of dump steps, by the folder of the cache.
-        dumps: those of them that are to run, likewise.
+        students: of all train steps: what such a step makes has the files of the one that it begins from.
+        dumps: that are to run; the caches of others are there.
     """
 
     def __init__(self, steps: list[PlannedStep], names: set[str]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
-        self.teachers = {str(step.out): step.config.teacher for step in steps if step.kind == "dump"}
         self.dumps = {
             str(step.out): step.config for step in steps if step.kind == "dump" and step.name in names
         }
-        self._opened: dict[str, ModelFiles] = {}
+        self.model = cache(_reader)  # each is opened once
 
     def source(self, name: str) -> str:
         """The model, which is there, that this one begins from."""
@@ -86,108 +84,131 @@ class _Models:
             name = self.students[name]
         return name
 
-    def files(self, name: str) -> ModelFiles:
-        """Of that model, opened once for all steps."""
-        source = self.source(name)
-        return self._opened.setdefault(source, ModelFiles(source))
 
-    def reader(self, name: str) -> ModelFiles:
-        """The same, of a model that reads samples by itself.
-
-        Raises:
-            CachekdError: its processor cannot be used for that.
-        """
-        files = self.files(name)
-        _ = files.encoder
-        return files
+def _reader(path: str) -> ModelFiles:
+    """A model that can read samples."""
+    files = ModelFiles(path)
+    _ = files.encoder
+    return files
 
 
-def _check_dump(config: DumpConfig, models: _Models) -> None:
-    TailSetting.parse(config.tail)
-    require_vocabulary(config, models.reader(config.teacher))
+def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
+    codec_of(config)
+    require_vocabulary(config, made.model(made.source(config.teacher)))
 
 
-def _check_train(config: TrainConfig, models: _Models) -> None:
-    SwitchKDTrainingArguments.of(config, config.out / CHECKPOINTS)
-    check_lean_settings(config)
+def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
+    checked_arguments(config, config.out / CHECKPOINTS)
     if config.binding is not None:
         Binding.read(config.binding)
-    student = models.reader(config.student)
-    if config.cache is not None:
-        _check_cache(config.cache, student, models)
+    models = {
+        "student": made.source(config.student),
+        "teacher": config.teacher and made.source(config.teacher),
+    }
+    config = config.model_copy(update=models)
+    samples, student = _here(config), made.model(config.student)
+    opened = _check_cache(config, samples, student, made)
     if config.runs_teacher:
-        _check_teacher(config, models)
-    check_pictures(config)
-    check_coverage(config, models.dumps)
-    if (held_out := config.on_held_out()) is not None:
+        require(teacher_rows(config, student, made.model(str(config.teacher)), samples, opened))
+    if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
-            if held_out.cache is not None:
-                _check_cache(held_out.cache, student, models)
-            check_coverage(held_out, models.dumps)
+            _check_cache(held_out, _here(held_out), student, made)
 
 
-def _check_cache(cache: str, student: ModelFiles, models: _Models, facts: tuple[str, ...] = _FACTS) -> None:
-    """A dump above will have its teacher's fingerprints, a cache that is there has its own; one at an address
-    is not asked.
+def _check_cache(
+    config: TrainConfig, samples: Samples | None, student: ModelFiles, made: _ToBeMade
+) -> LogitCache | None:
+    """The cache, if it is there. Of one that a dump will make, its teacher and data tell; one at an address
+    is fetched when its step begins.
 
     Args:
-        student: or another model.
-        facts: the first of `_FACTS`, which have to be the same.
+        samples: of the step; None where they are not opened now.
+
+    Raises:
+        CachekdError: it does not match the student, or lacks samples or may, and the step does not say what
+            to do with them, or would stop at them.
     """
-    tokenizer = student.processor.tokenizer
-    if (name := models.teachers.get(cache)) is not None:
-        teacher = models.reader(name)
-        check_tokenizers(teacher.processor.tokenizer, tokenizer)
-        stored = teacher.fingerprints
-    elif is_address(cache):
-        return
+    if config.cache is None or is_address(config.cache):
+        return None
+    if (dump := made.dumps.get(config.cache)) is not None:
+        teacher = made.model(made.source(dump.teacher))
+        require(row(teacher, student) for row in (vocabulary_row, template_row, encoding_row))
+        if config.binding is None:
+            _check_coverage(config, samples, dump)
+        return None
+    if (opened := open_cache(config)) is None:
+        return None
+    models = RunModels(student, made.model(str(config.teacher)) if config.runs_teacher else None)
+    limits = length_limits(config, opened, models)
+    encoder = student.within(limits).encoder
+    if samples is None:
+        check_text(opened, encoder)
     else:
-        stored = Manifest.load(Path(cache)).fingerprints
-    for fact, wanted, found in zip(facts, _of_text(stored), _of_text(student.fingerprints), strict=False):
-        if wanted not in (None, found):  # older caches do not know of the last
+        without_missing(config, samples, opened, encoder)
+    return opened
+
+
+def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig) -> None:
+    """Will a train step find its samples in a cache that is still to be made?"""
+    ours = {"on_error": config.on_error, "too_long": length_settings(config, dump)["too_long"]}
+    for name in ours if config.missing != "skip" else ():
+        stops = "skip" not in (config.on_error, ours[name])
+        if getattr(dump, name) == "skip" and (config.missing == "error" or stops):
+            then = "not begin without them" if config.missing == "error" else "stop at them"
             raise CachekdError(
-                f"the cache's {fact} and the model's are different",
-                where=f"{name or cache} and {tokenizer.name_or_path}",
-                expected=f"sha256 {wanted}",
-                found=f"sha256 {found}",
-                fix="give the model the teacher's processor",
+                f"the dump may leave samples out, and this step would {then}",
+                where=f"settings 'missing', and {name!r} of the step that writes {config.cache}",
+                expected="missing: skip, or missing: ce-only" + " with on_error: skip" * stops,
+                found=f"missing: {config.missing}, on_error: {config.on_error}; and {name}: skip there",
+                fix="missing: skip leaves the same samples out; it is nothing where the dump left none out",
             )
+    others = {name: (getattr(dump, name), getattr(config, name)) for name in DECIDING}
+    others = {name: (theirs, mine) for name, (theirs, mine) in others.items() if theirs != mine}
+    dumped = _here(dump) if config.missing == "error" and samples is not None and others else None
+    if samples is None or dumped is None:
+        return
+    there = set(dumped.keys)
+    if lacking := [key for key in samples.keys if key not in there]:
+        differing = (f"{name} is {theirs} there and {mine} here" for name, (theirs, mine) in others.items())
+        raise CachekdError(
+            "the cache will lack samples of the data set",
+            where=f"{config.data} and {config.cache}",
+            expected="samples that the step above dumps",
+            found=f"{len(lacking):,} others of {len(samples):,}, the first is {lacking[0]!r}; "
+            + ", ".join(differing),
+            fix="missing: skip leaves them out, missing: ce-only trains them by L_CE alone; or say the "
+            "same of these data as in the dump step",
+        )
 
 
-def _of_text(prints: Fingerprints) -> tuple[str, str, str | None]:
-    return prints.tokenizer, prints.chat_template, prints.encoding
-
-
-def _check_teacher(config: TrainConfig, models: _Models) -> None:
-    teacher, student = models.files(str(config.teacher)), models.files(config.student)
-    if config.switch_bridge is not None:
-        plan_bridge(teacher.config, student.config)
-    elif config.lambda_vsd > 0:
-        check_switch(teacher.config, student.config)
-    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer)
-
-
-def _check_eval(config: EvalConfig, models: _Models) -> None:
-    names = [*([config.teacher] if config.teacher else []), *config.models]
-    first, *others = map(models.reader, names)
-    for other in others:
-        check_tokenizers(first.processor.tokenizer, other.processor.tokenizer)
+def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
+    teacher = config.teacher and made.source(config.teacher)
+    models = list(dict.fromkeys(map(made.source, config.models)))
+    config = config.model_copy(update={"teacher": teacher, "models": models})
+    opened = next(iter(open_models(config).values()))
     if config.cache is None:
         return
-    _check_cache(config.cache, first, models, facts=("tokenizer",))
-    if config.history == "none" and on_this_disk(config):
-        require_single_questions(open_samples(config))
+    samples = _here(config)
+    if (dump := made.dumps.get(config.cache)) is not None:
+        require([vocabulary_row(made.model(made.source(dump.teacher)), made.model(models[0]))])
+    elif not is_address(config.cache):
+        if samples is None:
+            open_tokenized(config.cache, opened)
+        else:
+            open_asked_cache(config, samples, opened)
+    if config.history == "none" and samples is not None:
+        require_single_questions(samples)
 
 
-def _check_report(config: ReportConfig, models: _Models) -> None:
+def _check_report(config: ReportConfig, made: _ToBeMade) -> None:
     for run in (config.run, *config.baselines):
-        if run not in models.students and not (Path(run) / RUN_FILE).is_file():
+        if run not in made.students and not (Path(run) / RUN_FILE).is_file():
             raise CachekdError(
                 "this is not a run", where=run, expected=f"a train step above, or a folder with {RUN_FILE}"
             )
 
 
-_CHECKS: dict[str, Callable[[Any, _Models], None]] = {
+_CHECKS: dict[str, Callable[[Any, _ToBeMade], None]] = {
     "dump": _check_dump,
     "train": _check_train,
     "eval": _check_eval,
@@ -195,7 +216,12 @@ _CHECKS: dict[str, Callable[[Any, _Models], None]] = {
 }
 
 
-def _check_data(data: DataOptions) -> None:
+def _here(data: DataOptions) -> Samples | None:
+    """Data on this disk, opened; others are not fetched for a check."""
+    return None if is_remote(data.data) or is_hub_data(data.data) else open_samples(data)
+
+
+def _require_data(data: DataOptions) -> None:
     """Data on this disk were opened already, to be compared; of others, whether they are there."""
     spec = data.data
     if data.map is not None:
@@ -209,10 +235,6 @@ def _check_data(data: DataOptions) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             open_samples(data)  # what was downloaded before
         else:
-            _require_on_hub(spec)
+            from cachekd.samples.hf_load import HfSpec, require_on_hub  # `datasets` takes seconds
 
-
-def _require_on_hub(spec: str) -> None:
-    from cachekd.samples.hf_load import HfSpec, require_on_hub  # importing `datasets` takes seconds
-
-    require_on_hub(HfSpec.parse(*split_query(spec)))
+            require_on_hub(HfSpec.parse(*split_query(spec)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -16,23 +18,45 @@ from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
 from cachekd.stages import STAGES
 
-CONFIGS: dict[str, type[Config]] = {
-    "dump": DumpConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "report": ReportConfig,
-}
-# Written last: where it is, the step is finished.
-LAST_FILE = {"dump": MANIFEST_FILE, "train": RUN_FILE, "eval": SCORES_FILE, "report": REPORT_FILE}
-# Settings that do not change what comes out.
-FREE = {
-    "dump": {"out", "workers", "rank", "world_size", "on_error", "batch_size"},  # as `same_plan` has it
-    "train": FREE_SETTINGS,
-    "eval": {"out", "batch_size", "workers"},
-    "report": {"out"},
-}
+
+class Kind(NamedTuple):
+    """A kind of step.
+
+    Attributes:
+        config: its settings.
+        shared: those that it has from `defaults`, beside those of data.
+        free: those that do not change what comes out.
+        last_file: that it writes; where it is, the step is finished.
+    """
+
+    config: type[Config]
+    shared: tuple[str, ...]
+    free: set[str]
+    last_file: str
 
 
+KINDS = {
+    "dump": Kind(
+        DumpConfig,
+        ("teacher", "dtype", "workers"),
+        {"out", "workers", "rank", "world_size", "on_error", "batch_size"},  # as `same_plan` has it
+        MANIFEST_FILE,
+    ),
+    "train": Kind(TrainConfig, ("teacher", "student", "dtype", "workers"), FREE_SETTINGS, RUN_FILE),
+    "eval": Kind(EvalConfig, ("teacher",), {"out", "batch_size", "workers"}, SCORES_FILE),
+    "report": Kind(ReportConfig, (), {"out"}, REPORT_FILE),
+}
+# Settings that may name a step above: the kind of that step.
+_TAKES = {
+    "student": "train",
+    "models": "train",
+    "run": "train",
+    "baselines": "train",
+    "cache": "dump",
+    "eval_cache": "dump",
+}
+_MODELS = ("teacher", "student", "models")
+_CACHES = ("cache", "eval_cache")
 _OF_DATA = set(DataOptions.model_fields)
 
 
@@ -46,23 +70,26 @@ class PlannedStep:
         config: of that kind, whole.
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
-        data: that it reads.
-        other_data: other data sets, by the setting that names them: held-out ones, those of a prior.
+        data: that it reads, by the setting that names them.
         files: others that it reads and no step makes: a cache's manifest, a binding.
     """
 
     name: str
     kind: str
     config: Any
-    upstream: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
-    data: DataOptions | None = None
-    other_data: dict[str, DataOptions] = field(default_factory=dict)
-    files: tuple[Path, ...] = ()
+    upstream: tuple[str, ...]
+    models: tuple[str, ...]
+    data: dict[str, DataOptions]
+    files: tuple[Path, ...]
 
     @property
     def out(self) -> Path:
         return self.config.out
+
+    @property
+    def last_file(self) -> str:
+        """Written last: where it is, the step is finished. Whether all files are there: `damage_of`."""
+        return KINDS[self.kind].last_file
 
     @property
     def continues(self) -> str | None:
@@ -71,39 +98,24 @@ class PlannedStep:
         return next((name for name in self.upstream if str(self.out.parent / name) == student), None)
 
     @property
-    def finished(self) -> bool:
-        """Whether its last file is there. Whether all are: `damage_of`."""
-        return (self.out / LAST_FILE[self.kind]).exists()
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What changes the output."""
-        return self.config.model_dump(mode="json", exclude=FREE[self.kind])
+        return self.config.model_dump(mode="json", exclude=KINDS[self.kind].free)
 
     def comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings, now or of a record, with only what has to be equal of them."""
-        return samples_per_step(settings) if self.kind == "train" else settings
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What a setting is that a record does not have, because there was no such setting yet."""
-        return defaults_of(CONFIGS[self.kind])
+        """Settings, now or of a record, with only what has to be equal of them. One that a record does not
+        have, because there was no such setting yet, is at its default."""
+        whole = defaults_of(KINDS[self.kind].config) | settings
+        return samples_per_step(whole) if self.kind == "train" else whole
 
 
-@dataclass
-class _Above:
-    """What the steps so far offer to the next."""
-
-    out: Path
-    defaults: dict[str, Any]
-    of_kind: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in CONFIGS})
-
-    def last(self, kind: str) -> str | None:
-        return self.of_kind[kind][-1] if self.of_kind[kind] else None
-
-    def folder(self, name: str, kind: str) -> str:
-        """The folder of a step above, or the path or hub name that it is."""
-        return str(self.out / name) if name in self.of_kind[kind] else name
+@contextmanager
+def in_step(name: str) -> Iterator[None]:
+    """Errors within are of this step."""
+    try:
+        yield
+    except CachekdError as error:
+        raise within(f"step {name!r}", error) from error
 
 
 def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
@@ -116,21 +128,55 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     steps: list[PlannedStep] = []
     mistakes: list[Mistake] = []
     for step in pipeline.steps:
-        said = _said(step, CONFIGS[step.step])
-        if step.step == "train":
-            _require_student(step.name, said, above)
-        values = {**_VALUES[step.step](said, above), "out": pipeline.out / step.name}
+        kind = KINDS[step.step]
         try:
-            steps.append(_planned(step.name, step.step, _config(step.name, step.step, values), above))
-        except ValidationError as error:
-            mistakes += _mistakes(step.name, step.step, error)
+            with in_step(step.name):
+                values = _values(step.step, _said(step, kind.config), above)
+                config = kind.config(**values | {"out": pipeline.out / step.name})
+                steps.append(_planned(step.name, step.step, config, above))
+        except ValidationError as error:  # what `read_pipeline` did not see: missing, or not with others
+            mistakes += [
+                Mistake.of(
+                    each, ".".join(map(str, each["loc"])), f"step {step.name!r}", kind.config.model_fields
+                )
+                for each in error.errors()
+            ]
         except CachekdError:
             if not mistakes:
                 raise
-        above.of_kind[step.step].append(step.name)
+        above.names[step.step].append(step.name)
     if mistakes:
         raise refusal(mistakes, "say it in the step, or in `defaults`")
     return steps
+
+
+@dataclass
+class _Above:
+    """What the steps so far, by kind, and the file's defaults offer to the next."""
+
+    out: Path
+    defaults: dict[str, Any]
+    names: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The folders of all steps, and their names."""
+        return {str(self.out / name): name for names in self.names.values() for name in names}
+
+    def shared(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: self.defaults[name] for name in names if self.defaults.get(name) is not None}
+
+    def resolved(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values, with the folder of a step in the place of its name."""
+
+        def folder(name: str, kind: str) -> str:
+            return str(self.out / name) if name in self.names[kind] else name
+
+        taken = {name: (values[name], kind) for name, kind in _TAKES.items() if values.get(name) is not None}
+        return values | {
+            name: [folder(each, kind) for each in value] if isinstance(value, list) else folder(value, kind)
+            for name, (value, kind) in taken.items()
+        }
 
 
 def _said(model: Config, config: type[Config]) -> dict[str, Any]:
@@ -141,162 +187,88 @@ def _said(model: Config, config: type[Config]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None or name not in needed}
 
 
-def _dump_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    return {
-        **_shared(above, "teacher", "dtype", "workers"),
-        **_data_shared(above, own="data" in said),
-        **said,
-    }
+def _values(kind: str, said: dict[str, Any], above: _Above) -> dict[str, Any]:
+    """A step's settings: its own, then its stage's, then those of `defaults` and of the steps above."""
+    values = above.shared(KINDS[kind].shared)
+    if kind != "report":
+        own = kind == "eval" or "data" in said  # of other data, only how records are read is shared
+        values |= above.shared(_OF_DATA - WHICH_SAMPLES if own else _OF_DATA)
+    train_steps = above.names["train"]
+    if kind == "train":
+        if train_steps:
+            _require_student(said, above)
+            values["student"] = train_steps[-1]
+        values |= _said(above.defaults["train"], TrainConfig) if above.defaults.get("train") else {}
+        values |= STAGES[said["stage"]] if said.get("stage") is not None else {}
+    elif kind == "eval":
+        values["models"] = train_steps
+        if said.get("cache") is not None:
+            values.pop("teacher", None)
+        if "data" in above.defaults:  # the training data, of which nothing is as in this step's own
+            values["prior_data"] = defaults_of(DataOptions) | above.shared(_OF_DATA)
+    elif kind == "report" and train_steps:
+        values["run"] = train_steps[-1]
+    return above.resolved(values | said)
 
 
-def _require_student(name: str, said: dict[str, Any], above: _Above) -> None:
+def _require_student(said: dict[str, Any], above: _Above) -> None:
     """A stage goes on with what the stage before made; of any other step that would be a guess, and a wrong
     one another experiment.
 
     Raises:
         CachekdError: it is not said whose student it takes.
     """
-    previous, anew = above.last("train"), above.defaults.get("student") or "PATH"
-    if previous is None or not {"stage", "student"}.isdisjoint(said):
-        return
-    error = CachekdError(
-        "it is not said which student the step trains",
-        where="setting 'student'",
-        fix=f"`student: {previous}` goes on with what that step made; `student: {anew}` begins anew",
-    )
-    raise in_step(name, error)
-
-
-def _train_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _shared(above, "teacher", "student", "dtype", "workers")
-    shared |= _data_shared(above, own="data" in said)
-    if (previous := above.last("train")) is not None:
-        shared["student"] = previous
-    preset = STAGES[said["stage"]] if said.get("stage") is not None else {}
-    of_all = {} if (train := above.defaults.get("train")) is None else _said(train, TrainConfig)
-    values = {**shared, **of_all, **preset, **said}
-    if "student" in values:
-        values["student"] = above.folder(values["student"], "train")
-    for name in ("cache", "eval_cache"):
-        if name in values:
-            values[name] = above.folder(values[name], "dump")
-    return values
-
-
-def _eval_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    shared = _data_shared(above, own=True)  # held-out data have to be named
-    if said.get("cache") is not None:
-        said = {**said, "cache": above.folder(said["cache"], "dump")}
-    else:
-        shared |= _shared(above, "teacher")
-    if "data" in above.defaults:  # the training data, of which nothing is as in this step's own
-        shared["prior_data"] = defaults_of(DataOptions) | _shared(above, *_OF_DATA)
-    values = {**shared, "models": above.of_kind["train"], **said}
-    return {**values, "models": [above.folder(name, "train") for name in values["models"]]}
-
-
-def _report_values(said: dict[str, Any], above: _Above) -> dict[str, Any]:
-    last = above.last("train")
-    values = {**({} if last is None else {"run": last}), "baselines": [], **said}
-    if "run" in values:
-        values["run"] = above.folder(values["run"], "train")
-    return {**values, "baselines": [above.folder(name, "train") for name in values["baselines"]]}
-
-
-_VALUES = {"dump": _dump_values, "train": _train_values, "eval": _eval_values, "report": _report_values}
-
-
-def _data_shared(above: _Above, *, own: bool) -> dict[str, Any]:
-    """Of a step with data of its own, only how records are read."""
-    return _shared(above, *(_OF_DATA - WHICH_SAMPLES if own else _OF_DATA))
-
-
-def _shared(above: _Above, *names: str) -> dict[str, Any]:
-    return {name: above.defaults[name] for name in names if above.defaults.get(name) is not None}
-
-
-def _config(name: str, kind: str, values: dict[str, Any]) -> Any:
-    try:
-        return CONFIGS[kind](**values)
-    except CachekdError as error:
-        raise in_step(name, error) from None
-
-
-def _mistakes(name: str, kind: str, error: ValidationError) -> list[Mistake]:
-    """What is missing, and what does not go with something else: of the rest `read_pipeline` has told."""
-    fields = CONFIGS[kind].model_fields
-    return [
-        Mistake.of(each, ".".join(map(str, each["loc"])), f"step {name!r}", fields) for each in error.errors()
-    ]
+    if {"stage", "student"}.isdisjoint(said):
+        previous, anew = above.names["train"][-1], above.defaults.get("student") or "PATH"
+        raise CachekdError(
+            "it is not said which student the step trains",
+            where="setting 'student'",
+            fix=f"`student: {previous}` goes on with what that step made; `student: {anew}` begins anew",
+        )
 
 
 def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
     if kind == "train":
-        config = _with_its_inputs(name, config, above)
-    made = {str(above.out / other): other for names in above.of_kind.values() for other in names}
-    models, others = _reads(kind, config)
-    upstream = [made[path] for path in [*models, *others] if path in made]
+        config = _with_its_inputs(config, above)
+    models, caches, made = _paths(config, _MODELS), _paths(config, _CACHES), above.folders
+    taken = [made[path] for path in (*models, *caches, *_paths(config, ("run", "baselines"))) if path in made]
     if kind == "report":
-        upstream += above.of_kind["eval"]  # whose scores are in the runs
+        taken += above.names["eval"]  # whose scores are in the runs
+    others = {setting: getattr(config, setting, None) for setting in ("eval_data", "prior_data")}
+    data = {} if kind == "report" else {"data": config}
+    manifests = (Path(cache, MANIFEST_FILE) for cache in caches if cache not in made)
     return PlannedStep(
         name,
         kind,
         config,
-        upstream=tuple(dict.fromkeys(upstream)),
+        upstream=tuple(dict.fromkeys(taken)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
-        data=config if kind != "report" else None,
-        other_data=_other_data(config),
-        files=_files(config, made),
+        data=data | {key: one.inheriting_from(config) for key, one in others.items() if one is not None},
+        files=(*manifests, *map(Path, _paths(config, ("binding",)))),
     )
 
 
-def _other_data(config: Any) -> dict[str, DataOptions]:
-    said = {name: getattr(config, name, None) for name in ("eval_data", "prior_data")}
-    return {name: data.inheriting_from(config) for name, data in said.items() if data is not None}
+def _paths(config: Config, settings: Iterable[str]) -> list[str]:
+    """What some settings name, one or several each; those that a config has not, or not set, name nothing."""
+    values = [getattr(config, name, None) or [] for name in settings]
+    return [path for value in values for path in (value if isinstance(value, list) else [str(value)])]
 
 
-def _files(config: Any, made: dict[str, str]) -> tuple[Path, ...]:
-    """A published cache at an address is none: it counts by its name."""
-    given = [cache for cache in _caches(config) if cache not in made]
-    binding = getattr(config, "binding", None)
-    return (*(Path(cache, MANIFEST_FILE) for cache in given), *(() if binding is None else (binding,)))
+def _with_its_inputs(config: TrainConfig, above: _Above) -> TrainConfig:
+    """The cache above, if a term needs one; no teacher where none does.
 
-
-def _reads(kind: str, config: Any) -> tuple[list[str], list[str]]:
-    """Model folders or hub names, and what else may be the output of a step."""
-    if kind == "report":
-        return [], [config.run, *config.baselines]
-    models = [] if config.teacher is None else [config.teacher]
-    if kind == "eval":
-        return [*models, *config.models], _caches(config)
-    if kind == "dump":
-        return models, []
-    return [*models, config.student], _caches(config)
-
-
-def _caches(config: Any) -> list[str]:
-    """Of the step's data, and of held-out ones."""
-    caches = (getattr(config, name, None) for name in ("cache", "eval_cache"))
-    return [cache for cache in caches if cache is not None]
-
-
-def _with_its_inputs(name: str, config: TrainConfig, above: _Above) -> TrainConfig:
-    """The cache above, if a term needs one; no teacher where none does."""
-    dumped = [str(above.out / dump) for dump in above.of_kind["dump"]]
-    if config.distils and not config.live_teacher and "cache" not in config.model_fields_set and dumped:
-        of_training = [cache for cache in dumped if cache != config.eval_cache]
-        config = config.model_copy(update={"cache": (of_training or dumped)[-1]})
+    Raises:
+        CachekdError: there is none.
+    """
+    dumped = [str(above.out / dump) for dump in above.names["dump"]]
+    update: dict[str, Any] = {}
     if not config.distils:
-        config = config.model_copy(update={"cache": None, "eval_cache": None})
+        update |= {"cache": None, "eval_cache": None}
+    elif not config.live_teacher and "cache" not in config.model_fields_set and dumped:
+        of_training = [cache for cache in dumped if cache != config.eval_cache]
+        update["cache"] = (of_training or dumped)[-1]
     if not config.runs_teacher:
-        config = config.model_copy(update={"teacher": None})
-    try:
-        config.require_inputs()
-    except CachekdError as error:
-        raise in_step(name, error) from None
+        update["teacher"] = None
+    config = config.model_copy(update=update)
+    config.require_inputs()
     return config
-
-
-def in_step(name: str, error: CachekdError, then: str | None = None) -> CachekdError:
-    """The same error, with the step's name and how to go on."""
-    return within(f"step {name!r}", error, then)

@@ -13,19 +13,11 @@ from typing import Any
 from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.lock import alone
 from cachekd.cache.sketch import forget_sketches
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, within
 from cachekd.failures import free_memory
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.output import files_of
 from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
-from cachekd.pipeline.refuse import (
-    refuse_damaged,
-    refuse_foreign,
-    refuse_many_processes,
-    require_output,
-    require_upstream,
-)
-from cachekd.pipeline.state import PipelineState, Record, StepState, states_of
+from cachekd.pipeline.state import PipelineState, Record, StepState, damage_of, files_of, states_of
 
 DOING = "runs the pipeline of"
 GO_ON = "run the same command again: finished steps stay as they are"
@@ -71,86 +63,71 @@ def run_pipeline(
         CachekdError: bad input, found before any step begins; another process runs this pipeline; a step
             failed. Its name is said, and what is finished stays.
     """
-    refuse_many_processes()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CachekdError(
+            "a pipeline runs in one process",
+            found=f"WORLD_SIZE {os.environ['WORLD_SIZE']}",
+            fix="start `cachekd run` alone, or the steps' own commands with accelerate launch",
+        )
     steps = plan_steps(pipeline)
     before = PipelineState.read(pipeline.out)
     found = states_of(steps, before)  # what is missing is missed now, not in ten hours
-    refuse_damaged(found)
-    _refuse_what_would_fail(steps, found, before)
+    _require_whole(found)
+    for step in steps:
+        if step.name not in before.steps:
+            _require_no_other(step)
+    if waiting := {state.name for state in found if state.state != "done"}:
+        from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
+
+        check_steps(steps, waiting)
     with alone(pipeline.out, DOING, patience=_PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
         for index, step in enumerate(steps):
             found = states_of(steps, state)
-            refuse_damaged(found)
-            require_upstream(step, found)
-            now = found[index]
-            if now.state == "done":
-                _accept(state, step, pipeline.out)
-            else:
-                _do(step, now, state, pipeline.out, runners[step.kind], watch)
+            _require_whole(found)
+            _require_upstream(step, found)
+            if found[index].state != "done":
+                _do(step, found[index], state, runners[step.kind], watch)
+            elif state.steps[step.name].state != "done":  # by a process that died before it could say so
+                _note(state, step, {"state": "done", "error": None, "files": files_of(step)})
         return states_of(steps, state)
 
 
-def _refuse_what_would_fail(steps: list[PlannedStep], found: list[StepState], before: PipelineState) -> None:
-    for step in steps:
-        if step.name not in before.steps:
-            refuse_foreign(step)
-    names = {state.name for state in found if state.state != "done"}
-    if names:
-        from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
-
-        check_steps(steps, names)
-
-
 def _do(
-    step: PlannedStep,
-    now: StepState,
-    state: PipelineState,
-    folder: Path,
-    run: Runner,
-    watch: Callable[[Begun], None],
+    step: PlannedStep, now: StepState, state: PipelineState, run: Runner, watch: Callable[[Begun], None]
 ) -> None:
-    goes_on = now.state in ("interrupted", "failed")
-    record = state.steps.get(step.name)
     moved = None
-    if not goes_on:
-        if record is None:
-            refuse_foreign(step)
+    if now.state not in ("interrupted", "failed"):  # which are gone on with
+        if now.state == "waiting":
+            _require_no_other(step)
         moved = _move_aside(step.out)
-        record = Record(id=secrets.token_hex(8), facts=now.facts, state="begun")
-    assert record is not None  # what goes on was begun
-    record.state, record.error = "begun", None
-    state.steps[step.name] = record
-    state.write(folder)
+        state.steps[step.name] = Record(id=secrets.token_hex(8), facts=now.facts, state="begun")
+    _note(state, step, {"state": "begun", "error": None})
     watch(Begun(step, now, moved))
     started = time.perf_counter()
+    noted: dict[str, Any] = {}
     try:
         run(step.config)
-        require_output(step)
+        _require_output(step)
+        noted = {"state": "done", "files": files_of(step)}
+    except CachekdError as error:
+        noted = {"state": "failed", "error": error.problem}
+        raise within(f"step {step.name!r}", error, _then(error)) from error
     except Exception as error:
-        record.state = "failed"
-        record.error = (
-            error.problem if isinstance(error, CachekdError) else f"{type(error).__name__}: {error}"
-        )
-        if isinstance(error, CachekdError):
-            raise in_step(step.name, error, _then(error)) from error
+        noted = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
-    else:
-        record.state, record.files = "done", files_of(step)
     finally:
-        record.seconds += time.perf_counter() - started
-        state.write(folder)
+        seconds = state.steps[step.name].seconds + time.perf_counter() - started
+        _note(state, step, noted | {"seconds": seconds})
         forget_sketches()  # and their copies on the GPU
         free_memory()  # the next step's models need the room of this one's
 
 
-def _accept(state: PipelineState, step: PlannedStep, folder: Path) -> None:
-    """A step that was finished by a process that died before it could say so."""
-    record = state.steps[step.name]
-    if record.state != "done":
-        record.state, record.error, record.files = "done", None, files_of(step)
-        state.write(folder)
+def _note(state: PipelineState, step: PlannedStep, update: dict[str, Any]) -> None:
+    """Into the step's record, on the disk."""
+    state.steps[step.name] = state.steps[step.name].model_copy(update=update)
+    state.write(step.out.parent)
 
 
 def _then(error: CachekdError) -> str | None:
@@ -180,3 +157,58 @@ def _under_way(folder: Path) -> bool:
             return False
     except CachekdError:
         return True
+
+
+# ---- when it does not go on
+
+
+def _require_whole(states: list[StepState]) -> None:
+    """A finished step lacks files: to put one back takes minutes, to dump again days; which of the two is
+    not for us to choose."""
+    for step in states:
+        if step.state == "damaged":
+            mend = f"`cachekd verify {step.out} --repair`" if step.kind == "dump" else "put the file back"
+            with in_step(step.name):
+                raise CachekdError(
+                    "the step is finished, but its output is damaged",
+                    where=step.out,
+                    found=step.why,
+                    fix=f"{mend}; or move the folder away: then the step is done again, and what took its "
+                    "output too",
+                )
+
+
+def _require_upstream(step: PlannedStep, states: list[StepState]) -> None:
+    """The steps above were done a moment ago: now they are not if what they read was changed meanwhile."""
+    for above in states:
+        if above.name in step.upstream and above.state != "done":
+            with in_step(step.name):
+                raise CachekdError(
+                    f"step {above.name!r}, whose output it takes, is not up to date any more",
+                    where=above.out,
+                    found=above.text,
+                    fix="run the same command again when nothing is being changed any more",
+                )
+
+
+def _require_no_other(step: PlannedStep) -> None:
+    """Nothing that a pipeline did not make is moved or written over."""
+    if step.out.exists() and (not step.out.is_dir() or contents(step.out)):
+        with in_step(step.name):
+            raise CachekdError(
+                "its folder holds something that this pipeline did not make",
+                where=str(step.out),
+                expected="a new or empty folder",
+                fix="move it away, or give the step another name",
+            )
+
+
+def _require_output(step: PlannedStep) -> None:
+    """A step that has ended has left all its files."""
+    if problem := damage_of(step, {}):
+        raise CachekdError(
+            "the step ended without its whole output",
+            where=str(step.out),
+            found=problem,
+            fix="if other processes are still at work on it, wait for them",
+        )

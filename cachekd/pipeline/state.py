@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import write_file
+from cachekd.cache.manifest import Manifest
+from cachekd.cache.skipped import SKIPPED_FILE
 from cachekd.errors import CachekdError
+from cachekd.files import REPORT_FILE
 from cachekd.pipeline.inputs import Known, data_content
-from cachekd.pipeline.output import damage_of
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.vlm import model_content
 
@@ -112,16 +116,15 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
     """
     found: dict[str, StepState] = {}
     for step in steps:
-        try:
-            facts = _facts(step, state)
-        except CachekdError as error:
-            raise in_step(step.name, error) from None
+        with in_step(step.name):
+            facts = {"settings": step.settings, "inputs": _inputs(step, state)}
         record = state.steps.get(step.name)
+        redone = [name for name in step.upstream if found[name].state not in ("done", "damaged")]
         found[step.name] = StepState(
             step.name,
             step.kind,
             str(step.out),
-            *_judge(step, facts, record, found),
+            *_judge(step, facts, record, redone),
             0.0 if record is None else record.seconds,
             facts,
             step.continues,
@@ -129,33 +132,26 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
     return list(found.values())
 
 
-def _facts(step: PlannedStep, state: PipelineState) -> Facts:
-    """Settings, what is read, and which making of each step above is taken."""
+def _inputs(step: PlannedStep, state: PipelineState) -> dict[str, str | None]:
+    """What is read, by its content, and which making of each step above is taken."""
     inputs: dict[str, str | None] = {f"files of {name}": model_content(name) for name in step.models}
-    if step.data is not None:
-        inputs[f"content of {step.data.data}"] = data_content(step.data, state.known)
-    for setting, data in step.other_data.items():
-        inputs[f"content of {setting} {data.data}"] = data_content(data, state.known)
-    for path in step.files:
-        if path.is_file():
-            inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for setting, data in step.data.items():
+        name = data.data if setting == "data" else f"{setting} {data.data}"
+        inputs[f"content of {name}"] = data_content(data, state.known)
+    for path in filter(Path.is_file, step.files):
+        inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for name in step.upstream:
         inputs[f"step {name}"] = state.steps[name].id if name in state.steps else None
-    return {"settings": step.settings, "inputs": inputs}
+    return inputs
 
 
-def _judge(
-    step: PlannedStep, facts: Facts, record: Record | None, above: dict[str, StepState]
-) -> tuple[State, str]:
+def _judge(step: PlannedStep, facts: Facts, record: Record | None, redone: list[str]) -> tuple[State, str]:
     if record is None:
         return "waiting", ""
-    redone = [name for name in step.upstream if above[name].state not in ("done", "damaged")]
-    before = step.comparable(step.defaults | record.facts["settings"])
-    now = step.comparable(facts["settings"])
-    changes = _changes({**record.facts, "settings": before}, {**facts, "settings": now})
-    if changes or redone:
-        return "changed", "; ".join([*changes, *(f"step {name} is to be redone" for name in redone)])
-    if step.finished:  # even where the process died, or could not print, before it could say so
+    changes = [*_changes(step, record.facts, facts), *(f"step {name} is to be redone" for name in redone)]
+    if changes:
+        return "changed", "; ".join(changes)
+    if (step.out / step.last_file).exists():  # even where the process died before it could say so
         problem = damage_of(step, record.files)
         return ("damaged", problem) if problem else ("done", "")
     if record.state == "failed":
@@ -163,17 +159,18 @@ def _judge(
     return ("changed", "its output is gone") if record.state == "done" else ("interrupted", "")
 
 
-def _changes(before: Facts, now: Facts) -> list[str]:
-    changes = []
-    for name, new in now["settings"].items():
-        old = before["settings"].get(name)
-        if old != new:
-            changes.append(f"{name} {_short(old)} -> {_short(new)}")
-    old_inputs, inputs = before["inputs"], now["inputs"]
-    for name in {**old_inputs, **inputs}:
-        if name not in old_inputs or name not in inputs:
+def _changes(step: PlannedStep, before: Facts, now: Facts) -> list[str]:
+    old, new = (step.comparable(facts["settings"]) for facts in (before, now))
+    changes = [
+        f"{name} {_short(old.get(name))} -> {_short(value)}"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
+    old, new = before["inputs"], now["inputs"]
+    for name in {**old, **new}:
+        if name not in old or name not in new:
             changes.append(f"another input, {name}")
-        elif old_inputs[name] != inputs[name]:
+        elif old[name] != new[name]:
             changes.append(f"{name} was redone" if name.startswith("step ") else f"{name} changed")
     return changes
 
@@ -181,3 +178,49 @@ def _changes(before: Facts, now: Facts) -> list[str]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+# ---- is an output whole? Cheap: names and sizes, as the manifest or the record has them
+
+
+def files_of(step: PlannedStep) -> dict[str, int]:
+    """The files right in a step's folder and their bytes, for its record; none of a dump: it has a manifest.
+
+    Not what is in folders: a finished run does without its checkpoints. Nor what `report` leaves in a run.
+    """
+    later = REPORT_FILE if step.kind == "train" else None
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(step.out.iterdir() if step.kind != "dump" else ())
+        if path.is_file() and not path.name.startswith(".") and path.name != later
+    }
+
+
+def damage_of(step: PlannedStep, recorded: dict[str, int]) -> str | None:
+    """The first file of a finished step that is not as it was, and how; None where all are.
+
+    Args:
+        recorded: `files_of` when it was finished.
+    """
+    if not (step.out / step.last_file).exists():
+        return f"no {step.last_file}"
+    try:
+        expected = _in_manifest(step.out) if step.kind == "dump" else recorded
+    except CachekdError as error:
+        return f"{error.where}: {error.problem}"
+    for name, size in expected.items():
+        try:
+            found = os.stat(step.out / name).st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found:,} bytes, not {size:,}"
+    return None
+
+
+def _in_manifest(cache: Path) -> dict[str, int]:
+    manifest = Manifest.load(cache)
+    expected = {sketch.name: sketch.bytes for sketch in manifest.sketches}
+    if manifest.skipped is not None:
+        expected[SKIPPED_FILE] = manifest.skipped.bytes
+    return expected | {f"{SHARD_FOLDER}/{shard.name}": shard.bytes for shard in manifest.shards}

@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from cachekd.losses.terms import TERMS
 from cachekd.plots import COLORS, count_in_whole, panel, svg
 from cachekd.report.runs import Run
 
-TERMS = {"ce": "L_CE", "align": "L_Align", "vsd": "L_VSD"}
 _FEW = 20  # points that are marked one by one: a line through one point is none
 _LOG_FROM = 4.0  # largest to smallest value
 
@@ -37,17 +37,6 @@ class _Curve:
 
 
 _LOSS = "nats per answer token"
-_LOSSES = [
-    _Curve(TERMS["ce"], "cross-entropy with the true answer", _LOSS, "ce", "eval_ce"),
-    _Curve(TERMS["align"], "the student's logits against the teacher's", _LOSS, "align", "eval_align"),
-    _Curve(
-        TERMS["vsd"],
-        "the same for the student's visual features, switched into the teacher",
-        _LOSS,
-        "vsd",
-        "eval_vsd",
-    ),
-]
 _VALIDATED = [
     _Curve("held-out loss", "the weighted sum of the terms", _LOSS, None, "eval_loss"),
     _Curve(
@@ -66,7 +55,8 @@ _OPTIMIZER = [
 
 def loss_panels(runs: Sequence[Run]) -> list[Panel]:
     """Each term over the steps, and what held-out data says, if there was any."""
-    return _panels([*_LOSSES, *_VALIDATED], runs)
+    terms = [_Curve(term.label, term.about, _LOSS, name, f"eval_{name}") for name, term in TERMS.items()]
+    return _panels([*terms, *_VALIDATED], runs)
 
 
 def optimizer_panels(runs: Sequence[Run]) -> list[Panel]:

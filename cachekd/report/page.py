@@ -13,9 +13,10 @@ from cachekd.cache.files import require_place, write_file
 from cachekd.describe import Rows, bytes_per_token, fidelity, fingerprints, origin
 from cachekd.evaluation.scores import MAX_TYPES
 from cachekd.files import REPORT_FILE
+from cachekd.losses.terms import TERMS
 from cachekd.plots import STYLE, k_plot, page_environment
 from cachekd.report.accuracy import difference_text, is_sure, sections, verdict
-from cachekd.report.curves import TERMS, loss_panels, optimizer_panels
+from cachekd.report.curves import loss_panels, optimizer_panels
 from cachekd.report.runs import Run, read_run, told_apart
 from cachekd.report.settings import settings_of
 
@@ -77,8 +78,8 @@ def term_shares(run: Run) -> dict[str, Any]:
     A term that is orders of magnitude below the others does nothing; this is where it shows.
     """
     config = run.record["config"]
-    weights = {"ce": 1.0, "align": config["lambda_align"], "vsd": config["lambda_vsd"]}
     names = [name for name in TERMS if any(name in entry for entry in run.steps)]
+    weights = {name: config.get(f"lambda_{name}", 1.0) for name in names}  # that of L_CE is no setting
     # Where the switched path runs in some steps only, others lack L_VSD.
     whole = [entry for entry in run.steps if all(name in entry for name in names)]
     ends = [whole[0], whole[-1]] if whole else []
@@ -88,7 +89,7 @@ def term_shares(run: Run) -> dict[str, Any]:
         values = [weights[name] * entry[name] for entry in ends]
         shares = [value / total if total else 0.0 for value, total in zip(values, totals, strict=True)]
         ends_of_term = list(zip(values, shares, strict=True))
-        terms.append({"label": TERMS[name], "weight": weights[name], "ends": ends_of_term})
+        terms.append({"label": TERMS[name].label, "weight": weights[name], "ends": ends_of_term})
     return {"steps": [int(entry["step"]) for entry in ends], "terms": terms}
 
 

@@ -12,7 +12,9 @@ from cachekd.config import TrainConfig
 from cachekd.data_options import OnError
 from cachekd.errors import about
 from cachekd.left_out import LeftOutSamples
-from cachekd.open_data import RunModels, has_pictures, length_limits, open_cache, without_missing
+from cachekd.losses.terms import TERMS
+from cachekd.open_data import RunModels, length_limits, open_cache, without_missing
+from cachekd.pair.data_rows import has_pictures
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.training_arguments import metric_of
 
@@ -74,8 +76,8 @@ def open_held_out(
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
         samples, missing = without_missing(held_out, samples, eval_cache, encoder)
     terms = config.eval_terms
-    if "vsd" in terms and not has_pictures(samples, eval_cache):
-        terms = tuple(name for name in terms if name != "vsd")
+    if not has_pictures(samples, eval_cache):
+        terms = tuple(name for name in terms if TERMS[name].path == "own")
     metric_of(config, terms)
     say_what_is_not_computed(config, terms)
     return HeldOut(samples, encoder, eval_cache, held_out.on_error, missing, terms)
@@ -87,8 +89,7 @@ def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> Non
     Args:
         terms: that are computed.
     """
-    names = {"align": "L_Align", "vsd": "L_VSD"}
-    lacking = [names[name] for name in config.terms if name not in terms]
+    lacking = [TERMS[name].label for name in config.terms if name not in terms]
     if lacking:
         taught = config.eval_is_taught
         log.warning(

@@ -8,22 +8,19 @@ import random
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from cachekd.data_health import DataHealth, first_good
+from cachekd.batch import Batch
 from cachekd.errors import CachekdError, about
-from cachekd.left_out import BadSamples
+from cachekd.losses.terms import TERMS
 from cachekd.samples import SampleEncoder
 from cachekd.training_arguments import ACCURACY
-from cachekd.training_data import TrainingSamples, checked, collate_with_targets, reading, without_bad
+from cachekd.training_data import Feed, TrainingSamples
 from cachekd.validation.data import HeldOut
 from cachekd.vlm.steady import in_eval_mode
 from cachekd.worker_loader import WorkerLoader
@@ -43,7 +40,7 @@ class Validation:
 
     Args:
         data: held out.
-        terms: that are computed on them, among "ce", "align" and "vsd".
+        terms: that are computed on them, by their names in `TERMS`.
         pad_token_id: for batches.
 
     Raises:
@@ -52,12 +49,7 @@ class Validation:
 
     def __init__(self, data: TrainingSamples, terms: tuple[str, ...], pad_token_id: int) -> None:
         self.data, self.terms = data, terms
-        self.bad = BadSamples()
-        read = reading(data, self.bad)
-        place, first = first_good(len(data), read)
-        self._health = DataHealth(len(data), read)
-        self._health.good(place)
-        self._collate = partial(collate_with_targets, pad_token_id=pad_token_id, stand_in=first.encoded)
+        self._feed = Feed(data, pad_token_id)
 
     @classmethod
     def of(cls, held_out: HeldOut, teacher_encoder: SampleEncoder | None) -> Validation:
@@ -68,7 +60,7 @@ class Validation:
         """
         encoder, cache = held_out.encoder, held_out.cache
         theirs = None
-        if teacher_encoder is not None and len(held_out.terms) > 1:
+        if teacher_encoder is not None and any(TERMS[name].taught for name in held_out.terms):
             theirs = SampleEncoder(teacher_encoder.processor, encoder.limits)
         data = TrainingSamples(held_out.samples, encoder, cache, theirs, on_error=held_out.on_error)
         return cls(data, held_out.terms, encoder.pad_token_id)
@@ -83,20 +75,20 @@ class Validation:
         for _ in self.batches(args):
             pass
 
-    def batches(self, args: TrainingArguments) -> Iterator[dict[str, Any]]:
+    def batches(self, args: TrainingArguments) -> Iterator[Batch]:
         """This process's part of the data, in as many batches as any other process has: one that has no
         samples left for its last batch computes a stand-in of which nothing counts."""
         loader = WorkerLoader(
             self.data,
             batch_sampler=self.part_of(args),
-            collate_fn=self._collate,
+            collate_fn=self._feed.collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             generator=torch.Generator(),  # else it draws a number of the global one
         )
-        return without_bad(checked(iter(loader)), self.bad, self._health)
+        return self._feed.batches(iter(loader))
 
     def part_of(self, args: TrainingArguments) -> list[list[int]]:
         """This process's batches, as indices."""
@@ -113,8 +105,8 @@ class Validation:
             prefix: of the names.
 
         Returns:
-            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of L_Align and
-            L_VSD: of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
+            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of a taught one:
+            of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
             argmax is right; `eval_runtime` in seconds.
 
         Raises:
@@ -124,12 +116,12 @@ class Validation:
         with about("eval_data"), undisturbed(trainer):
             sums = self.sums(trainer, self.batches(trainer.args))
         *totals, right, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
-        divisors = [tokens if name == "ce" else distilled for name in self.terms]
+        divisors = [distilled if TERMS[name].taught else tokens for name in self.terms]
         if not all(divisors):
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
-                found=f"{len(self.bad.reasons):,} of them cannot be used",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
         loss = sum(trainer.weights[name] * mean for name, mean in means.items())
@@ -140,13 +132,12 @@ class Validation:
         found = {"loss": loss, **means, ACCURACY: right / tokens, "runtime": seconds}
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
-    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[dict[str, Any]]) -> Tensor:
+    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
         """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
         tokens, and those of them that the teacher covers."""
         args = trainer.args
         sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=args.device)
         for batch in batches:
-            batch = send_to_device(batch, args.device, non_blocking=args.dataloader_pin_memory)
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
             terms = [found.terms.get(name, 0.0) for name in self.terms]
             row = (*terms, found.right, found.tokens, found.distilled)
@@ -156,8 +147,7 @@ class Validation:
 
     def bad_samples(self) -> dict[str, str]:
         """Key and reason of those that cannot be used, in all processes, each of which has to ask."""
-        self.bad.add(gather_object([self.bad.reasons]))
-        return self.bad.reasons
+        return self._feed.all_bad()
 
 
 @contextmanager
@@ -177,25 +167,6 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
                 optimizer.train()
             random.setstate(python)
             np.random.set_state(numpy)
-
-
-def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The checkpoint of the best evaluation; None before the first.
-
-    Raises:
-        CachekdError: it is gone: the run would end with another student than it says.
-    """
-    if not state.best_global_step:
-        return None
-    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-    if not best.is_dir():
-        raise CachekdError(
-            "the best student's checkpoint is gone",
-            where=str(best),
-            expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
-            fix=f"put it back; or remove {best.parent}, and the same command begins anew",
-        )
-    return str(best)
 
 
 def saved_evaluation(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, float], int | None]:

@@ -65,7 +65,7 @@ def print_report(report: PairReport) -> None:
     for column in rows.columns:
         column.justify = "left"
     for row in report.rows:
-        rows.add_row(Text(row.name), _STATES[row.state], Text(row.found), Text(row.fix or ""))
+        rows.add_row(Text(row.name), _STATES[row.state], Text(row.text), Text(row.fix or ""))
     console.print(rows)
     console.print(
         "[green]they fit[/]" if report.fits else "[bold red]they do not fit[/]: training would be refused"

@@ -160,6 +160,8 @@ class TrainBar:
         """What moves the bar."""
         from transformers import TrainerCallback
 
+        from cachekd.losses.terms import TERMS
+
         bar, task, loading, hidden = self.bar, self.task, self.loading, self.hidden
 
         class ShowProgress(TrainerCallback):
@@ -174,7 +176,7 @@ class TrainBar:
                 bar.update(task, completed=state.global_step)
 
             def on_log(self, args, state, control, logs=None, **kwargs) -> None:  # type: ignore[no-untyped-def]
-                terms = {name: logs[name] for name in ("ce", "align", "vsd") if name in (logs or {})}
+                terms = {name: logs[name] for name in TERMS if name in (logs or {})}
                 if terms:
                     self.terms = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
                     bar.update(task, note=self.terms)
@@ -198,10 +200,12 @@ def evaluation_line(metrics: dict[str, float]) -> str:
 
 def print_settings(config: TrainConfig) -> None:
     """What is about to run, presets resolved; settings at their defaults are left out."""
-    weights = (("L_Align", config.lambda_align), ("L_VSD", config.lambda_vsd))
-    terms = ["L_CE", *(f"{weight:g} {name}" for name, weight in weights if weight)]
+    from cachekd.losses.terms import TERMS
+
+    weights = {name: "" if name == "ce" else f"{weight:g} " for name, weight in config.weights.items()}
+    terms = [f"{weights[name]}{TERMS[name].label}" for name in config.terms]
     bridge = [("switch_bridge", f"{config.switch_bridge}, beyond the paper")] if config.switch_bridge else []
-    shown = {"switch_bridge", "stage", "trainable", "lambda_align", "lambda_vsd"}
+    shown = {"switch_bridge", "stage", "trainable", *(f"lambda_{name}" for name in weights)}
     said = config.model_dump()
     rows = [
         *([("stage", config.stage)] if config.stage else []),
