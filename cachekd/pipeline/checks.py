@@ -7,6 +7,7 @@ No weights are loaded: settings, configurations, processors, and whether data an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,8 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
         with in_step(step.name):
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
-                if setting == "data":
+                with about(setting) if setting != "data" else nullcontext():
                     _require_data(data)
-                else:
-                    with about(setting):
-                        _require_data(data)
 
 
 class _ToBeMade:
@@ -94,15 +92,12 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
     checked_arguments(config, config.out / CHECKPOINTS)
     if config.binding is not None:
         Binding.read(config.binding)
-    models = {
-        "student": made.source(config.student),
-        "teacher": config.teacher and made.source(config.teacher),
-    }
-    config = config.model_copy(update=models)
+    teacher = config.teacher and made.source(config.teacher)
+    config = config.model_copy(update={"student": made.source(config.student), "teacher": teacher})
     samples, student = _here(config), made.model(config.student)
     opened = _check_cache(config, samples, student, made)
     if config.runs_teacher:
-        require(teacher_rows(config, student, made.model(str(config.teacher)), samples, opened))
+        require(teacher_rows(config, student, made.model(str(teacher)), samples, opened))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
             _check_cache(held_out, _here(held_out), student, made)
