@@ -550,6 +550,17 @@ def test_a_cache_that_is_there_is_checked_as_training_does_before_the_first_step
         assert "step 'dft'" in str(caught.value.where)
 
 
+def test_a_student_that_was_trained_before_is_the_teacher_that_its_cache_is_of(short, tmp_path):
+    """Not the model that it began from."""
+    one = str(Path(short["out"]) / "one")
+    short["steps"] = [short["steps"][0], {"step": "dump", "name": "cache", "teacher": one}]
+    run(read(short, tmp_path))
+    short["steps"].append({"step": "train", "name": "two", "stage": "dft", "teacher": one})
+    with pytest.raises(CachekdError, match="the dump is begun") as caught:
+        run(read(short, tmp_path), train=begun)
+    assert "step 'two'" in str(caught.value.where)
+
+
 def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):
     (Path(values["out"]) / "dft").mkdir(parents=True)
     (Path(values["out"]) / "dft" / "thesis.tex").write_text("x")

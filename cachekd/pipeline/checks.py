@@ -39,20 +39,17 @@ from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
 
 
-def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
+def check_steps(steps: list[PlannedStep]) -> None:
     """Refuse now what a step would be refused for when its turn comes.
 
     Args:
-        steps: all of the pipeline.
-        names: of those that are to run.
+        steps: all that are to run.
 
     Raises:
         CachekdError: the first that is wrong; the step is named.
     """
-    made = _ToBeMade(steps, names)
+    made = _ToBeMade(steps)
     for step in steps:
-        if step.name not in names:
-            continue
         with in_step(step.name):
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
@@ -61,18 +58,16 @@ def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
 
 
 class _ToBeMade:
-    """What steps will make, by its folder.
+    """What the steps that are to run will make, by its folder. What others made is there.
 
     Attributes:
-        students: of all train steps: what such a step makes has the files of the one that it begins from.
-        dumps: that are to run; the caches of others are there.
+        students: of train steps: what such a step makes has the files of the one that it begins from.
+        dumps: the settings of dump steps.
     """
 
-    def __init__(self, steps: list[PlannedStep], names: set[str]) -> None:
+    def __init__(self, steps: list[PlannedStep]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
-        self.dumps = {
-            str(step.out): step.config for step in steps if step.kind == "dump" and step.name in names
-        }
+        self.dumps = {str(step.out): step.config for step in steps if step.kind == "dump"}
         self.model = cache(Side.open)  # each is opened once
 
     def source(self, name: str) -> str:

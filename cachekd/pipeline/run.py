@@ -75,10 +75,10 @@ def run_pipeline(
     for step in steps:
         if step.name not in before.steps:
             _require_no_other(step)
-    if waiting := {state.name for state in found if state.state != "done"}:
+    if waiting := [state.step for state in found if state.state != "done"]:
         from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
 
-        check_steps(steps, waiting)
+        check_steps(waiting)
     with alone(pipeline.out, DOING, patience=_PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
