@@ -37,6 +37,7 @@ from cachekd.run_folder import CHECKPOINTS
 from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
+from cachekd.validation.data import require_same_teacher
 
 
 def check_steps(steps: list[PlannedStep]) -> None:
@@ -95,7 +96,9 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
         require(teacher_rows(config, student, made.model(str(teacher)), samples, opened))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
-            _check_cache(held_out, _here(held_out), student, made)
+            held_out_cache = _check_cache(held_out, _here(held_out), student, made)
+            if opened is not None and held_out_cache is not None:
+                require_same_teacher(opened, held_out_cache)
 
 
 def _check_cache(
