@@ -11,7 +11,11 @@ from tiny import MARKED_TEMPLATE, save_vlm, tiny_processor, tiny_vlm, write_llav
 from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
-from cachekd.pair import check_pair, preview
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.open_run import open_run
+from cachekd.pair import Row, check_pair, preview
+from cachekd.pair.rows import require
 from cachekd.samples import SampleEncoder, open_samples
 from cachekd.vlm import families, load_processor
 from cachekd.vlm.families.replay import changed
@@ -103,6 +107,46 @@ def test_other_image_processing_is_noted_by_the_pixels(tmp_path, teacher_path, d
         report = check_pair(str(teacher_path), str(student), str(data))
         assert states(report)["image processing"] == state, name
         assert report.fits
+
+
+@pytest.mark.parametrize(
+    ("changed", "settings"),
+    [
+        ({"corpus": ["quite other words"] * 5}, {"live_teacher": True}),
+        ({"template": MARKED_TEMPLATE + " "}, {"live_teacher": True, "lambda_vsd": 0}),
+        ({"vision_width": 64}, {"live_teacher": True}),
+    ],
+    ids=["vocabulary", "chat template", "switch"],
+)
+def test_training_is_refused_by_the_first_row_that_check_refuses(
+    tmp_path, teacher_path, data, changed, settings
+):
+    width = {name: changed[name] for name in changed if name == "vision_width"}
+    processor = tiny_processor(**{name: value for name, value in changed.items() if name not in width})
+    student = save_vlm(tmp_path / "student", processor, **width)
+    rows = check_pair(str(teacher_path), str(student), str(data)).rows
+    refused = [row.error for row in rows if row.state == "refused" and row.problem]
+    config = TrainConfig(
+        student=str(student), teacher=str(teacher_path), data=str(data), out=tmp_path / "run", **settings
+    )
+    with pytest.raises(CachekdError) as caught:
+        open_run(config, tmp_path / "none", lambda _: None)
+    assert str(caught.value) in map(str, refused)
+    assert caught.value.fix
+
+
+def test_rows_behind_a_refusal_are_not_computed():
+    def rows():
+        yield Row("one", "note", "some")
+        yield Row("two", "refused", "3", "mend it", problem="too many", where="here", expected="2")
+        raise AssertionError
+
+    with pytest.raises(CachekdError) as caught:
+        require(rows())
+    said = caught.value
+    assert (said.problem, said.where, said.expected) == ("too many", "here", "2")
+    assert (said.found, said.fix) == ("3", "mend it")
+    require([Row("one", "ok", "all")])
 
 
 def test_another_cache_is_refused_with_the_reason(tmp_path, teacher_path, student_path, data, cache_path):

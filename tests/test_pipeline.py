@@ -453,6 +453,9 @@ def test_a_damaged_cache_is_refused(values, tmp_path):
     with pytest.raises(CachekdError, match="damaged") as caught:
         run(pipeline)
     assert "cachekd verify" in caught.value.fix
+    shard.write_bytes(b"cut")
+    (state,) = look(pipeline)
+    assert state.text.startswith(f"damaged: shards/{shard.name} has 3 bytes, not ")
 
 
 def test_a_file_in_a_steps_place_is_moved_aside(short, tmp_path):
@@ -525,6 +528,37 @@ def test_models_that_do_not_go_together_are_said_first(values, tmp_path):
         run(read(values, tmp_path))
     assert "step 'dft'" in caught.value.where  # whose student is what the steps above make of it
     assert not Path(values["out"]).exists()
+
+
+def test_a_cache_that_is_there_is_checked_as_training_does_before_the_first_step(
+    values, tmp_path, cache_path, student_path
+):
+    """Its teacher and its settings of Kneedle; of a live teacher, the chat template."""
+    processor = tiny_processor()
+    processor.chat_template += "{# another #}"
+    other = save_vlm(tmp_path / "other", processor, seed=2)
+    given, live = {"cache": str(cache_path)}, {"cache": None, "live_teacher": True}
+    for change, message in (
+        (given | {"teacher": str(student_path)}, "with a different teacher.s configuration"),
+        (given | {"window": 7}, "another Kneedle setting"),
+        (live | {"teacher": str(other)}, "teacher and student have different chat templates"),
+    ):
+        step = {"step": "train", "name": "dft", "stage": "dft", **change}
+        values["steps"] = [{"step": "dump", "name": "cache"}, step]
+        with pytest.raises(CachekdError, match=message) as caught:
+            run(read(values, tmp_path), dump=begun)
+        assert "step 'dft'" in str(caught.value.where)
+
+
+def test_a_student_that_was_trained_before_is_the_teacher_that_its_cache_is_of(short, tmp_path):
+    """Not the model that it began from."""
+    one = str(Path(short["out"]) / "one")
+    short["steps"] = [short["steps"][0], {"step": "dump", "name": "cache", "teacher": one}]
+    run(read(short, tmp_path))
+    short["steps"].append({"step": "train", "name": "two", "stage": "dft", "teacher": one})
+    with pytest.raises(CachekdError, match="the dump is begun") as caught:
+        run(read(short, tmp_path), train=begun)
+    assert "step 'two'" in str(caught.value.where)
 
 
 def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):

@@ -22,7 +22,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What needs torch, on first use: a mistake in the file is said before."""
-    if name not in ("StepState", "look", "run_pipeline"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from cachekd.pipeline import run
 

@@ -7,6 +7,7 @@ No weights are loaded: settings, configurations, processors, and whether data an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,46 +37,39 @@ from cachekd.run_folder import CHECKPOINTS
 from cachekd.samples import Samples, open_samples
 from cachekd.samples.map_function import load_map
 from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
+from cachekd.validation.data import require_same_teacher
 from cachekd.vlm import ModelFiles
 
 
-def check_steps(steps: list[PlannedStep], names: set[str]) -> None:
+def check_steps(steps: list[PlannedStep]) -> None:
     """Refuse now what a step would be refused for when its turn comes.
 
     Args:
-        steps: all of the pipeline.
-        names: of those that are to run.
+        steps: all that are to run.
 
     Raises:
         CachekdError: the first that is wrong; the step is named.
     """
-    made = _ToBeMade(steps, names)
+    made = _ToBeMade(steps)
     for step in steps:
-        if step.name not in names:
-            continue
         with in_step(step.name):
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
-                if setting == "data":
+                with about(setting) if setting != "data" else nullcontext():
                     _require_data(data)
-                else:
-                    with about(setting):
-                        _require_data(data)
 
 
 class _ToBeMade:
-    """What steps will make, by its folder.
+    """What the steps that are to run will make, by its folder. What others made is there.
 
     Attributes:
-        students: of all train steps: what such a step makes has the files of the one that it begins from.
-        dumps: that are to run; the caches of others are there.
+        students: of train steps: what such a step makes has the files of the one that it begins from.
+        dumps: the settings of dump steps.
     """
 
-    def __init__(self, steps: list[PlannedStep], names: set[str]) -> None:
+    def __init__(self, steps: list[PlannedStep]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
-        self.dumps = {
-            str(step.out): step.config for step in steps if step.kind == "dump" and step.name in names
-        }
+        self.dumps = {str(step.out): step.config for step in steps if step.kind == "dump"}
         self.model = cache(_reader)  # each is opened once
 
     def source(self, name: str) -> str:
@@ -101,18 +95,17 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
     checked_arguments(config, config.out / CHECKPOINTS)
     if config.binding is not None:
         Binding.read(config.binding)
-    models = {
-        "student": made.source(config.student),
-        "teacher": config.teacher and made.source(config.teacher),
-    }
-    config = config.model_copy(update=models)
+    teacher = config.teacher and made.source(config.teacher)
+    config = config.model_copy(update={"student": made.source(config.student), "teacher": teacher})
     samples, student = _here(config), made.model(config.student)
     opened = _check_cache(config, samples, student, made)
     if config.runs_teacher:
-        require(teacher_rows(config, student, made.model(str(config.teacher)), samples, opened))
+        require(teacher_rows(config, student, made.model(str(teacher)), samples, opened))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
-            _check_cache(held_out, _here(held_out), student, made)
+            held_out_cache = _check_cache(held_out, _here(held_out), student, made)
+            if opened is not None and held_out_cache is not None:
+                require_same_teacher(opened, held_out_cache)
 
 
 def _check_cache(

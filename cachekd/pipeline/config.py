@@ -158,28 +158,19 @@ def read_pipeline(path: Path) -> PipelineConfig:
 
 
 def _mistake(error: Any, file: YamlFile) -> Mistake:
-    where = error["loc"]
-    place = file.place(where) + _step(where, file.values)
+    """With the step's name, or its number; what is wrong within a step is called as there."""
+    where, own, place = error["loc"], error["loc"], file.place(error["loc"])
+    known: Iterable[str] = known_at(PipelineConfig, where)
+    if where[0] == "steps" and len(where) > 1:
+        step = file.values["steps"][where[1]]
+        name = step.get("name") if isinstance(step, dict) else None
+        place += f", step {where[1] + 1 if name is None else repr(name)}"
+        own = where[3:] or where
+        known = known_at(_STEPS[where[2]], own) if len(where) > 3 else ()
     if error["type"] == "union_tag_not_found":
         return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":
         near = did_you_mean(nearest(error["ctx"]["tag"], _STEPS))
         hint = "" if near is None else f" ({near})"
         return Mistake(f"no such step{hint}: it is dump, train, eval or report", place, error["ctx"]["tag"])
-    own = where[3:] if where[0] == "steps" else where
-    return Mistake.of(error, ".".join(map(str, own or where)), place, _known(where))
-
-
-def _known(where: tuple[Any, ...]) -> Iterable[str]:
-    """What may stand where a setting does."""
-    if where[0] == "steps":
-        return known_at(_STEPS[where[2]], where[3:]) if len(where) > 3 else ()
-    return known_at(PipelineConfig, where)
-
-
-def _step(where: tuple[Any, ...], values: dict[str, Any]) -> str:
-    if len(where) < 2 or where[0] != "steps":
-        return ""
-    step = values["steps"][where[1]]
-    name = step.get("name") if isinstance(step, dict) else None
-    return f", step {where[1] + 1 if name is None else repr(name)}"
+    return Mistake.of(error, ".".join(map(str, own)), place, known)

@@ -24,39 +24,26 @@ class Kind(NamedTuple):
 
     Attributes:
         config: its settings.
-        shared: those that it has from `defaults`, beside those of data.
         free: those that do not change what comes out.
+        shared: those that it has from `defaults`, beside those of data.
         last_file: that it writes; where it is, the step is finished.
     """
 
     config: type[Config]
-    shared: tuple[str, ...]
     free: set[str]
+    shared: tuple[str, ...]
     last_file: str
 
 
+_DUMPS_FREE = {"out", "workers", "rank", "world_size", "on_error", "batch_size"}  # as `same_plan` has it
 KINDS = {
-    "dump": Kind(
-        DumpConfig,
-        ("teacher", "dtype", "workers"),
-        {"out", "workers", "rank", "world_size", "on_error", "batch_size"},  # as `same_plan` has it
-        MANIFEST_FILE,
-    ),
-    "train": Kind(TrainConfig, ("teacher", "student", "dtype", "workers"), FREE_SETTINGS, RUN_FILE),
-    "eval": Kind(EvalConfig, ("teacher",), {"out", "batch_size", "workers"}, SCORES_FILE),
-    "report": Kind(ReportConfig, (), {"out"}, REPORT_FILE),
+    "dump": Kind(DumpConfig, _DUMPS_FREE, ("teacher", "dtype", "workers"), MANIFEST_FILE),
+    "train": Kind(TrainConfig, FREE_SETTINGS, ("teacher", "student", "dtype", "workers"), RUN_FILE),
+    "eval": Kind(EvalConfig, {"out", "batch_size", "workers"}, ("teacher",), SCORES_FILE),
+    "report": Kind(ReportConfig, {"out"}, (), REPORT_FILE),
 }
-# Settings that may name a step above: the kind of that step.
-_TAKES = {
-    "student": "train",
-    "models": "train",
-    "run": "train",
-    "baselines": "train",
-    "cache": "dump",
-    "eval_cache": "dump",
-}
-_MODELS = ("teacher", "student", "models")
-_CACHES = ("cache", "eval_cache")
+_RUNS, _MODELS, _CACHES = ("run", "baselines"), ("student", "models"), ("cache", "eval_cache")
+_TAKES = {"train": (*_RUNS, *_MODELS), "dump": _CACHES}  # settings that may name a step above, of that kind
 _OF_DATA = set(DataOptions.model_fields)
 
 
@@ -87,9 +74,9 @@ class PlannedStep:
         return self.config.out
 
     @property
-    def last_file(self) -> str:
-        """Written last: where it is, the step is finished. Whether all files are there: `damage_of`."""
-        return KINDS[self.kind].last_file
+    def finished(self) -> bool:
+        """Whether the file is there that is written last. Whether all are: `damage_of`."""
+        return (self.out / KINDS[self.kind].last_file).exists()
 
     @property
     def continues(self) -> str | None:
@@ -135,11 +122,9 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
                 config = kind.config(**values | {"out": pipeline.out / step.name})
                 steps.append(_planned(step.name, step.step, config, above))
         except ValidationError as error:  # what `read_pipeline` did not see: missing, or not with others
+            place, known = f"step {step.name!r}", kind.config.model_fields
             mistakes += [
-                Mistake.of(
-                    each, ".".join(map(str, each["loc"])), f"step {step.name!r}", kind.config.model_fields
-                )
-                for each in error.errors()
+                Mistake.of(each, ".".join(map(str, each["loc"])), place, known) for each in error.errors()
             ]
         except CachekdError:
             if not mistakes:
@@ -158,25 +143,14 @@ class _Above:
     defaults: dict[str, Any]
     names: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
-    @property
-    def folders(self) -> dict[str, str]:
-        """The folders of all steps, and their names."""
-        return {str(self.out / name): name for names in self.names.values() for name in names}
-
     def shared(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: self.defaults[name] for name in names if self.defaults.get(name) is not None}
 
-    def resolved(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Values, with the folder of a step in the place of its name."""
-
-        def folder(name: str, kind: str) -> str:
-            return str(self.out / name) if name in self.names[kind] else name
-
-        taken = {name: (values[name], kind) for name, kind in _TAKES.items() if values.get(name) is not None}
-        return values | {
-            name: [folder(each, kind) for each in value] if isinstance(value, list) else folder(value, kind)
-            for name, (value, kind) in taken.items()
-        }
+    def folder(self, value: Any, kind: str) -> Any:
+        """Of the step that is named, or of each; what names none is a path or a hub's name."""
+        if isinstance(value, list):
+            return [self.folder(each, kind) for each in value]
+        return str(self.out / value) if value in self.names[kind] else value
 
 
 def _said(model: Config, config: type[Config]) -> dict[str, Any]:
@@ -208,7 +182,9 @@ def _values(kind: str, said: dict[str, Any], above: _Above) -> dict[str, Any]:
             values["prior_data"] = defaults_of(DataOptions) | above.shared(_OF_DATA)
     elif kind == "report" and train_steps:
         values["run"] = train_steps[-1]
-    return above.resolved(values | said)
+    values |= said
+    taken = {name: kind for kind, names in _TAKES.items() for name in names if name in values}
+    return values | {name: above.folder(values[name], kind) for name, kind in taken.items()}
 
 
 def _require_student(said: dict[str, Any], above: _Above) -> None:
@@ -230,8 +206,9 @@ def _require_student(said: dict[str, Any], above: _Above) -> None:
 def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
     if kind == "train":
         config = _with_its_inputs(config, above)
-    models, caches, made = _paths(config, _MODELS), _paths(config, _CACHES), above.folders
-    taken = [made[path] for path in (*models, *caches, *_paths(config, ("run", "baselines"))) if path in made]
+    made = {str(above.out / other): other for names in above.names.values() for other in names}
+    models, caches, runs = (_paths(config, *names) for names in (("teacher", *_MODELS), _CACHES, _RUNS))
+    taken = [made[path] for path in (*models, *caches, *runs) if path in made]
     if kind == "report":
         taken += above.names["eval"]  # whose scores are in the runs
     others = {setting: getattr(config, setting, None) for setting in ("eval_data", "prior_data")}
@@ -244,11 +221,11 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(taken)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=data | {key: one.inheriting_from(config) for key, one in others.items() if one is not None},
-        files=(*manifests, *map(Path, _paths(config, ("binding",)))),
+        files=(*manifests, *map(Path, _paths(config, "binding"))),
     )
 
 
-def _paths(config: Config, settings: Iterable[str]) -> list[str]:
+def _paths(config: Config, *settings: str) -> list[str]:
     """What some settings name, one or several each; those that a config has not, or not set, name nothing."""
     values = [getattr(config, name, None) or [] for name in settings]
     return [path for value in values for path in (value if isinstance(value, list) else [str(value)])]

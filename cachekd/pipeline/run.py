@@ -6,9 +6,9 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.lock import alone
@@ -16,8 +16,8 @@ from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
 from cachekd.failures import free_memory
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.plan import PlannedStep, in_step, plan_steps
-from cachekd.pipeline.state import PipelineState, Record, StepState, damage_of, files_of, states_of
+from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
+from cachekd.pipeline.state import PipelineState, Record, StepState, files_of, states_of
 
 DOING = "runs the pipeline of"
 GO_ON = "run the same command again: finished steps stay as they are"
@@ -25,8 +25,7 @@ _PATIENCE = 0.5  # seconds; somebody's --status holds the lock for a moment
 Runner = Callable[[Any], object]
 
 
-@dataclass(frozen=True)
-class Begun:
+class Begun(NamedTuple):
     """What a watcher is told when a step begins: its state before, and where an old output went."""
 
     step: PlannedStep
@@ -76,10 +75,10 @@ def run_pipeline(
     for step in steps:
         if step.name not in before.steps:
             _require_no_other(step)
-    if waiting := {state.name for state in found if state.state != "done"}:
+    if waiting := [state.step for state in found if state.state != "done"]:
         from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
 
-        check_steps(steps, waiting)
+        check_steps(waiting)
     with alone(pipeline.out, DOING, patience=_PATIENCE):
         state = PipelineState.read(pipeline.out)
         state.known = before.known
@@ -102,7 +101,7 @@ def _do(
         if now.state == "waiting":
             _require_no_other(step)
         moved = _move_aside(step.out)
-        state.steps[step.name] = Record(id=secrets.token_hex(8), facts=now.facts, state="begun")
+        state.steps[step.name] = Record(id=secrets.token_hex(8), facts=now.facts)
     _note(state, step, {"state": "begun", "error": None})
     watch(Begun(step, now, moved))
     started = time.perf_counter()
@@ -162,53 +161,48 @@ def _under_way(folder: Path) -> bool:
 # ---- when it does not go on
 
 
+def _refuse(step: PlannedStep, problem: str, *, fix: str, **said: str) -> None:
+    raise CachekdError(problem, where=f"step {step.name!r}: {step.out}", fix=fix, **said)
+
+
 def _require_whole(states: list[StepState]) -> None:
     """A finished step lacks files: to put one back takes minutes, to dump again days; which of the two is
     not for us to choose."""
-    for step in states:
-        if step.state == "damaged":
-            mend = f"`cachekd verify {step.out} --repair`" if step.kind == "dump" else "put the file back"
-            with in_step(step.name):
-                raise CachekdError(
-                    "the step is finished, but its output is damaged",
-                    where=step.out,
-                    found=step.why,
-                    fix=f"{mend}; or move the folder away: then the step is done again, and what took its "
-                    "output too",
-                )
+    for now in states:
+        if now.state == "damaged":
+            dumped = now.step.kind == "dump"
+            mend = f"`cachekd verify {now.step.out} --repair`" if dumped else "put the file back"
+            anew = "or move the folder away: then the step is done again, and what took its output too"
+            problem = "the step is finished, but its output is damaged"
+            _refuse(now.step, problem, found=now.why, fix=f"{mend}; {anew}")
+
+
+def _require_no_other(step: PlannedStep) -> None:
+    """Nothing that a pipeline did not make is moved or written over."""
+    if step.out.exists() and (not step.out.is_dir() or contents(step.out)):
+        _refuse(
+            step,
+            "its folder holds something that this pipeline did not make",
+            expected="a new or empty folder",
+            fix="move it away, or give the step another name",
+        )
 
 
 def _require_upstream(step: PlannedStep, states: list[StepState]) -> None:
     """The steps above were done a moment ago: now they are not if what they read was changed meanwhile."""
     for above in states:
         if above.name in step.upstream and above.state != "done":
-            with in_step(step.name):
-                raise CachekdError(
-                    f"step {above.name!r}, whose output it takes, is not up to date any more",
-                    where=above.out,
-                    found=above.text,
-                    fix="run the same command again when nothing is being changed any more",
-                )
-
-
-def _require_no_other(step: PlannedStep) -> None:
-    """Nothing that a pipeline did not make is moved or written over."""
-    if step.out.exists() and (not step.out.is_dir() or contents(step.out)):
-        with in_step(step.name):
-            raise CachekdError(
-                "its folder holds something that this pipeline did not make",
-                where=str(step.out),
-                expected="a new or empty folder",
-                fix="move it away, or give the step another name",
-            )
+            problem = f"step {above.name!r}, whose output it takes, is not up to date any more"
+            fix = "run the same command again when nothing is being changed any more"
+            _refuse(step, problem, found=above.text, fix=fix)
 
 
 def _require_output(step: PlannedStep) -> None:
-    """A step that has ended has left all its files."""
-    if problem := damage_of(step, {}):
+    """A step that has ended has left the file that says so."""
+    if not step.finished:
         raise CachekdError(
             "the step ended without its whole output",
             where=str(step.out),
-            found=problem,
+            found=f"no {KINDS[step.kind].last_file}",
             fix="if other processes are still at work on it, wait for them",
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import write_file
-from cachekd.cache.manifest import Manifest
-from cachekd.cache.skipped import SKIPPED_FILE
 from cachekd.errors import CachekdError
 from cachekd.files import REPORT_FILE
 from cachekd.pipeline.inputs import Known, data_content
@@ -43,7 +40,7 @@ class Record(BaseModel):
 
     id: str
     facts: Facts
-    state: Literal["begun", "done", "failed"]
+    state: Literal["begun", "done", "failed"] = "begun"
     seconds: float = 0.0
     error: str | None = None
     files: dict[str, int] = {}
@@ -91,21 +88,27 @@ class StepState:
         why: for a step that changed, failed or is damaged.
         seconds: that it took; 0 if it was not begun.
         facts: what its output depends on now.
-        continues: the step whose student it goes on with.
     """
 
-    name: str
-    kind: str
-    out: str
+    step: PlannedStep
     state: State
     why: str
     seconds: float
     facts: Facts
-    continues: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.step.name
 
     @property
     def text(self) -> str:
         return f"{self.state}: {self.why}" if self.why else self.state
+
+    def to_dict(self) -> dict[str, Any]:
+        """What scripts get of it."""
+        step = {"name": self.name, "kind": self.step.kind, "out": str(self.step.out)}
+        now = {"state": self.state, "why": self.why, "seconds": self.seconds}
+        return {**step, **now, "continues": self.step.continues}
 
 
 def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]:
@@ -120,15 +123,8 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
             facts = {"settings": step.settings, "inputs": _inputs(step, state)}
         record = state.steps.get(step.name)
         redone = [name for name in step.upstream if found[name].state not in ("done", "damaged")]
-        found[step.name] = StepState(
-            step.name,
-            step.kind,
-            str(step.out),
-            *_judge(step, facts, record, redone),
-            0.0 if record is None else record.seconds,
-            facts,
-            step.continues,
-        )
+        seconds = 0.0 if record is None else record.seconds
+        found[step.name] = StepState(step, *_judge(step, facts, record, redone), seconds, facts)
     return list(found.values())
 
 
@@ -151,7 +147,7 @@ def _judge(step: PlannedStep, facts: Facts, record: Record | None, redone: list[
     changes = [*_changes(step, record.facts, facts), *(f"step {name} is to be redone" for name in redone)]
     if changes:
         return "changed", "; ".join(changes)
-    if (step.out / step.last_file).exists():  # even where the process died before it could say so
+    if step.finished:  # even where the process died before it could say so
         problem = damage_of(step, record.files)
         return ("damaged", problem) if problem else ("done", "")
     if record.state == "failed":
@@ -161,11 +157,8 @@ def _judge(step: PlannedStep, facts: Facts, record: Record | None, redone: list[
 
 def _changes(step: PlannedStep, before: Facts, now: Facts) -> list[str]:
     old, new = (step.comparable(facts["settings"]) for facts in (before, now))
-    changes = [
-        f"{name} {_short(old.get(name))} -> {_short(value)}"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
+    differing = [name for name in new if old.get(name) != new[name]]
+    changes = [f"{name} {_short(old.get(name))} -> {_short(new[name])}" for name in differing]
     old, new = before["inputs"], now["inputs"]
     for name in {**old, **new}:
         if name not in old or name not in new:
@@ -180,19 +173,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-# ---- is an output whole? Cheap: names and sizes, as the manifest or the record has them
-
-
 def files_of(step: PlannedStep) -> dict[str, int]:
-    """The files right in a step's folder and their bytes, for its record; none of a dump: it has a manifest.
+    """The files in a step's folder and their bytes, by which it is seen later whether all are there.
 
-    Not what is in folders: a finished run does without its checkpoints. Nor what `report` leaves in a run.
+    Of the folders in it only a cache's shards: a finished run does without its checkpoints. Nor what `report`
+    leaves in a run.
     """
-    later = REPORT_FILE if step.kind == "train" else None
+    later = step.out / REPORT_FILE if step.kind == "train" else None
     return {
-        path.name: path.stat().st_size
-        for path in sorted(step.out.iterdir() if step.kind != "dump" else ())
-        if path.is_file() and not path.name.startswith(".") and path.name != later
+        path.relative_to(step.out).as_posix(): path.stat().st_size
+        for path in sorted([*step.out.iterdir(), *step.out.glob(f"{SHARD_FOLDER}/*")])
+        if path.is_file() and not path.name.startswith(".") and path != later
     }
 
 
@@ -202,25 +193,10 @@ def damage_of(step: PlannedStep, recorded: dict[str, int]) -> str | None:
     Args:
         recorded: `files_of` when it was finished.
     """
-    if not (step.out / step.last_file).exists():
-        return f"no {step.last_file}"
-    try:
-        expected = _in_manifest(step.out) if step.kind == "dump" else recorded
-    except CachekdError as error:
-        return f"{error.where}: {error.problem}"
-    for name, size in expected.items():
-        try:
-            found = os.stat(step.out / name).st_size
-        except OSError:
+    found = files_of(step)
+    for name, size in recorded.items():
+        if name not in found:
             return f"{name} is missing"
-        if found != size:
-            return f"{name} has {found:,} bytes, not {size:,}"
+        if found[name] != size:
+            return f"{name} has {found[name]:,} bytes, not {size:,}"
     return None
-
-
-def _in_manifest(cache: Path) -> dict[str, int]:
-    manifest = Manifest.load(cache)
-    expected = {sketch.name: sketch.bytes for sketch in manifest.sketches}
-    if manifest.skipped is not None:
-        expected[SKIPPED_FILE] = manifest.skipped.bytes
-    return expected | {f"{SHARD_FOLDER}/{shard.name}": shard.bytes for shard in manifest.shards}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +51,7 @@ def run_command(
         errors.print(text, markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(exit_code(stop)) from None
     if as_json:
-        print_json([{name: x for name, x in asdict(s).items() if name != "facts"} for s in states])
+        print_json([state.to_dict() for state in states])
     else:
         print_states(states, f"pipeline {config.out}")
 
@@ -112,7 +111,7 @@ def print_states(states: list[StepState], title: str) -> None:
     rows = [
         (
             s.name,
-            s.kind if s.continues is None else f"{s.kind}, from {s.continues}",
+            s.step.kind if s.step.continues is None else f"{s.step.kind}, from {s.step.continues}",
             f"{s.seconds:,.1f} s" if s.seconds else "",
             s.text,
         )
