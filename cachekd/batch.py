@@ -28,11 +28,6 @@ class ModelInputs:
     tensors: dict[str, Tensor]
     supervised: Tensor
 
-    @classmethod
-    def of(cls, collated: dict[str, Tensor]) -> ModelInputs:
-        """Of what `collate` returns."""
-        return cls({name: x for name, x in collated.items() if name != "supervised"}, collated["supervised"])
-
     @property
     def positions(self) -> Tensor:
         """[B, S] bool, the places whose logits predict the answer tokens."""
