@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -28,6 +28,9 @@ from cachekd.stages import (
     require_vision_encoder,
     with_stage,
 )
+
+if TYPE_CHECKING:
+    from cachekd.losses.terms import Term
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
@@ -302,21 +305,24 @@ class TrainConfig(DataOptions):
     @property
     def weights(self) -> dict[str, float]:
         """Of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
-        from cachekd.losses.terms import TERMS  # imports torch
+        from cachekd.losses.terms import TERMS  # not before it is asked for: it imports torch
 
         return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
 
     @property
     def terms(self) -> tuple[str, ...]:
         """Those that are on, by their names in `TERMS`."""
-        return tuple(name for name, weight in self.weights.items() if weight > 0)
+        return tuple(self._on())
+
+    def _on(self) -> dict[str, Term]:
+        from cachekd.losses.terms import TERMS
+
+        return {name: TERMS[name] for name, weight in self.weights.items() if weight > 0}
 
     @property
     def eval_terms(self) -> tuple[str, ...]:
         """The terms that are computed on held-out data, as far as settings tell."""
-        from cachekd.losses.terms import TERMS
-
-        return tuple(name for name in self.terms if self.eval_is_taught or not TERMS[name].taught)
+        return tuple(name for name, term in self._on().items() if self.eval_is_taught or not term.taught)
 
     @property
     def runs_teacher(self) -> bool:
@@ -326,16 +332,12 @@ class TrainConfig(DataOptions):
     @property
     def switches(self) -> bool:
         """Whether a term of the switched path is on."""
-        from cachekd.losses.terms import TERMS
-
-        return any(TERMS[name].path == "switched" for name in self.terms)
+        return any(term.path == "switched" for term in self._on().values())
 
     @property
     def distils(self) -> bool:
         """Whether any term that needs a teacher is on; otherwise this is plain cross-entropy training."""
-        from cachekd.losses.terms import TERMS
-
-        return any(TERMS[name].taught for name in self.terms)
+        return any(term.taught for term in self._on().values())
 
 
 class EvalConfig(DataOptions):

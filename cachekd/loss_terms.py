@@ -16,7 +16,7 @@ from cachekd.batch import Batch
 from cachekd.cache import CachedTargets
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
-from cachekd.losses.terms import TERMS, DistilSettings
+from cachekd.losses.terms import TERMS
 from cachekd.samples.model_inputs import ModelInputs
 from cachekd.targets import LiveTargets
 from cachekd.vlm import (
@@ -146,10 +146,10 @@ class LossTerms:
                 terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
         right = terms.pop(_RIGHT, None)
         # Without an image z_W is z_T: no difference, and no gradient.
-        if targets is not None and switched and "pixel_values" in inputs:
+        if self.teacher is not None and targets is not None and switched and "pixel_values" in inputs:
             self._prove(batch.student)
             output = _require_output(vision.output, with_gradient=not evaluating)
-            terms |= self._switched_path(output, batch, targets)
+            terms |= self._switched_path(self.teacher, output, batch, targets)
         return BatchTerms(terms, right, len(token_ids), 0 if targets is None else len(targets))
 
     def targets_of(self, batch: Batch) -> Targets | None:
@@ -179,14 +179,11 @@ class LossTerms:
         with self.autocast():
             return summed_over_chunks(loss, states, self.logit_chunk)
 
-    def _switched_path(self, output: ModelOutput, batch: Batch, targets: Targets) -> dict[str, Tensor]:
-        """The terms of the student's visual features in the teacher.
-
-        Args:
-            output: of the student's vision encoder.
-        """
-        assert self.teacher is not None  # as the trainer checked
-        teacher, inputs = self.teacher, batch.student
+    def _switched_path(
+        self, teacher: SwitchedTeacher, output: ModelOutput, batch: Batch, targets: Targets
+    ) -> dict[str, Tensor]:
+        """The terms of what the student's vision encoder says, `output`, in the teacher."""
+        inputs = batch.student
         if self.bridge is not None:
             output = self.bridge(output)
             if batch.teacher is not None:  # its own number of places for an image
@@ -213,14 +210,12 @@ class LossTerms:
         """
         # Each loss computes in full precision, and a live teacher's head in a dtype of its own.
         with torch.autocast(logits.device.type, enabled=False):
-            how = DistilSettings(self.temperature)
-            found = {n: TERMS[n].loss(logits, token_ids, how) for n in names if not TERMS[n].taught}
-            taught = [name for name in names if TERMS[name].taught]
-            if taught and targets is not None:
-                how = DistilSettings(self.temperature, targets.window, targets.min_k)
+            found = {n: TERMS[n].loss(logits, token_ids) for n in names if not TERMS[n].taught}
+            if targets is not None and len(found) < len(names):
                 # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
                 logits, some = logits[:, : targets.vocab_size], targets.select(rows)
-                found |= {name: TERMS[name].loss(logits, some, how) for name in taught}
+                how = {"window": targets.window, "min_k": targets.min_k, "temperature": self.temperature}
+                found |= {n: TERMS[n].loss(logits, some, **how) for n in names if TERMS[n].taught}
         return found
 
 

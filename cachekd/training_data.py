@@ -177,7 +177,7 @@ def collate_with_targets(
 
 def batch_of(examples: list[Example], pad_token_id: int) -> Batch:
     """One batch of samples that can all be used."""
-    student = ModelInputs.of(collate([example.encoded for example in examples], pad_token_id))
+    student = _inputs([example.encoded for example in examples], pad_token_id)
     targets = [example.targets for example in examples if example.targets is not None]
     covered = None
     if targets and len(targets) < len(examples):
@@ -189,8 +189,13 @@ def batch_of(examples: list[Example], pad_token_id: int) -> Batch:
         keys=[example.encoded.key for example in examples],
         targets=CachedTargets.cat(targets) if targets else None,
         covered=covered,
-        teacher=ModelInputs.of(collate(theirs, pad_token_id)) if theirs else None,
+        teacher=_inputs(theirs, pad_token_id) if theirs else None,
     )
+
+
+def _inputs(encoded: list[Encoded], pad_token_id: int) -> ModelInputs:
+    tensors = collate(encoded, pad_token_id)
+    return ModelInputs(supervised=tensors.pop("supervised"), tensors=tensors)
 
 
 class Feed:

@@ -152,7 +152,7 @@ def padding(trainer) -> tuple[float, list[str]]:
     for batch in trainer.get_train_dataloader():
         padded += int((batch["attention_mask"] == 0).sum())
         cells += batch["attention_mask"].numel()
-        keys += batch["keys"]
+        keys += batch.keys
     return padded / cells, keys
 
 
@@ -293,7 +293,7 @@ def test_workers_read_on_into_the_next_epoch(settings, tmp_path):  # noqa: F811
         compute = trainer.compute_loss
 
         def seen(model, inputs, *args, of=trainer, does=compute, at=workers, **kwargs):
-            keys.setdefault(at, []).append(inputs["keys"])
+            keys.setdefault(at, []).append(inputs.keys)
             if at == 1:
                 begun.append(of._reader._begun is not None)
             return does(model, inputs, *args, **kwargs)

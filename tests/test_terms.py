@@ -43,8 +43,8 @@ def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dic
     }
 
 
-def forward_kl(logits, targets, how):
-    return forward_kl_loss(logits, targets, temperature=how.temperature, reduction="sum")
+def forward_kl(logits, targets, *, temperature, **_kneedle):
+    return forward_kl_loss(logits, targets, temperature=temperature, reduction="sum")
 
 
 KL = Term("L_KL", "forward KL over the whole vocabulary", forward_kl)
