@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        build: CacheBuild,
+        build: CacheBuild[Any],
         number: int,
         span: tuple[int, int] | None = None,
         *,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cachekd.cache.array_metadata import MOST_DECODED
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
-from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.dump_files import wrong_files
 from cachekd.cache.files import require_plain
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.reader import shard_counts
@@ -17,7 +17,7 @@ from cachekd.cache.sealed import is_canonical
 from cachekd.cache.shard import read_shard, samples_sha256
 from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.sketch_encoder import read_encoder
-from cachekd.cache.skipped import SKIPPED_FILE, SkippedSamples, read_skipped
+from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
 from cachekd.errors import CachekdError
 
 Progress = Callable[[int], None]
@@ -28,7 +28,7 @@ class Finding:
     """Something is wrong with a file.
 
     Attributes:
-        shard: its number in the manifest, if making the shard again mends it.
+        shard: its number in the manifest, if making the shard again mends it: its bytes are others.
     """
 
     path: Path
@@ -51,12 +51,11 @@ def verify_files(path: str | Path, progress: Progress = lambda done: None) -> li
     findings = []
     if not is_canonical(path / MANIFEST_FILE):
         findings.append(Finding(path / MANIFEST_FILE, "was changed after it was written"))
-    skipped: SkippedSamples | None = None
     try:
         skipped = read_skipped(path, manifest.skipped)
+        findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
     except CachekdError as error:
         findings.append(Finding(path / SKIPPED_FILE, f"is not what was written: {error.found}"))
-    findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
     for sketch in manifest.sketches:
         findings += _of_sketch(path / sketch.name, sketch, manifest.teacher.vocab_size, progress)
     places: dict[str, str] = {}
@@ -88,7 +87,7 @@ def strays(path: Path) -> list[Path]:
 
 
 def _of_sketch(file: Path, info: SketchInfo, vocab_size: int, progress: Progress) -> Iterator[Finding]:
-    if problem := _problem(file, info, progress):
+    if problem := problem_of(file, info, progress):
         yield Finding(file, problem)
         return
     try:
@@ -111,7 +110,7 @@ def _of_shard(
     """Also notes in `places` which shard each key is in."""
     info = manifest.shards[number]
     file = path / SHARD_FOLDER / info.name
-    if problem := _problem(file, info, progress):
+    if problem := problem_of(file, info, progress):
         yield Finding(file, problem, number)
         return
     # From here on the file is what was written, so that writing it again would mend nothing.
@@ -140,7 +139,9 @@ def _of_values(file: Path, manifest: Manifest, number: int) -> Iterator[Finding]
         yield Finding(file, "has other keys or content hashes than the manifest says")
 
 
-def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> str | None:
+def problem_of(
+    file: Path, info: ShardInfo | SketchInfo, progress: Progress = lambda done: None
+) -> str | None:
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0
     try:
