@@ -23,6 +23,7 @@ from caches import assert_same_samples, copied, files_of, flip, reseal
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
+from cachekd.bind import open_bound
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.recompress import recompress
@@ -437,7 +438,7 @@ def test_a_full_disk_is_seen_before_anything_is_fetched(remote, tmp_path, monkey
 def test_a_published_cache_is_read_by_its_address(watched, skipping_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / "home"))
     push_cache(skipping_cache, "watched:///org/c")
-    cache = LogitCache("watched:///org/c")
+    cache = LogitCache(local_folder("watched:///org/c"))
     assert cache.path.parent == tmp_path / "home"
     assert_same_samples(cache.path, skipping_cache)
     for name in watched.find("/org/c/shards"):
@@ -469,7 +470,7 @@ def test_a_fetched_cache_that_has_changed_is_not_used(watched, skipping_cache, t
             assert files_of(local_folder("watched:///org/c")) == whole
     reseal(folder / "manifest.json", lambda values: values["shards"][0].update(entries=1))
     with pytest.raises(CachekdError, match="no longer what is published"):
-        LogitCache("watched:///org/c")
+        open_bound("watched:///org/c")
 
 
 def test_training_takes_an_address(

@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from cachekd import __version__
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.files import commit, make_folder, sync_folder
 from cachekd.cache.manifest import (
@@ -180,7 +180,7 @@ def _lineage(
             steps += [step for step in (*parent.lineage[:-1], last) if step not in steps]
     this = Derivation(
         operation=operation,
-        version=__version__,
+        version=version("cachekd"),
         parents=[str(parent.sha256) for parent in parents],
         parent_samples=sum(parent.samples for parent in parents),
         parent_codec=parents[0].codec,

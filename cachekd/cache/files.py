@@ -41,6 +41,7 @@ def _here() -> str:
 _HERE = _here()
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
+RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
 LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.cache.lock`
 
 

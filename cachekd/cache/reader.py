@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.files import RESTORE
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.records import TokenTargets
@@ -20,7 +21,6 @@ from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
-from cachekd.paths import is_address
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
 _EXAMPLES = 100  # shards whose first keys show what keys look like
@@ -41,15 +41,14 @@ class LogitCache:
     Files are opened per read, so a LogitCache can be pickled and used in forked workers.
 
     Args:
-        path: the cache's folder, or the address of a published one, which is fetched first and kept
-            (`cachekd.sharing.local_folder`).
+        path: the cache's folder; `cachekd.sharing.local_folder` gives that of a published one.
 
     Raises:
         CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _on_this_disk(path)
+        self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._kept_bytes = 0  # by these
@@ -221,13 +220,5 @@ class LogitCache:
                     where=str(path),
                     expected=f"{info.bytes:,} bytes",
                     found="no file" if found is None else f"{found:,} bytes",
-                    fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
+                    fix=RESTORE,
                 )
-
-
-def _on_this_disk(path: str | Path) -> Path:
-    if not isinstance(path, str) or not is_address(path):
-        return Path(path)
-    from cachekd.sharing import local_folder  # its clients take a while to import
-
-    return local_folder(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.data_health import first_good
@@ -63,7 +64,7 @@ def open_cache(
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
-    cache = LogitCache(str(config.cache))
+    cache = open_bound(str(config.cache))
     name, encoder = next(iter(encoders.items()))
     ours, theirs = tokenizer_fingerprint(encoder.processor.tokenizer), cache.manifest.fingerprints.tokenizer
     if ours != theirs:
