@@ -14,7 +14,6 @@ So a kill at any moment loses the shard that was being made, and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -33,10 +32,18 @@ from cachekd.cache.files import (
     require_new_folder,
     sync_folder,
 )
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Fidelity, Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    Fidelity,
+    Manifest,
+    ShardInfo,
+    SketchInfo,
+    shard_name,
+)
 from cachekd.cache.plan import DumpPlan, Plan, ShardRecord, read_plan
 from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder, sketch_info
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
@@ -126,17 +133,11 @@ class CacheBuild(Generic[P]):
         if not path.exists():
             return None
         content, encoder = path.read_bytes(), read_encoder(path)
-        return SketchInfo(
-            axes=encoder.sketch.axes,
-            step=encoder.step,
-            calibration_tokens=encoder.calibration_tokens,
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        return sketch_info(SKETCH_FILE, encoder, content)
 
     def shard_path(self, number: int) -> Path:
         """Where shard `number` is or will be."""
-        return self.path / SHARD_FOLDER / f"{number:05d}.zarr.zip"
+        return self.path / SHARD_FOLDER / shard_name(number)
 
     def finish_shard(self, number: int, record: ShardRecord) -> None:
         """Say that a shard is finished; its file is there."""

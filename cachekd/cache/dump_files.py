@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME
 from cachekd.cache.files import read_plain
-from cachekd.cache.manifest import PLAN_FILE, Manifest
+from cachekd.cache.manifest import PLAN_FILE, Manifest, shard_name
 from cachekd.cache.plan import DumpPlan, ShardRecord, plan_under
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.cache.skipped import SkippedSamples
@@ -36,7 +36,7 @@ def dump_files(manifest: Manifest, skipped: SkippedSamples) -> Iterator[tuple[st
         sizes = [last - first for first, last in plan.spans()]
     sha256, left = json.loads(content)["sha256"], iter(skipped)
     for number, size in enumerate(sizes):
-        info = listed.get(f"{number:05d}.zarr.zip")
+        info = listed.get(shard_name(number))
         here = list(islice(left, max(0, size - info.samples if info else size)))
         record = ShardRecord(plan_sha256=sha256, shard=info, skipped=here)
         yield f"{RECORD_FOLDER}/{number:05d}.json", record.to_json()

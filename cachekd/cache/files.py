@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cachekd.errors import CachekdError, FailedWrite
+from cachekd.paths import address_of
 
 _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
@@ -39,7 +40,6 @@ def _here() -> str:
 
 
 _HERE = _here()
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
 RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
 LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.cache.lock`
@@ -155,14 +155,6 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where a file system went read-only, `remove_stale` has to see to it
             temporary.unlink(missing_ok=True)
-
-
-def address_of(path: Path) -> str | None:
-    """The address that was given where a path was meant, such as `s3://bucket/x`; None if it is a path."""
-    if (match := _ADDRESS.fullmatch(path.as_posix())) is None:
-        return None
-    slashes = ":///" if match[1] == "file" else "://"  # of which a path keeps one
-    return f"{match[1]}{slashes}{match[2]}"
 
 
 def refuse_address(path: Path) -> None:

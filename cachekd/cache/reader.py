@@ -16,7 +16,7 @@ from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
 from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.shard import Shard, read_shard
-from cachekd.cache.shard_codes import Counts
+from cachekd.cache.shard_codes import Counts, read_codes
 from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
@@ -33,6 +33,55 @@ def shard_counts(manifest: Manifest, number: int) -> Counts:
     recompressed = sum(step.operation == "recompress" for step in manifest.lineage)
     vocab_size, top_k = manifest.teacher.vocab_size, manifest.codec.top_k
     return Counts(info.samples, info.tokens, info.entries, axes, vocab_size, top_k, recompressed)
+
+
+def listed_codes(path: Path, manifest: Manifest, number: int) -> dict[str, NDArray]:
+    """The arrays of shard `number`, compared with all that the manifest says of it.
+
+    Args:
+        path: the cache.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    info, counts = manifest.shards[number], shard_counts(manifest, number)
+    file = path / SHARD_FOLDER / info.name
+    return read_codes(file, sketch=info.sketch is not None, sha256=info.sha256, counts=counts)
+
+
+def listed_shard(path: Path, manifest: Manifest, number: int, *, hashed: bool = False) -> Shard:
+    """The same, decoded.
+
+    Args:
+        path: the cache.
+        hashed: whether the file's checksum was compared already.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    info = manifest.shards[number]
+    return read_shard(
+        path / SHARD_FOLDER / info.name,
+        manifest.codec.logprob_step,
+        sketch=info.sketch is not None,
+        sha256=None if hashed else info.sha256,
+        counts=shard_counts(manifest, number),
+    )
+
+
+def listed_sketch(path: Path, manifest: Manifest, number: int | None) -> TailSketch | None:
+    """What tokens share of a tail sketch; None for none.
+
+    Args:
+        path: the cache.
+
+    Raises:
+        CachekdError: it is missing, or not what the manifest says.
+    """
+    if number is None:
+        return None
+    info = manifest.sketches[number]
+    return read_sketch(path / info.name, info.sha256, (info.axes, manifest.teacher.vocab_size))
 
 
 class LogitCache:
@@ -121,13 +170,7 @@ class LogitCache:
         return self._rebuilt(number, shard.targets), shard.sample_offsets
 
     def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
-        return CachedTargets.from_records(
-            records,
-            vocab_size=self.manifest.teacher.vocab_size,
-            window=self.manifest.codec.window,
-            min_k=self.manifest.codec.min_k,
-            sketch=self.sketch(self.manifest.shards[number].sketch),
-        )
+        return CachedTargets.under(self.manifest, records, self.sketch(self.manifest.shards[number].sketch))
 
     def sketch(self, number: int | None = 0) -> TailSketch | None:
         """What tokens share of the tail sketch; None in a cache without one.
@@ -135,10 +178,7 @@ class LogitCache:
         Args:
             number: a merged cache has several.
         """
-        if number is None or not self.manifest.sketches:
-            return None
-        info = self.manifest.sketches[number]
-        return read_sketch(self.path / info.name, info.sha256, (info.axes, self.manifest.teacher.vocab_size))
+        return listed_sketch(self.path, self.manifest, number if self.manifest.sketches else None)
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
@@ -202,14 +242,7 @@ class LogitCache:
     def _once(self, number: int) -> Shard:
         if number in self._decoded:
             return self._decoded[number]
-        info = self.manifest.shards[number]
-        return read_shard(
-            self.path / SHARD_FOLDER / info.name,
-            self.manifest.codec.logprob_step,
-            sketch=info.sketch is not None,
-            sha256=info.sha256,
-            counts=shard_counts(self.manifest, number),
-        )
+        return listed_shard(self.path, self.manifest, number)
 
     def _check_sizes(self) -> None:
         for path, info in self._files():

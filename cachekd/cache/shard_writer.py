@@ -147,7 +147,7 @@ class ShardWriter:
         plan = self.build.plan
         sketch = None if self._encoder is None else self._encoder.sketch
         try:
-            return self._probes.measure(path, sha256, plan.codec, plan.teacher.vocab_size, self._head, sketch)
+            return self._probes.measure(path, sha256, plan, self._head, sketch)
         except (MemoryError, torch.OutOfMemoryError):  # no reason to lose a good shard
             return None
 

@@ -12,9 +12,9 @@ from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.dump_files import wrong_files
 from cachekd.cache.files import require_plain
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
-from cachekd.cache.reader import shard_counts
+from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.shard import read_shard, samples_sha256
+from cachekd.cache.shard import samples_sha256
 from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
@@ -120,7 +120,9 @@ def _of_shard(
         if found != expected:
             yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")
         else:
-            yield from _of_values(file, manifest, number)
+            shard = listed_shard(path, manifest, number, hashed=True)  # which raises what is wrong with it
+            if info.samples_sha256 not in (None, samples_sha256(shard)):
+                yield Finding(file, "has other keys or content hashes than the manifest says")
     except CachekdError as error:
         yield Finding(file, f"{error.problem}: {error.found}")
         return
@@ -128,15 +130,6 @@ def _of_shard(
         if key in places:
             yield Finding(file, f"holds the key {key!r}, which is in {places[key]} as well")
         places[key] = info.name
-
-
-def _of_values(file: Path, manifest: Manifest, number: int) -> Iterator[Finding]:
-    """All of a shard, decoded as for reading, which raises what is wrong with it."""
-    info = manifest.shards[number]
-    step, counts = manifest.codec.logprob_step, shard_counts(manifest, number)
-    shard = read_shard(file, step, sketch=info.sketch is not None, counts=counts)
-    if info.samples_sha256 not in (None, samples_sha256(shard)):
-        yield Finding(file, "has other keys or content hashes than the manifest says")
 
 
 def problem_of(
