@@ -236,7 +236,7 @@ def test_what_no_dump_makes_again_is_left_with_what_to_run(cache, tmp_path, teac
     expected = {
         "merged": (
             "made of others",
-            "`cachekd merge CACHE CACHE -o NEW`; their manifests have sha256 " + parent,
+            "`cachekd merge CACHE CACHE -o NEW`. Their manifests have sha256 " + parent,
         ),
         "selected": ("made of others", "`cachekd select CACHE -o NEW, with the same conditions`"),
         "recompressed": ("made of others", "`cachekd recompress CACHE NEW --top-k 16 --tail bytes=64`"),
@@ -329,10 +329,10 @@ def test_what_cannot_be_restored_is_explained(cache):
     whole = files_of(cache)
     flip(cache / "skipped.jsonl", 20)
     flip(cache / "dump" / "00001.json", 100)
-    with pytest.raises(CachekdError, match=r"skipped\.jsonl cannot be written again"):
+    with pytest.raises(CachekdError, match=r"skipped\.jsonl is damaged, and the dump's records"):
         verify(cache, "--repair")
     flip(cache / "dump" / "plan.json", 30)
-    with pytest.raises(CachekdError, match=r"skipped\.jsonl is not what was written"):
+    with pytest.raises(CachekdError, match=r"skipped\.jsonl is damaged, and the dump's records"):
         verify(cache, "--repair")
     flip(cache / "manifest.json", 300)
     before = files_of(cache)
@@ -363,6 +363,25 @@ def test_a_lost_last_record_is_noticed(tmp_path):
     with pytest.raises(CachekdError, match="cannot be written again"):
         verify(path, "--repair")
     assert files_of(path) == before
+
+
+def test_a_folder_without_its_plan_loses_nothing(cache):
+    """The dump would take what is left for something else's; nor are records of another cache taken away."""
+    break_shard(cache, 1, "flip")
+    kept = {file: file.read_bytes() for file in (cache / "dump").iterdir()}
+    for file in kept:
+        file.unlink()
+    before = files_of(cache)
+    with pytest.raises(CachekdError, match="no dump goes on in this folder"):
+        verify(cache, "--repair")
+    for file, content in kept.items():
+        file.write_bytes(content)
+    (cache / "dump" / "00009.json").write_bytes(b"{}")
+    with pytest.raises(CachekdError, match="a file of dump/ is not of this cache"):
+        verify(cache, "--repair")
+    assert files_of(cache).keys() == before.keys() | {f"dump/{file.name}" for file in kept} | {
+        "dump/00009.json"
+    }
 
 
 def test_repair_of_a_sound_cache_does_nothing(cache):

@@ -42,6 +42,12 @@ def dump_files(manifest: Manifest, skipped: SkippedSamples) -> Iterator[tuple[st
         yield f"{RECORD_FOLDER}/{number:05d}.json", record.to_json()
 
 
+def files_there(path: Path) -> set[Path]:
+    """The plan and the records that a cache's folder has."""
+    files = (path / RECORD_FOLDER).glob("*.json")
+    return {file for file in files if RECORD_NAME.fullmatch(file.stem) or file == path / PLAN_FILE}
+
+
 def wrong_files(
     path: Path, manifest: Manifest, skipped: SkippedSamples
 ) -> Iterator[tuple[Path, str, bytes | None]]:
@@ -50,8 +56,7 @@ def wrong_files(
     Returns:
         file, what is wrong with it, and what should be in it; None where there should be no such file.
     """
-    there = {file for file in (path / RECORD_FOLDER).glob("*.json") if RECORD_NAME.fullmatch(file.stem)}
-    there |= {file for file in (path / PLAN_FILE,) if file.exists()}
+    there = files_there(path)
     if not there:
         return
     for name, content in dump_files(manifest, skipped):

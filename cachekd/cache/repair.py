@@ -8,15 +8,16 @@ follows from sound files (manifest, skipped.jsonl, plan, records) is not deleted
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
-from cachekd.cache.dump_files import wrong_files
+from cachekd.cache.dump_files import files_there, wrong_files
 from cachekd.cache.files import commit, sync_folder
 from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo
-from cachekd.cache.plan import DumpPlan, plan_under, read_plan
+from cachekd.cache.plan import DumpPlan, Skipped, plan_under, read_plan
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.cache.sketch_encoder import read_encoder
@@ -76,13 +77,14 @@ def _by_manifest(path: Path, manifest: Manifest, findings: Sequence[Finding], re
         _restore_skipped(path, manifest, error)
         skipped = read_skipped(path, manifest.skipped)
         done.append(f"{SKIPPED_FILE}: written again from the dump's records")
-    for file, _, content in wrong_files(path, manifest, skipped):
+    for file, problem, content in wrong_files(path, manifest, skipped):
         if content is None:
-            file.unlink()
-        else:
-            commit(file, content)
-        what = "deleted: it has no place there" if content is None else "written again from the manifest"
-        done.append(f"{RECORD_FOLDER}/{file.name}: {what}")
+            fix = f"remove {file.parent}: a finished cache does not need it"
+            raise CachekdError(
+                "a file of dump/ is not of this cache", where=str(file), found=problem, fix=fix
+            )
+        commit(file, content)
+        done.append(f"{RECORD_FOLDER}/{file.name}: written again from the manifest")
     if plan is None:
         return Repaired(done)
     return Repaired(done + _remove(CacheBuild(path, plan), broken), plan, manifest.skipped is not None)
@@ -137,20 +139,15 @@ def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> Non
     Raises:
         CachekdError: they do not say what was in it.
     """
-    try:
+    skipped: list[Skipped] = []
+    with suppress(CachekdError):
         build = CacheBuild(path, read_plan(path / PLAN_FILE))
-        records = [build.noted(number) for number in build.record_numbers()]
-    except CachekdError:
-        raise error from None
-    skipped = [sample for record in records if record for sample in record.skipped]
+        for number in build.record_numbers():
+            skipped += record.skipped if (record := build.noted(number)) else []
     if skipped_info(skipped) != manifest.skipped:
-        raise CachekdError(
-            f"{SKIPPED_FILE} cannot be written again",
-            where=str(path / SKIPPED_FILE),
-            expected="the dump's records, all of them",
-            found=error.found,
-            fix=_how_to_get_it(path, manifest),
-        )
+        fix = _how_to_get_it(path, manifest)
+        problem = f"{SKIPPED_FILE} is damaged, and the dump's records do not say what was in it"
+        raise CachekdError(problem, where=str(path / SKIPPED_FILE), found=error.found, fix=fix)
     write_skipped(path, skipped)
 
 
@@ -179,7 +176,7 @@ def _require_dump(path: Path, manifest: Manifest, name: str, problem: str, requi
         why = "this cache was made of others: no dump makes a shard of it again"
     elif not isinstance(plan, DumpPlan):
         why = "the samples of this cache were added one by one: no dump makes a shard of it again"
-    elif not (path / RECORD_FOLDER).is_dir():
+    elif not files_there(path):
         why = "this cache was fetched, or its dump/ is gone: no dump goes on in this folder"
     else:
         require(plan)
@@ -191,27 +188,22 @@ def _require_dump(path: Path, manifest: Manifest, name: str, problem: str, requi
 
 def _how_to_get_it(path: Path, manifest: Manifest) -> str:
     """What brings a whole cache back where a repair cannot."""
-    fetch = f"if it was published: `cachekd pull ADDRESS {path}` fetches what is broken, and nothing else"
+    fetch = f"if it was published: `cachekd pull ADDRESS {path}` fetches what is broken, and nothing else; "
     if manifest.lineage:
-        return f"{fetch}; else make it again of the caches that it was made of: {_command(manifest)}"
+        step, codec = manifest.lineage[-1], manifest.codec
+        how = {
+            "merge": "-o NEW",
+            "select": "-o NEW, with the same conditions",
+            "recompress": f"NEW --top-k {codec.top_k} --tail {codec.tail}",
+        }
+        caches, parents = "CACHE " * len(step.parents), ", ".join(parent[:12] for parent in step.parents)
+        return (
+            f"{fetch}else make it again of others: `cachekd {step.operation} {caches}{how[step.operation]}`. Their "
+            f"manifests have sha256 {parents}; verify these first, as they may share files with this one"
+        )
     if manifest.sources[0].geometry is None:
-        return f"{fetch}; else make it again, by the program that wrote it"
-    return f"{fetch}; else dump into a new folder"
-
-
-def _command(manifest: Manifest) -> str:
-    """The last step of a cache's making, as far as its manifest tells."""
-    step, codec = manifest.lineage[-1], manifest.codec
-    how = {
-        "merge": "-o NEW",
-        "select": "-o NEW, with the same conditions",
-        "recompress": f"NEW --top-k {codec.top_k} --tail {codec.tail}",
-    }
-    caches, parents = "CACHE " * len(step.parents), ", ".join(parent[:12] for parent in step.parents)
-    return (
-        f"`cachekd {step.operation} {caches}{how[step.operation]}`; their manifests have sha256 {parents}; "
-        "verify these first, as they may share files with this one"
-    )
+        return f"{fetch}else make it again, by the program that wrote it"
+    return f"{fetch}else dump into a new folder"
 
 
 def _no_manifest(path: Path, found: str) -> CachekdError:
