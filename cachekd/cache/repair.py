@@ -79,10 +79,8 @@ def _by_manifest(path: Path, manifest: Manifest, findings: Sequence[Finding], re
         done.append(f"{SKIPPED_FILE}: written again from the dump's records")
     for file, problem, content in wrong_files(path, manifest, skipped):
         if content is None:
-            fix = f"remove {file.parent}: a finished cache does not need it"
-            raise CachekdError(
-                "a file of dump/ is not of this cache", where=str(file), found=problem, fix=fix
-            )
+            what, fix = "a file of dump/ is not of this cache", f"remove {file.parent}: it is not needed"
+            raise CachekdError(what, where=str(file), found=problem, fix=fix)
         commit(file, content)
         done.append(f"{RECORD_FOLDER}/{file.name}: written again from the manifest")
     if plan is None:
@@ -198,8 +196,8 @@ def _how_to_get_it(path: Path, manifest: Manifest) -> str:
         }
         caches, parents = "CACHE " * len(step.parents), ", ".join(parent[:12] for parent in step.parents)
         return (
-            f"{fetch}else make it again of others: `cachekd {step.operation} {caches}{how[step.operation]}`. Their "
-            f"manifests have sha256 {parents}; verify these first, as they may share files with this one"
+            f"{fetch}else make it again of others: `cachekd {step.operation} {caches}{how[step.operation]}`. "
+            f"Their manifests have sha256 {parents}; verify these first: they may share files with it"
         )
     if manifest.sources[0].geometry is None:
         return f"{fetch}else make it again, by the program that wrote it"
