@@ -187,14 +187,6 @@ class CacheBuild(Generic[P]):
         records = self.records(count)
         if len(records) < count:
             raise ValueError(f"{count - len(records)} shards are not finished")
-        return self.write_manifest(records)
-
-    def write_manifest(self, records: dict[int, ShardRecord]) -> Manifest:
-        """Write the manifest from the records of all shards, in order.
-
-        Raises:
-            CachekdError: no shard has any sample.
-        """
         shards = [record.shard for record in records.values() if record.shard is not None]
         skipped = [sample for record in records.values() for sample in record.skipped]
         if not shards:

@@ -100,7 +100,7 @@ def _by_records(path: Path, error: CachekdError, require: Require) -> Repaired:
     # Where samples were added one by one, a record may be lost, but hardly with its shard.
     files = (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")
     count = plan.shards if isinstance(plan, DumpPlan) else len(list(files))
-    sound = sum(record is not None for record in records.values())
+    sound = sum(record is not None for number, record in records.items() if number < count)
     if sound == count and not broken:
         build.assemble(count)
         return Repaired([f"{MANIFEST_FILE}: written again from the dump's records"])
