@@ -115,7 +115,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     teacher.codec = build.plan.codec
     encoder = None
     if TailSetting.parse(teacher.codec.tail).sketch:
-        encoder = build.encoder(lambda: pilot.fit(teacher))  # type: ignore[union-attr]  # it was run, as checked
+        encoder = build.encoder(None if pilot is None else partial(pilot.fit, teacher))
     else:
         teacher.head = None
 

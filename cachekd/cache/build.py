@@ -107,18 +107,18 @@ class CacheBuild(Generic[P]):
         require_same(facts(found, found.source), facts(plan, plan.source), where, str(path))
         return cls(path, found)
 
-    def encoder(self, fit: Callable[[], SketchEncoder]) -> SketchEncoder:
+    def encoder(self, fit: Callable[[], SketchEncoder] | None) -> SketchEncoder:
         """The tail sketch that all processes use: the one that is there, or a new one.
 
         Args:
-            fit: makes one.
+            fit: makes one; None where one is there.
 
         Raises:
             CachekdError: it is gone, and shards were coded with it; or it is damaged.
         """
         path = self.path / SKETCH_FILE
         if not path.exists():
-            if self.record_numbers():
+            if fit is None or self.record_numbers():
                 raise CachekdError(
                     "the tail sketch is missing: fitted anew it would not fit the shards that are finished",
                     where=str(path),
