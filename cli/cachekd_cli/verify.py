@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
+from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
     errors,
@@ -183,7 +184,7 @@ def print_result(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if again is not None:
         console.print("what was deleted is made again by the same dump:", highlight=False)
-        console.print(again, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(again), markup=False, highlight=False, soft_wrap=True)
         return
     for path in find_strays(cache)[:SHOWN]:
         console.print(f"note: {path} is no part of the cache", markup=False, highlight=False, soft_wrap=True)
