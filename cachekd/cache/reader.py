@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.files import RESTORE
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
-from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.shard import Shard, read_shard
 from cachekd.cache.shard_codes import Counts, read_codes
@@ -199,11 +199,6 @@ class LogitCache:
                 counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
-    def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
-        """Everything that the manifest lists."""
-        shards = [(self.path / SHARD_FOLDER / info.name, info) for info in self.manifest.shards]
-        return [*shards, *((self.path / sketch.name, sketch) for sketch in self.manifest.sketches)]
-
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": OrderedDict(), "_kept_bytes": 0}
 
@@ -245,13 +240,15 @@ class LogitCache:
         return listed_shard(self.path, self.manifest, number)
 
     def _check_sizes(self) -> None:
-        for path, info in self._files():
+        shards = [(self.path / SHARD_FOLDER / info.name, info.bytes) for info in self.manifest.shards]
+        sketches = [(self.path / info.name, info.bytes) for info in self.manifest.sketches]
+        for path, size in (*shards, *sketches):
             found = path.stat().st_size if path.is_file() else None
-            if found != info.bytes:
+            if found != size:
                 raise CachekdError(
                     "a file is missing" if found is None else "a file was cut short or changed",
                     where=str(path),
-                    expected=f"{info.bytes:,} bytes",
+                    expected=f"{size:,} bytes",
                     found="no file" if found is None else f"{found:,} bytes",
                     fix=RESTORE,
                 )

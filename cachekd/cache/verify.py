@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache.array_metadata import MOST_DECODED
-from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
-from cachekd.cache.dump_files import wrong_files
+from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER
+from cachekd.cache.dump_files import files_there, wrong_files
 from cachekd.cache.files import require_plain
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.shard import samples_sha256
@@ -71,19 +71,13 @@ def strays(path: Path) -> list[Path]:
         CachekdError: there is no manifest, or it is damaged.
     """
     manifest = Manifest.load(path)
-    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER, path / PLAN_FILE}
+    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER} | files_there(path)
     known |= {path / SHARD_FOLDER / info.name for info in manifest.shards}
     known |= {path / sketch.name for sketch in manifest.sketches}
     if manifest.skipped is not None:
         known.add(path / SKIPPED_FILE)
     found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / RECORD_FOLDER).glob("*")]
-    records = path / RECORD_FOLDER
-    return sorted(
-        file
-        for file in found
-        if file not in known
-        and not (file.parent == records and file.suffix == ".json" and RECORD_NAME.fullmatch(file.stem))
-    )
+    return sorted(set(found) - known)
 
 
 def _of_sketch(file: Path, info: SketchInfo, vocab_size: int, progress: Progress) -> Iterator[Finding]:
