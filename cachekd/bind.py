@@ -25,6 +25,7 @@ from cachekd.cache.sealed import MOST_VALUES, Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
 from cachekd.left_out import reason_of
+from cachekd.paths import is_address
 from cachekd.samples import Sample, Samples, read_encoded
 
 
@@ -61,12 +62,16 @@ class Binding(Sealed):
             )
 
 
-def open_bound(path: str | Path, binding: Path | None) -> LogitCache:
-    """A cache, under the keys of a data set where there is a binding.
+def open_bound(path: str | Path, binding: Path | None = None) -> LogitCache:
+    """A cache, under the keys of a data set where there is a binding. One at an address is fetched first.
 
     Raises:
         CachekdError: either cannot be read, or the binding is of another cache.
     """
+    if is_address(path):
+        from cachekd.sharing import local_folder  # its clients take a while to import
+
+        path = local_folder(str(path))
     cache = LogitCache(path)
     return cache if binding is None else bound_cache(cache, Binding.read(binding), str(binding))
 

@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from cachekd.config_file import Config, read_config
 from cachekd.paths import LocalPath, PathOrName
+from cachekd.ranges import TooLong as TooLong
 
 OnError = Literal["stop", "skip"]
-TooLong = Literal["error", "skip", "cut"]
 ROW_NUMBERS = "index"  # --key index
 WHICH_SAMPLES = frozenset({"data", "image_root", "limit", "shuffle_seed"})  # what other data do not inherit
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.files import require_room_for
-from cachekd.cache.plan import ShardRecord
+from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig
 from cachekd.data_health import first_good
@@ -115,7 +115,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     teacher = teacher.keeping(build.plan.codec)
     encoder = None
     if TailSetting.parse(teacher.codec.tail).sketch:
-        encoder = build.encoder(lambda: pilot.fit(teacher))  # type: ignore[union-attr]  # it was run, as checked
+        encoder = build.encoder(None if pilot is None else partial(pilot.fit, teacher))
 
     spans = build.plan.spans()
     records = build.records(len(spans))
@@ -218,7 +218,7 @@ def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:
 
 
 def _summary(
-    build: CacheBuild, records: dict[int, ShardRecord], shards: int, new_tokens: int, seconds: float
+    build: CacheBuild[DumpPlan], records: dict[int, ShardRecord], shards: int, new_tokens: int, seconds: float
 ) -> DumpSummary:
     sketch = build.sketch_info()
     tokens = sum(_shards(records, "tokens"))

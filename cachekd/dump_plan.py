@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cachekd.cache import CodecSettings, DataInfo, Geometry, Plan, Source, TailSetting
+from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.files import free_space
 from cachekd.cache.select import default_top_p
@@ -15,17 +17,19 @@ from cachekd.data_options import DataOptions
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError, LeftOut
-from cachekd.fingerprint import library_versions
+from cachekd.fingerprint import library_versions, reads_images_otherwise
 from cachekd.make_shards import groups_of
 from cachekd.pilot import Pilot, run_pilot
 from cachekd.samples import Samples
 from cachekd.samples.open import content_hash, keys_hash
+from cachekd.samples.pixels import READING
 from cachekd.teacher import Teacher
 from cachekd.vlm import ModelFiles
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8
 
+_READING = "reading of images"
 # What the manifest says of how the data were read, under the same names.
 _RECORDED = set(DataOptions.model_fields) & set(DataInfo.model_fields)
 
@@ -66,7 +70,7 @@ def pilot_of(
     config: DumpConfig,
     samples: Samples,
     teacher: Teacher,
-    earlier: Plan | None,
+    earlier: DumpPlan | None,
     progress: Callable[[int, int], None],
 ) -> Pilot:
     """Run the pilot of a new dump, or again that of an earlier one."""
@@ -104,7 +108,7 @@ def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: P
     return fit_budget(cost, teacher.codec, int(config.disk_budget))
 
 
-def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> Plan:
+def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> DumpPlan:
     """The plan of a dump that starts."""
     group = config.batch_size * BATCHES_PER_SORT
     groups = max(1, round(SHARD_TOKENS * found.samples / max(1, found.tokens) / group))
@@ -113,14 +117,13 @@ def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Esti
     return _plan(config, samples, teacher, geometry, found.codec)
 
 
-def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: Plan) -> Plan:
+def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: DumpPlan) -> DumpPlan:
     """The plan of an earlier run, if this run would do the same.
 
     Raises:
         CachekdError: it would not: what differs, old and new.
     """
     require_same_shards(config, earlier)
-    assert earlier.source.geometry is not None
     geometry = earlier.source.geometry.model_copy(
         update={
             "calibration_tokens": config.calibration_tokens,
@@ -135,16 +138,60 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: P
     return earlier
 
 
-def require_same_shards(config: DumpConfig, earlier: Plan) -> None:
+def require_same_shards(config: DumpConfig, earlier: DumpPlan) -> None:
     """Refuse to go on with shards of another size, where one is asked for.
 
     Raises:
         CachekdError: `earlier` has another.
     """
-    assert earlier.source.geometry is not None  # it is a dump's
     name, size = "setting shard_samples", earlier.source.geometry.shard_samples
     asked = config.shard_samples or size
     require_same({name: size}, {name: asked}, "the dump in this folder", str(config.out))
+
+
+def require_same_code(plan: DumpPlan, out: Path) -> None:
+    """Refuse to take away what only a dump makes again that would not go on here.
+
+    Raises:
+        CachekdError: the libraries, or how images are read, are others than those of the plan.
+    """
+    then: dict[str, Any] = dict(plan.source.versions)
+    now: dict[str, Any] = library_versions()
+    if reads_images_otherwise(plan.fingerprints):
+        then, now = then | {_READING: plan.fingerprints.image_reading}, now | {_READING: READING}
+    require_same(then, now, "nothing was deleted, for the dump", str(out))
+
+
+def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
+    """The `cachekd dump` that goes on with a plan, as far as plans tell: none says where pictures start.
+
+    Args:
+        skips: whether bad samples were left out, which it does not say either.
+    """
+    codec, geometry = plan.codec, plan.source.geometry
+    said: dict[str, Any] = {
+        "teacher": plan.teacher.name,
+        **plan.source.data.model_dump(include=_RECORDED | {"path"}),
+        "out": out,
+        "dtype": plan.teacher.dtype,
+        "on_error": "skip" if skips else "stop",
+        **codec.model_dump(include={"top_k", "top_p", "tail", "window", "min_k"}),
+        **geometry.model_dump(include={"batch_size", "calibration_tokens", "disk_budget"}),
+    }
+    said["data"] = said.pop("path")
+    if codec.top_p == default_top_p(TailSetting.parse(codec.tail)):
+        said["top_p"] = None
+    if geometry.budget_for is not None:  # what a budget began from counts, not what it chose
+        began = (part.split(" ") for part in geometry.budget_for.split(", "))
+        said |= {name: None if value == "None" else value for name, value in began}
+    words = ["cachekd", "dump"]
+    for name, field in DumpConfig.model_fields.items():
+        value = said.get(name)
+        if value is None or str(value) == str(field.default):
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [f"--{name.replace('_', '-')}", str(one)]
+    return shlex.join(words)
 
 
 def refuse_small_disk(folder: Path, needed: int, what: str, *, may_shrink: bool = False) -> None:
@@ -183,7 +230,7 @@ def _geometry(config: DumpConfig, shard_samples: int) -> Geometry:
 
 def _plan(
     config: DumpConfig, samples: Samples, teacher: Teacher, geometry: Geometry, codec: CodecSettings
-) -> Plan:
+) -> DumpPlan:
     data = DataInfo(
         path=config.data,
         samples=len(samples),
@@ -193,11 +240,11 @@ def _plan(
         other_files=len(samples.notes.other_files),
         **config.model_dump(include=_RECORDED),
     )
-    return Plan(
+    return DumpPlan(
         teacher=teacher.info(),
         fingerprints=teacher.files.fingerprints,
         codec=codec,
-        source=Source(data=data, geometry=geometry, versions=library_versions()),
+        source=DumpSource(data=data, geometry=geometry, versions=library_versions()),
     )
 
 

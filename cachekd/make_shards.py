@@ -8,7 +8,7 @@ from itertools import islice
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.manifest import Geometry
-from cachekd.cache.plan import ShardRecord
+from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.data_health import DataHealth
@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 def make_shards(
-    build: CacheBuild,
+    build: CacheBuild[DumpPlan],
     numbers: Iterable[int],
     samples: Samples,
     teacher: Teacher,
@@ -49,7 +49,6 @@ def make_shards(
         CachekdError: a bad sample where `on_error` is "stop", data that vanished, a disk that is full.
     """
     numbers, geometry, spans = list(numbers), build.plan.source.geometry, build.plan.spans()
-    assert geometry is not None
     pieces = {number: list(groups_of(spans[number], geometry)) for number in numbers}
     unknown = (
         index

@@ -14,6 +14,7 @@ from cachekd.errors import CachekdError, did_you_mean, nearest
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
 _ADDRESS = re.compile(r"://|::")
+_AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _MOST_ROUNDS = 16  # of variables in variables
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # one without a slash would be taken for a mistyped path
 # A cache's on the hub: repository and revision.
@@ -107,6 +108,14 @@ def is_address(cache: str | Path) -> bool:
     if isinstance(cache, Path):
         return False
     return "://" in cache or (HUB_CACHE.fullmatch(cache) is not None and not is_path(cache))
+
+
+def address_of(path: Path) -> str | None:
+    """The address that was given where a path was meant, such as `s3://bucket/x`; None if it is a path."""
+    if (match := _AS_PATH.fullmatch(path.as_posix())) is None:
+        return None
+    slashes = ":///" if match[1] == "file" else "://"  # of which a path keeps one
+    return f"{match[1]}{slashes}{match[2]}"
 
 
 def require_path(name: str, what: str, expected: str) -> None:

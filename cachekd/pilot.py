@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cachekd.cache import CodecSettings, Geometry, Plan, TailSetting, TailStates, TokenTargets
+from cachekd.cache import CodecSettings, DumpPlan, Geometry, TailSetting, TailStates, TokenTargets
 from cachekd.cache.fit import fit_sketch
 from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.errors import BadSample, CachekdError
@@ -49,11 +49,9 @@ class Pilot:
         states = [answer.states for answer in self.answers.values() if answer.states is not None]
         return TailStates.concatenate(states)
 
-    def reusable(self, plan: Plan) -> dict[str, Answer]:
+    def reusable(self, plan: DumpPlan) -> dict[str, Answer]:
         """The answers as the dump itself would find them: those of another codec or batching would differ."""
         geometry, codec, ours = plan.source.geometry, plan.codec, self.geometry
-        if geometry is None:
-            return {}
         # Shards of whole groups cut the data set into the same groups, others only if they are as large.
         whole = not any(cut.shard_samples % ours.group_samples for cut in (geometry, ours))
         same = (

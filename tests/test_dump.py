@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import files_of
+from test_cache import write_cache
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache
@@ -117,6 +119,17 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path, teacher_path, data_p
     with pytest.raises(CachekdError, match="already holds something"):
         dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=tmp_path))
     assert list(everything(tmp_path)) == ["notes.txt"]
+
+
+def test_a_cache_whose_samples_came_one_by_one_is_not_dumped_into(tmp_path, teacher_path, data_path):
+    """Finished or not: nobody knows how many were to come."""
+    path = write_cache(tmp_path / "c")
+    before = files_of(path)
+    for _ in range(2):
+        with pytest.raises(CachekdError, match="already holds something"):
+            dump(DumpConfig(teacher=str(teacher_path), data=str(data_path), out=path))
+        (path / "manifest.json").unlink(missing_ok=True)
+    assert files_of(path) == {name: before[name] for name in before if name != "manifest.json"}
 
 
 def test_a_bad_sample_stops_the_dump_and_what_is_finished_stays(tmp_path, teacher_path):

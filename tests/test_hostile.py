@@ -563,7 +563,9 @@ def test_nothing_that_reads_a_cache_can_run_what_is_in_it(file):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
-        assert not MODULES & {name.split(".")[0] for name in names}, (file, names)
+        # Our own version is read by `importlib.metadata`, which imports nothing.
+        found = {name.split(".")[0] for name in names if name != "importlib.metadata"}
+        assert not MODULES & found, (file, names)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in CALLS | LOADS, (file, called)

@@ -141,7 +141,7 @@ def test_entropy_at_some_tokens_is_of_evenly_spread_ones(caches):
 def test_one_shard_is_in_memory_at_a_time(caches, monkeypatch):
     import cachekd.cache.summarise as module
 
-    read, alive = module.read_shard, []
+    read, alive = module.listed_shard, []
 
     def watched(*arguments, **options):
         assert [shard() for shard in alive] == [None] * len(alive)
@@ -149,7 +149,7 @@ def test_one_shard_is_in_memory_at_a_time(caches, monkeypatch):
         alive.append(weakref.ref(shard.targets.logprobs))
         return shard
 
-    monkeypatch.setattr(module, "read_shard", watched)
+    monkeypatch.setattr(module, "listed_shard", watched)
     summarise(caches["merged"])
     assert len(alive) == 4
 

@@ -19,9 +19,10 @@ from tiny import (
     write_llava_json,
     write_tar,
 )
+from typer.testing import CliRunner
 
 from cachekd import describe, fingerprint
-from cachekd.cache import LogitCache, Manifest, verify_files
+from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import TrainConfig
@@ -31,12 +32,12 @@ from cachekd.errors import CachekdError
 from cachekd.fingerprint import image_reading
 from cachekd.matching import check_sample
 from cachekd.recheck import recheck
-from cachekd.repair import find_source, repair
 from cachekd.samples import SampleEncoder, images, open_samples
 from cachekd.samples.pixels import READING
 from cachekd.samples.text_processor import TextProcessor
 from cachekd.train import train
 from cachekd.vlm import load_processor
+from cachekd_cli.main import app
 
 TRANSPARENT = "s002"
 
@@ -129,7 +130,7 @@ def test_a_dump_is_not_gone_on_with_under_another_reading(old, mixed, teacher_pa
     assert f"reading of images {READING}" in str(caught.value.found)
 
 
-def test_the_teacher_is_asked_again_and_shards_are_made_again_where_images_are_the_same(
+def test_the_teacher_is_asked_again_and_nothing_is_deleted_that_it_would_read_otherwise(
     stale, mixed, teacher_path
 ):
     cache, samples = LogitCache(stale), open_samples(str(mixed))
@@ -138,15 +139,13 @@ def test_the_teacher_is_asked_again_and_shards_are_made_again_where_images_are_t
     assert [mismatch.key for mismatch in found.mismatches] == [TRANSPARENT]
     assert "its images are read in another way" in found.mismatches[0].problem
 
-    (first, second) = [stale / "shards" / info.name for info in cache.manifest.shards]
-    before = flip(second, 900)
-    findings = verify_files(stale)
-    source, data = find_source(cache.manifest, findings, str(mixed))
-    repair(stale, findings, source, teacher, data)
-    assert second.read_bytes() == before
-    flip(first, 900)
-    with pytest.raises(CachekdError, match="changed since the dump, or images are read in another way"):
-        repair(stale, verify_files(stale), source, teacher, data)
+    flip(stale / "shards" / cache.manifest.shards[1].name, 900)
+    before = files_of(stale)
+    refused = CliRunner().invoke(app, ["verify", str(stale), "--repair"]).exception
+    assert isinstance(refused, CachekdError)
+    told = "different reading of images" if (stale / "dump").exists() else "no dump goes on in this folder"
+    assert told in str(refused)
+    assert files_of(stale) == before
 
 
 def test_caches_of_two_readings_are_merged_and_then_it_is_not_known(stale, teacher_path, tmp_path):

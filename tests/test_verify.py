@@ -17,7 +17,7 @@ from test_cache import write_cache
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, shard_codes, verify_files
-from cachekd.cache.dump_folder import plan_of, records_of, wrong_files
+from cachekd.cache.dump_files import dump_files, wrong_files
 from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.records import offsets
 from cachekd.cache.sealed import is_canonical
@@ -242,11 +242,8 @@ def test_plan_and_records_follow_from_the_manifest(cache, tmp_path):
     """Byte by byte; also where samples were added one by one."""
     for path in (cache, write_cache(tmp_path / "one-by-one", 6, shard_tokens=4)):
         manifest = Manifest.load(path)
-        plan = plan_of(manifest)
-        assert plan.to_json() == (path / "dump" / "plan.json").read_bytes()
-        records = dict(records_of(manifest, plan, read_skipped(path, manifest.skipped)))
-        written = {int(file.stem): file.read_bytes() for file in (path / "dump").glob("0*.json")}
-        assert {number: record.to_json() for number, record in records.items()} == written
+        made = dict(dump_files(manifest, read_skipped(path, manifest.skipped)))
+        assert made == {name: content for name, content in files_of(path).items() if name.startswith("dump/")}
 
 
 def test_samples_that_were_left_out_are_not_all_in_memory(cache):
@@ -262,11 +259,10 @@ def test_samples_that_were_left_out_are_not_all_in_memory(cache):
 
     reseal(cache / "manifest.json", leave_out)
     manifest = Manifest.load(cache)
-    plan = plan_of(manifest)
     tracemalloc.start()
     try:
         skipped = read_skipped(cache, manifest.skipped)
-        left_out = sum(len(record.skipped) for _, record in records_of(manifest, plan, skipped))
+        left_out = sum(content.count(b'"reason"') for _, content in dump_files(manifest, skipped))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -13,7 +13,7 @@ from cachekd.cache.manifest import (
     TeacherInfo,
 )
 from cachekd.cache.output_head import OutputHead
-from cachekd.cache.plan import Plan
+from cachekd.cache.plan import DumpPlan, DumpSource, Plan
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.roundtrip import roundtrip
@@ -28,6 +28,8 @@ __all__ = [
     "CachedTargets",
     "CodecSettings",
     "DataInfo",
+    "DumpPlan",
+    "DumpSource",
     "Fidelity",
     "Finding",
     "Fingerprints",

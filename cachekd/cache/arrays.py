@@ -41,7 +41,7 @@ from cachekd.cache.array_metadata import (
     require_plausible,
 )
 from cachekd.cache.array_rules import ArrayRule, require_form, require_values
-from cachekd.cache.files import read_plain, require_plain
+from cachekd.cache.files import RESTORE, read_plain, require_plain
 from cachekd.errors import CachekdError
 
 MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000
@@ -184,7 +184,7 @@ def damaged(path: Path, found: str) -> CachekdError:
         f"the {'shard' if path.parent.name == 'shards' else 'file'} is damaged",
         where=str(path),
         found=found,
-        fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
+        fix=RESTORE,
     )
 
 

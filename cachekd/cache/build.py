@@ -14,19 +14,36 @@ So a kill at any moment loses the shard that was being made, and nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import commit, commit_first, contents, is_temporary, make_folder, remove_stale
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Fidelity, Manifest, ShardInfo, SketchInfo
-from cachekd.cache.plan import Plan, ShardRecord
+from cachekd.cache.files import (
+    commit,
+    commit_first,
+    contents,
+    is_temporary,
+    make_folder,
+    remove_stale,
+    require_new_folder,
+    sync_folder,
+)
+from cachekd.cache.manifest import (
+    MANIFEST_FILE,
+    PLAN_FILE,
+    Fidelity,
+    Manifest,
+    ShardInfo,
+    SketchInfo,
+    shard_name,
+)
+from cachekd.cache.plan import DumpPlan, Plan, ShardRecord, read_plan
 from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder, sketch_info
 from cachekd.cache.skipped import skipped_info, write_skipped
 from cachekd.errors import CachekdError
 
@@ -35,24 +52,19 @@ RECORD_FOLDER = "dump"
 RECORD_NAME = re.compile(r"[0-9]{5,9}")
 
 
-def find_plan(path: Path) -> Plan | None:
-    """The plan of an earlier run in this folder; None if the folder is new or empty.
+def find_plan(path: Path) -> DumpPlan | None:
+    """The plan of an earlier dump in this folder; None if the folder is new or empty.
 
     Raises:
         CachekdError: the folder holds something else, or its plan is damaged.
     """
-    if (path / PLAN_FILE).exists():
-        return Plan.read(path / PLAN_FILE)
-    if path.exists() and not _is_empty(path):
-        if (path / PLAN_FILE).exists():  # another process has just written it
-            return Plan.read(path / PLAN_FILE)
-        raise CachekdError(
-            "the folder for the cache already holds something",
-            where=str(path),
-            expected="a new or empty folder, or a dump to go on with: nothing is ever overwritten",
-            found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
-            fix="choose another --out, or remove the folder",
-        )
+    if not (path / PLAN_FILE).exists() and _is_empty(path):
+        return None
+    if (path / PLAN_FILE).exists():  # by now: another process may just have written it
+        plan = read_plan(path / PLAN_FILE)
+        if isinstance(plan, DumpPlan):
+            return plan
+    require_new_folder(path, "cache", ", or a dump to go on with")
     return None
 
 
@@ -66,14 +78,17 @@ def _is_empty(path: Path) -> bool:
     return all(is_temporary(file) for file in (*inside, *others))
 
 
-class CacheBuild:
+P = TypeVar("P", bound=Plan)
+
+
+class CacheBuild(Generic[P]):
     """The folder of a cache that is being written, and the plan that holds there. See `start`."""
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, plan: P) -> None:
         self.path, self.plan = path, plan
 
     @classmethod
-    def start(cls, path: Path, plan: Plan) -> CacheBuild:
+    def start(cls, path: Path, plan: P) -> CacheBuild[P]:
         """Start a dump in a folder, or join one.
 
         Args:
@@ -87,23 +102,23 @@ class CacheBuild:
         for folder in (path, path / RECORD_FOLDER, path / SHARD_FOLDER):
             remove_stale(folder)
         commit_first(path / PLAN_FILE, plan.to_json())
-        found = Plan.read(path / PLAN_FILE)
+        found = type(plan).read(path / PLAN_FILE)
         where = "the dump in this folder"
         require_same(facts(found, found.source), facts(plan, plan.source), where, str(path))
         return cls(path, found)
 
-    def encoder(self, fit: Callable[[], SketchEncoder]) -> SketchEncoder:
+    def encoder(self, fit: Callable[[], SketchEncoder] | None) -> SketchEncoder:
         """The tail sketch that all processes use: the one that is there, or a new one.
 
         Args:
-            fit: makes one.
+            fit: makes one; None where one is there.
 
         Raises:
             CachekdError: it is gone, and shards were coded with it; or it is damaged.
         """
         path = self.path / SKETCH_FILE
         if not path.exists():
-            if self.record_numbers():
+            if fit is None or self.record_numbers():
                 raise CachekdError(
                     "the tail sketch is missing: fitted anew it would not fit the shards that are finished",
                     where=str(path),
@@ -118,21 +133,21 @@ class CacheBuild:
         if not path.exists():
             return None
         content, encoder = path.read_bytes(), read_encoder(path)
-        return SketchInfo(
-            axes=encoder.sketch.axes,
-            step=encoder.step,
-            calibration_tokens=encoder.calibration_tokens,
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        return sketch_info(SKETCH_FILE, encoder, content)
 
     def shard_path(self, number: int) -> Path:
         """Where shard `number` is or will be."""
-        return self.path / SHARD_FOLDER / f"{number:05d}.zarr.zip"
+        return self.path / SHARD_FOLDER / shard_name(number)
 
     def finish_shard(self, number: int, record: ShardRecord) -> None:
         """Say that a shard is finished; its file is there."""
         commit(self._record_path(number), record.to_json())
+
+    def remove_shard(self, number: int) -> None:
+        """Take back that a shard is finished, then its file: whoever goes on makes it again."""
+        for file in (self._record_path(number), self.shard_path(number)):
+            file.unlink(missing_ok=True)
+            sync_folder(file.parent)
 
     def record(self, number: int) -> ShardRecord | None:
         """Of a finished shard; None if it is still to be made (or made again: a damaged record is none)."""
@@ -172,14 +187,6 @@ class CacheBuild:
         records = self.records(count)
         if len(records) < count:
             raise ValueError(f"{count - len(records)} shards are not finished")
-        return self.write_manifest(records)
-
-    def write_manifest(self, records: dict[int, ShardRecord]) -> Manifest:
-        """Write the manifest from the records of all shards, in order.
-
-        Raises:
-            CachekdError: no shard has any sample.
-        """
         shards = [record.shard for record in records.values() if record.shard is not None]
         skipped = [sample for record in records.values() for sample in record.skipped]
         if not shards:

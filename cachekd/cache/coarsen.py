@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cachekd.cache.array_rules import MOST_CODE
 from cachekd.cache.records import SketchCodes, TokenTargets
 from cachekd.cache.rounding import (
     BASIS_FINENESS,
-    INT16,
     centroids,
     code_bytes,
     mass_surplus,
@@ -53,7 +53,7 @@ class Coarsening:
         """[N, C] codes to [N, fewer] ones."""
         steps = _in_steps(self.old, torch.from_numpy(codes.coordinates))[:, self.kept]
         coordinates = (steps / self.factor).round().to(torch.int16).numpy()
-        shift = np.clip(codes.shift.astype(np.int64) + self.shift, -INT16, INT16).astype(np.int16)
+        shift = np.clip(codes.shift.astype(np.int64) + self.shift, -MOST_CODE, MOST_CODE).astype(np.int16)
         return SketchCodes(coordinates, shift)
 
 
@@ -107,7 +107,7 @@ def _factor(encoder: SketchEncoder, steps: Tensor, tail: TailSetting, where: str
 def _coarser(encoder: SketchEncoder, steps: Tensor, kept: Tensor, factor: float) -> SketchEncoder:
     old = encoder.sketch
     unit = old.unit[kept] * factor
-    finest = float(old.codes[:, kept].abs().max()) * old.basis_step / INT16
+    finest = float(old.codes[:, kept].abs().max()) * old.basis_step / MOST_CODE
     basis_step = max(old.basis_step, encoder.step * factor / BASIS_FINENESS, finest)
     basis = old.codes[:, kept].float() * (old.basis_step / basis_step)
     sketch = TailSketch(

@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from cachekd import __version__
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.files import commit, make_folder, sync_folder
 from cachekd.cache.manifest import (
@@ -22,11 +22,13 @@ from cachekd.cache.manifest import (
     ShardInfo,
     SketchInfo,
     Source,
+    shard_name,
 )
 from cachekd.cache.plan import Skipped
-from cachekd.cache.reader import LogitCache, shard_counts
-from cachekd.cache.shard_codes import Counts, cut_shard
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.reader import LogitCache, listed_codes
+from cachekd.cache.shard_codes import cut_codes
+from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.sketch_encoder import SketchEncoder, sketch_info
 from cachekd.cache.skipped import SkippedSamples, skipped_info, write_skipped
 from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError
@@ -55,7 +57,7 @@ class DerivedCache:
         if samples is None:
             link(old, new)
         else:
-            info = _cut(old, info, samples, new, shard_counts(cache.manifest, number))
+            info = _cut(cache, number, samples, new)
         changes = {
             "name": new.name,
             "source": self._place_of_source(cache.manifest.sources[info.source]),
@@ -92,14 +94,7 @@ class DerivedCache:
     def add_sketch(self, encoder: SketchEncoder) -> int:
         """Add a new tail sketch; returns its place in the manifest."""
         place, content = len(self._sketches), encoder.pack()
-        info = SketchInfo(
-            name=_sketch_name(place),
-            axes=encoder.sketch.axes,
-            step=encoder.step,
-            calibration_tokens=encoder.calibration_tokens,
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
+        info = sketch_info(_sketch_name(place), encoder, content)
         commit(self.folder / info.name, content)
         self._sketches.append(info)
         return place
@@ -147,7 +142,7 @@ class DerivedCache:
         commit(self.folder / MANIFEST_FILE, manifest.to_json())
 
     def _shard_path(self, number: int) -> Path:
-        return self.folder / SHARD_FOLDER / f"{number:05d}.zarr.zip"
+        return self.folder / SHARD_FOLDER / shard_name(number)
 
     def _place_of_source(self, source: Source) -> int:
         if source not in self._sources:
@@ -164,7 +159,7 @@ def _fingerprints_of_all(parents: Sequence[Manifest]) -> Fingerprints:
 
 
 def _sketch_name(place: int) -> str:
-    return f"sketch-{place}.zarr.zip" if place else "sketch.zarr.zip"
+    return f"sketch-{place}.zarr.zip" if place else SKETCH_FILE
 
 
 def _lineage(
@@ -180,7 +175,7 @@ def _lineage(
             steps += [step for step in (*parent.lineage[:-1], last) if step not in steps]
     this = Derivation(
         operation=operation,
-        version=__version__,
+        version=version("cachekd"),
         parents=[str(parent.sha256) for parent in parents],
         parent_samples=sum(parent.samples for parent in parents),
         parent_codec=parents[0].codec,
@@ -220,10 +215,9 @@ def link(old: Path, new: Path) -> None:
         commit(new, content)
 
 
-def _cut(old: Path, info: ShardInfo, samples: Sequence[int], new: Path, counts: Counts) -> ShardInfo:
-    content, tokens, entries = cut_shard(
-        old, samples, sketch=info.sketch is not None, sha256=info.sha256, counts=counts
-    )
+def _cut(cache: LogitCache, number: int, samples: Sequence[int], new: Path) -> ShardInfo:
+    info = cache.manifest.shards[number]
+    content, tokens, entries = cut_codes(listed_codes(cache.path, cache.manifest, number), samples)
     commit(new, content)
     changes = {
         "span": None,

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cachekd.errors import CachekdError, FailedWrite
+from cachekd.paths import address_of
 
 _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
@@ -39,8 +40,8 @@ def _here() -> str:
 
 
 _HERE = _here()
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _DAY = 86_400.0
+RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
 LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.cache.lock`
 
 
@@ -49,17 +50,26 @@ def contents(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
 
 
-def require_new_folder(path: Path, what: str) -> None:
+def holds_something(path: Path) -> bool:
+    """Whether it is a file, or a folder that is not empty."""
+    return path.exists() and not (path.is_dir() and not contents(path))
+
+
+def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
     """Refuse to write into a folder that holds something.
+
+    Args:
+        what: it is for.
+        or_else: what else would do, for the message.
 
     Raises:
         CachekdError: `path` exists and is not an empty folder.
     """
-    if path.exists() and (not path.is_dir() or contents(path)):
+    if holds_something(path):
         raise CachekdError(
             f"the folder for the {what} already holds something",
             where=str(path),
-            expected="a new or empty folder: nothing is ever overwritten",
+            expected=f"a new or empty folder{or_else}: nothing is ever overwritten",
             found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
             fix="choose another --out, or remove the folder",
         )
@@ -145,14 +155,6 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where a file system went read-only, `remove_stale` has to see to it
             temporary.unlink(missing_ok=True)
-
-
-def address_of(path: Path) -> str | None:
-    """The address that was given where a path was meant, such as `s3://bucket/x`; None if it is a path."""
-    if (match := _ADDRESS.fullmatch(path.as_posix())) is None:
-        return None
-    slashes = ":///" if match[1] == "file" else "://"  # of which a path keeps one
-    return f"{match[1]}{slashes}{match[2]}"
 
 
 def refuse_address(path: Path) -> None:

@@ -21,12 +21,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cachekd.cache.array_rules import MOST_CODE
 from cachekd.cache.logit_metric import LogitMetric, along, held_out, logit_metric, principal_axes, set_apart
 from cachekd.cache.output_head import OutputHead
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.rounding import (
     BASIS_FINENESS,
-    INT16,
     centroids,
     code_bytes,
     mass_surplus,
@@ -121,7 +121,7 @@ def _sketch(
     deviation = y.std(0, correction=0).clamp(min=step / 10)
     synthesis = ((metric.inverse_root @ axes) * deviation).float()  # [d, C]
     basis = torch.cat([(rows - metric.common) @ synthesis for rows in head.rows()])
-    basis_step = max(step / BASIS_FINENESS, float(basis.abs().max()) / INT16)
+    basis_step = max(step / BASIS_FINENESS, float(basis.abs().max()) / MOST_CODE)
     return TailSketch(
         codes=to_steps(basis, basis_step).cpu(),
         basis_step=basis_step,

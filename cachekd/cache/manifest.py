@@ -10,13 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from cachekd.cache.files import address_of
 from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
-from cachekd.data_options import TooLong
 from cachekd.errors import CachekdError
 from cachekd.files import MANIFEST_FILE as MANIFEST_FILE
-from cachekd.paths import what_is_there
-from cachekd.ranges import EXACT, KEPT
+from cachekd.paths import address_of, what_is_there
+from cachekd.ranges import EXACT, KEPT, TooLong
 
 FORMAT_VERSION = 1
 PLAN_FILE = "dump/plan.json"
@@ -139,6 +137,11 @@ class Fidelity(Part):
         allow_inf_nan=False,
         description="of DBiLD's gradients for a perturbed student, live and cached; mean",
     )
+
+
+def shard_name(number: int) -> str:
+    """Of the file of shard `number`, under shards/."""
+    return f"{number:05d}.zarr.zip"
 
 
 class ShardInfo(Part):

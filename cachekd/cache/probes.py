@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache.fidelity import measure_fidelity
-from cachekd.cache.manifest import CodecSettings, Fidelity
+from cachekd.cache.manifest import Fidelity, Header
 from cachekd.cache.output_head import OutputHead
 from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard import read_shard
@@ -37,8 +37,7 @@ class Probes:
         self,
         path: Path,
         sha256: str,
-        codec: CodecSettings,
-        vocab_size: int,
+        header: Header,
         head: OutputHead,
         sketch: TailSketch | None,
     ) -> Fidelity | None:
@@ -52,13 +51,8 @@ class Probes:
         """
         if not self._kept:
             return None
-        shard = read_shard(path, codec.logprob_step, sketch=sketch is not None, sha256=sha256)
+        shard = read_shard(path, header.codec.logprob_step, sketch=sketch is not None, sha256=sha256)
         hidden = torch.stack([state for _, state in self._kept])
-        targets = CachedTargets.from_records(
-            TokenTargets.concatenate([shard.targets.cut(token, token + 1) for token, _ in self._kept]),
-            vocab_size=vocab_size,
-            window=codec.window,
-            min_k=codec.min_k,
-            sketch=sketch,
-        )
+        kept = TokenTargets.concatenate([shard.targets.cut(token, token + 1) for token, _ in self._kept])
+        targets = CachedTargets.under(header, kept, sketch)
         return measure_fidelity(head.logits(hidden.to(head.weight.device)).cpu(), targets)

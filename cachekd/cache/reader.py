@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.files import RESTORE
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
-from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.shard import Shard, read_shard
-from cachekd.cache.shard_codes import Counts
+from cachekd.cache.shard_codes import Counts, read_codes
 from cachekd.cache.shard_outline import read_keys
 from cachekd.cache.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
-from cachekd.paths import is_address
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
 _EXAMPLES = 100  # shards whose first keys show what keys look like
@@ -35,21 +35,69 @@ def shard_counts(manifest: Manifest, number: int) -> Counts:
     return Counts(info.samples, info.tokens, info.entries, axes, vocab_size, top_k, recompressed)
 
 
+def listed_codes(path: Path, manifest: Manifest, number: int) -> dict[str, NDArray]:
+    """The arrays of shard `number`, compared with all that the manifest says of it.
+
+    Args:
+        path: the cache.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    info, counts = manifest.shards[number], shard_counts(manifest, number)
+    file = path / SHARD_FOLDER / info.name
+    return read_codes(file, sketch=info.sketch is not None, sha256=info.sha256, counts=counts)
+
+
+def listed_shard(path: Path, manifest: Manifest, number: int, *, hashed: bool = False) -> Shard:
+    """The same, decoded.
+
+    Args:
+        path: the cache.
+        hashed: whether the file's checksum was compared already.
+
+    Raises:
+        CachekdError: as `read_shard`.
+    """
+    info = manifest.shards[number]
+    return read_shard(
+        path / SHARD_FOLDER / info.name,
+        manifest.codec.logprob_step,
+        sketch=info.sketch is not None,
+        sha256=None if hashed else info.sha256,
+        counts=shard_counts(manifest, number),
+    )
+
+
+def listed_sketch(path: Path, manifest: Manifest, number: int | None) -> TailSketch | None:
+    """What tokens share of a tail sketch; None for none.
+
+    Args:
+        path: the cache.
+
+    Raises:
+        CachekdError: it is missing, or not what the manifest says.
+    """
+    if number is None:
+        return None
+    info = manifest.sketches[number]
+    return read_sketch(path / info.name, info.sha256, (info.axes, manifest.teacher.vocab_size))
+
+
 class LogitCache:
     """A cache of teacher logits; a mapping from sample keys to `CachedTargets`.
 
     Files are opened per read, so a LogitCache can be pickled and used in forked workers.
 
     Args:
-        path: the cache's folder, or the address of a published one, which is fetched first and kept
-            (`cachekd.sharing.local_folder`).
+        path: the cache's folder; `cachekd.sharing.local_folder` gives that of a published one.
 
     Raises:
         CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _on_this_disk(path)
+        self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._kept_bytes = 0  # by these
@@ -122,13 +170,7 @@ class LogitCache:
         return self._rebuilt(number, shard.targets), shard.sample_offsets
 
     def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
-        return CachedTargets.from_records(
-            records,
-            vocab_size=self.manifest.teacher.vocab_size,
-            window=self.manifest.codec.window,
-            min_k=self.manifest.codec.min_k,
-            sketch=self.sketch(self.manifest.shards[number].sketch),
-        )
+        return CachedTargets.under(self.manifest, records, self.sketch(self.manifest.shards[number].sketch))
 
     def sketch(self, number: int | None = 0) -> TailSketch | None:
         """What tokens share of the tail sketch; None in a cache without one.
@@ -136,10 +178,7 @@ class LogitCache:
         Args:
             number: a merged cache has several.
         """
-        if number is None or not self.manifest.sketches:
-            return None
-        info = self.manifest.sketches[number]
-        return read_sketch(self.path / info.name, info.sha256, (info.axes, self.manifest.teacher.vocab_size))
+        return listed_sketch(self.path, self.manifest, number if self.manifest.sketches else None)
 
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
@@ -159,11 +198,6 @@ class LogitCache:
                 values, found = np.unique(getattr(targets, name), return_counts=True)
                 counter.update(dict(zip(values.tolist(), found.tolist(), strict=True)))
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
-
-    def _files(self) -> list[tuple[Path, ShardInfo | SketchInfo]]:
-        """Everything that the manifest lists."""
-        shards = [(self.path / SHARD_FOLDER / info.name, info) for info in self.manifest.shards]
-        return [*shards, *((self.path / sketch.name, sketch) for sketch in self.manifest.sketches)]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": OrderedDict(), "_kept_bytes": 0}
@@ -203,31 +237,18 @@ class LogitCache:
     def _once(self, number: int) -> Shard:
         if number in self._decoded:
             return self._decoded[number]
-        info = self.manifest.shards[number]
-        return read_shard(
-            self.path / SHARD_FOLDER / info.name,
-            self.manifest.codec.logprob_step,
-            sketch=info.sketch is not None,
-            sha256=info.sha256,
-            counts=shard_counts(self.manifest, number),
-        )
+        return listed_shard(self.path, self.manifest, number)
 
     def _check_sizes(self) -> None:
-        for path, info in self._files():
+        shards = [(self.path / SHARD_FOLDER / info.name, info.bytes) for info in self.manifest.shards]
+        sketches = [(self.path / info.name, info.bytes) for info in self.manifest.sketches]
+        for path, size in (*shards, *sketches):
             found = path.stat().st_size if path.is_file() else None
-            if found != info.bytes:
+            if found != size:
                 raise CachekdError(
                     "a file is missing" if found is None else "a file was cut short or changed",
                     where=str(path),
-                    expected=f"{info.bytes:,} bytes",
+                    expected=f"{size:,} bytes",
                     found="no file" if found is None else f"{found:,} bytes",
-                    fix="fetch it again, or make it again: `cachekd verify --repair` with teacher and data",
+                    fix=RESTORE,
                 )
-
-
-def _on_this_disk(path: str | Path) -> Path:
-    if not isinstance(path, str) or not is_address(path):
-        return Path(path)
-    from cachekd.sharing import local_folder  # its clients take a while to import
-
-    return local_folder(path)

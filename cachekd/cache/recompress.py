@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.build import SHARD_FOLDER, join_fidelities
+from cachekd.cache.build import join_fidelities
 from cachekd.cache.coarsen import Coarsening, coarsen, sampled_tokens
 from cachekd.cache.codec import TAIL_STEP, encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
-from cachekd.cache.reader import LogitCache, shard_counts
+from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.records import SketchCodes, TokenTargets, first_of_run
 from cachekd.cache.shard import decode_targets
-from cachekd.cache.shard_codes import id_arrays, pack_codes, read_codes
+from cachekd.cache.shard_codes import id_arrays, pack_codes
 from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.tail import TailSetting
@@ -150,7 +150,9 @@ def _sample_of(cache: LogitCache, sketch: int) -> TokenTargets:
     chosen = [shards[place] for place in sampled_tokens(len(shards), _SHARDS)]
     parts = []
     for number in chosen:
-        targets = decode_targets(_codes(cache, number), cache.manifest.codec.logprob_step)
+        targets = decode_targets(
+            listed_codes(cache.path, cache.manifest, number), cache.manifest.codec.logprob_step
+        )
         parts.append(_some(targets, -(-CALIBRATION_TOKENS // len(chosen))))
     return TokenTargets.concatenate(parts)
 
@@ -159,16 +161,6 @@ def _some(targets: TokenTargets, most: int) -> TokenTargets:
     if len(targets) <= most:
         return targets
     return targets.select(sampled_tokens(len(targets), most))
-
-
-def _codes(cache: LogitCache, number: int) -> Arrays:
-    info = cache.manifest.shards[number]
-    return read_codes(
-        cache.path / SHARD_FOLDER / info.name,
-        sketch=info.sketch is not None,
-        sha256=info.sha256,
-        counts=shard_counts(cache.manifest, number),
-    )
 
 
 def _recode_shard(
@@ -180,7 +172,8 @@ def _recode_shard(
     new: DerivedCache,
 ) -> Fidelity:
     """Write a shard; how near what it has become is to what it was."""
-    info, arrays = cache.manifest.shards[number], _codes(cache, number)
+    info = cache.manifest.shards[number]
+    arrays = listed_codes(cache.path, cache.manifest, number)
     recoded, sketch = cut_entries(arrays, codec.top_k, codec.logprob_step), None
     how = None if info.sketch is None else coarser.get(info.sketch)
     if how is not None and info.sketch is not None:
@@ -204,15 +197,8 @@ def _recode_shard(
 def _rebuilt(
     cache: LogitCache, records: TokenTargets, number: int, how: Coarsening | None = None
 ) -> CachedTargets:
-    manifest = cache.manifest
-    sketch = cache.sketch(manifest.shards[number].sketch) if how is None else how.encoder.sketch
-    return CachedTargets.from_records(
-        records,
-        vocab_size=manifest.teacher.vocab_size,
-        window=manifest.codec.window,
-        min_k=manifest.codec.min_k,
-        sketch=sketch,
-    )
+    sketch = cache.sketch(cache.manifest.shards[number].sketch) if how is None else how.encoder.sketch
+    return CachedTargets.under(cache.manifest, records, sketch)
 
 
 def _sketch_codes(arrays: Arrays) -> SketchCodes:

@@ -6,19 +6,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachekd.cache.array_rules import MOST_CODE
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.sketch import CENTROIDS, SketchTail
 
 SAMPLED = 1024  # tokens whose whole logits are looked at
 LEAST_POWER = 0.2  # an axis is kept if its mean square is this many steps squared
 BASIS_FINENESS = 8  # the basis' rounding adds 1 / FINENESS**2 to the codes' noise
-INT16 = 2**15 - 1
 CODER_OVERHEAD = 1.03  # PCodec over the order-0 entropy
 
 
 def to_steps(values: Tensor, step: float) -> Tensor:
     """int16 of the same shape; what lies beyond the ends is cut to them."""
-    return (values / step).round().clamp(-INT16, INT16).to(torch.int16)
+    return (values / step).round().clamp(-MOST_CODE, MOST_CODE).to(torch.int16)
 
 
 def worth_keeping(y: Tensor, step: float) -> Tensor:

@@ -19,14 +19,13 @@ from pydantic import (
     model_serializer,
 )
 
-from cachekd.cache.files import read_plain
+from cachekd.cache.files import RESTORE, read_plain
 from cachekd.errors import CachekdError
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards
 MOST_FIELDS = 2**8  # of one object
 # In such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed.
 MOST_VALUES = 3 * 2**19
-_RESTORE = "restore it from where the cache came from, or run `cachekd verify --repair`"
 LATER = "later"  # marks a field, in Annotated, that came after the first caches
 
 
@@ -87,7 +86,7 @@ class Sealed(Part):
                 where=str(path),
                 expected=f"sha256 {found} over its content",
                 found=model.sha256,
-                fix=_RESTORE,
+                fix=RESTORE,
             )
         return model
 
@@ -132,7 +131,7 @@ def is_canonical(path: Path) -> bool:
 
 def cannot_be_read(path: Path, found: str) -> CachekdError:
     """The error for a file that is no such JSON."""
-    return CachekdError(f"{path.name} cannot be read", where=str(path), found=found, fix=_RESTORE)
+    return CachekdError(f"{path.name} cannot be read", where=str(path), found=found, fix=RESTORE)
 
 
 def _does_not_fit(path: Path, error: ValidationError) -> CachekdError:

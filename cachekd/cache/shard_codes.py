@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,24 +94,16 @@ def pack_codes(arrays: dict[str, NDArray]) -> bytes:
     return pack_arrays(arrays, FORMAT)
 
 
-def cut_shard(
-    path: Path,
-    samples: Sequence[int],
-    *,
-    sketch: bool,
-    sha256: str | None = None,
-    counts: Counts | None = None,
-) -> tuple[bytes, int, int]:
+def cut_codes(old: Mapping[str, NDArray], samples: Sequence[int]) -> tuple[bytes, int, int]:
     """Some of a shard's samples, in a file of their own; every code as it was.
 
     Args:
+        old: as `read_codes` gives them.
         samples: places in the shard, ascending.
-        sketch, sha256, counts: as for `cachekd.cache.shard.read_shard`.
 
     Returns:
         the file's bytes, and how many tokens and entries it has.
     """
-    old = read_codes(path, sketch=sketch, sha256=sha256, counts=counts)
     starts = old["sample_offsets"].astype(np.int64)
     sizes = starts[1:] - starts[:-1]
     wanted = np.zeros(len(sizes), bool)
@@ -127,7 +119,7 @@ def cut_shard(
         **id_arrays(old["ranked_ids"][old["topk_ranks"]][entries]),
         "topk_gaps": old["topk_gaps"][entries],
     }
-    if sketch:
+    if "sketch_shift" in old:
         new["sketch_coordinates"] = old["sketch_coordinates"][:, tokens]
         new["sketch_shift"] = old["sketch_shift"][tokens]
     return pack_codes(new), int(tokens.sum()), int(entries.sum())

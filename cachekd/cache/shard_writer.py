@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        build: CacheBuild,
+        build: CacheBuild[Any],
         number: int,
         span: tuple[int, int] | None = None,
         *,
@@ -146,7 +147,7 @@ class ShardWriter:
         plan = self.build.plan
         sketch = None if self._encoder is None else self._encoder.sketch
         try:
-            return self._probes.measure(path, sha256, plan.codec, plan.teacher.vocab_size, self._head, sketch)
+            return self._probes.measure(path, sha256, plan, self._head, sketch)
         except (MemoryError, torch.OutOfMemoryError):  # no reason to lose a good shard
             return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from cachekd.cache.array_rules import ArrayRule
 from cachekd.cache.arrays import pack_arrays, read_arrays
+from cachekd.cache.manifest import SketchInfo
 from cachekd.cache.records import SketchCodes, TailStates
 from cachekd.cache.rounding import to_steps
 from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP, SKETCH_FORMAT, TailSketch, read_sketch
@@ -71,6 +73,18 @@ class SketchEncoder:
             "numbers": np.array([self.step, constant, self.calibration_tokens, self.surplus], "<f8"),
         }
         return pack_arrays({**self.sketch.arrays(), **arrays}, SKETCH_FORMAT)
+
+
+def sketch_info(name: str, encoder: SketchEncoder, content: bytes) -> SketchInfo:
+    """What the manifest says of a sketch's file."""
+    return SketchInfo(
+        name=name,
+        axes=encoder.sketch.axes,
+        step=encoder.step,
+        calibration_tokens=encoder.calibration_tokens,
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:

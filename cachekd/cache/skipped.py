@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cachekd.cache.files import commit, read_plain
+from cachekd.cache.files import RESTORE, commit, read_plain
 from cachekd.cache.manifest import SkippedInfo
 from cachekd.cache.plan import Skipped
 from cachekd.errors import CachekdError
@@ -92,5 +92,5 @@ def _not_it(path: Path, found: str) -> CachekdError:
         f"{SKIPPED_FILE} is not what was written",
         where=str(path / SKIPPED_FILE),
         found=found,
-        fix="write it again with `cachekd verify --repair`, or fetch it from where the cache came from",
+        fix=RESTORE,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest
-from cachekd.cache.plan import Plan
+from cachekd.cache.plan import DumpPlan, read_plan
 from cachekd.errors import CachekdError
 
 
@@ -46,8 +46,8 @@ def dump_status(path: str | Path) -> Status:
     path = Path(path)
     if (path / MANIFEST_FILE).exists() or not (path / PLAN_FILE).exists():
         return _of_cache(Manifest.load(path))
-    plan = Plan.read(path / PLAN_FILE)
-    if plan.shards is None:
+    plan = read_plan(path / PLAN_FILE)
+    if not isinstance(plan, DumpPlan):
         raise CachekdError(
             "samples are being added to this cache one by one, or were until the program died",
             where=str(path),

@@ -15,9 +15,7 @@ from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.entropy import entropy, entropy_bounds, spread
 from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.parts import bytes_by_part
-from cachekd.cache.reader import shard_counts
-from cachekd.cache.shard import read_shard
-from cachekd.cache.sketch import read_sketch
+from cachekd.cache.reader import listed_shard, listed_sketch
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
 from cachekd.cache.targets import CachedTargets, UniformTail
@@ -80,24 +78,8 @@ def summarise(
 
 def _read_targets(path: Path, manifest: Manifest, number: int) -> CachedTargets:
     """Without a LogitCache, which knows all keys and keeps what it has decoded."""
-    info, counts = manifest.shards[number], shard_counts(manifest, number)
-    shard = read_shard(
-        path / SHARD_FOLDER / info.name,
-        manifest.codec.logprob_step,
-        sketch=info.sketch is not None,
-        sha256=info.sha256,
-        counts=counts,
-    )
-    sketch = None if info.sketch is None else manifest.sketches[info.sketch]
-    return CachedTargets.from_records(
-        shard.targets,
-        vocab_size=manifest.teacher.vocab_size,
-        window=manifest.codec.window,
-        min_k=manifest.codec.min_k,
-        sketch=None
-        if sketch is None
-        else read_sketch(path / sketch.name, sketch.sha256, (sketch.axes, manifest.teacher.vocab_size)),
-    )
+    sketch = listed_sketch(path, manifest, manifest.shards[number].sketch)
+    return CachedTargets.under(manifest, listed_shard(path, manifest, number).targets, sketch)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachekd.cache.manifest import Header
 from cachekd.cache.mixed import MixedTail, join_sketch_tails
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.sketch import SketchTail, TailSketch
@@ -77,6 +78,18 @@ class CachedTargets:
     vocab_size: int
     window: int
     min_k: int
+
+    @classmethod
+    def under(cls, header: Header, records: TokenTargets, sketch: TailSketch | None) -> CachedTargets:
+        """Pad flat records of a cache with this header; `sketch` is theirs."""
+        codec = header.codec
+        return cls.from_records(
+            records,
+            vocab_size=header.teacher.vocab_size,
+            window=codec.window,
+            min_k=codec.min_k,
+            sketch=sketch,
+        )
 
     @classmethod
     def from_records(

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache.array_metadata import MOST_DECODED
-from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
-from cachekd.cache.dump_folder import wrong_files
+from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER
+from cachekd.cache.dump_files import files_there, wrong_files
 from cachekd.cache.files import require_plain
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo
-from cachekd.cache.reader import shard_counts
+from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo
+from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.shard import read_shard, samples_sha256
+from cachekd.cache.shard import samples_sha256
 from cachekd.cache.shard_outline import read_outline
 from cachekd.cache.sketch_encoder import read_encoder
-from cachekd.cache.skipped import SKIPPED_FILE, SkippedSamples, read_skipped
+from cachekd.cache.skipped import SKIPPED_FILE, read_skipped
 from cachekd.errors import CachekdError
 
 Progress = Callable[[int], None]
@@ -28,7 +28,7 @@ class Finding:
     """Something is wrong with a file.
 
     Attributes:
-        shard: its number in the manifest, if making the shard again mends it.
+        shard: its number in the manifest, if making the shard again mends it: its bytes are others.
     """
 
     path: Path
@@ -51,12 +51,11 @@ def verify_files(path: str | Path, progress: Progress = lambda done: None) -> li
     findings = []
     if not is_canonical(path / MANIFEST_FILE):
         findings.append(Finding(path / MANIFEST_FILE, "was changed after it was written"))
-    skipped: SkippedSamples | None = None
     try:
         skipped = read_skipped(path, manifest.skipped)
+        findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
     except CachekdError as error:
         findings.append(Finding(path / SKIPPED_FILE, f"is not what was written: {error.found}"))
-    findings += [Finding(file, problem) for file, problem, _ in wrong_files(path, manifest, skipped)]
     for sketch in manifest.sketches:
         findings += _of_sketch(path / sketch.name, sketch, manifest.teacher.vocab_size, progress)
     places: dict[str, str] = {}
@@ -72,23 +71,17 @@ def strays(path: Path) -> list[Path]:
         CachekdError: there is no manifest, or it is damaged.
     """
     manifest = Manifest.load(path)
-    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER, path / PLAN_FILE}
+    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER} | files_there(path)
     known |= {path / SHARD_FOLDER / info.name for info in manifest.shards}
     known |= {path / sketch.name for sketch in manifest.sketches}
     if manifest.skipped is not None:
         known.add(path / SKIPPED_FILE)
     found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / RECORD_FOLDER).glob("*")]
-    records = path / RECORD_FOLDER
-    return sorted(
-        file
-        for file in found
-        if file not in known
-        and not (file.parent == records and file.suffix == ".json" and RECORD_NAME.fullmatch(file.stem))
-    )
+    return sorted(set(found) - known)
 
 
 def _of_sketch(file: Path, info: SketchInfo, vocab_size: int, progress: Progress) -> Iterator[Finding]:
-    if problem := _problem(file, info, progress):
+    if problem := problem_of(file, info, progress):
         yield Finding(file, problem)
         return
     try:
@@ -111,7 +104,7 @@ def _of_shard(
     """Also notes in `places` which shard each key is in."""
     info = manifest.shards[number]
     file = path / SHARD_FOLDER / info.name
-    if problem := _problem(file, info, progress):
+    if problem := problem_of(file, info, progress):
         yield Finding(file, problem, number)
         return
     # From here on the file is what was written, so that writing it again would mend nothing.
@@ -121,7 +114,9 @@ def _of_shard(
         if found != expected:
             yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")
         else:
-            yield from _of_values(file, manifest, number)
+            shard = listed_shard(path, manifest, number, hashed=True)  # which raises what is wrong with it
+            if info.samples_sha256 not in (None, samples_sha256(shard)):
+                yield Finding(file, "has other keys or content hashes than the manifest says")
     except CachekdError as error:
         yield Finding(file, f"{error.problem}: {error.found}")
         return
@@ -131,16 +126,9 @@ def _of_shard(
         places[key] = info.name
 
 
-def _of_values(file: Path, manifest: Manifest, number: int) -> Iterator[Finding]:
-    """All of a shard, decoded as for reading, which raises what is wrong with it."""
-    info = manifest.shards[number]
-    step, counts = manifest.codec.logprob_step, shard_counts(manifest, number)
-    shard = read_shard(file, step, sketch=info.sketch is not None, counts=counts)
-    if info.samples_sha256 not in (None, samples_sha256(shard)):
-        yield Finding(file, "has other keys or content hashes than the manifest says")
-
-
-def _problem(file: Path, info: ShardInfo | SketchInfo, progress: Progress) -> str | None:
+def problem_of(
+    file: Path, info: ShardInfo | SketchInfo, progress: Progress = lambda done: None
+) -> str | None:
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0
     try:

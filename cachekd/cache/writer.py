@@ -126,12 +126,12 @@ class LogitCacheWriter:
         self._seen[key] = len(self._seen)
         sample = _Sample(key, targets, content_hash, states)
         if self._shard is not None:
-            self._pass_on(sample)
+            self._shard = self._added(self._shard, sample)
             return
         self._waiting.append(sample)
         self._waiting_tokens += len(targets)
         if self._waiting_tokens >= self._calibration_tokens:
-            self._start_sketch()
+            self._shard = self._start_sketch()
 
     def close(self) -> None:
         """Write what is waiting, then the manifest.
@@ -141,11 +141,9 @@ class LogitCacheWriter:
         """
         if not self._seen:
             raise CachekdError("a cache needs at least one sample", where=str(self.path), found=0)
-        if self._shard is None:
-            self._start_sketch()
-        assert self._shard is not None
-        if self._shard.tokens:
-            self._shard.finish()
+        shard = self._shard or self._start_sketch()
+        if shard.tokens:
+            shard.finish()
             self._shards += 1
         self.manifest = self._build.assemble(self._shards)
         self._held.close()
@@ -166,7 +164,8 @@ class LogitCacheWriter:
                     self.path.mkdir(exist_ok=True)  # another process may begin there now
             self._held.close()
 
-    def _start_sketch(self) -> None:
+    def _start_sketch(self) -> ShardWriter:
+        """Fit it on what waits, which begins the first shards; returns the one that is not full."""
         waiting, self._waiting = self._waiting, []
         if self._encoder is None:
             assert self._head is not None  # as checked
@@ -175,20 +174,22 @@ class LogitCacheWriter:
             self._encoder = fit_sketch(self._head, states, targets, self._tail)
         encoder = self._encoder
         self._encoder = self._build.encoder(lambda: encoder)
-        self._shard = self._new_shard(0)
+        shard = self._new_shard(0)
         for sample in waiting:
-            self._pass_on(sample)
+            shard = self._added(shard, sample)
+        return shard
 
     def _new_shard(self, number: int) -> ShardWriter:
         return ShardWriter(self._build, number, encoder=self._encoder, head=self._head)
 
-    def _pass_on(self, sample: _Sample) -> None:
-        assert self._shard is not None
-        self._shard.add(*sample)
-        if self._shard.tokens >= self._shard_tokens:
-            self._shard.finish()
-            self._shards += 1
-            self._shard = self._new_shard(self._shards)
+    def _added(self, shard: ShardWriter, sample: _Sample) -> ShardWriter:
+        """The shard that takes the next sample."""
+        shard.add(*sample)
+        if shard.tokens < self._shard_tokens:
+            return shard
+        shard.finish()
+        self._shards += 1
+        return self._new_shard(self._shards)
 
 
 def check_sketch_parts(

@@ -89,7 +89,7 @@ def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
     Raises:
         CachekdError: it cannot be read, or is of another.
     """
-    cache = LogitCache(path)
+    cache = open_bound(path)
     ours, theirs = tokenizer_fingerprint(model.processor.tokenizer), cache.manifest.fingerprints.tokenizer
     if ours != theirs:
         raise CachekdError(

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
@@ -280,7 +281,7 @@ def cache_rows(
     pairs: list[tuple[Encoded, Encoded]],
 ) -> list[Row]:
     """A cache against data, student and teacher."""
-    cache = LogitCache(path)
+    cache = open_bound(path)
     known = [ours for _, ours in pairs if ours.key in cache]
     notes: list[Row] = []  # samples that are missing for a reason
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import jinja2
 from huggingface_hub import DatasetCardData
 
 from cachekd.cache.manifest import Manifest
-from cachekd.describe import bytes_per_token, lineage
+from cachekd.describe import bytes_per_token, fidelity, fingerprints, origin
 from cachekd.errors import CachekdError
 
 UNKNOWN = "unknown"
@@ -48,7 +47,7 @@ def dataset_card(manifest: Manifest, address: str, license: str | None) -> str:
         address=address if "://" in address else f"hf://datasets/{address}",
         unknown_license=(license or UNKNOWN) == UNKNOWN,
         license=license,
-        rows=[(label, _cell(value)) for label, value in _facts(manifest)],
+        rows=[(label, _cell(value)) for label, value in _facts(manifest).items()],
         manifest=manifest,
     )
 
@@ -66,43 +65,21 @@ def _header(manifest: Manifest, name: str, license: str) -> str:
     return data.to_yaml()
 
 
-def _facts(manifest: Manifest) -> list[tuple[str, Any]]:
-    teacher, codec, total = manifest.teacher, manifest.codec, manifest.size + manifest.sketch_bytes
-    tail = (
-        "spread evenly" if codec.tail == "none" else f"from a sketch of the final hidden state ({codec.tail})"
-    )
-    rows: list[tuple[str, Any]] = [
-        ("teacher", f"{teacher.name} ({teacher.model_type}, {teacher.dtype})"),
-        ("vocabulary", f"{teacher.vocab_size:,} ids"),
-        *(("data", f"{s.data.path} ({s.data.samples:,} samples)") for s in manifest.sources),
-        ("samples", f"{manifest.samples:,}"),
-        ("left out", f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"),
-        ("answer tokens", f"{manifest.tokens:,}"),
-        ("size", f"{total:,} bytes in {len(manifest.shards):,} shards"),
-        ("bytes per token", bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens)),
-        ("kept exactly", f"up to {codec.top_k} logprobs a token, in steps of {codec.logprob_step} nats"),
-        ("all other logprobs", tail),
-        ("Kneedle", f"window {codec.window}, least k {codec.min_k}"),
-    ]
-    if manifest.fidelity is not None:
-        measured = manifest.fidelity
-        rows += [
-            ("KL(live teacher, cache)", f"{measured.kl:.5f} nats over {measured.tokens:,} tokens"),
-            ("cosine of DBiLD's gradients", f"{measured.cosine:.4f}, live and cached"),
-        ]
-    rows += lineage(manifest).items()
-    fingerprints = manifest.fingerprints
-    return rows + [
-        ("teacher's weights", teacher.weights_sha256),
-        ("tokenizer", fingerprints.tokenizer),
-        ("chat template", fingerprints.chat_template),
-        ("image processing", fingerprints.image_processor),
-        *([("encoding", fingerprints.encoding)] if fingerprints.encoding is not None else []),
-        ("manifest", manifest.sha256),
-    ]
+def _facts(manifest: Manifest) -> dict[str, str]:
+    left_out = f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"
+    return {
+        **origin(manifest),
+        "samples": f"{manifest.samples:,}",
+        "left out": left_out,
+        "answer tokens": f"{manifest.tokens:,}",
+        "size": f"{manifest.size + manifest.sketch_bytes:,} bytes in {len(manifest.shards):,} shards",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
+        **fidelity(manifest),
+        **fingerprints(manifest),
+    }
 
 
-def _cell(value: Any) -> str:
+def _cell(value: str) -> str:
     """Text in a Markdown table, whatever is in a path."""
-    text = " ".join(str(value).split())
+    text = " ".join(value.split())
     return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE
 from cachekd.errors import CachekdError
+from cachekd.paths import is_address
 from cachekd.sharing.contents import listed_files
 from cachekd.sharing.moved import Progress, untold
 from cachekd.sharing.pull import Published, fetch_into, read_published
@@ -24,7 +25,7 @@ def cache_home() -> Path:
 
 
 def local_folder(
-    address: str,
+    address: str | Path,
     *,
     progress: Progress = untold,
     total: Progress = untold,
@@ -35,14 +36,16 @@ def local_folder(
     the old one stays. Several processes may ask for one at the same time; one of them fetches it.
 
     Args:
-        address: `hf://datasets/org/name[@revision]`, or a URL for fsspec.
+        address: `hf://datasets/org/name[@revision]`, or a URL for fsspec; a folder on this disk is its own.
         progress, total: as for `pull_cache`.
 
     Raises:
         CachekdError: as `pull_cache`; or the cache is here, but not as it was fetched. The store has to be
             reached even if the cache is here, to know that it is the same.
     """
-    store = open_store(address)
+    if not is_address(address):
+        return Path(address)
+    store = open_store(str(address))
     published = read_published(store)
     name = store.url.rpartition("/")[2].partition("@")[0] or "cache"
     folder = cache_home() / f"{name}-{str(published.manifest.sha256)[:16]}"
@@ -51,7 +54,7 @@ def local_folder(
         with alone(folder, "is fetching into", patience=_PATIENCE):
             if not (folder / MANIFEST_FILE).is_file():
                 fetch_into(store, folder, published, progress)
-    _require_as_fetched(folder, address, published)
+    _require_as_fetched(folder, str(address), published)
     return folder
 
 

@@ -51,8 +51,7 @@ def bind_command(
 
     Example: cachekd bind caches/llava-7b --data "my-copy/*.tar" --out binding.json
     """
-    from cachekd.bind import bind
-    from cachekd.cache import LogitCache
+    from cachekd.bind import bind, open_bound
     from cachekd.cache.files import require_place
     from cachekd.samples import open_samples
 
@@ -63,7 +62,7 @@ def bind_command(
             raise CachekdError(
                 "the file for the binding exists already", where=str(out), fix="choose another --out"
             )
-    opened, samples = LogitCache(cache), open_samples(data)
+    opened, samples = open_bound(cache), open_samples(data)
     with progress_bar("samples") as bar:
         advance = sample_progress(bar, "bind", len(samples))
         report = bind(opened, samples, workers=workers, progress=lambda done: advance(done, done))

@@ -11,6 +11,7 @@ from rich.markup import escape
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
+from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
     errors,
@@ -37,21 +38,22 @@ def verify_command(
     cache: CacheFolder,
     teacher: Annotated[
         PathOrName | None,
-        typer.Option(help="Ask this teacher again (with --data), and make repairs with it."),
+        typer.Option(help="Ask this teacher again (with --data)."),
     ] = None,
     binding: Binding = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make broken files again: shards need --teacher and --data.")
+        bool,
+        typer.Option("--repair", help="Delete broken shards, so that the same dump makes them again."),
     ] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read samples for a repair.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Check a cache: every file against its checksum; with --teacher and --data, values against the teacher.
 
-    Exit code 1 if anything is wrong. What is not said of the data is as in the dump, in a repair --limit and
-    --shuffle-seed in any case; a bad sample counts as a mismatch, whatever --on-error says.
+    Exit code 1 if anything is wrong. What is not said of the data is as in the dump; a bad sample counts as a
+    mismatch, whatever --on-error says. What a repair deletes it names, with the command that makes it again;
+    a cache that was fetched or made of others it leaves as it is, and says what to run.
 
     Example: cachekd verify caches/llava-7b --teacher models/llava-7b --data data/train --sample 64
     """
@@ -60,25 +62,23 @@ def verify_command(
     quiet_libraries()
     if (teacher is None) != (data is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
-    if binding is not None and (repair or teacher is None):
+    if binding is not None and teacher is None:
         raise CachekdError(
             "--binding is for asking the teacher again",
-            expected="--teacher and --data beside it, and no --repair, which takes the data that were dumped",
-            fix="leave --binding out" if teacher is None else "leave --binding or --repair out",
+            expected="--teacher and --data beside it",
+            fix="leave --binding out",
         )
     require_manifest(cache)
-    done = mend_manifest(cache) if repair else []
-    found = check_files(cache)
-    live = None
-    if repair and found:
-        run_repair(cache, found, teacher, data, workers, done)
+    found, live = check_files(cache), None
+    done, again = run_repair(cache, found) if repair and found else ([], None)
+    if done and again is None:
         found = check_files(cache)
     if teacher is not None and data is not None and not found:
         live = ask_again(cache, teacher, data, binding, sample, seed)
     if as_json:
-        print_json(as_dict(cache, found, done, live))
+        print_json(as_dict(cache, found, done, again, live))
     else:
-        print_result(cache, found, done, live)
+        print_result(cache, found, done, again, live)
     if found or (live is not None and live.mismatches):
         raise typer.Exit(1)
 
@@ -101,72 +101,15 @@ def check_files(cache: Path) -> list[Finding]:
         return verify_files(cache, advance)
 
 
-def mend_manifest(cache: Path) -> list[str]:
-    """A manifest that cannot be read is written again from the dump's records."""
-    from cachekd.cache import Manifest
-    from cachekd.cache.manifest import MANIFEST_FILE
-    from cachekd.cache.mend import restore_manifest
+def run_repair(cache: Path, found: list[Finding]) -> tuple[list[str], str | None]:
+    """What was done, a line each; and the command that makes again what was deleted, None if nothing was."""
+    from cachekd.cache.repair import repair
+    from cachekd.dump_plan import command_of, require_same_code
 
-    try:
-        Manifest.load(cache)
-    except CachekdError:
-        restore_manifest(cache)
-        return [f"{MANIFEST_FILE}: written again from the dump's records"]
-    return []
-
-
-def run_repair(
-    cache: Path,
-    found: list[Finding],
-    teacher: str | None,
-    data: DataOptions | None,
-    workers: int,
-    done: list[str],
-) -> None:
-    """What can be mended is, shards by the teacher; a line for each goes to `done`."""
-    from cachekd.cache.mend import tidy
-
-    try:
-        done += tidy(cache)
-        done += make_shards_again(cache, found, teacher, data, workers)
-    except CachekdError:
-        for line in done:  # what was done before stays
-            errors.print(line, markup=False, highlight=False, soft_wrap=True)
-        raise
-
-
-def make_shards_again(
-    cache: Path,
-    found: list[Finding],
-    teacher: str | None,
-    data: DataOptions | None,
-    workers: int,
-) -> list[str]:
-    """The teacher's part of a repair."""
-    from cachekd.cache import Manifest
-    from cachekd.repair import find_source, refuse_what_cannot_be_made, repair
-    from cachekd.samples.dumped import as_dumped
-
-    refuse_what_cannot_be_made(cache, found)
-    broken = [finding for finding in found if finding.shard is not None]
-    if not broken:
-        return []
-    if teacher is None or data is None:
-        raise CachekdError(
-            f"{len(broken)} shard(s) can only be made again by the teacher",
-            where=str(broken[0].path),
-            found=broken[0].problem,
-            fix="add --teacher and --data",
-        )
-    manifest = Manifest.load(cache)
-    source, samples = find_source(manifest, broken, data)
-    options = as_dumped(data, manifest.sources[source].data, str(cache))
-    model = open_teacher(manifest, teacher, samples, options)
-    shards = [manifest.shards[finding.shard] for finding in broken if finding.shard is not None]
-    spans = [info.span for info in shards if info.span is not None and info.source == source]
-    with progress_bar("tokens") as bar:
-        advance = sample_progress(bar, "repair", sum(last - first for first, last in spans))
-        return repair(cache, broken, source, model, samples, workers=workers, progress=advance)
+    repaired = repair(cache, found, lambda plan: require_same_code(plan, cache))
+    return repaired.done, None if repaired.plan is None else command_of(
+        repaired.plan, cache, skips=repaired.skips
+    )
 
 
 def ask_again(
@@ -195,7 +138,9 @@ def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOpti
     return open_teacher(path, samples, skipping, manifest.codec, manifest.teacher.dtype)
 
 
-def as_dict(cache: Path, found: list[Finding], done: list[str], live: Recheck | None) -> dict[str, Any]:
+def as_dict(
+    cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
+) -> dict[str, Any]:
     """For `--json`."""
     from cachekd.recheck import SHARES
 
@@ -204,6 +149,7 @@ def as_dict(cache: Path, found: list[Finding], done: list[str], live: Recheck | 
         "ok": not found and not (live and live.mismatches),
         "problems": [{"file": str(f.path), "problem": f.problem, "shard": f.shard} for f in found],
         "repaired": done,
+        "run": again,
         "strays": [str(path) for path in find_strays(cache)],
     }
     if live is not None:
@@ -225,19 +171,25 @@ def find_strays(cache: Path) -> list[Path]:
         return []
 
 
-def print_result(cache: Path, found: list[Finding], done: list[str], live: Recheck | None) -> None:
-    """What was wrong, what was mended, and how sure one can be."""
+def print_result(
+    cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
+) -> None:
+    """What was wrong, what was done about it, and how sure one can be."""
     from cachekd.cache import Manifest
 
     for line in done:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if again is not None:
+        console.print("what was deleted is made again by the same dump:", highlight=False)
+        console.print(visible(again), markup=False, highlight=False, soft_wrap=True)
+        return
     for path in find_strays(cache)[:SHOWN]:
         console.print(f"note: {path} is no part of the cache", markup=False, highlight=False, soft_wrap=True)
     for finding in found:
         line = f"[bold red]{escape(str(finding.path))}[/] {escape(finding.problem)}"
         errors.print(line, highlight=False, soft_wrap=True)
     if found:
-        errors.print("try: cachekd verify --repair, with --teacher and --data for shards", soft_wrap=True)
+        errors.print(f"try: cachekd verify --repair {cache}", markup=False, highlight=False, soft_wrap=True)
         return
     manifest = Manifest.load(cache)
     console.print(

@@ -1,0 +1,214 @@
+"""Delete what is broken, so that the same dump makes it again, byte for byte; nothing else is lost by it.
+
+A broken shard loses its record and its file, and then the manifest goes: what is left is a dump that is not
+finished. At whatever moment this is killed, both the same dump and another repair go on from there. What
+follows from sound files (manifest, skipped.jsonl, plan, records) is not deleted but written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
+from cachekd.cache.dump_files import files_there, wrong_files
+from cachekd.cache.files import commit, sync_folder
+from cachekd.cache.lock import alone
+from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo
+from cachekd.cache.plan import DumpPlan, Skipped, plan_under, read_plan
+from cachekd.cache.sealed import is_canonical
+from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.sketch_encoder import read_encoder
+from cachekd.cache.skipped import SKIPPED_FILE, read_skipped, skipped_info, write_skipped
+from cachekd.cache.verify import Finding, problem_of
+from cachekd.errors import CachekdError
+
+Require = Callable[[DumpPlan], None]
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a repair did.
+
+    Attributes:
+        done: a line for each file that was deleted or written.
+        plan: of the dump that has to go on now; None where the cache is whole again.
+        skips: whether that dump left bad samples out.
+    """
+
+    done: list[str]
+    plan: DumpPlan | None = None
+    skips: bool = False
+
+
+def repair(path: Path, findings: Sequence[Finding], require: Require) -> Repaired:
+    """Delete or write again what `verify_files` has found.
+
+    Args:
+        findings: of `verify_files`; not needed where the manifest cannot be read.
+        require: raises a CachekdError where the dump would not go on with a plan.
+
+    Raises:
+        CachekdError: another process works in the folder, or something can neither be written again nor be
+            made again by the dump: what, and what to do instead. Then nothing was deleted.
+    """
+    with alone(path, "writes into"):
+        try:
+            manifest = Manifest.load(path)
+        except CachekdError as error:
+            return _by_records(path, error, require)
+        return _by_manifest(path, manifest, findings, require)
+
+
+def _by_manifest(path: Path, manifest: Manifest, findings: Sequence[Finding], require: Require) -> Repaired:
+    _refuse_what_stays_broken(path, manifest, findings)
+    # Looked at once more: somebody may have put a file back meanwhile.
+    broken = _broken(path, [manifest.shards[f.shard] for f in findings if f.shard is not None])
+    plan = _require_dump(path, manifest, *next(iter(broken.items())), require) if broken else None
+    done = []
+    if not is_canonical(path / MANIFEST_FILE):
+        commit(path / MANIFEST_FILE, manifest.to_json())
+        done.append(f"{MANIFEST_FILE}: written again")
+    try:
+        skipped = read_skipped(path, manifest.skipped)
+    except CachekdError as error:
+        _restore_skipped(path, manifest, error)
+        skipped = read_skipped(path, manifest.skipped)
+        done.append(f"{SKIPPED_FILE}: written again from the dump's records")
+    for file, problem, content in wrong_files(path, manifest, skipped):
+        if content is None:
+            what, fix = "a file of dump/ is not of this cache", f"remove {file.parent}: it is not needed"
+            raise CachekdError(what, where=str(file), found=problem, fix=fix)
+        commit(file, content)
+        done.append(f"{RECORD_FOLDER}/{file.name}: written again from the manifest")
+    if plan is None:
+        return Repaired(done)
+    return Repaired(done + _remove(CacheBuild(path, plan), broken), plan, manifest.skipped is not None)
+
+
+def _by_records(path: Path, error: CachekdError, require: Require) -> Repaired:
+    """The manifest cannot be read: the dump's records say the same, where they are."""
+    try:
+        plan = read_plan(path / PLAN_FILE)
+    except CachekdError as other:
+        raise _no_manifest(path, f"{error.found}; {other.problem}") from None
+    build = CacheBuild(path, plan)
+    records = {number: build.noted(number) for number in build.record_numbers()}
+    broken = _broken(path, [record.shard for record in records.values() if record and record.shard])
+    # Where samples were added one by one, a record may be lost, but hardly with its shard.
+    files = (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")
+    count = plan.shards if isinstance(plan, DumpPlan) else len(list(files))
+    sound = sum(record is not None for number, record in records.items() if number < count)
+    if sound == count and not broken:
+        build.assemble(count)
+        return Repaired([f"{MANIFEST_FILE}: written again from the dump's records"])
+    if not isinstance(plan, DumpPlan):
+        raise _no_manifest(path, f"{sound - len(broken):,} of {count:,} shards have a sound record and file")
+    require(plan)
+    if plan.codec.tail != "none":
+        read_encoder(path / SKETCH_FILE)
+    skips = any(record.skipped for record in records.values() if record)
+    return Repaired(_remove(build, broken), plan, skips)
+
+
+def _broken(path: Path, shards: Sequence[ShardInfo]) -> dict[str, str]:
+    """Names of those whose bytes are not what was written, and what is wrong with them."""
+    found = {info.name: problem_of(path / SHARD_FOLDER / info.name, info) for info in shards}
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def _remove(build: CacheBuild, broken: Mapping[str, str]) -> list[str]:
+    """The manifest goes last: until then another repair finds what is left."""
+    for name in broken:
+        build.remove_shard(int(name.partition(".")[0]))
+    (build.path / MANIFEST_FILE).unlink(missing_ok=True)
+    sync_folder(build.path)
+    lines = [
+        f"{SHARD_FOLDER}/{name}: deleted, with its record: it {problem}" for name, problem in broken.items()
+    ]
+    return [*lines, f"{MANIFEST_FILE}: deleted: the dump writes it last"]
+
+
+def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> None:
+    """skipped.jsonl, from the records; `error` says what was wrong with it.
+
+    Raises:
+        CachekdError: they do not say what was in it.
+    """
+    skipped: list[Skipped] = []
+    with suppress(CachekdError):
+        build = CacheBuild(path, read_plan(path / PLAN_FILE))
+        for number in build.record_numbers():
+            skipped += record.skipped if (record := build.noted(number)) else []
+    if skipped_info(skipped) != manifest.skipped:
+        fix = _how_to_get_it(path, manifest)
+        problem = f"{SKIPPED_FILE} is damaged, and the dump's records do not say what was in it"
+        raise CachekdError(problem, where=str(path / SKIPPED_FILE), found=error.found, fix=fix)
+    write_skipped(path, skipped)
+
+
+def _refuse_what_stays_broken(path: Path, manifest: Manifest, findings: Sequence[Finding]) -> None:
+    """What neither follows from other files nor comes out of the same dump."""
+    for finding in findings:
+        if finding.path.name in {sketch.name for sketch in manifest.sketches}:
+            problem = "the tail sketch cannot be made again: fitted anew it would not fit the shards"
+        elif finding.shard is None and finding.path.parent.name == SHARD_FOLDER:
+            problem = "the manifest does not fit a shard whose bytes are what was written"
+        else:
+            continue
+        raise CachekdError(
+            problem, where=str(finding.path), found=finding.problem, fix=_how_to_get_it(path, manifest)
+        )
+
+
+def _require_dump(path: Path, manifest: Manifest, name: str, problem: str, require: Require) -> DumpPlan:
+    """Refuse to delete what no dump in this folder would make again.
+
+    Returns:
+        the plan of that dump.
+    """
+    plan = plan_under(manifest, manifest.sources[0])
+    if manifest.lineage or len(manifest.sources) > 1:
+        why = "this cache was made of others: no dump makes a shard of it again"
+    elif not isinstance(plan, DumpPlan):
+        why = "the samples of this cache were added one by one: no dump makes a shard of it again"
+    elif not files_there(path):
+        why = "this cache was fetched, or its dump/ is gone: no dump goes on in this folder"
+    else:
+        require(plan)
+        return plan
+    raise CachekdError(
+        why, where=str(path / SHARD_FOLDER / name), found=problem, fix=_how_to_get_it(path, manifest)
+    )
+
+
+def _how_to_get_it(path: Path, manifest: Manifest) -> str:
+    """What brings a whole cache back where a repair cannot."""
+    fetch = f"if it was published: `cachekd pull ADDRESS {path}` fetches what is broken, and nothing else; "
+    if manifest.lineage:
+        step, codec = manifest.lineage[-1], manifest.codec
+        how = {
+            "merge": "-o NEW",
+            "select": "-o NEW, with the same conditions",
+            "recompress": f"NEW --top-k {codec.top_k} --tail {codec.tail}",
+        }
+        caches, parents = "CACHE " * len(step.parents), ", ".join(parent[:12] for parent in step.parents)
+        return (
+            f"{fetch}else make it again of others: `cachekd {step.operation} {caches}{how[step.operation]}`. "
+            f"Their manifests have sha256 {parents}; verify these first: they may share files with it"
+        )
+    if manifest.sources[0].geometry is None:
+        return f"{fetch}else make it again, by the program that wrote it"
+    return f"{fetch}else dump into a new folder"
+
+
+def _no_manifest(path: Path, found: str) -> CachekdError:
+    return CachekdError(
+        "the manifest cannot be written again",
+        where=str(path / MANIFEST_FILE),
+        expected=f"the plan and the records of a dump in {path / RECORD_FOLDER}, and what they list",
+        found=found,
+        fix="restore it from where the cache came from, or dump into a new folder",
+    )
