@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.data_health import first_good
