@@ -1,8 +1,8 @@
 """`cachekd` in processes of their own, forked from one that has torch and transformers imported.
 
-So a start takes a tenth of a second instead of five. From the entry point on it is the real command: its arguments,
-environment, signals, output and exit code. What libraries read from the environment when they are imported needs
-`subprocess`.
+So a start takes a tenth of a second instead of five. From the entry point on it is the real command: its
+arguments, environment, signals, output and exit code. What libraries read from the environment when they are
+imported needs `subprocess`.
 """
 
 from __future__ import annotations
