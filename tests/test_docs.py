@@ -7,6 +7,7 @@ import dataclasses
 import pydoc
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_every_name_in_python_exists(page):
             assert member in members | fields_of(classes[name]), f"{name}.{member}"
 
 
+@cache
 def our_classes() -> list[ast.ClassDef]:
     trees = [ast.parse(text) for path, text in SOURCES.items() if path.is_relative_to(ROOT / "cachekd")]
     return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]

@@ -9,7 +9,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -17,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import launch_command, train_in_two_processes
-from test_crash import KILLS, PROCESSES
+from launch import FORKS, Command, launch_command, train_in_two_processes
+from test_crash import KILLS
 from test_signals_of_workers import wait_until_gone
 
 from cachekd.config import TrainConfig
@@ -75,7 +74,7 @@ def run_train(settings: dict[str, Any]) -> None:
 
 
 def begin(settings: dict[str, Any]) -> ForkServerProcess:
-    process = PROCESSES.Process(target=run_train, args=(settings,))
+    process = FORKS.Process(target=run_train, args=(settings,))
     process.start()
     return process
 
@@ -173,14 +172,13 @@ def test_sigterm_to_the_whole_group(tmp_path, settings, whole):
     run = {**settings, "workers": 4, "out": tmp_path / "run"}
     options = {name: value for name, value in run.items() if name != "training"}
     words = [word for n, v in options.items() for word in (f"--{n.replace('_', '-')}", str(v))]
-    command = [sys.executable, "-m", "cachekd_cli.main", "train", *words]
     before = 0
     for seconds in (0.2, 0.5, 0.35):
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-            wait_for_checkpoint(run["out"], before + 1, process)
-            time.sleep(seconds * random.Random(seconds).random())
-            os.killpg(process.pid, signal.SIGTERM)
-            told = process.communicate(timeout=60)[1]
+        process = Command("train", *words, new_session=True)
+        wait_for_checkpoint(run["out"], before + 1, process)
+        time.sleep(seconds * random.Random(seconds).random())
+        os.killpg(process.pid, signal.SIGTERM)
+        told = process.communicate(timeout=60)[1]
         assert process.returncode == 143, told
         assert "Traceback" not in told
         (step,) = re.findall(r"stopped at step (\d+) of 60: the same command goes on from step \1\n", told)
@@ -190,7 +188,7 @@ def test_sigterm_to_the_whole_group(tmp_path, settings, whole):
     assert finish(run) == whole
 
 
-def wait_for_checkpoint(out: Path, least: int, process: subprocess.Popen[str]) -> None:
+def wait_for_checkpoint(out: Path, least: int, process: subprocess.Popen[str] | Command) -> None:
     """Until there is a whole one of at least so many steps."""
     while not any(
         int(path.parent.name.rpartition("-")[2]) >= least

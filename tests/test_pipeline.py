@@ -20,6 +20,7 @@ import yaml
 from caches import times_of
 from datasets import Dataset
 from filelock import FileLock, Timeout
+from launch import Command
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
@@ -710,20 +711,20 @@ def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     values["defaults"]["train"]["save_steps"] = 5
     pipeline = read(values, tmp_path)
     out = Path(values["out"])
-    command = [sys.executable, "-m", "cachekd_cli.main", "run", str(tmp_path / "pipeline.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not list(out.glob("dpt/checkpoints/checkpoint-*/trainer_state.json")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(sent)
-    assert process.returncode == (-sent if sent == signal.SIGKILL else 128 + sent)
+    command = ["run", str(tmp_path / "pipeline.yaml")]
+    process = Command(*command)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("dpt/checkpoints/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(sent)
+    assert process.wait(120) == (-sent if sent == signal.SIGKILL else 128 + sent)
     waiting = {step["name"]: "waiting" for step in values["steps"][2:]}
     assert states(pipeline) == {"cache": "done", "dpt": "interrupted"} | waiting
     before = times_of(out / "cache")
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output[-3000:]
     assert {step["state"] for step in json.loads(done.stdout)} == {"done"}
     assert times_of(out / "cache") == before
     assert json.loads((out / "dpt" / RUN_FILE).read_text())["resumed_from"] >= 5

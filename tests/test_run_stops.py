@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import Command
 from test_train_runs import CutShort, losses, settings  # noqa: F401 - a fixture
 from tiny import tar_members, write_tar
 from transformers import ProcessorMixin, TrainerCallback
@@ -282,26 +281,18 @@ def send_before_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) 
     monkeypatch.setattr(StopInOrder, "on_step_begin", send)
 
 
-def command_of(settings: dict[str, Any], *more: str) -> list[str]:  # noqa: F811
-    return [
-        *(sys.executable, "-m", "cachekd_cli.main", "train", *more),
-        *options_of(settings),
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_and_the_same_command_again(plain, tmp_path, number, workers):
     """Ctrl-C reaches the whole group: with workers, them too."""
     given = {name: value for name, value in plain.items() if value is not None} | {"epochs": 20}
     given |= {"save_steps": 3, "workers": workers}
-    command = command_of(given)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while not (plain["out"] / CHECKPOINTS / "checkpoint-3").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        told = process.communicate()[1]
+    process = Command("train", *options_of(given), new_session=True)
+    while not (plain["out"] / CHECKPOINTS / "checkpoint-3").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    told = process.communicate()[1]
     assert process.returncode == 128 + number, told
     (step,) = re.findall(r"stopped at step (\d+) of 60: the same command goes on from step \1\n", told)
     assert 0 < int(step) < 60

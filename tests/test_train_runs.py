@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import cachekd
 from safetensors.torch import load_file
 from tiny import tar_members, write_tar
 from transformers import AutoModelForImageTextToText, TrainerCallback
@@ -459,17 +460,14 @@ def test_the_vision_encoders_bytes_stay_on_disk(tmp_path, teacher_path):
 
 @pytest.mark.slow
 def test_estimate_and_live_teacher_on_the_command_line(settings, tmp_path):
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "cachekd_cli.main", "train", "--live-teacher", "--batch-size", "4"]
+    command = ["train", "--live-teacher", "--batch-size", "4"]
     for name in ("student", "teacher", "data", "out"):
         command += [f"--{name}", str(settings[name])]
-    done = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True, check=True)
+    done = cachekd(*command, "--estimate", "--json")
     assert json.loads(done.stdout)["steps"] == 3
     assert not settings["out"].exists()
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    done = cachekd(*command, "--json")
     assert json.loads(done.stdout)["steps"] == 3
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = cachekd(*command)
     assert done.returncode == 2
     assert "never overwritten" in done.stderr

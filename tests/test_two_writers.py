@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from filelock import _unix
+from launch import Command
 from tiny import evaluated, tar_members, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
@@ -229,20 +230,9 @@ def test_of_trainings_that_start_together_one_runs(tmp_path, student_path, data)
     for _ in range(int(os.environ.get("CACHEKD_KILLS", "3"))):
         out = tmp_path / "run"
         rates = ["1e-3", "2e-3", "3e-3"]
-        command = [
-            sys.executable,
-            "-m",
-            "cachekd_cli.main",
-            "train",
-            "--student",
-            str(student_path),
-            "--data",
-        ]
-        command += [str(data), "--out", str(out), "--lambda-align", "0", "--lambda-vsd", "0", "--epochs", "2"]
-        processes = {
-            rate: subprocess.Popen([*command, "--learning-rate", rate], stderr=subprocess.PIPE, text=True)
-            for rate in rates
-        }
+        command = ["train", "--student", student_path, "--data", data, "--out", out]
+        command += ["--lambda-align", "0", "--lambda-vsd", "0", "--epochs", "2"]
+        processes = {rate: Command(*command, "--learning-rate", rate) for rate in rates}
         told = {rate: process.communicate()[1] for rate, process in processes.items()}
         codes = {rate: process.returncode for rate, process in processes.items()}
         assert sorted(codes.values()) == [0, 2, 2], told

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import Command
 from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, verify_files
@@ -21,13 +22,6 @@ def command(teacher: Path, data: Path, out: Path) -> list[str]:
         *("--teacher", str(teacher), "--data", str(data), "--out", str(out)),
         *("--batch-size", "2", "--shard-samples", "12", "--calibration-tokens", "60", "--json"),
     ]
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    program = [sys.executable, "-m", "cachekd_cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(program, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -45,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 def alone(tmp_path_factory, teacher_path, data) -> dict[str, bytes]:
     """What one process writes."""
     out = tmp_path_factory.mktemp("workers-alone") / "c"
-    process = start(command(teacher_path, data, out))
+    process = Command(*command(teacher_path, data, out))
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     return files_of(out)
@@ -56,8 +50,8 @@ def test_two_ranks_write_what_one_process_writes(tmp_path, teacher_path, data, a
     """One by --rank, one by the environment of torchrun; at the same time."""
     out = tmp_path / "c"
     ranks = [
-        start([*command(teacher_path, data, out), "--rank", "0", "--world-size", "2"]),
-        start(command(teacher_path, data, out), RANK="1", WORLD_SIZE="2"),
+        Command(*command(teacher_path, data, out), "--rank", "0", "--world-size", "2"),
+        Command(*command(teacher_path, data, out), environment={"RANK": "1", "WORLD_SIZE": "2"}),
     ]
     results = [process.communicate() for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], results
@@ -70,7 +64,7 @@ def test_a_dead_ranks_shards_are_picked_up(tmp_path, teacher_path, data, alone):
     """Three ranks, one killed once it has written something; the others end, and any resume does the rest."""
     out = tmp_path / "c"
     common = command(teacher_path, data, out)
-    ranks = [start([*common, "--rank", str(rank), "--world-size", "3"]) for rank in range(3)]
+    ranks = [Command(*common, "--rank", str(rank), "--world-size", "3") for rank in range(3)]
     while not (out / "dump" / "00001.json").exists() and ranks[1].poll() is None:
         time.sleep(0.01)
     ranks[1].kill()
@@ -78,7 +72,7 @@ def test_a_dead_ranks_shards_are_picked_up(tmp_path, teacher_path, data, alone):
     assert [process.returncode for process in ranks] == [0, -signal.SIGKILL, 0], results
     if not (out / "manifest.json").exists():  # it was killed in time
         assert all('"finished": false' in results[rank][0] for rank in (0, 2))
-    process = start([*common, "--rank", "0", "--world-size", "1"])
+    process = Command(*common, "--rank", "0", "--world-size", "1")
     assert process.wait() == 0
     assert files_of(out) == alone
     assert verify_files(out) == []
@@ -107,7 +101,7 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     tmp_path, teacher_path, data, alone, number, code
 ):
     out = tmp_path / "c"
-    process = start(command(teacher_path, data, out))
+    process = Command(*command(teacher_path, data, out))
     while not (out / "dump" / "00000.json").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)
@@ -117,7 +111,7 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     assert "Run the same command again" in errors
     assert "Traceback" not in errors
     assert not list(out.rglob(".*.tmp-*"))
-    again = start(command(teacher_path, data, out))
+    again = Command(*command(teacher_path, data, out))
     assert again.wait() == 0
     assert files_of(out) == alone
 
@@ -127,9 +121,7 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
 def test_a_signal_to_the_whole_group_ends_it_at_once(tmp_path, teacher_path, data, number, code):
     """A terminal's Ctrl-C and a batch system's SIGTERM reach the reading processes too."""
     arguments = [*command(teacher_path, data, tmp_path / "c"), "--workers", "2"]
-    program = [sys.executable, "-m", "cachekd_cli", *arguments]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    process = Command(*arguments, new_session=True)
     while not (tmp_path / "c" / "dump" / "00000.json").exists() and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, number)
