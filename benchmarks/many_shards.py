@@ -20,14 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from cachekd.cache import (
-    CodecSettings,
-    DataInfo,
-    Fingerprints,
-    LogitCacheWriter,
-    TeacherInfo,
-    TokenTargets,
-)
+from cachekd.cache import CodecSettings, DataInfo, Fingerprints, LogitCacheWriter, TeacherInfo, TokenTargets
 
 VOCAB, KEPT, READS = 32_000, 4, 5_000
 READER = """

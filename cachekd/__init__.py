@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cachekd.torch_dataset import CachedLogits
     from cachekd.trainer import SwitchKDTrainer
 
+
 __version__ = "0.1.0"
 __all__ = [
     "CachedLogits",

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from cachekd.atomic import write_file
 from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import write_file
 from cachekd.cache.sealed import MOST_VALUES, Sealed
 from cachekd.cache.shard_outline import read_identities
 from cachekd.errors import BadSample, CachekdError
@@ -69,7 +69,7 @@ def open_bound(path: str | Path, binding: Path | None = None) -> LogitCache:
         CachekdError: either cannot be read, or the binding is of another cache.
     """
     if is_address(path):
-        from cachekd.sharing import local_folder  # its clients take a while to import
+        from cachekd.sharing import local_folder
 
         path = local_folder(str(path))
     cache = LogitCache(path)

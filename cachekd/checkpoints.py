@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cachekd.cache.files import commit
+from cachekd.atomic import commit, is_failed_write, what_failed
 from cachekd.errors import CachekdError
-from cachekd.failures import is_failed_write, what_failed
 
 SETTINGS_FILE = "cachekd_settings.json"
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    ByteSize,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config_file import Config
 from cachekd.data_options import DataOptions, NamedData
@@ -19,18 +12,11 @@ from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL, SAVE_STEPS
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.ranges import EXACT, KEPT
-from cachekd.stages import (
-    PARTS,
-    Stage,
-    StudentPart,
-    in_order,
-    parts_of,
-    require_vision_encoder,
-    with_stage,
-)
+from cachekd.stages import PARTS, Stage, StudentPart, in_order, parts_of, require_vision_encoder, with_stage
 
 if TYPE_CHECKING:
     from cachekd.losses.terms import Term
+
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
@@ -305,7 +291,7 @@ class TrainConfig(DataOptions):
     @property
     def weights(self) -> dict[str, float]:
         """Of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
-        from cachekd.losses.terms import TERMS  # not before it is asked for: it imports torch
+        from cachekd.losses.terms import TERMS
 
         return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
 

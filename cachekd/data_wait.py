@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 
 # Above this share a run is worth reading data for in more processes; not a run that is over in a moment.
 MOST = 0.02
@@ -67,7 +67,7 @@ class DataWait:
         self._waited = self._paused = 0.0
         self._at_last = Waited()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterator[Item]) -> Iterator[Item]:
         """The same batches; the time until each is there is counted."""
         while True:
             asked = time.perf_counter()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cachekd.atomic import require_room_for
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
-from cachekd.cache.files import require_room_for
 from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DumpConfig

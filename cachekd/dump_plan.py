@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cachekd.atomic import free_space
 from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import free_space
 from cachekd.cache.select import default_top_p
 from cachekd.config import DumpConfig
 from cachekd.data_options import DataOptions

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from cachekd.cache.files import cannot_write
 from cachekd.config import TrainConfig
-from cachekd.errors import BadSample, CachekdError, FailedWrite, without_frames
+from cachekd.errors import BadSample, CachekdError, without_frames
 
 if TYPE_CHECKING:
     from cachekd.samples import Encoded
+
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,9 +30,6 @@ _NO_ROOM_ON_THE_GPU = (
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
-_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 
 
 @contextmanager
@@ -121,39 +116,6 @@ def together_or_each(run: Callable[[list[T]], Iterable[R]], batch: list[T]) -> l
         bad = without_frames(error)
     # Here the frames that held the batch's tensors are gone.
     return [bad] if len(batch) == 1 else [found for one in batch for found in together_or_each(run, [one])]
-
-
-def is_failed_write(error: Exception) -> bool:
-    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
-    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """For libraries that write: a failed write, said as our own.
-
-    Raises:
-        FailedWrite: `path` could not be written.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, CachekdError) or not is_failed_write(error):
-            raise
-        failed = error if isinstance(error, OSError) else OSError(0, what_failed(error))
-        raise cannot_write(path, failed) from error
-
-
-def what_failed(error: BaseException) -> str:
-    """In a line, for the message of a larger failure."""
-    if isinstance(error, FailedWrite):
-        return f"{error.where}: {error.found}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _knobs(config: TrainConfig) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from cachekd.cache.files import commit
+from cachekd.atomic import commit
 from cachekd.errors import BadSample, CachekdError, LeftOut
 
 log = logging.getLogger(__name__)

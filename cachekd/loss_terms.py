@@ -19,14 +19,7 @@ from cachekd.losses import chunk_tokens, summed_over_chunks
 from cachekd.losses.terms import TERMS
 from cachekd.samples.model_inputs import ModelInputs
 from cachekd.targets import LiveTargets
-from cachekd.vlm import (
-    DeferredHead,
-    LiveTeacher,
-    SwitchBridge,
-    SwitchedTeacher,
-    capture_vision,
-    prove_split,
-)
+from cachekd.vlm import DeferredHead, LiveTeacher, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
 
 Targets = CachedTargets | LiveTargets
 

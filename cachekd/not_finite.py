@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from cachekd.atomic import is_failed_write, what_failed
 from cachekd.batch import Batch
 from cachekd.errors import CachekdError
-from cachekd.failures import is_failed_write, what_failed
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
+
 
 HUGE = 1e4  # no weight of a trained model is near it; what has grown to it overflows in the next forward
 BOLD = 0.01  # AdamW moves every weight by about the learning rate in a step

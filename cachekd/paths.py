@@ -1,4 +1,4 @@
-"""What is written where a path is meant: `~` and variables in it, and whether it is one at all."""
+"""What is a path and what an address; and the names of files by which a cache or a run is known."""
 
 from __future__ import annotations
 
@@ -163,3 +163,12 @@ def shortest(paths: Sequence[Path]) -> list[str]:
     while len(set(names := ["/".join(path.parts[-parts:]) for path in whole])) < len(paths) and parts < most:
         parts += 1
     return names
+
+
+MANIFEST_FILE = "manifest.json"  # a cache's, written last
+RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
+SCORES_FILE = "scores.json"  # of an evaluation, all rows
+EVALUATIONS_FOLDER = "evaluations"  # scores of the run, a file for each set of questions
+REPORT_FILE = "report.html"
+BRIDGE_FILE = "switch_bridge.safetensors"
+ADAPTER_FOLDER = "adapter"  # in a run that trained adapters

@@ -9,10 +9,10 @@ from typing import Any
 
 import jinja2
 import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.ticker import MaxNLocator
+
+matplotlib.use("svg")
 
 RUN_COLORS = [f"run-{number}" for number in range(1, 9)]
 # The page's style sheet has the colours, for light and for dark; matplotlib wants some number for each.

@@ -18,13 +18,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.cache.files import commit, commit_first, require_new_folder
-from cachekd.cache.lock import alone
+from cachekd.atomic import commit, commit_first, is_full_disk, require_new_folder, what_failed
 from cachekd.checkpoints import SETTINGS_FILE, newest_checkpoint, step_of
 from cachekd.config import FREE_SETTINGS, TrainConfig, defaults_of, samples_per_step
 from cachekd.errors import CachekdError
-from cachekd.failures import is_full_disk, what_failed
-from cachekd.files import ADAPTER_FOLDER, RUN_FILE
+from cachekd.lock import alone
+from cachekd.paths import ADAPTER_FOLDER, RUN_FILE
 
 STARTED_FILE = "cachekd_started.json"
 CHECKPOINTS = "checkpoints"

@@ -13,11 +13,10 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from cachekd.atomic import LOCK_FILE, free_space, is_failed_write
 from cachekd.cache import LogitCache
-from cachekd.cache.files import LOCK_FILE, free_space
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.failures import is_failed_write
 from cachekd.lean import with_adapters
 from cachekd.open_data import RunModels
 from cachekd.samples.processor import Processor

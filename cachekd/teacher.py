@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachekd.cache import (
-    CodecSettings,
-    OutputHead,
-    TailSetting,
-    TailStates,
-    TeacherInfo,
-    TokenTargets,
-)
+from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.select import select_and_normalise
 from cachekd.errors import BadSample, CachekdError
 from cachekd.failures import failed_forward, together_or_each

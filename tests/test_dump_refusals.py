@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_samples import write_llava_json
 from tiny import noise_image, tar_members, write_tar
 
-from cachekd.cache.files import commit, commit_first, is_temporary, remove_stale
+from cachekd.atomic import commit, commit_first, is_temporary, remove_stale
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError

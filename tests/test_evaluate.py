@@ -40,8 +40,7 @@ from cachekd.evaluation.questions import (
     questions_of,
 )
 from cachekd.evaluation.scores import MAX_TYPES
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
-from cachekd.paths import shortest
+from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, shortest
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.samples.outline import outline_of_record
 from cachekd.train import train

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GraniteConfig
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.files import RUN_FILE
 from cachekd.lean import recompute_frozen_layers
+from cachekd.paths import RUN_FILE
 from cachekd.samples import Encoded, Sample, SampleEncoder, collate, predicting_positions
 from cachekd.samples.conversation import messages_from_turns
 from cachekd.train import train

@@ -13,8 +13,8 @@ from click.testing import Result
 from tiny import tar_members, write_tar
 from typer.testing import CliRunner
 
+from cachekd.atomic import is_temporary
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.files import is_temporary
 from cachekd.cache.subset import select_samples
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError

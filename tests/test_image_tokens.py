@@ -15,9 +15,9 @@ from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import BadSample
-from cachekd.files import RUN_FILE
 from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.paths import RUN_FILE
 from cachekd.samples import Sample, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.samples.conversation import messages_from_turns
 from cachekd.samples.supervision import expand_images

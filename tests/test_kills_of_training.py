@@ -21,7 +21,7 @@ from test_crash import KILLS
 from test_signals_of_workers import wait_until_gone
 
 from cachekd.config import TrainConfig
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, PART
 from cachekd.train import train
 

@@ -35,8 +35,8 @@ from cachekd.data_options import DataOptions
 from cachekd.dump_plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
-from cachekd.files import RUN_FILE
 from cachekd.pair import check_pair
+from cachekd.paths import RUN_FILE
 from cachekd.ranges import COUNT
 from cachekd.report import build_report, read_run, write_report
 from cachekd.samples import open_samples

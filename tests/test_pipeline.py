@@ -29,8 +29,7 @@ from cachekd.config_file import read_yaml
 from cachekd.data_options import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import require_single_questions
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
-from cachekd.paths import is_hub_data
+from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE

@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 from cachekd.cache import Finding, LogitCache, Manifest, verify_files
 from cachekd.cache import repair as module
 from cachekd.cache.arrays import pack_arrays, read_arrays
-from cachekd.cache.lock import alone
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.repair import Repaired
@@ -35,6 +34,7 @@ from cachekd.data_options import DataOptions
 from cachekd.dump import open_teacher
 from cachekd.dump_plan import require_same_code
 from cachekd.errors import CachekdError
+from cachekd.lock import alone
 from cachekd.recheck import Recheck, recheck
 from cachekd.samples import open_samples
 from cachekd.train import train

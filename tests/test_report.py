@@ -19,7 +19,7 @@ from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluation.bootstrap import paired_intervals
 from cachekd.evaluation.run import evaluate
-from cachekd.files import REPORT_FILE, RUN_FILE
+from cachekd.paths import REPORT_FILE, RUN_FILE
 from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report
 from cachekd.report.accuracy import sections, verdict

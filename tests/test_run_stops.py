@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
 from cachekd.stopping import RunStopped, StopInOrder
 from cachekd.train import train

@@ -11,7 +11,7 @@ from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, QuestionSet, Score, read_records, save_in_runs
 from cachekd.evaluation.bootstrap import FEWEST_SAMPLES, RESAMPLES, paired_intervals
 from cachekd.evaluation.record import read_record
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
+from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 
 
 def asked(fingerprint="a" * 64, per_sample=(1, 2, 1)):

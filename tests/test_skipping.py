@@ -24,11 +24,11 @@ from cachekd.data_options import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
 from cachekd.evaluation.questions import questions_of
-from cachekd.files import RUN_FILE
 from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.open_run import open_run
 from cachekd.pair import check_pair
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
 from cachekd.samples import Limits, SampleEncoder, collate, open_samples, predicting_positions

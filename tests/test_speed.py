@@ -20,7 +20,7 @@ from cachekd import data_wait
 from cachekd.config import TrainConfig
 from cachekd.data_wait import DataWait
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.sample_order import LengthGroups, RandomOrder
 from cachekd.samples import SampleEncoder, open_samples, rough_lengths
 from cachekd.train import last_terms, make_trainer, train

@@ -17,7 +17,7 @@ from cachekd.config import TrainConfig
 from cachekd.config_file import read_config
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
 from cachekd.vlm import parameters_by_part, train_only

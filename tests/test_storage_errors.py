@@ -18,8 +18,8 @@ from tiny import tar_members, write_tar
 from transformers import TrainerCallback
 
 from cachekd import trainer
+from cachekd.atomic import write_file
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.files import write_file
 from cachekd.cache.status import dump_status
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump

@@ -24,8 +24,8 @@ from hub_server import HubServer
 from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
+from cachekd.atomic import LOCK_FILE
 from cachekd.cache import Manifest, verify_files
-from cachekd.cache.files import LOCK_FILE
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.sharing import local_folder, pull_cache, push_cache
@@ -436,7 +436,7 @@ def test_what_is_removed_about_the_manifest_is_sent_again(skipping_cache, tmp_pa
 
 
 def test_dead_pushers_leftovers_are_removed(skipping_cache, tmp_path):
-    from cachekd.cache.files import _HERE
+    from cachekd.atomic import _HERE
 
     folder = tmp_path / "c" / "shards"
     folder.mkdir(parents=True)

@@ -19,9 +19,9 @@ from transformers import trainer as transformers_trainer
 import cachekd_cli.train as command
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
 from cachekd.losses import forward_kl_loss
 from cachekd.losses.terms import TERMS, Term
+from cachekd.paths import RUN_FILE
 from cachekd.report.page import build_report, term_shares
 from cachekd.report.runs import read_run
 from cachekd.stopping import RunStopped

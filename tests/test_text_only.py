@@ -17,8 +17,8 @@ from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump, estimate_dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.files import RUN_FILE
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.targets import DenseTargets

@@ -11,14 +11,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.paths import RUN_FILE
 from cachekd.samples import predicting_positions
-from cachekd.train import (
-    collate_with_targets,
-    make_trainer,
-    train,
-)
+from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.vlm import capture_vision, load_model, load_processor, logits_at
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.train import train
 

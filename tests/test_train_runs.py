@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import STARTED_FILE
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training

@@ -22,16 +22,15 @@ from tiny import evaluated, tar_members, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from cachekd.cache import lock as locks
-from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, contents
-from cachekd.cache.lock import alone
-from cachekd.cache.staging import staged_folder
+from cachekd import lock as locks
+from cachekd.atomic import LEASE_FILE, LOCK_FILE, cannot_write, contents
 from cachekd.checkpoints import SETTINGS_FILE
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.evaluation import read_records, save_in_runs
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE
+from cachekd.lock import alone, staged_folder
+from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, PART, STARTED_FILE
 from cachekd.train import train
 from cachekd_cli.demo import new_folder
@@ -40,7 +39,7 @@ from cachekd_cli.main import app
 HOLDS = """
 import sys, time
 from pathlib import Path
-from cachekd.cache.lock import alone
+from cachekd.lock import alone
 {before}
 with alone(Path(sys.argv[1]), "trains in"):
     print("held", flush=True)

@@ -22,8 +22,8 @@ from cachekd.cache import LogitCache
 from cachekd.config import FREE_SETTINGS, TrainConfig
 from cachekd.config_file import read_config
 from cachekd.errors import CachekdError
-from cachekd.files import RUN_FILE
 from cachekd.losses import dbild_loss
+from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.targets import DenseTargets

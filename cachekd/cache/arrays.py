@@ -33,6 +33,7 @@ from zarr.codecs.numcodecs import PCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
+from cachekd.atomic import RESTORE, read_plain, require_plain
 from cachekd.cache.array_metadata import (
     MOST_DECODED,
     ArrayMetadata,
@@ -41,7 +42,6 @@ from cachekd.cache.array_metadata import (
     require_plausible,
 )
 from cachekd.cache.array_rules import ArrayRule, require_form, require_values
-from cachekd.cache.files import RESTORE, read_plain, require_plain
 from cachekd.errors import CachekdError
 
 MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000

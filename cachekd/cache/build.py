@@ -1,16 +1,4 @@
-"""A cache in the making: by one process or by many that never talk to each other.
-
-On the disk, in this order, each file whole or not there (`cachekd.cache.files`):
-
-1. dump/plan.json: what is to be done. The first process to write it decides for all.
-2. sketch.zarr.zip: the same.
-3. shards/00000.zarr.zip, then dump/00000.json, its record: a shard without a record does not exist. Every
-   shard has one writer; writing it twice gives the same bytes.
-4. skipped.jsonl, then manifest.json, from the plan and the records alone, by every process that finds all
-   records there: again the same bytes.
-
-So a kill at any moment loses the shard that was being made, and nothing else.
-"""
+"""A cache in the making, of one process or many, and how far it is."""
 
 from __future__ import annotations
 
@@ -21,8 +9,7 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
-from cachekd.cache.compare import facts, require_same
-from cachekd.cache.files import (
+from cachekd.atomic import (
     commit,
     commit_first,
     contents,
@@ -32,6 +19,7 @@ from cachekd.cache.files import (
     require_new_folder,
     sync_folder,
 )
+from cachekd.cache.compare import facts, require_same
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     PLAN_FILE,

@@ -1,4 +1,4 @@
-"""A cache made of other caches' shards, as they are or cut."""
+"""Caches made of caches, shard by shard; merging is one of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from cachekd.atomic import commit, make_folder, sync_folder
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
-from cachekd.cache.files import commit, make_folder, sync_folder
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -30,8 +30,8 @@ from cachekd.cache.shard_codes import cut_codes
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.cache.sketch_encoder import SketchEncoder, sketch_info
 from cachekd.cache.skipped import SkippedSamples, skipped_info, write_skipped
-from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError
+from cachekd.lock import staged_folder
 
 
 class DerivedCache:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from cachekd.atomic import read_plain
 from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME
-from cachekd.cache.files import read_plain
 from cachekd.cache.manifest import PLAN_FILE, Manifest, shard_name
 from cachekd.cache.plan import DumpPlan, ShardRecord, plan_under
 from cachekd.cache.sealed import MOST_JSON

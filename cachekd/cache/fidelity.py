@@ -1,4 +1,4 @@
-"""How well a cache stands in for the live teacher, measured."""
+"""How near is what a cache rebuilds to the teacher: on a shard's own tokens, measured while it is written."""
 
 from __future__ import annotations
 

@@ -35,11 +35,7 @@ from cachekd.cache.rounding import (
     to_steps,
     worth_keeping,
 )
-from cachekd.cache.sketch import (
-    SketchTail,
-    TailSketch,
-    with_shift_axis,
-)
+from cachekd.cache.sketch import SketchTail, TailSketch, with_shift_axis
 from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, LEAST_NOISE, TailSetting
 from cachekd.errors import CachekdError

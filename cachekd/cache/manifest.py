@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.errors import CachekdError
-from cachekd.files import MANIFEST_FILE as MANIFEST_FILE
+from cachekd.paths import MANIFEST_FILE as MANIFEST_FILE
 from cachekd.paths import address_of, what_is_there
 from cachekd.ranges import EXACT, KEPT, TooLong
 

@@ -1,4 +1,4 @@
-"""dump/: what a dump set out to do, and which of its shards are finished."""
+"""What a dump or a derivation set out to do, what of it is finished, and what was skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a cache: any sample by its key, whichever shard it is in."""
+"""Read a cache: a mapping from keys to targets, and its samples as sparse rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cachekd.atomic import RESTORE
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import RESTORE
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.records import TokenTargets

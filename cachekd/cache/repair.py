@@ -12,10 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachekd.atomic import commit, sync_folder
 from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
 from cachekd.cache.dump_files import files_there, wrong_files
-from cachekd.cache.files import commit, sync_folder
-from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo
 from cachekd.cache.plan import DumpPlan, Skipped, plan_under, read_plan
 from cachekd.cache.sealed import is_canonical
@@ -24,6 +23,7 @@ from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import SKIPPED_FILE, read_skipped, skipped_info, write_skipped
 from cachekd.cache.verify import Finding, problem_of
 from cachekd.errors import CachekdError
+from cachekd.lock import alone
 
 Require = Callable[[DumpPlan], None]
 

@@ -19,7 +19,7 @@ from pydantic import (
     model_serializer,
 )
 
-from cachekd.cache.files import RESTORE, read_plain
+from cachekd.atomic import RESTORE, read_plain
 from cachekd.errors import CachekdError
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards

@@ -1,4 +1,4 @@
-"""One shard: some samples' targets in one file. Its arrays, one by one: `cachekd.cache.shard_codes`."""
+"""A shard: its samples' values, its arrays on the disk, its names alone."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from cachekd.atomic import commit
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.files import commit
 from cachekd.cache.manifest import Fidelity, Header, ShardInfo
 from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import ShardRecord, Skipped

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from cachekd.cache.files import RESTORE, commit, read_plain
+from cachekd.atomic import RESTORE, commit, read_plain
 from cachekd.cache.manifest import SkippedInfo
 from cachekd.cache.plan import Skipped
 from cachekd.errors import CachekdError

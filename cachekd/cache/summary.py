@@ -1,4 +1,4 @@
-"""What `cachekd inspect` says of a cache; the fields are the keys of its `--json`."""
+"""What is in a cache, counted: tokens, k, entropy, and what the bytes are spent on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache's side of `TeacherTargets`."""
+"""Cached targets, as a loss asks for them; with one tail sketch, or a merged cache's several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a cache what was written? Every file against its checksum, and all of them against each other."""
+"""Is every file what the manifest says, and dump/ what follows from it?"""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachekd.atomic import require_plain
 from cachekd.cache.array_metadata import MOST_DECODED
 from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER
 from cachekd.cache.dump_files import files_there, wrong_files
-from cachekd.cache.files import require_plain
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import is_canonical

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from cachekd.atomic import require_new_folder
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.files import require_new_folder
 from cachekd.cache.fit import fit_sketch
-from cachekd.cache.lock import alone
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -29,6 +28,7 @@ from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import TailSetting
 from cachekd.defaults import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
+from cachekd.lock import alone
 
 
 class _Sample(NamedTuple):

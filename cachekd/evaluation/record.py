@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cachekd.cache.files import require_place, write_file
-from cachekd.cache.lock import alone
+from cachekd.atomic import require_place, write_file
 from cachekd.errors import CachekdError
 from cachekd.evaluation.scores import Evaluation
-from cachekd.files import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
+from cachekd.lock import alone
+from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
 
 _PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 

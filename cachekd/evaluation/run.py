@@ -21,12 +21,7 @@ from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
 from cachekd.evaluation.inputs import Progress, open_cache, open_models, read_prior, try_encoder
 from cachekd.evaluation.prior import AnswerPrior
-from cachekd.evaluation.questions import (
-    AskedSample,
-    QuestionEncoder,
-    question_type,
-    require_single_questions,
-)
+from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
 from cachekd.failures import free_memory

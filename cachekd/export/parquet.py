@@ -1,4 +1,4 @@
-"""To parquet: a row per sample with its top-k lists, as Hugging Face `datasets` reads it."""
+"""A cache as Parquet tables."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from cachekd.atomic import cannot_write, commit, make_folder
 from cachekd.cache import LogitCache
-from cachekd.cache.files import cannot_write, commit, make_folder
 from cachekd.cache.sparse import ragged, require_top_k
-from cachekd.cache.staging import staged_folder
 from cachekd.export.facts import FACTS_FILE, facts_of
+from cachekd.lock import staged_folder
 
 _ROWS = 1_000  # of a row group: what a reader has in memory at least
 SCHEMA = pa.schema(

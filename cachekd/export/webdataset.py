@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 import numpy as np
 
+from cachekd.atomic import cannot_write, commit
 from cachekd.cache import LogitCache
-from cachekd.cache.files import cannot_write, commit
 from cachekd.cache.sparse import SparseTargets, require_top_k
-from cachekd.cache.staging import staged_folder
 from cachekd.errors import CachekdError
 from cachekd.export.facts import FACTS_FILE, facts_of
+from cachekd.lock import staged_folder
 from cachekd.samples import Sample, Samples
 
 TARGETS = "targets.npz"

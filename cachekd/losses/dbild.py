@@ -15,6 +15,7 @@ from cachekd.losses.reduce import Reduction, reduce
 if TYPE_CHECKING:
     from cachekd.targets import TeacherTargets
 
+
 Direction = Literal["both", "teacher", "student"]
 
 # Stands for -inf where a number is needed: e**FLOOR is 0 at any temperature up to 1e3.

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from cachekd.pipeline.run import look, run_pipeline
     from cachekd.pipeline.state import StepState
 
+
 __all__ = [
     "PipelineConfig",
     "PlannedStep",

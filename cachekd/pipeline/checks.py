@@ -24,13 +24,12 @@ from cachekd.errors import CachekdError, about
 from cachekd.evaluation.inputs import open_cache as open_asked_cache
 from cachekd.evaluation.inputs import open_models, open_tokenized
 from cachekd.evaluation.questions import require_single_questions
-from cachekd.files import RUN_FILE
 from cachekd.matching import check_text
 from cachekd.missing import DECIDING
 from cachekd.open_data import RunModels, length_limits, length_settings, open_cache, without_missing
 from cachekd.open_run import checked_arguments, teacher_rows
 from cachekd.pair.rows import encoding_row, require, template_row, vocabulary_row
-from cachekd.paths import is_address, is_hub_data, split_query
+from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
@@ -228,6 +227,6 @@ def _require_data(data: DataOptions) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             open_samples(data)  # what was downloaded before
         else:
-            from cachekd.samples.hf_load import HfSpec, require_on_hub  # `datasets` takes seconds
+            from cachekd.samples.hf_load import HfSpec, require_on_hub
 
             require_on_hub(HfSpec.parse(*split_query(spec)))

@@ -14,7 +14,7 @@ from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, d
 from cachekd.config_file import Config, Mistake, refusal
 from cachekd.data_options import WHICH_SAMPLES, DataOptions
 from cachekd.errors import CachekdError, within
-from cachekd.files import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
+from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
 from cachekd.stages import STAGES
 

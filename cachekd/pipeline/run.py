@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cachekd.cache.files import LEASE_FILE, LOCK_FILE, contents
-from cachekd.cache.lock import alone
+from cachekd.atomic import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
 from cachekd.failures import free_memory
+from cachekd.lock import alone
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
 from cachekd.pipeline.state import PipelineState, Record, StepState, files_of, states_of
@@ -76,7 +76,7 @@ def run_pipeline(
         if step.name not in before.steps:
             _require_no_other(step)
     if waiting := [state.step for state in found if state.state != "done"]:
-        from cachekd.pipeline.checks import check_steps  # imports the Trainer; --status does without
+        from cachekd.pipeline.checks import check_steps
 
         check_steps(waiting)
     with alone(pipeline.out, DOING, patience=_PATIENCE):

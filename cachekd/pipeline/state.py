@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cachekd.atomic import write_file
 from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import write_file
 from cachekd.errors import CachekdError
-from cachekd.files import REPORT_FILE
+from cachekd.paths import REPORT_FILE
 from cachekd.pipeline.inputs import Known, data_content
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.vlm import model_content

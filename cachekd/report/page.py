@@ -8,12 +8,12 @@ from typing import Any
 
 import matplotlib
 
+from cachekd.atomic import require_place, write_file
 from cachekd.cache import Manifest
-from cachekd.cache.files import require_place, write_file
 from cachekd.describe import Rows, bytes_per_token, fidelity, fingerprints, origin
 from cachekd.evaluation.scores import MAX_TYPES
-from cachekd.files import REPORT_FILE
 from cachekd.losses.terms import TERMS
+from cachekd.paths import REPORT_FILE
 from cachekd.plots import STYLE, k_plot, page_environment
 from cachekd.report.accuracy import difference_text, is_sure, sections, verdict
 from cachekd.report.curves import loss_panels, optimizer_panels

@@ -10,8 +10,7 @@ from typing import Any
 
 from cachekd.errors import CachekdError
 from cachekd.evaluation import Evaluation, read_records
-from cachekd.files import RUN_FILE
-from cachekd.paths import shortest
+from cachekd.paths import RUN_FILE, shortest
 from cachekd.plots import RUN_COLORS
 
 _NEEDED = {"log", "config", "cache", "k_histogram", "steps", "seconds", "versions"}

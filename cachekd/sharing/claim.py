@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cachekd.cache.lock import said, this_process
+from cachekd.lock import said, this_process
 from cachekd.sharing.hub_store import HubStore
 from cachekd.sharing.store import OtherContent, Store
 

@@ -18,7 +18,7 @@ import aiohttp
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
-from cachekd.cache.files import commit_first, is_stale, is_temporary, temporary_name
+from cachekd.atomic import commit_first, is_stale, is_temporary, temporary_name
 from cachekd.errors import CachekdError
 from cachekd.sharing.contents import Listed, not_listed
 from cachekd.sharing.moved import Moved, Progress

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cachekd.cache.lock import alone
 from cachekd.cache.manifest import MANIFEST_FILE
 from cachekd.errors import CachekdError
+from cachekd.lock import alone
 from cachekd.paths import is_address
 from cachekd.sharing.contents import listed_files
 from cachekd.sharing.moved import Progress, untold

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.files import (
+from cachekd.atomic import (
     cannot_write,
     commit,
     contents,
@@ -27,11 +26,12 @@ from cachekd.cache.files import (
     require_new_folder,
     sync_folder,
 )
-from cachekd.cache.lock import alone
+from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.defaults import STORE_TIMEOUT
 from cachekd.errors import CachekdError
+from cachekd.lock import alone
 from cachekd.sharing.contents import Listed, listed_files, not_listed, some_shards
 from cachekd.sharing.moved import Progress, untold
 from cachekd.sharing.store import Store, open_store

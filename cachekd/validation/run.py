@@ -28,6 +28,7 @@ from cachekd.worker_loader import WorkerLoader
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer
 
+
 log = logging.getLogger(__name__)
 
 

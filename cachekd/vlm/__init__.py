@@ -8,14 +8,7 @@ from cachekd.vlm.generation import generation_stops, save_processor
 from cachekd.vlm.head import output_head, vocabulary_of
 from cachekd.vlm.limits import limits_of
 from cachekd.vlm.live import LiveTeacher
-from cachekd.vlm.load import (
-    default_device,
-    default_dtype,
-    dtype_of,
-    empty_model,
-    load_config,
-    load_model,
-)
+from cachekd.vlm.load import default_device, default_dtype, dtype_of, empty_model, load_config, load_model
 from cachekd.vlm.model_files import ModelFiles
 from cachekd.vlm.parts import check_adapters, modules_outside, parameters_by_part, reach_by_text, train_only
 from cachekd.vlm.processors import load_processor

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.utils import ModelOutput
 
-from cachekd.cache.files import commit
+from cachekd.atomic import commit
 from cachekd.errors import CachekdError
-from cachekd.files import BRIDGE_FILE
+from cachekd.paths import BRIDGE_FILE
 from cachekd.vlm.compat import check_switch, switch_differences, width_setting
 from cachekd.vlm.families import GRID, family_of
 

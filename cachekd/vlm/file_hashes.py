@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from cachekd.cache.files import write_file
+from cachekd.atomic import write_file
 from cachekd.cache.sealed import Part, Sealed
 from cachekd.errors import CachekdError
 

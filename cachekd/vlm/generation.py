@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from cachekd.cache.files import commit
+from cachekd.atomic import commit
 from cachekd.samples import SampleEncoder
 from cachekd.vlm.gguf import is_gguf
 

@@ -12,13 +12,7 @@ from transformers.utils import ModelOutput
 
 from cachekd.errors import CachekdError
 from cachekd.stages import PARTS, StudentPart
-from cachekd.vlm.families import (
-    TEXT_ONLY,
-    family_of,
-    language_model,
-    projectors_in_tower,
-    vision_tower,
-)
+from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.families.replay import changed
 
 

@@ -6,8 +6,7 @@ import hashlib
 from pathlib import Path
 
 from cachekd.errors import CachekdError
-from cachekd.files import BRIDGE_FILE
-from cachekd.paths import is_hub_name, require_path
+from cachekd.paths import BRIDGE_FILE, is_hub_name, require_path
 from cachekd.vlm.file_hashes import hash_files
 from cachekd.vlm.gguf import is_gguf
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cachekd.bind import BindReport
     from cachekd.cache import LogitCache
 
+
 SHOWN = 5
 
 
@@ -51,8 +52,8 @@ def bind_command(
 
     Example: cachekd bind caches/llava-7b --data "my-copy/*.tar" --out binding.json
     """
+    from cachekd.atomic import require_place
     from cachekd.bind import bind, open_bound
-    from cachekd.cache.files import require_place
     from cachekd.samples import open_samples
 
     quiet_libraries()

@@ -15,6 +15,7 @@ from cachekd_cli.options import AsJson, takes
 if TYPE_CHECKING:
     from cachekd.pair import PairReport, Run, Sizes
 
+
 _STATES = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "refused": "[bold red]refused[/]"}
 _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}

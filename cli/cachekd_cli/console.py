@@ -28,6 +28,7 @@ from cachekd.errors import CachekdError
 if TYPE_CHECKING:
     from cachekd.left_out import LeftOutSamples
 
+
 SHOWN = 5  # of the samples that a table is about
 
 console = Console()
@@ -144,7 +145,7 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         CachekdError: it cannot be written.
     """
-    from cachekd.cache.files import write_file  # which comes with torch
+    from cachekd.atomic import write_file
 
     write_file(path, html.encode())
     say(f"page: {path.resolve()}", errors)

@@ -91,7 +91,7 @@ def check_example() -> None:
 
 def new_folder(out: Path) -> Path:
     """`out`, or `out-2`, `out-3`, ...: earlier demos, and those that run now, stay as they are."""
-    from cachekd.cache.files import make_folder
+    from cachekd.atomic import make_folder
 
     make_folder(out.parent)
     numbered = (out.with_name(f"{out.name}-{number}") for number in count(2))
@@ -99,7 +99,7 @@ def new_folder(out: Path) -> Path:
 
 
 def _is_made(path: Path) -> bool:
-    from cachekd.cache.files import cannot_write
+    from cachekd.atomic import cannot_write
 
     try:
         path.mkdir()

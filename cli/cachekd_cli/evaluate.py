@@ -1,4 +1,4 @@
-"""`cachekd eval`: exact match, agreement with the teacher, and what a picture is worth."""
+"""`cachekd eval`: how good are these students; `cachekd report`: one page about a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cachekd inspect`: what is in a cache."""
+"""`cachekd inspect`: what is in a cache; `cachekd schema`: what its files and configurations may hold."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cachekd.cache.summary import CacheSummary, ShardSummary
     from cachekd.describe import Bar
 
+
 SHOWN = 12  # shards
 BAR_WIDTH = 32
 
@@ -36,7 +37,7 @@ def inspect_command(
 
     Example: cachekd inspect caches/llava-7b --html llava-7b.html
     """
-    from cachekd.cache.files import require_place
+    from cachekd.atomic import require_place
     from cachekd.cache.manifest import Manifest
     from cachekd.cache.summarise import ENTROPY_TOKENS, summarise
 

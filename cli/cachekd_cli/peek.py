@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cachekd.samples import Sample
     from cachekd.token_texts import TokenReader
 
+
 PAGE_SAMPLES = 100
 BAR_WIDTH = 16
 ORIGIN_STYLES = {"kept": "blue", "sketch": "magenta", "spread": "white"}  # stored, rebuilt, or made up
@@ -70,8 +71,8 @@ def peek_command(
 
     Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
     """
+    from cachekd.atomic import require_place
     from cachekd.bind import open_bound
-    from cachekd.cache.files import require_place
     from cachekd.peek import choose
     from cachekd.token_texts import find_reader
 

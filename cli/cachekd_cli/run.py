@@ -88,7 +88,7 @@ def eval_step(config: EvalConfig) -> Evaluation:
 
 def report_step(config: ReportConfig) -> Path:
     """`cachekd report`."""
-    from cachekd.files import REPORT_FILE
+    from cachekd.paths import REPORT_FILE
     from cachekd.report import write_report
 
     return write_report(config.run, config.baselines, config.out / REPORT_FILE)

@@ -19,7 +19,7 @@ def schema_command(
 
     Example: cachekd schema manifest --out manifest.schema.json
     """
-    from cachekd.cache.files import write_file
+    from cachekd.atomic import write_file
     from cachekd.schemas import SCHEMAS, schema_text
 
     if name is None:

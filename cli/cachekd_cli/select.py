@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cachekd.cache import LogitCache
 
+
 SHOWN = 20
 
 

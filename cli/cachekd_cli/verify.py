@@ -1,4 +1,4 @@
-"""`cachekd verify`: is a cache what was written, and what the teacher says?"""
+"""`cachekd verify`: is a cache what it was; `cachekd status`: how far is a dump."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cachekd.recheck import Recheck
     from cachekd.samples import Samples
     from cachekd.teacher import Teacher
+
 
 SHOWN = 20
 

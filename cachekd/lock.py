@@ -1,15 +1,11 @@
-"""One process at a time works in a folder, and one that has died keeps nobody out.
-
-The lock is the system's (`flock`): the kernel lets go of it when its process ends, however it does. Some
-network file systems have none. There the holder renews a mark every few seconds instead, and whoever waits
-takes it over once it has not been renewed for a minute: one that died elsewhere costs the next that minute.
-"""
+"""Who works in a folder; and a folder that is there as a whole or not at all."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +14,19 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
-from cachekd.cache.files import LEASE_FILE, LOCK_FILE, cannot_write, make_folder, require_room_for
-from cachekd.errors import CachekdError
+from cachekd.atomic import (
+    LEASE_FILE,
+    LOCK_FILE,
+    cannot_write,
+    make_folder,
+    refuse_address,
+    remove_stale,
+    require_new_folder,
+    require_room_for,
+    sync_folder,
+    temporary_name,
+)
+from cachekd.errors import CachekdError, FailedWrite
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # the last two are one on Linux
 _LEASE, _GRACE = 60.0, 5.0  # seconds
@@ -99,3 +106,47 @@ def _holder(note: Path) -> str:
         return said(note.read_bytes())
     except OSError:
         return said(b"")
+
+
+@contextmanager
+def staged_folder(out: str | Path, what: str, *, last: str) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block has run, and vanishes when it fails.
+
+    Args:
+        what: it is for, in error messages.
+        last: the file that says that all others are there.
+
+    Raises:
+        CachekdError: `out` holds something, or cannot be written.
+    """
+    out = Path(out)
+    refuse_address(out)
+    out = out.resolve()  # "." has no name
+    require_new_folder(out, what)
+    staging = out.with_name(temporary_name(out.name))
+    make_folder(staging)
+    remove_stale(out.parent, out.name)
+    try:
+        yield staging
+        sync_folder(staging)
+        if out.exists():  # it stays: it may be a mount, or where someone stands
+            with alone(out, "writes into"):
+                require_new_folder(out, what)  # another process may have been faster
+                for part in sorted(staging.iterdir(), key=lambda path: path.name == last):
+                    _rename(part, out / part.name, out)
+                sync_folder(out)
+        else:
+            _rename(staging, out, out)  # refused by the system if another process was faster
+            sync_folder(out.parent)
+    except FailedWrite as error:  # said of what was asked for, not of a folder that is gone
+        where = (error.where or "").replace(str(staging), str(out))
+        raise FailedWrite(error.problem, where=where, found=error.found, fix=error.fix) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _rename(old: Path, new: Path, out: Path) -> None:
+    try:
+        old.rename(new)
+    except OSError as error:
+        raise cannot_write(out, error) from None

@@ -1,4 +1,4 @@
-"""A file is either whole on disk or not there."""
+"""Files that are whole on the disk or not there, and what a failed write says."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.paths import address_of
+
+if TYPE_CHECKING:
+    pass
+
 
 _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
@@ -42,7 +47,7 @@ def _here() -> str:
 _HERE = _here()
 _DAY = 86_400.0
 RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
-LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.cache.lock`
+LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.lock`
 
 
 def contents(folder: Path) -> list[Path]:
@@ -297,3 +302,41 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
+_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
+
+
+def is_failed_write(error: Exception) -> bool:
+    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
+    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For libraries that write: a failed write, said as our own.
+
+    Raises:
+        FailedWrite: `path` could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CachekdError) or not is_failed_write(error):
+            raise
+        failed = error if isinstance(error, OSError) else OSError(0, what_failed(error))
+        raise cannot_write(path, failed) from error
+
+
+def what_failed(error: BaseException) -> str:
+    """In a line, for the message of a larger failure."""
+    if isinstance(error, FailedWrite):
+        return f"{error.where}: {error.found}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
