@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import read_config
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.dump import dump
 from cachekd.evaluation.run import evaluate
 from cachekd.train import train

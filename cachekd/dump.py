@@ -17,9 +17,8 @@ from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.config import DumpConfig
+from cachekd.config import DataOptions, DumpConfig
 from cachekd.data_health import first_good
-from cachekd.data_options import DataOptions
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import (
     codec_of,

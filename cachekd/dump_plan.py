@@ -12,8 +12,7 @@ from cachekd.atomic import free_space
 from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.select import default_top_p
-from cachekd.config import DumpConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, DumpConfig
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError, LeftOut

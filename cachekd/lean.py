@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
+from cachekd.config.train import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm import ModelFiles, check_adapters, language_model, modules_outside, train_only
 from cachekd.vlm.load import quantization_config
 

@@ -6,7 +6,7 @@ import torch
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
     encoding_fingerprint,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cachekd.cache import DataInfo, LogitCache
 from cachekd.cache.skipped import read_skipped
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.samples import Samples
 from cachekd.samples.limits import TOO_LONG

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from cachekd.bind import open_bound
 from cachekd.cache import DataInfo, LogitCache
-from cachekd.config import TrainConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache

@@ -17,7 +17,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.integrations import integration_utils as reporters
 
 from cachekd.config import TrainConfig
-from cachekd.defaults import SAVE_STEPS
+from cachekd.config.fields import SAVE_STEPS
 from cachekd.errors import CachekdError, did_you_mean
 from cachekd.vlm import default_device
 

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.batch import Batch
 from cachekd.cache import CachedTargets, LogitCache
+from cachekd.config.data import OnError
 from cachekd.data_health import DataHealth, first_good
-from cachekd.data_options import OnError
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.left_out import BadSamples, may_be_left_out
 from cachekd.matching import check_sample, cut_alike

@@ -83,8 +83,7 @@ def test_methods_of_the_seeds_benchmark_are_settings(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from demo_seeds import EXAMPLE, METHODS
 
-    from cachekd.config import TrainConfig
-    from cachekd.config_file import read_config
+    from cachekd.config import TrainConfig, read_config
 
     common = {"student": "s", "teacher": "t", "data": "d", "cache": "c", "out": "o"}
     for name, changed in METHODS.items():

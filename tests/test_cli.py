@@ -15,7 +15,8 @@ from launch import cachekd
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
-from cachekd.config import DumpConfig, defaults_of
+from cachekd.config import DumpConfig
+from cachekd.config.base import defaults_of
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import read_config, read_yaml
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
+from cachekd.config.base import read_yaml
 from cachekd.errors import CachekdError
 from cachekd.pipeline.config import read_pipeline
 
@@ -127,6 +127,6 @@ def test_a_field_of_the_trainer_is_sent_under_training(tmp_path):
 
 def test_a_slip_of_the_finger_is_told_without_the_trainer(tmp_path, monkeypatch):
     """Importing it takes seconds."""
-    monkeypatch.setattr("cachekd.config_file._is_the_trainers", None)
+    monkeypatch.setattr("cachekd.config.base._is_the_trainers", None)
     path = written(tmp_path, "student: s\ndata: d\nout: o\nlearning_rat: 1\n")
     assert "(did you mean 'learning_rate'?)" in refused(path, {}).problem

@@ -10,9 +10,8 @@ from caches import SMALL
 from test_limits import with_long_ones
 from tiny import evaluated, write_llava_json
 
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data_health import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good
-from cachekd.data_options import DataOptions
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.pair import check_pair

@@ -25,8 +25,7 @@ from tiny import (
 from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import read_config
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records

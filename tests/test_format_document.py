@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.recompress import recompress
 from cachekd.cache.sealed import _seal
-from cachekd.config import DumpConfig
-from cachekd.config_file import read_config
+from cachekd.config import DumpConfig, read_config
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.conversation import messages_from_turns
 from cachekd.samples.records import TURN_FIELDS

@@ -26,8 +26,7 @@ from typer.testing import CliRunner
 
 from cachekd import dump as stage_one
 from cachekd.cache import CodecSettings, LogitCache
-from cachekd.config import DumpConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, DumpConfig
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.fingerprint import encoding_fingerprint

@@ -29,15 +29,13 @@ from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
 from cachekd.cache.summarise import summarise
 from cachekd.cache.verify import verify_files
-from cachekd.config import DumpConfig, TrainConfig
-from cachekd.config_file import Config, read_config
-from cachekd.data_options import DataOptions
+from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
+from cachekd.config.fields import COUNT
 from cachekd.dump_plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
 from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
-from cachekd.ranges import COUNT
 from cachekd.report import build_report, read_run, write_report
 from cachekd.samples import open_samples
 from cachekd.sharing.card import dataset_card

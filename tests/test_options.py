@@ -14,9 +14,7 @@ from pydantic import Field
 from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
-from cachekd.config import CheckConfig, DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import Config, read_config
-from cachekd.data_options import DataOptions
+from cachekd.config import CheckConfig, Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
 from cachekd_cli.options import takes

@@ -10,9 +10,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from typer.testing import CliRunner
 
-from cachekd.config import TrainConfig
-from cachekd.config_file import Config, read_config
-from cachekd.data_options import DataOptions
+from cachekd.config import Config, DataOptions, TrainConfig, read_config
 from cachekd.errors import CachekdError
 from cachekd.paths import expanded, is_address, is_hub_data, is_path, takes_path, what_is_there
 from cachekd.pipeline import plan_steps, read_pipeline

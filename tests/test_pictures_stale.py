@@ -25,8 +25,7 @@ from cachekd import describe, fingerprint
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.sealed import is_canonical
-from cachekd.config import TrainConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, TrainConfig
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import image_reading

@@ -25,8 +25,9 @@ from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache.sketch import read_sketch
-from cachekd.config_file import read_yaml
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
+from cachekd.config.base import read_yaml
+from cachekd.config.train import PARTS
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
@@ -34,7 +35,6 @@ from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeli
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.samples import open_samples
-from cachekd.stages import PARTS
 from cachekd.vlm import model_content
 from cachekd_cli.main import app
 from cachekd_cli.run import runners

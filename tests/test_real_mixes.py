@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import noise_image, png_bytes, write_tar
 from typer.testing import CliRunner
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import open_samples
 from cachekd.samples.keys import unique_keys

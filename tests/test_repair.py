@@ -29,8 +29,7 @@ from cachekd.cache.repair import Repaired
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
-from cachekd.config import TrainConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, TrainConfig
 from cachekd.dump import open_teacher
 from cachekd.dump_plan import require_same_code
 from cachekd.errors import CachekdError

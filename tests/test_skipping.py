@@ -19,8 +19,7 @@ from typer.testing import CliRunner
 
 from cachekd.bind import bind
 from cachekd.cache import LogitCache
-from cachekd.config import TrainConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, TrainConfig
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
 from cachekd.evaluation.questions import questions_of

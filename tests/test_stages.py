@@ -13,12 +13,11 @@ from tiny import tiny_processor, tiny_vlm
 from torch import nn
 from typer.testing import CliRunner
 
-from cachekd.config import TrainConfig
-from cachekd.config_file import read_config
+from cachekd.config import TrainConfig, read_config
+from cachekd.config.train import PARTS, STAGES
 from cachekd.errors import CachekdError
 from cachekd.failures import memory_advice
 from cachekd.paths import RUN_FILE
-from cachekd.stages import PARTS, STAGES
 from cachekd.train import make_trainer, train
 from cachekd.vlm import parameters_by_part, train_only
 from cachekd.vlm.steady import keep_statistics

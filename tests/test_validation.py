@@ -19,8 +19,8 @@ from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
-from cachekd.config import FREE_SETTINGS, TrainConfig
-from cachekd.config_file import read_config
+from cachekd.config import TrainConfig, read_config
+from cachekd.config.train import FREE_SETTINGS
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.paths import RUN_FILE

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
+from cachekd.config.fields import EXACT, KEPT, TooLong
 from cachekd.errors import CachekdError
 from cachekd.paths import MANIFEST_FILE as MANIFEST_FILE
 from cachekd.paths import address_of, what_is_there
-from cachekd.ranges import EXACT, KEPT, TooLong
 
 FORMAT_VERSION = 1
 PLAN_FILE = "dump/plan.json"

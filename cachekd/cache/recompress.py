@@ -27,7 +27,7 @@ from cachekd.cache.sketch_encoder import read_encoder
 from cachekd.cache.skipped import read_skipped
 from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets
-from cachekd.defaults import CALIBRATION_TOKENS
+from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 
 _COMPARED = 256  # tokens whose whole rows are compared with the parent's

@@ -21,7 +21,7 @@ from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import TailSetting
 from cachekd.cache.targets import CachedTargets
 from cachekd.cache.writer import LogitCacheWriter
-from cachekd.defaults import DEFAULT_TAIL
+from cachekd.config.fields import DEFAULT_TAIL
 
 ROWS = 256  # tokens whose whole logits are in memory
 

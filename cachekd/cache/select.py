@@ -8,9 +8,9 @@ from torch import Tensor
 
 from cachekd.cache.records import TokenTargets
 from cachekd.cache.tail import TailSetting
+from cachekd.config.fields import KEPT
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import kneedle_k
-from cachekd.ranges import KEPT
 
 # Of the logits that are copied at a time: what stays in a CPU's cache, and what a GPU is busy with.
 _ELEMENTS = {"cpu": 2**21, "cuda": 2**28}

@@ -13,7 +13,7 @@ from cachekd.cache.array_rules import MOST_CODE, ArrayRule
 from cachekd.cache.arrays import damaged, pack_arrays, read_arrays
 from cachekd.cache.codec import rank_ids
 from cachekd.cache.records import offsets
-from cachekd.ranges import KEPT
+from cachekd.config.fields import KEPT
 
 FORMAT = {"format": "cachekd-shard", "format_version": 1}
 # Over n samples, N answer tokens, E entries, and R (`ranked`) different ids among them.

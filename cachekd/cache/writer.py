@@ -26,7 +26,7 @@ from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard_writer import ShardWriter, check_sample
 from cachekd.cache.sketch_encoder import SketchEncoder
 from cachekd.cache.tail import TailSetting
-from cachekd.defaults import CALIBRATION_TOKENS
+from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
 

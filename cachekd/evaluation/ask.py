@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cachekd.config.data import OnError
 from cachekd.data_health import DataHealth
-from cachekd.data_options import OnError
 from cachekd.errors import BadSample
 from cachekd.evaluation.forward import Answered, Question, QuestionRunner
 from cachekd.evaluation.questions import AskedSample, QuestionEncoder

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
+from cachekd.config.data import ROW_NUMBERS
 from cachekd.data_health import first_good
-from cachekd.data_options import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import QuestionEncoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from cachekd.data_options import OnError
+from cachekd.config.data import OnError
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.questions import one_line, question_type
 from cachekd.left_out import may_be_left_out

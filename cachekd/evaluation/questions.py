@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageStat
 from torch import Tensor
 
-from cachekd.config import History
+from cachekd.config.fields import History
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples import Encoded, Sample, SampleEncoder, Samples
 from cachekd.samples.sample import is_supervised, message_text

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cachekd.config import Data, DataOptions
 from cachekd.data_health import attempts
-from cachekd.data_options import Data, DataOptions
 from cachekd.errors import BadSample
 from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
 from cachekd.pair.preview import Run, preview

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import BadSample
 from cachekd.pair.rows import Row
 from cachekd.samples import Limits, Samples, Survey

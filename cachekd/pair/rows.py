@@ -12,7 +12,7 @@ import torch
 
 from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike

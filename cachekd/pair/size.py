@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cachekd.stages import StudentPart
+from cachekd.config.train import StudentPart
 from cachekd.vlm import empty_model, parameters_by_part
 
 # float32 weights, their gradients and AdamW's two moments.

@@ -17,8 +17,7 @@ from fsspec.core import url_to_fs
 
 from cachekd.bind import Binding
 from cachekd.cache import LogitCache
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.dump_plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluation.inputs import open_cache as open_asked_cache

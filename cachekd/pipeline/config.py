@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from cachekd.config import Dtype, DumpConfig, EvalConfig, TrainConfig
-from cachekd.config_file import Config, Mistake, YamlFile, known_at, refusal
-from cachekd.data_options import DataOptions
+from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
+from cachekd.config.base import Mistake, YamlFile, known_at
+from cachekd.config.fields import Dtype
 from cachekd.errors import did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
 

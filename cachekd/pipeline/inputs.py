@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.paths import is_hub_data, split_query
 from cachekd.samples import open_samples
 from cachekd.samples.open import content_hash, keys_hash

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cachekd.config import FREE_SETTINGS, DumpConfig, EvalConfig, TrainConfig, defaults_of, samples_per_step
-from cachekd.config_file import Config, Mistake, refusal
-from cachekd.data_options import WHICH_SAMPLES, DataOptions
+from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
+from cachekd.config.base import Mistake, defaults_of
+from cachekd.config.data import WHICH_SAMPLES
+from cachekd.config.train import FREE_SETTINGS, STAGES, samples_per_step
 from cachekd.errors import CachekdError, within
 from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
-from cachekd.stages import STAGES
 
 
 class Kind(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cachekd.config import TrainConfig, defaults_of
+from cachekd.config import TrainConfig
+from cachekd.config.base import defaults_of
 from cachekd.report.curves import best_step
 from cachekd.report.runs import Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cachekd.cache.manifest import DataInfo
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.samples.map_function import require_map
 
 # Which sample a record becomes, under which key, with which tokens; not how many of them.

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from cachekd.data_options import ROW_NUMBERS
+from cachekd.config.data import ROW_NUMBERS
 from cachekd.errors import CachekdError
 from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.samples.hf_load import HfSpec, load_split

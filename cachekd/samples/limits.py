@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cachekd.data_options import TooLong
+from cachekd.config.data import TooLong
 from cachekd.errors import BadSample, LeftOut
 from cachekd.samples.sample import Sample
 

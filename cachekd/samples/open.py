@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cachekd.data_options import Data, DataOptions
+from cachekd.config import Data, DataOptions
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, split_query, what_is_there
 from cachekd.samples.llava_json import LlavaJsonSamples

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cachekd.data_options import ROW_NUMBERS, DataOptions
+from cachekd.config import DataOptions
+from cachekd.config.data import ROW_NUMBERS
 from cachekd.errors import BadSample, CachekdError
 from cachekd.samples.conversation import first_given
 from cachekd.samples.image_fields import value_at

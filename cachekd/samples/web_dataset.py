@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cachekd.data_options import ROW_NUMBERS
+from cachekd.config.data import ROW_NUMBERS
 from cachekd.errors import BadSample
 from cachekd.samples.conversation import first_given
 from cachekd.samples.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of

@@ -29,7 +29,7 @@ from cachekd.atomic import (
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.sealed import MOST_JSON
-from cachekd.defaults import STORE_TIMEOUT
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
 from cachekd.sharing.contents import Listed, listed_files, not_listed, some_shards

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cachekd.cache.manifest import MANIFEST_FILE, Manifest
 from cachekd.cache.verify import verify_files
-from cachekd.defaults import STORE_TIMEOUT
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.sharing.card import dataset_card
 from cachekd.sharing.claim import claimed

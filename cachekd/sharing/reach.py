@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from cachekd.defaults import STORE_TIMEOUT
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 
 T = TypeVar("T")

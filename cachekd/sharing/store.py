@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from cachekd.defaults import STORE_TIMEOUT
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.paths import HUB_CACHE, is_path
 from cachekd.sharing.contents import Listed

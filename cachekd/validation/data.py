@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cachekd.cache import LogitCache
 from cachekd.cache.compare import facts, require_same
 from cachekd.config import TrainConfig
-from cachekd.data_options import OnError
+from cachekd.config.data import OnError
 from cachekd.errors import about
 from cachekd.left_out import LeftOutSamples
 from cachekd.losses.terms import TERMS

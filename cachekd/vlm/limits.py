@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cachekd.data_options import TooLong
+from cachekd.config.data import TooLong
 from cachekd.samples.limits import MAX_TOKENS, Limits
 
 # transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is

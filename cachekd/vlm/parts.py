@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from cachekd.config.train import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.stages import PARTS, StudentPart
 from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projectors_in_tower, vision_tower
 from cachekd.vlm.families.replay import changed
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd_cli.console import print_json, progress_bar, say
 from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes

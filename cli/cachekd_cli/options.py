@@ -14,8 +14,8 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 from typer.models import ArgumentInfo, ParameterInfo
 
-from cachekd.config_file import Config, option_name, read_config
-from cachekd.data_options import DataOptions
+from cachekd.config import Config, DataOptions, read_config
+from cachekd.config.base import option_name
 from cachekd.errors import CachekdError
 from cachekd.paths import expanded, takes_path
 

@@ -13,7 +13,7 @@ from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd.visible import visible

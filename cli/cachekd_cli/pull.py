@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cachekd.defaults import STORE_TIMEOUT
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.paths import PathOrName
 from cachekd_cli.console import byte_progress, print_json, progress_bar, quiet_hub, say
 from cachekd_cli.options import AsJson, Timeout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from cachekd.data_options import DataOptions
+from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd.visible import visible

@@ -1,87 +1,76 @@
-"""What the stages can be told, each beside what can be said of its data (`DataOptions`)."""
+"""What stage two can be told, and the presets of its stages."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from cachekd.config_file import Config
-from cachekd.data_options import DataOptions, NamedData
-from cachekd.defaults import CALIBRATION_TOKENS, DEFAULT_TAIL, SAVE_STEPS
+from cachekd.config.data import DataOptions, NamedData
+from cachekd.config.fields import SAVE_STEPS, CacheName, Dtype, ModelName, SwitchBridge
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName, expanded
-from cachekd.ranges import EXACT, KEPT
-from cachekd.stages import PARTS, Stage, StudentPart, in_order, parts_of, require_vision_encoder, with_stage
 
 if TYPE_CHECKING:
     from cachekd.losses.terms import Term
 
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-History = Literal["none", "full"]
-# Settings that several stages have, each said once.
-ModelName = Annotated[PathOrName, Field(description="model folder or hub name")]
-CacheName = Annotated[
-    PathOrName | None,
-    Field(
-        description="what `cachekd dump` wrote, or the address of a published cache, such as "
-        "hf://datasets/org/name"
-    ),
-]
-SwitchBridge = Annotated[
-    Literal["linear"] | None,
-    Field(
-        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
-        "vision encoder to the teacher's projector where their widths or grids differ"
-    ),
-]
-Workers = Annotated[int, Field(ge=0, description="processes that read and encode samples; 0: a thread")]
+Stage = Literal["dpt", "sft", "dft"]
+StudentPart = Literal["vision_encoder", "projector", "language_model"]
+PARTS: tuple[StudentPart, ...] = get_args(StudentPart)  # V_S, P_S, L_S, as data flows
+
+# L_VSD reaches V_S alone: where a stage leaves V_S frozen, its weight is 0.
+STAGES: dict[Stage, dict[str, Any]] = {
+    "dpt": {"trainable": ("projector",), "lambda_align": 1.0, "lambda_vsd": 0.0},
+    "sft": {"trainable": ("projector", "language_model"), "lambda_align": 0.0, "lambda_vsd": 0.0},
+    "dft": {"trainable": PARTS, "lambda_align": 1.0, "lambda_vsd": 1.0},
+}
+
+
+def with_stage(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those of their stage beneath them; a name that is no stage is left for the caller."""
+    stage = values.get("stage")
+    return {**STAGES[stage], **values} if stage in STAGES else values
+
+
+def parts_of(value: Any) -> Any:
+    """Names of parts from a list, or from a text as in "projector,language_model", or from several."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(name.strip() for text in texts for name in text.split(","))
+
+
+def in_order(parts: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
+    """The parts as data flows, so that their order in a file says nothing.
+
+    Raises:
+        ValueError: none, or one twice.
+    """
+    if not parts or len(set(parts)) < len(parts):
+        raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
+    return tuple(part for part in PARTS if part in parts)
+
+
+def require_vision_encoder(trainable: tuple[StudentPart, ...], lambda_vsd: float) -> None:
+    """Refuse L_VSD where nothing that it reaches is trained.
+
+    Raises:
+        CachekdError: `lambda_vsd` is above 0, and V_S is frozen.
+    """
+    if lambda_vsd == 0 or "vision_encoder" in trainable:
+        return
+    raise CachekdError(
+        "L_VSD would have no gradient: the switched path runs through the student's vision encoder, which is "
+        "frozen here, and then through the teacher, which always is",
+        where="settings 'trainable' and 'lambda_vsd'",
+        expected="vision_encoder among the parts that train",
+        found=f"trainable {', '.join(trainable)}; lambda_vsd {lambda_vsd:g}",
+        fix=f"--trainable vision_encoder,{','.join(trainable)} to train it too, or --lambda-vsd 0",
+    )
+
+
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
-
-
-class DumpConfig(DataOptions):
-    """Stage one."""
-
-    teacher: ModelName
-    out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
-    top_k: int = Field(128, ge=2, le=KEPT, description="most logprobs kept per answer token")
-    top_p: float | None = Field(
-        None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
-    )
-    tail: str = Field(
-        DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
-    )
-    disk_budget: ByteSize | None = Field(
-        None, gt=0, le=EXACT, description="for the whole cache, such as 50GB: chooses top_k and tail"
-    )
-    calibration_tokens: int = Field(
-        CALIBRATION_TOKENS, ge=1, description="answer tokens of the pilot, which the tail sketch is fitted on"
-    )
-    window: int = Field(128, ge=2, description="Kneedle looks at this many of the largest logits")
-    min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
-    shard_samples: int | None = Field(
-        None, ge=1, description="samples per shard; by default what holds some 65,000 answer tokens"
-    )
-    batch_size: int = Field(16, ge=1, description="samples per teacher forward")
-    workers: Workers = 0
-    dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
-    rank: int = Field(0, ge=0, description="of this process among those that share the work")
-    world_size: int = Field(1, ge=1, description="processes that share the work")
-
-    @field_validator("world_size")
-    @classmethod
-    def _has_the_rank(cls, value: int, info: ValidationInfo) -> int:
-        if value <= info.data.get("rank", 0):
-            raise ValueError(f"too small for rank {info.data['rank']}: ranks count from 0")
-        return value
-
-    @field_validator("min_k")
-    @classmethod
-    def _fits_the_window(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.data.get("window", value):
-            raise ValueError(f"larger than the window, {info.data['window']}")
-        return value
 
 
 class TrainConfig(DataOptions):
@@ -326,79 +315,6 @@ class TrainConfig(DataOptions):
         return any(term.taught for term in self._on().values())
 
 
-class EvalConfig(DataOptions):
-    """Exact match, and agreement with the teacher, on held-out data.
-
-    Raises:
-        CachekdError: there are both a teacher and a cache of it.
-    """
-
-    models: list[PathOrName] = Field(
-        min_length=1,
-        description="model or run folders, asked the same; in a pipeline, by default all train steps above",
-    )
-    out: LocalPath | None = Field(None, description="a folder for scores.json, all rows")
-    teacher: PathOrName | None = Field(
-        None, description="adds its own row, and every model's agreement with it"
-    )
-    cache: PathOrName | None = Field(
-        None, description="the teacher's logits of these data, for the agreement alone: it need not run"
-    )
-    history: History = Field(
-        "none",
-        description="what stands before a question: none of its conversation, or all of it, true answers "
-        "included",
-    )
-    blind: bool = Field(
-        True, description="ask every model again with each picture replaced by its mean colour"
-    )
-    prior_data: NamedData | None = Field(
-        None,
-        description="the training data, a name or a mapping of data options: adds the row of what "
-        "is answered most often there",
-    )
-    batch_size: int = Field(32, ge=1, description="questions per forward; halved when memory runs out")
-    workers: Workers = 0
-    dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
-
-    @field_validator("models")
-    @classmethod
-    def _are_different(cls, value: list[str]) -> list[str]:
-        models = [model.rstrip("/") or model for model in value]
-        if twice := next((model for model in models if models.count(model) > 1), None):
-            raise ValueError(f"{twice} is named twice")
-        return models
-
-    @model_validator(mode="after")
-    def _one_teacher(self) -> Self:
-        if self.teacher is not None and self.cache is not None:
-            raise CachekdError(
-                "a cache takes the place of the teacher",
-                where="settings 'teacher' and 'cache'",
-                fix="leave one of them out: the teacher has a row of its own, a cache costs nothing",
-            )
-        return self
-
-
-class CheckConfig(DataOptions):
-    """Whether teacher, student, data and cache fit, before anything long starts."""
-
-    teacher: ModelName
-    student: ModelName
-    cache: CacheName = None
-    switch_bridge: SwitchBridge = None
-    samples: int = Field(2, ge=1, description="samples to look at, and to show")
-    forward: bool = Field(False, description="load both models and prove that each can be taken apart")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_run(cls, values: Any) -> Any:
-        """The file of a dump or a run will do: what these alone are told is passed over, but for a binding,
-        without which its cache does not fit."""
-        theirs = (DumpConfig.model_fields | TrainConfig.model_fields).keys() - cls.model_fields - {"binding"}
-        return {n: v for n, v in values.items() if n not in theirs} if isinstance(values, dict) else values
-
-
 # Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
 # stands for is in the others.)
 FREE_SETTINGS = {
@@ -424,8 +340,3 @@ def samples_per_step(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     others = {name: value for name, value in settings.items() if name not in sizes}
     return others | {" x ".join(sizes): settings[sizes[0]] * settings[sizes[1]]}
-
-
-def defaults_of(model: type[Config]) -> dict[str, Any]:
-    """Settings that nobody has to say, as they stand in JSON."""
-    return model.model_construct().model_dump(mode="json", warnings=False)

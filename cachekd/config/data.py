@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
-from cachekd.config_file import Config, read_config
+from cachekd.config.base import Config, read_config
+from cachekd.config.fields import TooLong as TooLong
 from cachekd.paths import LocalPath, PathOrName
-from cachekd.ranges import TooLong as TooLong
 
 OnError = Literal["stop", "skip"]
 ROW_NUMBERS = "index"  # --key index

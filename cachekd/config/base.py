@@ -6,13 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    ValidationError,
+    field_validator,
+)
 
+from cachekd.config.fields import COUNT
 from cachekd.errors import CachekdError, clipped
-from cachekd.ranges import COUNT
+
+if TYPE_CHECKING:
+    pass
 
 
 class Config(BaseModel):
@@ -246,3 +255,8 @@ class _EachOnce(yaml.SafeLoader):
                 )
             first[key.tag, key.value] = line
         return node
+
+
+def defaults_of(model: type[Config]) -> dict[str, Any]:
+    """Settings that nobody has to say, as they stand in JSON."""
+    return model.model_construct().model_dump(mode="json", warnings=False)

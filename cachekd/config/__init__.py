@@ -1,0 +1,21 @@
+"""Everything that a stage can be told: closed models, free of torch, of which the command line is made."""
+
+from cachekd.config.base import Config, read_config, refusal
+from cachekd.config.check import CheckConfig
+from cachekd.config.data import Data, DataOptions, NamedData
+from cachekd.config.dump import DumpConfig
+from cachekd.config.evaluate import EvalConfig
+from cachekd.config.train import TrainConfig
+
+__all__ = [
+    "CheckConfig",
+    "Config",
+    "Data",
+    "DataOptions",
+    "DumpConfig",
+    "EvalConfig",
+    "NamedData",
+    "TrainConfig",
+    "read_config",
+    "refusal",
+]

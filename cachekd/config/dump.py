@@ -1,0 +1,66 @@
+"""What stage one can be told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import ByteSize, Field, ValidationInfo, field_validator
+
+from cachekd.config.data import DataOptions
+from cachekd.config.fields import (
+    CALIBRATION_TOKENS,
+    DEFAULT_TAIL,
+    EXACT,
+    KEPT,
+    Dtype,
+    ModelName,
+    Workers,
+)
+from cachekd.paths import LocalPath
+
+if TYPE_CHECKING:
+    pass
+
+
+class DumpConfig(DataOptions):
+    """Stage one."""
+
+    teacher: ModelName
+    out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
+    top_k: int = Field(128, ge=2, le=KEPT, description="most logprobs kept per answer token")
+    top_p: float | None = Field(
+        None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
+    )
+    tail: str = Field(
+        DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
+    )
+    disk_budget: ByteSize | None = Field(
+        None, gt=0, le=EXACT, description="for the whole cache, such as 50GB: chooses top_k and tail"
+    )
+    calibration_tokens: int = Field(
+        CALIBRATION_TOKENS, ge=1, description="answer tokens of the pilot, which the tail sketch is fitted on"
+    )
+    window: int = Field(128, ge=2, description="Kneedle looks at this many of the largest logits")
+    min_k: int = Field(2, ge=2, description="least logprobs kept per answer token")
+    shard_samples: int | None = Field(
+        None, ge=1, description="samples per shard; by default what holds some 65,000 answer tokens"
+    )
+    batch_size: int = Field(16, ge=1, description="samples per teacher forward")
+    workers: Workers = 0
+    dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
+    rank: int = Field(0, ge=0, description="of this process among those that share the work")
+    world_size: int = Field(1, ge=1, description="processes that share the work")
+
+    @field_validator("world_size")
+    @classmethod
+    def _has_the_rank(cls, value: int, info: ValidationInfo) -> int:
+        if value <= info.data.get("rank", 0):
+            raise ValueError(f"too small for rank {info.data['rank']}: ranks count from 0")
+        return value
+
+    @field_validator("min_k")
+    @classmethod
+    def _fits_the_window(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("window", value):
+            raise ValueError(f"larger than the window, {info.data['window']}")
+        return value
