@@ -40,7 +40,7 @@ from cachekd.cache import (
 )
 from cachekd.cache.fidelity import gradient_cosine, kl_to_rebuilt, loss_and_gradient
 from cachekd.cache.roundtrip import fit_states, select_states, states_header
-from cachekd.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets
 
 from smollm2 import BLOCK, CONTEXT, States, load_states  # isort: skip
 

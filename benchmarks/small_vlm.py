@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.losses.targets import DenseTargets
 from cachekd.samples import Encoded, predicting_positions
-from cachekd.targets import DenseTargets
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import Example, batch_of

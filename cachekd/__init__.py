@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cachekd.cache import LogitCache, LogitCacheWriter
     from cachekd.errors import CachekdError
     from cachekd.losses import dbild_loss, kneedle_k
-    from cachekd.targets import DenseTargets, TeacherTargets
+    from cachekd.losses.targets import DenseTargets, TeacherTargets
     from cachekd.torch_dataset import CachedLogits
     from cachekd.trainer import SwitchKDTrainer
 
@@ -34,11 +34,11 @@ __all__ = [
 _HOME = {
     "CachedLogits": "cachekd.torch_dataset",
     "CachekdError": "cachekd.errors",
-    "DenseTargets": "cachekd.targets",
+    "DenseTargets": "cachekd.losses.targets",
     "LogitCache": "cachekd.cache",
     "LogitCacheWriter": "cachekd.cache",
     "SwitchKDTrainer": "cachekd.trainer",
-    "TeacherTargets": "cachekd.targets",
+    "TeacherTargets": "cachekd.losses.targets",
     "dbild_loss": "cachekd.losses",
     "kneedle_k": "cachekd.losses",
 }

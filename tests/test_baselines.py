@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cachekd.errors import CachekdError
 from cachekd.losses import bild_loss, cross_entropy_loss, forward_kl_loss, reverse_kl_loss, topk_kl_loss
-from cachekd.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets
 
 
 @pytest.fixture

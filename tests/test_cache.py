@@ -42,7 +42,7 @@ from cachekd.cache.codec import (
 from cachekd.cache.shard import make_shard, pack_shard, read_shard
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss, kneedle_k
-from cachekd.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

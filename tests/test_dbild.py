@@ -14,7 +14,7 @@ from torch import Tensor
 from cachekd.errors import CachekdError
 from cachekd.losses import bild_loss, dbild_loss, kneedle_k
 from cachekd.losses.dbild import pairwise_reverse_kl
-from cachekd.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets
 
 
 def slow_knee(values: list[float]) -> int:

@@ -16,8 +16,8 @@ from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
+from cachekd.losses.targets import DenseTargets
 from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
-from cachekd.targets import DenseTargets
 from cachekd.vlm import load_model, load_processor, logits_at
 
 

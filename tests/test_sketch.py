@@ -48,7 +48,7 @@ from cachekd.cache.fit import fit_sketch
 from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
 from cachekd.errors import CachekdError
-from cachekd.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets
 from cachekd.vlm import output_head
 
 GOLDEN = Path(__file__).parent / "golden_sketch"

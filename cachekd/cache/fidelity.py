@@ -8,7 +8,7 @@ from torch import Tensor
 from cachekd.cache.manifest import Fidelity
 from cachekd.cache.targets import CachedTargets
 from cachekd.losses.dbild import dbild_loss
-from cachekd.targets import DenseTargets, TeacherTargets
+from cachekd.losses.targets import DenseTargets, TeacherTargets
 
 # The perturbed student's logits: the teacher's, and noise of this share of the deviation of its 128 largest.
 NOISE = 0.5

@@ -57,7 +57,7 @@ class UniformTail:
 
 @dataclass(frozen=True)
 class CachedTargets:
-    """The teacher at N answer tokens, rebuilt from a cache (see `cachekd.targets.TeacherTargets`).
+    """The teacher at N answer tokens, rebuilt from a cache (see `cachekd.losses.targets.TeacherTargets`).
 
     Attributes:
         token_ids: [N] int64.

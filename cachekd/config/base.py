@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ByteSize,
-    ConfigDict,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
 from cachekd.config.fields import COUNT
 from cachekd.errors import CachekdError, clipped

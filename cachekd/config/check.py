@@ -8,14 +8,8 @@ from pydantic import Field, model_validator
 
 from cachekd.config.data import DataOptions
 from cachekd.config.dump import DumpConfig
-from cachekd.config.fields import (
-    CacheName,
-    ModelName,
-    SwitchBridge,
-)
-from cachekd.config.train import (
-    TrainConfig,
-)
+from cachekd.config.fields import CacheName, ModelName, SwitchBridge
+from cachekd.config.train import TrainConfig
 
 if TYPE_CHECKING:
     pass

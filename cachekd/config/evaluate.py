@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
-from cachekd.config.fields import (
-    Dtype,
-    History,
-    Workers,
-)
+from cachekd.config.fields import Dtype, History, Workers
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName
 

@@ -12,8 +12,8 @@ from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.output_head import OutputHead
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import AskedSample
+from cachekd.losses.targets import DenseTargets, TeacherTargets
 from cachekd.matching import check_content
-from cachekd.targets import DenseTargets, TeacherTargets
 
 
 class Reference(Protocol):

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachekd.errors import CachekdError
-from cachekd.losses.dbild import FLOOR, require_fit
-from cachekd.losses.reduce import Reduction, reduce
+from cachekd.losses.dbild import FLOOR, Reduction, reduce, require_fit
 
 if TYPE_CHECKING:
-    from cachekd.targets import TeacherTargets
+    from cachekd.losses.targets import TeacherTargets
 
 
 def cross_entropy_loss(student_logits: Tensor, token_ids: Tensor, reduction: Reduction = "mean") -> Tensor:

@@ -10,10 +10,23 @@ from torch import Tensor
 
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import leading_window
-from cachekd.losses.reduce import Reduction, reduce
 
 if TYPE_CHECKING:
-    from cachekd.targets import TeacherTargets
+    from cachekd.losses.targets import TeacherTargets
+
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    """[N] per token to "none": itself, "sum", or "mean" (0 over no tokens, where torch's would be NaN)."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / max(1, len(loss))
+    raise CachekdError("unknown reduction", expected="mean, sum or none", found=reduction)
 
 
 Direction = Literal["both", "teacher", "student"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachekd.targets import LiveTargets
+from cachekd.losses.targets import LiveTargets
 from cachekd.vlm.split import logits_at
 from cachekd.vlm.switch import SwitchedTeacher
 
