@@ -24,10 +24,10 @@ import typer
 from cachekd.cache import TailSetting
 from cachekd.cache.build import CacheBuild
 from cachekd.config import DumpConfig
+from cachekd.data.loader import read_encoded
 from cachekd.dump import open_inputs
 from cachekd.dump_plan import estimate_of, new_plan, pilot_of
 from cachekd.make_shards import groups_of, make_shards
-from cachekd.samples.reader import read_encoded
 from cachekd.teacher import batches_of
 
 

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cachekd.data import open_samples, rough_lengths
 from cachekd.sample_order import LengthGroups
-from cachekd.samples import open_samples, rough_lengths
 from cachekd.vlm import ModelFiles
 
 

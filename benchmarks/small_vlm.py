@@ -16,9 +16,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from cachekd.data import Encoded, predicting_positions
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
-from cachekd.samples import Encoded, predicting_positions
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import Example, batch_of

@@ -53,7 +53,7 @@ from cachekd.cache.output_head import OutputHead
 from cachekd.cache.records import TailStates
 from cachekd.cache.select import select_and_normalise
 from cachekd.cache.tail import TailSetting
-from cachekd.samples import predicting_positions
+from cachekd.data import predicting_positions
 from cachekd.training_data import Example
 from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.vlm.split import hidden_and_logits_at

@@ -39,8 +39,8 @@ from transformers import LlavaForConditionalGeneration
 
 from cachekd.cache import CachedTargets
 from cachekd.cache.select import select_topk
+from cachekd.data import Encoded, predicting_positions
 from cachekd.lean import recompute_frozen_layers
-from cachekd.samples import Encoded, predicting_positions
 from cachekd.training_arguments import CHECKPOINTING
 from cachekd.training_data import Example
 from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model

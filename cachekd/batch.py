@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cachekd.cache import CachedTargets
+from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import CachekdError
-from cachekd.samples.model_inputs import ModelInputs
 
 IGNORE = -100  # the Trainer's label of a token that is not predicted
 

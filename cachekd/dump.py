@@ -18,7 +18,8 @@ from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.sketch import SKETCH_FILE
 from cachekd.config import DataOptions, DumpConfig
-from cachekd.data_health import first_good
+from cachekd.data import Samples, open_samples
+from cachekd.data.left_out import first_good
 from cachekd.dump_estimate import Estimate
 from cachekd.dump_plan import (
     codec_of,
@@ -31,7 +32,6 @@ from cachekd.dump_plan import (
     same_plan,
 )
 from cachekd.make_shards import make_shards
-from cachekd.samples import Samples, open_samples
 from cachekd.teacher import Teacher
 from cachekd.vlm import ModelFiles, default_device, dtype_of, limits_of
 

@@ -11,8 +11,8 @@ import torch
 from cachekd.cache import CodecSettings, TailSetting, TokenTargets
 from cachekd.cache.shard import make_shard, pack_shard
 from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.data.spread import evenly
 from cachekd.pilot import Pilot
-from cachekd.spread import evenly
 from cachekd.teacher import Teacher
 
 SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token

@@ -13,15 +13,15 @@ from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometr
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.select import default_top_p
 from cachekd.config import DataOptions, DumpConfig
+from cachekd.data import Samples
+from cachekd.data.images import READING
+from cachekd.data.open import content_hash, keys_hash
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError, LeftOut
 from cachekd.fingerprint import library_versions, reads_images_otherwise
 from cachekd.make_shards import groups_of
 from cachekd.pilot import Pilot, run_pilot
-from cachekd.samples import Samples
-from cachekd.samples.open import content_hash, keys_hash
-from cachekd.samples.pixels import READING
 from cachekd.teacher import Teacher
 from cachekd.vlm import ModelFiles
 

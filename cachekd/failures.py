@@ -13,7 +13,7 @@ from cachekd.config import TrainConfig
 from cachekd.errors import BadSample, CachekdError, without_frames
 
 if TYPE_CHECKING:
-    from cachekd.samples import Encoded
+    from cachekd.data import Encoded
 
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from importlib.metadata import version
 from typing import Any
 
 from cachekd.cache.manifest import Fingerprints
-from cachekd.samples import SampleEncoder
-from cachekd.samples.pixels import READING
-from cachekd.samples.probe import probe_encoding
-from cachekd.samples.processor import Processor
+from cachekd.data import SampleEncoder
+from cachekd.data.images import READING
+from cachekd.data.probe import probe_encoding
+from cachekd.data.processor import Processor
 
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
 

@@ -10,12 +10,12 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from cachekd.config import TrainConfig
+from cachekd.data import SampleEncoder
 from cachekd.errors import about
 from cachekd.lean import load_student, recompute_frozen_layers
 from cachekd.open_data import RunModels
 from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import settings_of
-from cachekd.samples import SampleEncoder
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import explained
 from cachekd.training_data import TrainingSamples

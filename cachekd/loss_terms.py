@@ -14,11 +14,11 @@ from transformers.utils import ModelOutput
 
 from cachekd.batch import Batch
 from cachekd.cache import CachedTargets
+from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
 from cachekd.losses.targets import LiveTargets
 from cachekd.losses.terms import TERMS
-from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import DeferredHead, LiveTeacher, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
 
 Targets = CachedTargets | LiveTargets

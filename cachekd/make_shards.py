@@ -11,12 +11,10 @@ from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.data_health import DataHealth
+from cachekd.data import Encoded, Samples
+from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
+from cachekd.data.loader import prefetched, read_encoded
 from cachekd.errors import BadSample
-from cachekd.left_out import may_be_left_out, reason_of
-from cachekd.prefetch import prefetched
-from cachekd.samples import Encoded, Samples
-from cachekd.samples.reader import read_encoded
 from cachekd.teacher import Answer, Teacher
 
 Span = tuple[int, int]

@@ -7,6 +7,8 @@ import torch
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
 from cachekd.config import DataOptions
+from cachekd.data import Encoded, SampleEncoder, Samples
+from cachekd.data.images import READING
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import (
     encoding_fingerprint,
@@ -15,8 +17,6 @@ from cachekd.fingerprint import (
     tokenizer_fingerprint,
 )
 from cachekd.missing import MissingSamples, missing_samples
-from cachekd.samples import Encoded, SampleEncoder, Samples
-from cachekd.samples.pixels import READING
 from cachekd.vlm import ModelFiles
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from cachekd.cache import DataInfo, LogitCache
 from cachekd.cache.skipped import read_skipped
 from cachekd.config import DataOptions
+from cachekd.data import Samples
+from cachekd.data.limits import TOO_LONG
+from cachekd.data.open import keys_hash
+from cachekd.data.sample import SamplesView
 from cachekd.errors import CachekdError
-from cachekd.samples import Samples
-from cachekd.samples.limits import TOO_LONG
-from cachekd.samples.open import keys_hash
-from cachekd.samples.view import SamplesView
 
 # Of `DataOptions`: which samples there are, and what they are called.
 DECIDING = ("data", "map", "key", "limit", "shuffle_seed")

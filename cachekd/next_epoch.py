@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from cachekd.prefetch import prefetched
-from cachekd.worker_loader import WorkerLoader
+from cachekd.data.loader import WorkerLoader, prefetched
 
 
 class ReadsOn(WorkerLoader):

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from cachekd.bind import open_bound
 from cachekd.cache import DataInfo, LogitCache
 from cachekd.config import DataOptions, TrainConfig
+from cachekd.data import Limits, SampleEncoder, Samples
+from cachekd.data.dumped import unsaid
+from cachekd.data.left_out import LeftOutSamples
+from cachekd.data.sample import SamplesView
 from cachekd.errors import CachekdError
-from cachekd.left_out import LeftOutSamples
 from cachekd.matching import check_cache
 from cachekd.missing import dumped_data
-from cachekd.samples import Limits, SampleEncoder, Samples
-from cachekd.samples.dumped import unsaid
-from cachekd.samples.view import SamplesView
 from cachekd.vlm import ModelFiles, limits_of
 
 

@@ -15,8 +15,8 @@ from cachekd.cache import CachedTargets, LogitCache, UniformTail
 from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
 from cachekd.cache.subset import shard_tables
+from cachekd.data.sample import Sample, is_supervised, message_text
 from cachekd.errors import CachekdError
-from cachekd.samples.sample import Sample, is_supervised, message_text
 
 ALTERNATIVES = 5
 Origin = Literal["kept", "sketch", "spread"]

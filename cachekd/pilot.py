@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from cachekd.cache import CodecSettings, DumpPlan, Geometry, TailSetting, TailStates, TokenTargets
 from cachekd.cache.fit import fit_sketch
 from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.data import Encoded, Samples
+from cachekd.data.loader import read_encoded
+from cachekd.data.spread import evenly, spread
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import Encoded, Samples
-from cachekd.samples.reader import read_encoded
-from cachekd.spread import evenly, spread
 from cachekd.teacher import Answer, Teacher, batches_of
 
 

@@ -15,9 +15,9 @@ from cachekd.cache.compare import facts, require_same
 from cachekd.cache.manifest import Header
 from cachekd.cache.recompress import cuts
 from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.data import Encoded, Samples
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import reads_images_otherwise
-from cachekd.samples import Encoded, Samples
 from cachekd.teacher import Teacher
 
 # Nats by which the same model's logits differ between machines, batches and paddings.

@@ -7,10 +7,10 @@ import hashlib
 from cachekd.bind import Binding
 from cachekd.cache.compare import identity
 from cachekd.config import TrainConfig
+from cachekd.data import Samples
+from cachekd.data.open import content_hash, keys_hash
+from cachekd.data.sources.urls import is_remote
 from cachekd.open_run import OpenRun
-from cachekd.samples import Samples
-from cachekd.samples.open import content_hash, keys_hash
-from cachekd.samples.tar_urls import is_remote
 
 
 def inputs_of(config: TrainConfig, opened: OpenRun) -> dict[str, str]:

@@ -16,10 +16,10 @@ from transformers.trainer_utils import IntervalStrategy
 from cachekd.atomic import LOCK_FILE, free_space, is_failed_write
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError
 from cachekd.lean import with_adapters
 from cachekd.open_data import RunModels
-from cachekd.samples.processor import Processor
 from cachekd.vlm import SwitchBridge, empty_model, plan_bridge, train_only
 
 # Bytes, each a little more than it is.

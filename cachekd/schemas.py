@@ -9,8 +9,8 @@ from pydantic import BaseModel
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.plan import Plan, ShardRecord, Skipped
 from cachekd.config import CheckConfig, DumpConfig, EvalConfig, TrainConfig
+from cachekd.data.record_form import SampleRecord
 from cachekd.pipeline import PipelineConfig
-from cachekd.samples.record_form import SampleRecord
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "manifest": Manifest,  # manifest.json

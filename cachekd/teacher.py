@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.select import select_and_normalise
+from cachekd.data import Encoded, SampleEncoder, collate
+from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.failures import failed_forward, together_or_each
-from cachekd.samples import Encoded, SampleEncoder, collate
-from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
 
 

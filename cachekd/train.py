@@ -13,11 +13,12 @@ from transformers import TrainerCallback, TrainerState
 
 from cachekd.checkpoints import step_of
 from cachekd.config import TrainConfig
+from cachekd.data import Limits
+from cachekd.data.left_out import LeftOutSamples
 from cachekd.data_wait import advice
 from cachekd.failures import memory_advice
 from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
-from cachekd.left_out import LeftOutSamples
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.losses.terms import TERMS
 from cachekd.open_run import OpenRun, open_run
@@ -25,7 +26,6 @@ from cachekd.paths import ADAPTER_FOLDER
 from cachekd.run_folder import RunFolder, claimed
 from cachekd.run_inputs import inputs_of
 from cachekd.run_size import RunSize, require_room, run_size
-from cachekd.samples import Limits
 from cachekd.stopping import StopInOrder, never
 from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments

@@ -17,6 +17,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.batch import Batch
 from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.checkpoints import note_settings, saving_checkpoint
+from cachekd.data import SampleEncoder
+from cachekd.data.loader import WorkerLoader
 from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.loss_terms import BatchTerms, LossTerms, TermSums, require_switch
@@ -24,14 +26,12 @@ from cachekd.losses.terms import TERMS
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import order_of
-from cachekd.samples import SampleEncoder
 from cachekd.stopping import LastStep
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import Feed, batch_of
 from cachekd.validation.best import KeepBest, best_checkpoint
 from cachekd.validation.run import Validation
 from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
-from cachekd.worker_loader import WorkerLoader
 
 
 class SwitchKDTrainer(Trainer):

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from cachekd.bind import Binding, bind, bound_cache
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
+from cachekd.data import open_samples, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.samples import open_samples, sample_from_llava
 from cachekd.train import make_trainer, train
 from cachekd_cli.main import app
 

@@ -20,12 +20,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.pair import check_pair
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.vlm import (

@@ -13,11 +13,11 @@ from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from cachekd.cache import LogitCache
 from cachekd.cache.codec import TAIL_STEP
 from cachekd.config import DumpConfig
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.vlm import load_model, load_processor, logits_at
 
 

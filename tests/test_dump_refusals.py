@@ -13,10 +13,10 @@ from tiny import noise_image, tar_members, write_tar
 
 from cachekd.atomic import commit, commit_first, is_temporary, remove_stale
 from cachekd.config import DumpConfig
+from cachekd.data import open_samples
+from cachekd.data.sample import unique_keys
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
-from cachekd.samples import open_samples
-from cachekd.samples.keys import unique_keys
 from cachekd.vlm import ModelFiles
 
 

@@ -18,12 +18,12 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import TrainConfig
+from cachekd.data import SampleEncoder, encode, open_samples
+from cachekd.data.probe import CONVERSATION, probe_encoding
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import encoding_fingerprint
 from cachekd.matching import check_cache
 from cachekd.pair import check_pair
-from cachekd.samples import SampleEncoder, encode, open_samples
-from cachekd.samples.probe import CONVERSATION, probe_encoding
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
 from cachekd.vlm import ModelFiles, load_processor

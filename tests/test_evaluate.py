@@ -26,6 +26,8 @@ from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
+from cachekd.data.survey import outline_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
@@ -40,8 +42,6 @@ from cachekd.evaluation.questions import (
 )
 from cachekd.evaluation.scores import MAX_TYPES
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, shortest
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
-from cachekd.samples.outline import outline_of_record
 from cachekd.train import train
 from cachekd.vlm import load_model, load_processor, model_files
 from cachekd_cli.main import app

@@ -23,10 +23,10 @@ from cachekd import CachedLogits
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest
 from cachekd.cache.recompress import recompress
 from cachekd.cache.sparse import SparseTargets
+from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
 from cachekd.export.webdataset import member_name
-from cachekd.samples import open_samples
 from cachekd_cli.main import app
 
 

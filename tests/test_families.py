@@ -20,12 +20,12 @@ from torch.nn.utils import parameters_to_vector
 from transformers import AutoConfig, AutoModelForImageTextToText, GraniteConfig
 
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import Encoded, Sample, SampleEncoder, collate, predicting_positions
+from cachekd.data.conversation import messages_from_turns
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.lean import recompute_frozen_layers
 from cachekd.paths import RUN_FILE
-from cachekd.samples import Encoded, Sample, SampleEncoder, collate, predicting_positions
-from cachekd.samples.conversation import messages_from_turns
 from cachekd.train import train
 from cachekd.vlm import (
     DeferredHead,

@@ -23,9 +23,9 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.recompress import recompress
 from cachekd.cache.sealed import _seal
 from cachekd.config import DumpConfig, read_config
+from cachekd.data.conversation import messages_from_turns
+from cachekd.data.records import TURN_FIELDS
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.conversation import messages_from_turns
-from cachekd.samples.records import TURN_FIELDS
 from cachekd.schemas import SCHEMAS
 from cachekd_cli.main import app
 

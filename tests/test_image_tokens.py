@@ -13,15 +13,15 @@ from tiny_families import FAMILIES
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import Sample, SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.data.conversation import messages_from_turns
+from cachekd.data.supervision import expand_images
 from cachekd.dump import dump
 from cachekd.errors import BadSample
 from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.paths import RUN_FILE
-from cachekd.samples import Sample, SampleEncoder, collate, open_samples, predicting_positions
-from cachekd.samples.conversation import messages_from_turns
-from cachekd.samples.supervision import expand_images
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.vlm import load_model, load_processor, logits_at
 

@@ -23,10 +23,10 @@ from tiny import (
     write_tar,
 )
 
+from cachekd.data import open_samples, sample_from_record
+from cachekd.data.images import open_image
+from cachekd.data.open import keys_hash
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import open_samples, sample_from_record
-from cachekd.samples.images import open_image
-from cachekd.samples.open import keys_hash
 
 # ---- errors
 

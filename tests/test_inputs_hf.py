@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from tiny import conversation, noise_image, plain_error, png_bytes, tiny_processor, write_llava_json
 
+from cachekd.data import SampleEncoder, open_samples, read_encoded
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import SampleEncoder, open_samples, read_encoded
 
 
 @pytest.fixture(autouse=True)

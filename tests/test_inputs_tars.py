@@ -23,8 +23,8 @@ from tiny import (
     write_tar,
 )
 
+from cachekd.data import SampleEncoder, open_samples, read_encoded
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import SampleEncoder, open_samples, read_encoded
 
 
 def spread(folder: Path, tars: int = 3) -> list[Path]:

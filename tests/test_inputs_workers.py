@@ -22,8 +22,8 @@ from tiny import (
     write_tar,
 )
 
+from cachekd.data import Encoded, SampleEncoder, open_samples, read_encoded, sample_from_record
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import Encoded, SampleEncoder, open_samples, read_encoded, sample_from_record
 
 
 def test_a_processor_or_template_that_raises_makes_a_bad_sample():

@@ -27,13 +27,7 @@ from typer.testing import CliRunner
 from cachekd import dump as stage_one
 from cachekd.cache import CodecSettings, LogitCache
 from cachekd.config import DataOptions, DumpConfig
-from cachekd.dump import dump
-from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.fingerprint import encoding_fingerprint
-from cachekd.pair import PairReport, Row, check_pair
-from cachekd.pair import check as check_module
-from cachekd.pair.data_rows import counts_of, lengths_of
-from cachekd.samples import (
+from cachekd.data import (
     Limits,
     SampleEncoder,
     collate,
@@ -42,6 +36,12 @@ from cachekd.samples import (
     rough_lengths,
     survey,
 )
+from cachekd.dump import dump
+from cachekd.errors import BadSample, CachekdError, LeftOut
+from cachekd.fingerprint import encoding_fingerprint
+from cachekd.pair import PairReport, Row, check_pair
+from cachekd.pair import check as check_module
+from cachekd.pair.data_rows import counts_of, lengths_of
 from cachekd.teacher import Answer, Teacher
 from cachekd.vlm import ModelFiles, limits_of, logits_at
 from cachekd_cli.main import app

@@ -31,13 +31,13 @@ from cachekd.cache.summarise import summarise
 from cachekd.cache.verify import verify_files
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
+from cachekd.data import open_samples
 from cachekd.dump_plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
 from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
-from cachekd.samples import open_samples
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
 from cachekd.vlm import load_config

@@ -14,9 +14,9 @@ from tiny import conversation, noise_image, png_bytes, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import SampleEncoder, open_samples, rough_lengths
 from cachekd.dump import dump
 from cachekd.errors import BadSample
-from cachekd.samples import SampleEncoder, open_samples, rough_lengths
 from cachekd.train import train
 
 KEYS = [f"s{number:03d}" for number in range(8)]

@@ -14,9 +14,9 @@ import pytest
 from caches import dump_cache
 
 from cachekd.config import EvalConfig, TrainConfig
+from cachekd.data import Limits
 from cachekd.evaluation.run import evaluate
 from cachekd.pair.check import check_pair
-from cachekd.samples import Limits
 from cachekd.train import train
 from cachekd.vlm import ModelFiles, file_hashes, model_files, processors
 from cachekd.vlm import load as loading

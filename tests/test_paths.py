@@ -11,11 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cachekd.config import Config, DataOptions, TrainConfig, read_config
+from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.paths import expanded, is_address, is_hub_data, is_path, takes_path, what_is_there
 from cachekd.pipeline import plan_steps, read_pipeline
 from cachekd.pipeline.inputs import data_content
-from cachekd.samples import open_samples
 from cachekd.vlm import load_config, load_processor, model_content
 from cachekd_cli.main import PANELS, app
 
@@ -228,7 +228,7 @@ def test_a_model_that_is_not_there_is_said_at_once(load, monkeypatch):
 
 
 def test_data_that_are_not_there_are_said_at_once(monkeypatch):
-    monkeypatch.setattr("cachekd.samples.hf_load.require_on_hub", None)
+    monkeypatch.setattr("cachekd.data.sources.hf_load.require_on_hub", None)
     Path("data/train").mkdir(parents=True)
     for name in ("data/trian", "data/trian?split=x"):
         assert not is_hub_data(name)
@@ -244,7 +244,7 @@ def test_names_of_the_hub_are_the_same_to_all_who_ask(name, monkeypatch):
     def asked(*_: Any) -> Any:
         raise CachekdError("the hub is asked")
 
-    monkeypatch.setattr("cachekd.samples.open._open_hugging_face", asked)
+    monkeypatch.setattr("cachekd.data.open._open_hugging_face", asked)
     assert is_hub_data(name)
     with pytest.raises(CachekdError, match="the hub is asked"):
         open_samples(name)

@@ -19,12 +19,12 @@ from tiny import noise_image, tiny_processor, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
+from cachekd.data import open_samples
+from cachekd.data.sample import message_text
 from cachekd.errors import CachekdError
 from cachekd.peek import PeekedSample, choose, peek
 from cachekd.peek_data import PeekedData, embedded
 from cachekd.peek_page import embedded_json, peek_page
-from cachekd.samples import open_samples
-from cachekd.samples.sample import message_text
 from cachekd.token_texts import TokenTexts, find_reader
 from cachekd.visible import visible
 from cachekd_cli.main import app

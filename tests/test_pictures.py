@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from tiny import noise_image, png_bytes
 from tiny_families import FAMILIES
 
+from cachekd.data.images import open_image
 from cachekd.errors import BadSample
-from cachekd.samples.images import open_image
 
 RNG = np.random.default_rng(0)
 SIZE = (6, 8)  # height, width

@@ -26,14 +26,14 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.merge import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import DataOptions, TrainConfig
+from cachekd.data import SampleEncoder, images, open_samples
+from cachekd.data.images import READING
+from cachekd.data.text_processor import TextProcessor
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.fingerprint import image_reading
 from cachekd.matching import check_sample
 from cachekd.recheck import recheck
-from cachekd.samples import SampleEncoder, images, open_samples
-from cachekd.samples.pixels import READING
-from cachekd.samples.text_processor import TextProcessor
 from cachekd.train import train
 from cachekd.vlm import load_processor
 from cachekd_cli.main import app

@@ -28,13 +28,13 @@ from cachekd.cache.sketch import read_sketch
 from cachekd.config import DataOptions
 from cachekd.config.base import read_yaml
 from cachekd.config.train import PARTS
+from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
-from cachekd.samples import open_samples
 from cachekd.vlm import model_content
 from cachekd_cli.main import app
 from cachekd_cli.run import runners

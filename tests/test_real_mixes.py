@@ -17,9 +17,9 @@ from tiny import noise_image, png_bytes, write_tar
 from typer.testing import CliRunner
 
 from cachekd.config import DataOptions
+from cachekd.data import open_samples
+from cachekd.data.sample import unique_keys
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import open_samples
-from cachekd.samples.keys import unique_keys
 from cachekd_cli.main import app
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]

@@ -20,14 +20,14 @@ from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
+from cachekd.data import Sample, SampleEncoder, open_samples, sample_from_record
+from cachekd.data.record_form import LlavaTurn, Message
+from cachekd.data.sample import is_supervised
+from cachekd.data.survey import outline_of_record
+from cachekd.data.turn_fields import SUPERVISION_FIELDS
 from cachekd.errors import BadSample
 from cachekd.evaluation.questions import questions_of
 from cachekd.export import export_webdataset
-from cachekd.samples import Sample, SampleEncoder, open_samples, sample_from_record
-from cachekd.samples.outline import outline_of_record
-from cachekd.samples.record_form import LlavaTurn, Message
-from cachekd.samples.sample import is_supervised
-from cachekd.samples.turn_fields import SUPERVISION_FIELDS
 from cachekd_cli.main import app
 
 PICTURES = [noise_image(seed) for seed in range(4)]

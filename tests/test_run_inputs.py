@@ -17,9 +17,9 @@ from cachekd.bind import Binding, bind
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.compare import identity
 from cachekd.config import TrainConfig
+from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.run_folder import STARTED_FILE
-from cachekd.samples import open_samples
 from cachekd.train import train
 
 

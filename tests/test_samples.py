@@ -22,8 +22,8 @@ from tiny import (
     write_tar,
 )
 
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 
 TEMPLATES = {"marked": MARKED_TEMPLATE, "plain": PLAIN_TEMPLATE}
 

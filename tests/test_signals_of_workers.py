@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cachekd.worker_loader import WorkerLoader
+from cachekd.data.loader import WorkerLoader
 
 SLOW_STARTS = [pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver")]
 

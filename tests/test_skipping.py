@@ -20,17 +20,17 @@ from typer.testing import CliRunner
 from cachekd.bind import bind
 from cachekd.cache import LogitCache
 from cachekd.config import DataOptions, TrainConfig
+from cachekd.data import Limits, SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
 from cachekd.evaluation.questions import questions_of
-from cachekd.left_out import BadSamples, LeftOutSamples
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.open_run import open_run
 from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder
-from cachekd.samples import Limits, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.training_data import TrainingSamples

@@ -18,11 +18,11 @@ from torch.utils.data import BatchSampler
 
 from cachekd import data_wait
 from cachekd.config import TrainConfig
+from cachekd.data import SampleEncoder, open_samples, rough_lengths
 from cachekd.data_wait import DataWait
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
 from cachekd.sample_order import LengthGroups, RandomOrder
-from cachekd.samples import SampleEncoder, open_samples, rough_lengths
 from cachekd.train import last_terms, make_trainer, train
 from cachekd.training_arguments import default_workers
 
@@ -198,7 +198,7 @@ def test_rough_lengths_open_a_few_images_and_are_near_the_true_ones(forms, form,
     samples, encoder = open_samples(forms[form]), SampleEncoder(tiny_processor())
     true = torch.tensor([len(encoder(samples[index])) for index in range(len(samples))])
     opened = []
-    import cachekd.samples.records as records
+    import cachekd.data.records as records
 
     real = records.open_image
     monkeypatch.setattr(records, "open_image", lambda *a, **k: opened.append(1) or real(*a, **k))

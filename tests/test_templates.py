@@ -13,10 +13,10 @@ from templates import SHAPES, Pairs, Pieces, Shape, shape_processor
 from tiny import noise_image
 from tokenizers import AddedToken
 
+from cachekd.data import Sample, SampleEncoder
+from cachekd.data.conversation import messages_from_turns
+from cachekd.data.text_processor import TextProcessor
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import Sample, SampleEncoder
-from cachekd.samples.conversation import messages_from_turns
-from cachekd.samples.text_processor import TextProcessor
 
 PAIRS: Pairs = [
     ("what is the color?", "red"),

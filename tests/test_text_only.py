@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.dump import dump, estimate_dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.vlm import load_model, load_processor, logits_at

@@ -22,8 +22,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.samples import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.vlm import load_config, load_model, load_processor, logits_at, prove_split
 from cachekd.vlm.tinyllava import convert_tinyllava
 from cachekd_cli.main import app

@@ -10,10 +10,10 @@ from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cachekd.config import TrainConfig
+from cachekd.data import predicting_positions
 from cachekd.errors import CachekdError
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.paths import RUN_FILE
-from cachekd.samples import predicting_positions
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.vlm import capture_vision, load_model, load_processor, logits_at
 

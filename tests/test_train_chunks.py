@@ -9,10 +9,10 @@ import torch
 from tiny import noise_image, tiny_processor, tiny_vlm
 from torch import Tensor
 
+from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.losses.chunked import CHUNK_BYTES
 from cachekd.losses.targets import DenseTargets, LiveTargets
-from cachekd.samples import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.vlm import DeferredHead, logits_at
 
 TOKENS, WIDTH, VOCAB, PADDED = 23, 12, 150, 160

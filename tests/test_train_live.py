@@ -17,10 +17,10 @@ from transformers import CLIPImageProcessor
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import SampleEncoder, open_samples, predicting_positions
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
-from cachekd.samples import SampleEncoder, open_samples, predicting_positions
 from cachekd.train import collate_with_targets, make_trainer
 from cachekd.vlm import load_model, load_processor, logits_at
 

@@ -21,12 +21,12 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig, read_config
 from cachekd.config.train import FREE_SETTINGS
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
-from cachekd.samples import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.training_arguments import SwitchKDTrainingArguments

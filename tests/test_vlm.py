@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import noise_image, save_vlm, tiny_processor, tiny_vlm
 
+from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.samples import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.vlm import (
     SwitchedTeacher,
     capture_vision,

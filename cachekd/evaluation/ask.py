@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cachekd.config.data import OnError
-from cachekd.data_health import DataHealth
+from cachekd.data import Samples, read_encoded
+from cachekd.data.left_out import BadSamples, DataHealth, may_be_left_out
+from cachekd.data.loader import prefetched
 from cachekd.errors import BadSample
 from cachekd.evaluation.forward import Answered, Question, QuestionRunner
 from cachekd.evaluation.questions import AskedSample, QuestionEncoder
-from cachekd.left_out import BadSamples, may_be_left_out
-from cachekd.prefetch import prefetched
-from cachekd.samples import Samples, read_encoded
 
 BATCHES_PER_SORT = 8  # questions are sorted by length within so many batches: then padding is rare
 MOST_WAITING = 2**28  # bytes of their inputs

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache.output_head import OutputHead
+from cachekd.data import Encoded, SampleEncoder, collate
+from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.reference import Reference
 from cachekd.failures import failed_forward, free_memory, memory_that_ran_out, together_or_each
 from cachekd.losses import forward_kl_loss
-from cachekd.samples import Encoded, SampleEncoder, collate
-from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import hidden_and_logits_at, output_head, vocabulary_of
 
 log = logging.getLogger(__name__)

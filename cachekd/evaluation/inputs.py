@@ -8,13 +8,13 @@ from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.config import EvalConfig
 from cachekd.config.data import ROW_NUMBERS
-from cachekd.data_health import first_good
+from cachekd.data import SampleEncoder, Samples, open_samples
+from cachekd.data.left_out import first_good
 from cachekd.errors import CachekdError
 from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import QuestionEncoder
 from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.missing import missing_samples
-from cachekd.samples import SampleEncoder, Samples, open_samples
 from cachekd.vlm import ModelFiles, limits_of, tokenizer_difference
 
 Progress = Callable[[str, int, int, int], None]

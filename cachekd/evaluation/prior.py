@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from cachekd.config.data import OnError
+from cachekd.data import Samples
+from cachekd.data.left_out import may_be_left_out
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation.questions import one_line, question_type
-from cachekd.left_out import may_be_left_out
-from cachekd.samples import Samples
 
 
 class AnswerPrior:

@@ -10,9 +10,9 @@ from PIL import Image, ImageStat
 from torch import Tensor
 
 from cachekd.config.fields import History
+from cachekd.data import Encoded, Sample, SampleEncoder, Samples
+from cachekd.data.sample import is_supervised, message_text
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples import Encoded, Sample, SampleEncoder, Samples
-from cachekd.samples.sample import is_supervised, message_text
 
 Message = dict[str, Any]
 

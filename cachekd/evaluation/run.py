@@ -16,6 +16,8 @@ from itertools import islice
 from typing import Any
 
 from cachekd.config import EvalConfig
+from cachekd.data import Samples, open_samples
+from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.evaluation.ask import Answers, ask
 from cachekd.evaluation.forward import QuestionRunner
@@ -25,8 +27,6 @@ from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
 from cachekd.failures import free_memory
-from cachekd.left_out import BadSamples, LeftOutSamples
-from cachekd.samples import Samples, open_samples
 from cachekd.vlm import ModelFiles, default_device, dtype_of
 
 Found = dict[str, Answers]  # by a sample's key

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from cachekd.data.left_out import LeftOutSamples
 from cachekd.evaluation.bootstrap import paired_intervals
-from cachekd.left_out import LeftOutSamples
 
 MAX_TYPES = 12  # of questions in a table: data sets have hundreds
 

@@ -14,10 +14,10 @@ import numpy as np
 from cachekd.atomic import cannot_write, commit
 from cachekd.cache import LogitCache
 from cachekd.cache.sparse import SparseTargets, require_top_k
+from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
 from cachekd.export.facts import FACTS_FILE, facts_of
 from cachekd.lock import staged_folder
-from cachekd.samples import Sample, Samples
 
 TARGETS = "targets.npz"
 Member = tuple[str, bytes]
@@ -36,7 +36,7 @@ def export_webdataset(
     A sample has `NAME.png` (or `NAME.0.png`, `NAME.1.png`, ...; lossless, as the teacher saw them),
     `NAME.json` with `id`, `messages` and, if there are some, `tools`, and `NAME.targets.npz` with the arrays
     of `SparseTargets`, which `np.load(..., allow_pickle=False)` reads. NAME is the sample's key, with what
-    WebDataset would take for an extension or a path percent-encoded. `cachekd.samples.open_samples` reads the
+    WebDataset would take for an extension or a path percent-encoded. `cachekd.data.open_samples` reads the
     tars as data.
 
     Args:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from cachekd.config import Data, DataOptions
-from cachekd.data_health import attempts
+from cachekd.data import Encoded, Samples, open_samples, survey
+from cachekd.data.left_out import attempts
+from cachekd.data.sample import SamplesView
+from cachekd.data.sources.urls import is_remote
 from cachekd.errors import BadSample
 from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
 from cachekd.pair.preview import Run, preview
@@ -27,9 +30,6 @@ from cachekd.pair.rows import (
     vocabulary_row,
 )
 from cachekd.pair.size import Sizes, sizes_of
-from cachekd.samples import Encoded, Samples, open_samples, survey
-from cachekd.samples.tar_urls import is_remote
-from cachekd.samples.view import SamplesView
 from cachekd.vlm import ModelFiles, default_device, default_dtype, limits_of
 
 _SHOWN = 16  # bad samples, a row each

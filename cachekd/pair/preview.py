@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from cachekd.samples import Encoded
+from cachekd.data import Encoded
 
 Kind = Literal["image", "context", "supervised"]
 

@@ -13,12 +13,12 @@ import torch
 from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
 from cachekd.config import DataOptions
+from cachekd.data import Encoded, Limits, Samples, collate
+from cachekd.data.limits import NO_ROW
+from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import encoding_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
-from cachekd.samples import Encoded, Limits, Samples, collate
-from cachekd.samples.limits import NO_ROW
-from cachekd.samples.model_inputs import ModelInputs
 from cachekd.vlm import (
     ModelFiles,
     check_switch,

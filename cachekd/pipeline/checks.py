@@ -18,6 +18,9 @@ from fsspec.core import url_to_fs
 from cachekd.bind import Binding
 from cachekd.cache import LogitCache
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
+from cachekd.data import Samples, open_samples
+from cachekd.data.map_function import load_map
+from cachekd.data.sources.urls import find_tars, is_remote, is_tar, named_errors
 from cachekd.dump_plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluation.inputs import open_cache as open_asked_cache
@@ -32,9 +35,6 @@ from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
-from cachekd.samples import Samples, open_samples
-from cachekd.samples.map_function import load_map
-from cachekd.samples.tar_urls import find_tars, is_remote, is_tar, named_errors
 from cachekd.validation.data import require_same_teacher
 from cachekd.vlm import ModelFiles
 
@@ -226,6 +226,6 @@ def _require_data(data: DataOptions) -> None:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             open_samples(data)  # what was downloaded before
         else:
-            from cachekd.samples.hf_load import HfSpec, require_on_hub
+            from cachekd.data.sources.hf_load import HfSpec, require_on_hub
 
             require_on_hub(HfSpec.parse(*split_query(spec)))

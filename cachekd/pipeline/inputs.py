@@ -12,10 +12,10 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from cachekd.config import DataOptions
+from cachekd.data import open_samples
+from cachekd.data.open import content_hash, keys_hash
+from cachekd.data.sources.urls import find_tars, is_remote, is_tar
 from cachekd.paths import is_hub_data, split_query
-from cachekd.samples import open_samples
-from cachekd.samples.open import content_hash, keys_hash
-from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
 
 
 class Known(BaseModel):

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.batch import Batch
+from cachekd.data import SampleEncoder
+from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
 from cachekd.losses.terms import TERMS
-from cachekd.samples import SampleEncoder
 from cachekd.training_arguments import ACCURACY
 from cachekd.training_data import Feed, TrainingSamples
 from cachekd.validation.data import HeldOut
 from cachekd.vlm.steady import in_eval_mode
-from cachekd.worker_loader import WorkerLoader
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer

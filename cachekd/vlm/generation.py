@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from cachekd.atomic import commit
-from cachekd.samples import SampleEncoder
+from cachekd.data import SampleEncoder
 from cachekd.vlm.gguf import is_gguf
 
 

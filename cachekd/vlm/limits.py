@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cachekd.config.data import TooLong
-from cachekd.samples.limits import MAX_TOKENS, Limits
+from cachekd.data.limits import MAX_TOKENS, Limits
 
 # transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
 # the scaled one; a model without positions (Bloom, Mamba) has none.

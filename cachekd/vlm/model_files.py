@@ -11,6 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from cachekd.cache import Fingerprints
+from cachekd.data import Limits, SampleEncoder
+from cachekd.data.limits import NO_LIMITS
+from cachekd.data.processor import Processor
 from cachekd.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
@@ -19,9 +22,6 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.samples import Limits, SampleEncoder
-from cachekd.samples.limits import NO_LIMITS
-from cachekd.samples.processor import Processor
 from cachekd.vlm.families import TEXT_ONLY, family_of
 from cachekd.vlm.file_hashes import hash_files
 from cachekd.vlm.load import load_config, load_model

@@ -13,9 +13,9 @@ from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from cachekd.data.processor import Processor
+from cachekd.data.text_processor import TextProcessor
 from cachekd.errors import CachekdError
-from cachekd.samples.processor import Processor
-from cachekd.samples.text_processor import TextProcessor
 from cachekd.vlm.families import TEXT_ONLY, family_of
 from cachekd.vlm.gguf import source
 from cachekd.vlm.load import load_config

@@ -54,7 +54,7 @@ def bind_command(
     """
     from cachekd.atomic import require_place
     from cachekd.bind import bind, open_bound
-    from cachekd.samples import open_samples
+    from cachekd.data import open_samples
 
     quiet_libraries()
     if out is not None:

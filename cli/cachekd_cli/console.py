@@ -26,7 +26,7 @@ from rich.text import Text
 from cachekd.errors import CachekdError
 
 if TYPE_CHECKING:
-    from cachekd.left_out import LeftOutSamples
+    from cachekd.data.left_out import LeftOutSamples
 
 
 SHOWN = 5  # of the samples that a table is about

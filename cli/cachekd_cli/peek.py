@@ -22,9 +22,9 @@ from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
+    from cachekd.data import Sample
     from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
     from cachekd.peek_data import PeekedData
-    from cachekd.samples import Sample
     from cachekd.token_texts import TokenReader
 
 
@@ -111,9 +111,9 @@ def open_data(
     cache: LogitCache, data: DataOptions, reader: TokenReader, *, bound: bool = False
 ) -> PeekedData:
     """The data set, by key."""
+    from cachekd.data import open_samples
+    from cachekd.data.dumped import as_dumped
     from cachekd.peek_data import PeekedData
-    from cachekd.samples import open_samples
-    from cachekd.samples.dumped import as_dumped
 
     dumped = cache.manifest.sources[0].data
     samples = open_samples(as_dumped(data, dumped, str(cache.path), bound=bound))

@@ -25,8 +25,8 @@ from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
     from cachekd.cache import Finding, Manifest
+    from cachekd.data import Samples
     from cachekd.recheck import Recheck
-    from cachekd.samples import Samples
     from cachekd.teacher import Teacher
 
 
@@ -118,9 +118,9 @@ def ask_again(
 ) -> Recheck:
     """Run some samples again behind a progress bar."""
     from cachekd.bind import open_bound
+    from cachekd.data import open_samples
+    from cachekd.data.dumped import as_dumped
     from cachekd.recheck import recheck
-    from cachekd.samples import open_samples
-    from cachekd.samples.dumped import as_dumped
 
     opened = open_bound(cache, binding)
     options = as_dumped(data, opened.manifest.sources[0].data, str(cache), bound=binding is not None)

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from cachekd.data.chat_template import ChatTemplate
+from cachekd.data.limits import NO_LIMITS, Limits
+from cachekd.data.processor import Processor
+from cachekd.data.sample import Sample
+from cachekd.data.supervision import LAYOUT, answer_numbers, expand_images, suffix_inputs, takes_suffix
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.chat_template import ChatTemplate
-from cachekd.samples.limits import NO_LIMITS, Limits
-from cachekd.samples.processor import Processor
-from cachekd.samples.sample import Sample
-from cachekd.samples.suffix import LAYOUT, suffix_inputs, takes_suffix
-from cachekd.samples.supervision import answer_numbers, expand_images
 
 
 @dataclass(frozen=True)

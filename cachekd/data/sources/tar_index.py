@@ -19,9 +19,9 @@ from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
+from cachekd.data.sample import require_text
+from cachekd.data.sources.urls import named_errors
 from cachekd.errors import CachekdError
-from cachekd.samples.keys import require_text
-from cachekd.samples.tar_urls import named_errors
 
 _CHUNK = 1 << 16
 # What people's tars hold besides data: a Mac's ._x and .DS_Store, Windows' own, and what is there to be read.

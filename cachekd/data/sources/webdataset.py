@@ -11,14 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cachekd.config.data import ROW_NUMBERS
+from cachekd.data.conversation import first_given
+from cachekd.data.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
+from cachekd.data.records import RecordReader
+from cachekd.data.sample import DataNotes, Outline, Sample, sample_place
+from cachekd.data.sources.tar_index import index_tars
 from cachekd.errors import BadSample
-from cachekd.samples.conversation import first_given
-from cachekd.samples.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
-from cachekd.samples.outline import Outline
-from cachekd.samples.protocol import DataNotes
-from cachekd.samples.record_reader import RecordReader
-from cachekd.samples.sample import Sample, sample_place
-from cachekd.samples.tar_index import index_tars
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _IMAGE = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_EXTENSIONS)})")

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS
+from cachekd.data.turn_fields import IMAGES_BESIDE, MEDIA_FIX, is_given
 from cachekd.errors import BadSample
-from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
-from cachekd.samples.turn_fields import IMAGES_BESIDE, MEDIA_FIX, is_given
 
 IMAGE_FIELDS = ("image", "images")
 # The usual ones first: messages name these.

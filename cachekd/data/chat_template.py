@@ -11,11 +11,11 @@ from itertools import compress
 
 from jinja2 import TemplateError
 
+from cachekd.data.processor import Processor
+from cachekd.data.render import NO_TOOL_TURNS, PROBE, Messages, Renderer, Span, find_answers
+from cachekd.data.sample import Sample, is_supervised, message_text
+from cachekd.data.turn_fields import KEPT_FIELDS
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.processor import Processor
-from cachekd.samples.render import NO_TOOL_TURNS, PROBE, Messages, Renderer, Span, find_answers
-from cachekd.samples.sample import Sample, is_supervised, message_text
-from cachekd.samples.turn_fields import KEPT_FIELDS
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from PIL import Image
 from torch import Tensor
 
+from cachekd.data.encode import SampleEncoder
+from cachekd.data.render import Messages
+from cachekd.data.sample import Sample
+from cachekd.data.supervision import takes_suffix
 from cachekd.errors import CachekdError
-from cachekd.samples.encode import SampleEncoder
-from cachekd.samples.render import Messages
-from cachekd.samples.sample import Sample
-from cachekd.samples.suffix import takes_suffix
 
 # Never to be changed: caches hold a fingerprint of what became of it.
 CONVERSATION: Messages = tuple(

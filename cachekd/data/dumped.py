@@ -6,7 +6,7 @@ from typing import Any
 
 from cachekd.cache.manifest import DataInfo
 from cachekd.config import DataOptions
-from cachekd.samples.map_function import require_map
+from cachekd.data.map_function import require_map
 
 # Which sample a record becomes, under which key, with which tokens; not how many of them.
 _LENGTHS = ("max_tokens", "too_long")

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from cachekd.data.sample import is_supervised, message_text
+from cachekd.data.turn_fields import message_fields, refuse_fields
 from cachekd.errors import BadSample
-from cachekd.samples.sample import is_supervised, message_text
-from cachekd.samples.turn_fields import message_fields, refuse_fields
 
 TURN_FIELDS = ("conversations", "messages")
 SYSTEM_FIELDS = ("system", "system_prompt")

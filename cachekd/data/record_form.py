@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cachekd.samples.turn_fields import MEDIA_FIELDS, REFUSED_FIELDS
+from cachekd.data.turn_fields import MEDIA_FIELDS, REFUSED_FIELDS
 
 Role = Literal["human", "user", "gpt", "assistant", "system", "tool", "observation"]
 YesOrNo = bool | Literal[0, 1] | None

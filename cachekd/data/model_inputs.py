@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cachekd.samples.encode import predicting_positions
+from cachekd.data.encode import predicting_positions
 
 
 @dataclass(frozen=True)

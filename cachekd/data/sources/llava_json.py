@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cachekd.data.conversation import TURN_FIELDS
+from cachekd.data.records import RecordReader
+from cachekd.data.sample import DataNotes, Outline, Sample
 from cachekd.errors import CachekdError
-from cachekd.samples.conversation import TURN_FIELDS
-from cachekd.samples.outline import Outline
-from cachekd.samples.protocol import DataNotes
-from cachekd.samples.record_reader import RecordReader
-from cachekd.samples.sample import Sample
 
 _FORM = 'a list of {"id", "image", "conversations"} objects, or such an object a line'
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from cachekd.data.processor import Processor
+from cachekd.data.sample import message_text
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.processor import Processor
-from cachekd.samples.sample import message_text
 
 Span = tuple[int, int]  # characters [start, end)
 Messages = Sequence[dict[str, Any]]

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from cachekd.config.data import TooLong
+from cachekd.data.sample import Sample
 from cachekd.errors import BadSample, LeftOut
-from cachekd.samples.sample import Sample
 
 MAX_TOKENS = "--max-tokens"
 TOO_LONG = "the sample is too long"  # as a reason begins

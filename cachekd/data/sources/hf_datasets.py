@@ -11,14 +11,13 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from cachekd.config.data import ROW_NUMBERS
+from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS
+from cachekd.data.image_fields import IMAGE_FIELDS, pictures_of
+from cachekd.data.records import KEY_FIELDS, RecordReader
+from cachekd.data.sample import DataNotes, Outline, Sample
+from cachekd.data.sources.hf_load import HfSpec, load_split
+from cachekd.data.survey import outline_of_record
 from cachekd.errors import CachekdError
-from cachekd.samples.conversation import SYSTEM_FIELDS, TURN_FIELDS
-from cachekd.samples.hf_load import HfSpec, load_split
-from cachekd.samples.image_fields import IMAGE_FIELDS, pictures_of
-from cachekd.samples.outline import Outline, outline_of_record
-from cachekd.samples.protocol import DataNotes
-from cachekd.samples.record_reader import KEY_FIELDS, RecordReader
-from cachekd.samples.sample import Sample
 
 _TEXTS = (*TURN_FIELDS, *SYSTEM_FIELDS, "tools")
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cachekd.data.sample import sample_place
 from cachekd.errors import BadSample, CachekdError
-from cachekd.samples.sample import sample_place
 
 
 @dataclass(frozen=True)

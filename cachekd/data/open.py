@@ -1,22 +1,42 @@
-"""Open a data set by what it is called."""
+"""Open a data set by its name, of whatever kind it is."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cachekd.config import Data, DataOptions
+from cachekd.data.records import RecordReader
+from cachekd.data.sample import Samples, SamplesView
+from cachekd.data.sources.llava_json import LlavaJsonSamples
+from cachekd.data.sources.urls import find_tars, is_remote, is_tar
+from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, split_query, what_is_there
-from cachekd.samples.llava_json import LlavaJsonSamples
-from cachekd.samples.nearby import data_in, likeliest
-from cachekd.samples.protocol import Samples
-from cachekd.samples.record_reader import RecordReader
-from cachekd.samples.tar_urls import find_tars, is_remote, is_tar
-from cachekd.samples.view import SamplesView
-from cachekd.samples.web_dataset import WebDatasetSamples
+
+_KINDS = (".json", ".jsonl", ".tar", ".parquet")
+_DEPTH = ("*", "*/*", "*/*/*")
+_MOST = 1_000  # entries of a folder that are looked at
+
+
+def data_in(path: Path) -> Path | None:
+    """A data set somewhere in a folder that is none itself; None if there is none."""
+    for pattern in _DEPTH if path.is_dir() else ():
+        found = [file for file in islice(path.glob(pattern), _MOST) if file.suffix in _KINDS]
+        if found:
+            best = likeliest(found, path.name)
+            return best if best.suffix in (".json", ".jsonl") else best.parent
+    return None
+
+
+def likeliest(files: Sequence[Path], name: str) -> Path:
+    """The one that is called as the folder is, or train; else the first."""
+    return min(files, key=lambda file: (file.stem != name, file.stem != "train", str(file)))
+
 
 FORMS = (
     "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
@@ -120,8 +140,8 @@ def _has_tables(path: Path, tars: list[str]) -> bool:
 
 def _open_hugging_face(name: str, query: str, reader: RecordReader) -> Samples:
     # Here, because importing `datasets` takes seconds that the other forms need not wait for.
-    from cachekd.samples.hf_dataset import HfDatasetSamples
-    from cachekd.samples.hf_load import HfSpec
+    from cachekd.data.sources.hf_datasets import HfDatasetSamples
+    from cachekd.data.sources.hf_load import HfSpec
 
     return HfDatasetSamples(HfSpec.parse(name, query), reader)
 

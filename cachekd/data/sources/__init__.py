@@ -1,0 +1,1 @@
+"""Each kind of data set, by the same protocol."""
