@@ -48,11 +48,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from cachekd.cache import CachedTargets
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.output_head import OutputHead
-from cachekd.cache.records import TailStates
-from cachekd.cache.select import select_and_normalise
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.sparse_logits import TailStates
+from cachekd.cache.tail.encoder import OutputHead
+from cachekd.cache.tail.fit import fit_sketch
+from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.topk import select_and_normalise
 from cachekd.data import predicting_positions
 from cachekd.training_data import Example
 from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model

@@ -38,7 +38,7 @@ from small_vlm import (
 from transformers import LlavaForConditionalGeneration
 
 from cachekd.cache import CachedTargets
-from cachekd.cache.select import select_topk
+from cachekd.cache.topk import select_topk
 from cachekd.data import Encoded, predicting_positions
 from cachekd.lean import recompute_frozen_layers
 from cachekd.training_arguments import CHECKPOINTING

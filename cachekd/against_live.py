@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cachekd.cache import CachedTargets, CodecSettings, SketchTail, TailStates, UniformTail
 from cachekd.cache.codec import TAIL_STEP
-from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.tail.encoder import SketchEncoder
+from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 
 
 def value_bound(codec: CodecSettings, tolerance: float, cuts: int = 0) -> float:

@@ -22,7 +22,7 @@ from cachekd.atomic import write_file
 from cachekd.cache import LogitCache
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.sealed import MOST_VALUES, Sealed
-from cachekd.cache.shard_outline import read_identities
+from cachekd.cache.shard import read_identities
 from cachekd.data import Sample, Samples, read_encoded
 from cachekd.data.left_out import reason_of
 from cachekd.errors import BadSample, CachekdError

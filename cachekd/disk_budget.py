@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cachekd.cache import CodecSettings, TailSetting
-from cachekd.cache.select import default_top_p
+from cachekd.cache.topk import default_top_p
 from cachekd.dump_estimate import Estimate
 from cachekd.errors import CachekdError
 

@@ -16,7 +16,7 @@ from cachekd.atomic import require_room_for
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
 from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
 from cachekd.cache.plan import DumpPlan, ShardRecord
-from cachekd.cache.sketch import SKETCH_FILE
+from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import first_good

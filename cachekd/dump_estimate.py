@@ -10,7 +10,7 @@ import torch
 
 from cachekd.cache import CodecSettings, TailSetting, TokenTargets
 from cachekd.cache.shard import make_shard, pack_shard
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data.spread import evenly
 from cachekd.pilot import Pilot
 from cachekd.teacher import Teacher

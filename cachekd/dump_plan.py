@@ -11,7 +11,7 @@ from typing import Any
 from cachekd.atomic import free_space
 from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
 from cachekd.cache.compare import facts, require_same
-from cachekd.cache.select import default_top_p
+from cachekd.cache.topk import default_top_p
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples
 from cachekd.data.images import READING

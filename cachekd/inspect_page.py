@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib
 
+from cachekd.cache.overview import Bar, entropy_bars, fingerprints, headline, measured_at, origin, part_bars
 from cachekd.cache.summary import CacheSummary
-from cachekd.describe import Bar, entropy_bars, fingerprints, headline, measured_at, origin, part_bars
 from cachekd.plots import COLORS, RUN_COLORS, STYLE, count_in_whole, k_plot, page_environment, panel, svg
 
 _COLOR = COLORS[RUN_COLORS[0]]

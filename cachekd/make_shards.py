@@ -10,7 +10,7 @@ from cachekd.cache.build import CacheBuild
 from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import DumpPlan, ShardRecord
 from cachekd.cache.shard_writer import ShardWriter
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data import Encoded, Samples
 from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
 from cachekd.data.loader import prefetched, read_encoded

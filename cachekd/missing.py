@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cachekd.cache import DataInfo, LogitCache
-from cachekd.cache.skipped import read_skipped
+from cachekd.cache.plan import read_skipped
 from cachekd.config import DataOptions
 from cachekd.data import Samples
 from cachekd.data.limits import TOO_LONG

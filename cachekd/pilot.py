@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cachekd.cache import CodecSettings, DumpPlan, Geometry, TailSetting, TailStates, TokenTargets
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.tail.encoder import SketchEncoder
+from cachekd.cache.tail.fit import fit_sketch
 from cachekd.data import Encoded, Samples
 from cachekd.data.loader import read_encoded
 from cachekd.data.spread import evenly, spread

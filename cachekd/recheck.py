@@ -14,7 +14,7 @@ from cachekd.cache import LogitCache, TailStates
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.manifest import Header
 from cachekd.cache.recompress import cuts
-from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
 from cachekd.data import Encoded, Samples
 from cachekd.errors import BadSample, CachekdError
 from cachekd.fingerprint import reads_images_otherwise

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
-from cachekd.cache.select import select_and_normalise
+from cachekd.cache.topk import select_and_normalise
 from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from cachekd.cache.array_rules import ArrayRule
-from cachekd.cache.shard_codes import RULES, SKETCH_RULES
-from cachekd.cache.sketch import RULES as TAIL_RULES
-from cachekd.cache.sketch_encoder import RULES as ENCODER_RULES
+from cachekd.cache.shard import RULES, SKETCH_RULES
+from cachekd.cache.tail.encoder import RULES as ENCODER_RULES
+from cachekd.cache.tail.sketch import RULES as TAIL_RULES
 
 Arrays = dict[str, np.ndarray]
 Edit = Callable[[Arrays], Any]

@@ -13,9 +13,9 @@ from tiny import save_vlm, tiny_processor
 from tiny_families import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
-from cachekd import describe
 from cachekd.cache import LogitCache, Manifest
-from cachekd.cache.merge import merge_caches
+from cachekd.cache import overview as describe
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, encode, open_samples

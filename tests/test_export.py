@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from cachekd import CachedLogits
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest
+from cachekd.cache.reader import SparseTargets
 from cachekd.cache.recompress import recompress
-from cachekd.cache.sparse import SparseTargets
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset

@@ -25,8 +25,8 @@ from numcodecs.checksum32 import CRC32C
 from pcodec import ChunkConfig, standalone
 from test_cache import GOLDEN, ROOT
 
-from cachekd.cache.arrays import pack_arrays, read_arrays
-from cachekd.cache.shard_codes import pack_codes, read_codes
+from cachekd.cache.container import pack_arrays, read_arrays
+from cachekd.cache.shard import pack_codes, read_codes
 
 SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
 BLOWN_UP = 20  # times the decoded arrays: what reading takes at the most, in passing
@@ -189,8 +189,8 @@ def recoded(folder: Path, change: Callable[[dict[str, np.ndarray]], None], **cou
 
 def other_sketch(name: str, value: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        from cachekd.cache.sketch import SKETCH_FORMAT
-        from cachekd.cache.sketch_encoder import read_encoder
+        from cachekd.cache.tail.encoder import read_encoder
+        from cachekd.cache.tail.sketch import SKETCH_FORMAT
 
         encoder = read_encoder(folder / "sketch.zarr.zip")
         arrays = {**encoder.sketch.arrays(), "analysis": encoder.analysis.numpy()}
@@ -584,7 +584,10 @@ def test_the_check_itself_sees_what_it_looks_for(tmp_path):
 
 def test_the_security_note_says_what_the_code_does():
     note = (ROOT / "docs" / "security.md").read_text()
-    from cachekd.cache import array_metadata, arrays, sealed, skipped
+    from cachekd.cache import container as array_metadata
+    from cachekd.cache import container as arrays
+    from cachekd.cache import plan as skipped
+    from cachekd.cache import sealed
 
     for value in (
         f"{array_metadata._FREE >> 20} MiB + {array_metadata._MOST_RATIO:,} times",

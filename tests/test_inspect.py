@@ -15,13 +15,20 @@ from caches import copied, dump_cache, flip, reseal, write_data
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest
-from cachekd.cache.entropy import entropy, entropy_bounds, spread
-from cachekd.cache.merge import merge_caches
-from cachekd.cache.parts import bytes_by_part
+from cachekd.cache.derive import merge_caches
+from cachekd.cache.overview import Bar, k_bars, lineage
 from cachekd.cache.recompress import recompress
-from cachekd.cache.summarise import summarise
-from cachekd.cache.summary import Answers, CacheSummary, Entropy, ShardSummary
-from cachekd.describe import Bar, k_bars, lineage
+from cachekd.cache.summary import (
+    Answers,
+    CacheSummary,
+    Entropy,
+    ShardSummary,
+    bytes_by_part,
+    entropy,
+    entropy_bounds,
+    spread,
+    summarise,
+)
 from cachekd.errors import CachekdError
 from cachekd.inspect_page import inspect_page
 from cachekd.peek import Alternative, PeekedSample, PeekedToken
@@ -139,7 +146,7 @@ def test_entropy_at_some_tokens_is_of_evenly_spread_ones(caches):
 
 
 def test_one_shard_is_in_memory_at_a_time(caches, monkeypatch):
-    import cachekd.cache.summarise as module
+    import cachekd.cache.summary as module
 
     read, alive = module.listed_shard, []
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, sealed, verify_files
-from cachekd.cache.merge import merge_caches
+from cachekd.cache.build import dump_status
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.plan import Plan, ShardRecord
 from cachekd.cache.repair import repair
-from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError

@@ -16,12 +16,11 @@ from tiny import save_vlm, tiny_processor
 from typer.testing import CliRunner
 
 from cachekd.cache import CachedTargets, LogitCache, LogitCacheWriter, Manifest, verify_files
-from cachekd.cache.derive import link
-from cachekd.cache.merge import merge_caches
-from cachekd.cache.mixed import MixedTail, join_sketch_tails
-from cachekd.cache.sketch import SketchTail
-from cachekd.cache.skipped import read_skipped
+from cachekd.cache.derive import link, merge_caches
+from cachekd.cache.plan import read_skipped
 from cachekd.cache.subset import select_samples
+from cachekd.cache.tail.sketch import SketchTail
+from cachekd.cache.targets import MixedTail, join_sketch_tails
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss

@@ -20,14 +20,15 @@ from pydantic import ByteSize
 from tiny import write_llava_json
 from typer.testing import CliRunner
 
-from cachekd import DenseTargets, describe, losses
+from cachekd import DenseTargets, losses
 from cachekd.cache import LogitCache, Manifest, select_topk
+from cachekd.cache import overview as describe
+from cachekd.cache.build import dump_status
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.manifest import Geometry
-from cachekd.cache.merge import merge_caches
 from cachekd.cache.recompress import recompress
-from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
-from cachekd.cache.summarise import summarise
+from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT

@@ -21,9 +21,10 @@ from tiny import (
 )
 from typer.testing import CliRunner
 
-from cachekd import describe, fingerprint
+from cachekd import fingerprint
 from cachekd.cache import LogitCache, Manifest
-from cachekd.cache.merge import merge_caches
+from cachekd.cache import overview as describe
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import SampleEncoder, images, open_samples

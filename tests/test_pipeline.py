@@ -24,7 +24,7 @@ from launch import Command
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
-from cachekd.cache.sketch import read_sketch
+from cachekd.cache.tail.sketch import read_sketch
 from cachekd.config import DataOptions
 from cachekd.config.base import read_yaml
 from cachekd.config.train import PARTS

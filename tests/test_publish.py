@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from cachekd.bind import open_bound
 from cachekd.cache import LogitCache, Manifest, verify_files
-from cachekd.cache.merge import merge_caches
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.sharing import local_folder, pull_cache, push_cache

@@ -29,16 +29,15 @@ from cachekd.cache import (
     select_topk,
     verify_files,
 )
-from cachekd.cache.arrays import read_arrays
-from cachekd.cache.coarsen import coarsen
 from cachekd.cache.codec import TAIL_STEP, decode_tail
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.merge import merge_caches
+from cachekd.cache.container import read_arrays
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import cut_entries, odds_bound, recompress
-from cachekd.cache.shard import decode_targets, make_shard, pack_shard
-from cachekd.cache.shard_codes import read_codes
-from cachekd.cache.sketch_encoder import read_encoder
+from cachekd.cache.shard import decode_targets, make_shard, pack_shard, read_codes
 from cachekd.cache.subset import select_samples
+from cachekd.cache.tail.coarsen import coarsen
+from cachekd.cache.tail.encoder import read_encoder
+from cachekd.cache.tail.fit import fit_sketch
 from cachekd.errors import CachekdError
 from cachekd.sharing import pull_cache
 from cachekd_cli.main import app

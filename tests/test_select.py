@@ -16,8 +16,8 @@ from test_cache import header, sample
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
-from cachekd.cache.arrays import read_arrays
-from cachekd.cache.merge import merge_caches
+from cachekd.cache.container import read_arrays
+from cachekd.cache.derive import merge_caches
 from cachekd.cache.subset import filter_rows, sample_table, select_samples
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app

@@ -44,9 +44,9 @@ from cachekd.cache import (
     verify_files,
 )
 from cachekd.cache.fidelity import gradient_cosine, loss_and_gradient
-from cachekd.cache.fit import fit_sketch
-from cachekd.cache.sketch import FINE_SHIFT_STEP, SHIFT_STEP
-from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder
+from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
+from cachekd.cache.tail.fit import fit_sketch
+from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.vlm import output_head
@@ -559,7 +559,7 @@ def test_a_failure_to_measure_leaves_the_cache(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise MemoryError("the GPU is full")
 
-    monkeypatch.setattr("cachekd.cache.probes.measure_fidelity", fail)
+    monkeypatch.setattr("cachekd.cache.fidelity.measure_fidelity", fail)
     large_cache(tmp_path / "c")
     cache = LogitCache(tmp_path / "c")
     assert verify_files(cache.path) == []

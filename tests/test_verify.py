@@ -16,14 +16,13 @@ from caches import copied, dump_cache, files_of, flip, reseal, write_data
 from test_cache import write_cache
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache, Manifest, shard_codes, verify_files
-from cachekd.cache.dump_files import dump_files, wrong_files
-from cachekd.cache.plan import Plan, ShardRecord
-from cachekd.cache.records import offsets
+from cachekd.cache import LogitCache, Manifest, verify_files
+from cachekd.cache import shard as shard_codes
+from cachekd.cache.build import dump_status
+from cachekd.cache.plan import Plan, ShardRecord, read_skipped
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.skipped import read_skipped
-from cachekd.cache.status import dump_status
-from cachekd.cache.verify import strays
+from cachekd.cache.sparse_logits import offsets
+from cachekd.cache.verify import dump_files, strays, wrong_files
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError

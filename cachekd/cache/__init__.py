@@ -12,15 +12,15 @@ from cachekd.cache.manifest import (
     Source,
     TeacherInfo,
 )
-from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import DumpPlan, DumpSource, Plan
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.records import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.roundtrip import roundtrip
-from cachekd.cache.select import select_topk
-from cachekd.cache.sketch import SketchTail, TailSketch
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.sparse_logits import SketchCodes, TailStates, TokenTargets
+from cachekd.cache.tail.encoder import OutputHead
+from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.tail.sketch import SketchTail, TailSketch
 from cachekd.cache.targets import CachedTargets, UniformTail
+from cachekd.cache.topk import select_topk
 from cachekd.cache.verify import Finding, verify_files
 from cachekd.cache.writer import LogitCacheWriter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -29,10 +30,9 @@ from cachekd.cache.manifest import (
     SketchInfo,
     shard_name,
 )
-from cachekd.cache.plan import DumpPlan, Plan, ShardRecord, read_plan
-from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.cache.sketch_encoder import SketchEncoder, read_encoder, sketch_info
-from cachekd.cache.skipped import skipped_info, write_skipped
+from cachekd.cache.plan import DumpPlan, Plan, ShardRecord, read_plan, skipped_info, write_skipped
+from cachekd.cache.tail.encoder import SketchEncoder, read_encoder, sketch_info
+from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.errors import CachekdError
 
 SHARD_FOLDER = "shards"
@@ -229,4 +229,81 @@ def join_fidelities(parts: list[Fidelity]) -> Fidelity | None:
         kl=round(sum(part.kl * part.tokens for part in parts) / tokens, 6),
         max_error=max(part.max_error for part in parts),
         cosine=round(sum(part.cosine * part.tokens for part in parts) / tokens, 6),
+    )
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a dump under way, or of a finished cache.
+
+    Attributes:
+        finished: whether it is a cache; the manifest comes last.
+        shards, all_shards: finished ones, and how many there will be.
+        samples, all_samples: in finished shards, and in the data set.
+        skipped: samples that were left out so far.
+        tokens: answer tokens so far.
+        bytes: of the shards so far.
+    """
+
+    finished: bool
+    shards: int
+    all_shards: int
+    samples: int
+    all_samples: int
+    skipped: int
+    tokens: int
+    bytes: int
+    teacher: str
+    data: str
+
+
+def dump_status(path: str | Path) -> Status:
+    """Look at a folder.
+
+    Raises:
+        CachekdError: it holds neither a dump nor a cache, or samples are added one by one to what is not
+            finished: nobody knows how many are to come.
+    """
+    path = Path(path)
+    if (path / MANIFEST_FILE).exists() or not (path / PLAN_FILE).exists():
+        return _of_cache(Manifest.load(path))
+    plan = read_plan(path / PLAN_FILE)
+    if not isinstance(plan, DumpPlan):
+        raise CachekdError(
+            "samples are being added to this cache one by one, or were until the program died",
+            where=str(path),
+            expected="a finished cache, or a `cachekd dump` under way",
+            fix="wait for the program that writes it; if it has died, remove the folder",
+        )
+    build = CacheBuild(path, plan)
+    # Look at what is there, not at all that might be.
+    found = [build.record(number) for number in build.record_numbers() if number < plan.shards]
+    records = [record for record in found if record is not None]
+    shards = [record.shard for record in records if record.shard is not None]
+    return Status(
+        finished=False,
+        shards=len(records),
+        all_shards=plan.shards,
+        samples=sum(shard.samples for shard in shards),
+        all_samples=plan.source.data.samples,
+        skipped=sum(len(record.skipped) for record in records),
+        tokens=sum(shard.tokens for shard in shards),
+        bytes=sum(shard.bytes for shard in shards),
+        teacher=plan.teacher.name,
+        data=plan.source.data.path,
+    )
+
+
+def _of_cache(manifest: Manifest) -> Status:
+    return Status(
+        finished=True,
+        shards=len(manifest.shards),
+        all_shards=len(manifest.shards),
+        samples=manifest.samples,
+        all_samples=sum(source.data.samples for source in manifest.sources),
+        skipped=manifest.skipped.samples if manifest.skipped else 0,
+        tokens=manifest.tokens,
+        bytes=manifest.size,
+        teacher=manifest.teacher.name,
+        data=", ".join(source.data.path for source in manifest.sources),
     )

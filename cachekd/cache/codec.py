@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.records import offsets
+from cachekd.cache.sparse_logits import offsets
 
 TAIL_STEP = 1 / 32  # nats of log-odds
 NO_TAIL = -(2**15)

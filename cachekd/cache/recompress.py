@@ -14,18 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.build import join_fidelities
-from cachekd.cache.coarsen import Coarsening, coarsen, sampled_tokens
 from cachekd.cache.codec import TAIL_STEP, encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
+from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
-from cachekd.cache.records import SketchCodes, TokenTargets, first_of_run
-from cachekd.cache.shard import decode_targets
-from cachekd.cache.shard_codes import id_arrays, pack_codes
-from cachekd.cache.sketch_encoder import read_encoder
-from cachekd.cache.skipped import read_skipped
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.shard import decode_targets, id_arrays, pack_codes
+from cachekd.cache.sparse_logits import SketchCodes, TokenTargets, first_of_run
+from cachekd.cache.tail.coarsen import Coarsening, coarsen, sampled_tokens
+from cachekd.cache.tail.encoder import read_encoder
+from cachekd.cache.tail.setting import TailSetting
 from cachekd.cache.targets import CachedTargets
 from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError

@@ -14,14 +14,21 @@ from pathlib import Path
 
 from cachekd.atomic import commit, sync_folder
 from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
-from cachekd.cache.dump_files import files_there, wrong_files
 from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo
-from cachekd.cache.plan import DumpPlan, Skipped, plan_under, read_plan
+from cachekd.cache.plan import (
+    SKIPPED_FILE,
+    DumpPlan,
+    Skipped,
+    plan_under,
+    read_plan,
+    read_skipped,
+    skipped_info,
+    write_skipped,
+)
 from cachekd.cache.sealed import is_canonical
-from cachekd.cache.sketch import SKETCH_FILE
-from cachekd.cache.sketch_encoder import read_encoder
-from cachekd.cache.skipped import SKIPPED_FILE, read_skipped, skipped_info, write_skipped
-from cachekd.cache.verify import Finding, problem_of
+from cachekd.cache.tail.encoder import read_encoder
+from cachekd.cache.tail.sketch import SKETCH_FILE
+from cachekd.cache.verify import Finding, files_there, problem_of, wrong_files
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
 

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekd.cache.fit import fit_sketch
 from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, TeacherInfo
-from cachekd.cache.output_head import OutputHead
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.select import default_top_p, select_and_normalise
-from cachekd.cache.sketch import SketchTail
-from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
+from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
+from cachekd.cache.tail.fit import fit_sketch
+from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.tail.sketch import SketchTail
 from cachekd.cache.targets import CachedTargets
+from cachekd.cache.topk import default_top_p, select_and_normalise
 from cachekd.cache.writer import LogitCacheWriter
 from cachekd.config.fields import DEFAULT_TAIL
 

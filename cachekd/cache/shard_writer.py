@@ -11,14 +11,12 @@ import torch
 
 from cachekd.atomic import commit
 from cachekd.cache.build import CacheBuild
+from cachekd.cache.fidelity import Probes
 from cachekd.cache.manifest import Fidelity, Header, ShardInfo
-from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import ShardRecord, Skipped
-from cachekd.cache.probes import Probes
-from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
-from cachekd.cache.shard_codes import require_different
-from cachekd.cache.sketch_encoder import SketchEncoder
+from cachekd.cache.shard import make_shard, pack_shard, require_different, samples_sha256
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
+from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.errors import CachekdError
 
 ENCODED_TOKENS = 4_096  # coded at a time

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cachekd.cache.derive import new_cache
 from cachekd.cache.manifest import Manifest
+from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import LogitCache
-from cachekd.cache.skipped import read_skipped
 from cachekd.errors import CachekdError
 
 _COLUMNS = ("key", "tokens", "mean_k", "logprob", "shard")

@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 
 from cachekd.atomic import require_new_folder
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.fit import fit_sketch
 from cachekd.cache.manifest import (
     MANIFEST_FILE,
     CodecSettings,
@@ -20,12 +19,12 @@ from cachekd.cache.manifest import (
     Source,
     TeacherInfo,
 )
-from cachekd.cache.output_head import OutputHead
 from cachekd.cache.plan import Plan
-from cachekd.cache.records import TailStates, TokenTargets
 from cachekd.cache.shard_writer import ShardWriter, check_sample
-from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
+from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
+from cachekd.cache.tail.fit import fit_sketch
+from cachekd.cache.tail.setting import TailSetting
 from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 from cachekd.lock import alone

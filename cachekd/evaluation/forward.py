@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachekd.cache.output_head import OutputHead
+from cachekd.cache.tail.encoder import OutputHead
 from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache import CachedTargets, LogitCache
-from cachekd.cache.output_head import OutputHead
+from cachekd.cache.tail.encoder import OutputHead
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import AskedSample
 from cachekd.losses.targets import DenseTargets, TeacherTargets

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from cachekd.atomic import cannot_write, commit, make_folder
 from cachekd.cache import LogitCache
-from cachekd.cache.sparse import ragged, require_top_k
+from cachekd.cache.reader import ragged, require_top_k
 from cachekd.export.facts import FACTS_FILE, facts_of
 from cachekd.lock import staged_folder
 

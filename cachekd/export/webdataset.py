@@ -13,7 +13,7 @@ import numpy as np
 
 from cachekd.atomic import cannot_write, commit
 from cachekd.cache import LogitCache
-from cachekd.cache.sparse import SparseTargets, require_top_k
+from cachekd.cache.reader import SparseTargets, require_top_k
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
 from cachekd.export.facts import FACTS_FILE, facts_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachekd.atomic import LEASE_FILE, LOCK_FILE, contents
-from cachekd.cache.sketch import forget_sketches
+from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
 from cachekd.failures import free_memory
 from cachekd.lock import alone

@@ -8,7 +8,7 @@ import jinja2
 from huggingface_hub import DatasetCardData
 
 from cachekd.cache.manifest import Manifest
-from cachekd.describe import bytes_per_token, fidelity, fingerprints, origin
+from cachekd.cache.overview import bytes_per_token, fidelity, fingerprints, origin
 from cachekd.errors import CachekdError
 
 UNKNOWN = "unknown"

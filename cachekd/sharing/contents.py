@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.manifest import Manifest
-from cachekd.cache.skipped import SKIPPED_FILE
+from cachekd.cache.plan import SKIPPED_FILE
 from cachekd.errors import CachekdError
 
 CARD_FILE = "README.md"

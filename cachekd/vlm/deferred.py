@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cachekd.cache.sketch import capped
+from cachekd.cache.tail.sketch import capped
 from cachekd.vlm.head import scale_between
 from cachekd.vlm.split import hidden_and_logits_at, rounding
 from cachekd.vlm.steady import in_eval_mode

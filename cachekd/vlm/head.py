@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cachekd.cache.output_head import OutputHead
+from cachekd.cache.tail.encoder import OutputHead
 from cachekd.errors import CachekdError
 
 # Share of the logits' deviation by which a head may miss them: what rounding in the dtype explains.

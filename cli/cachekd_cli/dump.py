@@ -96,8 +96,8 @@ class DumpBar:
 
 def print_stopped(out: Path) -> None:
     """What there is, and how to go on."""
+    from cachekd.cache.build import dump_status
     from cachekd.cache.manifest import PLAN_FILE
-    from cachekd.cache.status import dump_status
 
     if not (out / PLAN_FILE).exists():
         say("stopped before anything was written", errors)
@@ -112,7 +112,7 @@ def print_stopped(out: Path) -> None:
 
 def print_summary(summary: DumpSummary) -> None:
     """The summary table."""
-    from cachekd.describe import bytes_per_token
+    from cachekd.cache.overview import bytes_per_token
 
     rows = [
         ("shards", f"{summary.shards:,} of {summary.all_shards:,}"),
@@ -140,7 +140,7 @@ def print_summary(summary: DumpSummary) -> None:
 
 def print_estimate(found: Estimate, config: DumpConfig) -> None:
     """The estimate's table."""
-    from cachekd.describe import bytes_per_token
+    from cachekd.cache.overview import bytes_per_token
 
     hours = found.seconds / config.world_size / 3600
     rows = [

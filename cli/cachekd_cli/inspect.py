@@ -16,8 +16,8 @@ from cachekd_cli.console import console, print_json, progress_bar, table, write_
 from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
+    from cachekd.cache.overview import Bar
     from cachekd.cache.summary import CacheSummary, ShardSummary
-    from cachekd.describe import Bar
 
 
 SHOWN = 12  # shards
@@ -39,7 +39,7 @@ def inspect_command(
     """
     from cachekd.atomic import require_place
     from cachekd.cache.manifest import Manifest
-    from cachekd.cache.summarise import ENTROPY_TOKENS, summarise
+    from cachekd.cache.summary import ENTROPY_TOKENS, summarise
 
     if html is not None:
         require_place(html)
@@ -65,7 +65,7 @@ def inspect_command(
 
 def print_summary(summary: CacheSummary) -> None:
     """The terminal page."""
-    from cachekd import describe
+    from cachekd.cache import overview as describe
 
     manifest = summary.manifest
     facts(f"cache {summary.path}", describe.headline(summary).items())

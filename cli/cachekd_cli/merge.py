@@ -22,7 +22,7 @@ def merge_command(
 
     Example: cachekd merge caches/part-a caches/part-b -o caches/all
     """
-    from cachekd.cache.merge import merge_caches
+    from cachekd.cache.derive import merge_caches
 
     manifest = merge_caches(caches, out)
     if as_json:

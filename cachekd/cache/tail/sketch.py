@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachekd.cache.array_rules import MOST_CODE, POSITIVE, ArrayRule
-from cachekd.cache.arrays import damaged, pack_arrays, read_arrays
-from cachekd.cache.records import SketchCodes
+from cachekd.cache.container import damaged, pack_arrays, read_arrays
+from cachekd.cache.sparse_logits import SketchCodes
 
 SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats

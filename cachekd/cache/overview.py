@@ -1,4 +1,4 @@
-"""A cache in words and bars: what `cachekd inspect` shows, in the terminal as on its page."""
+"""A cache in words: rows of names and values, for terminals, pages and cards."""
 
 from __future__ import annotations
 

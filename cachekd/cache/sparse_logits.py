@@ -37,7 +37,7 @@ class TailStates:
 
 @dataclass(frozen=True)
 class SketchCodes:
-    """The quantised final hidden states of N answer tokens (see `cachekd.cache.sketch`).
+    """The quantised final hidden states of N answer tokens (see `cachekd.cache.tail.sketch`).
 
     Attributes:
         coordinates: [N, C] int16, steps along each of the sketch's axes.

@@ -1,32 +1,19 @@
-"""Fitting the tail sketch: transform coding of the teacher's final hidden state in the metric of its logits.
-
-With W [V, d] the output head and w_j how often id j is among a token's most probable (sum 1):
-
-- A shift that all logits share means nothing: W is used less its w-mean, A = W - w.W.
-- An error e in h costs e'Me in logits squared, averaged over the ids that matter: M = A' diag(w) A.
-- In y = R' M^(1/2) (h - mean), with R the eigenvectors of M^(1/2) Cov(h) M^(1/2), the axes are uncorrelated
-  and an error costs the same along each. So each is quantised with the same step (reverse water-filling).
-  Codes along small axes round to zero; axes whose loss costs hardly more than their rounding are dropped,
-  which is even in bytes, but makes the look-up faster and the basis smaller.
-- logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
-  rounding stay far below the codes'.
-
-Docs: docs/what-the-cache-keeps.md.
-"""
+"""The tail sketch is fitted to the states of a pilot, in the metric of the logits."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cachekd.cache.array_rules import MOST_CODE
-from cachekd.cache.logit_metric import LogitMetric, along, held_out, logit_metric, principal_axes, set_apart
-from cachekd.cache.output_head import OutputHead
-from cachekd.cache.records import TailStates, TokenTargets
-from cachekd.cache.rounding import (
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
+from cachekd.cache.tail.encoder import (
     BASIS_FINENESS,
+    ROWS,
+    OutputHead,
+    SketchEncoder,
     centroids,
     code_bytes,
     mass_surplus,
@@ -35,10 +22,98 @@ from cachekd.cache.rounding import (
     to_steps,
     worth_keeping,
 )
-from cachekd.cache.sketch import SketchTail, TailSketch, with_shift_axis
-from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import BUDGET_NOISE, EXACT_NOISE, LEAST_NOISE, TailSetting
+from cachekd.cache.tail.setting import BUDGET_NOISE, EXACT_NOISE, LEAST_NOISE, TailSetting
+from cachekd.cache.tail.sketch import SketchTail, TailSketch, with_shift_axis
 from cachekd.errors import CachekdError
+
+WINDOW = 128  # ids per token that count as probable
+
+
+@dataclass(frozen=True)
+class LogitMetric:
+    """The metric M of a head, on calibration tokens.
+
+    Attributes:
+        weights: [V] float32, how often each id is among a token's most probable; their sum is 1.
+        spread: nats; the standard deviation of these logits, a token's about their mean: RMS over the tokens.
+        common: [d] float32, w.W, what all ids share; zeros below a cap, where a common shift is not free.
+        constant: what they share of the bias, likewise.
+        root, inverse_root: [d, d] float64, M^(1/2) and its pseudo-inverse.
+    """
+
+    weights: Tensor
+    spread: float
+    common: Tensor
+    constant: float
+    root: Tensor
+    inverse_root: Tensor
+
+
+def logit_metric(head: OutputHead, hidden: Tensor) -> LogitMetric:
+    """Of a head, at calibration tokens [N, d] float32 on its device."""
+    weights, spread = _id_weights(head, hidden)
+    common, constant = torch.zeros_like(hidden[0]), 0.0
+    if head.softcap is None:
+        for rows, weight in zip(head.rows(), weights.split(ROWS), strict=True):
+            common += weight @ rows
+        constant = 0.0 if head.bias is None else float(weights @ head.bias.float())
+    return LogitMetric(weights, spread, common, constant, *_roots(head, weights, common))
+
+
+def principal_axes(hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean [d] float32 and the axes [d, d] float64, by descending variance of the logits along them."""
+    mean = hidden.mean(0)
+    spread = (hidden - mean).double() @ root
+    covariance = spread.T @ spread / max(1, len(hidden))
+    return mean, torch.linalg.eigh(covariance).eigenvectors.flip(1)
+
+
+def along(axes: Tensor, hidden: Tensor, mean: Tensor, root: Tensor) -> Tensor:
+    """y [N, C] float32, nats: where states [N, d] lie along axes [d, C]."""
+    return ((hidden - mean).double() @ root @ axes).float()
+
+
+def set_apart(hidden: Tensor) -> Tensor:
+    """[N] bool, a quarter of the tokens: every fourth run of them, so that it has some of everything.
+
+    All of them where there are fewer than four.
+    """
+    tokens = torch.arange(len(hidden), device=hidden.device)
+    return (tokens // min(64, max(1, len(hidden) // 4))) % 4 == 3 if len(hidden) >= 4 else tokens >= 0
+
+
+def held_out(hidden: Tensor, root: Tensor) -> Tensor:
+    """y [N / 4, d]: that quarter along axes that were fitted on the others, as all tokens to come will be.
+
+    On tokens that the axes have seen, codes are cheaper.
+    """
+    apart = set_apart(hidden)
+    mean, axes = principal_axes(hidden[~apart] if len(hidden) >= 4 else hidden, root)
+    return along(axes, hidden[apart], mean, root)
+
+
+def _id_weights(head: OutputHead, hidden: Tensor) -> tuple[Tensor, float]:
+    """`LogitMetric`'s weights, with half a count for ids that are never probable; and its spread."""
+    counts = torch.full((len(head.weight),), 0.5, device=hidden.device)
+    variances = []
+    for some in hidden[sample_indices(len(hidden)).to(hidden.device)].split(256):
+        top = head.logits(some).topk(min(WINDOW, len(counts)), dim=-1)
+        counts += torch.bincount(top.indices.flatten(), minlength=len(counts))
+        variances.append(top.values.var(-1, correction=0))
+    return counts / counts.sum(), float(torch.cat(variances).mean().sqrt())
+
+
+def _roots(head: OutputHead, weights: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    metric = torch.zeros(len(common), len(common), dtype=torch.float64, device=common.device)
+    for rows, weight in zip(head.rows(), weights.split(ROWS), strict=True):
+        centred = rows - common
+        metric += ((centred * weight[:, None]).T @ centred).double()
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp(min=0).sqrt()
+    keep = values > values[-1] * 1e-10
+    inverse = torch.where(keep, 1 / root.clamp(min=1e-30), 0.0)
+    return (vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T
+
 
 FINEST = 2**14  # steps to the farthest calibration token: other tokens may lie twice as far
 

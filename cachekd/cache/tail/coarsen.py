@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cachekd.cache.array_rules import MOST_CODE
-from cachekd.cache.records import SketchCodes, TokenTargets
-from cachekd.cache.rounding import (
+from cachekd.cache.sparse_logits import SketchCodes, TokenTargets
+from cachekd.cache.tail.encoder import (
     BASIS_FINENESS,
+    SketchEncoder,
     centroids,
     code_bytes,
     mass_surplus,
@@ -25,9 +26,8 @@ from cachekd.cache.rounding import (
     step_for,
     worth_keeping,
 )
-from cachekd.cache.sketch import SHIFT_STEP, SketchTail, TailSketch
-from cachekd.cache.sketch_encoder import SketchEncoder
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.tail.sketch import SHIFT_STEP, SketchTail, TailSketch
 from cachekd.errors import CachekdError
 
 

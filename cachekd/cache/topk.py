@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachekd.cache.records import TokenTargets
-from cachekd.cache.tail import TailSetting
+from cachekd.cache.sparse_logits import TokenTargets
+from cachekd.cache.tail.setting import TailSetting
 from cachekd.config.fields import KEPT
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import kneedle_k

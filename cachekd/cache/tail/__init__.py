@@ -1,0 +1,1 @@
+"""The tail sketch: what a cache keeps of the logprobs beyond top-k."""
