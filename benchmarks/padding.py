@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cachekd.data import open_samples, rough_lengths
+from cachekd.models import ModelFiles
 from cachekd.sample_order import LengthGroups
-from cachekd.vlm import ModelFiles
 
 
 def padding_share(lengths: list[int], order: list[int], batch_size: int) -> float:

@@ -54,9 +54,9 @@ from cachekd.cache.tail.fit import fit_sketch
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.cache.topk import select_and_normalise
 from cachekd.data import predicting_positions
+from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
+from cachekd.models.split import hidden_and_logits_at
 from cachekd.training_data import Example
-from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
-from cachekd.vlm.split import hidden_and_logits_at
 
 VARIANTS = ("naive_live", "live", "cached", "cached_no_vsd", "ce_only")
 OPINION = 20.0  # the random teacher's head is scaled by it: else all its logits are much the same

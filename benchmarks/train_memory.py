@@ -41,9 +41,9 @@ from cachekd.cache import CachedTargets
 from cachekd.cache.topk import select_topk
 from cachekd.data import Encoded, predicting_positions
 from cachekd.lean import recompute_frozen_layers
+from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.training_arguments import CHECKPOINTING
 from cachekd.training_data import Example
-from cachekd.vlm import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 
 VARIANTS = ("naive", "live", "cached", "cached, recomputed layers")
 TEACHER = Tower(layers=4, width=64), Text(layers=4, width=128)

@@ -32,8 +32,8 @@ from cachekd.dump_plan import (
     same_plan,
 )
 from cachekd.make_shards import make_shards
+from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 from cachekd.teacher import Teacher
-from cachekd.vlm import ModelFiles, default_device, dtype_of, limits_of
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""

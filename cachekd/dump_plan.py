@@ -19,11 +19,11 @@ from cachekd.data.open import content_hash, keys_hash
 from cachekd.disk_budget import fit_budget
 from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
 from cachekd.errors import CachekdError, LeftOut
-from cachekd.fingerprint import library_versions, reads_images_otherwise
 from cachekd.make_shards import groups_of
+from cachekd.models import ModelFiles
+from cachekd.models.fingerprint import library_versions, reads_images_otherwise
 from cachekd.pilot import Pilot, run_pilot
 from cachekd.teacher import Teacher
-from cachekd.vlm import ModelFiles
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8

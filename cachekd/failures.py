@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
+from typing import TYPE_CHECKING
 
 from cachekd.config import TrainConfig
-from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.errors import CachekdError
+from cachekd.models.memory import memory_that_ran_out
 
 if TYPE_CHECKING:
-    from cachekd.data import Encoded
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-# What a failed allocation says; only some of them have a class of their own.
-_NO_ROOM_ON_THE_GPU = (
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-    "CUSPARSE_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
-)
-_NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    pass
 
 
 @contextmanager
@@ -52,70 +34,6 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
             found=text.splitlines()[0] if text else None,
             fix="; or ".join(_knobs(config)) + ". `cachekd train --estimate` shows what needs how much",
         ) from error
-
-
-def memory_that_ran_out(error: Exception) -> str | None:
-    """Whose, as an error says: "CPU" or "GPU"; None if it is another error."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or any(said in text for said in _NO_ROOM_ON_THE_GPU):
-        return "GPU"
-    if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
-        return "CPU"
-    return None
-
-
-def free_memory() -> None:
-    """Of what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, kept: bool) -> CachekdError:
-    """What a forward raised, for people: a `BadSample` where it is the samples' fault.
-
-    Args:
-        samples: of the batch.
-        who: the model, such as "the teacher".
-        kept: whether what is finished stays, and the same command goes on from there.
-    """
-    longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    where = f"sample {longest.key!r} with {len(longest):,} tokens"
-    if len(samples) > 1:
-        where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
-    again = "run the same command again" + (": what is finished stays" if kept else "")
-    if (device := memory_that_ran_out(error)) is not None:
-        return CachekdError(
-            f"the {device}'s memory is too small for this batch",
-            where=where,
-            found=found,
-            fix="run the same command with a smaller --batch-size: what is finished stays"
-            if len(samples) > 1 and kept
-            else "--max-tokens N --too-long skip leaves out what is longer",
-        )
-    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
-        # It answers nothing any more: every later sample would look bad.
-        return CachekdError(
-            f"the GPU failed while {who} ran",
-            where=where,
-            found=found,
-            fix=f"{again}. If it fails at the same samples, CUDA_LAUNCH_BLOCKING=1 shows where",
-        )
-    return BadSample(f"{who} cannot run on the sample", where=where, found=found)
-
-
-def together_or_each(run: Callable[[list[T]], Iterable[R]], batch: list[T]) -> list[R | BadSample]:
-    """What a batch gives; of one that cannot be run, what each item gives by itself, or its fault.
-
-    Args:
-        run: raises `BadSample` where the fault is some item's.
-    """
-    try:
-        return list(run(batch))
-    except BadSample as error:
-        bad = without_frames(error)
-    # Here the frames that held the batch's tensors are gone.
-    return [bad] if len(batch) == 1 else [found for one in batch for found in together_or_each(run, [one])]
 
 
 def _knobs(config: TrainConfig) -> list[str]:

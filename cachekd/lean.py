@@ -16,8 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cachekd.config import TrainConfig
 from cachekd.config.train import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.vlm import ModelFiles, check_adapters, language_model, modules_outside, train_only
-from cachekd.vlm.load import quantization_config
+from cachekd.models import ModelFiles, check_adapters, language_model, modules_outside, train_only
+from cachekd.models.loading import quantization_config
 
 
 def recompute_frozen_layers(teacher: PreTrainedModel) -> int:

@@ -13,14 +13,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder
 from cachekd.errors import about
 from cachekd.lean import load_student, recompute_frozen_layers
-from cachekd.open_data import RunModels
-from cachekd.open_run import OpenRun, open_run
-from cachekd.run_folder import settings_of
-from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import explained
-from cachekd.training_data import TrainingSamples
-from cachekd.validation.run import Validation
-from cachekd.vlm import (
+from cachekd.models import (
     LiveTeacher,
     ModelFiles,
     SwitchBridge,
@@ -29,6 +22,13 @@ from cachekd.vlm import (
     plan_bridge,
     vocabulary_of,
 )
+from cachekd.open_data import RunModels
+from cachekd.open_run import OpenRun, open_run
+from cachekd.run_folder import settings_of
+from cachekd.trainer import SwitchKDTrainer
+from cachekd.training_arguments import explained
+from cachekd.training_data import TrainingSamples
+from cachekd.validation.run import Validation
 
 log = logging.getLogger(__name__)
 

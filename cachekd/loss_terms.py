@@ -19,7 +19,14 @@ from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
 from cachekd.losses.targets import LiveTargets
 from cachekd.losses.terms import TERMS
-from cachekd.vlm import DeferredHead, LiveTeacher, SwitchBridge, SwitchedTeacher, capture_vision, prove_split
+from cachekd.models import (
+    DeferredHead,
+    LiveTeacher,
+    SwitchBridge,
+    SwitchedTeacher,
+    capture_vision,
+    prove_split,
+)
 
 Targets = CachedTargets | LiveTargets
 

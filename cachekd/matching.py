@@ -10,14 +10,14 @@ from cachekd.config import DataOptions
 from cachekd.data import Encoded, SampleEncoder, Samples
 from cachekd.data.images import READING
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import (
+from cachekd.missing import MissingSamples, missing_samples
+from cachekd.models import ModelFiles
+from cachekd.models.fingerprint import (
     encoding_fingerprint,
     reads_images_otherwise,
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.missing import MissingSamples, missing_samples
-from cachekd.vlm import ModelFiles
 
 
 def check_cache(

@@ -14,7 +14,7 @@ from cachekd.data.sample import SamplesView
 from cachekd.errors import CachekdError
 from cachekd.matching import check_cache
 from cachekd.missing import dumped_data
-from cachekd.vlm import ModelFiles, limits_of
+from cachekd.models import ModelFiles, limits_of
 
 
 class RunModels(NamedTuple):

@@ -17,7 +17,7 @@ from cachekd.cache.recompress import cuts
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
 from cachekd.data import Encoded, Samples
 from cachekd.errors import BadSample, CachekdError
-from cachekd.fingerprint import reads_images_otherwise
+from cachekd.models.fingerprint import reads_images_otherwise
 from cachekd.teacher import Teacher
 
 # Nats by which the same model's logits differ between machines, batches and paddings.

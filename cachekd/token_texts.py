@@ -12,9 +12,9 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, 
 
 from cachekd.cache import LogitCache
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import tokenizer_fingerprint
+from cachekd.models import load_processor
+from cachekd.models.fingerprint import tokenizer_fingerprint
 from cachekd.paths import require_path
-from cachekd.vlm import load_processor
 
 _FORMS = "a model's folder, or one with tokenizer.json, or a name on the hub"
 _SPACE = "▁"  # how SentencePiece writes one

@@ -17,10 +17,11 @@ from cachekd.data import Limits
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.data_wait import advice
 from cachekd.failures import memory_advice
-from cachekd.fingerprint import library_versions
 from cachekd.lean import save_merged
 from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.losses.terms import TERMS
+from cachekd.models import ModelFiles, save_processor
+from cachekd.models.fingerprint import library_versions
 from cachekd.open_run import OpenRun, open_run
 from cachekd.paths import ADAPTER_FOLDER
 from cachekd.run_folder import RunFolder, claimed
@@ -31,7 +32,6 @@ from cachekd.trainer import SwitchKDTrainer
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import TrainingSamples, collate_with_targets
 from cachekd.validation.run import saved_evaluation
-from cachekd.vlm import ModelFiles, save_processor
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cachekd.batch import Batch
-from cachekd.bridge_training import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.checkpoints import note_settings, saving_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
@@ -23,6 +22,15 @@ from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
 from cachekd.loss_terms import BatchTerms, LossTerms, TermSums, require_switch
 from cachekd.losses.terms import TERMS
+from cachekd.models import (
+    LiveTeacher,
+    SwitchBridge,
+    SwitchedTeacher,
+    load_model,
+    reach_by_text,
+    save_processor,
+)
+from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.next_epoch import ReadsOn
 from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.sample_order import order_of
@@ -31,7 +39,6 @@ from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.training_data import Feed, batch_of
 from cachekd.validation.best import KeepBest, best_checkpoint
 from cachekd.validation.run import Validation
-from cachekd.vlm import LiveTeacher, SwitchBridge, SwitchedTeacher, load_model, reach_by_text, save_processor
 
 
 class SwitchKDTrainer(Trainer):

@@ -19,7 +19,7 @@ from transformers.integrations import integration_utils as reporters
 from cachekd.config import TrainConfig
 from cachekd.config.fields import SAVE_STEPS
 from cachekd.errors import CachekdError, did_you_mean
-from cachekd.vlm import default_device
+from cachekd.models import default_device
 
 ACCURACY = "token_accuracy"  # share of answer tokens whose argmax is right
 FIELDS = {field.name for field in fields(TrainingArguments) if field.init}

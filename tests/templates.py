@@ -16,7 +16,7 @@ from tiny import CORPUS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from cachekd.data.text_processor import TextProcessor
+from cachekd.models.processors import TextProcessor
 
 Pieces = list[tuple[str, bool]]  # text, and whether it is supervised
 Pairs = list[tuple[str, str]]

@@ -24,11 +24,7 @@ from cachekd.data import SampleEncoder, collate, open_samples, predicting_positi
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
-from cachekd.pair import check_pair
-from cachekd.paths import BRIDGE_FILE, RUN_FILE
-from cachekd.train import collate_with_targets, make_trainer, train
-from cachekd.train_estimate import estimate_training
-from cachekd.vlm import (
+from cachekd.models import (
     BridgePlan,
     SwitchBridge,
     SwitchedTeacher,
@@ -41,7 +37,11 @@ from cachekd.vlm import (
     project,
     weights_files,
 )
-from cachekd.vlm.bridge import resampled
+from cachekd.models.bridge import resampled
+from cachekd.pair import check_pair
+from cachekd.paths import BRIDGE_FILE, RUN_FILE
+from cachekd.train import collate_with_targets, make_trainer, train
+from cachekd.train_estimate import estimate_training
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

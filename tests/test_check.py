@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
 from cachekd.errors import CachekdError
+from cachekd.models import families, load_processor
+from cachekd.models.families import changed
 from cachekd.open_run import open_run
 from cachekd.pair import Row, check_pair, preview
 from cachekd.pair.rows import require
-from cachekd.vlm import families, load_processor
-from cachekd.vlm.families.replay import changed
 from cachekd_cli.main import app
 
 

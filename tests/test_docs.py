@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from cachekd.vlm import load_config, load_model, load_processor
+from cachekd.models import load_config, load_model, load_processor
 from cachekd_cli.main import app
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
-from cachekd.vlm import load_model, load_processor, logits_at
+from cachekd.models import load_model, load_processor, logits_at
 
 
 def live_logits(teacher_path: Path, data_path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,7 @@ from cachekd.data import open_samples
 from cachekd.data.sample import unique_keys
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
-from cachekd.vlm import ModelFiles
+from cachekd.models import ModelFiles
 
 
 def settings(teacher: Path, data: Path | str, out: Path, **changes) -> DumpConfig:

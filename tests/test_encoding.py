@@ -19,14 +19,13 @@ from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, encode, open_samples
-from cachekd.data.probe import CONVERSATION, probe_encoding
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import encoding_fingerprint
 from cachekd.matching import check_cache
+from cachekd.models import ModelFiles, load_processor
+from cachekd.models.fingerprint import CONVERSATION, encoding_fingerprint, probe_encoding
 from cachekd.pair import check_pair
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
-from cachekd.vlm import ModelFiles, load_processor
 
 BOS = "<|system|>"
 

@@ -41,9 +41,9 @@ from cachekd.evaluation.questions import (
     questions_of,
 )
 from cachekd.evaluation.scores import MAX_TYPES
+from cachekd.models import load_model, load_processor, model_files
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, shortest
 from cachekd.train import train
-from cachekd.vlm import load_model, load_processor, model_files
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -25,9 +25,7 @@ from cachekd.data.conversation import messages_from_turns
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.lean import recompute_frozen_layers
-from cachekd.paths import RUN_FILE
-from cachekd.train import train
-from cachekd.vlm import (
+from cachekd.models import (
     DeferredHead,
     SwitchedTeacher,
     capture_vision,
@@ -46,9 +44,11 @@ from cachekd.vlm import (
     prove_split,
     vision_tower,
 )
-from cachekd.vlm import families as known
-from cachekd.vlm.parts import parameters_by_part
-from cachekd.vlm.steady import keep_statistics
+from cachekd.models import families as known
+from cachekd.models.loading import keep_statistics
+from cachekd.models.parts import parameters_by_part
+from cachekd.paths import RUN_FILE
+from cachekd.train import train
 
 FEATURES = {
     "split fp32": "V, then P, then L, against the whole forward",

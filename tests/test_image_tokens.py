@@ -18,12 +18,12 @@ from cachekd.data.conversation import messages_from_turns
 from cachekd.data.supervision import expand_images
 from cachekd.dump import dump
 from cachekd.errors import BadSample
-from cachekd.fingerprint import image_processor_fingerprint
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
+from cachekd.models import load_model, load_processor, logits_at
+from cachekd.models.fingerprint import image_processor_fingerprint
 from cachekd.paths import RUN_FILE
 from cachekd.train import collate_with_targets, make_trainer, train
-from cachekd.vlm import load_model, load_processor, logits_at
 
 CPU = torch.device("cpu")
 TURNS = [

@@ -38,12 +38,12 @@ from cachekd.data import (
 )
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.fingerprint import encoding_fingerprint
+from cachekd.models import ModelFiles, limits_of, logits_at
+from cachekd.models.fingerprint import encoding_fingerprint
 from cachekd.pair import PairReport, Row, check_pair
 from cachekd.pair import check as check_module
 from cachekd.pair.data_rows import counts_of, lengths_of
 from cachekd.teacher import Answer, Teacher
-from cachekd.vlm import ModelFiles, limits_of, logits_at
 from cachekd_cli.main import app
 
 LONG_ANSWER = "a large green dog. " * 40

@@ -36,13 +36,13 @@ from cachekd.data import open_samples
 from cachekd.dump_plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
+from cachekd.models import load_config
+from cachekd.models.tinyllava import convert_tinyllava
 from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
-from cachekd.vlm import load_config
-from cachekd.vlm.tinyllava import convert_tinyllava
 from cachekd_cli.main import app
 
 ROOT = Path(__file__).parents[1]

@@ -16,11 +16,11 @@ from caches import dump_cache
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
 from cachekd.evaluation.run import evaluate
+from cachekd.models import ModelFiles, loading, model_files, processors
+from cachekd.models import weights as file_hashes
+from cachekd.models.weights import RememberedHash, hash_files
 from cachekd.pair.check import check_pair
 from cachekd.train import train
-from cachekd.vlm import ModelFiles, file_hashes, model_files, processors
-from cachekd.vlm import load as loading
-from cachekd.vlm.file_hashes import RememberedHash, hash_files
 
 
 @pytest.fixture

@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
-from cachekd.data.text_processor import TextProcessor
 from cachekd.errors import CachekdError
+from cachekd.models import load_config, load_model, load_processor, save_processor
+from cachekd.models.loading import _hub_adapter
+from cachekd.models.processors import TextProcessor
 from cachekd.pair import check_pair
 from cachekd.peek_data import PeekedData
 from cachekd.token_texts import find_reader
 from cachekd.train import train
-from cachekd.vlm import load_config, load_model, load_processor, save_processor
-from cachekd.vlm.load import _hub_adapter
 from cachekd_cli.main import app
 
 ADAPTER = "adapter_config.json"

@@ -21,7 +21,6 @@ from tiny import (
 )
 from typer.testing import CliRunner
 
-from cachekd import fingerprint
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
@@ -29,14 +28,14 @@ from cachekd.cache.sealed import is_canonical
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import SampleEncoder, images, open_samples
 from cachekd.data.images import READING
-from cachekd.data.text_processor import TextProcessor
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
-from cachekd.fingerprint import image_reading
 from cachekd.matching import check_sample
+from cachekd.models import fingerprint, load_processor
+from cachekd.models.fingerprint import image_reading
+from cachekd.models.processors import TextProcessor
 from cachekd.recheck import recheck
 from cachekd.train import train
-from cachekd.vlm import load_processor
 from cachekd_cli.main import app
 
 TRANSPARENT = "s002"

@@ -31,11 +31,11 @@ from cachekd.config.train import PARTS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import require_single_questions
+from cachekd.models import model_content
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
 from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
-from cachekd.vlm import model_content
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 

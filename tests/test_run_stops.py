@@ -336,7 +336,7 @@ def test_cheap_refusals_come_before_weights_are_loaded(settings, student_path, m
 
     monkeypatch.setattr("cachekd.load_trainer.load_teacher", loaded)
     monkeypatch.setattr("cachekd.load_trainer.load_student", loaded)
-    monkeypatch.setattr("cachekd.vlm.model_files.hash_files", loaded)
+    monkeypatch.setattr("cachekd.models.model_files.hash_files", loaded)
     with pytest.raises(CachekdError, match="teacher's configuration"):
         train(TrainConfig(**settings | {"teacher": str(student_path)}))
     monkeypatch.setattr("transformers.TrainingArguments.n_gpu", 2)

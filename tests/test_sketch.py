@@ -49,7 +49,7 @@ from cachekd.cache.tail.fit import fit_sketch
 from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
-from cachekd.vlm import output_head
+from cachekd.models import output_head
 
 GOLDEN = Path(__file__).parent / "golden_sketch"
 

@@ -26,6 +26,7 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluation import read_records
 from cachekd.evaluation.questions import questions_of
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.models import load_model, load_processor, logits_at
 from cachekd.open_run import open_run
 from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
@@ -34,7 +35,6 @@ from cachekd.sample_order import RandomOrder
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.training_data import TrainingSamples
-from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

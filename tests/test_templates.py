@@ -15,8 +15,8 @@ from tokenizers import AddedToken
 
 from cachekd.data import Sample, SampleEncoder
 from cachekd.data.conversation import messages_from_turns
-from cachekd.data.text_processor import TextProcessor
 from cachekd.errors import BadSample, CachekdError
+from cachekd.models.processors import TextProcessor
 
 PAIRS: Pairs = [
     ("what is the color?", "red"),

@@ -20,11 +20,11 @@ from cachekd.dump import dump, estimate_dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
+from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.train_estimate import estimate_training
-from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.vlm import load_config, load_model, load_processor, logits_at, prove_split
-from cachekd.vlm.tinyllava import convert_tinyllava
+from cachekd.models import load_config, load_model, load_processor, logits_at, prove_split
+from cachekd.models.tinyllava import convert_tinyllava
 from cachekd_cli.main import app
 
 LANGUAGE_MODELS = {"phi": (PhiConfig, PhiForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}

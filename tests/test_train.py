@@ -13,9 +13,9 @@ from cachekd.config import TrainConfig
 from cachekd.data import predicting_positions
 from cachekd.errors import CachekdError
 from cachekd.losses import cross_entropy_loss, dbild_loss
+from cachekd.models import capture_vision, load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.train import collate_with_targets, make_trainer, train
-from cachekd.vlm import capture_vision, load_model, load_processor, logits_at
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from cachekd.data import SampleEncoder, collate, predicting_positions, sample_fr
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.losses.chunked import CHUNK_BYTES
 from cachekd.losses.targets import DenseTargets, LiveTargets
-from cachekd.vlm import DeferredHead, logits_at
+from cachekd.models import DeferredHead, logits_at
 
 TOKENS, WIDTH, VOCAB, PADDED = 23, 12, 150, 160
 SETTINGS = {"window": 32, "min_k": 2, "temperature": 3.0}

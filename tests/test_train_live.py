@@ -21,8 +21,8 @@ from cachekd.data import SampleEncoder, open_samples, predicting_positions
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
+from cachekd.models import load_model, load_processor, logits_at
 from cachekd.train import collate_with_targets, make_trainer
-from cachekd.vlm import load_model, load_processor, logits_at
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
 CPU = torch.device("cpu")

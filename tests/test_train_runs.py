@@ -396,7 +396,7 @@ def test_quantised_weights_need_adapters_and_a_known_method(settings):
 
 
 def test_bitsandbytes_settings_reach_transformers():
-    from cachekd.vlm.load import quantization_config
+    from cachekd.models.loading import quantization_config
 
     config = quantization_config({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     assert type(config).__name__ == "BitsAndBytesConfig"
@@ -437,7 +437,7 @@ def test_the_vision_encoders_bytes_stay_on_disk(tmp_path, teacher_path):
     assert (folder / "model.safetensors").stat().st_size > 80e6
     code = (
         "import sys, torch\n"
-        "from cachekd.vlm import load_model\n"
+        "from cachekd.models import load_model\n"
         "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l[:5] == 'VmHWM')\n"
         # bfloat16: a float32 file of which nothing is converted would be mapped, not read.
         "settings = {'dtype': torch.bfloat16, 'device': torch.device('cpu')}\n"

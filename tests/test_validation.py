@@ -25,12 +25,12 @@ from cachekd.data import SampleEncoder, collate, open_samples, predicting_positi
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
+from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
 from cachekd.train import make_trainer, train
 from cachekd.train_estimate import estimate_training
 from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.vlm import load_model, load_processor, logits_at
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from tiny import noise_image, save_vlm, tiny_processor, tiny_vlm
 
 from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
-from cachekd.vlm import (
+from cachekd.models import (
     SwitchedTeacher,
     capture_vision,
     check_switch,

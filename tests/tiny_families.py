@@ -65,7 +65,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from cachekd.vlm.processors import without_video
+from cachekd.models.processors import without_video
 
 SPECIAL = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 VOCABULARY = 384  # rows of the embeddings; the tokenizers have fewer tokens

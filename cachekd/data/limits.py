@@ -17,7 +17,7 @@ TOO_LONG = "the sample is too long"  # as a reason begins
 
 @dataclass(frozen=True)
 class Limits:
-    """What models and settings allow of a sample. See `cachekd.vlm.limits_of`.
+    """What models and settings allow of a sample. See `cachekd.models.limits_of`.
 
     Attributes:
         max_tokens: in all, those of images among them; None: any number.

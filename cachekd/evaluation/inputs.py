@@ -13,9 +13,9 @@ from cachekd.data.left_out import first_good
 from cachekd.errors import CachekdError
 from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import QuestionEncoder
-from cachekd.fingerprint import tokenizer_fingerprint
 from cachekd.missing import missing_samples
-from cachekd.vlm import ModelFiles, limits_of, tokenizer_difference
+from cachekd.models import ModelFiles, limits_of, tokenizer_difference
+from cachekd.models.fingerprint import tokenizer_fingerprint
 
 Progress = Callable[[str, int, int, int], None]
 """The model that is asked, or "prior"; the samples in all; samples and questions since the last call."""

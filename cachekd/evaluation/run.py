@@ -26,8 +26,8 @@ from cachekd.evaluation.prior import AnswerPrior
 from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
 from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
-from cachekd.failures import free_memory
-from cachekd.vlm import ModelFiles, default_device, dtype_of
+from cachekd.models import ModelFiles, default_device, dtype_of
+from cachekd.models.memory import free_memory
 
 Found = dict[str, Answers]  # by a sample's key
 

@@ -12,6 +12,7 @@ from cachekd.data.left_out import attempts
 from cachekd.data.sample import SamplesView
 from cachekd.data.sources.urls import is_remote
 from cachekd.errors import BadSample
+from cachekd.models import ModelFiles, default_device, default_dtype, limits_of
 from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
 from cachekd.pair.preview import Run, preview
 from cachekd.pair.rows import (
@@ -30,7 +31,6 @@ from cachekd.pair.rows import (
     vocabulary_row,
 )
 from cachekd.pair.size import Sizes, sizes_of
-from cachekd.vlm import ModelFiles, default_device, default_dtype, limits_of
 
 _SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much

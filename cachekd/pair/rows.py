@@ -17,9 +17,8 @@ from cachekd.data import Encoded, Limits, Samples, collate
 from cachekd.data.limits import NO_ROW
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
-from cachekd.fingerprint import encoding_fingerprint, template_fingerprint
 from cachekd.matching import check_cache, check_sample, check_teacher, cut_alike
-from cachekd.vlm import (
+from cachekd.models import (
     ModelFiles,
     check_switch,
     check_tokenizers,
@@ -29,8 +28,9 @@ from cachekd.vlm import (
     plan_bridge,
     prove_split,
 )
-from cachekd.vlm.compat import switch_differences
-from cachekd.vlm.families import family_of
+from cachekd.models.compat import switch_differences
+from cachekd.models.families import family_of
+from cachekd.models.fingerprint import encoding_fingerprint, template_fingerprint
 
 State = Literal["ok", "note", "refused"]
 PROBE = "Two cats, 3.14 % of a naïve café: 猫が二匹。\n\t<b>def f(x):</b> return x**2  🙂"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cachekd.config.train import StudentPart
-from cachekd.vlm import empty_model, parameters_by_part
+from cachekd.models import empty_model, parameters_by_part
 
 # float32 weights, their gradients and AdamW's two moments.
 _BYTES_TRAINED = 16

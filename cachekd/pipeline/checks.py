@@ -28,6 +28,7 @@ from cachekd.evaluation.inputs import open_models, open_tokenized
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.matching import check_text
 from cachekd.missing import DECIDING
+from cachekd.models import ModelFiles
 from cachekd.open_data import RunModels, length_limits, length_settings, open_cache, without_missing
 from cachekd.open_run import checked_arguments, teacher_rows
 from cachekd.pair.rows import encoding_row, require, template_row, vocabulary_row
@@ -36,7 +37,6 @@ from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.validation.data import require_same_teacher
-from cachekd.vlm import ModelFiles
 
 
 def check_steps(steps: list[PlannedStep]) -> None:

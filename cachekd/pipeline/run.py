@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from cachekd.atomic import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
-from cachekd.failures import free_memory
 from cachekd.lock import alone
+from cachekd.models.memory import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
 from cachekd.pipeline.state import PipelineState, Record, StepState, files_of, states_of

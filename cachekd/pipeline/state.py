@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cachekd.atomic import write_file
 from cachekd.cache.build import SHARD_FOLDER
 from cachekd.errors import CachekdError
+from cachekd.models import model_content
 from cachekd.paths import REPORT_FILE
 from cachekd.pipeline.inputs import Known, data_content
 from cachekd.pipeline.plan import PlannedStep, in_step
-from cachekd.vlm import model_content
 
 STATE_FILE = "pipeline_state.json"
 Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's output depends on

@@ -20,10 +20,10 @@ from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
 from cachekd.losses.terms import TERMS
+from cachekd.models.split import in_eval_mode
 from cachekd.training_arguments import ACCURACY
 from cachekd.training_data import Feed, TrainingSamples
 from cachekd.validation.data import HeldOut
-from cachekd.vlm.steady import in_eval_mode
 
 if TYPE_CHECKING:
     from cachekd.trainer import SwitchKDTrainer

@@ -118,7 +118,7 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
 
 def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:
     """What of the reading, and not of the data, may be why samples do not match."""
-    from cachekd.fingerprint import reads_images_otherwise
+    from cachekd.models.fingerprint import reads_images_otherwise
 
     named = {source.data.map for source in cache.manifest.sources} - {None}
     if report.unbound and named and data.map is None:

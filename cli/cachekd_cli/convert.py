@@ -21,7 +21,7 @@ def convert_command(
 
     Example: cachekd convert models/TinyLLaVA-Phi-2-SigLIP-3.1B -o models/tinyllava-3.1b
     """
-    from cachekd.vlm.tinyllava import convert_tinyllava
+    from cachekd.models.tinyllava import convert_tinyllava
 
     model = convert_tinyllava(source, out)
     text, vision = model.config.text_config, model.config.vision_config

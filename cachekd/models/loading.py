@@ -13,18 +13,33 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError
+from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.models.tinyllava import is_tinyllava
+from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
 from cachekd.paths import require_path
-from cachekd.vlm.families import TEXT_ONLY, family_of, vision_tower_name
-from cachekd.vlm.gguf import forget_gguf, gguf_config, is_gguf, source, unpacked
-from cachekd.vlm.steady import keep_statistics
-from cachekd.vlm.tinyllava import is_tinyllava
-from cachekd.vlm.weights import weights_files
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Let batch norms (FastVLM's encoder has them) use the checkpoint's statistics in training too.
+
+    Else a sample's features would depend on its neighbours in the batch, the gradient on how a step is
+    accumulated, and what is saved would give other features than what was trained.
+    """
+
+    def settle(module: nn.Module, _args: Any) -> None:
+        module.training = False
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(settle)
+
 
 _FORMS = (
     "a folder in Hugging Face format (config.json, model.safetensors), a name on the hub (org/name, where no "

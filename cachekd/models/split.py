@@ -1,10 +1,4 @@
-"""A VLM taken apart at its seams: vision encoder, projector, language model.
-
-The split calls no submodule by hand. The projection is the model's own `get_image_features` around a
-*replayed* encoder output; the language model is the model's own forward with `mm_encoder_outputs` in place
-of pixels. So selection of layers, dropping of class tokens, splicing, positions, masks and logit scaling
-stay the family's.
-"""
+"""V | P | L: a vision-language model taken apart, and proven to be the same."""
 
 from __future__ import annotations
 
@@ -19,8 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.families import PIXEL_INPUTS, family_of, vision_tower, vision_tower_name
-from cachekd.vlm.families.replay import changed
+from cachekd.errors import CachekdError
+from cachekd.models.families import (
+    FAMILIES,
+    PIXEL_INPUTS,
+    changed,
+    family_of,
+    vision_tower,
+    vision_tower_name,
+)
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -169,3 +170,55 @@ def cast_output(output: ModelOutput, dtype: torch.dtype) -> ModelOutput:
         return tuple(cast(item) for item in value) if isinstance(value, tuple | list) else value
 
     return changed(output, **{name: cast(value) for name, value in output.items()})
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode; afterwards each of its modules is in its own again: some differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
+def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> float:
+    """Take a model apart on one batch and compare with its whole forward.
+
+    Args:
+        model: a VLM with its vision encoder; under LoRA the model inside.
+        inputs: a batch with images.
+        positions: [B, S] bool, where logits are compared.
+
+    Returns:
+        by how much they differ at most, as a share of the logits' deviation; mostly 0.
+
+    Raises:
+        CachekdError: V, P and L, one after the other, do not give the model's own logits.
+    """
+    try:
+        with in_eval_mode(model):
+            with capture_vision(model) as vision:
+                whole = logits_at(model, inputs, positions)
+            if vision.output is None:
+                raise _refusal(model, "its vision encoder does not run in its forward")
+            split = decode(model, project(model, vision.output, inputs), inputs, positions)
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    miss = float((split - whole).abs().max() / whole.float().std())
+    if not miss <= rounding(whole.dtype):
+        raise _refusal(model, f"logits off by {miss:.1%} of their deviation")
+    return miss
+
+
+def _refusal(model: PreTrainedModel, found: str) -> CachekdError:
+    return CachekdError(
+        "the model cannot be split into vision encoder, projector and language model",
+        where=f"{model.config.name_or_path or type(model).__name__}, model_type {model.config.model_type}",
+        expected=f"the logits of its whole forward; supported families: {', '.join(FAMILIES)}",
+        found=found,
+        fix="train without the switched path: --lambda-vsd 0",
+    )

@@ -14,7 +14,8 @@ from cachekd.cache import Fingerprints
 from cachekd.data import Limits, SampleEncoder
 from cachekd.data.limits import NO_LIMITS
 from cachekd.data.processor import Processor
-from cachekd.fingerprint import (
+from cachekd.models.families import TEXT_ONLY, family_of
+from cachekd.models.fingerprint import (
     config_fingerprint,
     encoding_fingerprint,
     image_processor_fingerprint,
@@ -22,11 +23,9 @@ from cachekd.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.vlm.families import TEXT_ONLY, family_of
-from cachekd.vlm.file_hashes import hash_files
-from cachekd.vlm.load import load_config, load_model
-from cachekd.vlm.processors import processor_of
-from cachekd.vlm.weights import model_content, weights_files
+from cachekd.models.loading import load_config, load_model
+from cachekd.models.processors import processor_of
+from cachekd.models.weights import hash_files, model_content, weights_files
 
 
 class ModelFiles:

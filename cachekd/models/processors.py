@@ -1,24 +1,64 @@
-"""Load processors and tokenizers, with messages for people where transformers raises its own.
-
-Without torchvision a processor is loaded without its video part, which needs it, and which no image needs.
-"""
+"""Processors of models: loaded, of text alone, saved beside a student."""
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, BatchEncoding, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import GENERATION_CONFIG_NAME, is_torchvision_available
 
+from cachekd.atomic import commit
+from cachekd.data import SampleEncoder
 from cachekd.data.processor import Processor
-from cachekd.data.text_processor import TextProcessor
 from cachekd.errors import CachekdError
-from cachekd.vlm.families import TEXT_ONLY, family_of
-from cachekd.vlm.gguf import source
-from cachekd.vlm.load import load_config
+from cachekd.models.families import TEXT_ONLY, family_of
+from cachekd.models.loading import load_config
+from cachekd.models.weights import is_gguf, source
+
+
+class TextProcessor:
+    """Tokenises what a chat template wrote; there are no images.
+
+    Args:
+        tokenizer: transformers'.
+
+    Attributes:
+        image_token: None: no text stands for an image.
+        image_processor: None.
+    """
+
+    image_token: str | None = None
+    image_processor: Any = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def chat_template(self) -> Any:
+        """The tokenizer's."""
+        return self.tokenizer.chat_template
+
+    def __call__(
+        self,
+        *,
+        text: list[str],
+        images: Any = None,
+        return_text_replacement_offsets: bool = False,
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> BatchEncoding:
+        """As the tokenizer's own `apply_chat_template(tokenize=True)`: special tokens are the template's."""
+        return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save_pretrained(folder)
+
 
 log = logging.getLogger(__name__)
 
@@ -118,3 +158,43 @@ def without_video(processor_class: Any) -> Any:
 def _empty(processor_class: Any) -> Any:
     images_only = without_video(processor_class)
     return images_only.__new__(images_only)
+
+
+def generation_stops(path: str, config: Any) -> list[int]:
+    """The tokens at which a model's `generate` stops, by its generation_config.json or else its config.
+
+    Args:
+        path: folder or hub name.
+        config: of `load_config`.
+    """
+    try:
+        found = GenerationConfig.from_model_config(config) if is_gguf(path) else None
+        found = found or GenerationConfig.from_pretrained(path)
+    except OSError:
+        found = GenerationConfig.from_model_config(config)
+    return _as_list(found.eos_token_id)
+
+
+def save_processor(encoder: SampleEncoder, folder: Path) -> None:
+    """Write the processor beside a saved student, and let the student's generation stop where its chat
+    template ends a turn, beside where it stopped before.
+
+    Args:
+        encoder: that the student was trained with.
+        folder: with a model, or with adapters alone.
+    """
+    encoder.processor.save_pretrained(folder)
+    file, token = folder / GENERATION_CONFIG_NAME, encoder.end_of_turn
+    if token is None or not file.exists():
+        return
+    settings = json.loads(file.read_text())
+    stops = _as_list(settings.get("eos_token_id"))
+    if token not in stops:
+        settings["eos_token_id"] = [*stops, token] if stops else token
+        commit(file, json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def _as_list(token_ids: int | list[int] | None) -> list[int]:
+    if token_ids is None:
+        return []
+    return [token_ids] if isinstance(token_ids, int) else list(token_ids)

@@ -12,8 +12,14 @@ from transformers.utils import ModelOutput
 
 from cachekd.config.train import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.vlm.families import TEXT_ONLY, family_of, language_model, projectors_in_tower, vision_tower
-from cachekd.vlm.families.replay import changed
+from cachekd.models.families import (
+    TEXT_ONLY,
+    changed,
+    family_of,
+    language_model,
+    projectors_in_tower,
+    vision_tower,
+)
 
 
 def part_modules(model: PreTrainedModel) -> dict[StudentPart, list[nn.Module]]:

@@ -1,9 +1,4 @@
-"""A trained bridge between the student's vision encoder and the teacher's projector. Beyond the paper.
-
-The paper's switch feeds V_S's output to P_T as it is, so V_S must have the width and the grid of V_T. Where
-it has not, a bridge brings each image's patches to the teacher's grid and width. It trains by L_VSD alone and
-is no part of the student: what is used in the end needs it as little as it needs the teacher.
-"""
+"""The switch bridge, beyond the paper: a trained map between V_S and P_T, and how it trains."""
 
 from __future__ import annotations
 
@@ -14,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.optim import Optimizer
 from transformers.utils import ModelOutput
 
 from cachekd.atomic import commit
 from cachekd.errors import CachekdError
+from cachekd.models.compat import check_switch, switch_differences, width_setting
+from cachekd.models.families import GRID, family_of
 from cachekd.paths import BRIDGE_FILE
-from cachekd.vlm.compat import check_switch, switch_differences, width_setting
-from cachekd.vlm.families import GRID, family_of
 
 # An image is one square of patches, whose number is a matter of the vision encoder alone.
 _ONE_SQUARE = ("llava", "paligemma", "gemma3")
@@ -240,3 +237,25 @@ def _tokens_read(config: Any) -> int:
 
 def _refused(problem: str, student: Any, **details: str) -> CachekdError:
     return CachekdError(problem, where=f"setting 'switch_bridge' and {student.name_or_path}", **details)
+
+
+def no_sharding() -> CachekdError:
+    """What to say under FSDP or DeepSpeed."""
+    return CachekdError(
+        "the switch bridge cannot be trained under FSDP or DeepSpeed: they train the student alone",
+        where="setting 'switch_bridge'",
+        fix="train with DDP (accelerate launch --multi_gpu), or leave --switch-bridge out",
+    )
+
+
+def add_to_optimizer(optimizer: Optimizer, bridge: SwitchBridge, weight_decay: float) -> None:
+    """As the Trainer does with the student's layers: a bias has no weight decay."""
+    optimizer.add_param_group({"params": [bridge.linear.weight], "weight_decay": weight_decay})
+    optimizer.add_param_group({"params": [bridge.linear.bias], "weight_decay": 0.0})
+
+
+def mean_gradients(bridge: SwitchBridge, accelerator: Accelerator) -> None:
+    """Over all processes. Not by DDP: it would wait for a process whose batch has no image."""
+    for parameter in bridge.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, reduction="mean")

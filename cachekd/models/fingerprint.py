@@ -1,8 +1,4 @@
-"""Fingerprints: what a cache depends on, as sha256 over canonical JSON.
-
-A cache is stale as soon as one of these changes, so each covers what changes the numbers and nothing else
-(not the folder a tokenizer was loaded from, not its padding side).
-"""
+"""What must not change between dump and training: tokenizer, template, image processing, encoding."""
 
 from __future__ import annotations
 
@@ -11,11 +7,52 @@ import json
 from importlib.metadata import version
 from typing import Any
 
+from PIL import Image
+from torch import Tensor
+
 from cachekd.cache.manifest import Fingerprints
-from cachekd.data import SampleEncoder
+from cachekd.data.encode import SampleEncoder
 from cachekd.data.images import READING
-from cachekd.data.probe import probe_encoding
 from cachekd.data.processor import Processor
+from cachekd.data.render import Messages
+from cachekd.data.sample import Sample
+from cachekd.data.supervision import takes_suffix
+from cachekd.errors import CachekdError
+
+# Never to be changed: caches hold a fingerprint of what became of it.
+CONVERSATION: Messages = tuple(
+    {"role": role, "content": [{"type": "text", "text": text}]}
+    for role, text in (
+        ("user", "What is the color of the shape? Answer in one word."),
+        ("assistant", "Red"),
+        ("user", "How many are there,\nand is one of them (say) 3.5 times as large?"),
+        ("assistant", "There are 12; no, it is not."),
+    )
+)
+
+
+def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
+    """Encode the conversation without images; of one that needs them, the first question with a black one.
+
+    Returns:
+        [L] int64 token ids and [L] bool what is supervised, image placeholders left out; None where the
+        chat template or the processor refuses the conversation.
+    """
+    encoder = encoder.without_limits()  # which are no part of how text becomes tokens
+    if takes_suffix(encoder.processor):
+        sample = Sample("probe", (Image.new("RGB", (8, 8)),), tuple(CONVERSATION[:2]), "a probe text")
+    else:
+        sample = Sample("probe", (), tuple(CONVERSATION), "a probe text")
+    try:
+        encoded = encoder(sample)
+    except CachekdError:
+        return None
+    ids = encoded.inputs["input_ids"]
+    if not sample.images:
+        return ids, encoded.supervised
+    is_text = ids != encoder.image_token_id
+    return ids[is_text], encoded.supervised[is_text]
+
 
 _VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
 

@@ -1,16 +1,18 @@
-"""The visual switch: the student's visual features in the teacher's projector and language model."""
+"""The student's vision in the teacher: the switched path; and the whole teacher, live."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.vlm.deferred import DeferredHead
-from cachekd.vlm.split import decode, project
+from cachekd.losses.targets import LiveTargets
+from cachekd.models.head import DeferredHead
+from cachekd.models.split import decode, logits_at, project
 
 
 class SwitchedTeacher:
@@ -51,3 +53,32 @@ class SwitchedTeacher:
             [N, V] logits. Their gradient reaches V_S and nothing else.
         """
         return decode(self.model, project(self.model, vision_output, inputs), inputs, positions)
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """z_T = L_T(P_T(V_T(x_v)), x_t) at every step, from the model that also serves the switched path.
+
+    Attributes:
+        switch: the teacher, loaded with its vision encoder.
+        vocab_size: tokens that the tokenizer can name; logits beyond them mean nothing.
+        window, min_k: Kneedle's settings.
+    """
+
+    switch: SwitchedTeacher
+    vocab_size: int
+    window: int
+    min_k: int
+
+    @torch.no_grad()
+    def targets(self, inputs: Mapping[str, Tensor], positions: Tensor, token_ids: Tensor) -> LiveTargets:
+        """The teacher at N answer tokens; no gradient is kept.
+
+        Args:
+            inputs: the batch as the teacher's processor makes it.
+            positions: [B, S] bool, the N places whose logits predict the answer tokens.
+            token_ids: [N] int64, the answer tokens.
+        """
+        head = self.switch.head(inputs, positions)
+        states = head.states(lambda: logits_at(self.switch.model, inputs, positions))
+        return LiveTargets(token_ids, states, head.logits, self.vocab_size, self.window, self.min_k)

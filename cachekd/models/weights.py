@@ -1,25 +1,59 @@
-"""sha256 over large files, read once: what was hashed is remembered in the user's cache folder.
-
-A hash is remembered for as long as no file's name, size, times (of content and of inode) or inode changes.
-What that cannot see: content that changes without its file system noting a time, such as a disk's bit rot.
-`CACHEKD_HASH_AGAIN=1` reads every byte, whatever is remembered.
-"""
+"""The files of a model's weights, GGUF among them, and their hash, computed once."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
+from transformers import AutoConfig, GgufConfig, PreTrainedModel
 
 from cachekd.atomic import write_file
 from cachekd.cache.sealed import Part, Sealed
 from cachekd.errors import CachekdError
+from cachekd.paths import BRIDGE_FILE, is_hub_name, require_path
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a GGUF file is meant, and not a model's folder or a name on the hub."""
+    return path.endswith(".gguf") and Path(path).is_file()
+
+
+def source(path: str) -> tuple[str, dict[str, Any]]:
+    """What transformers' `from_pretrained` takes: a folder or name, and `gguf_file` if a file is meant."""
+    return (str(Path(path).parent), {"gguf_file": Path(path).name}) if is_gguf(path) else (path, {})
+
+
+def gguf_config(path: str) -> Any:
+    """The configuration in a GGUF file. Reading it takes seconds, so it is remembered."""
+    file = Path(path).resolve()
+    return copy.deepcopy(_read_config(file, file.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _read_config(file: Path, _changed: int) -> Any:
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def unpacked() -> dict[str, Any]:
+    """For `from_pretrained`: every weight as an ordinary tensor."""
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Let a model with unpacked weights be trained and saved, which transformers refuses for GGUF's own."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    vars(model.config).pop("quantization_config", None)
+
 
 log = logging.getLogger(__name__)
 
@@ -102,3 +136,55 @@ def _place(states: Sequence[FileState]) -> Path:
     home = os.environ.get("CACHEKD_HOME")
     folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd"))
     return folder / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
+
+
+_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+
+
+def weights_files(path: str) -> list[Path]:
+    """The weight files of a local model folder (or the GGUF file itself), sorted; none for a hub name.
+
+    A run's switch bridge is none.
+
+    Raises:
+        CachekdError: a local folder has none.
+    """
+    folder = Path(path)
+    if is_gguf(path):
+        return [folder]
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != BRIDGE_FILE)
+    files = files or sorted(folder.glob("*.bin"))
+    if not files:
+        raise CachekdError(
+            "the model's folder has no weights", where=path, expected="*.safetensors or *.bin files"
+        )
+    return files
+
+
+def model_content(name: str) -> str | None:
+    """Which model this is: sha256 over the files that `from_pretrained` reads; None for a hub name.
+
+    Raises:
+        CachekdError: there is no such folder, and it is no hub name.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        expected = "a train step above, a model folder, or a hub name, which has a slash: org/name"
+        require_path(name, "step or model", expected)
+        if is_hub_name(name):
+            return None
+        raise CachekdError("there is no such step or model", where=name, expected=expected)
+    files = [folder] if folder.is_file() else _read_by_transformers(folder)  # a file: .gguf
+    names = "\n".join(path.name for path in files)
+    return hashlib.sha256(f"{names}\n{hash_files(files)}".encode()).hexdigest()
+
+
+def _read_by_transformers(model: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in model.iterdir()
+        # The second: what stages leave in a run.
+        if path.suffix in _READ_BY_TRANSFORMERS and not path.name.startswith("cachekd_")
+    )

@@ -1,0 +1,77 @@
+"""The V | P | L split of vision-language models, and the switch."""
+
+from cachekd.models.bridge import BridgePlan, SwitchBridge, plan_bridge
+from cachekd.models.compat import check_switch, check_tokenizers, limits_of, tokenizer_difference
+from cachekd.models.families import family_of, language_model, projectors_in_tower, vision_tower
+from cachekd.models.head import DeferredHead, output_head, vocabulary_of
+from cachekd.models.loading import (
+    default_device,
+    default_dtype,
+    dtype_of,
+    empty_model,
+    load_config,
+    load_model,
+)
+from cachekd.models.model_files import ModelFiles
+from cachekd.models.parts import (
+    check_adapters,
+    modules_outside,
+    parameters_by_part,
+    reach_by_text,
+    train_only,
+)
+from cachekd.models.processors import generation_stops, load_processor, save_processor
+from cachekd.models.split import (
+    capture_vision,
+    decode,
+    encode,
+    hidden_and_logits_at,
+    logits_at,
+    project,
+    prove_split,
+)
+from cachekd.models.switch import LiveTeacher, SwitchedTeacher
+from cachekd.models.weights import model_content, weights_files
+
+__all__ = [
+    "BridgePlan",
+    "DeferredHead",
+    "LiveTeacher",
+    "ModelFiles",
+    "SwitchBridge",
+    "SwitchedTeacher",
+    "capture_vision",
+    "check_adapters",
+    "check_switch",
+    "check_tokenizers",
+    "decode",
+    "default_device",
+    "default_dtype",
+    "dtype_of",
+    "empty_model",
+    "encode",
+    "family_of",
+    "generation_stops",
+    "hidden_and_logits_at",
+    "language_model",
+    "limits_of",
+    "load_config",
+    "load_model",
+    "load_processor",
+    "logits_at",
+    "model_content",
+    "modules_outside",
+    "output_head",
+    "parameters_by_part",
+    "plan_bridge",
+    "project",
+    "projectors_in_tower",
+    "prove_split",
+    "reach_by_text",
+    "save_processor",
+    "tokenizer_difference",
+    "train_only",
+    "vision_tower",
+    "vocabulary_of",
+    "weights_files",
+]
