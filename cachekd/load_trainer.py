@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
+from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder
 from cachekd.errors import about
@@ -22,7 +23,6 @@ from cachekd.models import (
     plan_bridge,
     vocabulary_of,
 )
-from cachekd.open_data import RunModels
 from cachekd.open_run import OpenRun, open_run
 from cachekd.run_folder import settings_of
 from cachekd.trainer import SwitchKDTrainer

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.cache import LogitCache
+from cachekd.check.data import RunModels, length_limits, open_cache, without_missing
+from cachekd.check.data_rows import pictures_row
+from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.lean import check_lean_settings
 from cachekd.models import ModelFiles
-from cachekd.open_data import RunModels, length_limits, open_cache, without_missing
-from cachekd.pair.data_rows import pictures_row
-from cachekd.pair.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.training_arguments import SwitchKDTrainingArguments
 from cachekd.validation.data import HeldOut, open_held_out
 

@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 
 from cachekd.cache import LogitCache
+from cachekd.check.match import check_content
 from cachekd.data import Sample, SampleEncoder, Samples
 from cachekd.data.sample import is_supervised
 from cachekd.errors import CachekdError
-from cachekd.matching import check_content
 
 LARGEST = 640  # pixels, of an image on a page
 _SMALL = 128  # below that PNG is small, and exact

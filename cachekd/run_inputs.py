@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from cachekd.bind import Binding
 from cachekd.cache.compare import identity
+from cachekd.check.bind import Binding
 from cachekd.config import TrainConfig
 from cachekd.data import Samples
 from cachekd.data.open import content_hash, keys_hash

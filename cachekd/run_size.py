@@ -15,12 +15,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.atomic import LOCK_FILE, free_space, is_failed_write
 from cachekd.cache import LogitCache
+from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError
 from cachekd.lean import with_adapters
 from cachekd.models import SwitchBridge, empty_model, plan_bridge, train_only
-from cachekd.open_data import RunModels
 
 # Bytes, each a little more than it is.
 _OF_A_TENSOR = 512  # its name, its place in a file

@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.batch import Batch
 from cachekd.cache import CachedTargets, LogitCache
+from cachekd.check.match import check_sample, cut_alike
 from cachekd.config.data import OnError
 from cachekd.data import Encoded, SampleEncoder, Samples, collate, rough_lengths
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
 from cachekd.data.loader import dead_worker
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.matching import check_sample, cut_alike
 
 
 @dataclass(frozen=True)

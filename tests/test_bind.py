@@ -15,8 +15,8 @@ from PIL import Image
 from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 from typer.testing import CliRunner
 
-from cachekd.bind import Binding, bind, bound_cache
 from cachekd.cache import LogitCache
+from cachekd.check.bind import Binding, bind, bound_cache
 from cachekd.config import TrainConfig
 from cachekd.data import open_samples, sample_from_llava
 from cachekd.errors import CachekdError

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from typer.testing import CliRunner
 
+from cachekd.check import check_pair
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.dump import dump
@@ -38,7 +39,6 @@ from cachekd.models import (
     weights_files,
 )
 from cachekd.models.bridge import resampled
-from cachekd.pair import check_pair
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
 from cachekd.train import collate_with_targets, make_trainer, train
 from cachekd.train_estimate import estimate_training

@@ -11,14 +11,14 @@ from tiny import MARKED_TEMPLATE, save_vlm, tiny_processor, tiny_vlm, write_llav
 from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
+from cachekd.check import Row, check_pair, preview
+from cachekd.check.rows import require
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
 from cachekd.errors import CachekdError
 from cachekd.models import families, load_processor
 from cachekd.models.families import changed
 from cachekd.open_run import open_run
-from cachekd.pair import Row, check_pair, preview
-from cachekd.pair.rows import require
 from cachekd_cli.main import app
 
 

@@ -10,11 +10,11 @@ from caches import SMALL
 from test_limits import with_long_ones
 from tiny import evaluated, write_llava_json
 
+from cachekd.check import check_pair
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data.left_out import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
-from cachekd.pair import check_pair
 from cachekd.train import train
 
 LONG = 20  # neighbours; 16 in a row are looked into

@@ -17,13 +17,13 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
+from cachekd.check import check_pair
+from cachekd.check.match import check_cache
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, encode, open_samples
 from cachekd.errors import CachekdError
-from cachekd.matching import check_cache
 from cachekd.models import ModelFiles, load_processor
 from cachekd.models.fingerprint import CONVERSATION, encoding_fingerprint, probe_encoding
-from cachekd.pair import check_pair
 from cachekd.sharing.card import dataset_card
 from cachekd.train import train
 

@@ -26,6 +26,9 @@ from typer.testing import CliRunner
 
 from cachekd import dump as stage_one
 from cachekd.cache import CodecSettings, LogitCache
+from cachekd.check import PairReport, Row, check_pair
+from cachekd.check import pair as check_module
+from cachekd.check.data_rows import counts_of, lengths_of
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import (
     Limits,
@@ -40,9 +43,6 @@ from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.models import ModelFiles, limits_of, logits_at
 from cachekd.models.fingerprint import encoding_fingerprint
-from cachekd.pair import PairReport, Row, check_pair
-from cachekd.pair import check as check_module
-from cachekd.pair.data_rows import counts_of, lengths_of
 from cachekd.teacher import Answer, Teacher
 from cachekd_cli.main import app
 

@@ -30,6 +30,7 @@ from cachekd.cache.recompress import recompress
 from cachekd.cache.subset import select_samples
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
+from cachekd.check import check_pair
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
 from cachekd.data import open_samples
@@ -38,7 +39,6 @@ from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
 from cachekd.models import load_config
 from cachekd.models.tinyllava import convert_tinyllava
-from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
 from cachekd.sharing.card import dataset_card

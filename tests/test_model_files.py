@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from caches import dump_cache
 
+from cachekd.check.pair import check_pair
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
 from cachekd.evaluation.run import evaluate
 from cachekd.models import ModelFiles, loading, model_files, processors
 from cachekd.models import weights as file_hashes
 from cachekd.models.weights import RememberedHash, hash_files
-from cachekd.pair.check import check_pair
 from cachekd.train import train
 
 

@@ -18,13 +18,13 @@ from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
+from cachekd.check import check_pair
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
 from cachekd.errors import CachekdError
 from cachekd.models import load_config, load_model, load_processor, save_processor
 from cachekd.models.loading import _hub_adapter
 from cachekd.models.processors import TextProcessor
-from cachekd.pair import check_pair
 from cachekd.peek_data import PeekedData
 from cachekd.token_texts import find_reader
 from cachekd.train import train

@@ -25,12 +25,12 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
+from cachekd.check.match import check_sample
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import SampleEncoder, images, open_samples
 from cachekd.data.images import READING
 from cachekd.dump import open_teacher
 from cachekd.errors import CachekdError
-from cachekd.matching import check_sample
 from cachekd.models import fingerprint, load_processor
 from cachekd.models.fingerprint import image_reading
 from cachekd.models.processors import TextProcessor

@@ -23,10 +23,10 @@ from caches import assert_same_samples, copied, files_of, flip, reseal
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
-from cachekd.bind import open_bound
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
+from cachekd.check.bind import open_bound
 from cachekd.errors import CachekdError
 from cachekd.sharing import local_folder, pull_cache, push_cache
 from cachekd.sharing.card import dataset_card

@@ -13,9 +13,9 @@ from test_repair import repack
 from test_train_runs import CutShort
 from tiny import tar_members, write_tar
 
-from cachekd.bind import Binding, bind
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.compare import identity
+from cachekd.check.bind import Binding, bind
 from cachekd.config import TrainConfig
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError

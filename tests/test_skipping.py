@@ -17,8 +17,9 @@ from tiny import evaluated, tar_members, tiny_processor, write_llava_json, write
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
-from cachekd.bind import bind
 from cachekd.cache import LogitCache
+from cachekd.check import check_pair
+from cachekd.check.bind import bind
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Limits, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.data.left_out import BadSamples, LeftOutSamples
@@ -28,7 +29,6 @@ from cachekd.evaluation.questions import questions_of
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.open_run import open_run
-from cachekd.pair import check_pair
 from cachekd.paths import RUN_FILE
 from cachekd.run_folder import CHECKPOINTS
 from cachekd.sample_order import RandomOrder

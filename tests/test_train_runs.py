@@ -417,7 +417,7 @@ def test_the_teachers_vision_encoder_is_never_read(settings, tmp_path, teacher_p
     assert len(left) < len(weights)
     save_file(left, folder / "model.safetensors", metadata={"format": "pt"})
     train(TrainConfig(**settings))
-    monkeypatch.setattr("cachekd.pair.rows.check_teacher", lambda *_: None)  # the file's hash has changed
+    monkeypatch.setattr("cachekd.check.rows.check_teacher", lambda *_: None)  # the file's hash has changed
     train(TrainConfig(**settings | {"teacher": str(folder), "out": tmp_path / "blind"}))
     assert losses(tmp_path / "blind") == losses(settings["out"])
     live = {"teacher": str(folder), "cache": None, "live_teacher": True, "out": tmp_path / "live"}

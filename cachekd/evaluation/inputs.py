@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekd.bind import open_bound
 from cachekd.cache import LogitCache
+from cachekd.check.bind import open_bound
+from cachekd.check.missing import missing_samples
 from cachekd.config import EvalConfig
 from cachekd.config.data import ROW_NUMBERS
 from cachekd.data import SampleEncoder, Samples, open_samples
@@ -13,7 +14,6 @@ from cachekd.data.left_out import first_good
 from cachekd.errors import CachekdError
 from cachekd.evaluation.prior import AnswerPrior, prior_of
 from cachekd.evaluation.questions import QuestionEncoder
-from cachekd.missing import missing_samples
 from cachekd.models import ModelFiles, limits_of, tokenizer_difference
 from cachekd.models.fingerprint import tokenizer_fingerprint
 

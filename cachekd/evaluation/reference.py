@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.tail.encoder import OutputHead
+from cachekd.check.match import check_content
 from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import AskedSample
 from cachekd.losses.targets import DenseTargets, TeacherTargets
-from cachekd.matching import check_content
 
 
 class Reference(Protocol):

@@ -15,8 +15,12 @@ from typing import Any
 import huggingface_hub
 from fsspec.core import url_to_fs
 
-from cachekd.bind import Binding
 from cachekd.cache import LogitCache
+from cachekd.check.bind import Binding
+from cachekd.check.data import RunModels, length_limits, length_settings, open_cache, without_missing
+from cachekd.check.match import check_text
+from cachekd.check.missing import DECIDING
+from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.map_function import load_map
@@ -26,12 +30,8 @@ from cachekd.errors import CachekdError, about
 from cachekd.evaluation.inputs import open_cache as open_asked_cache
 from cachekd.evaluation.inputs import open_models, open_tokenized
 from cachekd.evaluation.questions import require_single_questions
-from cachekd.matching import check_text
-from cachekd.missing import DECIDING
 from cachekd.models import ModelFiles
-from cachekd.open_data import RunModels, length_limits, length_settings, open_cache, without_missing
 from cachekd.open_run import checked_arguments, teacher_rows
-from cachekd.pair.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from cachekd.cache import LogitCache
 from cachekd.cache.compare import facts, require_same
+from cachekd.check.data import RunModels, length_limits, open_cache, without_missing
+from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
 from cachekd.config.data import OnError
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import about
 from cachekd.losses.terms import TERMS
-from cachekd.open_data import RunModels, length_limits, open_cache, without_missing
-from cachekd.pair.data_rows import has_pictures
 from cachekd.training_arguments import metric_of
 
 log = logging.getLogger(__name__)

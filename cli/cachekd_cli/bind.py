@@ -22,8 +22,8 @@ from cachekd_cli.console import (
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
-    from cachekd.bind import BindReport
     from cachekd.cache import LogitCache
+    from cachekd.check.bind import BindReport
 
 
 SHOWN = 5
@@ -53,7 +53,7 @@ def bind_command(
     Example: cachekd bind caches/llava-7b --data "my-copy/*.tar" --out binding.json
     """
     from cachekd.atomic import require_place
-    from cachekd.bind import bind, open_bound
+    from cachekd.check.bind import bind, open_bound
     from cachekd.data import open_samples
 
     quiet_libraries()

@@ -13,7 +13,7 @@ from cachekd_cli.console import console, errors, print_json, quiet_libraries, ta
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
-    from cachekd.pair import PairReport, Run, Sizes
+    from cachekd.check import PairReport, Run, Sizes
 
 
 _STATES = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "refused": "[bold red]refused[/]"}
@@ -31,7 +31,7 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
     Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
     """
     quiet_libraries()
-    from cachekd.pair import check_pair
+    from cachekd.check import check_pair
 
     with errors.status("looking at models and data", spinner="dots"):
         report = check_pair(

@@ -37,9 +37,9 @@ def export_command(
 
     Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
     """
-    from cachekd.bind import open_bound
+    from cachekd.check.bind import open_bound
+    from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
-    from cachekd.data.dumped import as_dumped
     from cachekd.export import export_parquet, export_webdataset
 
     if (data is None) == (to is Form.webdataset):

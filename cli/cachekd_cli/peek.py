@@ -72,7 +72,7 @@ def peek_command(
     Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
     """
     from cachekd.atomic import require_place
-    from cachekd.bind import open_bound
+    from cachekd.check.bind import open_bound
     from cachekd.peek import choose
     from cachekd.token_texts import find_reader
 
@@ -111,8 +111,8 @@ def open_data(
     cache: LogitCache, data: DataOptions, reader: TokenReader, *, bound: bool = False
 ) -> PeekedData:
     """The data set, by key."""
+    from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
-    from cachekd.data.dumped import as_dumped
     from cachekd.peek_data import PeekedData
 
     dumped = cache.manifest.sources[0].data

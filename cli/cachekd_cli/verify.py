@@ -117,9 +117,9 @@ def ask_again(
     cache: Path, teacher: str, data: DataOptions, binding: Path | None, count: int, seed: int
 ) -> Recheck:
     """Run some samples again behind a progress bar."""
-    from cachekd.bind import open_bound
+    from cachekd.check.bind import open_bound
+    from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
-    from cachekd.data.dumped import as_dumped
     from cachekd.recheck import recheck
 
     opened = open_bound(cache, binding)

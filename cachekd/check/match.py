@@ -6,11 +6,11 @@ import torch
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
+from cachekd.check.missing import MissingSamples, missing_samples
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, SampleEncoder, Samples
 from cachekd.data.images import READING
 from cachekd.errors import CachekdError
-from cachekd.missing import MissingSamples, missing_samples
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import (
     encoding_fingerprint,

@@ -1,20 +1,46 @@
-"""Data and their cache as a run opens them: those that it trains on, and held-out ones alike."""
+"""Data and their cache as a run opens them: held-out data and those that it trains on alike."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cachekd.bind import open_bound
-from cachekd.cache import DataInfo, LogitCache
+from cachekd.cache import LogitCache
+from cachekd.cache.manifest import DataInfo
+from cachekd.check.bind import open_bound
+from cachekd.check.match import check_cache
+from cachekd.check.missing import dumped_data
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Limits, SampleEncoder, Samples
-from cachekd.data.dumped import unsaid
 from cachekd.data.left_out import LeftOutSamples
+from cachekd.data.map_function import require_map
 from cachekd.data.sample import SamplesView
 from cachekd.errors import CachekdError
-from cachekd.matching import check_cache
-from cachekd.missing import dumped_data
 from cachekd.models import ModelFiles, limits_of
+
+# Which sample a record becomes, under which key, with which tokens; not how many of them.
+_LENGTHS = ("max_tokens", "too_long")
+_AS_DUMPED = ("key", "image_field", *_LENGTHS)
+
+
+def as_dumped(options: DataOptions, info: DataInfo, where: str, *, bound: bool = False) -> DataOptions:
+    """The user's options, and what they do not say as the dump had it.
+
+    Args:
+        where: the cache.
+        bound: they are other data than the dump's, bound to the cache: how records become samples is theirs.
+
+    Raises:
+        CachekdError: the dump had a map function, which only the user may name, and they do not.
+    """
+    if bound:
+        return options.model_copy(update=unsaid(options, info, *_LENGTHS))
+    map_function = require_map(options.map, info.map, where)
+    return options.model_copy(update={**unsaid(options, info, *_AS_DUMPED), "map": map_function})
+
+
+def unsaid(options: DataOptions, dumped: DataInfo | DataOptions, *names: str) -> dict[str, Any]:
+    """Those of these options that the user does not say, as the dump had them."""
+    return {name: getattr(dumped, name) for name in names if name not in options.model_fields_set}
 
 
 class RunModels(NamedTuple):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cachekd.check.rows import Row
 from cachekd.config import DataOptions
 from cachekd.data import Limits, Samples, Survey
 from cachekd.data.limits import LONGER
 from cachekd.data.sample import DataNotes
 from cachekd.errors import BadSample
-from cachekd.pair.rows import Row
 
 _TEXT_ALONE = "--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0"
 

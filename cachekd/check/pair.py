@@ -1,21 +1,16 @@
-"""Every reason why a pair would not do, in one look; no weights are read unless the split is to be proven."""
+"""Do a teacher, a student and a data set fit? Every row, the sizes, and a few steps of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from cachekd.config import Data, DataOptions
-from cachekd.data import Encoded, Samples, open_samples, survey
-from cachekd.data.left_out import attempts
-from cachekd.data.sample import SamplesView
-from cachekd.data.sources.urls import is_remote
-from cachekd.errors import BadSample
-from cachekd.models import ModelFiles, default_device, default_dtype, limits_of
-from cachekd.pair.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
-from cachekd.pair.preview import Run, preview
-from cachekd.pair.rows import (
+import torch
+
+from cachekd.check.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
+from cachekd.check.rows import (
     Row,
     answers_row,
     bad_rows,
@@ -30,7 +25,103 @@ from cachekd.pair.rows import (
     template_row,
     vocabulary_row,
 )
-from cachekd.pair.size import Sizes, sizes_of
+from cachekd.config import Data, DataOptions
+from cachekd.config.train import StudentPart
+from cachekd.data import Encoded, Samples, open_samples, survey
+from cachekd.data.left_out import attempts
+from cachekd.data.sample import SamplesView
+from cachekd.data.sources.urls import is_remote
+from cachekd.errors import BadSample
+from cachekd.models import (
+    ModelFiles,
+    default_device,
+    default_dtype,
+    empty_model,
+    limits_of,
+    parameters_by_part,
+)
+
+Kind = Literal["image", "context", "supervised"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of one kind.
+
+    Attributes:
+        kind: an image's tokens, what the model is told, or what it is to say.
+        tokens: how many.
+        text: decoded with special tokens; for an image its token once.
+    """
+
+    kind: Kind
+    tokens: int
+    text: str
+
+
+def preview(encoded: Encoded, tokenizer: Any, image_token_id: int | None) -> list[Run]:
+    """The tokens of a sample in runs, from first to last.
+
+    Args:
+        image_token_id: the placeholder that an image is many of; None for a language model.
+    """
+    ids = encoded.inputs["input_ids"].tolist()
+    kinds: list[Kind] = [
+        "image" if token == image_token_id else "supervised" if supervised else "context"
+        for token, supervised in zip(ids, encoded.supervised.tolist(), strict=True)
+    ]
+    runs = []
+    for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
+        tokens = [token for _, token in group]
+        shown = tokens[:1] if kind == "image" else tokens
+        runs.append(Run(kind, len(tokens), tokenizer.decode(shown, skip_special_tokens=False)))
+    return runs
+
+
+# float32 weights, their gradients and AdamW's two moments.
+_BYTES_TRAINED = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters by part, and bytes in training; activations and logits come on top.
+
+    Attributes:
+        teacher, student: part to number of parameters.
+        teacher_bytes: of P_T and L_T with its head; V_T is not loaded.
+        student_bytes: weights, gradients and AdamW's moments, all parts trained in float32.
+    """
+
+    teacher: dict[StudentPart, int]
+    student: dict[StudentPart, int]
+    teacher_bytes: int
+    student_bytes: int
+
+
+def sizes_of(teacher: Any, student: Any, *, teacher_dtype: torch.dtype) -> Sizes:
+    """Count parameters on models without memory; no weights are read.
+
+    Args:
+        teacher, student: configs.
+        teacher_dtype: of its frozen weights in training.
+    """
+    parts = {name: parameters_of(config) for name, config in (("teacher", teacher), ("student", student))}
+    frozen = sum(count for part, count in parts["teacher"].items() if part != "vision_encoder")
+    return Sizes(
+        teacher=parts["teacher"],
+        student=parts["student"],
+        teacher_bytes=frozen * teacher_dtype.itemsize,
+        student_bytes=sum(parts["student"].values()) * _BYTES_TRAINED,
+    )
+
+
+def parameters_of(config: Any) -> dict[StudentPart, int]:
+    """Part to number of parameters, from a model's config alone; shared weights are counted once."""
+    return {
+        part: sum(parameter.numel() for parameter in parameters.values())
+        for part, parameters in parameters_by_part(empty_model(config)).items()
+    }
+
 
 _SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much
