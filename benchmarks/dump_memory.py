@@ -26,7 +26,7 @@ CHILD = """
 import json, resource, sys
 import torch
 from cachekd.config import DumpConfig
-from cachekd.dump import dump
+from cachekd.dump.run import dump
 torch.set_num_threads(1)
 summary = dump(DumpConfig(**json.loads(sys.argv[1])))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

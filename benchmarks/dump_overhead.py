@@ -25,10 +25,10 @@ from cachekd.cache import TailSetting
 from cachekd.cache.build import CacheBuild
 from cachekd.config import DumpConfig
 from cachekd.data.loader import read_encoded
-from cachekd.dump import open_inputs
-from cachekd.dump_plan import estimate_of, new_plan, pilot_of
-from cachekd.make_shards import groups_of, make_shards
-from cachekd.teacher import batches_of
+from cachekd.dump.plan import estimate_of, new_plan, pilot_of
+from cachekd.dump.run import open_inputs
+from cachekd.dump.shards import groups_of, make_shards
+from cachekd.dump.teacher import batches_of
 
 
 def main(

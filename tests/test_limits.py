@@ -24,7 +24,6 @@ from tiny_families import build
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 from typer.testing import CliRunner
 
-from cachekd import dump as stage_one
 from cachekd.cache import CodecSettings, LogitCache
 from cachekd.check import PairReport, Row, check_pair
 from cachekd.check import pair as check_module
@@ -40,10 +39,11 @@ from cachekd.data import (
     survey,
 )
 from cachekd.dump import dump
+from cachekd.dump import run as stage_one
+from cachekd.dump.teacher import Answer, Teacher
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.models import ModelFiles, limits_of, logits_at
 from cachekd.models.fingerprint import encoding_fingerprint
-from cachekd.teacher import Answer, Teacher
 from cachekd_cli.main import app
 
 LONG_ANSWER = "a large green dog. " * 40

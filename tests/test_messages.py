@@ -34,7 +34,7 @@ from cachekd.check import check_pair
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
 from cachekd.data import open_samples
-from cachekd.dump_plan import codec_of
+from cachekd.dump.plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
 from cachekd.models import load_config

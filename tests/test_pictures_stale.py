@@ -29,12 +29,12 @@ from cachekd.check.match import check_sample
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import SampleEncoder, images, open_samples
 from cachekd.data.images import READING
-from cachekd.dump import open_teacher
+from cachekd.dump.recheck import recheck
+from cachekd.dump.run import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.models import fingerprint, load_processor
 from cachekd.models.fingerprint import image_reading
 from cachekd.models.processors import TextProcessor
-from cachekd.recheck import recheck
 from cachekd.train import train
 from cachekd_cli.main import app
 

@@ -14,9 +14,9 @@ from tiny import tar_members, write_tar
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig
 from cachekd.data.spread import evenly, spread
-from cachekd.disk_budget import ALL_THAT_BYTES_BUY
 from cachekd.dump import dump, estimate_dump
-from cachekd.dump_plan import refuse_small_disk
+from cachekd.dump.estimate import ALL_THAT_BYTES_BUY
+from cachekd.dump.plan import refuse_small_disk
 from cachekd.errors import CachekdError
 
 ROOT = Path(__file__).parents[1]

@@ -31,11 +31,11 @@ from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_samples
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
-from cachekd.dump import open_teacher
-from cachekd.dump_plan import require_same_code
+from cachekd.dump.plan import require_same_code
+from cachekd.dump.recheck import Recheck, recheck
+from cachekd.dump.run import open_teacher
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
-from cachekd.recheck import Recheck, recheck
 from cachekd.train import train
 from cachekd_cli.main import app
 

@@ -52,7 +52,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_full_disk_stops_the_dump_and_what_is_finished_stays(
     tmp_path, teacher_path, data, small_disk, monkeypatch
 ):
-    monkeypatch.setattr("cachekd.dump.refuse_small_disk", lambda *_, **__: None)  # others fill it meanwhile
+    monkeypatch.setattr(
+        "cachekd.dump.run.refuse_small_disk", lambda *_, **__: None
+    )  # others fill it meanwhile
     config = settings(teacher_path, data, small_disk / "c", tail="none")
     with pytest.raises(CachekdError, match="a file cannot be written") as caught:
         dump(config)

@@ -300,7 +300,7 @@ def test_a_dump_that_joins_another_takes_its_shards(tmp_path, teacher_path, data
     before = {path: path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file()}
     second = DumpConfig(**settings, shard_samples=5)
     looks = [None]  # the second looked before the first had written its plan
-    monkeypatch.setattr("cachekd.dump.find_plan", lambda _: looks.pop())
+    monkeypatch.setattr("cachekd.dump.run.find_plan", lambda _: looks.pop())
     with pytest.raises(CachekdError, match="different setting shard_samples") as caught:
         dump(second)
     assert (caught.value.expected, caught.value.found) == (

@@ -41,7 +41,7 @@ class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
     Use it as a context manager: on success the manifest is written, on an exception all that was written is
-    removed, so that a folder holds a whole cache or none. (`cachekd.dump` can be resumed; this cannot, since
+    removed, so that a folder holds a whole cache or none. (`cachekd.dump.run` can be resumed; this cannot, since
     it does not know what is to come.)
 
     The first `calibration_tokens` answer tokens wait in memory until the tail sketch has been fitted on them

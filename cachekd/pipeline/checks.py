@@ -25,7 +25,7 @@ from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.map_function import load_map
 from cachekd.data.sources.urls import find_tars, is_remote, is_tar, named_errors
-from cachekd.dump_plan import codec_of, require_vocabulary
+from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluation.inputs import open_cache as open_asked_cache
 from cachekd.evaluation.inputs import open_models, open_tokenized

@@ -15,7 +15,7 @@ from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
     from cachekd.dump import DumpSummary
-    from cachekd.dump_estimate import Estimate
+    from cachekd.dump.estimate import Estimate
 
 
 @takes(DumpConfig, environment={"rank": "RANK", "world_size": "WORLD_SIZE"})  # of torchrun and accelerate
@@ -85,7 +85,7 @@ class DumpBar:
         self.bar.stop()
 
     def __call__(self, phase: str, total: int | None, samples: int, tokens: int) -> None:
-        """As `cachekd.dump.Progress`."""
+        """As `cachekd.dump.run.Progress`."""
         if phase not in self.tasks:
             for task in self.tasks.values():  # an earlier phase is over
                 self.bar.update(task, total=self.bar.tasks[task].completed)

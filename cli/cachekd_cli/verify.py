@@ -26,8 +26,8 @@ from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 if TYPE_CHECKING:
     from cachekd.cache import Finding, Manifest
     from cachekd.data import Samples
-    from cachekd.recheck import Recheck
-    from cachekd.teacher import Teacher
+    from cachekd.dump.recheck import Recheck
+    from cachekd.dump.teacher import Teacher
 
 
 SHOWN = 20
@@ -105,7 +105,7 @@ def check_files(cache: Path) -> list[Finding]:
 def run_repair(cache: Path, found: list[Finding]) -> tuple[list[str], str | None]:
     """What was done, a line each; and the command that makes again what was deleted, None if nothing was."""
     from cachekd.cache.repair import repair
-    from cachekd.dump_plan import command_of, require_same_code
+    from cachekd.dump.plan import command_of, require_same_code
 
     repaired = repair(cache, found, lambda plan: require_same_code(plan, cache))
     return repaired.done, None if repaired.plan is None else command_of(
@@ -120,7 +120,7 @@ def ask_again(
     from cachekd.check.bind import open_bound
     from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
-    from cachekd.recheck import recheck
+    from cachekd.dump.recheck import recheck
 
     opened = open_bound(cache, binding)
     options = as_dumped(data, opened.manifest.sources[0].data, str(cache), bound=binding is not None)
@@ -133,7 +133,7 @@ def ask_again(
 
 def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOptions) -> Teacher:
     """The teacher as it ran for the dump."""
-    from cachekd.dump import open_teacher
+    from cachekd.dump.run import open_teacher
 
     skipping = data.model_copy(update={"on_error": "skip"})
     return open_teacher(path, samples, skipping, manifest.codec, manifest.teacher.dtype)
@@ -143,7 +143,7 @@ def as_dict(
     cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
 ) -> dict[str, Any]:
     """For `--json`."""
-    from cachekd.recheck import SHARES
+    from cachekd.dump.recheck import SHARES
 
     result: dict[str, Any] = {
         "cache": str(cache),
@@ -206,7 +206,7 @@ def print_result(
 
 def print_live(live: Recheck) -> None:
     """The teacher's word."""
-    from cachekd.recheck import SHARES
+    from cachekd.dump.recheck import SHARES
 
     rows = [
         ("samples asked again", f"{live.samples:,} of {live.all_samples:,} ({live.tokens:,} tokens)"),

@@ -14,8 +14,8 @@ from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data import Encoded, Samples
 from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
 from cachekd.data.loader import prefetched, read_encoded
+from cachekd.dump.teacher import Answer, Teacher
 from cachekd.errors import BadSample
-from cachekd.teacher import Answer, Teacher
 
 Span = tuple[int, int]
 

@@ -20,8 +20,8 @@ from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import first_good
-from cachekd.dump_estimate import Estimate
-from cachekd.dump_plan import (
+from cachekd.dump.estimate import Estimate
+from cachekd.dump.plan import (
     codec_of,
     estimate_of,
     new_plan,
@@ -31,9 +31,9 @@ from cachekd.dump_plan import (
     require_vocabulary,
     same_plan,
 )
-from cachekd.make_shards import make_shards
+from cachekd.dump.shards import make_shards
+from cachekd.dump.teacher import Teacher
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
-from cachekd.teacher import Teacher
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""

@@ -16,14 +16,13 @@ from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples
 from cachekd.data.images import READING
 from cachekd.data.open import content_hash, keys_hash
-from cachekd.disk_budget import fit_budget
-from cachekd.dump_estimate import SHARD_TOKENS, Estimate, estimate
+from cachekd.dump.estimate import SHARD_TOKENS, Estimate, estimate, fit_budget
+from cachekd.dump.pilot import Pilot, run_pilot
+from cachekd.dump.shards import groups_of
+from cachekd.dump.teacher import Teacher
 from cachekd.errors import CachekdError, LeftOut
-from cachekd.make_shards import groups_of
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import library_versions, reads_images_otherwise
-from cachekd.pilot import Pilot, run_pilot
-from cachekd.teacher import Teacher
 
 # Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
 BATCHES_PER_SORT = 8

@@ -12,8 +12,8 @@ from cachekd.cache.tail.fit import fit_sketch
 from cachekd.data import Encoded, Samples
 from cachekd.data.loader import read_encoded
 from cachekd.data.spread import evenly, spread
+from cachekd.dump.teacher import Answer, Teacher, batches_of
 from cachekd.errors import BadSample, CachekdError
-from cachekd.teacher import Answer, Teacher, batches_of
 
 
 @dataclass
