@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cachekd.data import open_samples, rough_lengths
 from cachekd.models import ModelFiles
-from cachekd.sample_order import LengthGroups
+from cachekd.train.order import LengthGroups
 
 
 def padding_share(lengths: list[int], order: list[int], batch_size: int) -> float:

@@ -20,9 +20,8 @@ from cachekd.data import Encoded, predicting_positions
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import SwitchedTeacher, capture_vision
-from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import Example, batch_of
+from cachekd.train import SwitchKDTrainer, SwitchKDTrainingArguments
+from cachekd.train.data import Example, batch_of
 
 WINDOW, MIN_K, IMAGE_TOKEN = 128, 2, 5
 CPU = torch.device("cpu")

@@ -40,10 +40,10 @@ from transformers import LlavaForConditionalGeneration
 from cachekd.cache import CachedTargets
 from cachekd.cache.topk import select_topk
 from cachekd.data import Encoded, predicting_positions
-from cachekd.lean import recompute_frozen_layers
 from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
-from cachekd.training_arguments import CHECKPOINTING
-from cachekd.training_data import Example
+from cachekd.train.arguments import CHECKPOINTING
+from cachekd.train.data import Example
+from cachekd.train.student import recompute_frozen_layers
 
 VARIANTS = ("naive", "live", "cached", "cached, recomputed layers")
 TEACHER = Tower(layers=4, width=64), Text(layers=4, width=128)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cachekd.losses import dbild_loss, kneedle_k
     from cachekd.losses.targets import DenseTargets, TeacherTargets
     from cachekd.torch_dataset import CachedLogits
-    from cachekd.trainer import SwitchKDTrainer
+    from cachekd.train import SwitchKDTrainer
 
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOME = {
     "DenseTargets": "cachekd.losses.targets",
     "LogitCache": "cachekd.cache",
     "LogitCacheWriter": "cachekd.cache",
-    "SwitchKDTrainer": "cachekd.trainer",
+    "SwitchKDTrainer": "cachekd.train.trainer",
     "TeacherTargets": "cachekd.losses.targets",
     "dbild_loss": "cachekd.losses",
     "kneedle_k": "cachekd.losses",

@@ -19,7 +19,7 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["cachekd.dump.run", "cachekd.train", "cachekd_cli.main", "transformers.models.llava.modeling_llava"]
+    ["cachekd.dump.run", "cachekd.train.run", "cachekd_cli.main", "transformers.models.llava.modeling_llava"]
 )
 
 

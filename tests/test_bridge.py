@@ -40,8 +40,9 @@ from cachekd.models import (
 )
 from cachekd.models.bridge import resampled
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
-from cachekd.train import collate_with_targets, make_trainer, train
-from cachekd.train_estimate import estimate_training
+from cachekd.train import train
+from cachekd.train.estimate import estimate_training
+from cachekd.train.run import collate_with_targets, make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from cachekd.data import SampleEncoder, open_samples
 from cachekd.errors import CachekdError
 from cachekd.models import families, load_processor
 from cachekd.models.families import changed
-from cachekd.open_run import open_run
+from cachekd.train.open import open_run
 from cachekd_cli.main import app
 
 

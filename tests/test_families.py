@@ -24,7 +24,6 @@ from cachekd.data import Encoded, Sample, SampleEncoder, collate, predicting_pos
 from cachekd.data.conversation import messages_from_turns
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.lean import recompute_frozen_layers
 from cachekd.models import (
     DeferredHead,
     SwitchedTeacher,
@@ -49,6 +48,7 @@ from cachekd.models.loading import keep_statistics
 from cachekd.models.parts import parameters_by_part
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
+from cachekd.train.student import recompute_frozen_layers
 
 FEATURES = {
     "split fp32": "V, then P, then L, against the whole forward",

@@ -23,7 +23,8 @@ from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.models.fingerprint import image_processor_fingerprint
 from cachekd.paths import RUN_FILE
-from cachekd.train import collate_with_targets, make_trainer, train
+from cachekd.train import train
+from cachekd.train.run import collate_with_targets, make_trainer
 
 CPU = torch.device("cpu")
 TURNS = [

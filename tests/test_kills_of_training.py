@@ -22,8 +22,8 @@ from test_signals_of_workers import wait_until_gone
 
 from cachekd.config import TrainConfig
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, PART
 from cachekd.train import train
+from cachekd.train.folder import CHECKPOINTS, PART
 
 pytestmark = pytest.mark.slow
 STEPS = 60

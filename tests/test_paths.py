@@ -16,7 +16,7 @@ from cachekd.errors import CachekdError
 from cachekd.models import load_config, load_processor, model_content
 from cachekd.paths import expanded, is_address, is_hub_data, is_path, takes_path, what_is_there
 from cachekd.pipeline import plan_steps, read_pipeline
-from cachekd.pipeline.inputs import data_content
+from cachekd.train.inputs import data_content
 from cachekd_cli.main import PANELS, app
 
 COMMANDS = {name: command for commands in PANELS.values() for name, command in commands.items()}

@@ -33,9 +33,10 @@ from cachekd.errors import CachekdError
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.models import model_content
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
-from cachekd.pipeline import inputs, look, plan_steps, read_pipeline, run_pipeline
+from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
+from cachekd.train import inputs
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 

@@ -19,8 +19,8 @@ from cachekd.check.bind import Binding, bind
 from cachekd.config import TrainConfig
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
-from cachekd.run_folder import STARTED_FILE
 from cachekd.train import train
+from cachekd.train.folder import STARTED_FILE
 
 
 @pytest.fixture(scope="module")

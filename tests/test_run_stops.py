@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
-from cachekd.stopping import RunStopped, StopInOrder
 from cachekd.train import train
+from cachekd.train.callbacks import RunStopped, StopInOrder
+from cachekd.train.folder import CHECKPOINTS, STARTED_FILE
 from cachekd_cli.main import app
 from cachekd_cli.signals import noting_the_first
 
@@ -62,12 +62,12 @@ def test_a_trained_student_is_never_removed(plain, monkeypatch, full_at):
     config = TrainConfig(**plain, save_steps=0)
     weights = config.out / "model.safetensors"
     if full_at == "run's file":
-        from cachekd.run_folder import commit
+        from cachekd.train.folder import commit
 
         def fill(path: Path, content: bytes) -> None:
             (full_disk if path.name == RUN_FILE else commit)(path, content)
 
-        monkeypatch.setattr("cachekd.run_folder.commit", fill)
+        monkeypatch.setattr("cachekd.train.folder.commit", fill)
     else:
         monkeypatch.setattr("transformers.ProcessorMixin.save_pretrained", full_disk)
     with pytest.raises(CachekdError, match="is trained, but the run could not be finished") as caught:
@@ -108,7 +108,7 @@ def test_an_interrupt_while_the_student_is_saved_keeps_it(plain, monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachekd.run_folder.RunFolder.finish", interrupted)
+    monkeypatch.setattr("cachekd.train.folder.RunFolder.finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**plain, save_steps=0))
     assert {"model.safetensors", STARTED_FILE} <= names(plain["out"])
@@ -235,14 +235,14 @@ def test_a_signal_that_comes_twice_is_the_same_one(monkeypatch, launched, number
 
 
 def test_a_signal_while_models_load_stops_at_once(plain, monkeypatch):
-    monkeypatch.setattr("cachekd.load_trainer.load_student", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("cachekd.train.open.load_student", lambda *_: signal.raise_signal(signal.SIGTERM))
     done = CliRunner().invoke(app, ["train", *options_of(plain)])
     assert done.exit_code == 128 + signal.SIGTERM
     assert not plain["out"].exists()
 
 
 def test_a_signal_while_the_student_is_saved_lets_the_run_finish(plain, monkeypatch):
-    from cachekd import train as module
+    from cachekd.train import run as module
 
     save = module.save_run
     monkeypatch.setattr(module, "save_run", lambda *run: (signal.raise_signal(signal.SIGINT), save(*run)))
@@ -334,8 +334,8 @@ def test_cheap_refusals_come_before_weights_are_loaded(settings, student_path, m
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("cachekd.load_trainer.load_teacher", loaded)
-    monkeypatch.setattr("cachekd.load_trainer.load_student", loaded)
+    monkeypatch.setattr("cachekd.train.open.load_teacher", loaded)
+    monkeypatch.setattr("cachekd.train.open.load_student", loaded)
     monkeypatch.setattr("cachekd.models.model_files.hash_files", loaded)
     with pytest.raises(CachekdError, match="teacher's configuration"):
         train(TrainConfig(**settings | {"teacher": str(student_path)}))

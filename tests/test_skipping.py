@@ -28,13 +28,13 @@ from cachekd.evaluation import read_records
 from cachekd.evaluation.questions import questions_of
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.models import load_model, load_processor, logits_at
-from cachekd.open_run import open_run
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import CHECKPOINTS
-from cachekd.sample_order import RandomOrder
-from cachekd.train import make_trainer, train
-from cachekd.train_estimate import estimate_training
-from cachekd.training_data import TrainingSamples
+from cachekd.train import TrainingSamples, train
+from cachekd.train.estimate import estimate_training
+from cachekd.train.folder import CHECKPOINTS
+from cachekd.train.open import open_run
+from cachekd.train.order import RandomOrder
+from cachekd.train.run import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -390,7 +390,7 @@ def test_left_out_by_the_dump_and_beyond_its_limit(settings, teacher_path, broke
 @pytest.fixture
 def no_weights(monkeypatch):
     for name in ("load_student", "load_teacher"):
-        monkeypatch.setattr(f"cachekd.load_trainer.{name}", None)
+        monkeypatch.setattr(f"cachekd.train.open.{name}", None)
 
 
 def test_training_by_l_ce_alone_what_the_dump_found_bad_is_refused(
@@ -527,8 +527,8 @@ def test_l_vsd_that_no_sample_feeds_is_refused_before_any_weights(
         del record["image"]
     data.write_text(json.dumps(records))
     cache = dump_cache(tmp_path / "c", teacher_path, data, tail="none", limit=4)
-    monkeypatch.setattr("cachekd.load_trainer.load_student", None)
-    monkeypatch.setattr("cachekd.load_trainer.load_teacher", None)
+    monkeypatch.setattr("cachekd.train.open.load_student", None)
+    monkeypatch.setattr("cachekd.train.open.load_teacher", None)
     settings |= {"cache": str(cache), "data": str(data), "out": tmp_path / "run"}
     for more in ({"limit": 4}, {"missing": "skip"}, {"missing": "ce-only"}):
         with pytest.raises(

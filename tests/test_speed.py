@@ -16,15 +16,16 @@ from test_train_runs import CutShort, losses, settings  # noqa: F401
 from tiny import QUESTIONS, noise_image, png_bytes, tar_members, tiny_processor, write_tar
 from torch.utils.data import BatchSampler
 
-from cachekd import data_wait
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples, rough_lengths
-from cachekd.data_wait import DataWait
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
-from cachekd.sample_order import LengthGroups, RandomOrder
-from cachekd.train import last_terms, make_trainer, train
-from cachekd.training_arguments import default_workers
+from cachekd.train import callbacks as data_wait
+from cachekd.train import train
+from cachekd.train.arguments import default_workers
+from cachekd.train.callbacks import DataWait
+from cachekd.train.order import LengthGroups, RandomOrder
+from cachekd.train.run import last_terms, make_trainer
 
 
 def entries(out: Path) -> list[dict]:
@@ -356,7 +357,7 @@ def test_the_share_of_waiting_is_measured():
 
 
 def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypatch):  # noqa: F811
-    from cachekd.training_data import TrainingSamples
+    from cachekd.train import TrainingSamples
 
     real = TrainingSamples._example
 
@@ -368,7 +369,7 @@ def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypa
     monkeypatch.setattr(data_wait, "FEWEST_STEPS", 4)
     monkeypatch.setattr(data_wait, "SHORTEST", 0.5)
     monkeypatch.setattr(data_wait, "usable_cores", lambda: 8)
-    with caplog.at_level("WARNING", logger="cachekd.train"):
+    with caplog.at_level("WARNING", logger="cachekd.train.run"):
         summary = train(TrainConfig(**settings | {"epochs": 1, "batch_size": 3}))
     run = json.loads((settings["out"] / RUN_FILE).read_text())
     assert 0.02 < summary.data_wait == run["data_wait"] < 1

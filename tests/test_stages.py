@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from cachekd.config import TrainConfig, read_config
 from cachekd.config.train import PARTS, STAGES
 from cachekd.errors import CachekdError
-from cachekd.failures import memory_advice
 from cachekd.models import parameters_by_part, train_only
 from cachekd.models.loading import keep_statistics
 from cachekd.paths import RUN_FILE
-from cachekd.train import make_trainer, train
+from cachekd.train import train
+from cachekd.train.memory import memory_advice
+from cachekd.train.run import make_trainer
 from cachekd_cli.main import app
 
 PREFIX = {

@@ -17,18 +17,18 @@ from safetensors.torch import load_file
 from tiny import tar_members, write_tar
 from transformers import TrainerCallback
 
-from cachekd import trainer
 from cachekd.atomic import write_file
 from cachekd.cache import LogitCache, verify_files
 from cachekd.cache.build import dump_status
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
-from cachekd.open_run import open_run
-from cachekd.run_folder import CHECKPOINTS, PART
-from cachekd.run_size import RunSize, require_room
-from cachekd.train import size_of, train
-from cachekd.train_estimate import estimate_training
+from cachekd.train import train, trainer
+from cachekd.train.estimate import estimate_training
+from cachekd.train.folder import CHECKPOINTS, PART
+from cachekd.train.open import open_run
+from cachekd.train.run import size_of
+from cachekd.train.size import RunSize, require_room
 
 SIZES = int(os.environ.get("CACHEKD_DISKS", "6"))  # of full disks, for each kind of run
 
@@ -152,7 +152,7 @@ def test_a_full_disk_while_a_checkpoint_is_saved(
 @pytest.fixture
 def unchecked(monkeypatch) -> None:
     """As if others had filled the disk since the run began."""
-    monkeypatch.setattr("cachekd.train.require_room", lambda *_: None)
+    monkeypatch.setattr("cachekd.train.run.require_room", lambda *_: None)
 
 
 class Fill(TrainerCallback):
@@ -250,7 +250,7 @@ def test_a_full_disk_at_each_write(
     whole = whole_run(student_path, data, tmp_path / "whole", **changes)
     config = training(student_path, data, small_disk / "run").model_copy(update=changes)
     # A kernel makes a disk read-only whatever is open there; `mount` does not while the lock is.
-    monkeypatch.setattr("cachekd.run_folder.alone", lambda *_: nullcontext())
+    monkeypatch.setattr("cachekd.train.folder.alone", lambda *_: nullcontext())
     most = 700_000 if event == "on_train_end" else 1_300_000
     problems = sweep(config, small_disk, whole, [None, *range(0, most, most // SIZES)], event)
     assert problems
@@ -283,7 +283,7 @@ def test_a_run_that_has_no_room_is_refused_with_the_numbers(student_path, data, 
     def loaded(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("cachekd.load_trainer.load_student", loaded)
+    monkeypatch.setattr("cachekd.train.open.load_student", loaded)
     config = training(student_path, data, small_disk / "run")
     with pytest.raises(CachekdError, match="the disk is too small for what the run saves") as caught:
         train(config)
@@ -302,7 +302,7 @@ def test_no_room_is_mended_by_what_the_run_has(tmp_path, kept):
 
 @pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "/sys/x", "/dev/null/x"])
 def test_a_place_where_nothing_can_be_made_is_refused_at_once(student_path, data, out, monkeypatch):
-    monkeypatch.setattr("cachekd.train.open_run", lambda *_: 1 / 0)
+    monkeypatch.setattr("cachekd.train.run.open_run", lambda *_: 1 / 0)
     with pytest.raises(FailedWrite, match="a file cannot be written"):
         train(training(student_path, data, Path(out)))
     with pytest.raises(FailedWrite):

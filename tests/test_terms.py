@@ -24,9 +24,10 @@ from cachekd.losses.terms import TERMS, Term
 from cachekd.paths import RUN_FILE
 from cachekd.report.page import build_report, term_shares
 from cachekd.report.runs import read_run
-from cachekd.stopping import RunStopped
-from cachekd.train import SwitchKDTrainer, collate_with_targets, make_trainer, train
-from cachekd.training_data import Fault
+from cachekd.train import train
+from cachekd.train.callbacks import RunStopped
+from cachekd.train.data import Fault
+from cachekd.train.run import SwitchKDTrainer, collate_with_targets, make_trainer
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
-from cachekd.train import collate_with_targets, make_trainer, train
-from cachekd.train_estimate import estimate_training
+from cachekd.train import train
+from cachekd.train.estimate import estimate_training
+from cachekd.train.run import collate_with_targets, make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import CHECKPOINTS
 from cachekd.train import train
+from cachekd.train.folder import CHECKPOINTS
 
 
 @pytest.mark.slow

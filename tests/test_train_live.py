@@ -22,7 +22,7 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
-from cachekd.train import collate_with_targets, make_trainer
+from cachekd.train.run import collate_with_targets, make_trainer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
 CPU = torch.device("cpu")

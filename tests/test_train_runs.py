@@ -16,10 +16,11 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import STARTED_FILE
-from cachekd.train import make_trainer, train
-from cachekd.train_estimate import estimate_training
-from cachekd.training_arguments import FIELDS, OWN_NAMES, REFUSED, SwitchKDTrainingArguments
+from cachekd.train import SwitchKDTrainingArguments, train
+from cachekd.train.arguments import FIELDS, OWN_NAMES, REFUSED
+from cachekd.train.estimate import estimate_training
+from cachekd.train.folder import STARTED_FILE
+from cachekd.train.run import make_trainer
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.train import make_trainer
-from cachekd.training_arguments import SwitchKDTrainingArguments, explained
+from cachekd.train import SwitchKDTrainingArguments
+from cachekd.train.arguments import explained
+from cachekd.train.run import make_trainer
 
 arguments_of = SwitchKDTrainingArguments.of
 

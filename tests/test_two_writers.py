@@ -24,15 +24,15 @@ from typer.testing import CliRunner
 
 from cachekd import lock as locks
 from cachekd.atomic import LEASE_FILE, LOCK_FILE, cannot_write, contents
-from cachekd.checkpoints import SETTINGS_FILE
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.evaluation import read_records, save_in_runs
 from cachekd.lock import alone, staged_folder
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, PART, STARTED_FILE
 from cachekd.train import train
+from cachekd.train.checkpoints import SETTINGS_FILE
+from cachekd.train.folder import CHECKPOINTS, PART, STARTED_FILE
 from cachekd_cli.demo import new_folder
 from cachekd_cli.main import app
 
@@ -199,7 +199,7 @@ def test_a_folder_in_which_another_run_has_just_begun(tmp_path, student_path, da
     def begun_meanwhile(*_: Any) -> None:
         (config.out / STARTED_FILE).write_bytes(content)
 
-    monkeypatch.setattr("cachekd.train.say_what_is_cut", begun_meanwhile)
+    monkeypatch.setattr("cachekd.train.run.say_what_is_cut", begun_meanwhile)
     with pytest.raises(CachekdError, match="another run has begun in this folder"):
         train(config)
     assert (config.out / STARTED_FILE).read_bytes() == content

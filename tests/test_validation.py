@@ -27,10 +27,10 @@ from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
-from cachekd.run_folder import CHECKPOINTS, STARTED_FILE
-from cachekd.train import make_trainer, train
-from cachekd.train_estimate import estimate_training
-from cachekd.training_arguments import SwitchKDTrainingArguments
+from cachekd.train import SwitchKDTrainingArguments, train
+from cachekd.train.estimate import estimate_training
+from cachekd.train.folder import CHECKPOINTS, STARTED_FILE
+from cachekd.train.run import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -264,7 +264,7 @@ def test_a_resumed_run_evaluates_as_one_that_was_never_stopped(settings, tmp_pat
 def test_time_to_evaluate_is_no_waiting_for_data(settings, tmp_path, monkeypatch):
     trainer = make_trainer(TrainConfig(**settings), tmp_path / "t")
     times = iter(range(0, 1000, 10))
-    monkeypatch.setattr("cachekd.data_wait.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("cachekd.train.callbacks.time.perf_counter", lambda: next(times))
     batches = trainer.data_wait.timed(iter([1, 2]))
     next(batches)  # asked at 0, there at 10, where the clock starts
     with trainer.data_wait.paused():  # 20 to 30
@@ -314,7 +314,7 @@ def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, t
     settings |= {"save_steps": 2, "learning_rate": 0.03, "warmup": 0.0, "epochs": 4, "training": training}
     whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     summary = train(whole)
-    monkeypatch.setattr("cachekd.train.save_run", interrupt)
+    monkeypatch.setattr("cachekd.train.run.save_run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings), [CutShort(cut + 1)])
     monkeypatch.undo()
@@ -494,8 +494,8 @@ def no_weights(monkeypatch):
     def fail(*_args, **_kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("cachekd.load_trainer.load_student", fail)
-    monkeypatch.setattr("cachekd.load_trainer.load_teacher", fail)
+    monkeypatch.setattr("cachekd.train.open.load_student", fail)
+    monkeypatch.setattr("cachekd.train.open.load_teacher", fail)
 
 
 def refused(settings: dict) -> str:
@@ -642,7 +642,7 @@ def test_the_last_step_of_a_resumed_run_is_logged(settings):
 
 def test_a_run_that_only_has_to_be_finished_knows_its_last_terms(settings, monkeypatch):
     config = TrainConfig(**settings | {"save_steps": 2})
-    monkeypatch.setattr("cachekd.train.save_processor", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("cachekd.train.run.save_processor", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(CachekdError, match="could not be finished"):
         train(config)
     monkeypatch.undo()

@@ -31,12 +31,12 @@ from cachekd.evaluation.inputs import open_cache as open_asked_cache
 from cachekd.evaluation.inputs import open_models, open_tokenized
 from cachekd.evaluation.questions import require_single_questions
 from cachekd.models import ModelFiles
-from cachekd.open_run import checked_arguments, teacher_rows
 from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
-from cachekd.run_folder import CHECKPOINTS
-from cachekd.validation.data import require_same_teacher
+from cachekd.train.folder import CHECKPOINTS
+from cachekd.train.held_out import require_same_teacher
+from cachekd.train.open import checked_arguments, teacher_rows
 
 
 def check_steps(steps: list[PlannedStep]) -> None:

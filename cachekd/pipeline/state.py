@@ -15,8 +15,8 @@ from cachekd.cache.build import SHARD_FOLDER
 from cachekd.errors import CachekdError
 from cachekd.models import model_content
 from cachekd.paths import REPORT_FILE
-from cachekd.pipeline.inputs import Known, data_content
 from cachekd.pipeline.plan import PlannedStep, in_step
+from cachekd.train.inputs import Known, data_content
 
 STATE_FILE = "pipeline_state.json"
 Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's output depends on

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from cachekd.train import TrainSummary
-    from cachekd.train_estimate import TrainEstimate
+    from cachekd.train.estimate import TrainEstimate
 
 
 @takes(TrainConfig)
@@ -71,7 +71,7 @@ def train_or_estimate(config: TrainConfig, *, estimate: bool, as_json: bool) -> 
     """Fetch what is not here yet, run, and print the result; one process prints."""
     fetch_cache(config)
     if estimate:
-        from cachekd.train_estimate import estimate_training
+        from cachekd.train.estimate import estimate_training
 
         result = estimate_training(config)
         if is_main_process():
@@ -114,8 +114,8 @@ def run_train(config: TrainConfig, description: str = "train") -> TrainSummary:
         KeyboardInterrupt: SIGINT or SIGTERM came. Its text says after which step, if there is a checkpoint of
             that step.
     """
-    from cachekd.stopping import RunStopped
     from cachekd.train import train
+    from cachekd.train.callbacks import RunStopped
 
     with TrainBar(description) as bar, noting_the_first(bar.under_way, bar.show_stopping) as noted:
         try:
@@ -223,7 +223,7 @@ def print_settings(config: TrainConfig) -> None:
 
 def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
     """After which step, and how to go on."""
-    from cachekd.run_folder import how_to_go_on
+    from cachekd.train.folder import how_to_go_on
 
     if is_main_process():
         text = f"{str(stop) or 'stopped'}: {how_to_go_on(out)}"
@@ -252,7 +252,7 @@ def print_summary(summary: TrainSummary) -> None:
 
 def print_estimate(estimate: TrainEstimate) -> None:
     """Settings, parameters, memory by part, disk and time, before anything long starts."""
-    from cachekd.run_size import told
+    from cachekd.train.size import told
 
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch
     a_step = [settings[name] for name in ("batch_size", "gradient_accumulation", "processes")]

@@ -16,16 +16,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from cachekd.batch import Batch
 from cachekd.config import TrainConfig
-from cachekd.failures import memory_advice
-from cachekd.load_trainer import load_trainer
-from cachekd.open_run import open_run
-from cachekd.run_size import RunSize, run_size
-from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import Example, TrainingSamples, batch_of
-from cachekd.validation.run import undisturbed
+from cachekd.train.arguments import SwitchKDTrainingArguments
+from cachekd.train.batch import Batch
+from cachekd.train.data import Example, TrainingSamples, batch_of
+from cachekd.train.memory import memory_advice
+from cachekd.train.open import load_trainer, open_run
+from cachekd.train.size import RunSize, run_size
+from cachekd.train.trainer import SwitchKDTrainer
+from cachekd.train.validation import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from cachekd.batch import Batch
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
 from cachekd.losses.terms import TERMS
 from cachekd.models.split import in_eval_mode
-from cachekd.training_arguments import ACCURACY
-from cachekd.training_data import Feed, TrainingSamples
-from cachekd.validation.data import HeldOut
+from cachekd.train.arguments import ACCURACY
+from cachekd.train.batch import Batch
+from cachekd.train.data import Feed, TrainingSamples
+from cachekd.train.held_out import HeldOut
 
 if TYPE_CHECKING:
-    from cachekd.trainer import SwitchKDTrainer
+    from cachekd.train.trainer import SwitchKDTrainer
 
 
 log = logging.getLogger(__name__)

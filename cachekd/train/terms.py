@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.batch import Batch
 from cachekd.cache import CachedTargets
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import CachekdError
@@ -27,6 +26,7 @@ from cachekd.models import (
     capture_vision,
     prove_split,
 )
+from cachekd.train.batch import Batch
 
 Targets = CachedTargets | LiveTargets
 

@@ -19,8 +19,8 @@ from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError
-from cachekd.lean import with_adapters
 from cachekd.models import SwitchBridge, empty_model, plan_bridge, train_only
+from cachekd.train.student import with_adapters
 
 # Bytes, each a little more than it is.
 _OF_A_TENSOR = 512  # its name, its place in a file

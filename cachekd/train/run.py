@@ -11,27 +11,25 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from cachekd.checkpoints import step_of
 from cachekd.config import TrainConfig
 from cachekd.data import Limits
 from cachekd.data.left_out import LeftOutSamples
-from cachekd.data_wait import advice
-from cachekd.failures import memory_advice
-from cachekd.lean import save_merged
-from cachekd.load_trainer import load_trainer, make_trainer
 from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
-from cachekd.open_run import OpenRun, open_run
 from cachekd.paths import ADAPTER_FOLDER
-from cachekd.run_folder import RunFolder, claimed
-from cachekd.run_inputs import inputs_of
-from cachekd.run_size import RunSize, require_room, run_size
-from cachekd.stopping import StopInOrder, never
-from cachekd.trainer import SwitchKDTrainer
-from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import TrainingSamples, collate_with_targets
-from cachekd.validation.run import saved_evaluation
+from cachekd.train.arguments import SwitchKDTrainingArguments
+from cachekd.train.callbacks import StopInOrder, advice, never
+from cachekd.train.checkpoints import step_of
+from cachekd.train.data import TrainingSamples, collate_with_targets
+from cachekd.train.folder import RunFolder, claimed
+from cachekd.train.inputs import inputs_of
+from cachekd.train.memory import memory_advice
+from cachekd.train.open import OpenRun, load_trainer, make_trainer, open_run
+from cachekd.train.size import RunSize, require_room, run_size
+from cachekd.train.student import save_merged
+from cachekd.train.trainer import SwitchKDTrainer
+from cachekd.train.validation import saved_evaluation
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from cachekd.batch import Batch
-from cachekd.checkpoints import note_settings, saving_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
-from cachekd.data_wait import DataWait, Waited
 from cachekd.errors import CachekdError
-from cachekd.loss_terms import BatchTerms, LossTerms, TermSums, require_switch
 from cachekd.losses.terms import TERMS
 from cachekd.models import (
     LiveTeacher,
@@ -31,14 +27,22 @@ from cachekd.models import (
     save_processor,
 )
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
-from cachekd.next_epoch import ReadsOn
-from cachekd.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
-from cachekd.sample_order import order_of
-from cachekd.stopping import LastStep
-from cachekd.training_arguments import SwitchKDTrainingArguments
-from cachekd.training_data import Feed, batch_of
-from cachekd.validation.best import KeepBest, best_checkpoint
-from cachekd.validation.run import Validation
+from cachekd.train.arguments import SwitchKDTrainingArguments
+from cachekd.train.batch import Batch
+from cachekd.train.callbacks import (
+    Computed,
+    DataWait,
+    LastStep,
+    Waited,
+    stop_if_not_finite,
+    stop_if_weights_not_finite,
+)
+from cachekd.train.checkpoints import note_settings, saving_checkpoint
+from cachekd.train.data import Feed, batch_of
+from cachekd.train.held_out import KeepBest, best_checkpoint
+from cachekd.train.order import ReadsOn, order_of
+from cachekd.train.terms import BatchTerms, LossTerms, TermSums, require_switch
+from cachekd.train.validation import Validation
 
 
 class SwitchKDTrainer(Trainer):
@@ -52,7 +56,7 @@ class SwitchKDTrainer(Trainer):
     Args:
         student: the model to train; a VLM, or one in peft's wrapper.
         args: the Trainer's.
-        train_dataset: of `cachekd.training_data.Example`.
+        train_dataset: of `cachekd.train.data.Example`.
         pad_token_id: for batches.
         weights: of the terms, by the names in `TERMS`; one that is not named is off, but L_CE, whose weight
             is then 1.
@@ -262,7 +266,7 @@ class SwitchKDTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Overridden, as the Trainer's orders are not the same in every process after resuming
-        (`cachekd.sample_order`), and no argument takes a sampler."""
+        (`cachekd.train.order`), and no argument takes a sampler."""
         ours = order_of(self.args, self.train_dataset, self._epoch)
         return super()._get_train_sampler(train_dataset) if ours is None else ours
 

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset, get_worker_info
 
-from cachekd.batch import Batch
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.check.match import check_sample, cut_alike
 from cachekd.config.data import OnError
@@ -20,6 +19,7 @@ from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_lef
 from cachekd.data.loader import dead_worker
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.train.batch import Batch
 
 
 @dataclass(frozen=True)
