@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.dump import dump
-from cachekd.evaluation.run import evaluate
+from cachekd.evaluate.run import evaluate
 from cachekd.train import train
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"

@@ -30,9 +30,9 @@ from cachekd.data import SampleEncoder, collate, open_samples, predicting_positi
 from cachekd.data.survey import outline_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluation import read_records
-from cachekd.evaluation.prior import AnswerPrior
-from cachekd.evaluation.questions import (
+from cachekd.evaluate import read_records
+from cachekd.evaluate.inputs import AnswerPrior
+from cachekd.evaluate.questions import (
     QuestionEncoder,
     blinded,
     one_line,
@@ -40,7 +40,7 @@ from cachekd.evaluation.questions import (
     question_type,
     questions_of,
 )
-from cachekd.evaluation.scores import MAX_TYPES
+from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.models import load_model, load_processor, model_files
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, shortest
 from cachekd.train import train
@@ -416,7 +416,7 @@ def test_questions_about_a_picture_share_it_in_memory():
 
 def test_groups_are_bounded_in_memory(trained, data_path, monkeypatch):
     expected = evaluated([trained], data_path).models[0]
-    monkeypatch.setattr("cachekd.evaluation.ask.MOST_WAITING", 1)
+    monkeypatch.setattr("cachekd.evaluate.ask.MOST_WAITING", 1)
     assert evaluated([trained], data_path).models[0] == expected
 
 

@@ -16,7 +16,7 @@ from caches import dump_cache
 from cachekd.check.pair import check_pair
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
-from cachekd.evaluation.run import evaluate
+from cachekd.evaluate.run import evaluate
 from cachekd.models import ModelFiles, loading, model_files, processors
 from cachekd.models import weights as file_hashes
 from cachekd.models.weights import RememberedHash, hash_files

@@ -30,7 +30,7 @@ from cachekd.config.base import read_yaml
 from cachekd.config.train import PARTS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
-from cachekd.evaluation.questions import require_single_questions
+from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import model_content
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, is_hub_data
 from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline

@@ -26,7 +26,7 @@ from cachekd.data.sample import is_supervised
 from cachekd.data.survey import outline_of_record
 from cachekd.data.turn_fields import SUPERVISION_FIELDS
 from cachekd.errors import BadSample
-from cachekd.evaluation.questions import questions_of
+from cachekd.evaluate.questions import questions_of
 from cachekd.export import export_webdataset
 from cachekd_cli.main import app
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.errors import CachekdError
-from cachekd.evaluation import Evaluation, QuestionSet, Score, save_in_runs
-from cachekd.evaluation.bootstrap import paired_intervals
-from cachekd.evaluation.run import evaluate
+from cachekd.evaluate import Evaluation, QuestionSet, Score, save_in_runs
+from cachekd.evaluate.run import evaluate
+from cachekd.evaluate.scores import paired_intervals
 from cachekd.paths import REPORT_FILE, RUN_FILE
 from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report

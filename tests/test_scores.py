@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachekd.errors import CachekdError
-from cachekd.evaluation import Evaluation, QuestionSet, Score, read_records, save_in_runs
-from cachekd.evaluation.bootstrap import FEWEST_SAMPLES, RESAMPLES, paired_intervals
-from cachekd.evaluation.record import read_record
+from cachekd.evaluate import Evaluation, QuestionSet, Score, read_records, save_in_runs
+from cachekd.evaluate.scores import FEWEST_SAMPLES, RESAMPLES, paired_intervals
+from cachekd.evaluate.scores_file import read_record
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 
 
@@ -60,7 +60,7 @@ def test_many_samples_are_drawn_a_few_times_at_a_time(monkeypatch):
     random = np.random.default_rng(3)
     right = random.random((2, 500)) < 0.5
     whole = paired_intervals(right, [(0, 1)], [1] * 500)
-    monkeypatch.setattr("cachekd.evaluation.bootstrap._AT_A_TIME", 500 * 7)
+    monkeypatch.setattr("cachekd.evaluate.scores._AT_A_TIME", 500 * 7)
     assert paired_intervals(right, [(0, 1)], [1] * 500) == whole
 
 

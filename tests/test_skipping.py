@@ -24,8 +24,8 @@ from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Limits, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluation import read_records
-from cachekd.evaluation.questions import questions_of
+from cachekd.evaluate import read_records
+from cachekd.evaluate.questions import questions_of
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE

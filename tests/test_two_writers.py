@@ -27,7 +27,7 @@ from cachekd.atomic import LEASE_FILE, LOCK_FILE, cannot_write, contents
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
-from cachekd.evaluation import read_records, save_in_runs
+from cachekd.evaluate import read_records, save_in_runs
 from cachekd.lock import alone, staged_folder
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.train import train

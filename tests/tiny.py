@@ -200,7 +200,7 @@ def write_llava_json(folder: Path, count: int) -> Path:
 def evaluated(models, data, progress=None, **settings):
     """`evaluate` by its settings."""
     from cachekd.config import EvalConfig
-    from cachekd.evaluation.run import evaluate
+    from cachekd.evaluate.run import evaluate
 
     config = EvalConfig(models=[str(model) for model in models], data=data, **settings)
     return evaluate(config) if progress is None else evaluate(config, progress)

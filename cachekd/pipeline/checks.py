@@ -27,9 +27,9 @@ from cachekd.data.map_function import load_map
 from cachekd.data.sources.urls import find_tars, is_remote, is_tar, named_errors
 from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
-from cachekd.evaluation.inputs import open_cache as open_asked_cache
-from cachekd.evaluation.inputs import open_models, open_tokenized
-from cachekd.evaluation.questions import require_single_questions
+from cachekd.evaluate.inputs import open_cache as open_asked_cache
+from cachekd.evaluate.inputs import open_models, open_tokenized
+from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
 from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
 from cachekd.pipeline.config import ReportConfig

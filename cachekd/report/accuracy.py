@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cachekd.errors import CachekdError
-from cachekd.evaluation import Difference, Evaluation, QuestionSet, Score, differences
+from cachekd.evaluate import Difference, Evaluation, QuestionSet, Score, differences
 from cachekd.report.runs import Run
 
 

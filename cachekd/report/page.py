@@ -11,7 +11,7 @@ import matplotlib
 from cachekd.atomic import require_place, write_file
 from cachekd.cache import Manifest
 from cachekd.cache.overview import Rows, bytes_per_token, fidelity, fingerprints, origin
-from cachekd.evaluation.scores import MAX_TYPES
+from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.losses.terms import TERMS
 from cachekd.paths import REPORT_FILE
 from cachekd.plots import STYLE, k_plot, page_environment

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cachekd.errors import CachekdError
-from cachekd.evaluation import Evaluation, read_records
+from cachekd.evaluate import Evaluation, read_records
 from cachekd.paths import RUN_FILE, shortest
 from cachekd.plots import RUN_COLORS
 

@@ -33,7 +33,7 @@ def demo_command(
     Example: cachekd demo --seed 1
     """
     from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
-    from cachekd.evaluation import save_in_runs
+    from cachekd.evaluate import save_in_runs
     from cachekd.report import write_report
     from cachekd_cli import dump, evaluate, train
 

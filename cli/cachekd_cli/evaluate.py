@@ -21,7 +21,7 @@ from cachekd_cli.options import AsJson, takes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cachekd.evaluation import Difference, Evaluation, Score
+    from cachekd.evaluate import Difference, Evaluation, Score
 
 
 @takes(EvalConfig, arguments=["models"])
@@ -35,7 +35,7 @@ def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
 
     Example: cachekd eval runs/ce --data data/test --prior-data data/train --limit 500
     """
-    from cachekd.evaluation import only_writer
+    from cachekd.evaluate import only_writer
 
     quiet_libraries()
     with only_writer(config.out):
@@ -49,7 +49,7 @@ def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
 
 def save(result: Evaluation, config: EvalConfig) -> None:
     """In the runs and, last, where the settings say."""
-    from cachekd.evaluation import save_in_runs, save_scores
+    from cachekd.evaluate import save_in_runs, save_scores
 
     save_in_runs(result)
     if config.out is not None:
@@ -58,8 +58,8 @@ def save(result: Evaluation, config: EvalConfig) -> None:
 
 def run_eval(config: EvalConfig) -> Evaluation:
     """Evaluate behind a progress bar for each model."""
-    from cachekd.evaluation import require_records
-    from cachekd.evaluation.run import evaluate
+    from cachekd.evaluate import require_records
+    from cachekd.evaluate.run import evaluate
 
     require_records(config.models)
     bars: dict[str, Callable[[int, int], None]] = {}
@@ -121,7 +121,7 @@ def print_differences(result: Evaluation, names: dict[str, str]) -> None:
 
 def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
     """Exact match of every row by question type, the most frequent ones."""
-    from cachekd.evaluation.scores import MAX_TYPES
+    from cachekd.evaluate.scores import MAX_TYPES
 
     kinds = list(rows[0][1].by_type)[:MAX_TYPES]
     counted = [

@@ -15,7 +15,7 @@ from cachekd_cli.signals import exit_code
 
 if TYPE_CHECKING:
     from cachekd.config import EvalConfig, TrainConfig
-    from cachekd.evaluation import Evaluation
+    from cachekd.evaluate import Evaluation
     from cachekd.pipeline import StepState
     from cachekd.pipeline.config import ReportConfig
     from cachekd.pipeline.run import Begun
@@ -78,7 +78,7 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
 
 def eval_step(config: EvalConfig) -> Evaluation:
     """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
-    from cachekd.evaluation import only_writer
+    from cachekd.evaluate import only_writer
 
     with only_writer(config.out):
         result = evaluate.run_eval(config)

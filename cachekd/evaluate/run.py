@@ -19,13 +19,12 @@ from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.evaluation.ask import Answers, ask
-from cachekd.evaluation.forward import QuestionRunner
-from cachekd.evaluation.inputs import Progress, open_cache, open_models, read_prior, try_encoder
-from cachekd.evaluation.prior import AnswerPrior
-from cachekd.evaluation.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
-from cachekd.evaluation.reference import CachedReference, KeptStates, Reference
-from cachekd.evaluation.scores import Evaluation, QuestionSet, Score
+from cachekd.evaluate.ask import Answers, ask
+from cachekd.evaluate.forward import QuestionRunner
+from cachekd.evaluate.inputs import AnswerPrior, Progress, open_cache, open_models, read_prior, try_encoder
+from cachekd.evaluate.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
+from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
+from cachekd.evaluate.scores import Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.models.memory import free_memory
 

@@ -13,8 +13,8 @@ from cachekd.data import Samples, read_encoded
 from cachekd.data.left_out import BadSamples, DataHealth, may_be_left_out
 from cachekd.data.loader import prefetched
 from cachekd.errors import BadSample
-from cachekd.evaluation.forward import Answered, Question, QuestionRunner
-from cachekd.evaluation.questions import AskedSample, QuestionEncoder
+from cachekd.evaluate.forward import Answered, Question, QuestionRunner
+from cachekd.evaluate.questions import AskedSample, QuestionEncoder
 
 BATCHES_PER_SORT = 8  # questions are sorted by length within so many batches: then padding is rare
 MOST_WAITING = 2**28  # bytes of their inputs

@@ -15,7 +15,7 @@ from cachekd.cache.tail.encoder import OutputHead
 from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluation.reference import Reference
+from cachekd.evaluate.reference import Reference
 from cachekd.losses import forward_kl_loss
 from cachekd.models import hidden_and_logits_at, output_head, vocabulary_of
 from cachekd.models.memory import failed_forward, free_memory, memory_that_ran_out, together_or_each

@@ -12,7 +12,7 @@ from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.check.match import check_content
 from cachekd.errors import CachekdError
-from cachekd.evaluation.questions import AskedSample
+from cachekd.evaluate.questions import AskedSample
 from cachekd.losses.targets import DenseTargets, TeacherTargets
 
 

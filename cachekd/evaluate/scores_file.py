@@ -1,4 +1,4 @@
-"""The scores that a run keeps: a file for each set of questions that it was asked."""
+"""Scores on the disk: of one evaluation, and of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from cachekd.atomic import require_place, write_file
 from cachekd.errors import CachekdError
-from cachekd.evaluation.scores import Evaluation
+from cachekd.evaluate.scores import Evaluation
 from cachekd.lock import alone
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
 
