@@ -30,8 +30,8 @@ from cachekd.cache.summary import (
     summarise,
 )
 from cachekd.errors import CachekdError
-from cachekd.inspect_page import inspect_page
-from cachekd.peek import Alternative, PeekedSample, PeekedToken
+from cachekd.report.pages import inspect_page
+from cachekd.report.peek import Alternative, PeekedSample, PeekedToken
 from cachekd_cli.console import console
 from cachekd_cli.inspect import SHOWN, shard_table
 from cachekd_cli.main import app

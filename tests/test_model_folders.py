@@ -25,8 +25,8 @@ from cachekd.errors import CachekdError
 from cachekd.models import load_config, load_model, load_processor, save_processor
 from cachekd.models.loading import _hub_adapter
 from cachekd.models.processors import TextProcessor
-from cachekd.peek_data import PeekedData
-from cachekd.token_texts import find_reader
+from cachekd.report.peek import PeekedData
+from cachekd.report.token_texts import find_reader
 from cachekd.train import train
 from cachekd_cli.main import app
 

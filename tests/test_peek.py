@@ -22,10 +22,9 @@ from cachekd.cache import LogitCache
 from cachekd.data import open_samples
 from cachekd.data.sample import message_text
 from cachekd.errors import CachekdError
-from cachekd.peek import PeekedSample, choose, peek
-from cachekd.peek_data import PeekedData, embedded
-from cachekd.peek_page import embedded_json, peek_page
-from cachekd.token_texts import TokenTexts, find_reader
+from cachekd.report.pages import embedded_json, peek_page
+from cachekd.report.peek import PeekedData, PeekedSample, choose, embedded, peek
+from cachekd.report.token_texts import TokenTexts, find_reader
 from cachekd.visible import visible
 from cachekd_cli.main import app
 

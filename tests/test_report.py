@@ -20,9 +20,9 @@ from cachekd.evaluate import Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluate.run import evaluate
 from cachekd.evaluate.scores import paired_intervals
 from cachekd.paths import REPORT_FILE, RUN_FILE
-from cachekd.plots import RUN_COLORS
 from cachekd.report import build_report, read_run, write_report
 from cachekd.report.accuracy import sections, verdict
+from cachekd.report.pages import RUN_COLORS
 from cachekd.report.runs import told_apart
 from cachekd.report.settings import as_read
 from cachekd.train import train

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from cachekd.losses.terms import TERMS
-from cachekd.plots import COLORS, count_in_whole, panel, svg
+from cachekd.report.pages import COLORS, count_in_whole, panel, svg
 from cachekd.report.runs import Run
 
 _FEW = 20  # points that are marked one by one: a line through one point is none

@@ -14,9 +14,9 @@ from cachekd.cache.overview import Rows, bytes_per_token, fidelity, fingerprints
 from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.losses.terms import TERMS
 from cachekd.paths import REPORT_FILE
-from cachekd.plots import STYLE, k_plot, page_environment
 from cachekd.report.accuracy import difference_text, is_sure, sections, verdict
 from cachekd.report.curves import loss_panels, optimizer_panels
+from cachekd.report.pages import STYLE, k_plot, page_environment
 from cachekd.report.runs import Run, read_run, told_apart
 from cachekd.report.settings import settings_of
 

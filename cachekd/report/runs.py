@@ -11,7 +11,7 @@ from typing import Any
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, read_records
 from cachekd.paths import RUN_FILE, shortest
-from cachekd.plots import RUN_COLORS
+from cachekd.report.pages import RUN_COLORS
 
 _NEEDED = {"log", "config", "cache", "k_histogram", "steps", "seconds", "versions"}
 

@@ -54,7 +54,7 @@ def inspect_command(
             ),
         )
     if html is not None:
-        from cachekd.inspect_page import inspect_page
+        from cachekd.report.pages import inspect_page
 
         write_page(html, inspect_page(summary))
     if as_json:

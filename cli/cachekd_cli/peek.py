@@ -23,9 +23,8 @@ from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
     from cachekd.data import Sample
-    from cachekd.peek import Alternative, PeekedMessage, PeekedSample, PeekedToken
-    from cachekd.peek_data import PeekedData
-    from cachekd.token_texts import TokenReader
+    from cachekd.report.peek import Alternative, PeekedData, PeekedMessage, PeekedSample, PeekedToken
+    from cachekd.report.token_texts import TokenReader
 
 
 PAGE_SAMPLES = 100
@@ -73,8 +72,8 @@ def peek_command(
     """
     from cachekd.atomic import require_place
     from cachekd.check.bind import open_bound
-    from cachekd.peek import choose
-    from cachekd.token_texts import find_reader
+    from cachekd.report.peek import choose
+    from cachekd.report.token_texts import find_reader
 
     if html is not None:
         require_place(html)
@@ -97,7 +96,7 @@ def peek_command(
     shown = top or (10 if html else 5)
     found, images = look(opened, keys, seen, reader, shown, with_images=with_images, skip=skip)
     if html is not None:
-        from cachekd.peek_page import peek_page
+        from cachekd.report.pages import peek_page
 
         write_page(html, peek_page(str(cache), opened.manifest, found, images))
     if as_json:
@@ -113,7 +112,7 @@ def open_data(
     """The data set, by key."""
     from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
-    from cachekd.peek_data import PeekedData
+    from cachekd.report.peek import PeekedData
 
     dumped = cache.manifest.sources[0].data
     samples = open_samples(as_dumped(data, dumped, str(cache.path), bound=bound))
@@ -135,8 +134,7 @@ def look(
     Args:
         skip: show what the cache has of a sample that cannot be read.
     """
-    from cachekd.peek import peek
-    from cachekd.peek_data import embedded
+    from cachekd.report.peek import embedded, peek
 
     found, images = [], []
     for key in watched(keys):

@@ -1,13 +1,16 @@
-"""Look at single samples of a cache: what the teacher said at each of their answer tokens."""
+"""Single samples of a cache: what was said, of what, in which words."""
 
 from __future__ import annotations
 
+import base64
 import heapq
+import io
 from collections.abc import Callable, Container, Iterator
 from itertools import islice
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -15,6 +18,8 @@ from cachekd.cache import CachedTargets, LogitCache, UniformTail
 from cachekd.cache.sealed import Part
 from cachekd.cache.subset import shard_tables
 from cachekd.cache.summary import entropy_of, rows_of
+from cachekd.check.match import check_content
+from cachekd.data import SampleEncoder, Samples
 from cachekd.data.sample import Sample, is_supervised, message_text
 from cachekd.errors import CachekdError
 
@@ -206,3 +211,67 @@ def _is_kept(targets: CachedTargets, ids: Tensor) -> Tensor:
 
 def _rounded(value: Tensor) -> float:
     return round(float(value), 5)
+
+
+LARGEST = 640  # pixels, of an image on a page
+_SMALL = 128  # below that PNG is small, and exact
+
+
+class PeekedData:
+    """Samples by key.
+
+    Args:
+        cache: whose samples they are.
+        samples: the data set.
+        processor: that the cache was made with. It tells several answers apart; None: they are unknown.
+    """
+
+    def __init__(self, cache: LogitCache, samples: Samples, processor: Any = None) -> None:
+        self.cache, self.samples = cache, samples
+        self._places = {key: index for index, key in enumerate(samples.keys)}
+        self._processor = processor
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __getitem__(self, key: str) -> Sample:
+        """Read one sample.
+
+        Raises:
+            CachekdError: the data set lacks it, or it is not the one that the teacher saw.
+            BadSample: it cannot be read.
+        """
+        if key not in self._places:
+            raise CachekdError(
+                f"the data set has no sample {key!r}",
+                where=str(self.cache.path),
+                expected=f"one of its {len(self.samples):,} keys, such as {self.samples.keys[0]!r}",
+                fix="pass the data set that was dumped, read by the same --map and --key",
+            )
+        sample = self.samples[self._places[key]]
+        check_content(self.cache, key, sample.content_hash)
+        return sample
+
+    def turns(self, sample: Sample) -> list[int] | None:
+        """[N], which supervised answer each answer token is in, from 0; None where that is unknown.
+
+        Raises:
+            BadSample: the answers cannot be located.
+        """
+        if sum(map(is_supervised, sample.messages)) == 1:
+            return [0] * len(self.cache[sample.key])
+        if self._processor is None:
+            return None
+        found: list[int] = SampleEncoder(self._processor).turns(sample).tolist()
+        return found[: len(self.cache[sample.key])]  # the dump may have cut it
+
+
+def embedded(image: Image.Image) -> str:
+    """An image as a page holds it: a data URI, at most LARGEST pixels a side."""
+    small = image.copy()
+    small.thumbnail((LARGEST, LARGEST))
+    kind = "PNG" if max(small.size) <= _SMALL else "JPEG"
+    stream = io.BytesIO()
+    small.save(stream, format=kind, quality=85)
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{content}"
