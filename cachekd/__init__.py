@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache, LogitCacheWriter
     from cachekd.errors import CachekdError
+    from cachekd.export.torch_dataset import CachedLogits
     from cachekd.losses import dbild_loss, kneedle_k
     from cachekd.losses.targets import DenseTargets, TeacherTargets
-    from cachekd.torch_dataset import CachedLogits
     from cachekd.train import SwitchKDTrainer
 
 
@@ -32,7 +32,7 @@ __all__ = [
 
 # Imported on first use, so that `import cachekd` (and `cachekd --help`) does not wait for torch.
 _HOME = {
-    "CachedLogits": "cachekd.torch_dataset",
+    "CachedLogits": "cachekd.export.torch_dataset",
     "CachekdError": "cachekd.errors",
     "DenseTargets": "cachekd.losses.targets",
     "LogitCache": "cachekd.cache",

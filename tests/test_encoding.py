@@ -22,9 +22,9 @@ from cachekd.check.match import check_cache
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, encode, open_samples
 from cachekd.errors import CachekdError
+from cachekd.hub.push import dataset_card
 from cachekd.models import ModelFiles, load_processor
 from cachekd.models.fingerprint import CONVERSATION, encoding_fingerprint, probe_encoding
-from cachekd.sharing.card import dataset_card
 from cachekd.train import train
 
 BOS = "<|system|>"

@@ -37,11 +37,11 @@ from cachekd.data import open_samples
 from cachekd.dump.plan import codec_of
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
+from cachekd.hub.push import dataset_card
 from cachekd.models import load_config
 from cachekd.models.tinyllava import convert_tinyllava
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
-from cachekd.sharing.card import dataset_card
 from cachekd.train import train
 from cachekd_cli.main import app
 

@@ -28,9 +28,9 @@ from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
 from cachekd.check.bind import open_bound
 from cachekd.errors import CachekdError
-from cachekd.sharing import local_folder, pull_cache, push_cache
-from cachekd.sharing.card import dataset_card
-from cachekd.sharing.contents import listed_files
+from cachekd.hub import local_folder, pull_cache, push_cache
+from cachekd.hub.push import dataset_card
+from cachekd.hub.transfer import listed_files
 from cachekd_cli.main import app
 
 REPO = "org/cache"
@@ -84,7 +84,7 @@ fsspec.register_implementation("watched", WatchedFileSystem, clobber=True)
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.sharing.reach._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.transfer._WAITS", (0.01, 0.01, 0.01))
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def test_a_cache_is_not_made_at_an_address(skipping_cache, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["pub/plain", "./new", "pub"])
 def test_a_path_of_this_disk_is_one(skipping_cache, tmp_path, monkeypatch, name):
     """`push` asked the hub for a repository `pub/plain`, beside a folder `pub`."""
-    monkeypatch.setattr("cachekd.sharing.store.HubStore", None, raising=False)
+    monkeypatch.setattr("cachekd.hub.store.HubStore", None, raising=False)
     monkeypatch.chdir(tmp_path)
     Path("pub").mkdir()
     assert push_cache(skipping_cache, name).url == f"file://{Path(name).resolve()}"

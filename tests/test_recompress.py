@@ -39,7 +39,7 @@ from cachekd.cache.tail.coarsen import coarsen
 from cachekd.cache.tail.encoder import read_encoder
 from cachekd.cache.tail.fit import fit_sketch
 from cachekd.errors import CachekdError
-from cachekd.sharing import pull_cache
+from cachekd.hub import pull_cache
 from cachekd_cli.main import app
 
 STEP = 1 / 16

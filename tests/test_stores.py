@@ -28,9 +28,9 @@ from cachekd.atomic import LOCK_FILE
 from cachekd.cache import Manifest, verify_files
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
-from cachekd.sharing import local_folder, pull_cache, push_cache
-from cachekd.sharing.claim import CLAIM_FILE
-from cachekd.sharing.contents import listed_files
+from cachekd.hub import local_folder, pull_cache, push_cache
+from cachekd.hub.store import CLAIM_FILE
+from cachekd.hub.transfer import listed_files
 from cachekd_cli.main import app
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "3"))
@@ -40,7 +40,7 @@ BIG = "shards/00000.zarr.zip"
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.sharing.reach._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.transfer._WAITS", (0.01, 0.01, 0.01))
 
 
 def published(path: Path) -> dict[str, bytes]:
@@ -203,7 +203,7 @@ def test_an_endless_body_is_stopped(flaky, tmp_path):
 
 
 def test_a_manifest_without_end_is_stopped(flaky, tmp_path, monkeypatch):
-    monkeypatch.setattr("cachekd.sharing.pull.MOST_JSON", 1_000_000)
+    monkeypatch.setattr("cachekd.hub.pull.MOST_JSON", 1_000_000)
     flaky.faults["manifest.json"] = ["endless"] * 99
     with pytest.raises(CachekdError, match=r"1,000,000 bytes at most[\s\S]*more than"):
         pull_cache(flaky.url, tmp_path / "out")
@@ -285,7 +285,7 @@ def test_a_silent_s3_is_given_up(silent, skipping_cache, tmp_path, command):
 def test_an_s3_that_falls_silent_is_given_up(s3, skipping_cache, tmp_path, monkeypatch, silent_in):
     """In the middle of a body that it sends; and after one that it took, whole or in parts."""
     if silent_in == "upload_part":
-        monkeypatch.setattr("cachekd.sharing.fsspec_store._BLOCK", 1000)
+        monkeypatch.setattr("cachekd.hub.fsspec_store._BLOCK", 1000)
     if silent_in == "get_object":
         push_cache(skipping_cache, f"{s3}/c")
     call = pull_cache if silent_in == "get_object" else push_cache
@@ -382,7 +382,7 @@ def test_a_claim_says_whose_it_is_and_its_own_push_goes_on(
 ):
     address = f"file://{tmp_path}/c"
     with monkeypatch.context() as patch:
-        patch.setattr("cachekd.sharing.fsspec_store.FsspecStore._upload", _cut)
+        patch.setattr("cachekd.hub.fsspec_store.FsspecStore._upload", _cut)
         with pytest.raises(KeyboardInterrupt):
             push_cache(skipping_cache, address)
     assert (tmp_path / "c" / CLAIM_FILE).exists()
@@ -400,7 +400,7 @@ def _cut(*_args: Any) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_changes_about_the_manifest_is_seen(skipping_cache, tmp_path, monkeypatch, when):
-    from cachekd.sharing.fsspec_store import FsspecStore
+    from cachekd.hub.fsspec_store import FsspecStore
 
     put_first = FsspecStore.put_first
 
@@ -419,7 +419,7 @@ def test_what_changes_about_the_manifest_is_seen(skipping_cache, tmp_path, monke
 
 
 def test_what_is_removed_about_the_manifest_is_sent_again(skipping_cache, tmp_path, monkeypatch):
-    from cachekd.sharing.fsspec_store import FsspecStore
+    from cachekd.hub.fsspec_store import FsspecStore
 
     put_first, times = FsspecStore.put_first, []
 
@@ -469,8 +469,8 @@ def _killed_at_random(
     return process.wait() != 0
 
 
-_PULL = "import sys; from cachekd.sharing import pull_cache; print(flush=True); pull_cache(*sys.argv[1:3])"
-_PUSH = "import sys; from cachekd.sharing import push_cache; print(flush=True); push_cache(*sys.argv[1:3])"
+_PULL = "import sys; from cachekd.hub import pull_cache; print(flush=True); pull_cache(*sys.argv[1:3])"
+_PUSH = "import sys; from cachekd.hub import push_cache; print(flush=True); push_cache(*sys.argv[1:3])"
 
 
 @pytest.mark.slow

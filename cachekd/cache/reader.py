@@ -90,7 +90,7 @@ class LogitCache:
     Files are opened per read, so a LogitCache can be pickled and used in forked workers.
 
     Args:
-        path: the cache's folder; `cachekd.sharing.local_folder` gives that of a published one.
+        path: the cache's folder; `cachekd.hub.local_folder` gives that of a published one.
 
     Raises:
         CachekdError: there is no manifest, it is of a newer version, or a shard is missing or cut short.

@@ -69,7 +69,7 @@ def open_bound(path: str | Path, binding: Path | None = None) -> LogitCache:
         CachekdError: either cannot be read, or the binding is of another cache.
     """
     if is_address(path):
-        from cachekd.sharing import local_folder
+        from cachekd.hub import local_folder
 
         path = local_folder(str(path))
     cache = LogitCache(path)

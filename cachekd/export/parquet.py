@@ -13,8 +13,26 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from cachekd.atomic import cannot_write, commit, make_folder
 from cachekd.cache import LogitCache
 from cachekd.cache.reader import ragged, require_top_k
-from cachekd.export.facts import FACTS_FILE, facts_of
 from cachekd.lock import staged_folder
+
+FACTS_FILE = "cachekd_export.json"
+EXPORT_VERSION = 1
+
+
+def facts_of(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
+    """As JSON has it."""
+    manifest = cache.manifest
+    return {
+        "export_version": EXPORT_VERSION,
+        "manifest_sha256": manifest.sha256,
+        "teacher": manifest.teacher.model_dump(mode="json"),
+        "fingerprints": manifest.fingerprints.model_dump(mode="json"),
+        "codec": manifest.codec.model_dump(mode="json"),
+        "top_k": top_k,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+    }
+
 
 _ROWS = 1_000  # of a row group: what a reader has in memory at least
 SCHEMA = pa.schema(

@@ -16,7 +16,7 @@ from cachekd.cache import LogitCache
 from cachekd.cache.reader import SparseTargets, require_top_k
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
-from cachekd.export.facts import FACTS_FILE, facts_of
+from cachekd.export.parquet import FACTS_FILE, facts_of
 from cachekd.lock import staged_folder
 
 TARGETS = "targets.npz"

@@ -35,7 +35,7 @@ def pull_command(
 
     Example: cachekd pull my-org/llava-7b-logits caches/llava-7b --shards 0-9
     """
-    from cachekd.sharing import pull_cache
+    from cachekd.hub import pull_cache
 
     quiet_hub()
     with resumable(), progress_bar("MB") as bar:

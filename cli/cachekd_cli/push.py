@@ -36,8 +36,8 @@ def push_command(
     Example: cachekd push caches/llava-7b my-org/llava-7b-logits --license cc-by-4.0
     """
     from cachekd.cache import Manifest
-    from cachekd.sharing import push_cache
-    from cachekd.sharing.contents import listed_files
+    from cachekd.hub import push_cache
+    from cachekd.hub.transfer import listed_files
 
     quiet_hub()
     size = sum(file.bytes for file in listed_files(Manifest.load(cache)))

@@ -87,7 +87,7 @@ def train_or_estimate(config: TrainConfig, *, estimate: bool, as_json: bool) -> 
 
 def fetch_cache(config: TrainConfig) -> None:
     """Fetch published caches, each behind a bar of its own; training then finds them."""
-    from cachekd.sharing import local_folder
+    from cachekd.hub import local_folder
 
     if not config.distils or config.live_teacher:
         return

@@ -20,9 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import tqdm
 
 from cachekd.errors import CachekdError
-from cachekd.sharing.contents import Listed, not_listed
-from cachekd.sharing.moved import Moved, Progress, while_bytes_move
-from cachekd.sharing.reach import reach
+from cachekd.hub.transfer import Listed, Moved, Progress, not_listed, reach, while_bytes_move
 
 T = TypeVar("T")
 _TOGETHER = 32  # files that are downloaded between two looks at what came
@@ -31,7 +29,7 @@ _CHANGED = (409, 412)  # HTTP's: the branch is no longer at the commit that was 
 
 
 class HubStore:
-    """See `cachekd.sharing.store.Store`. All reads are of one commit, whatever happens meanwhile; a
+    """See `cachekd.hub.store.Store`. All reads are of one commit, whatever happens meanwhile; a
     commit is made on the one that was read, or not at all.
 
     Uploads go by LFS or xet, which know content by its checksum: after an interruption, what has been

@@ -20,9 +20,7 @@ from fsspec.spec import AbstractFileSystem
 
 from cachekd.atomic import commit_first, is_stale, is_temporary, temporary_name
 from cachekd.errors import CachekdError
-from cachekd.sharing.contents import Listed, not_listed
-from cachekd.sharing.moved import Moved, Progress
-from cachekd.sharing.reach import reach
+from cachekd.hub.transfer import Listed, Moved, Progress, not_listed, reach
 
 T = TypeVar("T")
 _AT_A_TIME = 4
@@ -30,7 +28,7 @@ _BLOCK = 2**23
 
 
 class FsspecStore:
-    """See `cachekd.sharing.store.Store`. How a file gets its name: see `_PUT`.
+    """See `cachekd.hub.store.Store`. How a file gets its name: see `_PUT`.
 
     Args:
         url: of the folder; it does not have to exist.
