@@ -28,9 +28,9 @@ from cachekd.cache.shard import read_shard
 from cachekd.cache.subset import filter_rows, filter_samples, is_by_sample, sample_table
 from cachekd.errors import CachekdError
 from cachekd.report.peek import choose
+from cachekd_cli.derive import choose as chosen_samples
+from cachekd_cli.derive import print_samples
 from cachekd_cli.main import app
-from cachekd_cli.select import choose as chosen_samples
-from cachekd_cli.select import print_samples
 
 PER_SHARD = 200
 

@@ -25,7 +25,7 @@ from cachekd.errors import CachekdError
 from cachekd.report.pages import embedded_json, peek_page
 from cachekd.report.peek import PeekedData, PeekedSample, choose, embedded, peek
 from cachekd.report.token_texts import TokenTexts, find_reader
-from cachekd.visible import visible
+from cachekd_cli.console import visible
 from cachekd_cli.main import app
 
 HOSTILE = [

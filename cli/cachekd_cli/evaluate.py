@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from cachekd.config import EvalConfig
 from cachekd.paths import shortest
@@ -14,6 +16,7 @@ from cachekd_cli.console import (
     progress_bar,
     quiet_libraries,
     sample_progress,
+    say,
     table,
 )
 from cachekd_cli.options import AsJson, takes
@@ -139,3 +142,20 @@ def _interval(difference: Difference) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
+
+
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, written by `cachekd train`.")],
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Another run to compare with; can be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML page: accuracies, loss curves by term, cache, configuration.
+
+    Example: cachekd report runs/switch-kd --baseline runs/ce
+    """
+    from cachekd.report import write_report
+
+    page = write_report(run, baseline or [], out)
+    say(f"report: {page.resolve()}")

@@ -11,8 +11,8 @@ from rich.bar import Bar as DrawnBar
 from rich.markup import escape
 from rich.table import Table
 
-from cachekd.visible import visible
-from cachekd_cli.console import console, print_json, progress_bar, table, write_page
+from cachekd.errors import CachekdError
+from cachekd_cli.console import console, print_json, progress_bar, say, table, visible, write_page
 from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
@@ -125,3 +125,27 @@ def shard_table(shards: list[ShardSummary]) -> Table:
         between = (f"... {len(rows) - SHOWN + 1:,} more (--json has all)", *[""] * (len(columns) - 1))
         rows = [*rows[: SHOWN - 3], between, *rows[-2:]]
     return table("shards", columns, rows)
+
+
+def schema_command(
+    name: Annotated[str | None, typer.Argument(help="Of what; without it, all names are listed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to this file instead.")] = None,
+) -> None:
+    """Print the JSON Schema of a file that cachekd reads or writes.
+
+    Example: cachekd schema manifest --out manifest.schema.json
+    """
+    from cachekd.atomic import write_file
+    from cachekd.schemas import SCHEMAS, schema_text
+
+    if name is None:
+        for known, model in SCHEMAS.items():
+            first = (model.__doc__ or "").split("\n")[0]
+            say(f"{known:10}{first}")
+        return
+    if name not in SCHEMAS:
+        raise CachekdError(f"there is no schema {name!r}", expected=f"one of {', '.join(SCHEMAS)}")
+    if out is None:
+        print(schema_text(name), end="")
+    else:
+        write_file(out, schema_text(name).encode())

@@ -12,28 +12,17 @@ import typer
 
 import cachekd
 from cachekd.errors import BadSample, CachekdError
-from cachekd_cli import (
-    bind,
-    check,
-    convert,
-    demo,
-    dump,
-    evaluate,
-    export,
-    inspect,
-    merge,
-    peek,
-    pull,
-    push,
-    recompress,
-    report,
-    run,
-    schema,
-    select,
-    status,
-    train,
-    verify,
-)
+from cachekd_cli import check, convert, demo, dump, evaluate, inspect, peek, run, train, verify
+from cachekd_cli import derive as export
+from cachekd_cli import derive as merge
+from cachekd_cli import derive as recompress
+from cachekd_cli import derive as select
+from cachekd_cli import evaluate as report
+from cachekd_cli import inspect as schema
+from cachekd_cli import share as bind
+from cachekd_cli import share as pull
+from cachekd_cli import share as push
+from cachekd_cli import verify as status
 from cachekd_cli.console import errors, print_error, say
 from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt

@@ -16,8 +16,16 @@ from rich.text import Text
 from cachekd.config import DataOptions
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
-from cachekd.visible import visible
-from cachekd_cli.console import console, errors, print_json, progress_bar, quiet_libraries, say, write_page
+from cachekd_cli.console import (
+    console,
+    errors,
+    print_json,
+    progress_bar,
+    quiet_libraries,
+    say,
+    visible,
+    write_page,
+)
 from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:

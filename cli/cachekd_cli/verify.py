@@ -11,7 +11,6 @@ from rich.markup import escape
 from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
-from cachekd.visible import visible
 from cachekd_cli.console import (
     console,
     errors,
@@ -19,7 +18,9 @@ from cachekd_cli.console import (
     progress_bar,
     quiet_libraries,
     sample_progress,
+    say,
     table,
+    visible,
 )
 from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
@@ -224,3 +225,32 @@ def print_live(live: Recheck) -> None:
     for mismatch in live.mismatches[:SHOWN]:
         line = f"[bold red]{escape(repr(mismatch.key))}[/] {escape(mismatch.problem)}"
         errors.print(line, highlight=False, soft_wrap=True)
+
+
+def status_command(
+    cache: Annotated[Path, typer.Argument(help="The folder of a cache or of a dump under way.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show how much of a dump is done, while it runs or after it was stopped.
+
+    Example: cachekd status caches/llava-7b
+    """
+    from cachekd.cache.build import dump_status
+
+    status = dump_status(cache)
+    if as_json:
+        print_json(status.__dict__)
+        return
+    share = 100 * status.shards / max(1, status.all_shards)
+    rows = [
+        ("shards", f"{status.shards:,} of {status.all_shards:,} ({share:.0f} %)"),
+        ("samples", f"{status.samples:,} of {status.all_samples:,}"),
+        ("left out", f"{status.skipped:,}"),
+        ("answer tokens", f"{status.tokens:,}"),
+        ("size", f"{status.bytes / 1e6:,.2f} MB"),
+        ("teacher", status.teacher),
+        ("data", status.data),
+    ]
+    console.print(table(f"{'cache' if status.finished else 'dump'} {cache}", ("", "value"), rows))
+    if not status.finished:
+        say("not finished: the same `cachekd dump` goes on with it")

@@ -1,4 +1,4 @@
-"""`cachekd bind`: which samples of a cache a data set has."""
+"""`cachekd push`, `pull` and `bind`: a cache for others, and a cache of others for the data at hand."""
 
 from __future__ import annotations
 
@@ -8,22 +8,125 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekd.config import DataOptions
+from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
+    byte_progress,
     console,
     print_json,
     progress_bar,
+    quiet_hub,
     quiet_libraries,
     sample_progress,
     say,
     table,
 )
-from cachekd_cli.options import AsJson, takes
+from cachekd_cli.options import AsJson, CacheFolder, Timeout, takes
+from cachekd_cli.signals import resumable
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
     from cachekd.check.bind import BindReport
+
+
+def push_command(
+    cache: CacheFolder,
+    to: Annotated[
+        PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder: ./name.")
+    ],
+    license: Annotated[
+        str | None, typer.Option(help="As the hub names it: apache-2.0, cc-by-4.0, ... Default: unknown.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch of the repository. Default: main.")] = None,
+    timeout: Timeout = STORE_TIMEOUT,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
+
+    An upload that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
+    hf://datasets/my-org/name.
+
+    Example: cachekd push caches/llava-7b my-org/llava-7b-logits --license cc-by-4.0
+    """
+    from cachekd.cache import Manifest
+    from cachekd.hub import push_cache
+    from cachekd.hub.transfer import listed_files
+
+    quiet_hub()
+    size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
+    with resumable(), progress_bar("MB") as bar:
+        advance, set_total = byte_progress(bar, "push")
+        set_total(3 * size)  # verified, uploaded, compared
+        pushed = push_cache(
+            cache, to, license=license, private=private, revision=revision, timeout=timeout, progress=advance
+        )
+    if as_json:
+        print_json(pushed.__dict__)
+        return
+    say(
+        f"{pushed.url}: {pushed.uploaded:,} files uploaded ({pushed.bytes / 1e6:,.2f} MB), "
+        f"{pushed.skipped:,} were there already"
+    )
+    if pushed.kept_card:
+        say("a README.md was there, and was kept as it is")
+    elif license is None:
+        say("the card says that the licence is unknown: nobody may rely on it")
+    say(f"next: cachekd pull {pushed.url} <folder>")
+
+
+def pull_command(
+    source: Annotated[
+        PathOrName, typer.Argument(help="org/name on the hub, a URL such as s3://..., or a folder.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder, or one of a pull that was cut short.")],
+    shards: Annotated[
+        str | None, typer.Option(help="Only these, by place in the manifest: 0-9 or 0-3,7.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+    timeout: Timeout = STORE_TIMEOUT,
+    as_json: AsJson = False,
+) -> None:
+    """Download a cache, or some of its shards as a cache of their own; every file is verified.
+
+    A download that was cut short goes on when its command is repeated. Nothing is overwritten.
+
+    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
+    hf://datasets/my-org/name.
+
+    Example: cachekd pull my-org/llava-7b-logits caches/llava-7b --shards 0-9
+    """
+    from cachekd.hub import pull_cache
+
+    quiet_hub()
+    with resumable(), progress_bar("MB") as bar:
+        advance, set_total = byte_progress(bar, "pull")
+        pulled = pull_cache(
+            source, out, shards=shards, revision=revision, timeout=timeout, progress=advance, total=set_total
+        )
+    manifest = pulled.manifest
+    if as_json:
+        print_json(
+            {
+                "out": pulled.out,
+                "fetched": pulled.fetched,
+                "kept": pulled.kept,
+                "fetched_bytes": pulled.bytes,
+                "shards": len(manifest.shards),
+                "samples": manifest.samples,
+                "tokens": manifest.tokens,
+                "bytes": manifest.size,
+            }
+        )
+        return
+    say(
+        f"{out}: {len(manifest.shards):,} shards, {manifest.samples:,} samples, {manifest.tokens:,} answer "
+        f"tokens; {pulled.fetched:,} files fetched ({pulled.bytes / 1e6:,.2f} MB), {pulled.kept:,} were here"
+    )
+    say(f"next: cachekd bind {out} --data <your copy of the data>")
 
 
 SHOWN = 5

@@ -1,0 +1,256 @@
+"""Other caches out of one: `cachekd select`, `merge` and `recompress`; and other formats: `cachekd export`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Container, Sequence
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachekd.config import DataOptions
+from cachekd.errors import CachekdError
+from cachekd_cli.console import console, print_json, print_json_list, progress_bar, say, table
+from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cachekd.cache import LogitCache
+
+
+SHOWN = 20
+
+
+def select_command(
+    cache: CacheFolder,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The new cache's folder.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A file with a key per line; '-': stdin.")] = None,
+    match: Annotated[str | None, typer.Option(help="Keys of this pattern, such as 'coco/*'.")] = None,
+    filter_: Annotated[
+        str | None,
+        typer.Option("--filter", help="A condition on key, tokens, mean_k, logprob and shard; see --list."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the samples; make nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Derive a smaller cache; every value in it is as it was. Conditions are combined: all must hold.
+
+    logprob is the teacher's of the answer tokens, mean per sample: very negative means that the teacher would
+    have answered something else.
+
+    Example: cachekd select caches/all -o caches/sure --filter "logprob > -2 and tokens >= 3"
+    """
+    from cachekd.cache import LogitCache
+    from cachekd.cache.subset import select_chosen
+
+    if show == (out is not None):
+        raise CachekdError(
+            "--out and --list are one or the other",
+            found="both" if show else "neither",
+            fix="pass --out to make a cache, or --list to look only",
+        )
+    opened = LogitCache(cache)
+    chosen = choose(opened, None if keys is None else read_wanted(opened, keys), match, filter_)
+    if out is None:
+        print_samples(opened, chosen, as_json)
+        return
+    if all(some.all() for some in chosen):
+        raise CachekdError(
+            "nothing is left out",
+            where=str(cache),
+            fix="pass --keys, --match or --filter, or copy the folder",
+        )
+    manifest = select_chosen(opened, out, chosen)
+    if as_json:
+        print_json(
+            {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
+        )
+    else:
+        say(f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens")
+
+
+def choose(
+    cache: LogitCache, keys: set[str] | None, match: str | None, filter_: str | None
+) -> list[NDArray[np.bool_]]:
+    """Of each shard's samples, in their order, whether all conditions hold: a byte a sample."""
+    from cachekd.cache.subset import filter_samples, with_keys
+
+    pattern = re.compile(fnmatch.translate(match or "*"))
+    chosen = with_keys(cache, lambda key: (keys is None or key in keys) and pattern.match(key) is not None)
+    if filter_ is None:
+        return chosen
+    return [some & others for some, others in zip(chosen, filter_samples(cache, filter_), strict=True)]
+
+
+def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_json: bool) -> None:
+    """Show samples; all of them as JSON, the first ones as a table."""
+    from cachekd.cache.subset import shard_table
+
+    tables = (shard_table(cache, number)[some] for number, some in enumerate(chosen) if some.any())
+    if as_json:
+        print_json_list(row for rows in tables for row in rows.to_dict("records"))
+        return
+    count = sum(int(some.sum()) for some in chosen)
+    title = f"{count:,} samples of {cache.path}" + (f", the first {SHOWN}" if count > SHOWN else "")
+    shown = islice((row for rows in tables for row in rows.itertuples(index=False)), min(count, SHOWN))
+    lines = [(row.key, row.tokens, f"{row.mean_k:.1f}", f"{row.logprob:.3f}", row.shard) for row in shown]
+    console.print(table(title, ("key", "tokens", "mean k", "logprob", "shard"), lines))
+
+
+def read_wanted(cache: Container[str], path: Path) -> set[str]:
+    """The keys in a file; each must be in the cache."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CachekdError("the keys cannot be read", where=str(path), found=str(error)) from None
+    # Not splitlines: a key may hold U+2028.
+    found = {line.removesuffix("\r") for line in text.split("\n")} - {""}
+    unknown = [key for key in found if key not in cache]
+    if unknown:
+        raise CachekdError(
+            "the cache lacks some of the keys",
+            where=str(path),
+            expected="keys of the cache",
+            found=f"{len(unknown):,} others, such as {min(unknown)!r}",
+        )
+    return found
+
+
+def merge_command(
+    caches: Annotated[list[Path], typer.Argument(help="Two or more caches.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new cache's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Join caches of the same teacher, inputs and settings; no shard is rewritten.
+
+    Files are hard links where the file system allows it, so that this costs no space.
+
+    Example: cachekd merge caches/part-a caches/part-b -o caches/all
+    """
+    from cachekd.cache.derive import merge_caches
+
+    manifest = merge_caches(caches, out)
+    if as_json:
+        print_json(
+            {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
+        )
+    else:
+        say(
+            f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
+            f"{len(manifest.shards):,} shards from {len(caches)} caches"
+        )
+
+
+def recompress_command(
+    cache: CacheFolder,
+    out: NewFolder,
+    top_k: TopK = None,
+    tail: Annotated[
+        str | None, typer.Option(help="A coarser tail: none, bytes=32 or step=0.3. Default: as it is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a smaller cache from a larger one; the teacher is not needed.
+
+    Ids and logprobs that stay are, code for code, those of a dump with the smaller --top-k. A coarser tail is
+    made of the codes that are there. The new manifest says what it was made from, and how near it is to that.
+
+    Example: cachekd recompress caches/llava-7b caches/small --top-k 16 --tail bytes=32
+    """
+    from cachekd.cache import Manifest
+    from cachekd.cache.recompress import recompress
+
+    old = Manifest.load(cache)
+    with progress_bar("samples") as bar:
+        task = bar.add_task("recompressing", total=old.samples, note="")
+        new = recompress(cache, out, top_k=top_k, tail=tail, progress=lambda done: bar.advance(task, done))
+    fidelity = new.lineage[-1].fidelity
+    if as_json:
+        print_json(
+            {
+                "out": out,
+                "samples": new.samples,
+                "tokens": new.tokens,
+                "bytes": new.size,
+                "sketch_bytes": new.sketch_bytes,
+                "fidelity_to_parent": None if fidelity is None else fidelity.model_dump(),
+            }
+        )
+        return
+    rows = [
+        (
+            str(path),
+            f"{of.size / of.tokens:,.1f}",
+            f"{of.entries / of.tokens:,.1f}",
+            f"{of.sketch_bytes / 1e6:,.2f}",
+        )
+        for path, of in ((cache, old), (out, new))
+    ]
+    console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
+    if fidelity is not None:
+        say(
+            f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "
+            f"gradient cosine {fidelity.cosine:.4f}"
+        )
+
+
+class Form(StrEnum):
+    """What to write."""
+
+    parquet = "parquet"
+    webdataset = "webdataset"
+
+
+@takes(DataOptions)
+def export_command(
+    cache: CacheFolder,
+    out: NewFolder,
+    to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
+    data: DataOptions | None,
+    top_k: TopK = None,
+    binding: Binding = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a cache's logprobs for trainers other than cachekd.
+
+    Exported is what is kept exactly, and the mass of the rest; the tail sketch is not. What is not said of
+    the data is as in the dump; every sample of the cache has to be there, whatever --on-error says.
+
+    Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
+    """
+    from cachekd.check.bind import open_bound
+    from cachekd.check.data import as_dumped
+    from cachekd.data import open_samples
+    from cachekd.export import export_parquet, export_webdataset
+
+    if (data is None) == (to is Form.webdataset):
+        raise CachekdError(
+            "--data goes with --to webdataset, and only with it",
+            found=f"--to {to.value} {'without' if data is None else 'with'} --data",
+            fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
+        )
+    opened = open_bound(cache, binding)
+    with progress_bar("samples") as bar:
+        task = bar.add_task("exporting", total=opened.manifest.samples, note="")
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+
+        if data is None:
+            written = export_parquet(opened, out, top_k=top_k, progress=advance)
+        else:
+            dumped = opened.manifest.sources[0].data
+            samples = open_samples(as_dumped(data, dumped, str(cache), bound=binding is not None))
+            written = export_webdataset(opened, out, samples, top_k=top_k, progress=advance)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    if as_json:
+        print_json({"out": out, "samples": written, "bytes": size})
+    else:
+        say(f"{out}: {written:,} samples, {size / 1e6:,.2f} MB")
