@@ -1,6 +1,6 @@
 """The support table of docs/families.md: each test writes, or checks, its own cell.
 
-`CACHEKD_WRITE_TABLE=1 python -m pytest tests/test_families.py` writes it; without that a test fails whose
+`CACHEKD_WRITE_TABLE=1 python -m pytest tests/models/test_families.py` writes it; without that a test fails whose
 cell says something else than what it found.
 """
 
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 PATH = Path(__file__).parents[1] / "docs" / "families.md"
-BEGIN, END = "<!-- table: tests/test_families.py -->\n", "<!-- end of table -->\n"
+BEGIN, END = "<!-- table: tests/models/test_families.py -->\n", "<!-- end of table -->\n"
 CORNER = "model_type"
 
 

@@ -87,7 +87,7 @@ def test_workers_end_with_the_main_process(tmp_path, start):
     """However it dies, and though each has more to say than fits into a pipe that nobody reads."""
     program = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from test_signals_of_workers import Slow, loader
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ PER_SHARD = 200
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> list[Path]:
     """Of 2,000 samples, and of ten times as many in shards of the same size."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
         from many_shards import made
     finally:

@@ -206,7 +206,7 @@ def gguf_file() -> Path:
 
 def write_passages(path: Path, count: int) -> Path:
     """Sentences of this project's own documentation, to be gone on with."""
-    words = " ".join((Path(__file__).parents[1] / "README.md").read_text().split()).split(" ")
+    words = " ".join((Path(__file__).parents[2] / "README.md").read_text().split()).split(" ")
     records = []
     for index in range(count):
         start, middle, end = 30 * index, 30 * index + 15, 30 * index + 30

@@ -1,6 +1,6 @@
 """Every command that writes, onto a disk that is full or cannot be written: a message, nothing half there.
 
-Training and dumping, which take long and go on: tests/test_storage_errors.py.
+Training and dumping, which take long and go on: tests/dump/test_storage_errors.py.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss, kneedle_k
 from cachekd.losses.targets import DenseTargets
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 VOCAB = 97
 
@@ -349,7 +349,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
 
 
 def test_golden_files_are_read_and_written_as_ever(tmp_path):
-    """tests/golden is format version 1, for ever: today's reader reads it, today's writer writes it."""
+    """tests/cache/golden is format version 1, for ever: today's reader reads it, today's writer writes it."""
     path = write_cache(tmp_path / "c")
     for name in ("manifest.json", "dump/plan.json", "dump/00000.json", "shards/00000.zarr.zip"):
         assert (path / name).read_bytes() == (GOLDEN / name).read_bytes(), name

@@ -40,7 +40,7 @@ from cachekd.train import inputs
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

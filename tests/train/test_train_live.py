@@ -24,7 +24,7 @@ from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.train.run import collate_with_targets, make_trainer
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "easy_vqa"
 CPU = torch.device("cpu")
 
 

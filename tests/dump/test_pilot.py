@@ -19,7 +19,7 @@ from cachekd.dump.estimate import ALL_THAT_BYTES_BUY
 from cachekd.dump.plan import refuse_small_disk
 from cachekd.errors import CachekdError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAMPLES = 240
 
 

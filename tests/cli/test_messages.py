@@ -45,7 +45,7 @@ from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
 from cachekd_cli.main import app
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS: dict[type[Config], dict[str, Any]] = {
     DumpConfig: {"teacher": "t", "data": "d", "out": "o"},
     TrainConfig: {"student": "s", "data": "d", "out": "o"},
