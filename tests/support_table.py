@@ -1,7 +1,7 @@
 """The support table of docs/families.md: each test writes, or checks, its own cell.
 
-`CACHEKD_WRITE_TABLE=1 python -m pytest tests/models/test_families.py` writes it; without that a test fails whose
-cell says something else than what it found.
+`CACHEKD_WRITE_TABLE=1 python -m pytest tests/models/test_families.py` writes it; without that a test fails
+whose cell says something else than what it found.
 """
 
 from __future__ import annotations

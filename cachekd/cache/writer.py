@@ -41,8 +41,8 @@ class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
     Use it as a context manager: on success the manifest is written, on an exception all that was written is
-    removed, so that a folder holds a whole cache or none. (`cachekd.dump.run` can be resumed; this cannot, since
-    it does not know what is to come.)
+    removed, so that a folder holds a whole cache or none. (A dump can be gone on with; this cannot, since it
+    does not know what is to come.)
 
     The first `calibration_tokens` answer tokens wait in memory until the tail sketch has been fitted on them
     (all of them, if the cache is smaller).

@@ -1,4 +1,4 @@
-"""Other caches out of one: `cachekd select`, `merge` and `recompress`; and other formats: `cachekd export`."""
+"""Other caches out of one, `cachekd select`, `merge`, `recompress`; and other formats, `cachekd export`."""
 
 from __future__ import annotations
 

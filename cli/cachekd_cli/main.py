@@ -12,17 +12,7 @@ import typer
 
 import cachekd
 from cachekd.errors import BadSample, CachekdError
-from cachekd_cli import check, convert, demo, dump, evaluate, inspect, peek, run, train, verify
-from cachekd_cli import derive as export
-from cachekd_cli import derive as merge
-from cachekd_cli import derive as recompress
-from cachekd_cli import derive as select
-from cachekd_cli import evaluate as report
-from cachekd_cli import inspect as schema
-from cachekd_cli import share as bind
-from cachekd_cli import share as pull
-from cachekd_cli import share as push
-from cachekd_cli import verify as status
+from cachekd_cli import check, convert, demo, derive, dump, evaluate, inspect, peek, run, share, train, verify
 from cachekd_cli.console import errors, print_error, say
 from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
@@ -44,27 +34,27 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "dump": dump.dump_command,
         "train": train.train_command,
         "eval": evaluate.eval_command,
-        "report": report.report_command,
+        "report": evaluate.report_command,
         "run": run.run_command,
         "demo": demo.demo_command,
     },
     "Look into a cache": {
-        "status": status.status_command,
+        "status": verify.status_command,
         "verify": verify.verify_command,
         "inspect": inspect.inspect_command,
         "peek": peek.peek_command,
     },
     "Make other caches of it": {
-        "merge": merge.merge_command,
-        "select": select.select_command,
-        "recompress": recompress.recompress_command,
-        "export": export.export_command,
+        "merge": derive.merge_command,
+        "select": derive.select_command,
+        "recompress": derive.recompress_command,
+        "export": derive.export_command,
     },
     "Share it": {
-        "push": push.push_command,
-        "pull": pull.pull_command,
-        "bind": bind.bind_command,
-        "schema": schema.schema_command,
+        "push": share.push_command,
+        "pull": share.pull_command,
+        "bind": share.bind_command,
+        "schema": inspect.schema_command,
     },
 }
 
