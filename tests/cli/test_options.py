@@ -189,7 +189,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("model", set(MODELS.values()), ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", list(dict.fromkeys(MODELS.values())), ids=lambda model: model.__name__)
 def test_an_option_says_what_a_file_would(model, tmp_path):
     file, seen, typed = tmp_path / "all.yaml", [], typer.Typer()
 
