@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cachekd.atomic import commit, make_folder, sync_folder
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
 from cachekd.cache.compare import facts, require_same
 from cachekd.cache.key_index import KeyIndex
+from cachekd.cache.layout import SHARD_FOLDER, SKETCH_FILE, shard_name
 from cachekd.cache.manifest import (
-    MANIFEST_FILE,
     CodecSettings,
     Derivation,
     Fidelity,
@@ -25,15 +24,14 @@ from cachekd.cache.manifest import (
     ShardInfo,
     SketchInfo,
     Source,
-    shard_name,
 )
 from cachekd.cache.plan import Skipped, SkippedSamples, read_skipped, skipped_info, write_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import cut_codes
 from cachekd.cache.tail.encoder import SketchEncoder, sketch_info
-from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.errors import CachekdError
 from cachekd.lock import staged_folder
+from cachekd.paths import MANIFEST_FILE
 
 
 class DerivedCache:
@@ -135,7 +133,7 @@ class DerivedCache:
             codec=codec or parents[0].codec,
             sources=self._sources,
             sketches=self._sketches,
-            fidelity=mean_fidelity(self.shards),
+            fidelity=Fidelity.of_all(shard.fidelity for shard in self.shards),
             skipped=skipped_info(skipped),
             lineage=_lineage(operation, parents, fidelity),
             shards=self.shards,

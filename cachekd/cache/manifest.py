@@ -5,19 +5,18 @@ Nothing that is said here has to be said again: training reads window, codec and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
+from cachekd.cache.layout import require_manifest
 from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.config.fields import EXACT, KEPT, TooLong
 from cachekd.errors import CachekdError
-from cachekd.paths import MANIFEST_FILE as MANIFEST_FILE
-from cachekd.paths import address_of, what_is_there
 
 FORMAT_VERSION = 1
-PLAN_FILE = "dump/plan.json"
 
 Count = Annotated[int, Field(ge=0, le=EXACT)]
 Positive = Annotated[int, Field(gt=0, le=EXACT)]
@@ -138,10 +137,19 @@ class Fidelity(Part):
         description="of DBiLD's gradients for a perturbed student, live and cached; mean",
     )
 
-
-def shard_name(number: int) -> str:
-    """Of the file of shard `number`, under shards/."""
-    return f"{number:05d}.zarr.zip"
+    @classmethod
+    def of_all(cls, parts: Iterable[Fidelity | None]) -> Fidelity | None:
+        """Join what was measured at different tokens, by their numbers; None where nothing was."""
+        measured = [part for part in parts if part is not None]
+        if not measured:
+            return None
+        tokens = sum(part.tokens for part in measured)
+        return cls(
+            tokens=tokens,
+            kl=round(sum(part.kl * part.tokens for part in measured) / tokens, 6),
+            max_error=max(part.max_error for part in measured),
+            cosine=round(sum(part.cosine * part.tokens for part in measured) / tokens, 6),
+        )
 
 
 class ShardInfo(Part):
@@ -323,42 +331,3 @@ def require_spans(source: Source, spans: list[tuple[int, int]]) -> None:
         if first % size or last - first > size:
             raise ValueError(f"the span {(first, last)} is not of shards of {size:,} samples")
         before = last
-
-
-def require_manifest(folder: Path) -> Path:
-    """Where the manifest of a cache is.
-
-    Raises:
-        CachekdError: there is none.
-    """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise _not_a_cache(folder)
-    return path
-
-
-def _not_a_cache(folder: Path) -> CachekdError:
-    if (folder / PLAN_FILE).is_file():
-        return CachekdError(
-            "this dump did not finish",
-            where=str(folder),
-            expected=MANIFEST_FILE,
-            fix="run the same `cachekd dump` again, it goes on where it stopped (see `cachekd status`)",
-        )
-    if (address := address_of(folder)) is not None:
-        return CachekdError(
-            "this needs a cache on this disk, not an address",
-            where=address,
-            fix=f"`cachekd pull {address} FOLDER`, then the same with that folder",
-        )
-    if folder.is_dir():
-        found, near = ", ".join(sorted(p.name for p in folder.iterdir())[:5]), None
-    else:
-        found, near = ("a file", None) if folder.exists() else what_is_there(folder)
-    return CachekdError(
-        "this is not a cache",
-        where=str(folder),
-        expected=MANIFEST_FILE,
-        found=found,
-        fix=near or "run `cachekd dump`, or fetch a published one with `cachekd pull`",
-    )

@@ -12,6 +12,7 @@ from typing import Annotated, Self
 from pydantic import FailFast, Field
 
 from cachekd.atomic import RESTORE, commit, read_plain
+from cachekd.cache.layout import SKIPPED_FILE
 from cachekd.cache.manifest import Geometry, Header, ShardInfo, SkippedInfo, Source
 from cachekd.cache.sealed import Part, Sealed, read_json
 from cachekd.errors import CachekdError
@@ -75,7 +76,7 @@ class Skipped(Part):
     reason: str
 
 
-class ShardRecord(Sealed):
+class FinishedShard(Sealed):
     """dump/00000.json: a shard is finished once this is there."""
 
     plan_sha256: str
@@ -83,7 +84,6 @@ class ShardRecord(Sealed):
     skipped: Annotated[list[Skipped], FailFast()]
 
 
-SKIPPED_FILE = "skipped.jsonl"
 MOST_SKIPPED = 2**28  # bytes
 MOST_LINES = 2**21  # samples
 

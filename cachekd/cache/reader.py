@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.atomic import RESTORE
-from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.shard import Counts, Shard, read_codes, read_keys, read_shard
 from cachekd.cache.sparse_logits import TokenTargets, offsets

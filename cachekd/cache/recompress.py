@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.build import join_fidelities
 from cachekd.cache.codec import TAIL_STEP, encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
@@ -89,7 +88,7 @@ def recompress(
             [cache.manifest],
             read_skipped(cache.path, cache.manifest.skipped),
             codec=codec,
-            fidelity=join_fidelities(parts),
+            fidelity=Fidelity.of_all(parts),
         )
     return Manifest.load(out)
 

@@ -1,4 +1,4 @@
-"""One shard in the making: coded as its samples come, written as a whole, read back, recorded."""
+"""One shard in the making: coded as its samples come, written as a whole, read back, declared finished."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cachekd.atomic import commit
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.fidelity import Probes
 from cachekd.cache.manifest import Fidelity, Header, ShardInfo
-from cachekd.cache.plan import ShardRecord, Skipped
+from cachekd.cache.plan import FinishedShard, Skipped
 from cachekd.cache.shard import make_shard, pack_shard, require_different, samples_sha256
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
@@ -92,21 +92,21 @@ class ShardWriter:
         return len(self._skipped)
 
     def skip(self, key: str, reason: str) -> None:
-        """Record a sample that is left out."""
+        """Note a sample that is left out."""
         # A reason may quote a file name that is no valid text.
         text = reason.encode(errors="backslashreplace").decode()
         self._skipped.append(Skipped(key=key, reason=text))
 
-    def finish(self) -> ShardRecord:
-        """Commit the shard, compare what is on the disk with the teacher, then commit the record."""
+    def finish(self) -> FinishedShard:
+        """Commit the shard, compare what is on the disk with the teacher, then say that it is finished."""
         self._encode()
-        record = ShardRecord(
+        note = FinishedShard(
             plan_sha256=str(self.build.plan.sha256),
             shard=self._commit() if self._samples else None,
             skipped=self._skipped,
         )
-        self.build.finish_shard(self.number, record)
-        return record
+        self.build.finish_shard(self.number, note)
+        return note
 
     def _encode(self) -> None:
         """Code the tails of what has come since the last time, in one go."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.container import damaged
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import listed_shard, listed_sketch

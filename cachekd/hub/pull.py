@@ -20,15 +20,15 @@ from cachekd.atomic import (
     require_new_folder,
     sync_folder,
 )
-from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest
+from cachekd.cache.layout import SHARD_FOLDER
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.hub.store import Store, open_store
 from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, some_shards, untold
 from cachekd.lock import alone
-from cachekd.paths import is_address
+from cachekd.paths import MANIFEST_FILE, is_address
 
 PULL_FOLDER = ".pull"
 

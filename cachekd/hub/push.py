@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import DatasetCardData
 
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.overview import bytes_per_token, fidelity, fingerprints, origin
 from cachekd.cache.verify import verify_files
 from cachekd.config.fields import STORE_TIMEOUT
@@ -17,6 +17,7 @@ from cachekd.errors import CachekdError
 from cachekd.hub.hub_store import HubStore
 from cachekd.hub.store import OtherContent, Store, claimed, holds, open_store
 from cachekd.hub.transfer import CARD_FILE, Listed, Progress, listed, listed_files, untold
+from cachekd.paths import MANIFEST_FILE
 
 UNKNOWN = "unknown"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")

@@ -14,9 +14,8 @@ from typing import TypeVar
 
 from fsspec.callbacks import Callback
 
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
-from cachekd.cache.manifest import Manifest
-from cachekd.cache.plan import SKIPPED_FILE
+from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE
+from cachekd.cache.manifest import Fidelity, Manifest
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 
@@ -168,7 +167,8 @@ def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
             )
         places |= set(range(first, last + 1))
     chosen = [info for place, info in enumerate(manifest.shards) if place in places]
-    part = manifest.model_copy(update={"shards": chosen, "fidelity": mean_fidelity(chosen)})
+    fidelity = Fidelity.of_all(info.fidelity for info in chosen)
+    part = manifest.model_copy(update={"shards": chosen, "fidelity": fidelity})
     return Manifest.model_validate_json(part.to_json())  # with its own seal
 
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, verify_files
 from cachekd.cache import shard as shard_codes
-from cachekd.cache.build import dump_status
-from cachekd.cache.plan import Plan, ShardRecord, read_skipped
+from cachekd.cache.plan import FinishedShard, Plan, read_skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.sparse_logits import offsets
+from cachekd.cache.status import dump_status
 from cachekd.cache.verify import dump_files, strays, wrong_files
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
@@ -362,7 +362,7 @@ def test_a_plan_and_records_of_another_dump_are_seen(cache, tmp_path, teacher_pa
     assert {"plan.json", "00000.json"} <= {finding.path.name for finding in verify_files(cache)}
     assert (
         Plan.read(other / "dump" / "plan.json").sha256
-        == ShardRecord.read(other / "dump" / "00001.json").plan_sha256
+        == FinishedShard.read(other / "dump" / "00001.json").plan_sha256
     )
 
 

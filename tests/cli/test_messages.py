@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from cachekd import DenseTargets, losses
 from cachekd.cache import LogitCache, Manifest, select_topk
 from cachekd.cache import overview as describe
-from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.manifest import Geometry
 from cachekd.cache.recompress import recompress
+from cachekd.cache.status import dump_status
 from cachekd.cache.subset import select_samples
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files

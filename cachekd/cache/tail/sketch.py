@@ -24,7 +24,6 @@ from cachekd.cache.array_rules import MOST_CODE, POSITIVE, ArrayRule
 from cachekd.cache.container import damaged, pack_arrays, read_arrays
 from cachekd.cache.sparse_logits import SketchCodes
 
-SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats
 FINE_SHIFT_STEP = 1 / 512  # of the axis that takes what is left of the shift, if there is one
 FARTHEST = 6e4  # units; float16 ends at 65,504
