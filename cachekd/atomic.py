@@ -46,38 +46,6 @@ def _here() -> str:
 
 _HERE = _here()
 _DAY = 86_400.0
-RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
-LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.lock`
-
-
-def contents(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for the lock of whoever works there."""
-    return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
-
-
-def holds_something(path: Path) -> bool:
-    """Whether it is a file, or a folder that is not empty."""
-    return path.exists() and not (path.is_dir() and not contents(path))
-
-
-def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
-    """Refuse to write into a folder that holds something.
-
-    Args:
-        what: it is for.
-        or_else: what else would do, for the message.
-
-    Raises:
-        CachekdError: `path` exists and is not an empty folder.
-    """
-    if holds_something(path):
-        raise CachekdError(
-            f"the folder for the {what} already holds something",
-            where=str(path),
-            expected=f"a new or empty folder{or_else}: nothing is ever overwritten",
-            found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
-            fix="choose another --out, or remove the folder",
-        )
 
 
 def commit(path: Path, content: bytes) -> None:

@@ -1,4 +1,16 @@
-"""A cache in the making, of one process or many."""
+"""A cache in the making: by one process or by many that never talk to each other.
+
+On the disk, in this order, each file whole or not there (`cachekd.atomic`):
+
+1. dump/plan.json: what is to be done. The first process to write it decides for all.
+2. sketch.zarr.zip: the same.
+3. shards/00000.zarr.zip, then dump/00000.json, its record: a shard without a record does not exist. Every
+   shard has one writer; writing it twice gives the same bytes.
+4. skipped.jsonl, then manifest.json, from the plan and the records alone, by every process that finds all
+   records there: again the same bytes.
+
+So a kill at any moment loses the shard that was being made, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +20,14 @@ from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
-from cachekd.atomic import (
-    commit,
-    commit_first,
-    contents,
-    is_temporary,
-    make_folder,
-    remove_stale,
-    require_new_folder,
-    sync_folder,
-)
-from cachekd.cache.compare import facts, require_same
+from cachekd.atomic import commit, commit_first, is_temporary, make_folder, remove_stale, sync_folder
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.layout import DUMP_FOLDER, FINISHED_NAME, PLAN_FILE, SHARD_FOLDER, SKETCH_FILE, shard_name
 from cachekd.cache.manifest import Fidelity, Manifest, SketchInfo
 from cachekd.cache.plan import DumpPlan, FinishedShard, Plan, read_plan, skipped_info, write_skipped
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder, sketch_info
 from cachekd.errors import CachekdError
+from cachekd.lock import entries, require_new_folder
 from cachekd.paths import MANIFEST_FILE
 
 
@@ -49,7 +53,7 @@ def _is_empty(path: Path) -> bool:
         return False
     ours = (path / DUMP_FOLDER, path / SHARD_FOLDER)
     inside = [file for folder in ours if folder.is_dir() for file in folder.iterdir()]
-    others = [file for file in contents(path) if file not in ours]
+    others = [file for file in entries(path) if file not in ours]
     return all(is_temporary(file) for file in (*inside, *others))
 
 
@@ -79,7 +83,7 @@ class CacheBuild(Generic[P]):
         commit_first(path / PLAN_FILE, plan.to_json())
         found = type(plan).read(path / PLAN_FILE)
         where = "the dump in this folder"
-        require_same(facts(found, found.source), facts(plan, plan.source), where, str(path))
+        require_same(dependencies(found, found.source), dependencies(plan, plan.source), where, str(path))
         return cls(path, found)
 
     def encoder(self, fit: Callable[[], SketchEncoder] | None) -> SketchEncoder:

@@ -12,7 +12,7 @@ from cachekd.errors import CachekdError
 ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
 
 
-def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
+def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]:
     """What a cache depends on, by names for people. Where things lie is not among it.
 
     Args:
@@ -52,7 +52,7 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str) -> None:
-    """Compare `facts`.
+    """Compare `dependencies`.
 
     Args:
         what: was made with the old ones.

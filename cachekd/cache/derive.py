@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cachekd.atomic import commit, make_folder, sync_folder
-from cachekd.cache.compare import facts, require_same
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.key_index import KeyIndex
 from cachekd.cache.layout import SHARD_FOLDER, SKETCH_FILE, shard_name
 from cachekd.cache.manifest import (
@@ -247,7 +247,12 @@ def merge_caches(paths: Sequence[str | Path], out: str | Path) -> Manifest:
     caches = [LogitCache(path) for path in paths]
     first = caches[0]
     for cache in caches[1:]:
-        require_same(facts(first.manifest), facts(cache.manifest), f"the cache {first.path}", str(cache.path))
+        require_same(
+            dependencies(first.manifest),
+            dependencies(cache.manifest),
+            f"the cache {first.path}",
+            str(cache.path),
+        )
     _refuse_common_keys(caches)
     with new_cache(out) as new:
         for cache in caches:

@@ -9,14 +9,11 @@ from cachekd.errors import CachekdError
 from cachekd.paths import MANIFEST_FILE, address_of, what_is_there
 
 SHARD_FOLDER = "shards"
-DUMP_FOLDER = "dump"
-FINISHED_NAME = re.compile(r"[0-9]{5,9}")
-PLAN_FILE = "dump/plan.json"
-
-
-SKIPPED_FILE = "skipped.jsonl"
-
 SKETCH_FILE = "sketch.zarr.zip"
+SKIPPED_FILE = "skipped.jsonl"
+DUMP_FOLDER = "dump"  # the plan, and a file for each finished shard
+PLAN_FILE = f"{DUMP_FOLDER}/plan.json"
+FINISHED_NAME = re.compile(r"[0-9]{5,9}")
 
 
 def shard_name(number: int) -> str:

@@ -11,10 +11,10 @@ from typing import Annotated, Self
 
 from pydantic import FailFast, Field
 
-from cachekd.atomic import RESTORE, commit, read_plain
+from cachekd.atomic import commit, read_plain
 from cachekd.cache.layout import SKIPPED_FILE
 from cachekd.cache.manifest import Geometry, Header, ShardInfo, SkippedInfo, Source
-from cachekd.cache.sealed import Part, Sealed, read_json
+from cachekd.cache.sealed import RESTORE, Part, Sealed, read_json
 from cachekd.errors import CachekdError
 
 

@@ -19,8 +19,10 @@ from pydantic import (
     model_serializer,
 )
 
-from cachekd.atomic import RESTORE, read_plain
+from cachekd.atomic import read_plain
 from cachekd.errors import CachekdError
+
+RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards
 MOST_FIELDS = 2**8  # of one object

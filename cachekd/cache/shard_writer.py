@@ -11,10 +11,11 @@ import torch
 
 from cachekd.atomic import commit
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.fidelity import Probes
+from cachekd.cache.fidelity import FidelitySample
 from cachekd.cache.manifest import Fidelity, Header, ShardInfo
 from cachekd.cache.plan import FinishedShard, Skipped
-from cachekd.cache.shard import make_shard, pack_shard, require_different, samples_sha256
+from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
+from cachekd.cache.shard_rules import require_different
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.errors import CachekdError
@@ -46,7 +47,7 @@ class ShardWriter:
     ) -> None:
         self.build, self.number, self.span, self.tokens = build, number, span, 0
         self._encoder, self._head = encoder, head
-        self._probes = Probes()
+        self._compared = FidelitySample()
         self._uncoded: list[tuple[TokenTargets, TailStates]] = []
         self._uncoded_tokens = 0
         self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
@@ -76,7 +77,7 @@ class ShardWriter:
         self._images.append(images)
         self._cut += cut
         if self._head is not None and states is not None:
-            self._probes.offer(self.tokens, states)
+            self._compared.add(self.tokens, states)
         self.tokens += len(targets)
         if self._encoder is None or states is None:
             self._coded.append(targets)
@@ -145,7 +146,7 @@ class ShardWriter:
         plan = self.build.plan
         sketch = None if self._encoder is None else self._encoder.sketch
         try:
-            return self._probes.measure(path, sha256, plan, self._head, sketch)
+            return self._compared.measure(path, sha256, plan, self._head, sketch)
         except (MemoryError, torch.OutOfMemoryError):  # no reason to lose a good shard
             return None
 

@@ -11,87 +11,10 @@ from torch import Tensor
 
 from cachekd.cache.manifest import Header
 from cachekd.cache.sparse_logits import TokenTargets
+from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
 from cachekd.cache.tail.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import widest
-
-
-@dataclass(frozen=True)
-class MixedTail:
-    """N tokens of several sketches.
-
-    Attributes:
-        parts: the tokens of each sketch.
-        part: [N] int64, which of them a token is in.
-        place: [N] int64, and where.
-    """
-
-    parts: tuple[SketchTail, ...]
-    part: Tensor
-    place: Tensor
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """Logprobs [N, K] float32 at `ids` [N, K]."""
-        found = torch.empty(ids.shape, device=ids.device)
-        for number, part in enumerate(self.parts):
-            rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).gather(ids[rows])
-        return found
-
-    def everywhere(self, vocab_size: int) -> Tensor:
-        """Logprobs [N, V] float32."""
-        found = torch.empty(len(self.part), vocab_size, device=self.part.device)
-        for number, part in enumerate(self.parts):
-            rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).everywhere(vocab_size)
-        return found
-
-    def select(self, rows: Tensor) -> MixedTail:
-        """Some tokens."""
-        return replace(self, part=self.part[rows], place=self.place[rows])
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MixedTail:
-        """A copy on `device`."""
-        return MixedTail(
-            tuple(part.to(device, non_blocking=non_blocking) for part in self.parts),
-            self.part.to(device, non_blocking=non_blocking),
-            self.place.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> MixedTail:
-        """A copy in page-locked memory."""
-        parts = tuple(part.pin_memory() for part in self.parts)
-        return MixedTail(parts, self.part.pin_memory(), self.place.pin_memory())
-
-
-def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | MixedTail:
-    """The tails' tokens, one after the other; mixed only where there is more than one sketch."""
-    by_sketch: dict[str | int, list[SketchTail]] = {}
-    parts, places = [], []
-    for tail in tails:
-        pieces = tail.parts if isinstance(tail, MixedTail) else (tail,)
-        numbers, starts = [], []
-        for piece in pieces:
-            # A sketch that was read twice is the same one.
-            name = piece.sketch.sha256 or id(piece.sketch)
-            same = by_sketch.setdefault(name, [])
-            numbers.append(list(by_sketch).index(name))
-            starts.append(sum(len(other.shift) for other in same))
-            same.append(piece)
-        if isinstance(tail, MixedTail):
-            part, place = tail.part, tail.place
-        else:
-            part = torch.zeros(len(tail.shift), dtype=torch.long, device=tail.shift.device)
-            place = torch.arange(len(tail.shift), device=tail.shift.device)
-        parts.append(torch.tensor(numbers, device=part.device)[part])
-        places.append(torch.tensor(starts, device=part.device)[part] + place)
-    joined = tuple(same[0].cat(same[1:]) for same in by_sketch.values())
-    if len(joined) > 1:
-        return MixedTail(joined, torch.cat(parts), torch.cat(places))
-    if any(isinstance(tail, MixedTail) for tail in tails):  # whose tokens need not lie in order
-        return joined[0].select(torch.cat(places))
-    return joined[0]
-
 
 _NOWHERE = 2**31 - 1  # an id that no token has
 _MOST_PADDED = 2**29  # entries, 12 bytes each: one token of 65,535 must not make a million rows as long
@@ -151,7 +74,7 @@ class CachedTargets:
     logprobs: Tensor
     k: Tensor
     knee: Tensor
-    tail: UniformTail | SketchTail | MixedTail
+    tail: UniformTail | SketchTail | MergedTail
     vocab_size: int
     window: int
     min_k: int
@@ -321,7 +244,7 @@ class CachedTargets:
         return replace(self, **pinned, tail=self.tail.pin_memory())
 
 
-def _join(tails: list[UniformTail | SketchTail | MixedTail]) -> UniformTail | SketchTail | MixedTail:
+def _join(tails: list[UniformTail | SketchTail | MergedTail]) -> UniformTail | SketchTail | MergedTail:
     """One after the other; a cache has a sketch for all its tokens, or for none."""
     uniform = [tail for tail in tails if isinstance(tail, UniformTail)]
     if uniform:

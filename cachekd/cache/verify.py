@@ -16,7 +16,7 @@ from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import DumpPlan, FinishedShard, SkippedSamples, plan_under, read_skipped
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import MOST_JSON, is_canonical
-from cachekd.cache.shard import read_outline, samples_sha256
+from cachekd.cache.shard import read_keys_and_counts, samples_sha256
 from cachekd.cache.tail.encoder import read_encoder
 from cachekd.errors import CachekdError
 from cachekd.paths import MANIFEST_FILE
@@ -168,7 +168,7 @@ def _of_shard(
         return
     # From here on the file is what was written, so that writing it again would mend nothing.
     try:
-        keys, tokens, entries = read_outline(file)
+        keys, tokens, entries = read_keys_and_counts(file)
         found, expected = (len(keys), tokens, entries), (info.samples, info.tokens, info.entries)
         if found != expected:
             yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from cachekd.atomic import require_new_folder
 from cachekd.cache.build import CacheBuild
 from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, Manifest, Source, TeacherInfo
 from cachekd.cache.plan import Plan
@@ -19,7 +18,7 @@ from cachekd.cache.tail.fit import fit_sketch
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
-from cachekd.lock import alone
+from cachekd.lock import alone, require_new_folder
 from cachekd.paths import MANIFEST_FILE
 
 

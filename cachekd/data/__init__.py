@@ -5,13 +5,13 @@ from cachekd.data.limits import Limits
 from cachekd.data.loader import read_encoded
 from cachekd.data.open import open_samples
 from cachekd.data.records import sample_from_llava, sample_from_record
-from cachekd.data.sample import Outline, Sample, Samples
+from cachekd.data.sample import Preview, Sample, Samples
 from cachekd.data.survey import Survey, rough_lengths, survey
 
 __all__ = [
     "Encoded",
     "Limits",
-    "Outline",
+    "Preview",
     "Sample",
     "SampleEncoder",
     "Samples",

@@ -15,7 +15,13 @@ from cachekd.data.chat_template import ChatTemplate
 from cachekd.data.limits import NO_LIMITS, Limits
 from cachekd.data.processor import Processor
 from cachekd.data.sample import Sample
-from cachekd.data.supervision import LAYOUT, answer_numbers, expand_images, suffix_inputs, takes_suffix
+from cachekd.data.supervision import (
+    PALIGEMMA_LAYOUT,
+    answer_numbers,
+    expand_images,
+    is_paligemma,
+    paligemma_inputs,
+)
 from cachekd.errors import BadSample, CachekdError
 
 
@@ -77,8 +83,8 @@ class SampleEncoder:
 
     def __init__(self, processor: Processor, limits: Limits = NO_LIMITS) -> None:
         self.processor, self.limits = processor, limits
-        if takes_suffix(processor):
-            self.template: str = LAYOUT
+        if is_paligemma(processor):
+            self.template: str = PALIGEMMA_LAYOUT
             return
         self.template = _template_source(processor)
         self._chat = ChatTemplate(processor, self.template)
@@ -131,7 +137,7 @@ class SampleEncoder:
             CachekdError: answers cannot be found in what the template writes.
         """
         tokenizer = self.processor.tokenizer
-        if takes_suffix(self.processor):
+        if is_paligemma(self.processor):
             return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         ending = self._chat.frame.ending
         return None if ending is None else int(tokenizer(ending, add_special_tokens=False)["input_ids"][-1])
@@ -166,9 +172,9 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs, and [L] the number of the answer that a token is in, or -1."""
-        if takes_suffix(self.processor):
-            suffixed, is_answer = suffix_inputs(self.processor, sample)
-            return _unbatched(suffixed), is_answer.long() - 1
+        if is_paligemma(self.processor):
+            batched, is_answer = paligemma_inputs(self.processor, sample)
+            return _unbatched(batched), is_answer.long() - 1
         tokenizer = self.processor.tokenizer
         if sample.images and self.processor.image_token is None:
             raise BadSample(

@@ -11,7 +11,7 @@ from typing import Any
 
 from cachekd.config import Data, DataOptions
 from cachekd.data.records import RecordReader
-from cachekd.data.sample import Samples, SamplesView
+from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import LlavaJsonSamples
 from cachekd.data.sources.urls import find_tars, is_remote, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
@@ -74,7 +74,7 @@ def open_samples(data: Data, **options: Any) -> Samples:
         )
     if said.limit is None and said.shuffle_seed is None:
         return samples
-    return SamplesView(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
+    return Subset(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
 
 
 def _open(spec: str, reader: RecordReader) -> Samples:

@@ -17,8 +17,8 @@ from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS, first_given, m
 from cachekd.data.image_fields import decoded, pictures_of, refuse_untaken, value_at
 from cachekd.data.images import open_image
 from cachekd.data.map_function import MapFunction, load_map
-from cachekd.data.sample import Keys, Outline, Sample, sample_place, unique_keys
-from cachekd.data.survey import outline_of_record
+from cachekd.data.sample import Keys, Preview, Sample, sample_place, unique_keys
+from cachekd.data.survey import preview_of_record
 from cachekd.data.turn_fields import IMAGES_BESIDE, is_given, refuse_media
 from cachekd.errors import BadSample, CachekdError
 
@@ -230,9 +230,9 @@ class RecordReader:
             key, record, origin=origin, folder=self.folder, image_fields=self.image_fields
         )
 
-    def outline(self, record: Mapping[str, Any]) -> Outline:
+    def preview(self, record: Mapping[str, Any]) -> Preview:
         """Of a mapped record, without opening a picture."""
-        return outline_of_record(record, self.image_fields)
+        return preview_of_record(record, self.image_fields)
 
     def require_image_fields(self, records: Sequence[Mapping[str, Any]], where: str) -> None:
         """Refuse a name that is mistyped: it would make texts of all samples.

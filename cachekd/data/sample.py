@@ -126,7 +126,7 @@ class Samples(Protocol):
         """
         ...
 
-    def outline(self, index: int) -> Outline:
+    def preview(self, index: int) -> Preview:
         """A sample's text and number of images, without opening one.
 
         Raises:
@@ -206,7 +206,7 @@ def require_text(key: str, where: str) -> None:
         ) from None
 
 
-class Outline(NamedTuple):
+class Preview(NamedTuple):
     """A sample's turns and its number of images; no image has been opened for it.
 
     Attributes:
@@ -220,7 +220,7 @@ class Outline(NamedTuple):
     answered: tuple[tuple[str, str], ...] = ()
 
 
-class SamplesView:
+class Subset:
     """The first `limit` samples of a data set after shuffling; its keys are in its own order.
 
     Args:
@@ -252,6 +252,6 @@ class SamplesView:
         """Read one sample; raises what the data set does."""
         return self._samples[int(self._order[index])]
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`."""
-        return self._samples.outline(int(self._order[index]))
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`."""
+        return self._samples.preview(int(self._order[index]))

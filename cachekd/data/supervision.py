@@ -123,16 +123,16 @@ def _letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
+PALIGEMMA_LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
 
 
-def takes_suffix(processor: Processor) -> bool:
+def is_paligemma(processor: Processor) -> bool:
     """Whether answers go into the processor's suffix; a chat template is not used then."""
     # By its name: importing the class takes a second.
     return any(base.__name__ == "PaliGemmaProcessor" for base in type(processor).__mro__)
 
 
-def suffix_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+def paligemma_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
     """Encode a sample of one question.
 
     Returns:

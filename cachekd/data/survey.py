@@ -1,4 +1,7 @@
-"""A data set looked at without opening more than a few images: texts, numbers of images, lengths."""
+"""A whole data set, looked at without opening more than a few images: how long its samples are, about.
+
+For batches of samples of similar length, and for `cachekd check`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from numpy.typing import NDArray
 from cachekd.data.conversation import IMAGE_PLACEHOLDER, ROLES, SYSTEM_FIELDS, TURN_FIELDS, first_given
 from cachekd.data.encode import SampleEncoder
 from cachekd.data.image_fields import pictures_of
-from cachekd.data.sample import Outline, Samples
+from cachekd.data.sample import Preview, Samples
 from cachekd.errors import BadSample
 
 
-def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Outline:
+def preview_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Preview:
     """Of what `sample_from_record` takes; what the image fields hold is not looked at.
 
     The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
@@ -28,9 +31,9 @@ def outline_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = (
         texts = [_text(content).replace(IMAGE_PLACEHOLDER, "") for content in contents]
         answered = _answered([ROLES.get(str(role)) for role, _ in turns], texts)
         images = _indexed(contents) or len(pictures_of(record, image_fields))
-        return Outline([*_texts_beside(record, texts), *texts], images, answered)
+        return Preview([*_texts_beside(record, texts), *texts], images, answered)
     except RecursionError:  # lists in lists, hundreds deep
-        return Outline([], 0)
+        return Preview([], 0)
 
 
 def _turns(turns: Any) -> list[tuple[Any, Any]]:
@@ -126,11 +129,11 @@ def survey(samples: Samples, encoder: SampleEncoder) -> Survey:
     lengths, images = np.zeros((2, len(samples)), np.int64)
     for start in range(0, len(samples), _AT_A_TIME):
         indices = range(start, min(start + _AT_A_TIME, len(samples)))
-        found = {index: outline for index in indices if (outline := _outline(samples, index)) is not None}
-        there, outlines = list(found), list(found.values())
-        tokens = _text_tokens(outlines, encoder) + np.rint(_features(outlines) @ added).astype(np.int64)
+        found = {index: preview for index in indices if (preview := _preview(samples, index)) is not None}
+        there, previews = list(found), list(found.values())
+        tokens = _text_tokens(previews, encoder) + np.rint(_features(previews) @ added).astype(np.int64)
         lengths[there] = np.maximum(1, tokens)
-        images[there] = [outline.images for outline in outlines]
+        images[there] = [preview.images for preview in previews]
     return Survey(lengths, images)
 
 
@@ -139,9 +142,9 @@ def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
     return survey(samples, encoder).lengths.tolist()
 
 
-def _outline(samples: Samples, index: int) -> Outline | None:
+def _preview(samples: Samples, index: int) -> Preview | None:
     try:
-        return samples.outline(index)
+        return samples.preview(index)
     except BadSample:  # which shows when it is read
         return None
 
@@ -150,31 +153,31 @@ def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.floating[Any
     """Tokens that come on top of the text's: in every sample, per turn, per image."""
     # At random, not evenly spread: data sets have periods.
     some = np.random.default_rng(0).choice(len(samples), min(_TRIED, len(samples)), replace=False).tolist()
-    outlines: list[Outline] = []
+    previews: list[Preview] = []
     lengths: list[int] = []
     for index in some:
         try:
-            outline, length = samples.outline(index), len(encoder(samples[index]))
+            preview, length = samples.preview(index), len(encoder(samples[index]))
         except BadSample:
             if not lengths and index == some[-1]:
                 raise
             continue
-        outlines.append(outline)
+        previews.append(preview)
         lengths.append(length)
         if len(lengths) == _MEASURED:
             break
-    rest = np.array(lengths) - _text_tokens(outlines, encoder)
-    return np.linalg.lstsq(_features(outlines), rest, rcond=None)[0]
+    rest = np.array(lengths) - _text_tokens(previews, encoder)
+    return np.linalg.lstsq(_features(previews), rest, rcond=None)[0]
 
 
-def _features(outlines: list[Outline]) -> NDArray[np.float64]:
+def _features(previews: list[Preview]) -> NDArray[np.float64]:
     """[N, 3]: one, turns, images."""
-    return np.array([(1.0, len(outline.texts), outline.images) for outline in outlines]).reshape(-1, 3)
+    return np.array([(1.0, len(preview.texts), preview.images) for preview in previews]).reshape(-1, 3)
 
 
-def _text_tokens(outlines: list[Outline], encoder: SampleEncoder) -> NDArray[np.int64]:
+def _text_tokens(previews: list[Preview], encoder: SampleEncoder) -> NDArray[np.int64]:
     """[N], the tokens of each one's texts."""
-    texts = ["\n".join(outline.texts) for outline in outlines]
+    texts = ["\n".join(preview.texts) for preview in previews]
     # Not by transformers' own call, which makes lists of everything: half the time.
     encoded = encoder.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return np.array([len(some) for some in encoded], np.int64)

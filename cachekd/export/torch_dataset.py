@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cachekd.cache import LogitCache
-from cachekd.cache.reader import SparseTargets, require_top_k
+from cachekd.export.sparse import SparseTargets, require_top_k
 
 
 class CachedLogits(Dataset):

@@ -13,10 +13,10 @@ import numpy as np
 
 from cachekd.atomic import cannot_write, commit
 from cachekd.cache import LogitCache
-from cachekd.cache.reader import SparseTargets, require_top_k
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
-from cachekd.export.parquet import FACTS_FILE, facts_of
+from cachekd.export.parquet import EXPORT_FILE, export_header
+from cachekd.export.sparse import SparseTargets, require_top_k
 from cachekd.lock import staged_folder
 
 TARGETS = "targets.npz"
@@ -57,7 +57,7 @@ def export_webdataset(
     require_top_k(cache, top_k)
     places = _places(cache, samples)
     written = 0
-    with staged_folder(out, "export", last=FACTS_FILE) as staging:
+    with staged_folder(out, "export", last=EXPORT_FILE) as staging:
         for number in range(len(cache.manifest.shards)):
             file = staging / f"{number:05d}.tar"
             try:
@@ -72,7 +72,7 @@ def export_webdataset(
                         progress(1)
             except OSError as error:
                 raise cannot_write(file, error) from None
-        commit(staging / FACTS_FILE, json.dumps(facts_of(cache, top_k), indent=2).encode())
+        commit(staging / EXPORT_FILE, json.dumps(export_header(cache, top_k), indent=2).encode())
     return written
 
 

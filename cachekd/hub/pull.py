@@ -1,4 +1,10 @@
-"""Fetch a cache, or find the one that was fetched."""
+"""Fetch a published cache, or some of its shards. Nothing has its name before its content was verified.
+
+OUT/.pull/manifest.json     what is being fetched; gone when the cache is whole
+OUT/.pull/shards/...        files under way
+OUT/shards/...              verified
+OUT/manifest.json           last: the folder is a cache
+"""
 
 from __future__ import annotations
 
@@ -11,15 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekd.atomic import (
-    cannot_write,
-    commit,
-    contents,
-    free_space,
-    make_folder,
-    require_new_folder,
-    sync_folder,
-)
+from cachekd.atomic import cannot_write, commit, free_space, make_folder, sync_folder
 from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.sealed import MOST_JSON
@@ -27,7 +25,7 @@ from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.hub.store import Store, open_store
 from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, some_shards, untold
-from cachekd.lock import alone
+from cachekd.lock import alone, entries, require_new_folder
 from cachekd.paths import MANIFEST_FILE, is_address
 
 PULL_FOLDER = ".pull"
@@ -165,7 +163,7 @@ def _require_ours(out: Path, published: Published) -> None:
             expected="a new or empty folder: nothing is ever overwritten",
             fix="choose another folder; parts can be joined with `cachekd merge`",
         )
-    if not there and not (out.is_dir() and {path.name for path in contents(out)} == {PULL_FOLDER}):
+    if not there and not (out.is_dir() and {path.name for path in entries(out)} == {PULL_FOLDER}):
         require_new_folder(out, "cache")
 
 

@@ -55,7 +55,7 @@ def dataset_card(manifest: Manifest, address: str, license: str | None) -> str:
         address=address if "://" in address else f"hf://datasets/{address}",
         unknown_license=(license or UNKNOWN) == UNKNOWN,
         license=license,
-        rows=[(label, _cell(value)) for label, value in _facts(manifest).items()],
+        rows=[(label, _cell(value)) for label, value in _rows(manifest).items()],
         manifest=manifest,
     )
 
@@ -73,7 +73,7 @@ def _header(manifest: Manifest, name: str, license: str) -> str:
     return data.to_yaml()
 
 
-def _facts(manifest: Manifest) -> dict[str, str]:
+def _rows(manifest: Manifest) -> dict[str, str]:
     left_out = f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"
     return {
         **origin(manifest),

@@ -1,4 +1,9 @@
-"""The switch bridge, beyond the paper: a trained map between V_S and P_T, and how it trains."""
+"""A trained bridge between the student's vision encoder and the teacher's projector. Beyond the paper.
+
+The paper's switch feeds V_S's output to P_T as it is, so V_S must have the width and the grid of V_T. Where
+it has not, a bridge brings each image's patches to the teacher's grid and width. It trains by L_VSD alone and
+is no part of the student: what is used in the end needs it as little as it needs the teacher.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +179,7 @@ class SwitchBridge(nn.Module):
         leading = torch.cat([missing, leading[:, :theirs]], dim=1)
         return torch.cat([self.linear(leading), self.linear(resampled(patches, side, other))], dim=1)
 
-    def describe(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For the run's JSON."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return {
@@ -188,7 +193,7 @@ class SwitchBridge(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `switch_bridge.safetensors`, with what it is in its metadata."""
         weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
-        commit(folder / BRIDGE_FILE, save(weights, metadata={"switch_bridge": json.dumps(self.describe())}))
+        commit(folder / BRIDGE_FILE, save(weights, metadata={"switch_bridge": json.dumps(self.summary())}))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.

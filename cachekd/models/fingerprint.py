@@ -1,4 +1,11 @@
-"""What must not change between dump and training: tokenizer, template, image processing, encoding."""
+"""Fingerprints: what a cache depends on, as sha256 over canonical JSON.
+
+A cache is stale as soon as one of these changes, so each covers what changes the numbers and nothing else
+(not the folder a tokenizer was loaded from, not its padding side).
+
+The parts can be what they were, and the token ids be others all the same: whether the tokenizer adds a BOS
+token that the template leaves out is decided by who calls it. So a fixed text is encoded as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from cachekd.data.images import READING
 from cachekd.data.processor import Processor
 from cachekd.data.render import Messages
 from cachekd.data.sample import Sample
-from cachekd.data.supervision import takes_suffix
+from cachekd.data.supervision import is_paligemma
 from cachekd.errors import CachekdError
 
 # Never to be changed: caches hold a fingerprint of what became of it.
@@ -31,7 +38,7 @@ CONVERSATION: Messages = tuple(
 )
 
 
-def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
+def encode_conversation(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
     """Encode the conversation without images; of one that needs them, the first question with a black one.
 
     Returns:
@@ -39,7 +46,7 @@ def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
         chat template or the processor refuses the conversation.
     """
     encoder = encoder.without_limits()  # which are no part of how text becomes tokens
-    if takes_suffix(encoder.processor):
+    if is_paligemma(encoder.processor):
         sample = Sample("probe", (Image.new("RGB", (8, 8)),), tuple(CONVERSATION[:2]), "a probe text")
     else:
         sample = Sample("probe", (), tuple(CONVERSATION), "a probe text")
@@ -92,7 +99,7 @@ def encoding_fingerprint(encoder: SampleEncoder) -> str | None:
 
     The parts' own fingerprints do not say how they are put together, such as who writes BOS.
     """
-    found = probe_encoding(encoder)
+    found = encode_conversation(encoder)
     return None if found is None else _sha256([values.tolist() for values in found])
 
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.sketch import capped
 from cachekd.errors import CachekdError
-from cachekd.models.split import hidden_and_logits_at, in_eval_mode, rounding
+from cachekd.models.split import hidden_and_logits_at, in_eval_mode, rounding_tolerance
 
-# Share of the logits' deviation by which a head may miss them: what rounding in the dtype explains.
+# Share of the logits' deviation by which a head may miss them: what rounding_tolerance in the dtype explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
 
@@ -126,7 +126,7 @@ class DeferredHead:
             misses[miss] = self.scale, self.softcap
         miss = min(misses)
         self.scale, self.softcap = misses[miss]
-        if not miss <= rounding(logits.dtype):
+        if not miss <= rounding_tolerance(logits.dtype):
             self.reason = f"its logits do not follow from its final hidden states (off by {miss:.1%})"
             log.warning(
                 "%s: %s; the logits of a whole batch will be held at once",

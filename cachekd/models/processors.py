@@ -1,4 +1,7 @@
-"""Processors of models: loaded, of text alone, saved beside a student."""
+"""Processors of models: loaded, of text alone, saved beside a student.
+
+Without torchvision a processor is loaded without its video part, which needs it, and which no image needs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The files of a model's weights, GGUF among them, and their hash, computed once."""
+"""The files of a model's weights, GGUF among them, and their hash, computed once.
+
+A hash is remembered for as long as no file's name, size, times (of content and of inode) or inode changes.
+What that cannot see: content that changes without its file system noting a time, such as a disk's bit rot.
+`CACHEKD_HASH_AGAIN=1` reads every byte, whatever is remembered.
+"""
 
 from __future__ import annotations
 

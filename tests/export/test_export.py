@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from cachekd import CachedLogits
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest
-from cachekd.cache.reader import SparseTargets
 from cachekd.cache.recompress import recompress
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
+from cachekd.export.sparse import SparseTargets
 from cachekd.export.webdataset import member_name
 from cachekd_cli.main import app
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from cachekd.data.conversation import TURN_FIELDS
 from cachekd.data.records import RecordReader
-from cachekd.data.sample import DataNotes, Outline, Sample
+from cachekd.data.sample import DataNotes, Preview, Sample
 from cachekd.errors import CachekdError
 
 _FORM = 'a list of {"id", "image", "conversations"} objects, or such an object a line'
@@ -55,9 +55,9 @@ class LlavaJsonSamples:
             raise CachekdError("the data set's folder has gone", where=str(self.path.parent))
         return self._reader.sample(self.keys[index], self._record(index), self._origin)
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`."""
-        return self._reader.outline(self._record(index))
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`."""
+        return self._reader.preview(self._record(index))
 
     def _record(self, index: int) -> Mapping[str, Any]:
         return self._reader.mapped(self._records[index], self.keys[index], self._origin)
