@@ -13,7 +13,6 @@ from pydantic import BeforeValidator
 from cachekd.errors import CachekdError, did_you_mean, nearest
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
-_ADDRESS = re.compile(r"://|::")
 _AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _MOST_ROUNDS = 16  # of variables in variables
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # one without a slash would be taken for a mistyped path
@@ -43,7 +42,7 @@ def expanded(value: Any) -> Any:
         return value
     text = value
     for _ in range(_MOST_ROUNDS):
-        if _ADDRESS.search(text):
+        if is_url(text):
             return text
         text = os.path.expanduser(text)
         names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
@@ -101,6 +100,11 @@ def is_hub_data(spec: str) -> bool:
     """Whether data of the hub are meant, with or without a query, and nothing on this disk."""
     name, _ = split_query(spec)
     return is_hub_name(name) and not name.endswith(_DATA_FILES)
+
+
+def is_url(name: str) -> bool:
+    """Whether fsspec, rather than a path on this disk, is meant: `s3://...`, `simplecache::https://...`."""
+    return "://" in name or "::" in name
 
 
 def is_address(cache: str | Path) -> bool:

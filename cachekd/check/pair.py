@@ -30,7 +30,6 @@ from cachekd.config.train import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset
-from cachekd.data.sources.urls import is_remote
 from cachekd.errors import BadSample
 from cachekd.models import (
     ModelFiles,
@@ -40,6 +39,7 @@ from cachekd.models import (
     limits_of,
     parameters_by_part,
 )
+from cachekd.paths import is_url
 
 Kind = Literal["image", "context", "supervised"]
 
@@ -213,7 +213,7 @@ def check_pair(
 
 def _is_costly(data: DataOptions) -> bool:
     """Whether a record takes a request, or a map function gets all of a sample's images with it."""
-    return is_remote(data.data) or (data.map is not None and not data.data.endswith((".json", ".jsonl")))
+    return is_url(data.data) or (data.map is not None and not data.data.endswith((".json", ".jsonl")))
 
 
 def _first_pairs(

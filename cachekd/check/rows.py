@@ -15,8 +15,8 @@ from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, Limits, Samples, collate
+from cachekd.data.collate import ModelInputs
 from cachekd.data.limits import NO_ROW
-from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import (
     ModelFiles,

@@ -1,6 +1,7 @@
 """Image-text conversations in, model inputs and a supervised mask out."""
 
-from cachekd.data.encode import Encoded, SampleEncoder, collate, predicting_positions
+from cachekd.data.collate import collate, predicting_positions
+from cachekd.data.encode import Encoded, SampleEncoder
 from cachekd.data.limits import Limits
 from cachekd.data.loader import read_encoded
 from cachekd.data.open import open_samples

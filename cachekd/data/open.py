@@ -13,10 +13,10 @@ from cachekd.config import Data, DataOptions
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import LlavaJsonSamples
-from cachekd.data.sources.urls import find_tars, is_remote, is_tar
+from cachekd.data.sources.urls import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
-from cachekd.paths import is_hub_data, split_query, what_is_there
+from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
 
 _KINDS = (".json", ".jsonl", ".tar", ".parquet")
 _DEPTH = ("*", "*/*", "*/*/*")
@@ -78,7 +78,7 @@ def open_samples(data: Data, **options: Any) -> Samples:
 
 
 def _open(spec: str, reader: RecordReader) -> Samples:
-    if is_remote(spec):
+    if is_url(spec):
         return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), reader)
     name, query = split_query(spec)
     path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long
