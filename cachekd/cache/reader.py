@@ -119,7 +119,7 @@ class LogitCache:
         Raises:
             CachekdError: no such key, or its shard is damaged.
         """
-        return self._rebuilt(self.shard_of(key), self.records(key))
+        return self._rebuilt(self.shard_of(key), self.sparse(key))
 
     def renamed(self, keys: Mapping[str, str], *, without: Container[str]) -> LogitCache:
         """The same cache under other keys.
@@ -137,15 +137,15 @@ class LogitCache:
         """The keys in a shard, each with its sample's place in it; renamed, a sample may have several."""
         return self._keys.names(number)
 
-    def records(self, key: str) -> TokenTargets:
-        """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
+    def sparse(self, key: str) -> TokenTargets:
+        """Read what is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
         number, position = self.place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
         return shard.targets.cut(int(first), int(last))
 
-    def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
-        """Of each key in a shard, in the samples' order: key, content hash and what is stored.
+    def shard_samples(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
+        """Yield key, content hash and what is stored for each key of a shard, in the samples' order.
 
         For one who goes through the cache: the shard is not kept in memory.
 
@@ -168,8 +168,8 @@ class LogitCache:
         shard = self._once(number)
         return self._rebuilt(number, shard.targets), shard.sample_offsets
 
-    def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
-        return CachedTargets.under(self.manifest, records, self.sketch(self.manifest.shards[number].sketch))
+    def _rebuilt(self, number: int, sparse: TokenTargets) -> CachedTargets:
+        return CachedTargets.under(self.manifest, sparse, self.sketch(self.manifest.shards[number].sketch))
 
     def sketch(self, number: int | None = 0) -> TailSketch | None:
         """What tokens share of the tail sketch; None in a cache without one.

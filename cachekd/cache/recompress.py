@@ -193,10 +193,10 @@ def _recode_shard(
 
 
 def _rebuilt(
-    cache: LogitCache, records: TokenTargets, number: int, how: Coarsening | None = None
+    cache: LogitCache, sparse: TokenTargets, number: int, how: Coarsening | None = None
 ) -> CachedTargets:
     sketch = cache.sketch(cache.manifest.shards[number].sketch) if how is None else how.encoder.sketch
-    return CachedTargets.under(cache.manifest, records, sketch)
+    return CachedTargets.under(cache.manifest, sparse, sketch)
 
 
 def _sketch_codes(arrays: Arrays) -> SketchCodes:

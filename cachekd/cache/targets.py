@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +56,9 @@ class UniformTail:
         return UniformTail(self.logprob.pin_memory())
 
 
+Tail = UniformTail | SketchTail | MergedTail
+
+
 @dataclass(frozen=True)
 class CachedTargets:
     """The teacher at N answer tokens, rebuilt from a cache (see `cachekd.losses.targets.TeacherTargets`).
@@ -74,17 +78,17 @@ class CachedTargets:
     logprobs: Tensor
     k: Tensor
     knee: Tensor
-    tail: UniformTail | SketchTail | MergedTail
+    tail: Tail
     vocab_size: int
     window: int
     min_k: int
 
     @classmethod
-    def under(cls, header: Header, records: TokenTargets, sketch: TailSketch | None) -> CachedTargets:
-        """Pad flat records of a cache with this header; `sketch` is theirs."""
+    def under(cls, header: Header, sparse: TokenTargets, sketch: TailSketch | None) -> CachedTargets:
+        """Pad what a cache with this header stores; `sketch` is its own."""
         codec = header.codec
-        return cls.from_records(
-            records,
+        return cls.from_sparse(
+            sparse,
             vocab_size=header.teacher.vocab_size,
             window=codec.window,
             min_k=codec.min_k,
@@ -92,21 +96,21 @@ class CachedTargets:
         )
 
     @classmethod
-    def from_records(
+    def from_sparse(
         cls,
-        records: TokenTargets,
+        sparse: TokenTargets,
         *,
         vocab_size: int,
         window: int,
         min_k: int,
         sketch: TailSketch | None = None,
     ) -> CachedTargets:
-        """Pad flat records to rows.
+        """Pad flat entries to rows.
 
         Args:
-            sketch: of the same cache, where the records have codes.
+            sketch: of the same cache, where the tokens have codes.
         """
-        k = records.k.astype(np.int64)
+        k = sparse.k.astype(np.int64)
         width = int(k.max(initial=1))
         if len(k) * width > _MOST_PADDED:
             raise CachekdError(
@@ -118,10 +122,10 @@ class CachedTargets:
         kept = np.arange(width) < k[:, None]
         ids = np.full(kept.shape, _NOWHERE, np.int64)
         logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = records.ids, records.logprobs
-        tail: UniformTail | SketchTail
-        if sketch is not None and records.sketch is not None:
-            shape = (vocab_size, records.sketch.coordinates.shape[1])
+        ids[kept], logprobs[kept] = sparse.ids, sparse.logprobs
+        tail: Tail
+        if sketch is not None and sparse.sketch is not None:
+            shape = (vocab_size, sparse.sketch.coordinates.shape[1])
             if shape != (sketch.vocab_size, sketch.axes):
                 raise CachekdError(
                     "the tail sketch is not the one that the shards were coded with",
@@ -129,16 +133,16 @@ class CachedTargets:
                     expected=f"{shape[0]} ids, {shape[1]} axes",
                     found=f"{sketch.vocab_size} ids, {sketch.axes} axes",
                 )
-            tail = SketchTail.from_codes(sketch, records.sketch)
+            tail = SketchTail.from_codes(sketch, sparse.sketch)
         else:
             others = np.log(np.maximum(vocab_size - k, 1))
-            tail = UniformTail(torch.from_numpy((records.tail_logmass - others).astype(np.float32)))
+            tail = UniformTail(torch.from_numpy((sparse.tail_logmass - others).astype(np.float32)))
         return cls(
-            token_ids=torch.from_numpy(records.token_ids.astype(np.int64)),
+            token_ids=torch.from_numpy(sparse.token_ids.astype(np.int64)),
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),
             k=torch.from_numpy(k),
-            knee=torch.from_numpy(records.knee.astype(np.int64)),
+            knee=torch.from_numpy(sparse.knee.astype(np.int64)),
             tail=tail,
             vocab_size=vocab_size,
             window=window,
@@ -172,10 +176,7 @@ class CachedTargets:
 
     def select(self, rows: Tensor) -> CachedTargets:
         """Some tokens, by their indices [M] int64."""
-        names = ("token_ids", "ids", "logprobs", "k", "knee")
-        return replace(
-            self, **{name: getattr(self, name)[rows] for name in names}, tail=self.tail.select(rows)
-        )
+        return self._each(lambda values: values[rows], self.tail.select(rows))
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's own selection, exactly as at the dump.
@@ -233,18 +234,20 @@ class CachedTargets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CachedTargets:
         """A copy on `device`."""
-        names = ("token_ids", "ids", "logprobs", "k", "knee")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))
+        tail = self.tail.to(device, non_blocking=non_blocking)
+        return self._each(lambda values: values.to(device, non_blocking=non_blocking), tail)
 
     def pin_memory(self) -> CachedTargets:
         """A copy in page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
+        return self._each(Tensor.pin_memory, self.tail.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor], tail: Tail) -> CachedTargets:
         names = ("token_ids", "ids", "logprobs", "k", "knee")
-        pinned = {name: getattr(self, name).pin_memory() for name in names}
-        return replace(self, **pinned, tail=self.tail.pin_memory())
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed, tail=tail)
 
 
-def _join(tails: list[UniformTail | SketchTail | MergedTail]) -> UniformTail | SketchTail | MergedTail:
+def _join(tails: list[Tail]) -> Tail:
     """One after the other; a cache has a sketch for all its tokens, or for none."""
     uniform = [tail for tail in tails if isinstance(tail, UniformTail)]
     if uniform:

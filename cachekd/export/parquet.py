@@ -12,7 +12,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from cachekd.atomic import cannot_write, commit, make_folder
 from cachekd.cache import LogitCache
-from cachekd.export.sparse import ragged, require_top_k
+from cachekd.export.sparse import open_cache, ragged
 from cachekd.lock import staged_folder
 
 EXPORT_FILE = "cachekd_export.json"
@@ -73,8 +73,7 @@ def export_parquet(
     Raises:
         CachekdError: the cache is damaged or holds less than `top_k`, or `out` holds something.
     """
-    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-    require_top_k(cache, top_k)
+    cache = open_cache(cache, top_k)
     header = json.dumps(export_header(cache, top_k), indent=2)
     shards, rows = len(cache.manifest.shards), 0
     with staged_folder(out, "export", last=EXPORT_FILE) as staging:
@@ -89,8 +88,8 @@ def export_parquet(
 
 
 def _rows(cache: LogitCache, number: int, top_k: int | None) -> Iterator[dict[str, Any]]:
-    for key, content_hash, records in cache.shard_records(number):
-        yield {"key": key, "content_hash": content_hash.hex(), **ragged(records, top_k)}
+    for key, content_hash, sparse in cache.shard_samples(number):
+        yield {"key": key, "content_hash": content_hash.hex(), **ragged(sparse, top_k)}
 
 
 def _write(file: Path, header: str, rows: Iterator[dict[str, Any]]) -> Iterator[int]:

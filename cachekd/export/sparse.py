@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from cachekd.cache.sparse_logits import TokenTargets, offsets
 from cachekd.errors import CachekdError
 
 
-def require_top_k(cache: LogitCache, top_k: int | None) -> None:
-    """Refuse more than there is.
+def open_cache(cache: LogitCache | str | Path, top_k: int | None) -> LogitCache:
+    """Open a cache of which `top_k` logprobs a token are asked for; None: all.
 
     Raises:
-        CachekdError: `top_k` is above what the cache keeps, or below 1.
+        CachekdError: it is no cache, or `top_k` is above what it keeps, or below 1.
     """
+    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
     most = cache.manifest.codec.top_k
     if top_k is not None and not 1 <= top_k <= most:
         raise CachekdError(
@@ -28,6 +30,7 @@ def require_top_k(cache: LogitCache, top_k: int | None) -> None:
             found=top_k,
             fix="leave it out for all that is kept; LogitCache rebuilds the others, approximately",
         )
+    return cache
 
 
 PADDING_ID = 0  # beside a logprob of -inf
@@ -52,34 +55,36 @@ class SparseTargets:
     tail_logmass: NDArray[np.float32]
 
     @classmethod
-    def from_records(cls, records: TokenTargets, top_k: int | None = None) -> SparseTargets:
-        """Pad flat records.
+    def from_sparse(cls, sparse: TokenTargets, top_k: int | None = None) -> SparseTargets:
+        """Pad flat entries.
 
         Args:
             top_k: most entries per token; the mass of the others goes to the tail. None: all.
         """
-        if top_k is not None and int(records.k.max(initial=0)) > top_k:
-            records = records.truncate(top_k)
-        k = records.k.astype(np.int32)
+        sparse = _cut(sparse, top_k)
+        k = sparse.k.astype(np.int32)
         kept = np.arange(int(k.max(initial=1))) < k[:, None]
         ids = np.full(kept.shape, PADDING_ID, np.int32)
         logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = records.ids, records.logprobs
-        return cls(records.token_ids.astype(np.int32), k, ids, logprobs, records.tail_logmass)
+        ids[kept], logprobs[kept] = sparse.ids, sparse.logprobs
+        return cls(sparse.token_ids.astype(np.int32), k, ids, logprobs, sparse.tail_logmass)
 
     def arrays(self) -> dict[str, NDArray]:
-        """By name."""
+        """Give them by name."""
         return dict(self.__dict__)
 
 
-def ragged(records: TokenTargets, top_k: int | None = None) -> dict[str, Any]:
-    """The same as lists without padding: a table's row."""
-    if top_k is not None and int(records.k.max(initial=0)) > top_k:
-        records = records.truncate(top_k)
-    cuts = offsets(records.k)[1:-1]
+def ragged(sparse: TokenTargets, top_k: int | None = None) -> dict[str, Any]:
+    """Give the same as lists without padding: a table's row."""
+    sparse = _cut(sparse, top_k)
+    cuts = offsets(sparse.k)[1:-1]
     return {
-        "token_ids": records.token_ids.astype(np.int32),
-        "topk_ids": np.split(records.ids.astype(np.int32), cuts),
-        "topk_logprobs": np.split(records.logprobs, cuts),
-        "tail_logmass": records.tail_logmass,
+        "token_ids": sparse.token_ids.astype(np.int32),
+        "topk_ids": np.split(sparse.ids.astype(np.int32), cuts),
+        "topk_logprobs": np.split(sparse.logprobs, cuts),
+        "tail_logmass": sparse.tail_logmass,
     }
+
+
+def _cut(sparse: TokenTargets, top_k: int | None) -> TokenTargets:
+    return sparse if top_k is None or int(sparse.k.max(initial=0)) <= top_k else sparse.truncate(top_k)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cachekd.cache import LogitCache
-from cachekd.export.sparse import SparseTargets, require_top_k
+from cachekd.export.sparse import SparseTargets, open_cache
 
 
 class CachedLogits(Dataset):
@@ -40,8 +40,7 @@ class CachedLogits(Dataset):
     """
 
     def __init__(self, cache: LogitCache | str | Path, top_k: int | None = None) -> None:
-        self.cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-        require_top_k(self.cache, top_k)
+        self.cache = open_cache(cache, top_k)
         self.keys, self.top_k = list(self.cache), top_k
 
     def __len__(self) -> int:
@@ -55,7 +54,7 @@ class CachedLogits(Dataset):
             IndexError: there is no such sample.
         """
         key = self.keys[index]
-        targets = SparseTargets.from_records(self.cache.records(key), self.top_k)
+        targets = SparseTargets.from_sparse(self.cache.sparse(key), self.top_k)
         tensors = {name: torch.from_numpy(values) for name, values in targets.arrays().items()}
         return {"key": key, **{name: _as_ids(values) for name, values in tensors.items()}}
 

@@ -16,7 +16,7 @@ from cachekd.cache import LogitCache
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
 from cachekd.export.parquet import EXPORT_FILE, export_header
-from cachekd.export.sparse import SparseTargets, require_top_k
+from cachekd.export.sparse import SparseTargets, open_cache
 from cachekd.lock import staged_folder
 
 TARGETS = "targets.npz"
@@ -53,8 +53,7 @@ def export_webdataset(
         CachekdError: the data lack a sample or have another content, the cache is damaged or holds less than
             `top_k`, or `out` holds something.
     """
-    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-    require_top_k(cache, top_k)
+    cache = open_cache(cache, top_k)
     places = _places(cache, samples)
     written = 0
     with staged_folder(out, "export", last=EXPORT_FILE) as staging:
@@ -106,7 +105,7 @@ def _samples(
     cache: LogitCache, number: int, samples: Samples, places: dict[str, int], top_k: int | None
 ) -> Iterator[list[Member]]:
     """The members of each sample of a shard."""
-    for key, content_hash, records in cache.shard_records(number):
+    for key, content_hash, sparse in cache.shard_samples(number):
         if key not in places:  # of a bound cache: the data have the sample under another key
             continue
         sample = samples[places[key]]
@@ -119,7 +118,7 @@ def _samples(
                 fix="give the data that were dumped, or run `cachekd dump` again",
             )
         stream = io.BytesIO()
-        arrays = SparseTargets.from_records(records, top_k).arrays()
+        arrays = SparseTargets.from_sparse(sparse, top_k).arrays()
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # numpy's stub has an option first
         name = member_name(key)
         yield [*_members(name, sample), (f"{name}.{TARGETS}", stream.getvalue())]
