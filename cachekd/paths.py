@@ -137,7 +137,7 @@ def require_path(name: str, what: str, expected: str) -> None:
 
 
 def what_is_there(path: str | Path) -> tuple[str, str | None]:
-    """In the place of a path that is not there, in words; and what may have been meant.
+    """Say what is in the place of a path that is not there, and what may have been meant.
 
     Returns:
         The last folder above it that is there, with up to five of its names; and advice, if one is near.

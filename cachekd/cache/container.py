@@ -57,7 +57,7 @@ _KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 def pack_arrays(arrays: dict[str, NDArray], attributes: dict[str, Any]) -> bytes:
-    """The file's bytes.
+    """Pack arrays into the bytes of a file.
 
     Args:
         arrays: one-dimensional, or two-dimensional with statistics that change from row to row: every row is
@@ -229,14 +229,14 @@ def _read(name: str, array: ArrayMetadata, members: Mapping[str, bytes]) -> NDAr
 
 
 class ArrayMetadata(NamedTuple):
-    """Of one array; it is in one chunk."""
+    """What is said of one array; it is in one chunk."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
-        """Once decoded; a Python integer, so that nothing overflows."""
+        """Its bytes once decoded; a Python integer, so that nothing overflows."""
         size = self.dtype.itemsize
         for length in self.shape:
             size *= length

@@ -167,7 +167,7 @@ def _lineage(
     parents: Sequence[Manifest],
     fidelity: Fidelity | None,
 ) -> list[Derivation]:
-    """The parents' steps, each once, and this one."""
+    """List the parents' steps, each once, and this one."""
     steps: list[Derivation] = []
     for parent in parents:
         if parent.lineage:
@@ -198,7 +198,7 @@ def new_cache(out: str | Path) -> Iterator[DerivedCache]:
 
 
 def link(old: Path, new: Path) -> None:
-    """The same file under another name, or a copy on another file system. Files of a cache never change.
+    """Give a file another name, or copy it to another file system. Files of a cache never change.
 
     Raises:
         CachekdError: the old one cannot be read, or the new one not be written.

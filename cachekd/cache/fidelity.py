@@ -38,7 +38,7 @@ def loss_and_gradient(
 
 
 def gradient_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """[N], between gradients [N, V]."""
+    """Compare gradients [N, V], token by token; returns [N]."""
     return torch.cosine_similarity(a, b, dim=-1, eps=1e-30)
 
 

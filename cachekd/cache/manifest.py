@@ -23,7 +23,7 @@ Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 def _whole(value: Any) -> Any:
-    """For a Literal, which takes what compares equal."""
+    """Take integers alone: a Literal takes whatever compares equal."""
     if type(value) is not int:
         raise ValueError(f"{value!r} is not an integer")
     return value

@@ -38,7 +38,7 @@ class DumpSource(Source):
 
 
 class DumpPlan(Plan):
-    """Of a dump: its shards are known beforehand, so that it can be gone on with."""
+    """The plan of a dump. Its shards are known beforehand, so that it can be gone on with."""
 
     source: DumpSource
 
@@ -48,7 +48,7 @@ class DumpPlan(Plan):
         return -(-self.source.data.samples // self.source.geometry.shard_samples)
 
     def spans(self) -> list[tuple[int, int]]:
-        """Of each shard, first and last + 1 sample of the data set."""
+        """Give first and last + 1 sample of the data set for each shard."""
         count, size = self.source.data.samples, self.source.geometry.shard_samples
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -104,7 +104,7 @@ class SkippedSamples:
 
 
 def pack_skipped(skipped: Iterable[Skipped]) -> bytes:
-    """The file's bytes: a line of JSON per sample."""
+    """Write the file's bytes, a line of JSON per sample."""
     content = io.BytesIO()
     content.writelines(f"{json.dumps(dict(sample), ensure_ascii=False)}\n".encode() for sample in skipped)
     return content.getvalue()

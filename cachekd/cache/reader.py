@@ -49,7 +49,7 @@ def listed_codes(path: Path, manifest: Manifest, number: int) -> dict[str, NDArr
 
 
 def listed_shard(path: Path, manifest: Manifest, number: int, *, hashed: bool = False) -> Shard:
-    """The same, decoded.
+    """Read shard `number`, decoded.
 
     Args:
         path: the cache.
@@ -122,7 +122,7 @@ class LogitCache:
         return self._rebuilt(self.shard_of(key), self.sparse(key))
 
     def renamed(self, keys: Mapping[str, str], *, without: Container[str]) -> LogitCache:
-        """The same cache under other keys.
+        """Give the samples of this cache other keys.
 
         Args:
             keys: from a sample's new key to its own; the others are called as they were.

@@ -57,7 +57,7 @@ class Sealed(Part):
     )
 
     def to_json(self) -> bytes:
-        """As it stands in the file: the same content gives the same bytes."""
+        """Write it as it stands in the file: the same content gives the same bytes."""
         values = self.model_dump(mode="json", exclude={"sha256"})
         return _text(values | {"sha256": _seal(values)})
 
@@ -94,7 +94,7 @@ class Sealed(Part):
 
 
 def as_tuple(value: Any) -> Any:
-    """For a field that is a tuple: JSON has lists only."""
+    """Turn a list into a tuple, which JSON does not have."""
     return tuple(value) if isinstance(value, list) else value
 
 

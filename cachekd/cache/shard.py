@@ -47,7 +47,7 @@ class Shard:
 
 
 def make_shard(samples: list[tuple[str, bytes, int]], targets: TokenTargets) -> Shard:
-    """From (key, 16-byte hash, number of tokens) of every sample, and the targets of all."""
+    """Make a shard of (key, 16-byte hash, number of tokens) of every sample, and the targets of all."""
     return Shard(
         keys=[key for key, _, _ in samples],
         hashes=np.frombuffer(b"".join(content for _, content, _ in samples), dtype="u1").reshape(-1, 16),
@@ -108,7 +108,7 @@ def read_shard(
 
 
 def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
-    """What the arrays of `read_codes` say.
+    """Decode the arrays of `read_codes`.
 
     Args:
         step: that the logprobs were coded with.
@@ -202,7 +202,7 @@ def id_arrays(ids: NDArray[np.uint32]) -> dict[str, NDArray]:
 
 
 def characters_of(keys: list[str]) -> NDArray[np.uint8]:
-    """`sample_keys`, from the keys."""
+    """Write keys as the array `sample_keys`."""
     return np.frombuffer("\n".join(keys).encode(), dtype="u1")
 
 

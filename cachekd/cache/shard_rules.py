@@ -62,7 +62,7 @@ class Counts(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int | None]:
-        """By the names that the rules have."""
+        """The sizes, by the names that the rules have."""
         return {**self._asdict(), "starts": self.samples + 1}
 
 

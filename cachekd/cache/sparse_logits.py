@@ -83,7 +83,7 @@ class TokenTargets:
         return sum(array.nbytes for array in arrays)
 
     def cut(self, first: int, last: int) -> TokenTargets:
-        """Tokens [first, last)."""
+        """Take tokens [first, last)."""
         starts = offsets(self.k)
         return self._cut(slice(first, last), slice(int(starts[first]), int(starts[last])))
 

@@ -37,7 +37,7 @@ class Answers(Part):
 
 
 class Entropy(Part):
-    """Of the teacher's distribution at the answer tokens, nats."""
+    """The entropy of the teacher's distribution at the answer tokens, nats."""
 
     method: Literal["all tokens", "evenly spread tokens"] = Field(
         description="whose distributions were rebuilt in full: without a tail sketch that costs nothing"
@@ -141,7 +141,7 @@ def summarise(
 
 
 def _read_targets(path: Path, manifest: Manifest, number: int) -> CachedTargets:
-    """Without a LogitCache, which knows all keys and keeps what it has decoded."""
+    """Read a shard without a LogitCache, which knows all keys and keeps what it has decoded."""
     sketch = listed_sketch(path, manifest, manifest.shards[number].sketch)
     return CachedTargets.under(manifest, listed_shard(path, manifest, number).targets, sketch)
 
@@ -217,7 +217,7 @@ class _Counts:
         self.entropy_sum += float(found.sum())
 
     def answers(self) -> Answers:
-        """Means."""
+        """Take the means."""
         tokens = max(1, self.tokens)
         logprob = self.logprob / tokens
         return Answers(
@@ -229,7 +229,7 @@ class _Counts:
         )
 
     def entropy(self) -> Entropy:
-        """Means, and the histogram without the empty bins at its end."""
+        """Take the means, and the histogram without the empty bins at its end."""
         tokens, used = max(1, self.tokens), int(np.flatnonzero(self.histogram).max(initial=0)) + 1
         return Entropy(
             method="all tokens" if self.measured == self.tokens else "evenly spread tokens",

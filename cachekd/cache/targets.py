@@ -32,19 +32,19 @@ class UniformTail:
     logprob: Tensor
 
     def everywhere(self, vocab_size: int) -> Tensor:
-        """[N, V] float32."""
+        """Repeat it for all ids, [N, V] float32."""
         return self.logprob[:, None].repeat(1, vocab_size)
 
     def gather(self, ids: Tensor) -> Tensor:
-        """[N, k] float32 at `ids` [N, k], none of which is kept."""
+        """Repeat it [N, k] float32 at `ids` [N, k], none of which is kept."""
         return self.logprob[:, None].expand(ids.shape)
 
     def select(self, rows: Tensor) -> UniformTail:
-        """Some tokens."""
+        """Take some tokens."""
         return UniformTail(self.logprob[rows])
 
     def cat(self, others: list[UniformTail]) -> UniformTail:
-        """This and others, one after the other."""
+        """Join this and others, one after the other."""
         return UniformTail(torch.cat([part.logprob for part in (self, *others)]))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> UniformTail:
@@ -52,7 +52,7 @@ class UniformTail:
         return UniformTail(self.logprob.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> UniformTail:
-        """A copy in page-locked memory, from which `to` need not block."""
+        """Copy it to page-locked memory, from which `to` need not block."""
         return UniformTail(self.logprob.pin_memory())
 
 
@@ -151,7 +151,7 @@ class CachedTargets:
 
     @classmethod
     def cat(cls, parts: Sequence[CachedTargets]) -> CachedTargets:
-        """The parts' tokens, one after the other; all from one cache."""
+        """Join the parts' tokens, one after the other; all from one cache."""
         width = max(part.ids.shape[1] for part in parts)
 
         def rows(name: str, fill: float) -> Tensor:
@@ -175,7 +175,7 @@ class CachedTargets:
         return len(self.token_ids)
 
     def select(self, rows: Tensor) -> CachedTargets:
-        """Some tokens, by their indices [M] int64."""
+        """Take some tokens, by their indices [M] int64."""
         return self._each(lambda values: values[rows], self.tail.select(rows))
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,7 +238,7 @@ class CachedTargets:
         return self._each(lambda values: values.to(device, non_blocking=non_blocking), tail)
 
     def pin_memory(self) -> CachedTargets:
-        """A copy in page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
+        """Copy it to page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
         return self._each(Tensor.pin_memory, self.tail.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor], tail: Tail) -> CachedTargets:
@@ -248,7 +248,7 @@ class CachedTargets:
 
 
 def _join(tails: list[Tail]) -> Tail:
-    """One after the other; a cache has a sketch for all its tokens, or for none."""
+    """Join tails, one after the other; a cache has a sketch for all its tokens, or for none."""
     uniform = [tail for tail in tails if isinstance(tail, UniformTail)]
     if uniform:
         return uniform[0].cat(uniform[1:])

@@ -49,8 +49,8 @@ class Encoded:
         return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept], cut=cut)
 
     def with_pictures_of(self, other: Encoded) -> Encoded:
-        """The same text with the pictures of another sample, as many and of the same sizes: so the tokens
-        that stand for them are the same."""
+        """Give the text the pictures of another sample, as many and of the same sizes: so the tokens that
+        stand for them are the same."""
         pictures = {name: value for name, value in other.inputs.items() if name not in PER_TOKEN}
         return replace(self, inputs={**self.inputs, **pictures})
 
@@ -140,7 +140,7 @@ class SampleEncoder:
         return None if ending is None else int(tokenizer(ending, add_special_tokens=False)["input_ids"][-1])
 
     def without_limits(self) -> SampleEncoder:
-        """The same, for samples as long as they are."""
+        """Make an encoder of samples as long as they are."""
         return SampleEncoder(self.processor)
 
     def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor, bool]:

@@ -96,7 +96,7 @@ def _rgb(image: Image.Image, raw_mode: str | None) -> Image.Image:
 
 
 def _on_white(image: Image.Image, raw_mode: str | None) -> Image.Image:
-    """As transformers composes, bit for bit."""
+    """Compose on white as transformers does, bit for bit."""
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and (raw_mode == "RGB;16B" or max(transparent) > 255):
         raise UnknownPixelsError("a transparent colour of 16 bits per channel")

@@ -46,7 +46,7 @@ class LeftOutSamples:
 
     @classmethod
     def of(cls, reasons: Mapping[str, str]) -> LeftOutSamples:
-        """All of them, key to reason."""
+        """Count all, key to reason, and name the first."""
         return cls(len(reasons), dict(islice(reasons.items(), NAMED)))
 
 
@@ -71,16 +71,16 @@ class BadSamples:
             log.warning("more samples are left out; they are counted, and named at the end")
 
     def add(self, others: Iterable[Mapping[str, str]]) -> None:
-        """What other processes, or this run before a checkpoint, met."""
+        """Add what other processes, or this run before a checkpoint, met."""
         for reasons in others:
             self.reasons = {**reasons, **self.reasons}
 
     def save(self, checkpoint: Path) -> None:
-        """Beside the state that a run goes on from."""
+        """Write them beside the state that a run goes on from."""
         commit(checkpoint / _FILE, json.dumps(self.reasons).encode())
 
     def load(self, checkpoint: Path) -> None:
-        """What was met before; an older checkpoint does not say."""
+        """Add what was met before; an older checkpoint does not say."""
         file = checkpoint / _FILE
         if file.exists():
             self.add([json.loads(file.read_text())])

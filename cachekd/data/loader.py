@@ -34,7 +34,7 @@ class _End:
 
 
 def prefetched(items: Iterator[T], size: int) -> Generator[T]:
-    """The same items, up to `size` of them made ahead in a thread; errors come at their place."""
+    """Make up to `size` of the items ahead, in a thread; errors come at their place."""
     waiting: queue.Queue[T | _End] = queue.Queue(size)
     stopped = threading.Event()
 
@@ -128,7 +128,7 @@ def _starting_workers() -> Iterator[None]:
 
 
 def _begin(then: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker, first of all."""
+    """Run in a worker, first of all."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)  # where a fork server was there before
     threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
     if then is not None:
@@ -136,8 +136,8 @@ def _begin(then: Callable[[int], None] | None, worker: int) -> None:
 
 
 def _end_with_the_parent(started_by: int) -> None:
-    """Of the signals that are held back, the main process's own is obeyed: it stops a worker that does not
-    end by itself. When that process is gone, none is waited for: a worker that cannot get rid of its last
+    """Obey the main process alone of those whose signals are held back: it stops a worker that does not end
+    by itself. When that process is gone, none is waited for: a worker that cannot get rid of its last
     batch would stay for ever.
 
     Args:

@@ -191,7 +191,7 @@ class RecordReader:
 
     @classmethod
     def of(cls, options: DataOptions) -> RecordReader:
-        """By what the user says.
+        """Make one by what the user says.
 
         Raises:
             CachekdError: the map function cannot be imported, or there is no such image root.
@@ -208,7 +208,7 @@ class RecordReader:
         return cls(function, options.key, options.image_field, root)
 
     def beside(self, folder: Path | None) -> RecordReader:
-        """The same for data in a folder, where relative paths start unless the user says otherwise."""
+        """Read data in a folder, where relative paths start unless the user says otherwise."""
         return self if self.folder is not None else replace(self, folder=folder)
 
     def mapped(self, record: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
@@ -231,7 +231,7 @@ class RecordReader:
         )
 
     def preview(self, record: Mapping[str, Any]) -> Preview:
-        """Of a mapped record, without opening a picture."""
+        """Preview a mapped record, without opening a picture."""
         return preview_of_record(record, self.image_fields)
 
     def require_image_fields(self, records: Sequence[Mapping[str, Any]], where: str) -> None:
@@ -271,7 +271,7 @@ class RecordReader:
         return first_given(record, *KEY_FIELDS) if self.key is None else value_at(record, self.key)
 
     def mapped_key(self, record: Mapping[str, Any], position: int, origin: str) -> Any:
-        """The same of a record before its mapping: what the mapped one says, or else the raw one.
+        """What a record before its mapping says its key is: what the mapped one says, or else the raw one.
 
         A record that the function fails on is named by its raw key when it is read.
         """

@@ -61,8 +61,7 @@ class Sample:
 
     @property
     def asked_at(self) -> list[tuple[int, int]]:
-        """Of the same, the places in `messages` of the user's message, of several in a row the first, and of
-        the answer.
+        """Where these stand in `messages`: the user's message, of several in a row the first, and the answer.
 
         What follows an answer at once, without a user or a tool between, answers nobody's question.
         """
@@ -77,7 +76,7 @@ class Sample:
 
 
 def sample_place(key: str, origin: str) -> str:
-    """How error messages name a sample."""
+    """Name a sample for error messages."""
     return f"sample {key!r} in {origin}"
 
 

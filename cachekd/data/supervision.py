@@ -133,7 +133,11 @@ def is_paligemma(processor: Processor) -> bool:
 
 
 def paligemma_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
-    """Encode a sample of one question.
+    """Encode a sample of one question as PaliGemma reads it: images, the question, the answer as a suffix.
+
+    Image and question attend to each other both ways, the answer causally. The token types say which is
+    which, and only the processor's `suffix` sets them: an answer written into the text would be seen by the
+    question, and so by the tokens that are to predict it.
 
     Returns:
         what the processor makes of it, with a batch axis of one; and [L] bool, the answer with its end token.

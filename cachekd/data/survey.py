@@ -20,7 +20,7 @@ from cachekd.errors import BadSample
 
 
 def preview_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = ()) -> Preview:
-    """Of what `sample_from_record` takes; what the image fields hold is not looked at.
+    """Preview what `sample_from_record` takes; what the image fields hold is not looked at.
 
     The texts are those of the turns, of a system text and of tools beside them. What is wrong with a record
     shows when the sample is read; here it has no text.
@@ -37,7 +37,7 @@ def preview_of_record(record: Mapping[str, Any], image_fields: Sequence[str] = (
 
 
 def _turns(turns: Any) -> list[tuple[Any, Any]]:
-    """Of each turn, who says it and what."""
+    """Tell for each turn who says it and what."""
     if isinstance(turns, Mapping):  # of lists, as older `datasets` make of a list of mappings
         contents, roles = first_given(turns, "value", "content"), first_given(turns, "from", "role")
         if not isinstance(contents, list):
@@ -55,7 +55,7 @@ def _turns(turns: Any) -> list[tuple[Any, Any]]:
 
 
 def _answered(roles: list[str | None], texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """As `Sample.questions` has them, and unsupervised answers too."""
+    """Pair questions and answers as `Sample.questions` does, unsupervised answers too."""
     found, question, before = [], None, None
     for role, text in zip(roles, texts, strict=True):
         if role == "user":
@@ -67,7 +67,7 @@ def _answered(roles: list[str | None], texts: list[str]) -> tuple[tuple[str, str
 
 
 def _texts_beside(record: Mapping[str, Any], texts: list[str]) -> Iterator[str]:
-    """Of tools, and of a system text that is not among the turns."""
+    """Yield the text of tools, and a system text that is not among the turns."""
     if tools := record.get("tools"):
         yield str(tools)
     system = first_given(record, *SYSTEM_FIELDS)
@@ -85,7 +85,7 @@ def _indexed(contents: list[Any]) -> int:
 
 
 def _text(content: Any) -> str:
-    """Of a turn's content, or of one of its parts; an image is its placeholder."""
+    """Read the text of a turn's content, or of a part of it; an image is its placeholder."""
     if isinstance(content, str):
         return content
     if isinstance(content, list):
@@ -103,7 +103,7 @@ _TRIED = 256  # to find these among bad ones
 
 
 class Survey(NamedTuple):
-    """Of every sample of a data set, in its order; both are 0 where its record cannot be read.
+    """What is known of every sample of a data set, in its order; both are 0 where its record cannot be read.
 
     Attributes:
         lengths: [S] int64, about how many tokens it has.
@@ -138,7 +138,7 @@ def survey(samples: Samples, encoder: SampleEncoder) -> Survey:
 
 
 def rough_lengths(samples: Samples, encoder: SampleEncoder) -> list[int]:
-    """[S], the lengths of `survey`."""
+    """Survey the lengths alone, [S]."""
     return survey(samples, encoder).lengths.tolist()
 
 
@@ -171,12 +171,12 @@ def _fitted(samples: Samples, encoder: SampleEncoder) -> NDArray[np.floating[Any
 
 
 def _features(previews: list[Preview]) -> NDArray[np.float64]:
-    """[N, 3]: one, turns, images."""
+    """Arrange one, turns and images as [N, 3]."""
     return np.array([(1.0, len(preview.texts), preview.images) for preview in previews]).reshape(-1, 3)
 
 
 def _text_tokens(previews: list[Preview], encoder: SampleEncoder) -> NDArray[np.int64]:
-    """[N], the tokens of each one's texts."""
+    """Count the tokens of each one's texts, [N]."""
     texts = ["\n".join(preview.texts) for preview in previews]
     # Not by transformers' own call, which makes lists of everything: half the time.
     encoded = encoder.processor.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -20,7 +20,7 @@ EXPORT_VERSION = 1
 
 
 def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
-    """As JSON has it."""
+    """What an export says of the cache that it was made from, as JSON."""
     manifest = cache.manifest
     return {
         "export_version": EXPORT_VERSION,

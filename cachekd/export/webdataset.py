@@ -1,4 +1,4 @@
-"""To WebDataset tars: every sample, images and conversation, and its cached targets beside it."""
+"""A cache as WebDataset tars: every sample, images and conversation, its cached targets beside it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _places(cache: LogitCache, samples: Samples) -> dict[str, int]:
 def _samples(
     cache: LogitCache, number: int, samples: Samples, places: dict[str, int], top_k: int | None
 ) -> Iterator[list[Member]]:
-    """The members of each sample of a shard."""
+    """Yield the members of each sample of a shard."""
     for key, content_hash, sparse in cache.shard_samples(number):
         if key not in places:  # of a bound cache: the data have the sample under another key
             continue

@@ -154,7 +154,7 @@ def fetch_into(store: Store, out: Path, published: Published, progress: Progress
 
 
 def _require_ours(out: Path, published: Published) -> None:
-    """Raises CachekdError: the folder is neither new nor of a pull of this manifest."""
+    """Refuse a folder that is neither new nor of a pull of this manifest."""
     there = [path for path in (out / MANIFEST_FILE, out / PULL_FOLDER / MANIFEST_FILE) if path.is_file()]
     if any(path.read_bytes() != published.content for path in there):
         raise CachekdError(
@@ -168,7 +168,7 @@ def _require_ours(out: Path, published: Published) -> None:
 
 
 def _require_space(out: Path, files: Sequence[Listed]) -> None:
-    """Raises CachekdError: the files do not fit on the disk."""
+    """Refuse files that do not fit on the disk."""
     needed = sum(file.bytes for file in files)
     _, free = free_space(out)
     if needed > free:
@@ -249,7 +249,7 @@ def local_folder(
 
 
 def _require_as_fetched(folder: Path, address: str, published: Published) -> None:
-    """By sizes: checksums are compared as each file is read.
+    """Compare sizes: checksums are compared as each file is read.
 
     Raises:
         CachekdError: the manifest is not the published one, or a file has another size.

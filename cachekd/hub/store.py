@@ -36,11 +36,11 @@ class Store(Protocol):
         ...
 
     def sha256(self, name: str) -> str | None:
-        """Of a file, None where there is none; a store that keeps no such checksum reads the file."""
+        """The checksum of a file, None where there is none; a store that keeps none reads the file."""
         ...
 
     def read(self, name: str, most: int) -> bytes | None:
-        """A small file, None where there is none.
+        """Read a small file; None where there is none.
 
         Raises:
             CachekdError: it has more bytes than `most`.

@@ -131,7 +131,7 @@ class Listed:
 
 
 def listed(name: str, content: bytes) -> Listed:
-    """What a manifest would list of a file with this content."""
+    """List a file with this content as a manifest would."""
     return Listed(name, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -227,11 +227,11 @@ class Moved(Callback):
         self._progress(inc)
 
     def finish(self) -> None:
-        """The rest was there before."""
+        """Count the rest, which was there before."""
         self._progress(self.listed - self.value)
 
     def undo(self) -> None:
-        """It came in vain."""
+        """Take back what was told: it came in vain."""
         self._progress(-self.value)
 
     def _refuse(self, found: str) -> None:
@@ -240,7 +240,7 @@ class Moved(Callback):
 
 
 def while_bytes_move(call: Callable[[], object], moved: Moved, timeout: float) -> None:
-    """For a client that cannot be told how long to wait for a byte.
+    """Run a client that cannot be told how long to wait for a byte.
 
     Raises:
         CachekdError: none came for `timeout` seconds.

@@ -180,7 +180,7 @@ class SwitchBridge(nn.Module):
         return torch.cat([self.linear(leading), self.linear(resampled(patches, side, other))], dim=1)
 
     def summary(self) -> dict[str, Any]:
-        """For the run's JSON."""
+        """What a run's JSON says of it."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return {
             "kind": "linear",
@@ -254,13 +254,13 @@ def no_sharding() -> CachekdError:
 
 
 def add_to_optimizer(optimizer: Optimizer, bridge: SwitchBridge, weight_decay: float) -> None:
-    """As the Trainer does with the student's layers: a bias has no weight decay."""
+    """Add it as the Trainer adds the student's layers: a bias has no weight decay."""
     optimizer.add_param_group({"params": [bridge.linear.weight], "weight_decay": weight_decay})
     optimizer.add_param_group({"params": [bridge.linear.bias], "weight_decay": 0.0})
 
 
 def mean_gradients(bridge: SwitchBridge, accelerator: Accelerator) -> None:
-    """Over all processes. Not by DDP: it would wait for a process whose batch has no image."""
+    """Take the mean over all processes. Not by DDP: it would wait for a process whose batch has no image."""
     for parameter in bridge.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = accelerator.reduce(gradient, reduction="mean")

@@ -90,7 +90,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def template_fingerprint(template: str) -> str:
-    """The chat template's text."""
+    """Hash the chat template's text."""
     return _sha256(template)
 
 

@@ -55,7 +55,7 @@ class TextProcessor:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> BatchEncoding:
-        """As the tokenizer's own `apply_chat_template(tokenize=True)`: special tokens are the template's."""
+        """Tokenise as `apply_chat_template(tokenize=True)` does: special tokens are the template's."""
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -76,7 +76,7 @@ def load_processor(path: str) -> Processor:
 
 
 def processor_of(path: str, config: Any) -> Processor:
-    """The same, where the config was read before."""
+    """Do as `load_processor` does, where the config was read before."""
     if family_of(config) is TEXT_ONLY:
         return TextProcessor(_load_tokenizer(path))
     try:

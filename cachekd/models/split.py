@@ -31,7 +31,7 @@ from cachekd.models.families import (
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
-    """By what share of the logits' deviation the same operations on the same numbers may differ."""
+    """The share of the logits' deviation by which the same operations on the same numbers may differ."""
     return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
 
 
@@ -135,7 +135,7 @@ def logits_at(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: T
 def hidden_and_logits_at(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Like `logits_at`, after the final hidden states (after the last norm) that the head read.
+    """Do as `logits_at` does, and keep the final hidden states (after the last norm) that the head read.
 
     Returns:
         hidden [N, d] and logits [N, V].

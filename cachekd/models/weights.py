@@ -49,7 +49,7 @@ def _read_config(file: Path, _changed: int) -> Any:
 
 
 def unpacked() -> dict[str, Any]:
-    """For `from_pretrained`: every weight as an ordinary tensor."""
+    """Options of `from_pretrained` that make every weight an ordinary tensor."""
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
@@ -82,7 +82,7 @@ class FileState(Part):
 
     @classmethod
     def of(cls, path: Path) -> FileState:
-        """Of the file behind links: a hub's snapshot is made of them."""
+        """Look at the file behind links: a hub's snapshot is made of them."""
         real = path.resolve()
         stat = real.stat()
         times = {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
@@ -121,7 +121,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def read_and_hash(files: Sequence[Path]) -> str:
-    """The same, by reading every byte; of what takes longer, it is said how far it is."""
+    """Hash files by reading every byte; what takes longer says how far it is."""
     digest, done, total = hashlib.sha256(), 0, sum(path.stat().st_size for path in files)
     said = time.monotonic()
     for path in files:

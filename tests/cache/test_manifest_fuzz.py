@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied
+from caches import copied, select_samples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -23,7 +23,6 @@ from cachekd.cache.derive import merge_caches
 from cachekd.cache.plan import FinishedShard, Plan
 from cachekd.cache.repair import repair
 from cachekd.cache.status import dump_status
-from cachekd.cache.subset import select_samples
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app

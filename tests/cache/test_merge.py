@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import assert_same_samples, copied, dump_cache, files_of, flip, times_of, write_data
+from caches import (
+    assert_same_samples,
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    select_samples,
+    times_of,
+    write_data,
+)
 from test_cache import header, sample
 from tiny import save_vlm, tiny_processor
 from typer.testing import CliRunner
@@ -18,7 +27,6 @@ from typer.testing import CliRunner
 from cachekd.cache import CachedTargets, LogitCache, LogitCacheWriter, Manifest, verify_files
 from cachekd.cache.derive import link, merge_caches
 from cachekd.cache.plan import read_skipped
-from cachekd.cache.subset import select_samples
 from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
 from cachekd.cache.tail.sketch import SketchTail
 from cachekd.config import TrainConfig

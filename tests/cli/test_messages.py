@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from caches import copied
+from caches import copied, select_samples
 from pydantic import ByteSize
 from tiny import write_llava_json
 from typer.testing import CliRunner
@@ -27,7 +27,6 @@ from cachekd.cache.derive import merge_caches
 from cachekd.cache.manifest import Geometry
 from cachekd.cache.recompress import recompress
 from cachekd.cache.status import dump_status
-from cachekd.cache.subset import select_samples
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
 from cachekd.check import check_pair

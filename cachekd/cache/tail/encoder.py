@@ -80,12 +80,12 @@ def centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
 
 
 def sample_indices(count: int) -> Tensor:
-    """Up to SAMPLED of `count` tokens, evenly spread."""
+    """Pick up to SAMPLED of `count` tokens, evenly spread."""
     return torch.linspace(0, count - 1, min(SAMPLED, count)).long()
 
 
 def mass_surplus(tail: SketchTail, targets: TokenTargets, chosen: Tensor) -> float:
-    """By how many nats the rebuilt tails are too heavy, on average.
+    """Measure by how many nats the rebuilt tails are too heavy, on average.
 
     Rounding moves every logit, and the exponential of that is not right on average.
 
@@ -176,7 +176,7 @@ def sketch_info(name: str, encoder: SketchEncoder, content: bytes) -> SketchInfo
 
 
 def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
-    """From a cache's sketch file.
+    """Read a cache's sketch file.
 
     Raises:
         CachekdError: it is missing, damaged, or for reading only.
@@ -218,7 +218,7 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] float32 from [N, d]."""
+        """Apply it: [N, V] float32 from [N, d]."""
         logits = hidden.to(self.weight) @ self.weight.T
         return capped((logits if self.bias is None else logits + self.bias).float(), self.softcap)
 

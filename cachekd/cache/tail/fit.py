@@ -64,7 +64,7 @@ class LogitMetric:
 
 
 def logit_metric(head: OutputHead, hidden: Tensor) -> LogitMetric:
-    """Of a head, at calibration tokens [N, d] float32 on its device."""
+    """Measure a head at calibration tokens [N, d] float32 on its device."""
     weights, spread = _id_weights(head, hidden)
     common, constant = torch.zeros_like(hidden[0]), 0.0
     if head.softcap is None:

@@ -26,7 +26,7 @@ class MergedTail:
     place: Tensor
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Logprobs [N, K] float32 at `ids` [N, K]."""
+        """Rebuild logprobs [N, K] float32 at `ids` [N, K]."""
         found = torch.empty(ids.shape, device=ids.device)
         for number, part in enumerate(self.parts):
             rows = (self.part == number).nonzero()[:, 0]
@@ -34,7 +34,7 @@ class MergedTail:
         return found
 
     def everywhere(self, vocab_size: int) -> Tensor:
-        """Logprobs [N, V] float32."""
+        """Rebuild all logprobs [N, V] float32."""
         found = torch.empty(len(self.part), vocab_size, device=self.part.device)
         for number, part in enumerate(self.parts):
             rows = (self.part == number).nonzero()[:, 0]
@@ -42,11 +42,11 @@ class MergedTail:
         return found
 
     def select(self, rows: Tensor) -> MergedTail:
-        """Some tokens."""
+        """Take some tokens."""
         return replace(self, part=self.part[rows], place=self.place[rows])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MergedTail:
-        """A copy on `device`."""
+        """Copy it to `device`."""
         return MergedTail(
             tuple(part.to(device, non_blocking=non_blocking) for part in self.parts),
             self.part.to(device, non_blocking=non_blocking),
@@ -54,13 +54,13 @@ class MergedTail:
         )
 
     def pin_memory(self) -> MergedTail:
-        """A copy in page-locked memory."""
+        """Copy it to page-locked memory."""
         parts = tuple(part.pin_memory() for part in self.parts)
         return MergedTail(parts, self.part.pin_memory(), self.place.pin_memory())
 
 
 def join_sketch_tails(tails: Sequence[SketchTail | MergedTail]) -> SketchTail | MergedTail:
-    """The tails' tokens, one after the other; mixed only where there is more than one sketch."""
+    """Join the tails' tokens, one after the other; merged only where there is more than one sketch."""
     by_sketch: dict[str | int, list[SketchTail]] = {}
     parts, places = [], []
     for tail in tails:

@@ -108,7 +108,7 @@ class HfDatasetSamples:
         return row
 
     def _key_values(self, dataset: datasets.Dataset) -> list[Any]:
-        """Of every row, what its key is; None for the row's number."""
+        """Read what each row's key is; None for the row's number."""
         wished, columns = self._reader.key, dataset.column_names
         if wished == ROW_NUMBERS:
             return [None] * len(dataset)

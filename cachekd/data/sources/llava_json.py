@@ -86,7 +86,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _objects(text: str, path: Path) -> list[Any]:
-    """An object a line; or one over several lines."""
+    """Parse an object a line; or one over several lines."""
     # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
