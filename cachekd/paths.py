@@ -169,6 +169,13 @@ def shortest(paths: Sequence[Path]) -> list[str]:
     return names
 
 
+def cache_home() -> Path:
+    """Where fetched caches are kept: $CACHEKD_HOME, or cachekd in the user's folder for such things."""
+    if home := os.environ.get("CACHEKD_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachekd"
+
+
 MANIFEST_FILE = "manifest.json"  # a cache's, written last
 RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
 SCORES_FILE = "scores.json"  # of an evaluation, all rows

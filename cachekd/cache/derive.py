@@ -53,34 +53,28 @@ class DerivedCache:
             CachekdError: the shard is damaged, or the new folder cannot be written.
         """
         info = cache.manifest.shards[number]
-        old, new = cache.path / SHARD_FOLDER / info.name, self._shard_path(len(self.shards))
-        if samples is None:
-            link(old, new)
-        else:
-            info = _cut(cache, number, samples, new)
-        changes = {
-            "name": new.name,
-            "source": self._place_of_source(cache.manifest.sources[info.source]),
-            "sketch": None if info.sketch is None else self.link_sketch(cache, info.sketch),
-        }
-        self.shards.append(info.model_copy(update=changes))
+        sketch = None if info.sketch is None else self.link_sketch(cache, info.sketch)
+        if samples is not None:
+            self.add_recoded(cache, number, *_cut(cache, number, samples), sketch)
+            return
+        new = self._shard_path(len(self.shards))
+        link(cache.path / SHARD_FOLDER / info.name, new)
+        self._append(cache, info, {"name": new.name, "sketch": sketch})
 
     def add_recoded(
         self, cache: LogitCache, number: int, content: bytes, changes: dict[str, Any], sketch: int | None
-    ) -> Path:
-        """Add a shard of `cache` whose codes are others by now.
+    ) -> None:
+        """Add a shard of `cache` whose codes are others by now, or fewer.
 
         Args:
             content: its file.
             changes: what else is different in its `ShardInfo`.
             sketch: as `add_sketch` has it.
         """
-        info = cache.manifest.shards[number]
         new = self._shard_path(len(self.shards))
         commit(new, content)
         changes = {
             "name": new.name,
-            "source": self._place_of_source(cache.manifest.sources[info.source]),
             "sketch": sketch,
             "span": None,  # a teacher would make another file of it
             "bytes": len(content),
@@ -88,8 +82,7 @@ class DerivedCache:
             "fidelity": None,
             **changes,
         }
-        self.shards.append(info.model_copy(update=changes))
-        return new
+        self._append(cache, cache.manifest.shards[number], changes)
 
     def add_sketch(self, encoder: SketchEncoder) -> int:
         """Add a new tail sketch; returns its place in the manifest."""
@@ -144,10 +137,11 @@ class DerivedCache:
     def _shard_path(self, number: int) -> Path:
         return self.folder / SHARD_FOLDER / shard_name(number)
 
-    def _place_of_source(self, source: Source) -> int:
+    def _append(self, cache: LogitCache, info: ShardInfo, changes: dict[str, Any]) -> None:
+        source = cache.manifest.sources[info.source]
         if source not in self._sources:
             self._sources.append(source)
-        return self._sources.index(source)
+        self.shards.append(info.model_copy(update={**changes, "source": self._sources.index(source)}))
 
 
 def _fingerprints_of_all(parents: Sequence[Manifest]) -> Fingerprints:
@@ -215,23 +209,18 @@ def link(old: Path, new: Path) -> None:
         commit(new, content)
 
 
-def _cut(cache: LogitCache, number: int, samples: Sequence[int], new: Path) -> ShardInfo:
+def _cut(cache: LogitCache, number: int, samples: Sequence[int]) -> tuple[bytes, dict[str, Any]]:
+    """Cut some samples out of a shard: the new file, and what is different in its `ShardInfo`."""
     info = cache.manifest.shards[number]
     content, tokens, entries = cut_codes(listed_codes(cache.path, cache.manifest, number), samples)
-    commit(new, content)
-    changes = {
-        "span": None,
+    return content, {
         "samples": len(samples),
         "without_image": 0 if info.without_image == 0 else None,
         "cut": 0 if info.cut == 0 else None,
         "tokens": tokens,
         "entries": entries,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
         "samples_sha256": None,  # these were of the whole shard
-        "fidelity": None,
     }
-    return info.model_copy(update=changes)
 
 
 def merge_caches(paths: Sequence[str | Path], out: str | Path) -> Manifest:

@@ -91,17 +91,7 @@ class TokenTargets:
         """Some tokens, by their ascending indices."""
         wanted = np.zeros(len(self), bool)
         wanted[tokens] = True
-        entries = np.repeat(wanted, self.k)
-        sketch = self.sketch and SketchCodes(self.sketch.coordinates[wanted], self.sketch.shift[wanted])
-        return TokenTargets(
-            self.token_ids[wanted],
-            self.k[wanted],
-            self.knee[wanted],
-            self.ids[entries],
-            self.logprobs[entries],
-            self.tail_logmass[wanted],
-            sketch,
-        )
+        return self._cut(wanted, np.repeat(wanted, self.k))
 
     def truncate(self, top_k: int) -> TokenTargets:
         """Keep at most `top_k` entries of each token; the mass of the others goes to the tail."""
@@ -127,7 +117,7 @@ class TokenTargets:
             for first, last in pairwise(tokens)
         ]
 
-    def _cut(self, tokens: slice, entries: slice) -> TokenTargets:
+    def _cut(self, tokens: slice | NDArray[np.bool_], entries: slice | NDArray[np.bool_]) -> TokenTargets:
         sketch = self.sketch and SketchCodes(self.sketch.coordinates[tokens], self.sketch.shift[tokens])
         return TokenTargets(
             self.token_ids[tokens],

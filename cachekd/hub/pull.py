@@ -26,7 +26,7 @@ from cachekd.errors import CachekdError
 from cachekd.hub.store import Store, open_store
 from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, some_shards, untold
 from cachekd.lock import alone, entries, require_new_folder
-from cachekd.paths import MANIFEST_FILE, is_address
+from cachekd.paths import MANIFEST_FILE, cache_home, is_address
 
 PULL_FOLDER = ".pull"
 
@@ -205,13 +205,6 @@ def _sha256(path: Path) -> str:
 
 
 _PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
-
-
-def cache_home() -> Path:
-    """Where fetched caches are kept: $CACHEKD_HOME, or cachekd in the user's folder for such things."""
-    if home := os.environ.get("CACHEKD_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachekd"
 
 
 def local_folder(

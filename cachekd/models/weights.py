@@ -24,7 +24,7 @@ from transformers import AutoConfig, GgufConfig, PreTrainedModel
 from cachekd.atomic import write_file
 from cachekd.cache.sealed import Part, Sealed
 from cachekd.errors import CachekdError
-from cachekd.paths import BRIDGE_FILE, is_hub_name, require_path
+from cachekd.paths import BRIDGE_FILE, cache_home, is_hub_name, require_path
 
 
 def is_gguf(path: str) -> bool:
@@ -138,9 +138,7 @@ def read_and_hash(files: Sequence[Path]) -> str:
 def _place(states: Sequence[FileState]) -> Path:
     """Where these files' hash is remembered: by their names, in the user's cache folder."""
     names = "\n".join(state.path for state in states)
-    home = os.environ.get("CACHEKD_HOME")
-    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd"))
-    return folder / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
+    return cache_home() / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
 
 
 _READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}

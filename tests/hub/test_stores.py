@@ -28,7 +28,7 @@ from cachekd.cache import Manifest, verify_files
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.hub import local_folder, pull_cache, push_cache
-from cachekd.hub.store import CLAIM_FILE
+from cachekd.hub.push import CLAIM_FILE
 from cachekd.hub.transfer import listed_files
 from cachekd.lock import LOCK_FILE
 from cachekd_cli.main import app

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,18 +27,17 @@ class MergedTail:
 
     def gather(self, ids: Tensor) -> Tensor:
         """Rebuild logprobs [N, K] float32 at `ids` [N, K]."""
-        found = torch.empty(ids.shape, device=ids.device)
-        for number, part in enumerate(self.parts):
-            rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).gather(ids[rows])
-        return found
+        return self._filled(ids.shape[1], lambda tail, rows: tail.gather(ids[rows]))
 
     def everywhere(self, vocab_size: int) -> Tensor:
         """Rebuild all logprobs [N, V] float32."""
-        found = torch.empty(len(self.part), vocab_size, device=self.part.device)
+        return self._filled(vocab_size, lambda tail, _rows: tail.everywhere(vocab_size))
+
+    def _filled(self, width: int, rebuild: Callable[[SketchTail, Tensor], Tensor]) -> Tensor:
+        found = torch.empty(len(self.part), width, device=self.part.device)
         for number, part in enumerate(self.parts):
             rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).everywhere(vocab_size)
+            found[rows] = rebuild(part.select(self.place[rows]), rows)
         return found
 
     def select(self, rows: Tensor) -> MergedTail:
