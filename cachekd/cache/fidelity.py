@@ -19,6 +19,7 @@ from cachekd.losses.targets import DenseTargets, TeacherTargets
 # The perturbed student's logits: the teacher's, and noise of this share of the deviation of its 128 largest.
 NOISE = 0.5
 ROWS = 64  # tokens at a time; each takes some [V] rows
+MOST = 64  # tokens, evenly spread over the shard
 
 
 def kl_to_rebuilt(live_logits: Tensor, targets: CachedTargets) -> Tensor:
@@ -66,9 +67,6 @@ def measure_fidelity(live_logits: Tensor, targets: CachedTargets) -> Fidelity:
         max_error=round(float(torch.stack(errors).max()), 6),
         cosine=round(float(torch.cat(cosines).mean()), 6),
     )
-
-
-MOST = 64  # tokens, evenly spread over the shard
 
 
 class FidelitySample:

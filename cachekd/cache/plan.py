@@ -17,6 +17,9 @@ from cachekd.cache.manifest import Geometry, Header, ShardInfo, SkippedInfo, Sou
 from cachekd.cache.sealed import RESTORE, Part, Sealed, read_json
 from cachekd.errors import CachekdError
 
+MOST_SKIPPED = 2**28  # bytes
+MOST_LINES = 2**21  # samples
+
 
 class Plan(Header):
     """dump/plan.json: what a dump set out to do, written first, by whichever process was first."""
@@ -82,10 +85,6 @@ class FinishedShard(Sealed):
     plan_sha256: str
     shard: ShardInfo | None = Field(description="null where every sample was left out")
     skipped: Annotated[list[Skipped], FailFast()]
-
-
-MOST_SKIPPED = 2**28  # bytes
-MOST_LINES = 2**21  # samples
 
 
 class SkippedSamples:

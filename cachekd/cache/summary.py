@@ -25,6 +25,25 @@ from cachekd.cache.sealed import Part
 from cachekd.cache.targets import CachedTargets, UniformTail
 from cachekd.errors import CachekdError
 
+ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
+EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
+CONTAINER = "container"
+# By array; what is none of these is "other".
+PARTS = {
+    "ranked_ids": "ids",
+    "topk_ranks": "ids",
+    "topk_gaps": "logprobs",
+    "k": "k",
+    "beyond_knee": "k",
+    "tail": "tail mass",
+    "sketch_coordinates": "sketch codes",
+    "sketch_shift": "sketch codes",
+    "token_ids": "answer tokens",
+    "sample_offsets": "keys and hashes",
+    "sample_keys": "keys and hashes",
+    "sample_hashes": "keys and hashes",
+}
+
 
 class Answers(Part):
     """What the teacher thinks of the answer tokens."""
@@ -83,10 +102,6 @@ class CacheSummary(Part):
     shards: list[ShardSummary]
     skipped: dict[str, int] = Field(description="how many samples were left out for each reason")
     manifest: Manifest = Field(description="as on the disk: teacher, sources, fingerprints, codec, fidelity")
-
-
-ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
-EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
 
 
 def summarise(
@@ -246,24 +261,6 @@ def spread(count: int, total: int) -> Tensor:
     """[min(count, total)] int64: places in `total`, evenly spread."""
     count = min(count, total)
     return ((torch.arange(count, dtype=torch.float64) + 0.5) * (total / max(1, count))).long()
-
-
-CONTAINER = "container"
-# By array; what is none of these is "other".
-PARTS = {
-    "ranked_ids": "ids",
-    "topk_ranks": "ids",
-    "topk_gaps": "logprobs",
-    "k": "k",
-    "beyond_knee": "k",
-    "tail": "tail mass",
-    "sketch_coordinates": "sketch codes",
-    "sketch_shift": "sketch codes",
-    "token_ids": "answer tokens",
-    "sample_offsets": "keys and hashes",
-    "sample_keys": "keys and hashes",
-    "sample_hashes": "keys and hashes",
-}
 
 
 def bytes_by_part(path: Path) -> Counter[str]:

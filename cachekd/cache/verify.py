@@ -21,6 +21,8 @@ from cachekd.cache.tail.encoder import read_encoder
 from cachekd.errors import CachekdError
 from cachekd.paths import MANIFEST_FILE
 
+Progress = Callable[[int], None]
+
 
 def dump_files(manifest: Manifest, skipped: SkippedSamples) -> Iterator[tuple[str, bytes]]:
     """Names in the cache's folder and contents of the plan and the records that make this manifest.
@@ -77,9 +79,6 @@ def wrong_files(
             yield path / name, f"cannot be read: {error.strerror}", content
     for file in sorted(there):
         yield file, "says something else than the manifest: it has no place there", None
-
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from cachekd.data.supervision import (
 )
 from cachekd.errors import BadSample, CachekdError
 
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -225,9 +227,6 @@ def _refuse_second_bos(tokenizer: Any, input_ids: Tensor, sample: Sample) -> Non
             where=f"{tokenizer.name_or_path}, {sample.where}",
             fix="let the chat template write bos_token before everything else, or not at all",
         )
-
-
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 def _first(inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:

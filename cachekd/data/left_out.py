@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 NAMED = 100  # samples in a record; all are counted
 _FILE = "cachekd_left_out.json"  # in a checkpoint
 _LOGGED = 10  # a line each; what follows is counted
+T = TypeVar("T")
+# A data folder that has gone makes every sample bad. So many in a row are reason to look whether it is there.
+IN_A_ROW = 16
+# In vain before nothing was good. That many take seconds, and where one sample in fifty can be used, one is
+# found among them in 99 of 100 data sets.
+IN_VAIN = 256
 
 
 def may_be_left_out(error: CachekdError, on_error: str) -> bool:
@@ -84,15 +90,6 @@ class BadSamples:
         file = checkpoint / _FILE
         if file.exists():
             self.add([json.loads(file.read_text())])
-
-
-T = TypeVar("T")
-
-# A data folder that has gone makes every sample bad. So many in a row are reason to look whether it is there.
-IN_A_ROW = 16
-# In vain before nothing was good. That many take seconds, and where one sample in fifty can be used, one is
-# found among them in 99 of 100 data sets.
-IN_VAIN = 256
 
 
 def attempts(

@@ -24,6 +24,12 @@ from cachekd.errors import BadSample, CachekdError, without_frames
 
 T = TypeVar("T")
 _POLL = 0.1  # seconds between looks at whether anyone still wants more
+# Only Linux says who sent a signal; elsewhere SIGTERM stays what stops a worker.
+_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else {signal.SIGINT}
+_LOOK = 1.0  # seconds between looks at whether the main process is still there
+T_co = TypeVar("T_co", covariant=True)
+_PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
+_AHEAD = 2
 
 
 class _End:
@@ -70,11 +76,6 @@ def prefetched(items: Iterator[T], size: int) -> Generator[T]:
     finally:
         stopped.set()
         thread.join()
-
-
-# Only Linux says who sent a signal; elsewhere SIGTERM stays what stops a worker.
-_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else {signal.SIGINT}
-_LOOK = 1.0  # seconds between looks at whether the main process is still there
 
 
 class WorkerLoader(DataLoader):
@@ -155,12 +156,6 @@ def _end_with_the_parent(started_by: int) -> None:
         if came is not None and came.si_pid == main.pid:
             break
     os._exit(0)  # else torch would raise in the main process that a worker died, when it has stopped it
-
-
-T_co = TypeVar("T_co", covariant=True)
-
-_PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
-_AHEAD = 2
 
 
 def read_encoded(

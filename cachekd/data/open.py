@@ -21,6 +21,13 @@ from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
 _KINDS = (".json", ".jsonl", ".tar", ".parquet")
 _DEPTH = ("*", "*/*", "*/*/*")
 _MOST = 1_000  # entries of a folder that are looked at
+FORMS = (
+    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
+    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
+    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
+)
+_TABLES = (".parquet", ".arrow")
+_JSON = (".json", ".jsonl")
 
 
 def data_in(path: Path) -> Path | None:
@@ -36,15 +43,6 @@ def data_in(path: Path) -> Path | None:
 def likeliest(files: Sequence[Path], name: str) -> Path:
     """The one that is called as the folder is, or train; else the first."""
     return min(files, key=lambda file: (file.stem != name, file.stem != "train", str(file)))
-
-
-FORMS = (
-    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
-    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
-    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
-)
-_TABLES = (".parquet", ".arrow")
-_JSON = (".json", ".jsonl")
 
 
 def open_samples(data: Data, **options: Any) -> Samples:

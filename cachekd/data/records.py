@@ -17,10 +17,12 @@ from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS, first_given, m
 from cachekd.data.image_fields import decoded, pictures_of, refuse_untaken, value_at
 from cachekd.data.images import open_image
 from cachekd.data.map_function import MapFunction, load_map
+from cachekd.data.preview import preview_of_record
 from cachekd.data.sample import Keys, Preview, Sample, sample_place, unique_keys
-from cachekd.data.survey import preview_of_record
 from cachekd.data.turn_fields import IMAGES_BESIDE, is_given, refuse_media
 from cachekd.errors import BadSample, CachekdError
+
+KEY_FIELDS = ("id", "key", "__key__")
 
 
 def sample_from_record(
@@ -168,9 +170,6 @@ def _refuse_turns_images(image_fields: Sequence[str], where: str) -> None:
             found=f"--image-field {within[0]}",
             fix=IMAGES_BESIDE,
         )
-
-
-KEY_FIELDS = ("id", "key", "__key__")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from cachekd.data.render import Span
 from cachekd.data.sample import Sample, message_text
 from cachekd.errors import BadSample
 
+PALIGEMMA_LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
+
 
 def answer_numbers(
     tokenizer: Any, input_ids: Tensor, offsets: Tensor, text: str, spans: Sequence[Span], sample: Sample
@@ -121,9 +123,6 @@ def _crossing(text: str, token: Span, span: Span, sample: Sample) -> BadSample:
 def _letters(text: str) -> str:
     """What tokenizers that normalise text, or begin each text with a space, leave as it is."""
     return "".join(unicodedata.normalize("NFKC", text).split())
-
-
-PALIGEMMA_LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
 
 
 def is_paligemma(processor: Processor) -> bool:

@@ -17,6 +17,17 @@ from cachekd.lock import staged_folder
 
 EXPORT_FILE = "cachekd_export.json"
 EXPORT_VERSION = 1
+_ROWS = 1_000  # of a row group: what a reader has in memory at least
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("content_hash", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("topk_ids", pa.list_(pa.list_(pa.int32()))),
+        ("topk_logprobs", pa.list_(pa.list_(pa.float32()))),
+        ("tail_logmass", pa.list_(pa.float32())),
+    ]
+)
 
 
 def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
@@ -32,19 +43,6 @@ def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
         "samples": manifest.samples,
         "tokens": manifest.tokens,
     }
-
-
-_ROWS = 1_000  # of a row group: what a reader has in memory at least
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("content_hash", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("topk_ids", pa.list_(pa.list_(pa.int32()))),
-        ("topk_logprobs", pa.list_(pa.list_(pa.float32()))),
-        ("tail_logmass", pa.list_(pa.float32())),
-    ]
-)
 
 
 def export_parquet(

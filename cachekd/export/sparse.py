@@ -13,6 +13,8 @@ from cachekd.cache import LogitCache
 from cachekd.cache.sparse_logits import TokenTargets, offsets
 from cachekd.errors import CachekdError
 
+PADDING_ID = 0  # beside a logprob of -inf
+
 
 def open_cache(cache: LogitCache | str | Path, top_k: int | None) -> LogitCache:
     """Open a cache of which `top_k` logprobs a token are asked for; None: all.
@@ -31,9 +33,6 @@ def open_cache(cache: LogitCache | str | Path, top_k: int | None) -> LogitCache:
             fix="leave it out for all that is kept; LogitCache rebuilds the others, approximately",
         )
     return cache
-
-
-PADDING_ID = 0  # beside a logprob of -inf
 
 
 @dataclass(frozen=True)

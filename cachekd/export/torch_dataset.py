@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from cachekd.cache import LogitCache
 from cachekd.export.sparse import SparseTargets, open_cache
 
+_FILLS = {"token_ids": 0, "k": 0, "topk_ids": 0, "topk_logprobs": float("-inf"), "tail_logmass": 0}
+
 
 class CachedLogits(Dataset):
     """What a cache keeps exactly, sample by sample: map-style, safe in forked and spawned workers.
@@ -75,9 +77,6 @@ class CachedLogits(Dataset):
         whole = [torch.ones(len(item["token_ids"]), dtype=torch.bool) for item in items]
         batch["answer_mask"] = pad_sequence(whole, batch_first=True)
         return batch
-
-
-_FILLS = {"token_ids": 0, "k": 0, "topk_ids": 0, "topk_logprobs": float("-inf"), "tail_logmass": 0}
 
 
 def _as_ids(values: Tensor) -> Tensor:

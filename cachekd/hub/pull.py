@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,16 +20,17 @@ from typing import NamedTuple
 
 from cachekd.atomic import cannot_write, commit, free_space, make_folder, sync_folder
 from cachekd.cache.layout import SHARD_FOLDER
-from cachekd.cache.manifest import Manifest
+from cachekd.cache.manifest import Fidelity, Manifest
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.hub.store import Store, open_store
-from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, some_shards, untold
+from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, untold
 from cachekd.lock import alone, entries, require_new_folder
 from cachekd.paths import MANIFEST_FILE, cache_home, is_address
 
 PULL_FOLDER = ".pull"
+_PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,31 @@ def read_published(store: Store) -> Published:
             ) from None
 
 
+def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
+    """The manifest of a part. Shards keep their names, so that parts can be told apart and merged.
+
+    Raises:
+        CachekdError: it is no list of shards, or not of this cache.
+    """
+    count = len(manifest.shards)
+    places: set[int] = set()
+    for piece in wanted.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", piece)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < count:
+            raise CachekdError(
+                "--shards is no list of this cache's shards",
+                where=where,
+                expected=f"numbers from 0 to {count - 1}, such as 0-9 or 0-3,7",
+                found=wanted,
+            )
+        places |= set(range(first, last + 1))
+    chosen = [info for place, info in enumerate(manifest.shards) if place in places]
+    fidelity = Fidelity.of_all(info.fidelity for info in chosen)
+    part = manifest.model_copy(update={"shards": chosen, "fidelity": fidelity})
+    return Manifest.model_validate_json(part.to_json())  # with its own seal
+
+
 def fetch_into(store: Store, out: Path, published: Published, progress: Progress) -> Sequence[Listed]:
     """Fetch what is not there yet, into a folder that this process holds.
 
@@ -202,9 +229,6 @@ def _is_whole(out: Path, file: Listed) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-_PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
 
 
 def local_folder(

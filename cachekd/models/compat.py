@@ -13,6 +13,9 @@ from cachekd.models.families import GRID, Family, family_of, vision_tower_name
 from cachekd.models.fingerprint import tokenizer_fingerprint
 
 _SHOWN = 3  # tokens that differ
+# transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
+# the scaled one; a model without positions (Bloom, Mamba) has none.
+_CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
@@ -131,11 +134,6 @@ def _setting(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part, None)
     return list(config) if isinstance(config, tuple) else config
-
-
-# transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
-# the scaled one; a model without positions (Bloom, Mamba) has none.
-_CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
 def limits_of(

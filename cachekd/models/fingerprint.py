@@ -36,6 +36,17 @@ CONVERSATION: Messages = tuple(
         ("assistant", "There are 12; no, it is not."),
     )
 )
+_VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
+# Of a family's own processor, not of its image processor: how many tokens an image has in the text.
+_IMAGE_TOKENS = (
+    "image_seq_length",  # InternVL, Gemma 3
+    "image_seq_len",  # Idefics3, SmolVLM
+    "num_image_tokens",  # LLaVA-OneVision
+    "vision_aspect_ratio",
+    "spatial_merge_size",  # Mistral 3
+)
+# Where a model was loaded from, by what, and how it computes: no part of what it is.
+_NOT_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
 
 
 def encode_conversation(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
@@ -59,19 +70,6 @@ def encode_conversation(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
         return ids, encoded.supervised
     is_text = ids != encoder.image_token_id
     return ids[is_text], encoded.supervised[is_text]
-
-
-_VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
-
-
-# Of a family's own processor, not of its image processor: how many tokens an image has in the text.
-_IMAGE_TOKENS = (
-    "image_seq_length",  # InternVL, Gemma 3
-    "image_seq_len",  # Idefics3, SmolVLM
-    "num_image_tokens",  # LLaVA-OneVision
-    "vision_aspect_ratio",
-    "spatial_merge_size",  # Mistral 3
-)
 
 
 def _sha256(value: Any) -> str:
@@ -131,10 +129,6 @@ def image_reading(processor: Processor) -> int | None:
 def reads_images_otherwise(stored: Fingerprints) -> bool:
     """Whether a cache may be of images that were read in another way than today's."""
     return stored.image_token != "" and stored.image_reading != READING
-
-
-# Where a model was loaded from, by what, and how it computes: no part of what it is.
-_NOT_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
 
 
 def config_fingerprint(config: Any) -> str:

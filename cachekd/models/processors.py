@@ -23,6 +23,8 @@ from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.loading import load_config
 from cachekd.models.weights import is_gguf, source
 
+log = logging.getLogger(__name__)
+
 
 class TextProcessor:
     """Tokenises what a chat template wrote; there are no images.
@@ -61,9 +63,6 @@ class TextProcessor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
-
-
-log = logging.getLogger(__name__)
 
 
 def load_processor(path: str) -> Processor:

@@ -26,6 +26,16 @@ from cachekd.cache.sealed import Part, Sealed
 from cachekd.errors import CachekdError
 from cachekd.paths import BRIDGE_FILE, cache_home, is_hub_name, require_path
 
+log = logging.getLogger(__name__)
+_BLOCK = 1 << 22
+_SAID_EVERY = 5.0  # seconds
+# A file that changes again within the clock's step of its file system keeps its time: younger ones are
+# hashed each time.
+_SETTLED_NS = 2_000_000_000
+# None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
+_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
+_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+
 
 def is_gguf(path: str) -> bool:
     """Whether a GGUF file is meant, and not a model's folder or a name on the hub."""
@@ -58,17 +68,6 @@ def forget_gguf(model: PreTrainedModel) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-
-
-log = logging.getLogger(__name__)
-
-_BLOCK = 1 << 22
-_SAID_EVERY = 5.0  # seconds
-# A file that changes again within the clock's step of its file system keeps its time: younger ones are
-# hashed each time.
-_SETTLED_NS = 2_000_000_000
-# None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
-_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
 
 
 class FileState(Part):
@@ -139,9 +138,6 @@ def _place(states: Sequence[FileState]) -> Path:
     """Where these files' hash is remembered: by their names, in the user's cache folder."""
     names = "\n".join(state.path for state in states)
     return cache_home() / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
-
-
-_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
 def weights_files(path: str) -> list[Path]:

@@ -16,8 +16,8 @@ from tiny import conversation, noise_image, png_bytes
 
 from cachekd.data import Sample, open_samples, sample_from_record
 from cachekd.data.image_fields import pictures_of, refuse_untaken
+from cachekd.data.preview import preview_of_record
 from cachekd.data.sample import Preview
-from cachekd.data.survey import preview_of_record
 from cachekd.errors import BadSample
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "see a.png"}]

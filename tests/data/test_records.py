@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.data import Sample, SampleEncoder, open_samples, sample_from_record
+from cachekd.data.preview import preview_of_record
 from cachekd.data.record_form import LlavaTurn, Message
 from cachekd.data.sample import is_supervised
-from cachekd.data.survey import preview_of_record
 from cachekd.data.turn_fields import SUPERVISION_FIELDS
 from cachekd.errors import BadSample
 from cachekd.evaluate.questions import questions_of

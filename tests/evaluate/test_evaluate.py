@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
-from cachekd.data.survey import preview_of_record
+from cachekd.data.preview import preview_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate import read_records

@@ -30,6 +30,13 @@ SAMPLED = 1024  # tokens whose whole logits are looked at
 LEAST_POWER = 0.2  # an axis is kept if its mean square is this many steps squared
 BASIS_FINENESS = 8  # the basis' rounding adds 1 / FINENESS**2 to the codes' noise
 CODER_OVERHEAD = 1.03  # PCodec over the order-0 entropy
+RULES = {
+    "analysis": ArrayRule(("float32",), ("axes", "hidden")),
+    "mean": ArrayRule(("float32",), ("hidden",)),
+    "common": ArrayRule(("float32",), ("hidden",)),
+    "numbers": ArrayRule(("float64",), (4,)),
+}
+ROWS = 8192  # of the weight at a time
 
 
 def to_steps(values: Tensor, step: float) -> Tensor:
@@ -103,14 +110,6 @@ def mass_surplus(tail: SketchTail, targets: TokenTargets, chosen: Tensor) -> flo
                 row[torch.from_numpy(kept.ids.astype(np.int64)).to(row.device)] = float("-inf")
                 surplus.append(float(row.logsumexp(-1)) - float(kept.tail_logmass[0]))
     return float(np.mean(surplus)) if surplus else 0.0
-
-
-RULES = {
-    "analysis": ArrayRule(("float32",), ("axes", "hidden")),
-    "mean": ArrayRule(("float32",), ("hidden",)),
-    "common": ArrayRule(("float32",), ("hidden",)),
-    "numbers": ArrayRule(("float64",), (4,)),
-}
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,6 @@ def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
 
 def _codes(values: Tensor) -> np.ndarray:
     return to_steps(values, 1.0).cpu().numpy()
-
-
-ROWS = 8192  # of the weight at a time
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from cachekd.config.data import ROW_NUMBERS
 from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.data.image_fields import IMAGE_FIELDS, pictures_of
+from cachekd.data.preview import preview_of_record
 from cachekd.data.records import KEY_FIELDS, RecordReader
 from cachekd.data.sample import DataNotes, Preview, Sample
 from cachekd.data.sources.hf_load import HfSpec, load_split
-from cachekd.data.survey import preview_of_record
 from cachekd.errors import CachekdError
 
 _TEXTS = (*TURN_FIELDS, *SYSTEM_FIELDS, "tools")
