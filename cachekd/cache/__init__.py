@@ -2,19 +2,17 @@
 
 from cachekd.cache.manifest import (
     CodecSettings,
-    DataInfo,
     Fidelity,
     Fingerprints,
-    Geometry,
     Manifest,
     ShardInfo,
     SketchInfo,
-    Source,
     TeacherInfo,
 )
 from cachekd.cache.plan import DumpPlan, DumpSource, Plan
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.roundtrip import roundtrip
+from cachekd.cache.source import DataInfo, Geometry, Source
 from cachekd.cache.sparse_logits import SketchCodes, TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.setting import TailSetting

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import Any
 
-from cachekd.cache.manifest import Header, Manifest, ShardInfo, Source
+from cachekd.cache.manifest import Header, Manifest, ShardInfo
+from cachekd.cache.source import Source
 from cachekd.errors import CachekdError
 
 ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint

@@ -23,11 +23,11 @@ from cachekd.cache.manifest import (
     Manifest,
     ShardInfo,
     SketchInfo,
-    Source,
 )
 from cachekd.cache.plan import Skipped, SkippedSamples, read_skipped, skipped_info, write_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import cut_codes
+from cachekd.cache.source import Source
 from cachekd.cache.tail.encoder import SketchEncoder, sketch_info
 from cachekd.errors import CachekdError
 from cachekd.lock import staged_folder

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from cachekd.cache.manifest import Derivation, Manifest, Source
+from cachekd.cache.manifest import Derivation, Manifest
+from cachekd.cache.source import Source
 from cachekd.cache.summary import CacheSummary, Entropy
 
 Rows = dict[str, str]

@@ -13,8 +13,9 @@ from pydantic import FailFast, Field
 
 from cachekd.atomic import commit, read_plain
 from cachekd.cache.layout import SKIPPED_FILE
-from cachekd.cache.manifest import Geometry, Header, ShardInfo, SkippedInfo, Source
+from cachekd.cache.manifest import Header, ShardInfo, SkippedInfo
 from cachekd.cache.sealed import RESTORE, Part, Sealed, read_json
+from cachekd.cache.source import Geometry, Source
 from cachekd.errors import CachekdError
 
 MOST_SKIPPED = 2**28  # bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from cachekd.atomic import read_plain
+from cachekd.config.fields import EXACT
 from cachekd.errors import CachekdError
 
 RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
@@ -29,6 +30,10 @@ MOST_FIELDS = 2**8  # of one object
 # In such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed.
 MOST_VALUES = 3 * 2**19
 LATER = "later"  # marks a field, in Annotated, that came after the first caches
+
+
+Count = Annotated[int, Field(ge=0, le=EXACT)]
+Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 class Part(BaseModel):

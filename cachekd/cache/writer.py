@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, Manifest, Source, TeacherInfo
+from cachekd.cache.manifest import CodecSettings, Fingerprints, Manifest, TeacherInfo
 from cachekd.cache.plan import Plan
 from cachekd.cache.shard_writer import ShardWriter, check_sample
+from cachekd.cache.source import DataInfo, Source
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.cache.tail.fit import fit_sketch

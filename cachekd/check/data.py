@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cachekd.cache import LogitCache
-from cachekd.cache.manifest import DataInfo
+from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache
 from cachekd.check.missing import dumped_data

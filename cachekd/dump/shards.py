@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.manifest import Geometry
 from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.cache.shard_writer import ShardWriter
+from cachekd.cache.source import Geometry
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data import Encoded, Samples
 from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of

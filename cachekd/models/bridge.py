@@ -80,11 +80,11 @@ def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
             student,
             fix="leave --switch-bridge out",
         )
-    mended = {width_setting(teacher)}
-    tokens_stay = same_tower and all(difference.setting in mended for difference in differences)
+    bridged = {width_setting(teacher)}
+    tokens_stay = same_tower and all(difference.setting in bridged for difference in differences)
     if not tokens_stay and _is_one_square(teacher) and _is_one_square(student):
-        mended |= {*GRID, _STRATEGY}
-    check_switch(teacher, student, mended=frozenset(mended))
+        bridged |= {*GRID, _STRATEGY}
+    check_switch(teacher, student, bridged=frozenset(bridged))
     layer = getattr(teacher, "vision_feature_layer", None)
     if teacher.model_type not in (*_ONE_SQUARE, *_TILED) or isinstance(layer, list | tuple):
         raise _refused(

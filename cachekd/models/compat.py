@@ -71,19 +71,19 @@ class SwitchDifference:
     student: Any
 
 
-def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozenset()) -> None:
+def check_switch(teacher: Any, student: Any, *, bridged: frozenset[str] = frozenset()) -> None:
     """Refuse a student whose visual features the teacher's projector cannot take.
 
     Args:
         teacher: the teacher's config.
         student: the student's config.
-        mended: settings that may differ, as a bridge sees to them (`plan_bridge`).
+        bridged: settings that may differ, as a bridge sees to them (`plan_bridge`).
 
     Raises:
         CachekdError: another family, or one of the facts that the family says must agree differs.
     """
     for difference in switch_differences(teacher, student):
-        if difference.setting in mended:
+        if difference.setting in bridged:
             continue
         raise CachekdError(
             "the student's visual features cannot be switched into the teacher",
@@ -92,7 +92,7 @@ def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozens
             found=difference.student,
             fix="use a student whose vision encoder has the teacher's width and grid, or train with "
             "--lambda-vsd 0"
-            + ("" if mended else "; `cachekd check` says whether --switch-bridge linear would do"),
+            + ("" if bridged else "; `cachekd check` says whether --switch-bridge linear would do"),
         )
 
 

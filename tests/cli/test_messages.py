@@ -24,8 +24,8 @@ from cachekd import DenseTargets, losses
 from cachekd.cache import LogitCache, Manifest, select_topk
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.manifest import Geometry
 from cachekd.cache.recompress import recompress
+from cachekd.cache.source import Geometry
 from cachekd.cache.status import dump_status
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
