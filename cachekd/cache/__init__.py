@@ -5,15 +5,13 @@ from cachekd.cache.manifest import (
     Fidelity,
     Fingerprints,
     Manifest,
-    ShardInfo,
-    SketchInfo,
     TeacherInfo,
 )
-from cachekd.cache.plan import DumpPlan, DumpSource, Plan
+from cachekd.cache.plan import DumpPlan, DumpSource
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.roundtrip import roundtrip
-from cachekd.cache.source import DataInfo, Geometry, Source
-from cachekd.cache.sparse_logits import SketchCodes, TailStates, TokenTargets
+from cachekd.cache.source import DataInfo, Geometry
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.cache.tail.sketch import SketchTail, TailSketch
@@ -36,12 +34,7 @@ __all__ = [
     "LogitCacheWriter",
     "Manifest",
     "OutputHead",
-    "Plan",
-    "ShardInfo",
-    "SketchCodes",
-    "SketchInfo",
     "SketchTail",
-    "Source",
     "TailSetting",
     "TailSketch",
     "TailStates",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class TailStates:
 
     @staticmethod
     def concatenate(parts: Sequence[TailStates]) -> TailStates:
-        """The parts' tokens, one after the other."""
+        """Join the parts' tokens, one after the other."""
         return TailStates(
             torch.cat([part.hidden for part in parts]), torch.cat([part.log_normaliser for part in parts])
         )
@@ -76,11 +77,8 @@ class TokenTargets:
     @property
     def nbytes(self) -> int:
         """Memory of all arrays."""
-        arrays: list[NDArray] = [self.token_ids, self.k, self.knee, self.ids, self.logprobs]
-        arrays.append(self.tail_logmass)
-        if self.sketch is not None:
-            arrays += [self.sketch.coordinates, self.sketch.shift]
-        return sum(array.nbytes for array in arrays)
+        values = [*vars(self).values(), *(vars(self.sketch).values() if self.sketch else ())]
+        return sum(array.nbytes for array in values if isinstance(array, np.ndarray))
 
     def cut(self, first: int, last: int) -> TokenTargets:
         """Take tokens [first, last)."""
@@ -131,26 +129,14 @@ class TokenTargets:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenTargets]) -> TokenTargets:
-        """The parts' tokens, one after the other; all with a sketch, or none."""
-
-        def joined(name: str) -> NDArray:
-            return np.concatenate([getattr(part, name) for part in parts])
-
+        """Join the parts' tokens, one after the other; all with a sketch, or none."""
+        names = ("token_ids", "k", "knee", "ids", "logprobs", "tail_logmass")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
         sketches = [part.sketch for part in parts if part.sketch is not None]
-        return TokenTargets(
-            token_ids=joined("token_ids"),
-            k=joined("k"),
-            knee=joined("knee"),
-            ids=joined("ids"),
-            logprobs=joined("logprobs"),
-            tail_logmass=joined("tail_logmass"),
-            sketch=SketchCodes(
-                np.concatenate([codes.coordinates for codes in sketches]),
-                np.concatenate([codes.shift for codes in sketches]),
-            )
-            if sketches
-            else None,
-        )
+        if sketches:
+            coordinates = np.concatenate([codes.coordinates for codes in sketches])
+            joined["sketch"] = SketchCodes(coordinates, np.concatenate([codes.shift for codes in sketches]))
+        return TokenTargets(**joined)
 
 
 def offsets(counts: NDArray) -> NDArray[np.int64]:

@@ -6,13 +6,12 @@ from cachekd.data.limits import Limits
 from cachekd.data.loader import read_encoded
 from cachekd.data.open import open_samples
 from cachekd.data.records import sample_from_llava, sample_from_record
-from cachekd.data.sample import Preview, Sample, Samples
+from cachekd.data.sample import Sample, Samples
 from cachekd.data.survey import Survey, rough_lengths, survey
 
 __all__ = [
     "Encoded",
     "Limits",
-    "Preview",
     "Sample",
     "SampleEncoder",
     "Samples",
