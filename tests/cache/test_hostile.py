@@ -38,7 +38,7 @@ USE = """
 import hashlib, json, os, re, resource, sys, time
 from pathlib import Path
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.subset import select_samples
+from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.errors import CachekdError
 
 def findings(folder):  # verify reports what is wrong; must not fall over it
@@ -60,7 +60,7 @@ def use(folder, out, values):
         if values:
             for tensor in (targets.token_ids, targets.k, targets.knee, targets.everywhere()):
                 seen.update(tensor.numpy().tobytes())
-    select_samples(folder, out, set(list(cache)[:1]))
+    select_chosen(cache, out, with_keys(cache, set(list(cache)[:1]).__contains__))
     return seen.hexdigest()
 
 def outcome(folder, out):
