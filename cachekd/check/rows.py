@@ -258,7 +258,7 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
     rows = []
     for difference in differences:
         others = settings - {difference.setting}
-        row = Row.of(f"switch: {difference.name}", partial(check, mended=others))
+        row = Row.of(f"switch: {difference.name}", partial(check, bridged=others))
         rows.append(replace(row, fix=fix))
     return rows
 
