@@ -93,7 +93,7 @@ def naive(states: States, ids: Tensor, k: int, *, zstd: bool, folder: Path) -> t
         logprobs=logprobs,
         tail_logmass=np.log(np.maximum(1 - kept, 1e-4)).astype(np.float32),
     )
-    targets = CachedTargets.from_records(again, vocab_size=len(states.head), window=WINDOW, min_k=MIN_K)
+    targets = CachedTargets.from_sparse(again, vocab_size=len(states.head), window=WINDOW, min_k=MIN_K)
     look_up(targets, ids)
     done = time.perf_counter()
     tokens = len(records)

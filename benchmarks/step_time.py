@@ -126,7 +126,7 @@ def prepare(folder: Path, sizes: Sizes, device: torch.device) -> None:
     calibration = type(kept[0]).concatenate(kept), TailStates.concatenate(states)
     encoder = fit_sketch(head, calibration[1], calibration[0], TailSetting.parse("bytes=64"))
     targets = [
-        CachedTargets.from_records(
+        CachedTargets.from_sparse(
             replace(records, sketch=encoder.encode(some)),
             vocab_size=sizes.vocab,
             window=WINDOW,

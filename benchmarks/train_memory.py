@@ -56,7 +56,7 @@ def cached_targets(teacher: LlavaForConditionalGeneration, sample: Encoded) -> C
     inputs = {"input_ids": sample.inputs["input_ids"][None], "pixel_values": sample.inputs["pixel_values"]}
     logits = teacher(**inputs).logits[predicting_positions(sample.supervised[None])]
     records = select_topk(logits, sample.token_ids, top_k=64, top_p=0.0, window=WINDOW, min_k=MIN_K)
-    return CachedTargets.from_records(records, vocab_size=logits.shape[1], window=WINDOW, min_k=MIN_K)
+    return CachedTargets.from_sparse(records, vocab_size=logits.shape[1], window=WINDOW, min_k=MIN_K)
 
 
 def lean(folder: Path, options: argparse.Namespace) -> float:

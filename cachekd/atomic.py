@@ -15,14 +15,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.paths import address_of
-
-if TYPE_CHECKING:
-    pass
-
 
 _FIXES = {
     errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
@@ -33,51 +28,10 @@ _FIXES = {
     errno.ENOENT: "choose an --out where files can be made",
     errno.EACCES: "choose an --out that you may write to, or change its permissions",
 }
-
-
-def _here() -> str:
-    """This machine, and where process numbers count: containers may share a name, but not that."""
-    try:
-        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
-    except OSError:  # no Linux
-        numbers = "0"
-    return re.sub(r"[^A-Za-z0-9.]", "_", f"{socket.gethostname()}.{numbers}")
-
-
-_HERE = _here()
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
+_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 _DAY = 86_400.0
-RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
-LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"  # of `cachekd.lock`
-
-
-def contents(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for the lock of whoever works there."""
-    return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
-
-
-def holds_something(path: Path) -> bool:
-    """Whether it is a file, or a folder that is not empty."""
-    return path.exists() and not (path.is_dir() and not contents(path))
-
-
-def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
-    """Refuse to write into a folder that holds something.
-
-    Args:
-        what: it is for.
-        or_else: what else would do, for the message.
-
-    Raises:
-        CachekdError: `path` exists and is not an empty folder.
-    """
-    if holds_something(path):
-        raise CachekdError(
-            f"the folder for the {what} already holds something",
-            where=str(path),
-            expected=f"a new or empty folder{or_else}: nothing is ever overwritten",
-            found=", ".join(inside.name for inside in contents(path)[:5]) if path.is_dir() else "a file",
-            fix="choose another --out, or remove the folder",
-        )
 
 
 def commit(path: Path, content: bytes) -> None:
@@ -113,6 +67,47 @@ def commit_first(path: Path, content: bytes) -> bool:
     return True
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Do as `commit` does, in a folder that is made where there is none.
+
+    Raises:
+        CachekdError: it cannot be written.
+    """
+    require_place(path)
+    make_folder(path.parent)
+    commit(path, content)
+
+
+@contextmanager
+def _beside(path: Path, content: bytes) -> Iterator[Path]:
+    """The content on the disk under a temporary name, for as long as the block runs."""
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):  # where a file system went read-only, `remove_stale` has to see to it
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def read_plain(path: Path, most: int | None = None) -> bytes:
     """A file's bytes. Links are followed: a hub's snapshots are made of them.
 
@@ -144,26 +139,21 @@ def require_plain(path: Path) -> int:
     return status.st_size
 
 
-@contextmanager
-def _beside(path: Path, content: bytes) -> Iterator[Path]:
-    """The content on the disk under a temporary name, for as long as the block runs."""
-    temporary = path.with_name(temporary_name(path.name))
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        CachekdError: it cannot be made, is a file, or an address.
+    """
+    refuse_address(path)
     try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield temporary
-        sync_folder(path.parent)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(path, error) from None
-    finally:
-        with suppress(OSError):  # where a file system went read-only, `remove_stale` has to see to it
-            temporary.unlink(missing_ok=True)
 
 
 def refuse_address(path: Path) -> None:
-    """Before it becomes a folder `s3:`.
+    """Refuse an address where a path is meant, before it becomes a folder `s3:`.
 
     Raises:
         CachekdError: it is an address.
@@ -174,19 +164,6 @@ def refuse_address(path: Path) -> None:
             where=address,
             fix=f"choose a folder; `cachekd push FOLDER {address}` takes a cache there",
         )
-
-
-def make_folder(path: Path) -> None:
-    """The folder and its parents.
-
-    Raises:
-        CachekdError: it cannot be made, is a file, or an address.
-    """
-    refuse_address(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def require_place(path: Path) -> None:
@@ -201,7 +178,7 @@ def require_place(path: Path) -> None:
 
 
 def require_room_for(path: Path) -> None:
-    """The same of a folder that will be made.
+    """Refuse at once a folder that cannot be made.
 
     Raises:
         CachekdError: it is an address, or nothing can be made where it would be.
@@ -221,27 +198,6 @@ def free_space(path: Path) -> tuple[Path, int]:
     """Bytes that are free where a file or folder is or will be, and the nearest place there that exists."""
     place = next(place for place in (path, *path.absolute().parents) if place.exists())
     return place, shutil.disk_usage(place).free
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """`commit`, into a folder that is made where there is none.
-
-    Raises:
-        CachekdError: it cannot be written.
-    """
-    require_place(path)
-    make_folder(path.parent)
-    commit(path, content)
-
-
-def cannot_write(path: Path, error: OSError) -> FailedWrite:
-    """What to tell the user of a failed write."""
-    return FailedWrite(
-        "a file cannot be written",
-        where=str(path),
-        found=error.strerror or str(error),
-        fix=_FIXES.get(error.errno or 0, "mend what the system says, then run the same command again"),
-    )
 
 
 def temporary_name(name: str) -> str:
@@ -282,6 +238,18 @@ def remove_stale(folder: Path, of: str = "") -> None:
                 path.unlink()
 
 
+def _here() -> str:
+    """This machine, and where process numbers count: containers may share a name, but not that."""
+    try:
+        numbers = str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:  # no Linux
+        numbers = "0"
+    return re.sub(r"[^A-Za-z0-9.]", "_", f"{socket.gethostname()}.{numbers}")
+
+
+_HERE = _here()
+
+
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -292,36 +260,19 @@ def _alive(process: int) -> bool:
     return True
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
-            raise
-    finally:
-        os.close(descriptor)
-
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
-_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
-
-
-def is_failed_write(error: Exception) -> bool:
-    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
-    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
-    return isinstance(error, OSError) and error.errno in _FULL
+def cannot_write(path: Path, error: OSError) -> FailedWrite:
+    """What to tell the user of a failed write."""
+    return FailedWrite(
+        "a file cannot be written",
+        where=str(path),
+        found=error.strerror or str(error),
+        fix=_FIXES.get(error.errno or 0, "mend what the system says, then run the same command again"),
+    )
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """For libraries that write: a failed write, said as our own.
+    """Say a failed write of whatever library as our own.
 
     Raises:
         FailedWrite: `path` could not be written.
@@ -335,8 +286,18 @@ def writing(path: Path) -> Iterator[None]:
         raise cannot_write(path, failed) from error
 
 
+def is_failed_write(error: Exception) -> bool:
+    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
+    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def what_failed(error: BaseException) -> str:
-    """In a line, for the message of a larger failure."""
+    """Say it in a line, for the message of a larger failure."""
     if isinstance(error, FailedWrite):
         return f"{error.where}: {error.found}"
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,4 +1,9 @@
-"""Who works in a folder; and a folder that is there as a whole or not at all."""
+"""Who works in a folder: one process at a time; and a folder that is there as a whole or not at all.
+
+The lock is the system's (`flock`): the kernel lets go of it when its process ends, however it does. Some
+network file systems have none. There the holder renews a mark every few seconds instead, and whoever waits
+takes it over once it has not been renewed for a minute: one that died elsewhere costs the next that minute.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +20,17 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from cachekd.atomic import (
-    LEASE_FILE,
-    LOCK_FILE,
     cannot_write,
     make_folder,
     refuse_address,
     remove_stale,
-    require_new_folder,
     require_room_for,
     sync_folder,
     temporary_name,
 )
 from cachekd.errors import CachekdError, FailedWrite
+
+LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"
 
 _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # the last two are one on Linux
 _LEASE, _GRACE = 60.0, 5.0  # seconds
@@ -106,6 +110,31 @@ def _holder(note: Path) -> str:
         return said(note.read_bytes())
     except OSError:
         return said(b"")
+
+
+def entries(folder: Path) -> list[Path]:
+    """List what is in a folder, in order, but for the lock of whoever works there."""
+    return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
+
+
+def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
+    """Refuse to write into a folder that holds something.
+
+    Args:
+        what: it is for.
+        or_else: what else would do, for the message.
+
+    Raises:
+        CachekdError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not entries(path)):
+        raise CachekdError(
+            f"the folder for the {what} already holds something",
+            where=str(path),
+            expected=f"a new or empty folder{or_else}: nothing is ever overwritten",
+            found=", ".join(inside.name for inside in entries(path)[:5]) if path.is_dir() else "a file",
+            fix="choose another --out, or remove the folder",
+        )
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator
 from cachekd.errors import CachekdError, did_you_mean, nearest
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
-_ADDRESS = re.compile(r"://|::")
 _AS_PATH = re.compile(r"([a-z][a-z0-9+.-]+):/(.*)")  # one letter is a drive
 _MOST_ROUNDS = 16  # of variables in variables
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # one without a slash would be taken for a mistyped path
@@ -43,7 +42,7 @@ def expanded(value: Any) -> Any:
         return value
     text = value
     for _ in range(_MOST_ROUNDS):
-        if _ADDRESS.search(text):
+        if is_url(text):
             return text
         text = os.path.expanduser(text)
         names = [bare or braced for bare, braced in _VARIABLE.findall(text)]
@@ -103,6 +102,11 @@ def is_hub_data(spec: str) -> bool:
     return is_hub_name(name) and not name.endswith(_DATA_FILES)
 
 
+def is_url(name: str) -> bool:
+    """Whether fsspec, rather than a path on this disk, is meant: `s3://...`, `simplecache::https://...`."""
+    return "://" in name or "::" in name
+
+
 def is_address(cache: str | Path) -> bool:
     """Whether a cache is not on this disk: `s3://...`, `hf://datasets/org/name`, `org/name[@revision]`."""
     if isinstance(cache, Path):
@@ -133,7 +137,7 @@ def require_path(name: str, what: str, expected: str) -> None:
 
 
 def what_is_there(path: str | Path) -> tuple[str, str | None]:
-    """In the place of a path that is not there, in words; and what may have been meant.
+    """Say what is in the place of a path that is not there, and what may have been meant.
 
     Returns:
         The last folder above it that is there, with up to five of its names; and advice, if one is near.
@@ -163,6 +167,13 @@ def shortest(paths: Sequence[Path]) -> list[str]:
     while len(set(names := ["/".join(path.parts[-parts:]) for path in whole])) < len(paths) and parts < most:
         parts += 1
     return names
+
+
+def cache_home() -> Path:
+    """Where fetched caches are kept: $CACHEKD_HOME, or cachekd in the user's folder for such things."""
+    if home := os.environ.get("CACHEKD_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachekd"
 
 
 MANIFEST_FILE = "manifest.json"  # a cache's, written last

@@ -7,7 +7,7 @@ import json
 from pydantic import BaseModel
 
 from cachekd.cache.manifest import Manifest
-from cachekd.cache.plan import Plan, ShardRecord, Skipped
+from cachekd.cache.plan import FinishedShard, Plan, Skipped
 from cachekd.config import CheckConfig, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data.record_form import SampleRecord
 from cachekd.pipeline import PipelineConfig
@@ -15,7 +15,7 @@ from cachekd.pipeline import PipelineConfig
 SCHEMAS: dict[str, type[BaseModel]] = {
     "manifest": Manifest,  # manifest.json
     "plan": Plan,  # dump/plan.json
-    "record": ShardRecord,  # dump/00000.json
+    "record": FinishedShard,  # dump/00000.json
     "skipped": Skipped,  # a line of skipped.jsonl
     "check": CheckConfig,  # these four: --config FILE
     "dump": DumpConfig,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import tar_members, write_tar
 
-from cachekd.cache import LogitCache, sealed
+from cachekd.cache import LogitCache, Manifest, sealed
+from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
 
@@ -32,6 +33,12 @@ def dump_cache(out: Path, teacher: Path, data: Path, **settings: Any) -> Path:
     """A finished cache of several shards."""
     assert dump(DumpConfig(teacher=str(teacher), data=str(data), out=out, **{**SMALL, **settings})).finished
     return out
+
+
+def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
+    """A cache with those samples of `path` whose key is in `keys`."""
+    cache = LogitCache(path)
+    return select_chosen(cache, out, with_keys(cache, keys.__contains__))
 
 
 def copied(path: Path, out: Path) -> Path:

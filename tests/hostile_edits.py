@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cachekd.cache.array_rules import ArrayRule
-from cachekd.cache.shard import RULES, SKETCH_RULES
+from cachekd.cache.shard_rules import RULES, SKETCH_RULES
 from cachekd.cache.tail.encoder import RULES as ENCODER_RULES
 from cachekd.cache.tail.sketch import RULES as TAIL_RULES
 

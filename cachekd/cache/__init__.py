@@ -2,20 +2,16 @@
 
 from cachekd.cache.manifest import (
     CodecSettings,
-    DataInfo,
     Fidelity,
     Fingerprints,
-    Geometry,
     Manifest,
-    ShardInfo,
-    SketchInfo,
-    Source,
     TeacherInfo,
 )
-from cachekd.cache.plan import DumpPlan, DumpSource, Plan
+from cachekd.cache.plan import DumpPlan, DumpSource
 from cachekd.cache.reader import LogitCache
 from cachekd.cache.roundtrip import roundtrip
-from cachekd.cache.sparse_logits import SketchCodes, TailStates, TokenTargets
+from cachekd.cache.source import DataInfo, Geometry
+from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.cache.tail.sketch import SketchTail, TailSketch
@@ -38,12 +34,7 @@ __all__ = [
     "LogitCacheWriter",
     "Manifest",
     "OutputHead",
-    "Plan",
-    "ShardInfo",
-    "SketchCodes",
-    "SketchInfo",
     "SketchTail",
-    "Source",
     "TailSetting",
     "TailSketch",
     "TailStates",

@@ -15,7 +15,7 @@ Sizes = Mapping[str, int]
 
 
 class ArrayRule(NamedTuple):
-    """Of one array. What is a name stands for a size, such as `tokens`, that is the same in all of a file.
+    """What one array must be. A name stands for a size, such as `tokens`, that is the same in all of a file.
 
     Attributes:
         types: that it may have, as in Zarr's metadata.

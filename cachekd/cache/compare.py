@@ -6,13 +6,14 @@ import hashlib
 import json
 from typing import Any
 
-from cachekd.cache.manifest import Header, Manifest, ShardInfo, Source
+from cachekd.cache.manifest import Header, Manifest, ShardInfo
+from cachekd.cache.source import Source
 from cachekd.errors import CachekdError
 
 ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
 
 
-def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
+def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]:
     """What a cache depends on, by names for people. Where things lie is not among it.
 
     Args:
@@ -52,7 +53,7 @@ def facts(header: Header, source: Source | None = None) -> dict[str, Any]:
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str) -> None:
-    """Compare `facts`.
+    """Compare `dependencies`.
 
     Args:
         what: was made with the old ones.

@@ -1,4 +1,13 @@
-"""The zip file of a shard: Zarr arrays, stored so that each is read in place."""
+"""Named arrays in one file: a plain Zarr v3 group in a stored zip, the same bytes for the same content.
+
+Any Zarr reader that has numcodecs with pcodec opens it. Numbers go through PCodec, which stays within a few
+percent of their order-0 entropy where zstd needs a quarter to a half more (docs/what-the-cache-keeps.md);
+bytes go through zstd. Every chunk ends with its crc32c.
+
+Zarr writes them. Reading takes another way, as a cache is often somebody else's: shapes and codecs are
+checked before a byte is decoded, and every chunk is decoded into memory of the size that was checked. Zarr
+itself would take any codec that happens to be installed, and allocate whatever shape is claimed.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +35,18 @@ from zarr.codecs.numcodecs import PCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from cachekd.atomic import RESTORE, read_plain, require_plain
+from cachekd.atomic import read_plain, require_plain
 from cachekd.cache.array_rules import ArrayRule, require_form, require_values
+from cachekd.cache.sealed import RESTORE
 from cachekd.errors import CachekdError
 
+MOST_DECODED = 2**33  # bytes that one file's arrays may take
+MOST_METADATA = 2**16  # bytes; ours have some 700
+MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000
+_FREE = 2**24  # bytes that any file may decode to
+_MOST_RATIO = 2**12  # decoded over stored bytes, beyond that
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
+_PAGE = 2**18  # PCodec's own limit for numbers that share a table
 _TYPES = {
     name: np.dtype(name).newbyteorder("<")
     for name in ("uint8", "uint16", "uint32", "int16", "float32", "float64")
@@ -37,109 +54,10 @@ _TYPES = {
 NUMBERS = ["numcodecs.pcodec", "crc32c"]  # of more than a byte
 BYTES = ["bytes", "blosc", "crc32c"]
 _KEYS = {"name": "default", "configuration": {"separator": "/"}}
-MOST_METADATA = 2**16  # bytes; ours have some 700
-MOST_DECODED = 2**33  # bytes that one file's arrays may take
-_FREE = 2**24  # bytes that any file may decode to
-_MOST_RATIO = 2**12  # decoded over stored bytes, beyond that
-
-
-class ArrayMetadata(NamedTuple):
-    """Of one array; it is in one chunk."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Once decoded; a Python integer, so that nothing overflows."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
-
-
-def read_group(content: bytes) -> dict[str, Any]:
-    """The attributes in a group's zarr.json.
-
-    Raises:
-        ValueError: it is no such thing.
-    """
-    values = _object(content)
-    if (values.get("zarr_format"), values.get("node_type")) != (3, "group"):
-        raise ValueError("not a Zarr v3 group")
-    attributes = values.get("attributes")
-    if not isinstance(attributes, dict):
-        raise ValueError("a group without attributes")
-    return attributes
-
-
-@functools.lru_cache(maxsize=256)  # small shards have the same ones over and over
-def read_array(name: str, content: bytes) -> ArrayMetadata:
-    """What an array's zarr.json says.
-
-    Raises:
-        ValueError: it is no such thing, or not as the format has it.
-    """
-    values = _object(content)
-    if (values.get("zarr_format"), values.get("node_type")) != (3, "array"):
-        raise ValueError(f"{name} is not an array")
-    shape, dtype = values.get("shape"), _TYPES.get(str(values.get("data_type")))
-    if not isinstance(shape, list) or len(shape) not in (1, 2) or not all(map(_is_length, shape)):
-        raise ValueError(f"{name} has shape {str(shape)[:80]}")
-    if dtype is None:
-        raise ValueError(f"{name} is of type {str(values.get('data_type'))[:80]}")
-    expected = NUMBERS if dtype.itemsize > 1 else BYTES
-    chunk = {"name": "regular", "configuration": {"chunk_shape": [max(1, length) for length in shape]}}
-    if (found := _names(values.get("codecs"))) != expected:
-        raise ValueError(f"{name} has codecs {str(found)[:80]}, expected {expected}")
-    if values.get("chunk_grid") != chunk or values.get("chunk_key_encoding") != _KEYS:
-        raise ValueError(f"{name} is not in one chunk")
-    if values.get("storage_transformers"):
-        raise ValueError(f"{name} has storage transformers")
-    return ArrayMetadata(tuple(shape), dtype)
-
-
-def require_plausible(decoded: int, stored: int) -> None:
-    """Refuse a file that would take far more memory than such data ever take.
-
-    Args:
-        decoded: bytes of its arrays in memory.
-        stored: bytes of the file.
-
-    Raises:
-        ValueError: more than 8 GiB, or than 16 MiB and 4,096 times the file.
-    """
-    most = min(MOST_DECODED, _FREE + _MOST_RATIO * stored)
-    if decoded > most:
-        raise ValueError(f"{stored:,} bytes claim to hold {decoded:,}, expected {most:,} at most")
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    if len(content) > MOST_METADATA:
-        raise ValueError(f"a zarr.json of {len(content):,} bytes")
-    values = json.loads(content)
-    if not isinstance(values, dict):
-        raise ValueError("a zarr.json that is not an object")
-    return values
-
-
-def _names(codecs: Any) -> list[Any]:
-    listed = codecs if isinstance(codecs, list) else []
-    return [codec.get("name") if isinstance(codec, dict) else codec for codec in listed]
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-
-
-MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000
-
-_PAGE = 2**18  # PCodec's own limit for numbers that share a table
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 
 
 def pack_arrays(arrays: dict[str, NDArray], attributes: dict[str, Any]) -> bytes:
-    """The file's bytes.
+    """Pack arrays into the bytes of a file.
 
     Args:
         arrays: one-dimensional, or two-dimensional with statistics that change from row to row: every row is
@@ -165,6 +83,31 @@ def pack_arrays(arrays: dict[str, NDArray], attributes: dict[str, Any]) -> bytes
             "a file of the cache would be too large", found=str(error), fix="fewer samples: --shard-samples"
         ) from None
     return content
+
+
+def _write(group: zarr.Group, name: str, values: NDArray) -> None:
+    # One chunk: a shard is read as a whole, and zarr would fill the last of several up, at a cost.
+    chunks = tuple(max(1, size) for size in values.shape)
+    options: dict[str, Any]
+    if values.dtype.itemsize > 1:
+        # A page is what shares a table: a row, so that each has its own; long ones are cut equally.
+        page = chunks[-1]
+        codec = PCodec(level=8, equal_pages_up_to=min(page, _PAGE))
+        options = {"serializer": codec, "compressors": [Crc32cCodec()]}
+    else:
+        blosc = BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle", typesize=1)
+        options = {"serializer": BytesCodec(endian=None), "compressors": [blosc, Crc32cCodec()]}
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        chunks=chunks,
+        dtype=values.dtype,
+        # A chunk of zeros must be a file too, or a lost one would read as zeros.
+        config={"write_empty_chunks": True},
+        **options,
+    )
+    if values.size:
+        array[...] = np.ascontiguousarray(values)  # PCodec would read past a view's strides
 
 
 def read_arrays(
@@ -266,41 +209,6 @@ def _stored(content: bytes, info: zipfile.ZipInfo) -> bytes:
     return body
 
 
-def damaged(path: Path, found: str) -> CachekdError:
-    """The error for a file of a cache that cannot be used."""
-    return CachekdError(
-        f"the {'shard' if path.parent.name == 'shards' else 'file'} is damaged",
-        where=str(path),
-        found=found,
-        fix=RESTORE,
-    )
-
-
-def _write(group: zarr.Group, name: str, values: NDArray) -> None:
-    # One chunk: a shard is read as a whole, and zarr would fill the last of several up, at a cost.
-    chunks = tuple(max(1, size) for size in values.shape)
-    options: dict[str, Any]
-    if values.dtype.itemsize > 1:
-        # A page is what shares a table: a row, so that each has its own; long ones are cut equally.
-        page = chunks[-1]
-        codec = PCodec(level=8, equal_pages_up_to=min(page, _PAGE))
-        options = {"serializer": codec, "compressors": [Crc32cCodec()]}
-    else:
-        blosc = BloscCodec(cname="zstd", clevel=9, shuffle="noshuffle", typesize=1)
-        options = {"serializer": BytesCodec(endian=None), "compressors": [blosc, Crc32cCodec()]}
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        chunks=chunks,
-        dtype=values.dtype,
-        # A chunk of zeros must be a file too, or a lost one would read as zeros.
-        config={"write_empty_chunks": True},
-        **options,
-    )
-    if values.size:
-        array[...] = np.ascontiguousarray(values)  # PCodec would read past a view's strides
-
-
 def _read(name: str, array: ArrayMetadata, members: Mapping[str, bytes]) -> NDArray:
     values = np.empty(array.shape, array.dtype)
     if not values.size:
@@ -318,3 +226,102 @@ def _read(name: str, array: ArrayMetadata, members: Mapping[str, bytes]) -> NDAr
             raise ValueError(f"{key} does not hold {values.size:,} bytes")
         Blosc().decode(body, out=values)
     return values
+
+
+class ArrayMetadata(NamedTuple):
+    """What is said of one array; it is in one chunk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes once decoded; a Python integer, so that nothing overflows."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def read_group(content: bytes) -> dict[str, Any]:
+    """The attributes in a group's zarr.json.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    values = _object(content)
+    if (values.get("zarr_format"), values.get("node_type")) != (3, "group"):
+        raise ValueError("not a Zarr v3 group")
+    attributes = values.get("attributes")
+    if not isinstance(attributes, dict):
+        raise ValueError("a group without attributes")
+    return attributes
+
+
+@functools.lru_cache(maxsize=256)  # small shards have the same ones over and over
+def read_array(name: str, content: bytes) -> ArrayMetadata:
+    """What an array's zarr.json says.
+
+    Raises:
+        ValueError: it is no such thing, or not as the format has it.
+    """
+    values = _object(content)
+    if (values.get("zarr_format"), values.get("node_type")) != (3, "array"):
+        raise ValueError(f"{name} is not an array")
+    shape, dtype = values.get("shape"), _TYPES.get(str(values.get("data_type")))
+    if not isinstance(shape, list) or len(shape) not in (1, 2) or not all(map(_is_length, shape)):
+        raise ValueError(f"{name} has shape {str(shape)[:80]}")
+    if dtype is None:
+        raise ValueError(f"{name} is of type {str(values.get('data_type'))[:80]}")
+    expected = NUMBERS if dtype.itemsize > 1 else BYTES
+    chunk = {"name": "regular", "configuration": {"chunk_shape": [max(1, length) for length in shape]}}
+    if (found := _names(values.get("codecs"))) != expected:
+        raise ValueError(f"{name} has codecs {str(found)[:80]}, expected {expected}")
+    if values.get("chunk_grid") != chunk or values.get("chunk_key_encoding") != _KEYS:
+        raise ValueError(f"{name} is not in one chunk")
+    if values.get("storage_transformers"):
+        raise ValueError(f"{name} has storage transformers")
+    return ArrayMetadata(tuple(shape), dtype)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    if len(content) > MOST_METADATA:
+        raise ValueError(f"a zarr.json of {len(content):,} bytes")
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("a zarr.json that is not an object")
+    return values
+
+
+def _names(codecs: Any) -> list[Any]:
+    listed = codecs if isinstance(codecs, list) else []
+    return [codec.get("name") if isinstance(codec, dict) else codec for codec in listed]
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def require_plausible(decoded: int, stored: int) -> None:
+    """Refuse a file that would take far more memory than such data ever take.
+
+    Args:
+        decoded: bytes of its arrays in memory.
+        stored: bytes of the file.
+
+    Raises:
+        ValueError: more than 8 GiB, or than 16 MiB and 4,096 times the file.
+    """
+    most = min(MOST_DECODED, _FREE + _MOST_RATIO * stored)
+    if decoded > most:
+        raise ValueError(f"{stored:,} bytes claim to hold {decoded:,}, expected {most:,} at most")
+
+
+def damaged(path: Path, found: str) -> CachekdError:
+    """The error for a file of a cache that cannot be used."""
+    return CachekdError(
+        f"the {'shard' if path.parent.name == 'shards' else 'file'} is damaged",
+        where=str(path),
+        found=found,
+        fix=RESTORE,
+    )

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cachekd.atomic import commit, make_folder, sync_folder
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
-from cachekd.cache.compare import facts, require_same
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.key_index import KeyIndex
+from cachekd.cache.layout import SHARD_FOLDER, SKETCH_FILE, shard_name
 from cachekd.cache.manifest import (
-    MANIFEST_FILE,
     CodecSettings,
     Derivation,
     Fidelity,
@@ -24,16 +23,15 @@ from cachekd.cache.manifest import (
     Manifest,
     ShardInfo,
     SketchInfo,
-    Source,
-    shard_name,
 )
 from cachekd.cache.plan import Skipped, SkippedSamples, read_skipped, skipped_info, write_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import cut_codes
+from cachekd.cache.source import Source
 from cachekd.cache.tail.encoder import SketchEncoder, sketch_info
-from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.errors import CachekdError
 from cachekd.lock import staged_folder
+from cachekd.paths import MANIFEST_FILE
 
 
 class DerivedCache:
@@ -55,34 +53,28 @@ class DerivedCache:
             CachekdError: the shard is damaged, or the new folder cannot be written.
         """
         info = cache.manifest.shards[number]
-        old, new = cache.path / SHARD_FOLDER / info.name, self._shard_path(len(self.shards))
-        if samples is None:
-            link(old, new)
-        else:
-            info = _cut(cache, number, samples, new)
-        changes = {
-            "name": new.name,
-            "source": self._place_of_source(cache.manifest.sources[info.source]),
-            "sketch": None if info.sketch is None else self.link_sketch(cache, info.sketch),
-        }
-        self.shards.append(info.model_copy(update=changes))
+        sketch = None if info.sketch is None else self.link_sketch(cache, info.sketch)
+        if samples is not None:
+            self.add_recoded(cache, number, *_cut(cache, number, samples), sketch)
+            return
+        new = self._shard_path(len(self.shards))
+        link(cache.path / SHARD_FOLDER / info.name, new)
+        self._append(cache, info, {"name": new.name, "sketch": sketch})
 
     def add_recoded(
         self, cache: LogitCache, number: int, content: bytes, changes: dict[str, Any], sketch: int | None
-    ) -> Path:
-        """Add a shard of `cache` whose codes are others by now.
+    ) -> None:
+        """Add a shard of `cache` whose codes are others by now, or fewer.
 
         Args:
             content: its file.
             changes: what else is different in its `ShardInfo`.
             sketch: as `add_sketch` has it.
         """
-        info = cache.manifest.shards[number]
         new = self._shard_path(len(self.shards))
         commit(new, content)
         changes = {
             "name": new.name,
-            "source": self._place_of_source(cache.manifest.sources[info.source]),
             "sketch": sketch,
             "span": None,  # a teacher would make another file of it
             "bytes": len(content),
@@ -90,8 +82,7 @@ class DerivedCache:
             "fidelity": None,
             **changes,
         }
-        self.shards.append(info.model_copy(update=changes))
-        return new
+        self._append(cache, cache.manifest.shards[number], changes)
 
     def add_sketch(self, encoder: SketchEncoder) -> int:
         """Add a new tail sketch; returns its place in the manifest."""
@@ -135,7 +126,7 @@ class DerivedCache:
             codec=codec or parents[0].codec,
             sources=self._sources,
             sketches=self._sketches,
-            fidelity=mean_fidelity(self.shards),
+            fidelity=Fidelity.of_all(shard.fidelity for shard in self.shards),
             skipped=skipped_info(skipped),
             lineage=_lineage(operation, parents, fidelity),
             shards=self.shards,
@@ -146,10 +137,11 @@ class DerivedCache:
     def _shard_path(self, number: int) -> Path:
         return self.folder / SHARD_FOLDER / shard_name(number)
 
-    def _place_of_source(self, source: Source) -> int:
+    def _append(self, cache: LogitCache, info: ShardInfo, changes: dict[str, Any]) -> None:
+        source = cache.manifest.sources[info.source]
         if source not in self._sources:
             self._sources.append(source)
-        return self._sources.index(source)
+        self.shards.append(info.model_copy(update={**changes, "source": self._sources.index(source)}))
 
 
 def _fingerprints_of_all(parents: Sequence[Manifest]) -> Fingerprints:
@@ -169,7 +161,7 @@ def _lineage(
     parents: Sequence[Manifest],
     fidelity: Fidelity | None,
 ) -> list[Derivation]:
-    """The parents' steps, each once, and this one."""
+    """List the parents' steps, each once, and this one."""
     steps: list[Derivation] = []
     for parent in parents:
         if parent.lineage:
@@ -200,7 +192,7 @@ def new_cache(out: str | Path) -> Iterator[DerivedCache]:
 
 
 def link(old: Path, new: Path) -> None:
-    """The same file under another name, or a copy on another file system. Files of a cache never change.
+    """Give a file another name, or copy it to another file system. Files of a cache never change.
 
     Raises:
         CachekdError: the old one cannot be read, or the new one not be written.
@@ -217,23 +209,18 @@ def link(old: Path, new: Path) -> None:
         commit(new, content)
 
 
-def _cut(cache: LogitCache, number: int, samples: Sequence[int], new: Path) -> ShardInfo:
+def _cut(cache: LogitCache, number: int, samples: Sequence[int]) -> tuple[bytes, dict[str, Any]]:
+    """Cut some samples out of a shard: the new file, and what is different in its `ShardInfo`."""
     info = cache.manifest.shards[number]
     content, tokens, entries = cut_codes(listed_codes(cache.path, cache.manifest, number), samples)
-    commit(new, content)
-    changes = {
-        "span": None,
+    return content, {
         "samples": len(samples),
         "without_image": 0 if info.without_image == 0 else None,
         "cut": 0 if info.cut == 0 else None,
         "tokens": tokens,
         "entries": entries,
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
         "samples_sha256": None,  # these were of the whole shard
-        "fidelity": None,
     }
-    return info.model_copy(update=changes)
 
 
 def merge_caches(paths: Sequence[str | Path], out: str | Path) -> Manifest:
@@ -249,7 +236,12 @@ def merge_caches(paths: Sequence[str | Path], out: str | Path) -> Manifest:
     caches = [LogitCache(path) for path in paths]
     first = caches[0]
     for cache in caches[1:]:
-        require_same(facts(first.manifest), facts(cache.manifest), f"the cache {first.path}", str(cache.path))
+        require_same(
+            dependencies(first.manifest),
+            dependencies(cache.manifest),
+            f"the cache {first.path}",
+            str(cache.path),
+        )
     _refuse_common_keys(caches)
     with new_cache(out) as new:
         for cache in caches:

@@ -19,6 +19,7 @@ from cachekd.losses.targets import DenseTargets, TeacherTargets
 # The perturbed student's logits: the teacher's, and noise of this share of the deviation of its 128 largest.
 NOISE = 0.5
 ROWS = 64  # tokens at a time; each takes some [V] rows
+MOST = 64  # tokens, evenly spread over the shard
 
 
 def kl_to_rebuilt(live_logits: Tensor, targets: CachedTargets) -> Tensor:
@@ -38,7 +39,7 @@ def loss_and_gradient(
 
 
 def gradient_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """[N], between gradients [N, V]."""
+    """Compare gradients [N, V], token by token; returns [N]."""
     return torch.cosine_similarity(a, b, dim=-1, eps=1e-30)
 
 
@@ -68,17 +69,14 @@ def measure_fidelity(live_logits: Tensor, targets: CachedTargets) -> Fidelity:
     )
 
 
-MOST = 64  # tokens, evenly spread over the shard
-
-
-class Probes:
+class FidelitySample:
     """A sample of a shard's tokens: one in 1, 2, 4, ... as the shard grows."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[int, Tensor]] = []  # token, hidden state [d]
         self._seen, self._stride = 0, 1
 
-    def offer(self, first: int, states: TailStates) -> None:
+    def add(self, first: int, states: TailStates) -> None:
         """Remember some of a sample's tokens; its first one is token `first` of the shard."""
         for token in range(-self._seen % self._stride, len(states), self._stride):
             self._kept.append((first + token, states.hidden[token].cpu().clone()))
@@ -100,7 +98,7 @@ class Probes:
             path, sha256: of the shard.
 
         Returns:
-            None where no state was offered.
+            None where no state was added.
         """
         if not self._kept:
             return None

@@ -90,7 +90,7 @@ class KeyIndex:
 
 
 class RenamedKeys:
-    """The same samples under other keys.
+    """An index of the same samples under other keys.
 
     Args:
         keys: as they were.

@@ -5,26 +5,23 @@ Nothing that is said here has to be said again: training reads window, codec and
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from cachekd.cache.sealed import LATER, Part, Sealed, as_tuple, cannot_be_read, read_json
-from cachekd.config.fields import EXACT, KEPT, TooLong
+from cachekd.cache.layout import require_manifest
+from cachekd.cache.sealed import LATER, Count, Part, Positive, Sealed, as_tuple, cannot_be_read, read_json
+from cachekd.cache.source import Source, require_spans
+from cachekd.config.fields import EXACT, KEPT
 from cachekd.errors import CachekdError
-from cachekd.paths import MANIFEST_FILE as MANIFEST_FILE
-from cachekd.paths import address_of, what_is_there
 
 FORMAT_VERSION = 1
-PLAN_FILE = "dump/plan.json"
-
-Count = Annotated[int, Field(ge=0, le=EXACT)]
-Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 def _whole(value: Any) -> Any:
-    """For a Literal, which takes what compares equal."""
+    """Take integers alone: a Literal takes whatever compares equal."""
     if type(value) is not int:
         raise ValueError(f"{value!r} is not an integer")
     return value
@@ -54,53 +51,6 @@ class Fingerprints(Part):
     image_reading: Annotated[Positive | None, LATER] = Field(
         None, description="not a hash: the version of how images are read into pixels; null: not known"
     )
-
-
-class DataInfo(Part):
-    """A data set as it was read."""
-
-    path: str
-    samples: Count = Field(description="before bad ones were left out")
-    sha256: str = Field(description="over the keys in order; the shards hold a hash of every sample")
-    limit: Positive | None = Field(None, description="only so many were taken")
-    shuffle_seed: Count | None = Field(None, description="of the order; null: as it stands")
-    map: str | None = Field(None, description="module:function that made the records")
-    content_sha256: str | None = Field(
-        None, description="over the content of up to 32 samples from all over it; null where it is not known"
-    )
-    key: Annotated[str | None, LATER] = Field(None, description="the field that the keys were taken from")
-    image_field: Annotated[tuple[str, ...], LATER, FailFast(), BeforeValidator(as_tuple)] = Field(
-        (), description="the fields that pictures were taken from, if not the usual ones"
-    )
-    max_tokens: Annotated[Positive | None, LATER] = Field(
-        None, description="most tokens of a sample, where it was not the teacher's context"
-    )
-    too_long: Annotated[TooLong, LATER] = Field(
-        "error", description="what was done with longer ones; cut: their answers lack the end"
-    )
-    repeated_keys: Annotated[Count, LATER] = Field(
-        0, description="samples that have #2, #3, ... behind their key, which came before; without any limit"
-    )
-    other_files: Annotated[Count, LATER] = Field(0, description="files that are no data, likewise")
-
-
-class Geometry(Part):
-    """How a dump was cut up; with the same geometry a shard comes out the same, byte for byte."""
-
-    shard_samples: Positive = Field(description="samples of the data set per shard")
-    group_samples: Positive = Field(description="samples that were sorted by length together")
-    batch_size: Positive = Field(description="samples per teacher forward")
-    calibration_tokens: Positive = Field(description="answer tokens that the tail sketch was to be fitted on")
-    budget_for: str | None = Field(None, description="the settings that a disk budget began from")
-    disk_budget: Count | None = Field(None, description="bytes, from which top_k and tail were chosen")
-
-
-class Source(Part):
-    """One dump. A merged cache has several."""
-
-    data: DataInfo
-    geometry: Geometry | None = Field(None, description="null where samples were added one by one")
-    versions: dict[str, str] = Field(description="of the libraries that computed the logits")
 
 
 class CodecSettings(Part):
@@ -138,10 +88,19 @@ class Fidelity(Part):
         description="of DBiLD's gradients for a perturbed student, live and cached; mean",
     )
 
-
-def shard_name(number: int) -> str:
-    """Of the file of shard `number`, under shards/."""
-    return f"{number:05d}.zarr.zip"
+    @classmethod
+    def of_all(cls, parts: Iterable[Fidelity | None]) -> Fidelity | None:
+        """Join what was measured at different tokens, by their numbers; None where nothing was."""
+        measured = [part for part in parts if part is not None]
+        if not measured:
+            return None
+        tokens = sum(part.tokens for part in measured)
+        return cls(
+            tokens=tokens,
+            kl=round(sum(part.kl * part.tokens for part in measured) / tokens, 6),
+            max_error=max(part.max_error for part in measured),
+            cosine=round(sum(part.cosine * part.tokens for part in measured) / tokens, 6),
+        )
 
 
 class ShardInfo(Part):
@@ -302,63 +261,3 @@ def require_counts(shard: ShardInfo, top_k: int, vocab_size: int) -> None:
         raise ValueError(f"shard {shard.name} was measured at more tokens than it has")
     if shard.span is not None and samples > shard.span[1] - shard.span[0]:
         raise ValueError(f"shard {shard.name} has {samples:,} samples of the span {shard.span}")
-
-
-def require_spans(source: Source, spans: list[tuple[int, int]]) -> None:
-    """Refuse spans that the source's dump cannot have had.
-
-    Args:
-        spans: of all its shards, sorted.
-
-    Raises:
-        ValueError: they overlap, run backwards, lead beyond the data set, or are not as it was cut up.
-    """
-    if spans and source.geometry is None:
-        raise ValueError(f"shards have spans, such as {spans[0]}, of samples that were added one by one")
-    before = 0
-    for first, last in spans:
-        if not before <= first < last <= source.data.samples:
-            raise ValueError(f"the span {(first, last)} overlaps, runs backwards or leads beyond the samples")
-        size = 0 if source.geometry is None else source.geometry.shard_samples
-        if first % size or last - first > size:
-            raise ValueError(f"the span {(first, last)} is not of shards of {size:,} samples")
-        before = last
-
-
-def require_manifest(folder: Path) -> Path:
-    """Where the manifest of a cache is.
-
-    Raises:
-        CachekdError: there is none.
-    """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise _not_a_cache(folder)
-    return path
-
-
-def _not_a_cache(folder: Path) -> CachekdError:
-    if (folder / PLAN_FILE).is_file():
-        return CachekdError(
-            "this dump did not finish",
-            where=str(folder),
-            expected=MANIFEST_FILE,
-            fix="run the same `cachekd dump` again, it goes on where it stopped (see `cachekd status`)",
-        )
-    if (address := address_of(folder)) is not None:
-        return CachekdError(
-            "this needs a cache on this disk, not an address",
-            where=address,
-            fix=f"`cachekd pull {address} FOLDER`, then the same with that folder",
-        )
-    if folder.is_dir():
-        found, near = ", ".join(sorted(p.name for p in folder.iterdir())[:5]), None
-    else:
-        found, near = ("a file", None) if folder.exists() else what_is_there(folder)
-    return CachekdError(
-        "this is not a cache",
-        where=str(folder),
-        expected=MANIFEST_FILE,
-        found=found,
-        fix=near or "run `cachekd dump`, or fetch a published one with `cachekd pull`",
-    )

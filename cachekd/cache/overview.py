@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from cachekd.cache.manifest import Derivation, Manifest, Source
+from cachekd.cache.manifest import Derivation, Manifest
+from cachekd.cache.source import Source
 from cachekd.cache.summary import CacheSummary, Entropy
 
 Rows = dict[str, str]
@@ -54,14 +55,14 @@ def headline(summary: CacheSummary) -> Rows:
 
 
 def measured_at(entropy: Entropy, tokens: int) -> str:
-    """At which tokens the entropy was measured; what all tokens say bounds it."""
+    """Say at which tokens the entropy was measured; what all tokens say bounds it."""
     if entropy.tokens == tokens:
         return "all tokens"
     return f"{entropy.tokens:,} tokens; all: {entropy.least:.3f} to {entropy.most:.3f}"
 
 
 def origin(manifest: Manifest) -> Rows:
-    """Which teacher, data and options."""
+    """Say which teacher, data and options made it."""
     teacher, codec = manifest.teacher, manifest.codec
     rows = {
         "teacher": f"{teacher.name} ({teacher.model_type}, {teacher.dtype}, {teacher.vocab_size:,} ids)",
@@ -117,7 +118,7 @@ def k_bars(histogram: Mapping[int, int]) -> list[Bar]:
 
 
 def entropy_bars(entropy: Entropy) -> list[Bar]:
-    """The histogram of the entropy, nats."""
+    """Draw the histogram of the entropy, nats."""
     labels = [f"{low:g}-{high:g}" for low, high in pairwise(entropy.edges)]
     return [Bar(*pair) for pair in zip(labels, entropy.counts, strict=True)]
 

@@ -11,10 +11,15 @@ from typing import Annotated, Self
 
 from pydantic import FailFast, Field
 
-from cachekd.atomic import RESTORE, commit, read_plain
-from cachekd.cache.manifest import Geometry, Header, ShardInfo, SkippedInfo, Source
-from cachekd.cache.sealed import Part, Sealed, read_json
+from cachekd.atomic import commit, read_plain
+from cachekd.cache.layout import SKIPPED_FILE
+from cachekd.cache.manifest import Header, ShardInfo, SkippedInfo
+from cachekd.cache.sealed import RESTORE, Part, Sealed, read_json
+from cachekd.cache.source import Geometry, Source
 from cachekd.errors import CachekdError
+
+MOST_SKIPPED = 2**28  # bytes
+MOST_LINES = 2**21  # samples
 
 
 class Plan(Header):
@@ -37,7 +42,7 @@ class DumpSource(Source):
 
 
 class DumpPlan(Plan):
-    """Of a dump: its shards are known beforehand, so that it can be gone on with."""
+    """The plan of a dump. Its shards are known beforehand, so that it can be gone on with."""
 
     source: DumpSource
 
@@ -47,7 +52,7 @@ class DumpPlan(Plan):
         return -(-self.source.data.samples // self.source.geometry.shard_samples)
 
     def spans(self) -> list[tuple[int, int]]:
-        """Of each shard, first and last + 1 sample of the data set."""
+        """Give first and last + 1 sample of the data set for each shard."""
         count, size = self.source.data.samples, self.source.geometry.shard_samples
         return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -75,17 +80,12 @@ class Skipped(Part):
     reason: str
 
 
-class ShardRecord(Sealed):
+class FinishedShard(Sealed):
     """dump/00000.json: a shard is finished once this is there."""
 
     plan_sha256: str
     shard: ShardInfo | None = Field(description="null where every sample was left out")
     skipped: Annotated[list[Skipped], FailFast()]
-
-
-SKIPPED_FILE = "skipped.jsonl"
-MOST_SKIPPED = 2**28  # bytes
-MOST_LINES = 2**21  # samples
 
 
 class SkippedSamples:
@@ -104,7 +104,7 @@ class SkippedSamples:
 
 
 def pack_skipped(skipped: Iterable[Skipped]) -> bytes:
-    """The file's bytes: a line of JSON per sample."""
+    """Write the file's bytes, a line of JSON per sample."""
     content = io.BytesIO()
     content.writelines(f"{json.dumps(dict(sample), ensure_ascii=False)}\n".encode() for sample in skipped)
     return content.getvalue()

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.atomic import RESTORE
-from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest
-from cachekd.cache.shard import Counts, Shard, read_codes, read_keys, read_shard
-from cachekd.cache.sparse_logits import TokenTargets, offsets
+from cachekd.cache.sealed import RESTORE
+from cachekd.cache.shard import Shard, read_codes, read_keys, read_shard
+from cachekd.cache.shard_rules import Counts
+from cachekd.cache.sparse_logits import TokenTargets
 from cachekd.cache.tail.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
 from cachekd.errors import CachekdError
@@ -50,7 +49,7 @@ def listed_codes(path: Path, manifest: Manifest, number: int) -> dict[str, NDArr
 
 
 def listed_shard(path: Path, manifest: Manifest, number: int, *, hashed: bool = False) -> Shard:
-    """The same, decoded.
+    """Read shard `number`, decoded.
 
     Args:
         path: the cache.
@@ -120,10 +119,10 @@ class LogitCache:
         Raises:
             CachekdError: no such key, or its shard is damaged.
         """
-        return self._rebuilt(self.shard_of(key), self.records(key))
+        return self._rebuilt(self.shard_of(key), self.sparse(key))
 
     def renamed(self, keys: Mapping[str, str], *, without: Container[str]) -> LogitCache:
-        """The same cache under other keys.
+        """Give the samples of this cache other keys.
 
         Args:
             keys: from a sample's new key to its own; the others are called as they were.
@@ -138,15 +137,15 @@ class LogitCache:
         """The keys in a shard, each with its sample's place in it; renamed, a sample may have several."""
         return self._keys.names(number)
 
-    def records(self, key: str) -> TokenTargets:
-        """What is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
+    def sparse(self, key: str) -> TokenTargets:
+        """Read what is stored of one sample, without the model of its tail; raises as for `cache[key]`."""
         number, position = self.place(key)
         shard = self._shard(number)
         first, last = shard.sample_offsets[position : position + 2]
         return shard.targets.cut(int(first), int(last))
 
-    def shard_records(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
-        """Of each key in a shard, in the samples' order: key, content hash and what is stored.
+    def shard_samples(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
+        """Yield key, content hash and what is stored for each key of a shard, in the samples' order.
 
         For one who goes through the cache: the shard is not kept in memory.
 
@@ -169,8 +168,8 @@ class LogitCache:
         shard = self._once(number)
         return self._rebuilt(number, shard.targets), shard.sample_offsets
 
-    def _rebuilt(self, number: int, records: TokenTargets) -> CachedTargets:
-        return CachedTargets.under(self.manifest, records, self.sketch(self.manifest.shards[number].sketch))
+    def _rebuilt(self, number: int, sparse: TokenTargets) -> CachedTargets:
+        return CachedTargets.under(self.manifest, sparse, self.sketch(self.manifest.shards[number].sketch))
 
     def sketch(self, number: int | None = 0) -> TailSketch | None:
         """What tokens share of the tail sketch; None in a cache without one.
@@ -252,75 +251,3 @@ class LogitCache:
                     found="no file" if found is None else f"{found:,} bytes",
                     fix=RESTORE,
                 )
-
-
-PADDING_ID = 0  # beside a logprob of -inf
-
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """N answer tokens, K the most entries that any of them has.
-
-    Attributes:
-        token_ids: [N] int32, the answer tokens.
-        k: [N] int32, how many entries are kept.
-        topk_ids: [N, K] int32, in descending probability, then PADDING_ID.
-        topk_logprobs: [N, K] float32, normalised over the whole vocabulary; -inf in the padding.
-        tail_logmass: [N] float32, log of the probability that is not in the entries; -inf for nothing.
-    """
-
-    token_ids: NDArray[np.int32]
-    k: NDArray[np.int32]
-    topk_ids: NDArray[np.int32]
-    topk_logprobs: NDArray[np.float32]
-    tail_logmass: NDArray[np.float32]
-
-    @classmethod
-    def from_records(cls, records: TokenTargets, top_k: int | None = None) -> SparseTargets:
-        """Pad flat records.
-
-        Args:
-            top_k: most entries per token; the mass of the others goes to the tail. None: all.
-        """
-        if top_k is not None and int(records.k.max(initial=0)) > top_k:
-            records = records.truncate(top_k)
-        k = records.k.astype(np.int32)
-        kept = np.arange(int(k.max(initial=1))) < k[:, None]
-        ids = np.full(kept.shape, PADDING_ID, np.int32)
-        logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = records.ids, records.logprobs
-        return cls(records.token_ids.astype(np.int32), k, ids, logprobs, records.tail_logmass)
-
-    def arrays(self) -> dict[str, NDArray]:
-        """By name."""
-        return dict(self.__dict__)
-
-
-def ragged(records: TokenTargets, top_k: int | None = None) -> dict[str, Any]:
-    """The same as lists without padding: a table's row."""
-    if top_k is not None and int(records.k.max(initial=0)) > top_k:
-        records = records.truncate(top_k)
-    cuts = offsets(records.k)[1:-1]
-    return {
-        "token_ids": records.token_ids.astype(np.int32),
-        "topk_ids": np.split(records.ids.astype(np.int32), cuts),
-        "topk_logprobs": np.split(records.logprobs, cuts),
-        "tail_logmass": records.tail_logmass,
-    }
-
-
-def require_top_k(cache: LogitCache, top_k: int | None) -> None:
-    """Refuse more than there is.
-
-    Raises:
-        CachekdError: `top_k` is above what the cache keeps, or below 1.
-    """
-    most = cache.manifest.codec.top_k
-    if top_k is not None and not 1 <= top_k <= most:
-        raise CachekdError(
-            "the cache cannot give that many logprobs",
-            where=str(cache.path),
-            expected=f"--top-k from 1 to {most}: no token has more than that exactly",
-            found=top_k,
-            fix="leave it out for all that is kept; LogitCache rebuilds the others, approximately",
-        )

@@ -2,7 +2,9 @@
 
 Stored integers are cut, not decoded and rounded again. What a direct dump with the smaller `top_k` would have
 stored comes out the same, code for code, but for the mass that is not kept: that of the entries that go is
-known from their rounded logprobs only. Its log-odds are within `odds_bound` of a direct dump's.
+known from their rounded logprobs only. Its log-odds are within one of the logprobs' steps and one and a half
+of their own of a direct dump's: the logprobs on both sides of the odds are rounded to half a step, the odds
+before and after to half of theirs each.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekd.cache.build import join_fidelities
-from cachekd.cache.codec import TAIL_STEP, encode_tail
+from cachekd.cache.codec import encode_tail
 from cachekd.cache.derive import DerivedCache, new_cache
 from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
@@ -32,15 +33,6 @@ from cachekd.errors import CachekdError
 _COMPARED = 256  # tokens whose whole rows are compared with the parent's
 _SHARDS = 8  # of a sketch, whose codes show what a step costs
 Arrays = dict[str, NDArray]
-
-
-def odds_bound(logprob_step: float) -> float:
-    """Nats between the log-odds of the mass not kept after a cut, and a direct dump's.
-
-    The logprobs on both sides of the odds are rounded to half a step, the odds before and after to half of
-    theirs each.
-    """
-    return logprob_step + 1.5 * TAIL_STEP
 
 
 def cuts(manifest: Manifest) -> int:
@@ -89,7 +81,7 @@ def recompress(
             [cache.manifest],
             read_skipped(cache.path, cache.manifest.skipped),
             codec=codec,
-            fidelity=join_fidelities(parts),
+            fidelity=Fidelity.of_all(parts),
         )
     return Manifest.load(out)
 
@@ -126,7 +118,7 @@ def _smaller_codec(cache: LogitCache, top_k: int | None, tail: str | None) -> Co
 
 
 def _coarsenings(cache: LogitCache, codec: CodecSettings) -> dict[int, Coarsening]:
-    """Of each sketch, where its codes have to change."""
+    """Find a coarser sketch for each one whose codes have to change."""
     setting = TailSetting.parse(codec.tail)
     if codec.tail == cache.manifest.codec.tail or not setting.sketch:
         return {}
@@ -144,7 +136,7 @@ def _coarsenings(cache: LogitCache, codec: CodecSettings) -> dict[int, Coarsenin
 
 
 def _sample_of(cache: LogitCache, sketch: int) -> TokenTargets:
-    """Tokens of some of a sketch's shards."""
+    """Read tokens of some of a sketch's shards."""
     shards = [number for number, info in enumerate(cache.manifest.shards) if info.sketch == sketch]
     chosen = [shards[place] for place in sampled_tokens(len(shards), _SHARDS)]
     parts = []
@@ -152,14 +144,8 @@ def _sample_of(cache: LogitCache, sketch: int) -> TokenTargets:
         targets = decode_targets(
             listed_codes(cache.path, cache.manifest, number), cache.manifest.codec.logprob_step
         )
-        parts.append(_some(targets, -(-CALIBRATION_TOKENS // len(chosen))))
+        parts.append(targets.select(sampled_tokens(len(targets), -(-CALIBRATION_TOKENS // len(chosen)))))
     return TokenTargets.concatenate(parts)
-
-
-def _some(targets: TokenTargets, most: int) -> TokenTargets:
-    if len(targets) <= most:
-        return targets
-    return targets.select(sampled_tokens(len(targets), most))
 
 
 def _recode_shard(
@@ -194,10 +180,10 @@ def _recode_shard(
 
 
 def _rebuilt(
-    cache: LogitCache, records: TokenTargets, number: int, how: Coarsening | None = None
+    cache: LogitCache, sparse: TokenTargets, number: int, how: Coarsening | None = None
 ) -> CachedTargets:
     sketch = cache.sketch(cache.manifest.shards[number].sketch) if how is None else how.encoder.sketch
-    return CachedTargets.under(cache.manifest, records, sketch)
+    return CachedTargets.under(cache.manifest, sparse, sketch)
 
 
 def _sketch_codes(arrays: Arrays) -> SketchCodes:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachekd.atomic import commit, sync_folder
-from cachekd.cache.build import RECORD_FOLDER, SHARD_FOLDER, CacheBuild
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo
+from cachekd.cache.build import CacheBuild
+from cachekd.cache.layout import DUMP_FOLDER, PLAN_FILE, SHARD_FOLDER, SKETCH_FILE, SKIPPED_FILE
+from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.plan import (
-    SKIPPED_FILE,
     DumpPlan,
     Skipped,
     plan_under,
@@ -27,10 +27,10 @@ from cachekd.cache.plan import (
 )
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.tail.encoder import read_encoder
-from cachekd.cache.tail.sketch import SKETCH_FILE
 from cachekd.cache.verify import Finding, files_there, problem_of, wrong_files
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
+from cachekd.paths import MANIFEST_FILE
 
 Require = Callable[[DumpPlan], None]
 
@@ -65,7 +65,7 @@ def repair(path: Path, findings: Sequence[Finding], require: Require) -> Repaire
         try:
             manifest = Manifest.load(path)
         except CachekdError as error:
-            return _by_records(path, error, require)
+            return _by_notes(path, error, require)
         return _by_manifest(path, manifest, findings, require)
 
 
@@ -89,25 +89,25 @@ def _by_manifest(path: Path, manifest: Manifest, findings: Sequence[Finding], re
             what, fix = "a file of dump/ is not of this cache", f"remove {file.parent}: it is not needed"
             raise CachekdError(what, where=str(file), found=problem, fix=fix)
         commit(file, content)
-        done.append(f"{RECORD_FOLDER}/{file.name}: written again from the manifest")
+        done.append(f"{DUMP_FOLDER}/{file.name}: written again from the manifest")
     if plan is None:
         return Repaired(done)
     return Repaired(done + _remove(CacheBuild(path, plan), broken), plan, manifest.skipped is not None)
 
 
-def _by_records(path: Path, error: CachekdError, require: Require) -> Repaired:
+def _by_notes(path: Path, error: CachekdError, require: Require) -> Repaired:
     """The manifest cannot be read: the dump's records say the same, where they are."""
     try:
         plan = read_plan(path / PLAN_FILE)
     except CachekdError as other:
         raise _no_manifest(path, f"{error.found}; {other.problem}") from None
     build = CacheBuild(path, plan)
-    records = {number: build.noted(number) for number in build.record_numbers()}
-    broken = _broken(path, [record.shard for record in records.values() if record and record.shard])
+    notes = {number: build.noted(number) for number in build.noted_numbers()}
+    broken = _broken(path, [note.shard for note in notes.values() if note and note.shard])
     # Where samples were added one by one, a record may be lost, but hardly with its shard.
     files = (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")
     count = plan.shards if isinstance(plan, DumpPlan) else len(list(files))
-    sound = sum(record is not None for number, record in records.items() if number < count)
+    sound = sum(note is not None for number, note in notes.items() if number < count)
     if sound == count and not broken:
         build.assemble(count)
         return Repaired([f"{MANIFEST_FILE}: written again from the dump's records"])
@@ -116,7 +116,7 @@ def _by_records(path: Path, error: CachekdError, require: Require) -> Repaired:
     require(plan)
     if plan.codec.tail != "none":
         read_encoder(path / SKETCH_FILE)
-    skips = any(record.skipped for record in records.values() if record)
+    skips = any(note.skipped for note in notes.values() if note)
     return Repaired(_remove(build, broken), plan, skips)
 
 
@@ -147,8 +147,8 @@ def _restore_skipped(path: Path, manifest: Manifest, error: CachekdError) -> Non
     skipped: list[Skipped] = []
     with suppress(CachekdError):
         build = CacheBuild(path, read_plan(path / PLAN_FILE))
-        for number in build.record_numbers():
-            skipped += record.skipped if (record := build.noted(number)) else []
+        for number in build.noted_numbers():
+            skipped += note.skipped if (note := build.noted(number)) else []
     if skipped_info(skipped) != manifest.skipped:
         fix = _how_to_get_it(path, manifest)
         problem = f"{SKIPPED_FILE} is damaged, and the dump's records do not say what was in it"
@@ -215,7 +215,7 @@ def _no_manifest(path: Path, found: str) -> CachekdError:
     return CachekdError(
         "the manifest cannot be written again",
         where=str(path / MANIFEST_FILE),
-        expected=f"the plan and the records of a dump in {path / RECORD_FOLDER}, and what they list",
+        expected=f"the plan and the records of a dump in {path / DUMP_FOLDER}, and what they list",
         found=found,
         fix="restore it from where the cache came from, or dump into a new folder",
     )

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekd.cache.manifest import CodecSettings, DataInfo, Fingerprints, TeacherInfo
+from cachekd.cache.manifest import CodecSettings, Fingerprints, TeacherInfo
 from cachekd.cache.reader import LogitCache
+from cachekd.cache.source import DataInfo
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.cache.tail.fit import fit_sketch

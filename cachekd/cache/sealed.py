@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -19,14 +19,21 @@ from pydantic import (
     model_serializer,
 )
 
-from cachekd.atomic import RESTORE, read_plain
+from cachekd.atomic import read_plain
+from cachekd.config.fields import EXACT
 from cachekd.errors import CachekdError
+
+RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
 
 MOST_JSON = 2**25  # bytes; some 50,000 shards
 MOST_FIELDS = 2**8  # of one object
 # In such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed.
 MOST_VALUES = 3 * 2**19
 LATER = "later"  # marks a field, in Annotated, that came after the first caches
+
+
+Count = Annotated[int, Field(ge=0, le=EXACT)]
+Positive = Annotated[int, Field(gt=0, le=EXACT)]
 
 
 class Part(BaseModel):
@@ -55,7 +62,7 @@ class Sealed(Part):
     )
 
     def to_json(self) -> bytes:
-        """As it stands in the file: the same content gives the same bytes."""
+        """Write it as it stands in the file: the same content gives the same bytes."""
         values = self.model_dump(mode="json", exclude={"sha256"})
         return _text(values | {"sha256": _seal(values)})
 
@@ -92,7 +99,7 @@ class Sealed(Part):
 
 
 def as_tuple(value: Any) -> Any:
-    """For a field that is a tuple: JSON has lists only."""
+    """Turn a list into a tuple, which JSON does not have."""
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -1,4 +1,4 @@
-"""One shard in the making: coded as its samples come, written as a whole, read back, recorded."""
+"""One shard in the making: coded as its samples come, written as a whole, read back, declared finished."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 from cachekd.atomic import commit
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.fidelity import Probes
+from cachekd.cache.fidelity import FidelitySample
 from cachekd.cache.manifest import Fidelity, Header, ShardInfo
-from cachekd.cache.plan import ShardRecord, Skipped
-from cachekd.cache.shard import make_shard, pack_shard, require_different, samples_sha256
+from cachekd.cache.plan import FinishedShard, Skipped
+from cachekd.cache.shard import make_shard, pack_shard, samples_sha256
+from cachekd.cache.shard_rules import require_different
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.errors import CachekdError
@@ -46,7 +47,7 @@ class ShardWriter:
     ) -> None:
         self.build, self.number, self.span, self.tokens = build, number, span, 0
         self._encoder, self._head = encoder, head
-        self._probes = Probes()
+        self._compared = FidelitySample()
         self._uncoded: list[tuple[TokenTargets, TailStates]] = []
         self._uncoded_tokens = 0
         self._samples: list[tuple[str, bytes, int]] = []  # key, hash, tokens
@@ -76,7 +77,7 @@ class ShardWriter:
         self._images.append(images)
         self._cut += cut
         if self._head is not None and states is not None:
-            self._probes.offer(self.tokens, states)
+            self._compared.add(self.tokens, states)
         self.tokens += len(targets)
         if self._encoder is None or states is None:
             self._coded.append(targets)
@@ -92,21 +93,21 @@ class ShardWriter:
         return len(self._skipped)
 
     def skip(self, key: str, reason: str) -> None:
-        """Record a sample that is left out."""
+        """Note a sample that is left out."""
         # A reason may quote a file name that is no valid text.
         text = reason.encode(errors="backslashreplace").decode()
         self._skipped.append(Skipped(key=key, reason=text))
 
-    def finish(self) -> ShardRecord:
-        """Commit the shard, compare what is on the disk with the teacher, then commit the record."""
+    def finish(self) -> FinishedShard:
+        """Commit the shard, compare what is on the disk with the teacher, then say that it is finished."""
         self._encode()
-        record = ShardRecord(
+        note = FinishedShard(
             plan_sha256=str(self.build.plan.sha256),
             shard=self._commit() if self._samples else None,
             skipped=self._skipped,
         )
-        self.build.finish_shard(self.number, record)
-        return record
+        self.build.finish_shard(self.number, note)
+        return note
 
     def _encode(self) -> None:
         """Code the tails of what has come since the last time, in one go."""
@@ -145,7 +146,7 @@ class ShardWriter:
         plan = self.build.plan
         sketch = None if self._encoder is None else self._encoder.sketch
         try:
-            return self._probes.measure(path, sha256, plan, self._head, sketch)
+            return self._compared.measure(path, sha256, plan, self._head, sketch)
         except (MemoryError, torch.OutOfMemoryError):  # no reason to lose a good shard
             return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class TailStates:
 
     @staticmethod
     def concatenate(parts: Sequence[TailStates]) -> TailStates:
-        """The parts' tokens, one after the other."""
+        """Join the parts' tokens, one after the other."""
         return TailStates(
             torch.cat([part.hidden for part in parts]), torch.cat([part.log_normaliser for part in parts])
         )
@@ -76,14 +77,11 @@ class TokenTargets:
     @property
     def nbytes(self) -> int:
         """Memory of all arrays."""
-        arrays: list[NDArray] = [self.token_ids, self.k, self.knee, self.ids, self.logprobs]
-        arrays.append(self.tail_logmass)
-        if self.sketch is not None:
-            arrays += [self.sketch.coordinates, self.sketch.shift]
-        return sum(array.nbytes for array in arrays)
+        values = [*vars(self).values(), *(vars(self.sketch).values() if self.sketch else ())]
+        return sum(array.nbytes for array in values if isinstance(array, np.ndarray))
 
     def cut(self, first: int, last: int) -> TokenTargets:
-        """Tokens [first, last)."""
+        """Take tokens [first, last)."""
         starts = offsets(self.k)
         return self._cut(slice(first, last), slice(int(starts[first]), int(starts[last])))
 
@@ -91,17 +89,7 @@ class TokenTargets:
         """Some tokens, by their ascending indices."""
         wanted = np.zeros(len(self), bool)
         wanted[tokens] = True
-        entries = np.repeat(wanted, self.k)
-        sketch = self.sketch and SketchCodes(self.sketch.coordinates[wanted], self.sketch.shift[wanted])
-        return TokenTargets(
-            self.token_ids[wanted],
-            self.k[wanted],
-            self.knee[wanted],
-            self.ids[entries],
-            self.logprobs[entries],
-            self.tail_logmass[wanted],
-            sketch,
-        )
+        return self._cut(wanted, np.repeat(wanted, self.k))
 
     def truncate(self, top_k: int) -> TokenTargets:
         """Keep at most `top_k` entries of each token; the mass of the others goes to the tail."""
@@ -127,7 +115,7 @@ class TokenTargets:
             for first, last in pairwise(tokens)
         ]
 
-    def _cut(self, tokens: slice, entries: slice) -> TokenTargets:
+    def _cut(self, tokens: slice | NDArray[np.bool_], entries: slice | NDArray[np.bool_]) -> TokenTargets:
         sketch = self.sketch and SketchCodes(self.sketch.coordinates[tokens], self.sketch.shift[tokens])
         return TokenTargets(
             self.token_ids[tokens],
@@ -141,26 +129,14 @@ class TokenTargets:
 
     @staticmethod
     def concatenate(parts: Sequence[TokenTargets]) -> TokenTargets:
-        """The parts' tokens, one after the other; all with a sketch, or none."""
-
-        def joined(name: str) -> NDArray:
-            return np.concatenate([getattr(part, name) for part in parts])
-
+        """Join the parts' tokens, one after the other; all with a sketch, or none."""
+        names = ("token_ids", "k", "knee", "ids", "logprobs", "tail_logmass")
+        joined: dict[str, Any] = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
         sketches = [part.sketch for part in parts if part.sketch is not None]
-        return TokenTargets(
-            token_ids=joined("token_ids"),
-            k=joined("k"),
-            knee=joined("knee"),
-            ids=joined("ids"),
-            logprobs=joined("logprobs"),
-            tail_logmass=joined("tail_logmass"),
-            sketch=SketchCodes(
-                np.concatenate([codes.coordinates for codes in sketches]),
-                np.concatenate([codes.shift for codes in sketches]),
-            )
-            if sketches
-            else None,
-        )
+        if sketches:
+            coordinates = np.concatenate([codes.coordinates for codes in sketches])
+            joined["sketch"] = SketchCodes(coordinates, np.concatenate([codes.shift for codes in sketches]))
+        return TokenTargets(**joined)
 
 
 def offsets(counts: NDArray) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,6 @@ _COLUMNS = ("key", "tokens", "mean_k", "logprob", "shard")
 # What a filter may be made of, beside comparisons, if its value at a sample follows from that sample alone.
 _PLAIN = (ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.boolop, ast.operator, ast.unaryop, ast.Constant)
 _OF_TEXT = ("contains", "endswith", "fullmatch", "len", "lower", "match", "startswith", "upper")
-
-
-def select_samples(path: str | Path, out: str | Path, keys: Container[str]) -> Manifest:
-    """A cache with those samples of `path` whose key is in `keys`.
-
-    Raises:
-        CachekdError: as for `select_chosen`.
-    """
-    cache = LogitCache(path)
-    return select_chosen(cache, out, with_keys(cache, keys.__contains__))
 
 
 def select_chosen(cache: LogitCache, out: str | Path, chosen: Sequence[NDArray[np.bool_]]) -> Manifest:
@@ -61,13 +51,13 @@ def select_chosen(cache: LogitCache, out: str | Path, chosen: Sequence[NDArray[n
 
 
 def with_keys(cache: LogitCache, wanted: Callable[[str], bool]) -> list[NDArray[np.bool_]]:
-    """Of each shard's samples, in their order, whether the key is wanted."""
+    """Ask for each shard's samples, in their order, whether the key is wanted."""
     shards = range(len(cache.manifest.shards))
     return [np.array([wanted(key) for key, _ in cache.names(number)]) for number in shards]
 
 
 def shard_table(cache: LogitCache, number: int) -> pd.DataFrame:
-    """Of a shard a table with a row per key, in the samples' order.
+    """Make a table of a shard with a row per key, in the samples' order.
 
     Columns: `key`; `tokens`; `mean_k`, logprobs kept per token; `logprob`, the teacher's mean logprob of the
     answer tokens; `shard`, its file.
@@ -91,7 +81,7 @@ def shard_table(cache: LogitCache, number: int) -> pd.DataFrame:
 
 
 def shard_tables(cache: LogitCache) -> Iterator[pd.DataFrame]:
-    """`shard_table` of one after the other."""
+    """Make the `shard_table` of one shard after the other."""
     return (shard_table(cache, number) for number in range(len(cache.manifest.shards)))
 
 
@@ -101,7 +91,7 @@ def sample_table(cache: LogitCache) -> pd.DataFrame:
 
 
 def filter_samples(cache: LogitCache, expression: str) -> list[NDArray[np.bool_]]:
-    """Of each shard's samples, in their order, whether an expression holds: see `filter_rows`.
+    """Ask for each shard's samples, in their order, whether an expression holds: see `filter_rows`.
 
     Shard by shard, unless its value at a sample may depend on others, as in `logprob < logprob.median()`.
 
@@ -115,7 +105,7 @@ def filter_samples(cache: LogitCache, expression: str) -> list[NDArray[np.bool_]
 
 
 def filter_rows(table: pd.DataFrame, expression: str) -> NDArray[np.bool_]:
-    """In which rows an expression over the table's columns holds, such as `tokens > 5`.
+    """Find the rows in which an expression over the table's columns holds, such as `tokens > 5`.
 
     Raises:
         CachekdError: it is no such expression.
@@ -159,7 +149,7 @@ def _is_by_sample(node: ast.AST) -> bool:
 
 
 def _may_be_compared(operator: ast.cmpop, other: ast.AST) -> bool:
-    """With membership only in a list of numbers or texts: a column would be looked through as a whole."""
+    """Allow `in` for a list of numbers or texts alone: a column would be looked through as a whole."""
     if not isinstance(operator, ast.In | ast.NotIn):
         return _is_by_sample(other)
     return isinstance(other, ast.List | ast.Tuple) and all(isinstance(v, ast.Constant) for v in other.elts)

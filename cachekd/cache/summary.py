@@ -15,14 +15,34 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from cachekd.cache.build import SHARD_FOLDER
 from cachekd.cache.container import damaged
+from cachekd.cache.entropy import entropy, entropy_bounds
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import listed_shard, listed_sketch
 from cachekd.cache.sealed import Part
 from cachekd.cache.targets import CachedTargets, UniformTail
 from cachekd.errors import CachekdError
+
+ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
+EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
+CONTAINER = "container"
+# By array; what is none of these is "other".
+PARTS = {
+    "ranked_ids": "ids",
+    "topk_ranks": "ids",
+    "topk_gaps": "logprobs",
+    "k": "k",
+    "beyond_knee": "k",
+    "tail": "tail mass",
+    "sketch_coordinates": "sketch codes",
+    "sketch_shift": "sketch codes",
+    "token_ids": "answer tokens",
+    "sample_offsets": "keys and hashes",
+    "sample_keys": "keys and hashes",
+    "sample_hashes": "keys and hashes",
+}
 
 
 class Answers(Part):
@@ -36,7 +56,7 @@ class Answers(Part):
 
 
 class Entropy(Part):
-    """Of the teacher's distribution at the answer tokens, nats."""
+    """The entropy of the teacher's distribution at the answer tokens, nats."""
 
     method: Literal["all tokens", "evenly spread tokens"] = Field(
         description="whose distributions were rebuilt in full: without a tail sketch that costs nothing"
@@ -82,96 +102,6 @@ class CacheSummary(Part):
     shards: list[ShardSummary]
     skipped: dict[str, int] = Field(description="how many samples were left out for each reason")
     manifest: Manifest = Field(description="as on the disk: teacher, sources, fingerprints, codec, fidelity")
-
-
-CONTAINER = "container"
-# By array; what is none of these is "other".
-PARTS = {
-    "ranked_ids": "ids",
-    "topk_ranks": "ids",
-    "topk_gaps": "logprobs",
-    "k": "k",
-    "beyond_knee": "k",
-    "tail": "tail mass",
-    "sketch_coordinates": "sketch codes",
-    "sketch_shift": "sketch codes",
-    "token_ids": "answer tokens",
-    "sample_offsets": "keys and hashes",
-    "sample_keys": "keys and hashes",
-    "sample_hashes": "keys and hashes",
-}
-
-
-def bytes_by_part(path: Path) -> Counter[str]:
-    """The compressed bytes of a shard's arrays by what they hold; together, the file's size.
-
-    `container` is the rest: zip directory, Zarr metadata.
-
-    Raises:
-        CachekdError: it is not a zip.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-        size = path.stat().st_size
-    except (OSError, zipfile.BadZipFile) as error:
-        raise damaged(path, str(error)) from None
-    found: Counter[str] = Counter()
-    for member in members:
-        array, _, chunk = member.filename.partition("/c/")
-        if chunk:
-            found[PARTS.get(array, "other")] += member.compress_size
-    found[CONTAINER] = size - found.total()
-    return found
-
-
-BLOCK = 2**24  # logprobs that are rebuilt at a time: 64 MB
-
-
-def rows_of(targets: CachedTargets) -> tuple[Tensor, ...]:
-    """All tokens' indices, in runs whose logprobs over the whole vocabulary fit into memory."""
-    return torch.arange(len(targets)).split(max(1, BLOCK // targets.vocab_size))
-
-
-def entropy_of(logprobs: Tensor) -> Tensor:
-    """[N] nats, from rebuilt logprobs [N, V], which need not be quite normalised."""
-    # A row of 152 k takes one exp and two passes this way, and softmax, log and product another.
-    centred = (logprobs - logprobs.amax(-1, keepdim=True)).clamp_(min=-1e4)  # -inf times 0 is not 0
-    weights = centred.exp()
-    mass = weights.sum(-1)
-    return mass.log() - torch.einsum("nv,nv->n", weights, centred) / mass
-
-
-def entropy_bounds(targets: CachedTargets) -> tuple[Tensor, Tensor]:
-    """Between what the entropy of each token's distribution lies, from the kept entries alone.
-
-    Returns:
-        [N] float64, nats, twice. Least: all that is not kept is one more id. Most: it is spread evenly, as
-        `UniformTail` has it, whose entropy this is exactly.
-    """
-    kept = targets.logprobs.double().exp()
-    beyond = (1 - kept.sum(-1)).clamp(min=0)
-    least = (torch.special.entr(kept).sum(-1) + torch.special.entr(beyond)).clamp(min=0)
-    others = (targets.vocab_size - targets.k).clamp(min=1).double()
-    return least, least + beyond * others.log()
-
-
-def entropy(targets: CachedTargets) -> Tensor:
-    """[N] float64, nats, of the rebuilt distributions; with a tail sketch at the price of rebuilding them."""
-    if isinstance(targets.tail, UniformTail):
-        return entropy_bounds(targets)[1]
-    parts = [entropy_of(targets.select(rows).everywhere()) for rows in rows_of(targets)]
-    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
-
-
-def spread(count: int, total: int) -> Tensor:
-    """[min(count, total)] int64: places in `total`, evenly spread."""
-    count = min(count, total)
-    return ((torch.arange(count, dtype=torch.float64) + 0.5) * (total / max(1, count))).long()
-
-
-ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
-EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
 
 
 def summarise(
@@ -226,7 +156,7 @@ def summarise(
 
 
 def _read_targets(path: Path, manifest: Manifest, number: int) -> CachedTargets:
-    """Without a LogitCache, which knows all keys and keeps what it has decoded."""
+    """Read a shard without a LogitCache, which knows all keys and keeps what it has decoded."""
     sketch = listed_sketch(path, manifest, manifest.shards[number].sketch)
     return CachedTargets.under(manifest, listed_shard(path, manifest, number).targets, sketch)
 
@@ -302,7 +232,7 @@ class _Counts:
         self.entropy_sum += float(found.sum())
 
     def answers(self) -> Answers:
-        """Means."""
+        """Take the means."""
         tokens = max(1, self.tokens)
         logprob = self.logprob / tokens
         return Answers(
@@ -314,7 +244,7 @@ class _Counts:
         )
 
     def entropy(self) -> Entropy:
-        """Means, and the histogram without the empty bins at its end."""
+        """Take the means, and the histogram without the empty bins at its end."""
         tokens, used = max(1, self.tokens), int(np.flatnonzero(self.histogram).max(initial=0)) + 1
         return Entropy(
             method="all tokens" if self.measured == self.tokens else "evenly spread tokens",
@@ -325,3 +255,32 @@ class _Counts:
             least=self.least / tokens,
             most=self.most / tokens,
         )
+
+
+def spread(count: int, total: int) -> Tensor:
+    """[min(count, total)] int64: places in `total`, evenly spread."""
+    count = min(count, total)
+    return ((torch.arange(count, dtype=torch.float64) + 0.5) * (total / max(1, count))).long()
+
+
+def bytes_by_part(path: Path) -> Counter[str]:
+    """The compressed bytes of a shard's arrays by what they hold; together, the file's size.
+
+    `container` is the rest: zip directory, Zarr metadata.
+
+    Raises:
+        CachekdError: it is not a zip.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        size = path.stat().st_size
+    except (OSError, zipfile.BadZipFile) as error:
+        raise damaged(path, str(error)) from None
+    found: Counter[str] = Counter()
+    for member in members:
+        array, _, chunk = member.filename.partition("/c/")
+        if chunk:
+            found[PARTS.get(array, "other")] += member.compress_size
+    found[CONTAINER] = size - found.total()
+    return found

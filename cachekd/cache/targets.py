@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,87 +12,10 @@ from torch import Tensor
 
 from cachekd.cache.manifest import Header
 from cachekd.cache.sparse_logits import TokenTargets
+from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
 from cachekd.cache.tail.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import widest
-
-
-@dataclass(frozen=True)
-class MixedTail:
-    """N tokens of several sketches.
-
-    Attributes:
-        parts: the tokens of each sketch.
-        part: [N] int64, which of them a token is in.
-        place: [N] int64, and where.
-    """
-
-    parts: tuple[SketchTail, ...]
-    part: Tensor
-    place: Tensor
-
-    def gather(self, ids: Tensor) -> Tensor:
-        """Logprobs [N, K] float32 at `ids` [N, K]."""
-        found = torch.empty(ids.shape, device=ids.device)
-        for number, part in enumerate(self.parts):
-            rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).gather(ids[rows])
-        return found
-
-    def everywhere(self, vocab_size: int) -> Tensor:
-        """Logprobs [N, V] float32."""
-        found = torch.empty(len(self.part), vocab_size, device=self.part.device)
-        for number, part in enumerate(self.parts):
-            rows = (self.part == number).nonzero()[:, 0]
-            found[rows] = part.select(self.place[rows]).everywhere(vocab_size)
-        return found
-
-    def select(self, rows: Tensor) -> MixedTail:
-        """Some tokens."""
-        return replace(self, part=self.part[rows], place=self.place[rows])
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MixedTail:
-        """A copy on `device`."""
-        return MixedTail(
-            tuple(part.to(device, non_blocking=non_blocking) for part in self.parts),
-            self.part.to(device, non_blocking=non_blocking),
-            self.place.to(device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> MixedTail:
-        """A copy in page-locked memory."""
-        parts = tuple(part.pin_memory() for part in self.parts)
-        return MixedTail(parts, self.part.pin_memory(), self.place.pin_memory())
-
-
-def join_sketch_tails(tails: Sequence[SketchTail | MixedTail]) -> SketchTail | MixedTail:
-    """The tails' tokens, one after the other; mixed only where there is more than one sketch."""
-    by_sketch: dict[str | int, list[SketchTail]] = {}
-    parts, places = [], []
-    for tail in tails:
-        pieces = tail.parts if isinstance(tail, MixedTail) else (tail,)
-        numbers, starts = [], []
-        for piece in pieces:
-            # A sketch that was read twice is the same one.
-            name = piece.sketch.sha256 or id(piece.sketch)
-            same = by_sketch.setdefault(name, [])
-            numbers.append(list(by_sketch).index(name))
-            starts.append(sum(len(other.shift) for other in same))
-            same.append(piece)
-        if isinstance(tail, MixedTail):
-            part, place = tail.part, tail.place
-        else:
-            part = torch.zeros(len(tail.shift), dtype=torch.long, device=tail.shift.device)
-            place = torch.arange(len(tail.shift), device=tail.shift.device)
-        parts.append(torch.tensor(numbers, device=part.device)[part])
-        places.append(torch.tensor(starts, device=part.device)[part] + place)
-    joined = tuple(same[0].cat(same[1:]) for same in by_sketch.values())
-    if len(joined) > 1:
-        return MixedTail(joined, torch.cat(parts), torch.cat(places))
-    if any(isinstance(tail, MixedTail) for tail in tails):  # whose tokens need not lie in order
-        return joined[0].select(torch.cat(places))
-    return joined[0]
-
 
 _NOWHERE = 2**31 - 1  # an id that no token has
 _MOST_PADDED = 2**29  # entries, 12 bytes each: one token of 65,535 must not make a million rows as long
@@ -108,19 +32,19 @@ class UniformTail:
     logprob: Tensor
 
     def everywhere(self, vocab_size: int) -> Tensor:
-        """[N, V] float32."""
+        """Repeat it for all ids, [N, V] float32."""
         return self.logprob[:, None].repeat(1, vocab_size)
 
     def gather(self, ids: Tensor) -> Tensor:
-        """[N, k] float32 at `ids` [N, k], none of which is kept."""
+        """Repeat it [N, k] float32 at `ids` [N, k], none of which is kept."""
         return self.logprob[:, None].expand(ids.shape)
 
     def select(self, rows: Tensor) -> UniformTail:
-        """Some tokens."""
+        """Take some tokens."""
         return UniformTail(self.logprob[rows])
 
     def cat(self, others: list[UniformTail]) -> UniformTail:
-        """This and others, one after the other."""
+        """Join this and others, one after the other."""
         return UniformTail(torch.cat([part.logprob for part in (self, *others)]))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> UniformTail:
@@ -128,8 +52,11 @@ class UniformTail:
         return UniformTail(self.logprob.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> UniformTail:
-        """A copy in page-locked memory, from which `to` need not block."""
+        """Copy it to page-locked memory, from which `to` need not block."""
         return UniformTail(self.logprob.pin_memory())
+
+
+Tail = UniformTail | SketchTail | MergedTail
 
 
 @dataclass(frozen=True)
@@ -151,17 +78,17 @@ class CachedTargets:
     logprobs: Tensor
     k: Tensor
     knee: Tensor
-    tail: UniformTail | SketchTail | MixedTail
+    tail: Tail
     vocab_size: int
     window: int
     min_k: int
 
     @classmethod
-    def under(cls, header: Header, records: TokenTargets, sketch: TailSketch | None) -> CachedTargets:
-        """Pad flat records of a cache with this header; `sketch` is theirs."""
+    def under(cls, header: Header, sparse: TokenTargets, sketch: TailSketch | None) -> CachedTargets:
+        """Pad what a cache with this header stores; `sketch` is its own."""
         codec = header.codec
-        return cls.from_records(
-            records,
+        return cls.from_sparse(
+            sparse,
             vocab_size=header.teacher.vocab_size,
             window=codec.window,
             min_k=codec.min_k,
@@ -169,21 +96,21 @@ class CachedTargets:
         )
 
     @classmethod
-    def from_records(
+    def from_sparse(
         cls,
-        records: TokenTargets,
+        sparse: TokenTargets,
         *,
         vocab_size: int,
         window: int,
         min_k: int,
         sketch: TailSketch | None = None,
     ) -> CachedTargets:
-        """Pad flat records to rows.
+        """Pad flat entries to rows.
 
         Args:
-            sketch: of the same cache, where the records have codes.
+            sketch: of the same cache, where the tokens have codes.
         """
-        k = records.k.astype(np.int64)
+        k = sparse.k.astype(np.int64)
         width = int(k.max(initial=1))
         if len(k) * width > _MOST_PADDED:
             raise CachekdError(
@@ -195,10 +122,10 @@ class CachedTargets:
         kept = np.arange(width) < k[:, None]
         ids = np.full(kept.shape, _NOWHERE, np.int64)
         logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = records.ids, records.logprobs
-        tail: UniformTail | SketchTail
-        if sketch is not None and records.sketch is not None:
-            shape = (vocab_size, records.sketch.coordinates.shape[1])
+        ids[kept], logprobs[kept] = sparse.ids, sparse.logprobs
+        tail: Tail
+        if sketch is not None and sparse.sketch is not None:
+            shape = (vocab_size, sparse.sketch.coordinates.shape[1])
             if shape != (sketch.vocab_size, sketch.axes):
                 raise CachekdError(
                     "the tail sketch is not the one that the shards were coded with",
@@ -206,16 +133,16 @@ class CachedTargets:
                     expected=f"{shape[0]} ids, {shape[1]} axes",
                     found=f"{sketch.vocab_size} ids, {sketch.axes} axes",
                 )
-            tail = SketchTail.from_codes(sketch, records.sketch)
+            tail = SketchTail.from_codes(sketch, sparse.sketch)
         else:
             others = np.log(np.maximum(vocab_size - k, 1))
-            tail = UniformTail(torch.from_numpy((records.tail_logmass - others).astype(np.float32)))
+            tail = UniformTail(torch.from_numpy((sparse.tail_logmass - others).astype(np.float32)))
         return cls(
-            token_ids=torch.from_numpy(records.token_ids.astype(np.int64)),
+            token_ids=torch.from_numpy(sparse.token_ids.astype(np.int64)),
             ids=torch.from_numpy(ids),
             logprobs=torch.from_numpy(logprobs),
             k=torch.from_numpy(k),
-            knee=torch.from_numpy(records.knee.astype(np.int64)),
+            knee=torch.from_numpy(sparse.knee.astype(np.int64)),
             tail=tail,
             vocab_size=vocab_size,
             window=window,
@@ -224,7 +151,7 @@ class CachedTargets:
 
     @classmethod
     def cat(cls, parts: Sequence[CachedTargets]) -> CachedTargets:
-        """The parts' tokens, one after the other; all from one cache."""
+        """Join the parts' tokens, one after the other; all from one cache."""
         width = max(part.ids.shape[1] for part in parts)
 
         def rows(name: str, fill: float) -> Tensor:
@@ -248,11 +175,8 @@ class CachedTargets:
         return len(self.token_ids)
 
     def select(self, rows: Tensor) -> CachedTargets:
-        """Some tokens, by their indices [M] int64."""
-        names = ("token_ids", "ids", "logprobs", "k", "knee")
-        return replace(
-            self, **{name: getattr(self, name)[rows] for name in names}, tail=self.tail.select(rows)
-        )
+        """Take some tokens, by their indices [M] int64."""
+        return self._each(lambda values: values[rows], self.tail.select(rows))
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The teacher's own selection, exactly as at the dump.
@@ -310,19 +234,21 @@ class CachedTargets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CachedTargets:
         """A copy on `device`."""
-        names = ("token_ids", "ids", "logprobs", "k", "knee")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return replace(self, **moved, tail=self.tail.to(device, non_blocking=non_blocking))
+        tail = self.tail.to(device, non_blocking=non_blocking)
+        return self._each(lambda values: values.to(device, non_blocking=non_blocking), tail)
 
     def pin_memory(self) -> CachedTargets:
-        """A copy in page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
+        """Copy it to page-locked memory, from which `to` need not block; a DataLoader looks for this name."""
+        return self._each(Tensor.pin_memory, self.tail.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor], tail: Tail) -> CachedTargets:
         names = ("token_ids", "ids", "logprobs", "k", "knee")
-        pinned = {name: getattr(self, name).pin_memory() for name in names}
-        return replace(self, **pinned, tail=self.tail.pin_memory())
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed, tail=tail)
 
 
-def _join(tails: list[UniformTail | SketchTail | MixedTail]) -> UniformTail | SketchTail | MixedTail:
-    """One after the other; a cache has a sketch for all its tokens, or for none."""
+def _join(tails: list[Tail]) -> Tail:
+    """Join tails, one after the other; a cache has a sketch for all its tokens, or for none."""
     uniform = [tail for tail in tails if isinstance(tail, UniformTail)]
     if uniform:
         return uniform[0].cat(uniform[1:])

@@ -10,15 +10,18 @@ from itertools import islice
 from pathlib import Path
 
 from cachekd.atomic import read_plain, require_plain
-from cachekd.cache.build import RECORD_FOLDER, RECORD_NAME, SHARD_FOLDER
 from cachekd.cache.container import MOST_DECODED
-from cachekd.cache.manifest import MANIFEST_FILE, PLAN_FILE, Manifest, ShardInfo, SketchInfo, shard_name
-from cachekd.cache.plan import SKIPPED_FILE, DumpPlan, ShardRecord, SkippedSamples, plan_under, read_skipped
+from cachekd.cache.layout import DUMP_FOLDER, FINISHED_NAME, PLAN_FILE, SHARD_FOLDER, SKIPPED_FILE, shard_name
+from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
+from cachekd.cache.plan import DumpPlan, FinishedShard, SkippedSamples, plan_under, read_skipped
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import MOST_JSON, is_canonical
-from cachekd.cache.shard import read_outline, samples_sha256
+from cachekd.cache.shard import read_keys_and_counts, samples_sha256
 from cachekd.cache.tail.encoder import read_encoder
 from cachekd.errors import CachekdError
+from cachekd.paths import MANIFEST_FILE
+
+Progress = Callable[[int], None]
 
 
 def dump_files(manifest: Manifest, skipped: SkippedSamples) -> Iterator[tuple[str, bytes]]:
@@ -44,14 +47,14 @@ def dump_files(manifest: Manifest, skipped: SkippedSamples) -> Iterator[tuple[st
     for number, size in enumerate(sizes):
         info = listed.get(shard_name(number))
         here = list(islice(left, max(0, size - info.samples if info else size)))
-        record = ShardRecord(plan_sha256=sha256, shard=info, skipped=here)
-        yield f"{RECORD_FOLDER}/{number:05d}.json", record.to_json()
+        note = FinishedShard(plan_sha256=sha256, shard=info, skipped=here)
+        yield f"{DUMP_FOLDER}/{number:05d}.json", note.to_json()
 
 
 def files_there(path: Path) -> set[Path]:
     """The plan and the records that a cache's folder has."""
-    files = (path / RECORD_FOLDER).glob("*.json")
-    return {file for file in files if RECORD_NAME.fullmatch(file.stem) or file == path / PLAN_FILE}
+    files = (path / DUMP_FOLDER).glob("*.json")
+    return {file for file in files if FINISHED_NAME.fullmatch(file.stem) or file == path / PLAN_FILE}
 
 
 def wrong_files(
@@ -76,9 +79,6 @@ def wrong_files(
             yield path / name, f"cannot be read: {error.strerror}", content
     for file in sorted(there):
         yield file, "says something else than the manifest: it has no place there", None
-
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def strays(path: Path) -> list[Path]:
         CachekdError: there is no manifest, or it is damaged.
     """
     manifest = Manifest.load(path)
-    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / RECORD_FOLDER} | files_there(path)
+    known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / DUMP_FOLDER} | files_there(path)
     known |= {path / SHARD_FOLDER / info.name for info in manifest.shards}
     known |= {path / sketch.name for sketch in manifest.sketches}
     if manifest.skipped is not None:
         known.add(path / SKIPPED_FILE)
-    found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / RECORD_FOLDER).glob("*")]
+    found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / DUMP_FOLDER).glob("*")]
     return sorted(set(found) - known)
 
 
@@ -167,7 +167,7 @@ def _of_shard(
         return
     # From here on the file is what was written, so that writing it again would mend nothing.
     try:
-        keys, tokens, entries = read_outline(file)
+        keys, tokens, entries = read_keys_and_counts(file)
         found, expected = (len(keys), tokens, entries), (info.samples, info.tokens, info.entries)
         if found != expected:
             yield Finding(file, f"has samples, tokens and entries {found}, the manifest says {expected}")

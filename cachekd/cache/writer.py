@@ -8,26 +8,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from cachekd.atomic import require_new_folder
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.manifest import (
-    MANIFEST_FILE,
-    CodecSettings,
-    DataInfo,
-    Fingerprints,
-    Manifest,
-    Source,
-    TeacherInfo,
-)
+from cachekd.cache.manifest import CodecSettings, Fingerprints, Manifest, TeacherInfo
 from cachekd.cache.plan import Plan
 from cachekd.cache.shard_writer import ShardWriter, check_sample
+from cachekd.cache.source import DataInfo, Source
 from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.cache.tail.fit import fit_sketch
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
-from cachekd.lock import alone
+from cachekd.lock import alone, require_new_folder
+from cachekd.paths import MANIFEST_FILE
 
 
 class _Sample(NamedTuple):

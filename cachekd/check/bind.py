@@ -20,7 +20,7 @@ from pydantic import Field
 
 from cachekd.atomic import write_file
 from cachekd.cache import LogitCache
-from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.sealed import MOST_VALUES, Sealed
 from cachekd.cache.shard import read_identities
 from cachekd.data import Sample, Samples, read_encoded

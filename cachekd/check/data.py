@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from cachekd.cache import LogitCache
-from cachekd.cache.manifest import DataInfo
+from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache
 from cachekd.check.missing import dumped_data
@@ -13,7 +13,7 @@ from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Limits, SampleEncoder, Samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.data.map_function import require_map
-from cachekd.data.sample import SamplesView
+from cachekd.data.sample import Subset
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, limits_of
 
@@ -114,4 +114,4 @@ def without_missing(
     if config.missing != "skip" or not missing:
         return samples, LeftOutSamples()
     kept = [index for index, key in enumerate(samples.keys) if key not in missing]
-    return SamplesView(samples, only=kept), LeftOutSamples.of(missing)
+    return Subset(samples, only=kept), LeftOutSamples.of(missing)

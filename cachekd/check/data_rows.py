@@ -163,6 +163,6 @@ def has_pictures(samples: Samples, cache: Container[str] | None) -> bool:
 
 def _has_picture(samples: Samples, index: int) -> bool:
     try:
-        return samples.outline(index).images > 0
+        return samples.preview(index).images > 0
     except BadSample:  # which is met again when it is read
         return False

@@ -10,7 +10,7 @@ from cachekd.config import DataOptions
 from cachekd.data import Samples
 from cachekd.data.limits import TOO_LONG
 from cachekd.data.open import keys_hash
-from cachekd.data.sample import SamplesView
+from cachekd.data.sample import Subset
 from cachekd.errors import CachekdError
 
 # Of `DataOptions`: which samples there are, and what they are called.
@@ -171,9 +171,9 @@ def _dumped_part(samples: Samples, data: DataOptions, dumped: DataInfo) -> Sampl
     if dumped.limit is None:
         return None
     if data.limit is None and data.shuffle_seed is None:
-        part = SamplesView(samples, limit=dumped.limit, shuffle_seed=dumped.shuffle_seed)
+        part = Subset(samples, limit=dumped.limit, shuffle_seed=dumped.shuffle_seed)
     else:
-        part = SamplesView(samples, limit=dumped.limit)
+        part = Subset(samples, limit=dumped.limit)
     return part if keys_hash(part) == dumped.sha256 else None
 
 

@@ -29,8 +29,7 @@ from cachekd.config import Data, DataOptions
 from cachekd.config.train import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
-from cachekd.data.sample import SamplesView
-from cachekd.data.sources.urls import is_remote
+from cachekd.data.sample import Subset
 from cachekd.errors import BadSample
 from cachekd.models import (
     ModelFiles,
@@ -40,6 +39,7 @@ from cachekd.models import (
     limits_of,
     parameters_by_part,
 )
+from cachekd.paths import is_url
 
 Kind = Literal["image", "context", "supervised"]
 
@@ -177,7 +177,7 @@ def check_pair(
     opened = open_samples(said)
     limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
     pairs, bad = _first_pairs(opened, theirs, ours, samples)
-    near = SamplesView(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(said) else opened
+    near = Subset(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(said) else opened
     take_images = None not in (theirs.image_token_id, ours.image_token_id)
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
@@ -213,7 +213,7 @@ def check_pair(
 
 def _is_costly(data: DataOptions) -> bool:
     """Whether a record takes a request, or a map function gets all of a sample's images with it."""
-    return is_remote(data.data) or (data.map is not None and not data.data.endswith((".json", ".jsonl")))
+    return is_url(data.data) or (data.map is not None and not data.data.endswith((".json", ".jsonl")))
 
 
 def _first_pairs(

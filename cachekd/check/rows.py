@@ -15,8 +15,8 @@ from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, Limits, Samples, collate
+from cachekd.data.collate import ModelInputs
 from cachekd.data.limits import NO_ROW
-from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import (
     ModelFiles,
@@ -258,7 +258,7 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
     rows = []
     for difference in differences:
         others = settings - {difference.setting}
-        row = Row.of(f"switch: {difference.name}", partial(check, mended=others))
+        row = Row.of(f"switch: {difference.name}", partial(check, bridged=others))
         rows.append(replace(row, fix=fix))
     return rows
 

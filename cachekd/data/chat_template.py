@@ -117,7 +117,7 @@ class ChatTemplate:
         return Frame(between if between.isspace() else "", ending, self._control(text, ending))
 
     def _ending(self, rest: str) -> str | None:
-        """Up to the first token that the tokenizer finds before it splits text. Where there is none, the
+        """Cut behind the first token that the tokenizer finds before it splits text. Where there is none, the
         template writes no end-of-turn token: nothing else follows the last answer."""
         added = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         tokens = sorted((token for token in added if token.strip()), key=len, reverse=True)

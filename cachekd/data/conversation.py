@@ -146,7 +146,7 @@ def _refuse_media_placeholders(parts: list[Part], where: str) -> None:
 
 
 def _with_system(messages: list[dict[str, Any]], system: str | None, where: str) -> list[dict[str, Any]]:
-    """With the record's system text as the first turn, unless the conversation has it already."""
+    """Put the record's system text first, unless the conversation has it already."""
     if system is None:
         return messages
     turn = _message({"role": "system", "content": system}, where)

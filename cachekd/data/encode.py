@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 
 from cachekd.data.chat_template import ChatTemplate
 from cachekd.data.limits import NO_LIMITS, Limits
 from cachekd.data.processor import Processor
 from cachekd.data.sample import Sample
-from cachekd.data.supervision import LAYOUT, answer_numbers, expand_images, suffix_inputs, takes_suffix
+from cachekd.data.supervision import (
+    PALIGEMMA_LAYOUT,
+    answer_numbers,
+    expand_images,
+    is_paligemma,
+    paligemma_inputs,
+)
 from cachekd.errors import BadSample, CachekdError
+
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Encoded:
         return replace(self, inputs=_first(self.inputs, kept), supervised=self.supervised[:kept], cut=cut)
 
     def with_pictures_of(self, other: Encoded) -> Encoded:
-        """The same text with the pictures of another sample, as many and of the same sizes: so the tokens
-        that stand for them are the same."""
-        pictures = {name: value for name, value in other.inputs.items() if name not in _PER_TOKEN}
+        """Give the text the pictures of another sample, as many and of the same sizes: so the tokens that
+        stand for them are the same."""
+        pictures = {name: value for name, value in other.inputs.items() if name not in PER_TOKEN}
         return replace(self, inputs={**self.inputs, **pictures})
 
     @property
@@ -77,8 +82,8 @@ class SampleEncoder:
 
     def __init__(self, processor: Processor, limits: Limits = NO_LIMITS) -> None:
         self.processor, self.limits = processor, limits
-        if takes_suffix(processor):
-            self.template: str = LAYOUT
+        if is_paligemma(processor):
+            self.template: str = PALIGEMMA_LAYOUT
             return
         self.template = _template_source(processor)
         self._chat = ChatTemplate(processor, self.template)
@@ -131,13 +136,13 @@ class SampleEncoder:
             CachekdError: answers cannot be found in what the template writes.
         """
         tokenizer = self.processor.tokenizer
-        if takes_suffix(self.processor):
+        if is_paligemma(self.processor):
             return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
         ending = self._chat.frame.ending
         return None if ending is None else int(tokenizer(ending, add_special_tokens=False)["input_ids"][-1])
 
     def without_limits(self) -> SampleEncoder:
-        """The same, for samples as long as they are."""
+        """Make an encoder of samples as long as they are."""
         return SampleEncoder(self.processor)
 
     def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor, bool]:
@@ -166,9 +171,9 @@ class SampleEncoder:
 
     def _encode(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
         """Model inputs, and [L] the number of the answer that a token is in, or -1."""
-        if takes_suffix(self.processor):
-            suffixed, is_answer = suffix_inputs(self.processor, sample)
-            return _unbatched(suffixed), is_answer.long() - 1
+        if is_paligemma(self.processor):
+            batched, is_answer = paligemma_inputs(self.processor, sample)
+            return _unbatched(batched), is_answer.long() - 1
         tokenizer = self.processor.tokenizer
         if sample.images and self.processor.image_token is None:
             raise BadSample(
@@ -224,58 +229,15 @@ def _refuse_second_bos(tokenizer: Any, input_ids: Tensor, sample: Sample) -> Non
         )
 
 
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
-
-
 def _first(inputs: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
     """The first tokens of a sample, with all of its images."""
-    return {name: value[:kept] if name in _PER_TOKEN else value for name, value in inputs.items()}
+    return {name: value[:kept] if name in PER_TOKEN else value for name, value in inputs.items()}
 
 
 def _unbatched(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop the batch axis of per-token tensors and the all-ones attention mask."""
     return {
-        name: value[0] if name in _PER_TOKEN else value
+        name: value[0] if name in PER_TOKEN else value
         for name, value in batch.items()
         if name != "attention_mask"
     }
-
-
-def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-pad samples into one batch.
-
-    Image tensors of all samples that have some are concatenated in order, after padding with zeros to one
-    size where they differ: families whose images have tiles or sizes of their own know from their other
-    inputs (sizes, masks, all-zero images) what is padding.
-
-    Returns:
-        `input_ids` [B, S] int64, `attention_mask` [B, S] int64, `supervised` [B, S] bool, the image tensors.
-    """
-    batch: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for sample in samples for name in sample.inputs):
-        values = [sample.inputs[name] for sample in samples if name in sample.inputs]
-        if name in _PER_TOKEN:
-            padding = pad_token_id if name == "input_ids" else 0
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)
-        else:
-            batch[name] = torch.cat(_same_size(values))
-    lengths = [torch.ones(len(sample), dtype=torch.long) for sample in samples]
-    batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
-    batch["supervised"] = pad_sequence([sample.supervised for sample in samples], batch_first=True)
-    return batch
-
-
-def _same_size(values: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros behind each axis but the first, up to the longest."""
-    longest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padded = []
-    for value in values:
-        missing = [most - size for size, most in zip(value.shape[1:], longest, strict=True)]
-        both_ends = [amount for gap in reversed(missing) for amount in (0, gap)]
-        padded.append(pad(value, both_ends) if any(missing) else value)
-    return padded
-
-
-def predicting_positions(supervised: Tensor) -> Tensor:
-    """[B, S] bool: the positions whose logits predict the supervised tokens (one to their left)."""
-    return torch.cat([supervised[:, 1:], torch.zeros_like(supervised[:, :1])], dim=1)

@@ -131,7 +131,7 @@ def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[
         other
         for other in found
         if other.embedded
-        or not (_is_address(other.file) or any(_is_same(other.file, name) for name in names))
+        or not (_is_on_the_web(other.file) or any(_is_same(other.file, name) for name in names))
     ]
     nameless = len(pictures) - len(names)
     embedded = any(other.embedded for other in found)
@@ -234,7 +234,7 @@ def _names(text: str, suffixes: tuple[str, ...]) -> bool:
         return False
     text = text.strip().lower()
     # Of an address the query may name the file.
-    if not (_without_query(text).endswith(suffixes) or (_is_address(text) and text.endswith(suffixes))):
+    if not (_without_query(text).endswith(suffixes) or (_is_on_the_web(text) and text.endswith(suffixes))):
         return False
     return len(text) <= _LONGEST_WITH_SPACES or len(text.split()) == 1
 
@@ -256,7 +256,7 @@ def _without_query(text: str) -> str:
     return text.partition("?")[0].partition("#")[0]
 
 
-def _is_address(text: str) -> bool:
+def _is_on_the_web(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 

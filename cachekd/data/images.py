@@ -41,6 +41,11 @@ _TURNS = {
 # TIFF tags.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SMALLEST, _LARGEST = 258, 262, 339, 340, 341
 _WHITE_IS_ZERO, _SIGNED = 0, 2
+# A path that a file system refuses for its own sake; any other OSError (too many open files, a failing disk)
+# is not the sample's fault.
+_UNREADABLE = (IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FORMS = 'a path, a "data:" URI, bytes, a PIL image, or {"bytes", "path"}'
 
 
 class UnknownPixelsError(ValueError):
@@ -96,7 +101,7 @@ def _rgb(image: Image.Image, raw_mode: str | None) -> Image.Image:
 
 
 def _on_white(image: Image.Image, raw_mode: str | None) -> Image.Image:
-    """As transformers composes, bit for bit."""
+    """Compose on white as transformers does, bit for bit."""
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and (raw_mode == "RGB;16B" or max(transparent) > 255):
         raise UnknownPixelsError("a transparent colour of 16 bits per channel")
@@ -141,13 +146,6 @@ def _tag(image: Image.Image, number: int) -> Any:
     """The first value of a TIFF's tag; None without it."""
     value = getattr(image, "tag_v2", {}).get(number)
     return value[0] if isinstance(value, tuple) else value
-
-
-# A path that a file system refuses for its own sake; any other OSError (too many open files, a failing disk)
-# is not the sample's fault.
-_UNREADABLE = (IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_FORMS = 'a path, a "data:" URI, bytes, a PIL image, or {"bytes", "path"}'
 
 
 def open_image(

@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 NAMED = 100  # samples in a record; all are counted
 _FILE = "cachekd_left_out.json"  # in a checkpoint
 _LOGGED = 10  # a line each; what follows is counted
+T = TypeVar("T")
+# A data folder that has gone makes every sample bad. So many in a row are reason to look whether it is there.
+IN_A_ROW = 16
+# In vain before nothing was good. That many take seconds, and where one sample in fifty can be used, one is
+# found among them in 99 of 100 data sets.
+IN_VAIN = 256
 
 
 def may_be_left_out(error: CachekdError, on_error: str) -> bool:
@@ -46,7 +52,7 @@ class LeftOutSamples:
 
     @classmethod
     def of(cls, reasons: Mapping[str, str]) -> LeftOutSamples:
-        """All of them, key to reason."""
+        """Count all, key to reason, and name the first."""
         return cls(len(reasons), dict(islice(reasons.items(), NAMED)))
 
 
@@ -71,28 +77,19 @@ class BadSamples:
             log.warning("more samples are left out; they are counted, and named at the end")
 
     def add(self, others: Iterable[Mapping[str, str]]) -> None:
-        """What other processes, or this run before a checkpoint, met."""
+        """Add what other processes, or this run before a checkpoint, met."""
         for reasons in others:
             self.reasons = {**reasons, **self.reasons}
 
     def save(self, checkpoint: Path) -> None:
-        """Beside the state that a run goes on from."""
+        """Write them beside the state that a run goes on from."""
         commit(checkpoint / _FILE, json.dumps(self.reasons).encode())
 
     def load(self, checkpoint: Path) -> None:
-        """What was met before; an older checkpoint does not say."""
+        """Add what was met before; an older checkpoint does not say."""
         file = checkpoint / _FILE
         if file.exists():
             self.add([json.loads(file.read_text())])
-
-
-T = TypeVar("T")
-
-# A data folder that has gone makes every sample bad. So many in a row are reason to look whether it is there.
-IN_A_ROW = 16
-# In vain before nothing was good. That many take seconds, and where one sample in fifty can be used, one is
-# found among them in 99 of 100 data sets.
-IN_VAIN = 256
 
 
 def attempts(

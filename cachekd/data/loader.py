@@ -24,6 +24,12 @@ from cachekd.errors import BadSample, CachekdError, without_frames
 
 T = TypeVar("T")
 _POLL = 0.1  # seconds between looks at whether anyone still wants more
+# Only Linux says who sent a signal; elsewhere SIGTERM stays what stops a worker.
+_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else {signal.SIGINT}
+_LOOK = 1.0  # seconds between looks at whether the main process is still there
+T_co = TypeVar("T_co", covariant=True)
+_PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
+_AHEAD = 2
 
 
 class _End:
@@ -34,7 +40,7 @@ class _End:
 
 
 def prefetched(items: Iterator[T], size: int) -> Generator[T]:
-    """The same items, up to `size` of them made ahead in a thread; errors come at their place."""
+    """Make up to `size` of the items ahead, in a thread; errors come at their place."""
     waiting: queue.Queue[T | _End] = queue.Queue(size)
     stopped = threading.Event()
 
@@ -70,11 +76,6 @@ def prefetched(items: Iterator[T], size: int) -> Generator[T]:
     finally:
         stopped.set()
         thread.join()
-
-
-# Only Linux says who sent a signal; elsewhere SIGTERM stays what stops a worker.
-_LEFT_TO_THE_PARENT = {signal.SIGINT, signal.SIGTERM} if sys.platform == "linux" else {signal.SIGINT}
-_LOOK = 1.0  # seconds between looks at whether the main process is still there
 
 
 class WorkerLoader(DataLoader):
@@ -128,7 +129,7 @@ def _starting_workers() -> Iterator[None]:
 
 
 def _begin(then: Callable[[int], None] | None, worker: int) -> None:
-    """In a worker, first of all."""
+    """Run in a worker, first of all."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_THE_PARENT)  # where a fork server was there before
     threading.Thread(target=_end_with_the_parent, args=(os.getppid(),), daemon=True).start()
     if then is not None:
@@ -136,8 +137,8 @@ def _begin(then: Callable[[int], None] | None, worker: int) -> None:
 
 
 def _end_with_the_parent(started_by: int) -> None:
-    """Of the signals that are held back, the main process's own is obeyed: it stops a worker that does not
-    end by itself. When that process is gone, none is waited for: a worker that cannot get rid of its last
+    """Obey the main process alone of those whose signals are held back: it stops a worker that does not end
+    by itself. When that process is gone, none is waited for: a worker that cannot get rid of its last
     batch would stay for ever.
 
     Args:
@@ -155,12 +156,6 @@ def _end_with_the_parent(started_by: int) -> None:
         if came is not None and came.si_pid == main.pid:
             break
     os._exit(0)  # else torch would raise in the main process that a worker died, when it has stopped it
-
-
-T_co = TypeVar("T_co", covariant=True)
-
-_PER_MESSAGE = 4  # samples; with two messages per worker ahead, what is in flight is 8 samples a worker
-_AHEAD = 2
 
 
 def read_encoded(

@@ -11,16 +11,23 @@ from typing import Any
 
 from cachekd.config import Data, DataOptions
 from cachekd.data.records import RecordReader
-from cachekd.data.sample import Samples, SamplesView
+from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import LlavaJsonSamples
-from cachekd.data.sources.urls import find_tars, is_remote, is_tar
+from cachekd.data.sources.urls import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
-from cachekd.paths import is_hub_data, split_query, what_is_there
+from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
 
 _KINDS = (".json", ".jsonl", ".tar", ".parquet")
 _DEPTH = ("*", "*/*", "*/*/*")
 _MOST = 1_000  # entries of a folder that are looked at
+FORMS = (
+    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
+    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
+    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
+)
+_TABLES = (".parquet", ".arrow")
+_JSON = (".json", ".jsonl")
 
 
 def data_in(path: Path) -> Path | None:
@@ -36,15 +43,6 @@ def data_in(path: Path) -> Path | None:
 def likeliest(files: Sequence[Path], name: str) -> Path:
     """The one that is called as the folder is, or train; else the first."""
     return min(files, key=lambda file: (file.stem != name, file.stem != "train", str(file)))
-
-
-FORMS = (
-    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
-    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
-    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
-)
-_TABLES = (".parquet", ".arrow")
-_JSON = (".json", ".jsonl")
 
 
 def open_samples(data: Data, **options: Any) -> Samples:
@@ -74,11 +72,11 @@ def open_samples(data: Data, **options: Any) -> Samples:
         )
     if said.limit is None and said.shuffle_seed is None:
         return samples
-    return SamplesView(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
+    return Subset(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
 
 
 def _open(spec: str, reader: RecordReader) -> Samples:
-    if is_remote(spec):
+    if is_url(spec):
         return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), reader)
     name, query = split_query(spec)
     path, exists = Path(name), os.path.exists(name)  # unlike Path's, this takes a name that is too long

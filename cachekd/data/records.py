@@ -17,10 +17,12 @@ from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS, first_given, m
 from cachekd.data.image_fields import decoded, pictures_of, refuse_untaken, value_at
 from cachekd.data.images import open_image
 from cachekd.data.map_function import MapFunction, load_map
-from cachekd.data.sample import Keys, Outline, Sample, sample_place, unique_keys
-from cachekd.data.survey import outline_of_record
+from cachekd.data.preview import preview_of_record
+from cachekd.data.sample import Keys, Preview, Sample, sample_place, unique_keys
 from cachekd.data.turn_fields import IMAGES_BESIDE, is_given, refuse_media
 from cachekd.errors import BadSample, CachekdError
+
+KEY_FIELDS = ("id", "key", "__key__")
 
 
 def sample_from_record(
@@ -170,9 +172,6 @@ def _refuse_turns_images(image_fields: Sequence[str], where: str) -> None:
         )
 
 
-KEY_FIELDS = ("id", "key", "__key__")
-
-
 @dataclass(frozen=True)
 class RecordReader:
     """A data set's options, ready for use; it can be pickled.
@@ -191,7 +190,7 @@ class RecordReader:
 
     @classmethod
     def of(cls, options: DataOptions) -> RecordReader:
-        """By what the user says.
+        """Make one by what the user says.
 
         Raises:
             CachekdError: the map function cannot be imported, or there is no such image root.
@@ -208,7 +207,7 @@ class RecordReader:
         return cls(function, options.key, options.image_field, root)
 
     def beside(self, folder: Path | None) -> RecordReader:
-        """The same for data in a folder, where relative paths start unless the user says otherwise."""
+        """Read data in a folder, where relative paths start unless the user says otherwise."""
         return self if self.folder is not None else replace(self, folder=folder)
 
     def mapped(self, record: Mapping[str, Any], key: str, origin: str) -> Mapping[str, Any]:
@@ -230,9 +229,9 @@ class RecordReader:
             key, record, origin=origin, folder=self.folder, image_fields=self.image_fields
         )
 
-    def outline(self, record: Mapping[str, Any]) -> Outline:
-        """Of a mapped record, without opening a picture."""
-        return outline_of_record(record, self.image_fields)
+    def preview(self, record: Mapping[str, Any]) -> Preview:
+        """Preview a mapped record, without opening a picture."""
+        return preview_of_record(record, self.image_fields)
 
     def require_image_fields(self, records: Sequence[Mapping[str, Any]], where: str) -> None:
         """Refuse a name that is mistyped: it would make texts of all samples.
@@ -271,7 +270,7 @@ class RecordReader:
         return first_given(record, *KEY_FIELDS) if self.key is None else value_at(record, self.key)
 
     def mapped_key(self, record: Mapping[str, Any], position: int, origin: str) -> Any:
-        """The same of a record before its mapping: what the mapped one says, or else the raw one.
+        """What a record before its mapping says its key is: what the mapped one says, or else the raw one.
 
         A record that the function fails on is named by its raw key when it is read.
         """

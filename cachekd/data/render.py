@@ -61,7 +61,7 @@ class Renderer:
             )
 
     def with_tools(self, tools: Sequence[dict[str, Any]]) -> Renderer:
-        """The same, for conversations with these tools."""
+        """Make a renderer for conversations with these tools."""
         renderer = copy.copy(self)
         renderer.tools = tools
         return renderer
@@ -71,7 +71,7 @@ class Renderer:
         return self._render(messages, self._strings, add_generation_prompt=generation_prompt)[0][0]
 
     def text_and_marks(self, messages: Messages) -> tuple[str, list[Span]]:
-        """The same, and what of it the template's `{% generation %}` blocks wrote."""
+        """Render the text, and tell what of it the template's `{% generation %}` blocks wrote."""
         texts, marks = self._render(messages, self._strings, return_assistant_tokens_mask=True)
         return texts[0], marks[0]
 

@@ -61,8 +61,7 @@ class Sample:
 
     @property
     def asked_at(self) -> list[tuple[int, int]]:
-        """Of the same, the places in `messages` of the user's message, of several in a row the first, and of
-        the answer.
+        """Where these stand in `messages`: the user's message, of several in a row the first, and the answer.
 
         What follows an answer at once, without a user or a tool between, answers nobody's question.
         """
@@ -77,7 +76,7 @@ class Sample:
 
 
 def sample_place(key: str, origin: str) -> str:
-    """How error messages name a sample."""
+    """Name a sample for error messages."""
     return f"sample {key!r} in {origin}"
 
 
@@ -126,7 +125,7 @@ class Samples(Protocol):
         """
         ...
 
-    def outline(self, index: int) -> Outline:
+    def preview(self, index: int) -> Preview:
         """A sample's text and number of images, without opening one.
 
         Raises:
@@ -206,7 +205,7 @@ def require_text(key: str, where: str) -> None:
         ) from None
 
 
-class Outline(NamedTuple):
+class Preview(NamedTuple):
     """A sample's turns and its number of images; no image has been opened for it.
 
     Attributes:
@@ -220,7 +219,7 @@ class Outline(NamedTuple):
     answered: tuple[tuple[str, str], ...] = ()
 
 
-class SamplesView:
+class Subset:
     """The first `limit` samples of a data set after shuffling; its keys are in its own order.
 
     Args:
@@ -252,6 +251,6 @@ class SamplesView:
         """Read one sample; raises what the data set does."""
         return self._samples[int(self._order[index])]
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`."""
-        return self._samples.outline(int(self._order[index]))
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`."""
+        return self._samples.preview(int(self._order[index]))

@@ -14,6 +14,8 @@ from cachekd.data.render import Span
 from cachekd.data.sample import Sample, message_text
 from cachekd.errors import BadSample
 
+PALIGEMMA_LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
+
 
 def answer_numbers(
     tokenizer: Any, input_ids: Tensor, offsets: Tensor, text: str, spans: Sequence[Span], sample: Sample
@@ -123,17 +125,18 @@ def _letters(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
-LAYOUT = "<image>... <bos>{question}\n{answer}<eos>"
-
-
-def takes_suffix(processor: Processor) -> bool:
+def is_paligemma(processor: Processor) -> bool:
     """Whether answers go into the processor's suffix; a chat template is not used then."""
     # By its name: importing the class takes a second.
     return any(base.__name__ == "PaliGemmaProcessor" for base in type(processor).__mro__)
 
 
-def suffix_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
-    """Encode a sample of one question.
+def paligemma_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+    """Encode a sample of one question as PaliGemma reads it: images, the question, the answer as a suffix.
+
+    Image and question attend to each other both ways, the answer causally. The token types say which is
+    which, and only the processor's `suffix` sets them: an answer written into the text would be seen by the
+    question, and so by the tokens that are to predict it.
 
     Returns:
         what the processor makes of it, with a batch axis of one; and [L] bool, the answer with its end token.

@@ -10,7 +10,7 @@ from typing import Any
 
 from cachekd.atomic import free_space
 from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
-from cachekd.cache.compare import facts, require_same
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.topk import default_top_p
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples
@@ -132,7 +132,12 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: D
     codec = teacher.codec if config.disk_budget is None else earlier.codec
     plan = _plan(config, samples, teacher, geometry, codec)
     where = str(config.out)
-    require_same(facts(earlier, earlier.source), facts(plan, plan.source), "the dump in this folder", where)
+    require_same(
+        dependencies(earlier, earlier.source),
+        dependencies(plan, plan.source),
+        "the dump in this folder",
+        where,
+    )
     return earlier
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cachekd.cache import CachedTargets, CodecSettings, LogitCache, SketchTail, TailStates, UniformTail
 from cachekd.cache.codec import TAIL_STEP
-from cachekd.cache.compare import facts, require_same
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.manifest import Header
 from cachekd.cache.recompress import cuts
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
@@ -158,7 +158,7 @@ def recheck(
     """
     manifest = cache.manifest
     header = Header(teacher=teacher.info(), fingerprints=teacher.files.fingerprints, codec=manifest.codec)
-    require_same(facts(manifest), facts(header), "the cache", str(cache.path))
+    require_same(dependencies(manifest), dependencies(header), "the cache", str(cache.path))
     places = {key: index for index, key in enumerate(samples.keys)}
     chosen, there = _choose(cache, places, count, seed)
     tolerance = TOLERANCE.get(manifest.teacher.dtype, 1.0)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cachekd.atomic import require_room_for
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
-from cachekd.cache.build import CacheBuild, find_plan, mean_fidelity
-from cachekd.cache.plan import DumpPlan, ShardRecord
-from cachekd.cache.tail.sketch import SKETCH_FILE
+from cachekd.cache.build import CacheBuild, find_plan
+from cachekd.cache.layout import SKETCH_FILE
+from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import first_good
@@ -117,7 +117,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         encoder = build.encoder(None if pilot is None else partial(pilot.fit, teacher))
 
     spans = build.plan.spans()
-    records = build.records(len(spans))
+    records = build.finished_shards(len(spans))
     missing = [number for number in range(len(spans)) if number not in records]
     size, done = sum(_shards(records, "bytes")), max(1, len(records))
     refuse_small_disk(config.out, size * len(missing) // done, f"the other {len(missing)} shards")
@@ -142,7 +142,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         known=known,
         progress=advance,
     )
-    records = build.records(len(spans))
+    records = build.finished_shards(len(spans))
     if len(records) == len(spans):
         build.assemble(len(spans))
     return _summary(build, records, len(spans), new_tokens, time.perf_counter() - started)
@@ -212,12 +212,16 @@ def _load_teacher(
     return measured[1]
 
 
-def _shards(records: dict[int, ShardRecord], name: str) -> list[int]:
+def _shards(records: dict[int, FinishedShard], name: str) -> list[int]:
     return [getattr(record.shard, name) for record in records.values() if record.shard is not None]
 
 
 def _summary(
-    build: CacheBuild[DumpPlan], records: dict[int, ShardRecord], shards: int, new_tokens: int, seconds: float
+    build: CacheBuild[DumpPlan],
+    records: dict[int, FinishedShard],
+    shards: int,
+    new_tokens: int,
+    seconds: float,
 ) -> DumpSummary:
     sketch = build.sketch_info()
     tokens = sum(_shards(records, "tokens"))
@@ -235,7 +239,7 @@ def _summary(
         skipped=sum(len(record.skipped) for record in records.values()),
         bytes=sum(_shards(records, "bytes")),
         sketch_bytes=sketch.bytes if sketch is not None else 0,
-        fidelity=mean_fidelity([record.shard for record in records.values() if record.shard is not None]),
+        fidelity=Fidelity.of_all(one.shard.fidelity for one in records.values() if one.shard is not None),
         mean_k=sum(_shards(records, "entries")) / max(1, tokens),
         new_tokens=new_tokens,
         seconds=seconds,

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.manifest import Geometry
-from cachekd.cache.plan import DumpPlan, ShardRecord
+from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.cache.shard_writer import ShardWriter
+from cachekd.cache.source import Geometry
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data import Encoded, Samples
 from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
@@ -57,7 +57,7 @@ def make_shards(
     )
     read = read_encoded(samples, teacher.encoder, list(unknown), workers=workers)
     stream = prefetched(read, geometry.group_samples)
-    finishing: Future[ShardRecord] | None = None
+    finishing: Future[FinishedShard] | None = None
     health = DataHealth(len(samples), samples.__getitem__)
     with ThreadPoolExecutor(1, "finish-shard") as background:
         try:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.topk import select_and_normalise
 from cachekd.data import Encoded, SampleEncoder, collate
-from cachekd.data.model_inputs import ModelInputs
+from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
 from cachekd.models.memory import failed_forward, together_or_each

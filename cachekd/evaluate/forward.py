@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.data import Encoded, SampleEncoder, collate
-from cachekd.data.model_inputs import ModelInputs
+from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.reference import Reference
 from cachekd.losses import forward_kl_loss

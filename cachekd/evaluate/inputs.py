@@ -84,7 +84,7 @@ def prior_of(
 
 def _answered(samples: Samples, index: int, on_error: OnError) -> Sequence[tuple[str, str]]:
     try:
-        return samples.outline(index).answered
+        return samples.preview(index).answered
     except BadSample as error:
         if not may_be_left_out(error, on_error):
             raise

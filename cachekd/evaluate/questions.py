@@ -141,7 +141,7 @@ def require_single_questions(samples: Samples) -> None:
     """
     for index in range(len(samples)):
         try:
-            count = len(samples.outline(index).answered)
+            count = len(samples.preview(index).answered)
             # An outline has answers that are not supervised too, about which nobody asks.
             refused = count > 1 and not _stand_alone(samples[index])
         except BadSample:

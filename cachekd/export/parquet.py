@@ -12,28 +12,11 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from cachekd.atomic import cannot_write, commit, make_folder
 from cachekd.cache import LogitCache
-from cachekd.cache.reader import ragged, require_top_k
+from cachekd.export.sparse import open_cache, ragged
 from cachekd.lock import staged_folder
 
-FACTS_FILE = "cachekd_export.json"
+EXPORT_FILE = "cachekd_export.json"
 EXPORT_VERSION = 1
-
-
-def facts_of(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
-    """As JSON has it."""
-    manifest = cache.manifest
-    return {
-        "export_version": EXPORT_VERSION,
-        "manifest_sha256": manifest.sha256,
-        "teacher": manifest.teacher.model_dump(mode="json"),
-        "fingerprints": manifest.fingerprints.model_dump(mode="json"),
-        "codec": manifest.codec.model_dump(mode="json"),
-        "top_k": top_k,
-        "samples": manifest.samples,
-        "tokens": manifest.tokens,
-    }
-
-
 _ROWS = 1_000  # of a row group: what a reader has in memory at least
 SCHEMA = pa.schema(
     [
@@ -45,6 +28,21 @@ SCHEMA = pa.schema(
         ("tail_logmass", pa.list_(pa.float32())),
     ]
 )
+
+
+def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
+    """What an export says of the cache that it was made from, as JSON."""
+    manifest = cache.manifest
+    return {
+        "export_version": EXPORT_VERSION,
+        "manifest_sha256": manifest.sha256,
+        "teacher": manifest.teacher.model_dump(mode="json"),
+        "fingerprints": manifest.fingerprints.model_dump(mode="json"),
+        "codec": manifest.codec.model_dump(mode="json"),
+        "top_k": top_k,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+    }
 
 
 def export_parquet(
@@ -73,30 +71,29 @@ def export_parquet(
     Raises:
         CachekdError: the cache is damaged or holds less than `top_k`, or `out` holds something.
     """
-    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-    require_top_k(cache, top_k)
-    facts = json.dumps(facts_of(cache, top_k), indent=2)
+    cache = open_cache(cache, top_k)
+    header = json.dumps(export_header(cache, top_k), indent=2)
     shards, rows = len(cache.manifest.shards), 0
-    with staged_folder(out, "export", last=FACTS_FILE) as staging:
+    with staged_folder(out, "export", last=EXPORT_FILE) as staging:
         make_folder(staging / "data")
         for number in range(shards):
             file = staging / "data" / f"train-{number:05d}-of-{shards:05d}.parquet"
-            for written in _write(file, facts, _rows(cache, number, top_k)):
+            for written in _write(file, header, _rows(cache, number, top_k)):
                 rows += written
                 progress(written)
-        commit(staging / FACTS_FILE, facts.encode())
+        commit(staging / EXPORT_FILE, header.encode())
     return rows
 
 
 def _rows(cache: LogitCache, number: int, top_k: int | None) -> Iterator[dict[str, Any]]:
-    for key, content_hash, records in cache.shard_records(number):
-        yield {"key": key, "content_hash": content_hash.hex(), **ragged(records, top_k)}
+    for key, content_hash, sparse in cache.shard_samples(number):
+        yield {"key": key, "content_hash": content_hash.hex(), **ragged(sparse, top_k)}
 
 
-def _write(file: Path, facts: str, rows: Iterator[dict[str, Any]]) -> Iterator[int]:
+def _write(file: Path, header: str, rows: Iterator[dict[str, Any]]) -> Iterator[int]:
     """Row group by row group; says how many rows each had."""
     try:
-        with pq.ParquetWriter(file, SCHEMA.with_metadata({"cachekd": facts}), compression="zstd") as writer:
+        with pq.ParquetWriter(file, SCHEMA.with_metadata({"cachekd": header}), compression="zstd") as writer:
             while group := [row for row, _ in zip(rows, range(_ROWS), strict=False)]:
                 writer.write_table(pa.Table.from_pylist(group, SCHEMA))
                 yield len(group)

@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cachekd.cache import LogitCache
-from cachekd.cache.reader import SparseTargets, require_top_k
+from cachekd.export.sparse import SparseTargets, open_cache
+
+_FILLS = {"token_ids": 0, "k": 0, "topk_ids": 0, "topk_logprobs": float("-inf"), "tail_logmass": 0}
 
 
 class CachedLogits(Dataset):
@@ -40,8 +42,7 @@ class CachedLogits(Dataset):
     """
 
     def __init__(self, cache: LogitCache | str | Path, top_k: int | None = None) -> None:
-        self.cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-        require_top_k(self.cache, top_k)
+        self.cache = open_cache(cache, top_k)
         self.keys, self.top_k = list(self.cache), top_k
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class CachedLogits(Dataset):
             IndexError: there is no such sample.
         """
         key = self.keys[index]
-        targets = SparseTargets.from_records(self.cache.records(key), self.top_k)
+        targets = SparseTargets.from_sparse(self.cache.sparse(key), self.top_k)
         tensors = {name: torch.from_numpy(values) for name, values in targets.arrays().items()}
         return {"key": key, **{name: _as_ids(values) for name, values in tensors.items()}}
 
@@ -76,9 +77,6 @@ class CachedLogits(Dataset):
         whole = [torch.ones(len(item["token_ids"]), dtype=torch.bool) for item in items]
         batch["answer_mask"] = pad_sequence(whole, batch_first=True)
         return batch
-
-
-_FILLS = {"token_ids": 0, "k": 0, "topk_ids": 0, "topk_logprobs": float("-inf"), "tail_logmass": 0}
 
 
 def _as_ids(values: Tensor) -> Tensor:

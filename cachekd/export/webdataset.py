@@ -1,4 +1,4 @@
-"""To WebDataset tars: every sample, images and conversation, and its cached targets beside it."""
+"""A cache as WebDataset tars: every sample, images and conversation, its cached targets beside it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 
 from cachekd.atomic import cannot_write, commit
 from cachekd.cache import LogitCache
-from cachekd.cache.reader import SparseTargets, require_top_k
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError
-from cachekd.export.parquet import FACTS_FILE, facts_of
+from cachekd.export.parquet import EXPORT_FILE, export_header
+from cachekd.export.sparse import SparseTargets, open_cache
 from cachekd.lock import staged_folder
 
 TARGETS = "targets.npz"
@@ -53,11 +53,10 @@ def export_webdataset(
         CachekdError: the data lack a sample or have another content, the cache is damaged or holds less than
             `top_k`, or `out` holds something.
     """
-    cache = cache if isinstance(cache, LogitCache) else LogitCache(cache)
-    require_top_k(cache, top_k)
+    cache = open_cache(cache, top_k)
     places = _places(cache, samples)
     written = 0
-    with staged_folder(out, "export", last=FACTS_FILE) as staging:
+    with staged_folder(out, "export", last=EXPORT_FILE) as staging:
         for number in range(len(cache.manifest.shards)):
             file = staging / f"{number:05d}.tar"
             try:
@@ -72,7 +71,7 @@ def export_webdataset(
                         progress(1)
             except OSError as error:
                 raise cannot_write(file, error) from None
-        commit(staging / FACTS_FILE, json.dumps(facts_of(cache, top_k), indent=2).encode())
+        commit(staging / EXPORT_FILE, json.dumps(export_header(cache, top_k), indent=2).encode())
     return written
 
 
@@ -105,8 +104,8 @@ def _places(cache: LogitCache, samples: Samples) -> dict[str, int]:
 def _samples(
     cache: LogitCache, number: int, samples: Samples, places: dict[str, int], top_k: int | None
 ) -> Iterator[list[Member]]:
-    """The members of each sample of a shard."""
-    for key, content_hash, records in cache.shard_records(number):
+    """Yield the members of each sample of a shard."""
+    for key, content_hash, sparse in cache.shard_samples(number):
         if key not in places:  # of a bound cache: the data have the sample under another key
             continue
         sample = samples[places[key]]
@@ -119,7 +118,7 @@ def _samples(
                 fix="give the data that were dumped, or run `cachekd dump` again",
             )
         stream = io.BytesIO()
-        arrays = SparseTargets.from_records(records, top_k).arrays()
+        arrays = SparseTargets.from_sparse(sparse, top_k).arrays()
         np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]  # numpy's stub has an option first
         name = member_name(key)
         yield [*_members(name, sample), (f"{name}.{TARGETS}", stream.getvalue())]

@@ -195,7 +195,7 @@ def _put_s3(fs: Any, source: str, path: str, moved: Moved) -> None:
 
 
 def _put_by_link(fs: Any, source: str, path: str, moved: Moved) -> None:
-    """Of this machine and its mounts; where these have no links, as elsewhere."""
+    """Put a file on this machine or its mounts; where these have no links, as elsewhere."""
     with _temporary(fs, path) as temporary:
         AbstractFileSystem.put_file(fs, source, temporary, callback=moved)
         with open(temporary, "rb") as stream:

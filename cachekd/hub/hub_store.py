@@ -150,7 +150,7 @@ class HubStore:
         )
 
     def remove(self, name: str) -> None:
-        """Nothing: the history keeps it, and what is there was compared in the commit that it was put on."""
+        """Do nothing: the history keeps it, and what is there was compared in the commit before it."""
 
     def _on_top(self, upload: Callable[..., Any], **what: Any) -> bool:
         """Commit on what was read, or on our own last commit; False if that is no longer the newest one."""

@@ -1,9 +1,16 @@
-"""Fetch a cache, or find the one that was fetched."""
+"""Fetch a published cache, or some of its shards. Nothing has its name before its content was verified.
+
+OUT/.pull/manifest.json     what is being fetched; gone when the cache is whole
+OUT/.pull/shards/...        files under way
+OUT/shards/...              verified
+OUT/manifest.json           last: the folder is a cache
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -11,26 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekd.atomic import (
-    cannot_write,
-    commit,
-    contents,
-    free_space,
-    make_folder,
-    require_new_folder,
-    sync_folder,
-)
-from cachekd.cache.build import SHARD_FOLDER
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest
+from cachekd.atomic import cannot_write, commit, free_space, make_folder, sync_folder
+from cachekd.cache.layout import SHARD_FOLDER
+from cachekd.cache.manifest import Fidelity, Manifest
 from cachekd.cache.sealed import MOST_JSON
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.hub.store import Store, open_store
-from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, some_shards, untold
-from cachekd.lock import alone
-from cachekd.paths import is_address
+from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, untold
+from cachekd.lock import alone, entries, require_new_folder
+from cachekd.paths import MANIFEST_FILE, cache_home, is_address
 
 PULL_FOLDER = ".pull"
+_PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,31 @@ def read_published(store: Store) -> Published:
             ) from None
 
 
+def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
+    """The manifest of a part. Shards keep their names, so that parts can be told apart and merged.
+
+    Raises:
+        CachekdError: it is no list of shards, or not of this cache.
+    """
+    count = len(manifest.shards)
+    places: set[int] = set()
+    for piece in wanted.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", piece)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < count:
+            raise CachekdError(
+                "--shards is no list of this cache's shards",
+                where=where,
+                expected=f"numbers from 0 to {count - 1}, such as 0-9 or 0-3,7",
+                found=wanted,
+            )
+        places |= set(range(first, last + 1))
+    chosen = [info for place, info in enumerate(manifest.shards) if place in places]
+    fidelity = Fidelity.of_all(info.fidelity for info in chosen)
+    part = manifest.model_copy(update={"shards": chosen, "fidelity": fidelity})
+    return Manifest.model_validate_json(part.to_json())  # with its own seal
+
+
 def fetch_into(store: Store, out: Path, published: Published, progress: Progress) -> Sequence[Listed]:
     """Fetch what is not there yet, into a folder that this process holds.
 
@@ -156,7 +181,7 @@ def fetch_into(store: Store, out: Path, published: Published, progress: Progress
 
 
 def _require_ours(out: Path, published: Published) -> None:
-    """Raises CachekdError: the folder is neither new nor of a pull of this manifest."""
+    """Refuse a folder that is neither new nor of a pull of this manifest."""
     there = [path for path in (out / MANIFEST_FILE, out / PULL_FOLDER / MANIFEST_FILE) if path.is_file()]
     if any(path.read_bytes() != published.content for path in there):
         raise CachekdError(
@@ -165,12 +190,12 @@ def _require_ours(out: Path, published: Published) -> None:
             expected="a new or empty folder: nothing is ever overwritten",
             fix="choose another folder; parts can be joined with `cachekd merge`",
         )
-    if not there and not (out.is_dir() and {path.name for path in contents(out)} == {PULL_FOLDER}):
+    if not there and not (out.is_dir() and {path.name for path in entries(out)} == {PULL_FOLDER}):
         require_new_folder(out, "cache")
 
 
 def _require_space(out: Path, files: Sequence[Listed]) -> None:
-    """Raises CachekdError: the files do not fit on the disk."""
+    """Refuse files that do not fit on the disk."""
     needed = sum(file.bytes for file in files)
     _, free = free_space(out)
     if needed > free:
@@ -204,16 +229,6 @@ def _is_whole(out: Path, file: Listed) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-_PATIENCE = 24 * 3600.0  # seconds that processes of one training wait for the one that fetches
-
-
-def cache_home() -> Path:
-    """Where fetched caches are kept: $CACHEKD_HOME, or cachekd in the user's folder for such things."""
-    if home := os.environ.get("CACHEKD_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachekd"
 
 
 def local_folder(
@@ -251,7 +266,7 @@ def local_folder(
 
 
 def _require_as_fetched(folder: Path, address: str, published: Published) -> None:
-    """By sizes: checksums are compared as each file is read.
+    """Compare sizes: checksums are compared as each file is read.
 
     Raises:
         CachekdError: the manifest is not the published one, or a file has another size.

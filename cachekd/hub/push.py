@@ -2,97 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import DatasetCardData
 
-from cachekd.cache.manifest import MANIFEST_FILE, Manifest
+from cachekd.cache.manifest import Manifest
 from cachekd.cache.overview import bytes_per_token, fidelity, fingerprints, origin
 from cachekd.cache.verify import verify_files
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.hub.hub_store import HubStore
-from cachekd.hub.store import OtherContent, Store, claimed, holds, open_store
+from cachekd.hub.store import OtherContent, Store, holds, open_store
 from cachekd.hub.transfer import CARD_FILE, Listed, Progress, listed, listed_files, untold
+from cachekd.lock import said, this_process
+from cachekd.paths import MANIFEST_FILE
 
+_LOOKS = 8  # at what is there, until all of it is
+CLAIM_FILE = ".push.json"
+_MOST_CLAIM = 10_000  # bytes of it
 UNKNOWN = "unknown"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
-
-
-def dataset_card(manifest: Manifest, address: str, license: str | None) -> str:
-    """The card's Markdown with its YAML header.
-
-    Args:
-        address: where the cache will be, which the commands in the card name.
-        license: as the hub names it (`apache-2.0`, `cc-by-4.0`, `other`); None: unknown.
-
-    Raises:
-        CachekdError: the licence is no such name.
-    """
-    if license is not None and not _LICENSE.fullmatch(license):
-        raise CachekdError(
-            "this is no name of a licence",
-            where="--license",
-            expected="as the hub names them: apache-2.0, mit, cc-by-4.0, cc-by-nc-4.0, other, unknown, ...",
-            found=license,
-        )
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cachekd.hub", "templates"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    name = address.rstrip("/").rpartition("/")[2].partition("@")[0]
-    return environment.get_template("dataset_card.md.jinja").render(
-        header=_header(manifest, name, license or UNKNOWN),
-        name=name,
-        address=address if "://" in address else f"hf://datasets/{address}",
-        unknown_license=(license or UNKNOWN) == UNKNOWN,
-        license=license,
-        rows=[(label, _cell(value)) for label, value in _facts(manifest).items()],
-        manifest=manifest,
-    )
-
-
-def _header(manifest: Manifest, name: str, license: str) -> str:
-    size = next((tag for limit, tag in _SIZES if manifest.samples < limit), "n>1M")
-    data = DatasetCardData(
-        license=license,
-        pretty_name=name,
-        tags=["cachekd", "switch-kd", "knowledge-distillation", "logits", "vision-language-models"],
-        task_categories=["image-text-to-text"],
-        size_categories=[size],
-        viewer=False,  # shards are no tables
-    )
-    return data.to_yaml()
-
-
-def _facts(manifest: Manifest) -> dict[str, str]:
-    left_out = f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"
-    return {
-        **origin(manifest),
-        "samples": f"{manifest.samples:,}",
-        "left out": left_out,
-        "answer tokens": f"{manifest.tokens:,}",
-        "size": f"{manifest.size + manifest.sketch_bytes:,} bytes in {len(manifest.shards):,} shards",
-        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
-        **fidelity(manifest),
-        **fingerprints(manifest),
-    }
-
-
-def _cell(value: str) -> str:
-    """Text in a Markdown table, whatever is in a path."""
-    text = " ".join(value.split())
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
-
-
-_LOOKS = 8  # at what is there, until all of it is
 
 
 @dataclass(frozen=True)
@@ -217,3 +153,119 @@ def _bring(
         if MANIFEST_FILE in sent and store.sha256(MANIFEST_FILE) == last.sha256:
             store.remove(MANIFEST_FILE)
         raise
+
+
+@contextmanager
+def claimed(store: Store, manifest: str) -> Iterator[None]:
+    """A file that names the manifest's checksum, made before the first upload and removed at the end. After
+    an interruption it stays, and the same cache goes on under it. The hub has conditional commits instead.
+
+    Where the store makes no file conditionally, two that begin in the same moment may both believe to be the
+    first; then the comparison before and after the manifest refuses them.
+
+    Args:
+        manifest: sha256 of the manifest's file.
+
+    Raises:
+        OtherContent: another cache is being pushed there.
+    """
+    if isinstance(store, HubStore):
+        yield
+        return
+    made = store.put_first(CLAIM_FILE, json.dumps({"manifest": manifest, **this_process()}).encode())
+    try:
+        _require_ours(store, manifest)
+        yield
+    except OtherContent:
+        if made:
+            store.remove(CLAIM_FILE)
+        raise
+    store.remove(CLAIM_FILE)
+
+
+def _require_ours(store: Store, manifest: str) -> None:
+    content = store.read(CLAIM_FILE, _MOST_CLAIM)
+    if content is None:
+        return  # its push has just ended: what is there now will be compared
+    try:
+        theirs = str(json.loads(content)["manifest"])
+    except (ValueError, LookupError, TypeError):
+        theirs = "a cache that it does not name"
+    if theirs != manifest:
+        raise OtherContent(
+            "another cache is being pushed to this address",
+            where=store.url,
+            expected=f"a push of the manifest with sha256 {manifest}",
+            found=f"one of {theirs}, by {said(content)}",
+            fix="publish under another name, or wait for it; if that push has died, repeat its command, or "
+            f"remove {store.url}/{CLAIM_FILE} and what it left there",
+        )
+
+
+def dataset_card(manifest: Manifest, address: str, license: str | None) -> str:
+    """The card's Markdown with its YAML header.
+
+    Args:
+        address: where the cache will be, which the commands in the card name.
+        license: as the hub names it (`apache-2.0`, `cc-by-4.0`, `other`); None: unknown.
+
+    Raises:
+        CachekdError: the licence is no such name.
+    """
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise CachekdError(
+            "this is no name of a licence",
+            where="--license",
+            expected="as the hub names them: apache-2.0, mit, cc-by-4.0, cc-by-nc-4.0, other, unknown, ...",
+            found=license,
+        )
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cachekd.hub", "templates"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    name = address.rstrip("/").rpartition("/")[2].partition("@")[0]
+    return environment.get_template("dataset_card.md.jinja").render(
+        header=_header(manifest, name, license or UNKNOWN),
+        name=name,
+        address=address if "://" in address else f"hf://datasets/{address}",
+        unknown_license=(license or UNKNOWN) == UNKNOWN,
+        license=license,
+        rows=[(label, _cell(value)) for label, value in _rows(manifest).items()],
+        manifest=manifest,
+    )
+
+
+def _header(manifest: Manifest, name: str, license: str) -> str:
+    size = next((tag for limit, tag in _SIZES if manifest.samples < limit), "n>1M")
+    data = DatasetCardData(
+        license=license,
+        pretty_name=name,
+        tags=["cachekd", "switch-kd", "knowledge-distillation", "logits", "vision-language-models"],
+        task_categories=["image-text-to-text"],
+        size_categories=[size],
+        viewer=False,  # shards are no tables
+    )
+    return data.to_yaml()
+
+
+def _rows(manifest: Manifest) -> dict[str, str]:
+    left_out = f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"
+    return {
+        **origin(manifest),
+        "samples": f"{manifest.samples:,}",
+        "left out": left_out,
+        "answer tokens": f"{manifest.tokens:,}",
+        "size": f"{manifest.size + manifest.sketch_bytes:,} bytes in {len(manifest.shards):,} shards",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
+        **fidelity(manifest),
+        **fingerprints(manifest),
+    }
+
+
+def _cell(value: str) -> str:
+    """Text in a Markdown table, whatever is in a path."""
+    text = " ".join(value.split())
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)

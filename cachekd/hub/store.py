@@ -1,19 +1,15 @@
-"""A store by its address, and who pushes into it."""
+"""A store, by its address."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
-from cachekd.hub.hub_store import HubStore
 from cachekd.hub.transfer import Listed, Progress, reach
-from cachekd.lock import said, this_process
 from cachekd.paths import HUB_CACHE, is_path
 
 FORMS = (
@@ -36,11 +32,11 @@ class Store(Protocol):
         ...
 
     def sha256(self, name: str) -> str | None:
-        """Of a file, None where there is none; a store that keeps no such checksum reads the file."""
+        """The checksum of a file, None where there is none; a store that keeps none reads the file."""
         ...
 
     def read(self, name: str, most: int) -> bytes | None:
-        """A small file, None where there is none.
+        """Read a small file; None where there is none.
 
         Raises:
             CachekdError: it has more bytes than `most`.
@@ -124,54 +120,3 @@ def _advice(address: str) -> str | None:
     if address.startswith("hf://"):
         return "a cache is the whole of a data set repository: hf://datasets/org/name"
     return f"for a folder on this disk: ./{address}"
-
-
-CLAIM_FILE = ".push.json"
-_MOST = 10_000  # bytes
-
-
-@contextmanager
-def claimed(store: Store, manifest: str) -> Iterator[None]:
-    """A file that names the manifest's checksum, made before the first upload and removed at the end. After
-    an interruption it stays, and the same cache goes on under it. The hub has conditional commits instead.
-
-    Where the store makes no file conditionally, two that begin in the same moment may both believe to be the
-    first; then the comparison before and after the manifest refuses them.
-
-    Args:
-        manifest: sha256 of the manifest's file.
-
-    Raises:
-        OtherContent: another cache is being pushed there.
-    """
-    if isinstance(store, HubStore):
-        yield
-        return
-    made = store.put_first(CLAIM_FILE, json.dumps({"manifest": manifest, **this_process()}).encode())
-    try:
-        _require_ours(store, manifest)
-        yield
-    except OtherContent:
-        if made:
-            store.remove(CLAIM_FILE)
-        raise
-    store.remove(CLAIM_FILE)
-
-
-def _require_ours(store: Store, manifest: str) -> None:
-    content = store.read(CLAIM_FILE, _MOST)
-    if content is None:
-        return  # its push has just ended: what is there now will be compared
-    try:
-        theirs = str(json.loads(content)["manifest"])
-    except (ValueError, LookupError, TypeError):
-        theirs = "a cache that it does not name"
-    if theirs != manifest:
-        raise OtherContent(
-            "another cache is being pushed to this address",
-            where=store.url,
-            expected=f"a push of the manifest with sha256 {manifest}",
-            found=f"one of {theirs}, by {said(content)}",
-            fix="publish under another name, or wait for it; if that push has died, repeat its command, or "
-            f"remove {store.url}/{CLAIM_FILE} and what it left there",
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +13,8 @@ from typing import TypeVar
 
 from fsspec.callbacks import Callback
 
-from cachekd.cache.build import SHARD_FOLDER, mean_fidelity
+from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE
 from cachekd.cache.manifest import Manifest
-from cachekd.cache.plan import SKIPPED_FILE
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 
@@ -26,6 +24,8 @@ _CERTAIN = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryEr
 _CERTAIN += (ValueError, TypeError, NotImplementedError, InterruptedError)  # type: ignore[assignment]
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _BUSY = (408, 429)  # of HTTP's 4xx, those that pass
+CARD_FILE = "README.md"
+Progress = Callable[[int], None]  # is told of bytes that are done; of fewer than none when they came in vain
 
 
 def reach(
@@ -114,9 +114,6 @@ def _explained(error: BaseException, where: str, problem: str) -> CachekdError:
     )
 
 
-CARD_FILE = "README.md"
-
-
 @dataclass(frozen=True)
 class Listed:
     """A file that the manifest lists.
@@ -132,7 +129,7 @@ class Listed:
 
 
 def listed(name: str, content: bytes) -> Listed:
-    """What a manifest would list of a file with this content."""
+    """List a file with this content as a manifest would."""
     return Listed(name, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -148,30 +145,6 @@ def listed_files(manifest: Manifest) -> list[Listed]:
     return files
 
 
-def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
-    """The manifest of a part. Shards keep their names, so that parts can be told apart and merged.
-
-    Raises:
-        CachekdError: it is no list of shards, or not of this cache.
-    """
-    count = len(manifest.shards)
-    places: set[int] = set()
-    for piece in wanted.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*", piece)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not first <= last < count:
-            raise CachekdError(
-                "--shards is no list of this cache's shards",
-                where=where,
-                expected=f"numbers from 0 to {count - 1}, such as 0-9 or 0-3,7",
-                found=wanted,
-            )
-        places |= set(range(first, last + 1))
-    chosen = [info for place, info in enumerate(manifest.shards) if place in places]
-    part = manifest.model_copy(update={"shards": chosen, "fidelity": mean_fidelity(chosen)})
-    return Manifest.model_validate_json(part.to_json())  # with its own seal
-
-
 def not_listed(where: str, expected: str, found: str) -> CachekdError:
     """What to tell of a published file that the manifest does not know so."""
     return CachekdError(
@@ -181,9 +154,6 @@ def not_listed(where: str, expected: str, found: str) -> CachekdError:
         found=found,
         fix="run the same command again; if it stays so, tell who published it: the files were changed",
     )
-
-
-Progress = Callable[[int], None]  # is told of bytes that are done; of fewer than none when they came in vain
 
 
 def untold(done: int) -> None:
@@ -227,11 +197,11 @@ class Moved(Callback):
         self._progress(inc)
 
     def finish(self) -> None:
-        """The rest was there before."""
+        """Count the rest, which was there before."""
         self._progress(self.listed - self.value)
 
     def undo(self) -> None:
-        """It came in vain."""
+        """Take back what was told: it came in vain."""
         self._progress(-self.value)
 
     def _refuse(self, found: str) -> None:
@@ -240,7 +210,7 @@ class Moved(Callback):
 
 
 def while_bytes_move(call: Callable[[], object], moved: Moved, timeout: float) -> None:
-    """For a client that cannot be told how long to wait for a byte.
+    """Run a client that cannot be told how long to wait for a byte.
 
     Raises:
         CachekdError: none came for `timeout` seconds.

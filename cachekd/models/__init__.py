@@ -1,8 +1,8 @@
 """The V | P | L split of vision-language models, and the switch."""
 
-from cachekd.models.bridge import BridgePlan, SwitchBridge, plan_bridge
+from cachekd.models.bridge import SwitchBridge, plan_bridge
 from cachekd.models.compat import check_switch, check_tokenizers, limits_of, tokenizer_difference
-from cachekd.models.families import family_of, language_model, projectors_in_tower, vision_tower
+from cachekd.models.families import language_model
 from cachekd.models.head import DeferredHead, output_head, vocabulary_of
 from cachekd.models.loading import (
     default_device,
@@ -31,10 +31,9 @@ from cachekd.models.split import (
     prove_split,
 )
 from cachekd.models.switch import LiveTeacher, SwitchedTeacher
-from cachekd.models.weights import model_content, weights_files
+from cachekd.models.weights import model_content
 
 __all__ = [
-    "BridgePlan",
     "DeferredHead",
     "LiveTeacher",
     "ModelFiles",
@@ -50,7 +49,6 @@ __all__ = [
     "dtype_of",
     "empty_model",
     "encode",
-    "family_of",
     "generation_stops",
     "hidden_and_logits_at",
     "language_model",
@@ -65,13 +63,10 @@ __all__ = [
     "parameters_by_part",
     "plan_bridge",
     "project",
-    "projectors_in_tower",
     "prove_split",
     "reach_by_text",
     "save_processor",
     "tokenizer_difference",
     "train_only",
-    "vision_tower",
     "vocabulary_of",
-    "weights_files",
 ]

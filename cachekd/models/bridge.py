@@ -1,4 +1,9 @@
-"""The switch bridge, beyond the paper: a trained map between V_S and P_T, and how it trains."""
+"""A trained bridge between the student's vision encoder and the teacher's projector. Beyond the paper.
+
+The paper's switch feeds V_S's output to P_T as it is, so V_S must have the width and the grid of V_T. Where
+it has not, a bridge brings each image's patches to the teacher's grid and width. It trains by L_VSD alone and
+is no part of the student: what is used in the end needs it as little as it needs the teacher.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +80,11 @@ def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
             student,
             fix="leave --switch-bridge out",
         )
-    mended = {width_setting(teacher)}
-    tokens_stay = same_tower and all(difference.setting in mended for difference in differences)
+    bridged = {width_setting(teacher)}
+    tokens_stay = same_tower and all(difference.setting in bridged for difference in differences)
     if not tokens_stay and _is_one_square(teacher) and _is_one_square(student):
-        mended |= {*GRID, _STRATEGY}
-    check_switch(teacher, student, mended=frozenset(mended))
+        bridged |= {*GRID, _STRATEGY}
+    check_switch(teacher, student, bridged=frozenset(bridged))
     layer = getattr(teacher, "vision_feature_layer", None)
     if teacher.model_type not in (*_ONE_SQUARE, *_TILED) or isinstance(layer, list | tuple):
         raise _refused(
@@ -174,8 +179,8 @@ class SwitchBridge(nn.Module):
         leading = torch.cat([missing, leading[:, :theirs]], dim=1)
         return torch.cat([self.linear(leading), self.linear(resampled(patches, side, other))], dim=1)
 
-    def describe(self) -> dict[str, Any]:
-        """For the run's JSON."""
+    def summary(self) -> dict[str, Any]:
+        """What a run's JSON says of it."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return {
             "kind": "linear",
@@ -188,7 +193,7 @@ class SwitchBridge(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `switch_bridge.safetensors`, with what it is in its metadata."""
         weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
-        commit(folder / BRIDGE_FILE, save(weights, metadata={"switch_bridge": json.dumps(self.describe())}))
+        commit(folder / BRIDGE_FILE, save(weights, metadata={"switch_bridge": json.dumps(self.summary())}))
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -249,13 +254,13 @@ def no_sharding() -> CachekdError:
 
 
 def add_to_optimizer(optimizer: Optimizer, bridge: SwitchBridge, weight_decay: float) -> None:
-    """As the Trainer does with the student's layers: a bias has no weight decay."""
+    """Add it as the Trainer adds the student's layers: a bias has no weight decay."""
     optimizer.add_param_group({"params": [bridge.linear.weight], "weight_decay": weight_decay})
     optimizer.add_param_group({"params": [bridge.linear.bias], "weight_decay": 0.0})
 
 
 def mean_gradients(bridge: SwitchBridge, accelerator: Accelerator) -> None:
-    """Over all processes. Not by DDP: it would wait for a process whose batch has no image."""
+    """Take the mean over all processes. Not by DDP: it would wait for a process whose batch has no image."""
     for parameter in bridge.parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = accelerator.reduce(gradient, reduction="mean")

@@ -13,6 +13,9 @@ from cachekd.models.families import GRID, Family, family_of, vision_tower_name
 from cachekd.models.fingerprint import tokenizer_fingerprint
 
 _SHOWN = 3  # tokens that differ
+# transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
+# the scaled one; a model without positions (Bloom, Mamba) has none.
+_CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
 def check_tokenizers(teacher: Any, student: Any) -> None:
@@ -68,19 +71,19 @@ class SwitchDifference:
     student: Any
 
 
-def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozenset()) -> None:
+def check_switch(teacher: Any, student: Any, *, bridged: frozenset[str] = frozenset()) -> None:
     """Refuse a student whose visual features the teacher's projector cannot take.
 
     Args:
         teacher: the teacher's config.
         student: the student's config.
-        mended: settings that may differ, as a bridge sees to them (`plan_bridge`).
+        bridged: settings that may differ, as a bridge sees to them (`plan_bridge`).
 
     Raises:
         CachekdError: another family, or one of the facts that the family says must agree differs.
     """
     for difference in switch_differences(teacher, student):
-        if difference.setting in mended:
+        if difference.setting in bridged:
             continue
         raise CachekdError(
             "the student's visual features cannot be switched into the teacher",
@@ -89,7 +92,7 @@ def check_switch(teacher: Any, student: Any, *, mended: frozenset[str] = frozens
             found=difference.student,
             fix="use a student whose vision encoder has the teacher's width and grid, or train with "
             "--lambda-vsd 0"
-            + ("" if mended else "; `cachekd check` says whether --switch-bridge linear would do"),
+            + ("" if bridged else "; `cachekd check` says whether --switch-bridge linear would do"),
         )
 
 
@@ -131,11 +134,6 @@ def _setting(config: Any, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part, None)
     return list(config) if isinstance(config, tuple) else config
-
-
-# transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
-# the scaled one; a model without positions (Bloom, Mamba) has none.
-_CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
 def limits_of(

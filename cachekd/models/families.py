@@ -256,5 +256,5 @@ def projectors_in_tower(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """L without its head."""
+    """Find L without its head."""
     return model.get_decoder()

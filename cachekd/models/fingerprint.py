@@ -1,4 +1,11 @@
-"""What must not change between dump and training: tokenizer, template, image processing, encoding."""
+"""Fingerprints: what a cache depends on, as sha256 over canonical JSON.
+
+A cache is stale as soon as one of these changes, so each covers what changes the numbers and nothing else
+(not the folder a tokenizer was loaded from, not its padding side).
+
+The parts can be what they were, and the token ids be others all the same: whether the tokenizer adds a BOS
+token that the template leaves out is decided by who calls it. So a fixed text is encoded as well.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +23,7 @@ from cachekd.data.images import READING
 from cachekd.data.processor import Processor
 from cachekd.data.render import Messages
 from cachekd.data.sample import Sample
-from cachekd.data.supervision import takes_suffix
+from cachekd.data.supervision import is_paligemma
 from cachekd.errors import CachekdError
 
 # Never to be changed: caches hold a fingerprint of what became of it.
@@ -29,9 +36,20 @@ CONVERSATION: Messages = tuple(
         ("assistant", "There are 12; no, it is not."),
     )
 )
+_VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
+# Of a family's own processor, not of its image processor: how many tokens an image has in the text.
+_IMAGE_TOKENS = (
+    "image_seq_length",  # InternVL, Gemma 3
+    "image_seq_len",  # Idefics3, SmolVLM
+    "num_image_tokens",  # LLaVA-OneVision
+    "vision_aspect_ratio",
+    "spatial_merge_size",  # Mistral 3
+)
+# Where a model was loaded from, by what, and how it computes: no part of what it is.
+_NOT_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
 
 
-def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
+def encode_conversation(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
     """Encode the conversation without images; of one that needs them, the first question with a black one.
 
     Returns:
@@ -39,7 +57,7 @@ def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
         chat template or the processor refuses the conversation.
     """
     encoder = encoder.without_limits()  # which are no part of how text becomes tokens
-    if takes_suffix(encoder.processor):
+    if is_paligemma(encoder.processor):
         sample = Sample("probe", (Image.new("RGB", (8, 8)),), tuple(CONVERSATION[:2]), "a probe text")
     else:
         sample = Sample("probe", (), tuple(CONVERSATION), "a probe text")
@@ -52,19 +70,6 @@ def probe_encoding(encoder: SampleEncoder) -> tuple[Tensor, Tensor] | None:
         return ids, encoded.supervised
     is_text = ids != encoder.image_token_id
     return ids[is_text], encoded.supervised[is_text]
-
-
-_VERSIONS = ("cachekd", "torch", "transformers", "tokenizers", "pillow", "zarr", "numcodecs")
-
-
-# Of a family's own processor, not of its image processor: how many tokens an image has in the text.
-_IMAGE_TOKENS = (
-    "image_seq_length",  # InternVL, Gemma 3
-    "image_seq_len",  # Idefics3, SmolVLM
-    "num_image_tokens",  # LLaVA-OneVision
-    "vision_aspect_ratio",
-    "spatial_merge_size",  # Mistral 3
-)
 
 
 def _sha256(value: Any) -> str:
@@ -83,7 +88,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def template_fingerprint(template: str) -> str:
-    """The chat template's text."""
+    """Hash the chat template's text."""
     return _sha256(template)
 
 
@@ -92,7 +97,7 @@ def encoding_fingerprint(encoder: SampleEncoder) -> str | None:
 
     The parts' own fingerprints do not say how they are put together, such as who writes BOS.
     """
-    found = probe_encoding(encoder)
+    found = encode_conversation(encoder)
     return None if found is None else _sha256([values.tolist() for values in found])
 
 
@@ -124,10 +129,6 @@ def image_reading(processor: Processor) -> int | None:
 def reads_images_otherwise(stored: Fingerprints) -> bool:
     """Whether a cache may be of images that were read in another way than today's."""
     return stored.image_token != "" and stored.image_reading != READING
-
-
-# Where a model was loaded from, by what, and how it computes: no part of what it is.
-_NOT_THE_MODEL = {"_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype"}
 
 
 def config_fingerprint(config: Any) -> str:

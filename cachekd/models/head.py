@@ -14,10 +14,14 @@ from transformers import PreTrainedModel
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.sketch import capped
 from cachekd.errors import CachekdError
-from cachekd.models.split import hidden_and_logits_at, in_eval_mode, rounding
+from cachekd.models.split import hidden_and_logits_at, in_eval_mode, rounding_tolerance
+
+log = logging.getLogger(__name__)
 
 # Share of the logits' deviation by which a head may miss them: what rounding in the dtype explains.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+# What the language model needs when no image is there.
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def output_head(
@@ -46,15 +50,12 @@ def output_head(
     weight = layer.weight.detach()[:vocab_size]
     bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[:vocab_size]
     target = logits[:, :vocab_size].float()
-    plain = OutputHead(weight, bias).logits(hidden)
-    misses = {}
-    for softcap in {None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)}:
-        scale = scale_between(plain, target, softcap)
+
+    def head(scale: float, softcap: float | None) -> OutputHead:
         scaled = weight if scale == 1 else (weight.float() * scale).to(weight.dtype)
-        shifted = bias if bias is None or scale == 1 else bias.float() * scale
-        head = OutputHead(scaled, shifted, softcap)
-        misses[float((head.logits(hidden) - target).abs().max() / target.std())] = head
-    miss = min(misses)
+        return OutputHead(scaled, bias if bias is None or scale == 1 else bias.float() * scale, softcap)
+
+    miss, scale, softcap = _measured(model, target, lambda *found: head(*found).logits(hidden))
     if not miss <= _TOLERANCE.get(weight.dtype, 8e-2):
         raise CachekdError(
             "the teacher's logits do not follow from its final hidden state by a matrix, a scale and a cap",
@@ -63,27 +64,7 @@ def output_head(
             found=f"off by {miss:.1%}",
             fix=instead,
         )
-    return misses[miss]
-
-
-def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
-    return min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
-
-
-def scale_between(plain: Tensor, target: Tensor, softcap: float | None) -> float:
-    """The factor from logits `plain` to `target` before its cap, by least squares; 1 where it is nearly 1."""
-    if softcap is not None:
-        steep = target.abs() < 0.9 * softcap  # where the cap can be undone
-        plain, target = plain[steep], (target[steep] / softcap).atanh() * softcap
-    scale = float((target * plain).sum() / plain.square().sum().clamp(min=1e-12))
-    return 1.0 if abs(scale - 1) < 0.01 else scale
-
-
-log = logging.getLogger(__name__)
-
-# What the language model needs when no image is there.
-_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+    return head(scale, softcap)
 
 
 class DeferredHead:
@@ -107,8 +88,6 @@ class DeferredHead:
             positions: [B, S] bool, some places in it.
         """
         self.module: nn.Module = model.get_output_embeddings()
-        self.scale = 1.0
-        self.softcap: float | None = None
         self.reason: str | None = None
         with in_eval_mode(model), torch.no_grad():
             row = positions.any(-1).int().argmax()[None]
@@ -118,15 +97,9 @@ class DeferredHead:
         self.vocab_size = logits.shape[-1]
 
     def _measure(self, model: PreTrainedModel, hidden: Tensor, logits: Tensor) -> None:
-        target, plain = logits.float(), self.module(hidden).float()
-        misses: dict[float, tuple[float, float | None]] = {}
-        for softcap in {None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)}:
-            self.scale, self.softcap = scale_between(plain, target, softcap), softcap
-            miss = float((self.logits(hidden).float() - target).abs().max() / target.std())
-            misses[miss] = self.scale, self.softcap
-        miss = min(misses)
-        self.scale, self.softcap = misses[miss]
-        if not miss <= rounding(logits.dtype):
+        target = logits.float()
+        miss, self.scale, self.softcap = _measured(model, target, lambda *by: self._applied(hidden, *by))
+        if not miss <= rounding_tolerance(logits.dtype):
             self.reason = f"its logits do not follow from its final hidden states (off by {miss:.1%})"
             log.warning(
                 "%s: %s; the logits of a whole batch will be held at once",
@@ -165,5 +138,42 @@ class DeferredHead:
         """[n, V], the wrapper's logits, from n rows of `states`."""
         if self.reason is not None:
             return states
+        return self._applied(states, self.scale, self.softcap)
+
+    def _applied(self, states: Tensor, scale: float, softcap: float | None) -> Tensor:
         logits = self.module(states)
-        return capped(logits if self.scale == 1 else logits * self.scale, self.softcap)
+        return capped(logits if scale == 1 else logits * scale, softcap)
+
+
+def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
+    return min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+
+
+def _measured(
+    model: PreTrainedModel, target: Tensor, logits: Callable[[float, float | None], Tensor]
+) -> tuple[float, float, float | None]:
+    """Find the scale and the cap by which a head's logits are those of the model.
+
+    Args:
+        target: the model's, float32.
+        logits: the head's, for a scale and a cap.
+
+    Returns:
+        by what share of their deviation the nearest ones miss; their scale, and their cap.
+    """
+    plain, found = logits(1.0, None).float(), []
+    for softcap in {None, getattr(model.config.get_text_config(), "final_logit_softcapping", None)}:
+        scale = scale_between(plain, target, softcap)
+        miss = float((logits(scale, softcap).float() - target).abs().max() / target.std())
+        found.append((miss, scale, softcap))
+    return min(found, key=lambda one: one[0])
+
+
+def scale_between(plain: Tensor, target: Tensor, softcap: float | None) -> float:
+    """The factor from logits `plain` to `target` before its cap, by least squares; 1 where it is nearly 1."""
+    if softcap is not None:
+        steep = target.abs() < 0.9 * softcap  # where the cap can be undone
+        plain, target = plain[steep], (target[steep] / softcap).atanh() * softcap
+    scale = float((target * plain).sum() / plain.square().sum().clamp(min=1e-12))
+    return 1.0 if abs(scale - 1) < 0.01 else scale

@@ -25,6 +25,11 @@ from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
 from cachekd.paths import require_path
 
+_FORMS = (
+    "a folder in Hugging Face format (config.json, model.safetensors), a name on the hub (org/name, where no "
+    "folder org is here), or a .gguf file of a language model"
+)
+
 
 def keep_statistics(model: nn.Module) -> None:
     """Let batch norms (FastVLM's encoder has them) use the checkpoint's statistics in training too.
@@ -39,12 +44,6 @@ def keep_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(settle)
-
-
-_FORMS = (
-    "a folder in Hugging Face format (config.json, model.safetensors), a name on the hub (org/name, where no "
-    "folder org is here), or a .gguf file of a language model"
-)
 
 
 def default_device() -> torch.device:

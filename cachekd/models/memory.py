@@ -41,7 +41,7 @@ def memory_that_ran_out(error: Exception) -> str | None:
 
 
 def free_memory() -> None:
-    """Of what nobody holds any more."""
+    """Give back the memory of what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ class ModelFiles:
         self.path, self.limits = str(path), limits
 
     def within(self, limits: Limits) -> ModelFiles:
-        """The same model, with what is opened of it, for samples within other limits."""
+        """Read samples within other limits, by the same model and what is opened of it."""
         processor = self.processor  # opened here, and so once for both
         other = copy.copy(self)
         other.limits, other.processor = limits, processor
@@ -111,7 +111,7 @@ class ModelFiles:
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
-        """Of what turns samples into the model's inputs."""
+        """The fingerprints of what turns samples into the model's inputs."""
         return Fingerprints(
             tokenizer=tokenizer_fingerprint(self.processor.tokenizer),
             chat_template=template_fingerprint(self.encoder.template),

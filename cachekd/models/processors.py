@@ -1,4 +1,7 @@
-"""Processors of models: loaded, of text alone, saved beside a student."""
+"""Processors of models: loaded, of text alone, saved beside a student.
+
+Without torchvision a processor is loaded without its video part, which needs it, and which no image needs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from cachekd.errors import CachekdError
 from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.loading import load_config
 from cachekd.models.weights import is_gguf, source
+
+log = logging.getLogger(__name__)
 
 
 class TextProcessor:
@@ -52,15 +57,12 @@ class TextProcessor:
         add_special_tokens: bool = False,
         **options: Any,
     ) -> BatchEncoding:
-        """As the tokenizer's own `apply_chat_template(tokenize=True)`: special tokens are the template's."""
+        """Tokenise as `apply_chat_template(tokenize=True)` does: special tokens are the template's."""
         return self.tokenizer(text, add_special_tokens=add_special_tokens, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer's files."""
         self.tokenizer.save_pretrained(folder)
-
-
-log = logging.getLogger(__name__)
 
 
 def load_processor(path: str) -> Processor:
@@ -73,7 +75,7 @@ def load_processor(path: str) -> Processor:
 
 
 def processor_of(path: str, config: Any) -> Processor:
-    """The same, where the config was read before."""
+    """Do as `load_processor` does, where the config was read before."""
     if family_of(config) is TEXT_ONLY:
         return TextProcessor(_load_tokenizer(path))
     try:

@@ -1,4 +1,10 @@
-"""V | P | L: a vision-language model taken apart, and proven to be the same."""
+"""A VLM taken apart at its seams: vision encoder, projector, language model.
+
+The split calls no submodule by hand. The projection is the model's own `get_image_features` around a
+*replayed* encoder output; the language model is the model's own forward with `mm_encoder_outputs` in place
+of pixels. So selection of layers, dropping of class tokens, splicing, positions, masks and logit scaling
+stay the family's.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +30,8 @@ from cachekd.models.families import (
 )
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """By what share of the logits' deviation the same operations on the same numbers may differ."""
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """The share of the logits' deviation by which the same operations on the same numbers may differ."""
     return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
 
 
@@ -129,7 +135,7 @@ def logits_at(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: T
 def hidden_and_logits_at(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Like `logits_at`, after the final hidden states (after the last norm) that the head read.
+    """Do as `logits_at` does, and keep the final hidden states (after the last norm) that the head read.
 
     Returns:
         hidden [N, d] and logits [N, V].
@@ -209,7 +215,7 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     miss = float((split - whole).abs().max() / whole.float().std())
-    if not miss <= rounding(whole.dtype):
+    if not miss <= rounding_tolerance(whole.dtype):
         raise _refusal(model, f"logits off by {miss:.1%} of their deviation")
     return miss
 

@@ -1,4 +1,9 @@
-"""The files of a model's weights, GGUF among them, and their hash, computed once."""
+"""The files of a model's weights, GGUF among them, and their hash, computed once.
+
+A hash is remembered for as long as no file's name, size, times (of content and of inode) or inode changes.
+What that cannot see: content that changes without its file system noting a time, such as a disk's bit rot.
+`CACHEKD_HASH_AGAIN=1` reads every byte, whatever is remembered.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,17 @@ from transformers import AutoConfig, GgufConfig, PreTrainedModel
 from cachekd.atomic import write_file
 from cachekd.cache.sealed import Part, Sealed
 from cachekd.errors import CachekdError
-from cachekd.paths import BRIDGE_FILE, is_hub_name, require_path
+from cachekd.paths import BRIDGE_FILE, cache_home, is_hub_name, require_path
+
+log = logging.getLogger(__name__)
+_BLOCK = 1 << 22
+_SAID_EVERY = 5.0  # seconds
+# A file that changes again within the clock's step of its file system keeps its time: younger ones are
+# hashed each time.
+_SETTLED_NS = 2_000_000_000
+# None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
+_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
+_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
 
 
 def is_gguf(path: str) -> bool:
@@ -44,7 +59,7 @@ def _read_config(file: Path, _changed: int) -> Any:
 
 
 def unpacked() -> dict[str, Any]:
-    """For `from_pretrained`: every weight as an ordinary tensor."""
+    """Options of `from_pretrained` that make every weight an ordinary tensor."""
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
@@ -53,17 +68,6 @@ def forget_gguf(model: PreTrainedModel) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     vars(model.config).pop("quantization_config", None)
-
-
-log = logging.getLogger(__name__)
-
-_BLOCK = 1 << 22
-_SAID_EVERY = 5.0  # seconds
-# A file that changes again within the clock's step of its file system keeps its time: younger ones are
-# hashed each time.
-_SETTLED_NS = 2_000_000_000
-# None there, a damaged one, a folder that cannot be written; a user without a home; a name that is no text.
-_NO_MEMORY = (CachekdError, OSError, RuntimeError, UnicodeError)
 
 
 class FileState(Part):
@@ -77,7 +81,7 @@ class FileState(Part):
 
     @classmethod
     def of(cls, path: Path) -> FileState:
-        """Of the file behind links: a hub's snapshot is made of them."""
+        """Look at the file behind links: a hub's snapshot is made of them."""
         real = path.resolve()
         stat = real.stat()
         times = {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
@@ -116,7 +120,7 @@ def hash_files(files: Sequence[Path]) -> str:
 
 
 def read_and_hash(files: Sequence[Path]) -> str:
-    """The same, by reading every byte; of what takes longer, it is said how far it is."""
+    """Hash files by reading every byte; what takes longer says how far it is."""
     digest, done, total = hashlib.sha256(), 0, sum(path.stat().st_size for path in files)
     said = time.monotonic()
     for path in files:
@@ -133,12 +137,7 @@ def read_and_hash(files: Sequence[Path]) -> str:
 def _place(states: Sequence[FileState]) -> Path:
     """Where these files' hash is remembered: by their names, in the user's cache folder."""
     names = "\n".join(state.path for state in states)
-    home = os.environ.get("CACHEKD_HOME")
-    folder = Path(home or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cachekd"))
-    return folder / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
-
-
-_READ_BY_TRANSFORMERS = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"}
+    return cache_home() / "hashes" / f"{hashlib.sha256(os.fsencode(names)).hexdigest()}.json"
 
 
 def weights_files(path: str) -> list[Path]:

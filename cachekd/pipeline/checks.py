@@ -24,14 +24,14 @@ from cachekd.check.rows import encoding_row, require, template_row, vocabulary_r
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.map_function import load_map
-from cachekd.data.sources.urls import find_tars, is_remote, is_tar, named_errors
+from cachekd.data.sources.urls import find_tars, is_tar, named_errors
 from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache
 from cachekd.evaluate.inputs import open_models, open_tokenized
 from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
-from cachekd.paths import RUN_FILE, is_address, is_hub_data, split_query
+from cachekd.paths import RUN_FILE, is_address, is_hub_data, is_url, split_query
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.train.folder import CHECKPOINTS
@@ -209,7 +209,7 @@ _CHECKS: dict[str, Callable[[Any, _ToBeMade], None]] = {
 
 def _here(data: DataOptions) -> Samples | None:
     """Data on this disk, opened; others are not fetched for a check."""
-    return None if is_remote(data.data) or is_hub_data(data.data) else open_samples(data)
+    return None if is_url(data.data) or is_hub_data(data.data) else open_samples(data)
 
 
 def _require_data(data: DataOptions) -> None:
@@ -217,7 +217,7 @@ def _require_data(data: DataOptions) -> None:
     spec = data.data
     if data.map is not None:
         load_map(data.map)
-    if is_remote(spec):
+    if is_url(spec):
         first = find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar")[0]
         with named_errors(first, "the data cannot be reached"):
             fs, path = url_to_fs(first)

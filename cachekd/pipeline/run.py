@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cachekd.atomic import LEASE_FILE, LOCK_FILE, contents
 from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
-from cachekd.lock import alone
+from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries
 from cachekd.models.memory import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
@@ -138,7 +137,7 @@ def _then(error: CachekdError) -> str | None:
 
 def _move_aside(path: Path) -> Path | None:
     """Keep an old output under another name; returns it, or None where there is nothing."""
-    if not os.path.lexists(path) or (path.is_dir() and not contents(path)):
+    if not os.path.lexists(path) or (path.is_dir() and not entries(path)):
         return None
     number = 1
     while os.path.lexists(aside := path.with_name(f"{path.name}.old-{number}")):
@@ -179,7 +178,7 @@ def _require_whole(states: list[StepState]) -> None:
 
 def _require_no_other(step: PlannedStep) -> None:
     """Nothing that a pipeline did not make is moved or written over."""
-    if step.out.exists() and (not step.out.is_dir() or contents(step.out)):
+    if step.out.exists() and (not step.out.is_dir() or entries(step.out)):
         _refuse(
             step,
             "its folder holds something that this pipeline did not make",

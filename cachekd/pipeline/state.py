@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.atomic import write_file
-from cachekd.cache.build import SHARD_FOLDER
+from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.errors import CachekdError
 from cachekd.models import model_content
 from cachekd.paths import REPORT_FILE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cachekd.cache import CachedTargets
-from cachekd.data.model_inputs import ModelInputs
+from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 
 IGNORE = -100  # the Trainer's label of a token that is not predicted

@@ -15,9 +15,9 @@ from cachekd.cache import CachedTargets, LogitCache
 from cachekd.check.match import check_sample, cut_alike
 from cachekd.config.data import OnError
 from cachekd.data import Encoded, SampleEncoder, Samples, collate, rough_lengths
+from cachekd.data.collate import ModelInputs
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
 from cachekd.data.loader import dead_worker
-from cachekd.data.model_inputs import ModelInputs
 from cachekd.errors import BadSample, CachekdError, without_frames
 from cachekd.train.batch import Batch
 

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from cachekd.cache import LogitCache
-from cachekd.cache.compare import facts, require_same
+from cachekd.cache.compare import dependencies, require_same
 from cachekd.check.data import RunModels, length_limits, open_cache, without_missing
 from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
@@ -110,7 +110,7 @@ def require_same_teacher(cache: LogitCache, eval_cache: LogitCache) -> None:
     Raises:
         CachekdError: it is of another teacher, or of other settings of Kneedle.
     """
-    ours, theirs = (facts(found.manifest) for found in (cache, eval_cache))
+    ours, theirs = (dependencies(found.manifest) for found in (cache, eval_cache))
     require_same(
         {name: ours[name] for name in _OF_THE_TEACHER},
         {name: theirs[name] for name in _OF_THE_TEACHER},

@@ -13,8 +13,8 @@ from cachekd.check.bind import Binding
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import content_hash, keys_hash
-from cachekd.data.sources.urls import find_tars, is_remote, is_tar
-from cachekd.paths import is_hub_data, split_query
+from cachekd.data.sources.urls import find_tars, is_tar
+from cachekd.paths import is_hub_data, is_url, split_query
 from cachekd.train.open import OpenRun
 
 
@@ -45,7 +45,7 @@ def inputs_of(config: TrainConfig, opened: OpenRun) -> dict[str, str]:
 
 
 def _data(spec: str, samples: Samples) -> str:
-    content = "" if is_remote(str(spec)) else content_hash(samples)
+    content = "" if is_url(str(spec)) else content_hash(samples)
     return hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
 
 
@@ -70,7 +70,7 @@ def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
     Raises:
         CachekdError: there are no such data on this disk.
     """
-    if is_remote(data.data) or is_hub_data(data.data):
+    if is_url(data.data) or is_hub_data(data.data):
         return None
     listing = _listing(_data_files(data.data))
     said = data.model_dump_json(include=set(DataOptions.model_fields), exclude_defaults=True)

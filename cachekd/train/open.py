@@ -235,7 +235,7 @@ def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None
     log.warning(
         "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
         plan,
-        f"{bridge.describe()['parameters']:,}",
+        f"{bridge.summary()['parameters']:,}",
     )
     return bridge
 

@@ -231,7 +231,7 @@ def save_run(
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             **({} if trainer.validation is None else held_out_record(summary)),
-            "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
+            "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
         }

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.cache import CachedTargets
-from cachekd.data.model_inputs import ModelInputs
+from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
 from cachekd.losses.targets import LiveTargets

@@ -59,7 +59,7 @@ def verify_command(
 
     Example: cachekd verify caches/llava-7b --teacher models/llava-7b --data data/train --sample 64
     """
-    from cachekd.cache.manifest import require_manifest
+    from cachekd.cache.layout import require_manifest
 
     quiet_libraries()
     if (teacher is None) != (data is None):
@@ -88,7 +88,7 @@ def verify_command(
 def check_files(cache: Path) -> list[Finding]:
     """Checksums behind a progress bar."""
     from cachekd.cache import Finding, Manifest, verify_files
-    from cachekd.cache.manifest import MANIFEST_FILE
+    from cachekd.paths import MANIFEST_FILE
 
     try:
         manifest = Manifest.load(cache)
@@ -235,7 +235,7 @@ def status_command(
 
     Example: cachekd status caches/llava-7b
     """
-    from cachekd.cache.build import dump_status
+    from cachekd.cache.status import dump_status
 
     status = dump_status(cache)
     if as_json:

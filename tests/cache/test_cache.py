@@ -244,7 +244,7 @@ def slow_gather(records: TokenTargets, ids: np.ndarray, vocab: int) -> np.ndarra
 )
 def test_gather_equals_a_dictionary(rows, top_k, columns, seed):
     records = select_topk(logits_of(rows, seed), torch.zeros(rows), top_k=top_k, top_p=0.9999)
-    targets = CachedTargets.from_records(records, vocab_size=VOCAB, window=128, min_k=2)
+    targets = CachedTargets.from_sparse(records, vocab_size=VOCAB, window=128, min_k=2)
     ids = torch.randint(0, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(seed))
     np.testing.assert_allclose(
         targets.gather(ids).numpy(), slow_gather(records, ids.numpy(), VOCAB), atol=1e-5
@@ -253,7 +253,7 @@ def test_gather_equals_a_dictionary(rows, top_k, columns, seed):
 
 def test_cat_equals_one_by_one():
     parts = [
-        CachedTargets.from_records(sample(i, top_k=4 + 5 * i)[1], vocab_size=VOCAB, window=64, min_k=2)
+        CachedTargets.from_sparse(sample(i, top_k=4 + 5 * i)[1], vocab_size=VOCAB, window=64, min_k=2)
         for i in range(4)
     ]
     together = CachedTargets.cat(parts)
@@ -278,7 +278,7 @@ def test_cat_equals_one_by_one():
 def test_leading_is_the_live_teachers_selection():
     logits = logits_of(20, 3)
     records = select_topk(logits, torch.zeros(20), top_k=VOCAB, window=64)
-    cached = CachedTargets.from_records(records, vocab_size=VOCAB, window=64, min_k=2)
+    cached = CachedTargets.from_sparse(records, vocab_size=VOCAB, window=64, min_k=2)
     (ids, logprobs, k), (live_ids, live_logprobs, live_k) = (
         cached.leading(64, 2),
         DenseTargets(logits).leading(64, 2),
@@ -304,7 +304,7 @@ def test_cached_dbild_is_live_dbild_when_nothing_is_left_out(tmp_path):
 
 
 def test_other_kneedle_settings_and_ids_are_refused():
-    targets = CachedTargets.from_records(sample(1)[1], vocab_size=VOCAB, window=64, min_k=2)
+    targets = CachedTargets.from_sparse(sample(1)[1], vocab_size=VOCAB, window=64, min_k=2)
     for window, min_k in ((32, 2), (64, 3)):
         with pytest.raises(CachekdError, match="other Kneedle settings"):
             targets.leading(window, min_k)

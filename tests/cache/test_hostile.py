@@ -38,7 +38,7 @@ USE = """
 import hashlib, json, os, re, resource, sys, time
 from pathlib import Path
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.subset import select_samples
+from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.errors import CachekdError
 
 def findings(folder):  # verify reports what is wrong; must not fall over it
@@ -60,7 +60,7 @@ def use(folder, out, values):
         if values:
             for tensor in (targets.token_ids, targets.k, targets.knee, targets.everywhere()):
                 seen.update(tensor.numpy().tobytes())
-    select_samples(folder, out, set(list(cache)[:1]))
+    select_chosen(cache, out, with_keys(cache, set(list(cache)[:1]).__contains__))
     return seen.hexdigest()
 
 def outcome(folder, out):
@@ -552,7 +552,7 @@ MODULES = {
     "importlib",
 }
 LOADS = {"torch.load", "np.load", "numpy.load", "os.system", "os.popen", "yaml.load", "pd.read_pickle"}
-READERS = sorted([*(ROOT / "cachekd" / "cache").glob("*.py"), ROOT / "cachekd" / "torch_dataset.py"])
+READERS = sorted(file for room in ("cache", "export") for file in (ROOT / "cachekd" / room).rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", READERS, ids=lambda file: file.name)
@@ -606,7 +606,7 @@ def test_the_security_note_says_what_the_code_does():
 
 def test_a_derived_cache_takes_nothing_else_along(skipping_cache, tmp_path):
     """Strange members and files stay behind where a shard is cut."""
-    from cachekd.cache.subset import select_samples
+    from caches import select_samples
 
     folder = copied(skipping_cache, tmp_path / "c")
     HARMLESS["members that lead out"](folder)

@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied
+from caches import copied, select_samples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, sealed, verify_files
-from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.plan import Plan, ShardRecord
+from cachekd.cache.plan import FinishedShard, Plan
 from cachekd.cache.repair import repair
-from cachekd.cache.subset import select_samples
+from cachekd.cache.status import dump_status
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
@@ -288,10 +287,10 @@ def test_endless_plans_take_no_time(tmp_path, skipping_cache):
     assert repair(path, [], lambda plan: None).plan.shards == 2**53
 
 
-@pytest.mark.parametrize("kind", [Manifest, Plan, ShardRecord])
+@pytest.mark.parametrize("kind", [Manifest, Plan, FinishedShard])
 def test_a_seal_is_over_every_value(skipping_cache, tmp_path, kind):
     """Each single value changed, the seal left: refused."""
-    name = {Manifest: "manifest.json", Plan: "dump/plan.json", ShardRecord: "dump/00001.json"}[kind]
+    name = {Manifest: "manifest.json", Plan: "dump/plan.json", FinishedShard: "dump/00001.json"}[kind]
     values = json.loads((skipping_cache / name).read_bytes())
     file, generator = tmp_path / "x.json", random.Random(0)
     for way in places(values):

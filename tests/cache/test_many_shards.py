@@ -201,17 +201,17 @@ def test_what_is_kept_is_not_counted_again_at_each_read(tmp_path, monkeypatch):
     real = TokenTargets.nbytes.fget
     monkeypatch.setattr(TokenTargets, "nbytes", property(lambda self: asked.append(1) or real(self)))
     for key in cache:
-        cache.records(key)
+        cache.sparse(key)
     assert len(cache._decoded) == 40
     assert len(asked) <= 40
 
 
 def test_no_more_is_kept_than_is_allowed(tmp_path, monkeypatch):
     cache = LogitCache(write_cache(tmp_path / "c", 20, shard_tokens=1))
-    most = 3 * cache.records(next(iter(cache))).nbytes
+    most = 3 * cache.sparse(next(iter(cache))).nbytes
     monkeypatch.setattr(reader, "_KEPT_BYTES", most)
     for key in [*cache, *list(cache)[::3]]:
-        cache.records(key)
+        cache.sparse(key)
         kept = sum(shard.targets.nbytes for shard in cache._decoded.values())
         assert kept == cache._kept_bytes
         assert kept <= most or len(cache._decoded) == 1
@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_cache(caches):
         "list": listed,
         "histogram": LogitCache.histogram,
         "export": lambda cache: sum(
-            1 for number in range(len(cache.manifest.shards)) for _ in cache.shard_records(number)
+            1 for number in range(len(cache.manifest.shards)) for _ in cache.shard_samples(number)
         ),
     }
     for name, work in works.items():

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import assert_same_samples, copied, dump_cache, files_of, flip, times_of, write_data
+from caches import (
+    assert_same_samples,
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    select_samples,
+    times_of,
+    write_data,
+)
 from test_cache import header, sample
 from tiny import save_vlm, tiny_processor
 from typer.testing import CliRunner
@@ -18,9 +27,8 @@ from typer.testing import CliRunner
 from cachekd.cache import CachedTargets, LogitCache, LogitCacheWriter, Manifest, verify_files
 from cachekd.cache.derive import link, merge_caches
 from cachekd.cache.plan import read_skipped
-from cachekd.cache.subset import select_samples
+from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
 from cachekd.cache.tail.sketch import SketchTail
-from cachekd.cache.targets import MixedTail, join_sketch_tails
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
@@ -121,7 +129,7 @@ def student_logits(targets: CachedTargets, seed: int = 0) -> torch.Tensor:
 def test_a_batch_of_several_sketches_is_the_sum_of_its_samples(merged, parts):
     mixed, alone = alternating(merged, parts)
     batch = CachedTargets.cat(mixed)
-    assert isinstance(batch.tail, MixedTail)
+    assert isinstance(batch.tail, MergedTail)
     assert len(batch.tail.parts) == 3
     assert_close(batch.everywhere(), torch.cat([targets.everywhere() for targets in alone]))
     ids = torch.randint(0, batch.vocab_size, (len(batch), 7), generator=torch.Generator().manual_seed(0))
@@ -178,7 +186,7 @@ def test_a_sketch_that_was_read_twice_is_one(parts):
     size = len(first.tail.shift) + len(twice.shift)
     part = torch.arange(size) % 2
     place = torch.arange(size) // 2 % min(len(first.tail.shift), len(twice.shift))
-    odd = MixedTail((first.tail, twice), part, place)
+    odd = MergedTail((first.tail, twice), part, place)
     assert_close(join_sketch_tails([odd]).everywhere(vocab), odd.everywhere(vocab))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import assert_same_samples, dump_cache, files_of, flip
+from caches import assert_same_samples, dump_cache, files_of, flip, select_samples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_cache import header, sample
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
 from cachekd.cache.container import read_arrays
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.subset import filter_rows, sample_table, select_samples
+from cachekd.cache.subset import filter_rows, sample_table
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
 

@@ -16,12 +16,11 @@ from caches import copied, dump_cache, files_of, flip, reseal, write_data
 from test_cache import write_cache
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache, Manifest, verify_files
-from cachekd.cache import shard as shard_codes
-from cachekd.cache.build import dump_status
-from cachekd.cache.plan import Plan, ShardRecord, read_skipped
+from cachekd.cache import LogitCache, Manifest, shard_rules, verify_files
+from cachekd.cache.plan import FinishedShard, Plan, read_skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.sparse_logits import offsets
+from cachekd.cache.status import dump_status
 from cachekd.cache.verify import dump_files, strays, wrong_files
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
@@ -362,24 +361,24 @@ def test_a_plan_and_records_of_another_dump_are_seen(cache, tmp_path, teacher_pa
     assert {"plan.json", "00000.json"} <= {finding.path.name for finding in verify_files(cache)}
     assert (
         Plan.read(other / "dump" / "plan.json").sha256
-        == ShardRecord.read(other / "dump" / "00001.json").plan_sha256
+        == FinishedShard.read(other / "dump" / "00001.json").plan_sha256
     )
 
 
 @pytest.mark.parametrize("ranked", [300, 2**16 + 300])
 @pytest.mark.parametrize("together", [1, 50, 2**16])
 def test_an_id_twice_is_found_wherever_it_is(monkeypatch, ranked, together):
-    monkeypatch.setattr(shard_codes, "_SORTED", together)
+    monkeypatch.setattr(shard_rules, "_SORTED", together)
     rng = np.random.default_rng(ranked + together)
     k = rng.integers(1, 20, 60).astype("<u2")
     starts = offsets(k)
     type_ = "<u2" if ranked <= 2**16 else "<u4"
     # Neighbours share most of their ids, which is nothing wrong.
     ranks = np.concatenate([rng.permutation(25)[:n] + ranked - 25 for n in k]).astype(type_)
-    shard_codes.require_different(ranks, k)
+    shard_rules.require_different(ranks, k)
     for token in np.flatnonzero(k > 1):
         first, second = rng.choice(np.arange(starts[token], starts[token + 1]), 2, replace=False)
         wrong = ranks.copy()
         wrong[first] = wrong[second]
         with pytest.raises(ValueError, match="twice"):
-            shard_codes.require_different(wrong, k)
+            shard_rules.require_different(wrong, k)

@@ -9,13 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from caches import select_samples
 from click.testing import Result
 from tiny import tar_members, write_tar
 from typer.testing import CliRunner
 
 from cachekd.atomic import is_temporary
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.subset import select_samples
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.train import train

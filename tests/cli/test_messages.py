@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from caches import copied
+from caches import copied, select_samples
 from pydantic import ByteSize
 from tiny import write_llava_json
 from typer.testing import CliRunner
@@ -23,11 +23,10 @@ from typer.testing import CliRunner
 from cachekd import DenseTargets, losses
 from cachekd.cache import LogitCache, Manifest, select_topk
 from cachekd.cache import overview as describe
-from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.manifest import Geometry
 from cachekd.cache.recompress import recompress
-from cachekd.cache.subset import select_samples
+from cachekd.cache.source import Geometry
+from cachekd.cache.status import dump_status
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
 from cachekd.check import check_pair

@@ -23,12 +23,12 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from cachekd import lock as locks
-from cachekd.atomic import LEASE_FILE, LOCK_FILE, cannot_write, contents
+from cachekd.atomic import cannot_write
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
 from cachekd.evaluate import read_records, save_in_runs
-from cachekd.lock import alone, staged_folder
+from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, staged_folder
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.train import train
 from cachekd.train.checkpoints import SETTINGS_FILE
@@ -108,7 +108,7 @@ def test_who_holds_it_is_said_and_the_dead_hold_nothing(tmp_path):
     ):
         pass
     assert f"process {process.pid} on {socket.gethostname()}, since 20" in str(caught.value.found)
-    assert contents(folder) == []
+    assert entries(folder) == []
     process.send_signal(signal.SIGKILL)
     process.wait()
     with alone(folder, "trains in"):
@@ -164,7 +164,7 @@ def test_a_folder_that_is_made_goes_if_it_stays_empty(tmp_path):
     assert not (tmp_path / "a").exists()
     with alone(tmp_path / "a" / "b", "trains in"):
         (tmp_path / "a" / "b" / "thing").touch()
-    assert contents(tmp_path / "a" / "b") == [tmp_path / "a" / "b" / "thing"]
+    assert entries(tmp_path / "a" / "b") == [tmp_path / "a" / "b" / "thing"]
 
 
 # ---- training
@@ -343,7 +343,7 @@ def test_of_two_that_make_a_folder_the_second_is_refused(tmp_path, there):
     with pytest.raises(CachekdError, match=r"already holds something|cannot be written[\s\S]*not empty"):
         make(out, "second", meanwhile=lambda: make(out, "first"))
     assert {path.name: path.read_text() for path in out.iterdir()} == {"a": "first", "z": "first"}
-    assert contents(tmp_path) == [out]
+    assert entries(tmp_path) == [out]
 
 
 def test_a_failed_write_is_said_of_the_folder_that_was_asked_for(tmp_path):
@@ -353,7 +353,7 @@ def test_a_failed_write_is_said_of_the_folder_that_was_asked_for(tmp_path):
     ):
         raise cannot_write(folder / "shards" / "0", OSError(28, "No space left on device"))
     assert caught.value.where == str(tmp_path / "new" / "shards" / "0")
-    assert contents(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
 def make(out: Path, what: str, meanwhile: Any = lambda: None) -> None:
@@ -371,9 +371,9 @@ def test_what_the_killed_were_making_is_removed_by_the_next(tmp_path, name):
             (folder / "a").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [path.name.startswith(f".{name}.tmp-") for path in contents(tmp_path)] == [True]
+    assert [path.name.startswith(f".{name}.tmp-") for path in entries(tmp_path)] == [True]
     make(tmp_path / name, "whole")
-    assert contents(tmp_path) == [tmp_path / name]
+    assert entries(tmp_path) == [tmp_path / name]
 
 
 def test_demos_that_start_together_have_a_folder_each(tmp_path):

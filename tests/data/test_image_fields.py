@@ -16,8 +16,8 @@ from tiny import conversation, noise_image, png_bytes
 
 from cachekd.data import Sample, open_samples, sample_from_record
 from cachekd.data.image_fields import pictures_of, refuse_untaken
-from cachekd.data.sample import Outline
-from cachekd.data.survey import outline_of_record
+from cachekd.data.preview import preview_of_record
+from cachekd.data.sample import Preview
 from cachekd.errors import BadSample
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "see a.png"}]
@@ -174,7 +174,7 @@ def test_named_fields_are_taken_in_their_order():
     ]:
         sample = read(record, image_fields=names)
         assert [image.tobytes() for image in sample.images] == [noise_image(i).tobytes() for i in expected]
-        assert outline_of_record(record, names).images == len(expected)
+        assert preview_of_record(record, names).images == len(expected)
 
 
 def test_base64_is_decoded():
@@ -195,7 +195,7 @@ def test_pictures_have_names():
 def test_an_empty_field_does_not_hide_the_other():
     for nothing in ("", [], None):
         assert len(read({"image": nothing, "images": [PNG]}).images) == 1
-        assert outline_of_record({"image": nothing, "images": [PNG], "conversations": TURNS}).images == 1
+        assert preview_of_record({"image": nothing, "images": [PNG], "conversations": TURNS}).images == 1
 
 
 KEYS = st.sampled_from(["a", "b", "source", "x.y", "caption"])
@@ -237,8 +237,8 @@ def test_a_picture_anywhere_is_refused_by_a_name_that_takes_it(data, noise, path
     )
 )
 def test_an_outline_is_made_of_anything(record):
-    assert outline_of_record(record, ("a.b", "images")).images >= 0
-    assert all(isinstance(text, str) for text in outline_of_record(record).texts)
+    assert preview_of_record(record, ("a.b", "images")).images >= 0
+    assert all(isinstance(text, str) for text in preview_of_record(record).texts)
 
 
 def test_an_outline_of_lists_in_lists_is_empty():
@@ -246,7 +246,7 @@ def test_an_outline_of_lists_in_lists_is_empty():
     for _ in range(5000):
         deep = [deep]
     record = {"conversations": [{"from": "gpt", "value": deep}], "tools": deep}
-    assert outline_of_record(record) == Outline([], 0)
+    assert preview_of_record(record) == Preview([], 0)
     refused({"deep": {"list": deep}, "img": PNG}, "img")
 
 

@@ -218,7 +218,7 @@ def test_pictures_of_other_fields_in_every_form(tmp_path):
     for data, fields in ((file, ("view.left", "right")), (table, ("view.left", "right"))):
         samples = open_samples(data, image_field=fields)
         assert [image.tobytes() for image in samples[0].images] == [red.tobytes(), green.tobytes()]
-        assert [samples.outline(index).images for index in range(2)] == [2, 0]
+        assert [samples.preview(index).images for index in range(2)] == [2, 0]
         assert samples[1].images == ()
         assert [image.tobytes() for image in open_samples(data, image_field="right")[0].images] == [
             green.tobytes()
@@ -227,7 +227,7 @@ def test_pictures_of_other_fields_in_every_form(tmp_path):
             open_samples(data)[0]
     samples = open_samples(tar, image_field=["right.png", "left.png"])
     assert [image.tobytes() for image in samples[0].images] == [green.tobytes(), red.tobytes()]
-    assert [samples.outline(index).images for index in range(2)] == [2, 0]
+    assert [samples.preview(index).images for index in range(2)] == [2, 0]
     for data, message in ((file, "no record has the field 'rihgt'"), (table, "lacks columns")):
         with pytest.raises(CachekdError, match=message):
             open_samples(data, image_field="rihgt")

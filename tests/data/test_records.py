@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.data import Sample, SampleEncoder, open_samples, sample_from_record
+from cachekd.data.preview import preview_of_record
 from cachekd.data.record_form import LlavaTurn, Message
 from cachekd.data.sample import is_supervised
-from cachekd.data.survey import outline_of_record
 from cachekd.data.turn_fields import SUPERVISION_FIELDS
 from cachekd.errors import BadSample
 from cachekd.evaluate.questions import questions_of
@@ -73,7 +73,7 @@ def test_an_index_says_which_image_it_is():
     assert swapped.images[0].tobytes() == PICTURES[1].tobytes()
     again = read({"images": PICTURES[:2], "messages": asking(1, 0, 1)})
     assert [image.tobytes() for image in again.images] == [PICTURES[i].tobytes() for i in (1, 0, 1)]
-    assert outline_of_record({"images": ["a", "b"], "messages": asking(1, 0, 1)}).images == 3
+    assert preview_of_record({"images": ["a", "b"], "messages": asking(1, 0, 1)}).images == 3
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_images_stand_where_their_indices_say(data, images):
     assert [image.tobytes() for image in sample.images] == [PICTURES[i].tobytes() for i in indices]
     parts = [part for message in sample.messages for part in message["content"]]
     assert [part for part in parts if part["type"] == "image"] == [{"type": "image"}] * len(indices)
-    assert outline_of_record(record).images == len(indices)
+    assert preview_of_record(record).images == len(indices)
 
 
 # ---- which answers are supervised
@@ -277,9 +277,9 @@ def test_a_records_system_text_is_the_first_turn():
     for fields in ({"system": "Be brief."}, {"system_prompt": "Be brief.", "system": None}):
         assert read({**fields, "messages": [USER, ANSWER]}).messages == expected.messages
         assert read({**fields, "messages": [system, USER, ANSWER]}).messages == expected.messages
-        outlined = outline_of_record({**fields, "messages": [system, USER, ANSWER]})
+        outlined = preview_of_record({**fields, "messages": [system, USER, ANSWER]})
         assert outlined.texts == ["Be brief.", "what?", "red"]
-        assert outline_of_record({**fields, "messages": [USER, ANSWER]}) == outlined
+        assert preview_of_record({**fields, "messages": [USER, ANSWER]}) == outlined
     assert read({"system": "", "messages": [USER, ANSWER]}).messages == expected.messages[1:]
     text, supervised = encoded_text(
         tiny_processor(), read({"system": "be brief", "messages": [USER, ANSWER]})
@@ -373,7 +373,7 @@ def test_tools_are_a_list_or_its_json():
     assert len({sample.content_hash, plain.content_hash}) == 2
     swapped = read({"tools": TOOLS[::-1], "conversations": TOOL_TURNS})
     assert swapped.content_hash != sample.content_hash
-    outlined = outline_of_record({"tools": json.dumps(TOOLS), "conversations": TOOL_TURNS})
+    outlined = preview_of_record({"tools": json.dumps(TOOLS), "conversations": TOOL_TURNS})
     assert outlined.texts == [json.dumps(TOOLS), *(turn.get("value", "done") for turn in TOOL_TURNS)]
 
 

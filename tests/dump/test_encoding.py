@@ -24,7 +24,7 @@ from cachekd.data import SampleEncoder, encode, open_samples
 from cachekd.errors import CachekdError
 from cachekd.hub.push import dataset_card
 from cachekd.models import ModelFiles, load_processor
-from cachekd.models.fingerprint import CONVERSATION, encoding_fingerprint, probe_encoding
+from cachekd.models.fingerprint import CONVERSATION, encode_conversation, encoding_fingerprint
 from cachekd.train import train
 
 BOS = "<|system|>"
@@ -140,7 +140,7 @@ def test_the_pair_is_told_before_a_dump(models, halves, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_one(name):
     processor = FAMILIES[name].processor()
-    ids, supervised = probe_encoding(SampleEncoder(processor))
+    ids, supervised = encode_conversation(SampleEncoder(processor))
     assert processor.tokenizer.convert_tokens_to_ids(processor.image_token) not in ids
     text = processor.tokenizer.decode(ids[supervised])
     answers = [turn["content"][0]["text"] for turn in CONVERSATION if turn["role"] == "assistant"]

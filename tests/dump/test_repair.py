@@ -15,20 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal, times_of, write_data
+from caches import copied, dump_cache, files_of, flip, reseal, select_samples, times_of, write_data
 from test_cache import write_cache
 from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, verify_files
 from cachekd.cache import repair as module
-from cachekd.cache.build import dump_status
 from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.repair import Repaired
 from cachekd.cache.shard import pack_shard, read_shard
-from cachekd.cache.subset import select_samples
+from cachekd.cache.status import dump_status
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
 from cachekd.dump.plan import require_same_code

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
-from cachekd.data.survey import outline_of_record
+from cachekd.data.preview import preview_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate import read_records
@@ -386,7 +386,7 @@ def test_several_turns_of_the_user_are_one_question():
     assert question_text(first) == "in one word: is it red?"
     assert (len(first.images), len(second.images)) == (1, 1)
     record = {"conversations": turns}
-    assert [one_line(text) for text, _ in outline_of_record(record).answered] == [
+    assert [one_line(text) for text, _ in preview_of_record(record).answered] == [
         question_text(question) for question in (first, second)
     ]
 

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 from cachekd import CachedLogits
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest
-from cachekd.cache.reader import SparseTargets
 from cachekd.cache.recompress import recompress
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.export import export_parquet, export_webdataset
+from cachekd.export.sparse import SparseTargets
 from cachekd.export.webdataset import member_name
 from cachekd_cli.main import app
 
@@ -49,7 +49,7 @@ def cache(tmp_path_factory, teacher_path, data) -> Path:
 
 def assert_holds(found: dict, cache: LogitCache, key: str, top_k: int | None = None) -> None:
     """Ids, logprobs and tail of a sample, token by token, against the cache's own look-up."""
-    targets, records = cache[key], cache.records(key)
+    targets, records = cache[key], cache.sparse(key)
     assert list(found["token_ids"]) == targets.token_ids.tolist()
     for token in range(len(targets)):
         k = int(targets.k[token]) if top_k is None else min(top_k, int(targets.k[token]))
@@ -263,8 +263,8 @@ def test_a_top_k_loss_from_a_batch_is_that_of_the_cache(tmp_path):
 def test_padding_takes_a_token_without_entries_after_the_cut(tmp_path):
     with LogitCacheWriter(tmp_path / "c", **header()) as writer:
         writer.add(*sample(0))
-    records = LogitCache(tmp_path / "c").records(sample(0)[0])
-    sparse = SparseTargets.from_records(records, 1)
+    records = LogitCache(tmp_path / "c").sparse(sample(0)[0])
+    sparse = SparseTargets.from_sparse(records, 1)
     assert sparse.topk_ids.shape == (len(records), 1)
     mass = np.exp(sparse.topk_logprobs.astype(float)).sum(1) + np.exp(sparse.tail_logmass.astype(float))
     np.testing.assert_allclose(mass, 1, atol=1e-5)

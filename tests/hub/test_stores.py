@@ -24,13 +24,13 @@ from hub_server import HubServer
 from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
-from cachekd.atomic import LOCK_FILE
 from cachekd.cache import Manifest, verify_files
 from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.hub import local_folder, pull_cache, push_cache
-from cachekd.hub.store import CLAIM_FILE
+from cachekd.hub.push import CLAIM_FILE
 from cachekd.hub.transfer import listed_files
+from cachekd.lock import LOCK_FILE
 from cachekd_cli.main import app
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "3"))

@@ -26,7 +26,6 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.models import (
-    BridgePlan,
     SwitchBridge,
     SwitchedTeacher,
     capture_vision,
@@ -36,9 +35,9 @@ from cachekd.models import (
     load_processor,
     plan_bridge,
     project,
-    weights_files,
 )
-from cachekd.models.bridge import resampled
+from cachekd.models.bridge import BridgePlan, resampled
+from cachekd.models.weights import weights_files
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
 from cachekd.train import train
 from cachekd.train.estimate import estimate_training

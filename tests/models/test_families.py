@@ -31,7 +31,6 @@ from cachekd.models import (
     check_switch,
     decode,
     encode,
-    family_of,
     hidden_and_logits_at,
     load_config,
     load_model,
@@ -39,11 +38,10 @@ from cachekd.models import (
     logits_at,
     output_head,
     project,
-    projectors_in_tower,
     prove_split,
-    vision_tower,
 )
 from cachekd.models import families as known
+from cachekd.models.families import family_of, projectors_in_tower, vision_tower
 from cachekd.models.loading import keep_statistics
 from cachekd.models.parts import parameters_by_part
 from cachekd.paths import RUN_FILE

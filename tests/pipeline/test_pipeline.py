@@ -983,7 +983,7 @@ def test_an_answer_that_is_not_supervised_is_no_question_of_its_own(tmp_path):
 
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"id": "a", "messages": turns(True, False)}]))
-    assert len(open_samples(data).outline(0).answered) == 2
+    assert len(open_samples(data).preview(0).answered) == 2
     require_single_questions(open_samples(data))
     for supervised in ((True, True), (False, True)):
         data.write_text(json.dumps([{"id": "a", "messages": turns(*supervised)}]))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.derive import merge_caches
+from cachekd.cache.entropy import entropy, entropy_bounds
 from cachekd.cache.overview import Bar, k_bars, lineage
 from cachekd.cache.recompress import recompress
 from cachekd.cache.summary import (
@@ -24,8 +25,6 @@ from cachekd.cache.summary import (
     Entropy,
     ShardSummary,
     bytes_by_part,
-    entropy,
-    entropy_bounds,
     spread,
     summarise,
 )

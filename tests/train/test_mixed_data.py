@@ -64,7 +64,7 @@ def test_every_form_has_the_same_samples_and_counts_their_images(forms, form):
     assert samples.keys == KEYS
     for index, key in enumerate(KEYS):
         assert samples[index].content_hash == expected[index].content_hash
-        assert len(samples[index].images) == samples.outline(index).images == (key not in TEXT)
+        assert len(samples[index].images) == samples.preview(index).images == (key not in TEXT)
     encoder = SampleEncoder(tiny_processor())
     true = torch.tensor([len(encoder(samples[index])) for index in range(len(KEYS))])
     assert (torch.tensor(rough_lengths(samples, encoder)) - true).abs().max() <= 4

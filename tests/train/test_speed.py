@@ -215,8 +215,8 @@ def test_a_map_function_is_asked_for_outlines_too(forms, tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     samples = open_samples(forms["json"], map="shorter:shorter", limit=5, shuffle_seed=1)
-    assert [len(samples.outline(index).texts) for index in range(5)] == [2] * 5
-    assert [samples.outline(index).images for index in range(5)] == [1] * 5
+    assert [len(samples.preview(index).texts) for index in range(5)] == [2] * 5
+    assert [samples.preview(index).images for index in range(5)] == [1] * 5
 
 
 def test_an_optimizer_step_has_samples_of_similar_length():

@@ -50,7 +50,7 @@ class Coarsening:
     shift: int = 0
 
     def __call__(self, codes: SketchCodes) -> SketchCodes:
-        """[N, C] codes to [N, fewer] ones."""
+        """Turn [N, C] codes into [N, fewer] ones."""
         steps = _in_steps(self.old, torch.from_numpy(codes.coordinates))[:, self.kept]
         coordinates = (steps / self.factor).round().to(torch.int16).numpy()
         shift = np.clip(codes.shift.astype(np.int64) + self.shift, -MOST_CODE, MOST_CODE).astype(np.int16)
@@ -134,5 +134,5 @@ def _not_coarser(where: str, expected: str, found: str) -> CachekdError:
 
 
 def sampled_tokens(count: int, most: int) -> NDArray[np.int64]:
-    """Up to `most` of `count` tokens, evenly spread."""
+    """Pick up to `most` of `count` tokens, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))

@@ -30,6 +30,13 @@ SAMPLED = 1024  # tokens whose whole logits are looked at
 LEAST_POWER = 0.2  # an axis is kept if its mean square is this many steps squared
 BASIS_FINENESS = 8  # the basis' rounding adds 1 / FINENESS**2 to the codes' noise
 CODER_OVERHEAD = 1.03  # PCodec over the order-0 entropy
+RULES = {
+    "analysis": ArrayRule(("float32",), ("axes", "hidden")),
+    "mean": ArrayRule(("float32",), ("hidden",)),
+    "common": ArrayRule(("float32",), ("hidden",)),
+    "numbers": ArrayRule(("float64",), (4,)),
+}
+ROWS = 8192  # of the weight at a time
 
 
 def to_steps(values: Tensor, step: float) -> Tensor:
@@ -80,12 +87,12 @@ def centroids(y: Tensor, codes: Tensor, unit: Tensor) -> Tensor:
 
 
 def sample_indices(count: int) -> Tensor:
-    """Up to SAMPLED of `count` tokens, evenly spread."""
+    """Pick up to SAMPLED of `count` tokens, evenly spread."""
     return torch.linspace(0, count - 1, min(SAMPLED, count)).long()
 
 
 def mass_surplus(tail: SketchTail, targets: TokenTargets, chosen: Tensor) -> float:
-    """By how many nats the rebuilt tails are too heavy, on average.
+    """Measure by how many nats the rebuilt tails are too heavy, on average.
 
     Rounding moves every logit, and the exponential of that is not right on average.
 
@@ -103,14 +110,6 @@ def mass_surplus(tail: SketchTail, targets: TokenTargets, chosen: Tensor) -> flo
                 row[torch.from_numpy(kept.ids.astype(np.int64)).to(row.device)] = float("-inf")
                 surplus.append(float(row.logsumexp(-1)) - float(kept.tail_logmass[0]))
     return float(np.mean(surplus)) if surplus else 0.0
-
-
-RULES = {
-    "analysis": ArrayRule(("float32",), ("axes", "hidden")),
-    "mean": ArrayRule(("float32",), ("hidden",)),
-    "common": ArrayRule(("float32",), ("hidden",)),
-    "numbers": ArrayRule(("float64",), (4,)),
-}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def sketch_info(name: str, encoder: SketchEncoder, content: bytes) -> SketchInfo
 
 
 def read_encoder(path: Path, sha256: str | None = None) -> SketchEncoder:
-    """From a cache's sketch file.
+    """Read a cache's sketch file.
 
     Raises:
         CachekdError: it is missing, damaged, or for reading only.
@@ -200,9 +199,6 @@ def _codes(values: Tensor) -> np.ndarray:
     return to_steps(values, 1.0).cpu().numpy()
 
 
-ROWS = 8192  # of the weight at a time
-
-
 @dataclass(frozen=True)
 class OutputHead:
     """How a teacher's logits follow from its final hidden state: cap(weight . h + bias).
@@ -218,7 +214,7 @@ class OutputHead:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[N, V] float32 from [N, d]."""
+        """Apply it: [N, V] float32 from [N, d]."""
         logits = hidden.to(self.weight) @ self.weight.T
         return capped((logits if self.bias is None else logits + self.bias).float(), self.softcap)
 

@@ -1,4 +1,18 @@
-"""The tail sketch is fitted to the states of a pilot, in the metric of the logits."""
+"""Fitting the tail sketch: transform coding of the teacher's final hidden state in the metric of its logits.
+
+With W [V, d] the output head and w_j how often id j is among a token's most probable (sum 1):
+
+- A shift that all logits share means nothing: W is used less its w-mean, A = W - w.W.
+- An error e in h costs e'Me in logits squared, averaged over the ids that matter: M = A' diag(w) A.
+- In y = R' M^(1/2) (h - mean), with R the eigenvectors of M^(1/2) Cov(h) M^(1/2), the axes are uncorrelated
+  and an error costs the same along each. So each is quantised with the same step (reverse water-filling).
+  Codes along small axes round to zero; axes whose loss costs hardly more than their rounding are dropped,
+  which is even in bytes, but makes the look-up faster and the basis smaller.
+- logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
+  rounding stay far below the codes'.
+
+Docs: docs/what-the-cache-keeps.md.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +64,7 @@ class LogitMetric:
 
 
 def logit_metric(head: OutputHead, hidden: Tensor) -> LogitMetric:
-    """Of a head, at calibration tokens [N, d] float32 on its device."""
+    """Measure a head at calibration tokens [N, d] float32 on its device."""
     weights, spread = _id_weights(head, hidden)
     common, constant = torch.zeros_like(hidden[0]), 0.0
     if head.softcap is None:

@@ -36,12 +36,12 @@ class TailSetting:
 
     @property
     def logprob_step(self) -> float:
-        """For the logprobs that are kept, nats: no sketch makes up for their rounding."""
+        """The step of the logprobs that are kept, nats: no sketch makes up for their rounding."""
         return EXACT_LOGPROB_STEP if self.exact else LOGPROB_STEP
 
     @classmethod
     def parse(cls, text: str) -> TailSetting:
-        """From "none", "exact", "bytes=64" or "step=0.1".
+        """Read "none", "exact", "bytes=64" or "step=0.1".
 
         Raises:
             CachekdError: anything else.

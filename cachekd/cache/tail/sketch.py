@@ -24,7 +24,6 @@ from cachekd.cache.array_rules import MOST_CODE, POSITIVE, ArrayRule
 from cachekd.cache.container import damaged, pack_arrays, read_arrays
 from cachekd.cache.sparse_logits import SketchCodes
 
-SKETCH_FILE = "sketch.zarr.zip"
 SHIFT_STEP = 1 / 32  # nats
 FINE_SHIFT_STEP = 1 / 512  # of the axis that takes what is left of the shift, if there is one
 FARTHEST = 6e4  # units; float16 ends at 65,504
@@ -92,7 +91,7 @@ class TailSketch:
         return self._basis[0]
 
     def to(self, device: torch.device | str) -> TailSketch:
-        """On `device`; made once for each."""
+        """Copy it to `device`, once for each."""
         device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
         if device == self.offset.device:
             return self
@@ -129,7 +128,7 @@ class TailSketch:
         return capped(torch.cat(parts).float() + self.offset[ids], self.softcap)
 
     def all_logits(self, coordinates: Tensor) -> Tensor:
-        """[N, V] float32, at every id."""
+        """Rebuild the logits at every id, [N, V] float32."""
         return capped(self.rebuild(coordinates) @ self.basis.float().T + self.offset, self.softcap)
 
     def farthest(self) -> Tensor:
@@ -248,24 +247,24 @@ class SketchTail:
 
     @classmethod
     def from_codes(cls, sketch: TailSketch, codes: SketchCodes) -> SketchTail:
-        """From a shard's arrays."""
+        """Read a shard's arrays."""
         shift: NDArray[np.float32] = codes.shift.astype(np.float32) * np.float32(SHIFT_STEP)
         return cls(sketch, torch.from_numpy(codes.coordinates), torch.from_numpy(shift))
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Logprobs [N, K] float32 at `ids` [N, K]."""
+        """Rebuild logprobs [N, K] float32 at `ids` [N, K]."""
         return self.sketch.logits(self.coordinates, ids) - self.shift[:, None]
 
     def everywhere(self, vocab_size: int) -> Tensor:
-        """Logprobs [N, V] float32, V the sketch's own."""
+        """Rebuild all logprobs [N, V] float32, V the sketch's own."""
         return self.sketch.all_logits(self.coordinates) - self.shift[:, None]
 
     def select(self, rows: Tensor) -> SketchTail:
-        """Some tokens."""
+        """Take some tokens."""
         return SketchTail(self.sketch, self.coordinates[rows], self.shift[rows])
 
     def cat(self, others: list[SketchTail]) -> SketchTail:
-        """This and others of the same sketch, one after the other."""
+        """Join this and others of the same sketch, one after the other."""
         parts = [self, *others]
         return SketchTail(
             self.sketch,
@@ -274,7 +273,7 @@ class SketchTail:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SketchTail:
-        """A copy on `device`."""
+        """Copy it to `device`."""
         return SketchTail(
             self.sketch.to(device),
             self.coordinates.to(device, non_blocking=non_blocking),
@@ -282,5 +281,5 @@ class SketchTail:
         )
 
     def pin_memory(self) -> SketchTail:
-        """A copy in page-locked memory; the sketch goes to a device once, and stays as it is."""
+        """Copy it to page-locked memory; the sketch goes to a device once, and stays as it is."""
         return SketchTail(self.sketch, self.coordinates.pin_memory(), self.shift.pin_memory())

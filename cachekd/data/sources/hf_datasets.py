@@ -13,10 +13,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from cachekd.config.data import ROW_NUMBERS
 from cachekd.data.conversation import SYSTEM_FIELDS, TURN_FIELDS
 from cachekd.data.image_fields import IMAGE_FIELDS, pictures_of
+from cachekd.data.preview import preview_of_record
 from cachekd.data.records import KEY_FIELDS, RecordReader
-from cachekd.data.sample import DataNotes, Outline, Sample
+from cachekd.data.sample import DataNotes, Preview, Sample
 from cachekd.data.sources.hf_load import HfSpec, load_split
-from cachekd.data.survey import outline_of_record
 from cachekd.errors import CachekdError
 
 _TEXTS = (*TURN_FIELDS, *SYSTEM_FIELDS, "tools")
@@ -49,7 +49,7 @@ class HfDatasetSamples:
         # Rows are taken as Arrow and read by the features without decoders: a broken image is then met by
         # open_image like any other, and reading the keys does not open one.
         self._rows = dataset.with_format("arrow")
-        # What `outline` reads without a map function: the texts, and of images how many there are.
+        # What `preview` reads without a map function: the texts, and of images how many there are.
         names = [name for name in dataset.column_names if name in _TEXTS]
         self._texts = self._rows.select_columns(names)
         self.keys, repeated = self._reader.keys(self._key_values(dataset), self._origin, row="row")
@@ -67,12 +67,12 @@ class HfDatasetSamples:
         """
         return self._reader.sample(self.keys[index], self._mapped(index), self._place(index))
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`. A map function is given the whole row, bytes of images and all."""
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`. A map function is given the whole row, bytes of images and all."""
         if self._reader.map is not None:
-            return self._reader.outline(self._mapped(index))
-        outline = outline_of_record(self._record(self._texts, index))
-        return outline if outline.images else outline._replace(images=self._images(index))
+            return self._reader.preview(self._mapped(index))
+        preview = preview_of_record(self._record(self._texts, index))
+        return preview if preview.images else preview._replace(images=self._images(index))
 
     def _images(self, index: int) -> int:
         """How many; of a column Arrow says so without reading one."""
@@ -108,7 +108,7 @@ class HfDatasetSamples:
         return row
 
     def _key_values(self, dataset: datasets.Dataset) -> list[Any]:
-        """Of every row, what its key is; None for the row's number."""
+        """Read what each row's key is; None for the row's number."""
         wished, columns = self._reader.key, dataset.column_names
         if wished == ROW_NUMBERS:
             return [None] * len(dataset)

@@ -9,7 +9,7 @@ from typing import Any
 
 from cachekd.data.conversation import TURN_FIELDS
 from cachekd.data.records import RecordReader
-from cachekd.data.sample import DataNotes, Outline, Sample
+from cachekd.data.sample import DataNotes, Preview, Sample
 from cachekd.errors import CachekdError
 
 _FORM = 'a list of {"id", "image", "conversations"} objects, or such an object a line'
@@ -55,9 +55,9 @@ class LlavaJsonSamples:
             raise CachekdError("the data set's folder has gone", where=str(self.path.parent))
         return self._reader.sample(self.keys[index], self._record(index), self._origin)
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`."""
-        return self._reader.outline(self._record(index))
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`."""
+        return self._reader.preview(self._record(index))
 
     def _record(self, index: int) -> Mapping[str, Any]:
         return self._reader.mapped(self._records[index], self.keys[index], self._origin)
@@ -86,7 +86,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _objects(text: str, path: Path) -> list[Any]:
-    """An object a line; or one over several lines."""
+    """Parse an object a line; or one over several lines."""
     # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:

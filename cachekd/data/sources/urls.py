@@ -10,11 +10,7 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from cachekd.errors import CachekdError
-
-
-def is_remote(spec: str) -> bool:
-    """Whether fsspec, rather than a path on this disk, is meant: `s3://...`, `simplecache::https://...`."""
-    return "://" in spec or "::" in spec
+from cachekd.paths import is_url
 
 
 def is_tar(spec: str) -> bool:
@@ -35,7 +31,7 @@ def find_tars(spec: str) -> list[str]:
     Raises:
         CachekdError: unbalanced braces, a glob that matches nothing, or a file system that cannot be reached.
     """
-    if not is_remote(spec) and os.path.isfile(spec):
+    if not is_url(spec) and os.path.isfile(spec):
         return [spec]  # its name is no pattern, whatever is in it
     try:
         patterns = list(braceexpand(spec, escape=False))
@@ -60,7 +56,7 @@ def _matches(pattern: str) -> list[str]:
             found="none",
             fix="check the path; quote the pattern, so that it is not the shell that expands it",
         )
-    if not is_remote(pattern):
+    if not is_url(pattern):
         return found
     # The whole chain is kept: a match of simplecache::s3://b/*.tar is simplecache::s3://b/0.tar.
     chain = pattern[: pattern.rfind("::") + 2] if "::" in pattern else ""

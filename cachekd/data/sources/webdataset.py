@@ -14,7 +14,7 @@ from cachekd.config.data import ROW_NUMBERS
 from cachekd.data.conversation import first_given
 from cachekd.data.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
 from cachekd.data.records import RecordReader
-from cachekd.data.sample import DataNotes, Outline, Sample, sample_place
+from cachekd.data.sample import DataNotes, Preview, Sample, sample_place
 from cachekd.data.sources.tar_index import index_tars
 from cachekd.errors import BadSample
 
@@ -65,9 +65,9 @@ class WebDatasetSamples:
                 record = {**record, field: images}
         return self._reader.sample(key, record, origin)
 
-    def outline(self, index: int) -> Outline:
-        """See `Samples.outline`. A map function is given the whole sample, bytes of images and all."""
-        return self._reader.outline(self._record(index))
+    def preview(self, index: int) -> Preview:
+        """See `Samples.preview`. A map function is given the whole sample, bytes of images and all."""
+        return self._reader.preview(self._record(index))
 
     def _key(self, index: int) -> Any:
         """The members' name, or what the record says, for which it is read."""
