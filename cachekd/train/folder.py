@@ -132,7 +132,7 @@ class RunFolder:
             )
 
     def last_checkpoint(self) -> Path | None:
-        """The one to go on from."""
+        """Find the checkpoint to go on from; None where there is none."""
         return newest_checkpoint(self.checkpoints)
 
     def begin(self) -> None:

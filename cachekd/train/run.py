@@ -18,30 +18,18 @@ from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
-from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
-from cachekd.train.data import TrainingSamples, collate_with_targets
+from cachekd.train.data import TrainingSamples
 from cachekd.train.folder import RunFolder, claimed
+from cachekd.train.held_out import saved_evaluation
 from cachekd.train.inputs import inputs_of
-from cachekd.train.memory import memory_advice
-from cachekd.train.open import OpenRun, load_trainer, make_trainer, open_run
+from cachekd.train.open import OpenRun, load_trainer, open_run
 from cachekd.train.size import RunSize, require_room, run_size
-from cachekd.train.student import save_merged
+from cachekd.train.student import memory_advice, save_merged
 from cachekd.train.trainer import SwitchKDTrainer
-from cachekd.train.validation import saved_evaluation
 
 log = logging.getLogger(__name__)
-
-__all__ = [
-    "SwitchKDTrainer",
-    "SwitchKDTrainingArguments",
-    "TrainSummary",
-    "TrainingSamples",
-    "collate_with_targets",
-    "make_trainer",
-    "train",
-]
 
 
 @dataclass(frozen=True)
@@ -149,7 +137,7 @@ def last_terms(state: TrainerState) -> dict[str, float]:
 
 
 def say_what_would_be_faster(trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
-    """If the steps waited for data."""
+    """Log advice if the steps waited for data."""
     workers, here = trainer.args.dataloader_num_workers, summary.steps - summary.resumed_from
     waited = advice(summary.data_wait, workers, here, summary.seconds)
     if waited is not None and trainer.is_world_process_zero():

@@ -41,8 +41,9 @@ from cachekd.models import (
 from cachekd.models.bridge import resampled
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
 from cachekd.train import train
+from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

@@ -32,9 +32,8 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import TrainingSamples, train
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import CHECKPOINTS
-from cachekd.train.open import open_run
+from cachekd.train.open import make_trainer, open_run
 from cachekd.train.order import RandomOrder
-from cachekd.train.run import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

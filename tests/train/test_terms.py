@@ -25,9 +25,11 @@ from cachekd.paths import RUN_FILE
 from cachekd.report.page import build_report, term_shares
 from cachekd.report.runs import read_run
 from cachekd.train import train
+from cachekd.train.batch import Fault, collate_with_targets
 from cachekd.train.callbacks import RunStopped
-from cachekd.train.data import Fault
-from cachekd.train.run import SwitchKDTrainer, collate_with_targets, make_trainer
+from cachekd.train.open import make_trainer
+from cachekd.train.terms import LossTerms
+from cachekd.train.trainer import SwitchKDTrainer
 
 
 @pytest.fixture
@@ -128,14 +130,7 @@ def test_a_term_of_the_switched_path_reaches_the_vision_encoder_only(settings, t
 def test_a_switched_term_without_a_teacher_is_refused(settings, tmp_path):
     trainer = make_trainer(TrainConfig(**settings, lambda_vsd=0), tmp_path / "t")
     with pytest.raises(CachekdError, match="L_VSD needs a teacher to switch into"):
-        SwitchKDTrainer(
-            trainer.model,
-            trainer.args,
-            trainer.train_dataset,
-            pad_token_id=0,
-            weights={"vsd": 1.0},
-            teacher=None,
-        )
+        LossTerms(trainer.model, {"vsd": 1.0})
 
 
 # ---- batches

@@ -30,7 +30,7 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import SwitchKDTrainingArguments, train
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import CHECKPOINTS, STARTED_FILE
-from cachekd.train.run import make_trainer
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_what_is_right_is_counted_beside_the_terms(settings, tmp_path):
     batch = next(trainer.validation.batches(trainer.args))
     evaluated = trainer.terms_of(trainer.model, batch, evaluating=True)
     trained = trainer.terms_of(trainer.model, batch)
-    assert evaluated.terms.keys() == trained.terms.keys() == trainer.weights.keys()
+    assert evaluated.terms.keys() == trained.terms.keys() == trainer.terms.weights.keys()
     assert 0 <= int(evaluated.right) <= evaluated.tokens == trained.tokens
     assert trained.right is None
 
