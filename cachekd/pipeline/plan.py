@@ -90,10 +90,8 @@ class PlannedStep:
         return self.config.model_dump(mode="json", exclude=KINDS[self.kind].free)
 
     def comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings, now or of a record, with only what has to be equal of them. One that a record does not
-        have, because there was no such setting yet, is at its default."""
-        whole = defaults_of(KINDS[self.kind].config) | settings
-        return samples_per_step(whole) if self.kind == "train" else whole
+        """Settings, as they are now or were when the step began, with only what has to be equal of them."""
+        return samples_per_step(settings) if self.kind == "train" else settings
 
 
 @contextmanager

@@ -91,8 +91,7 @@ def train(
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
-        found = inputs_of(config, opened)
-        folder.require_inputs(found, processes=opened.arguments.world_size)
+        folder.require_inputs(inputs_of(config, opened), processes=opened.arguments.world_size)
         if opened.arguments.should_save:
             require_room(size_of(config, opened), folder.path)
         stopper = StopInOrder(asked_to_stop)
@@ -171,16 +170,6 @@ def say_what_is_cut(limits: Limits) -> None:
         log.warning("samples of more than %s lose the end of their answers", most)
 
 
-def held_out_record(summary: TrainSummary) -> dict[str, Any]:
-    """What the record of a run has of its held-out data."""
-    left_out = {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)}
-    return {
-        "evaluation": summary.evaluation,
-        "best_step": summary.best_step,
-        "eval_left_out": left_out,
-    }
-
-
 def save_run(
     folder: RunFolder,
     config: TrainConfig,
@@ -194,7 +183,13 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
-    limits = data.encoder.limits
+    limits, held_out = data.encoder.limits, {}
+    if trainer.validation is not None:
+        held_out = {
+            "evaluation": summary.evaluation,
+            "best_step": summary.best_step,
+            "eval_left_out": {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)},
+        }
     trainer.save_model(str(folder.part if config.lora is None else folder.part / ADAPTER_FOLDER))
     trainer.accelerator.wait_for_everyone()  # sharded weights are written by all
     if not trainer.is_world_process_zero():
@@ -218,7 +213,7 @@ def save_run(
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
-            **({} if trainer.validation is None else held_out_record(summary)),
+            **held_out,
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.describe(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -30,7 +30,7 @@ from cachekd.data import SampleEncoder, collate, open_samples, predicting_positi
 from cachekd.data.survey import outline_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import read_records
+from cachekd.evaluate import read_scores
 from cachekd.evaluate.inputs import AnswerPrior
 from cachekd.evaluate.questions import (
     QuestionEncoder,
@@ -647,7 +647,7 @@ def test_the_command_keeps_scores_apart_and_prints_what_they_are_worth(
         assert text in first.stdout
     found = json.loads(second.stdout)
     assert {d["against"] for d in found["differences"]} >= {"prior", f"{student_path}, blind"}
-    newest, other = read_records(seeing)
+    newest, other = read_scores(seeing)
     assert (newest.asked.data, other.asked.data) == (str(data_path), str(pictures))
     assert newest.models[0].exact_match == found["models"][0]["exact_match"]
 
