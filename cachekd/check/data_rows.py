@@ -1,9 +1,9 @@
-"""What a data set's samples are like: how many, how long, with or without images; and what teacher and student
-make of the first of them."""
+"""What a data set's samples are like: how many, how long, with or without images; and what teacher and
+student make of the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from cachekd.data import Encoded, Limits, Samples, Survey
 from cachekd.data.limits import LONGER, NO_ROW
 from cachekd.data.sample import DataNotes
 from cachekd.errors import BadSample
+from cachekd.losses.terms import labels
 from cachekd.models import ModelFiles
 
 _TEXT_ALONE = "--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0"
@@ -138,11 +139,12 @@ def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
     return Row(name, "refused", beyond, LONGER)
 
 
-def pictures_row(data: str, samples: Samples, cache: Container[str] | None) -> Row:
-    """L_VSD needs a picture in some sample; text alone has nothing to switch.
+def pictures_row(data: str, samples: Samples, cache: Container[str] | None, switched: Sequence[str]) -> Row:
+    """Whether some sample has a picture: text alone has nothing to switch.
 
     Args:
         cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
+        switched: the terms of the switched path that are on.
     """
     if has_pictures(samples, cache):
         return Row("pictures", "ok", "some samples that are distilled have one")
@@ -152,8 +154,8 @@ def pictures_row(data: str, samples: Samples, cache: Container[str] | None) -> R
         "refused",
         f"{distilled:,} of text alone",
         _TEXT_ALONE,
-        problem="no sample feeds L_VSD: none has a picture",
-        where=f"setting 'lambda_vsd', and {data}",
+        problem=f"no sample feeds {labels(switched)}: none has a picture",
+        where=f"setting {', '.join(repr(f'lambda_{name}') for name in switched)}, and {data}",
         expected="samples with pictures among those that are distilled",
     )
 

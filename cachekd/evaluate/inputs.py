@@ -164,7 +164,7 @@ def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
-    """Read the prior of the training data, whose records are read as the test data's unless they say otherwise.
+    """Count the training data's answers; records are read as the test data's unless they say otherwise.
 
     Raises:
         CachekdError: they cannot be read, or say nothing.

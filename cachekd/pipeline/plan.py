@@ -145,7 +145,7 @@ class _Above:
         return {name: self.defaults[name] for name in names if self.defaults.get(name) is not None}
 
     def folder(self, value: Any, kind: str) -> Any:
-        """Of the step that is named, or of each; what names none is a path or a hub's name."""
+        """Find the folder of the step, or of each, that is named; another value is a path or a hub's name."""
         if isinstance(value, list):
             return [self.folder(each, kind) for each in value]
         return str(self.out / value) if value in self.names[kind] else value

@@ -137,7 +137,7 @@ def teacher_rows(
     if config.live_teacher:
         yield template_row(teacher, student)
     if config.switches and samples is not None:
-        yield pictures_row(config.data, samples, cache)
+        yield pictures_row(config.data, samples, cache, config.switched)
     if cache is not None:
         yield cache_teacher_row(cache, teacher)
 

@@ -58,7 +58,7 @@ def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -
         train_only(student, config.trainable)
         return student
     adapted = with_adapters(student, config.lora, config.trainable)
-    check_adapters(student, config.trainable, config.lambda_vsd)
+    check_adapters(student, config.trainable, config.switched)
     return adapted
 
 

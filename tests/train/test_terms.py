@@ -225,3 +225,18 @@ def test_the_trainer_calls_each_of_them_in_a_run_that_is_cut_and_gone_on_with(se
     more = Counter(calls.counts)
     more.subtract(first)
     assert more == dict.fromkeys(PRIVATE, 1)
+
+
+def test_messages_name_the_terms_that_are_on(settings, monkeypatch):
+    """Not L_VSD, whatever is switched."""
+    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", forward_kl, path="switched"))
+    on = settings | {"lambda_align": 0, "lambda_vsd": 0, "lambda_kl": 1}
+    with pytest.raises(CachekdError, match="L_KL would have no gradient") as caught:
+        WithKL(**on, trainable="projector")
+    assert "lambda_kl 1" in str(caught.value)
+    assert str(caught.value.fix).endswith("--lambda-kl 0")
+    with pytest.raises(CachekdError, match="L_KL needs the teacher's cached logits") as caught:
+        WithKL(**on | {"cache": None}).require_inputs()
+    assert "--lambda-kl 0 for plain CE" in str(caught.value)
+    with pytest.raises(CachekdError, match="language model for L_KL"):
+        WithKL(**on | {"teacher": None}).require_inputs()
