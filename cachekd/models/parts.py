@@ -142,8 +142,8 @@ def check_adapters(
         )
     if switched and "vision_encoder" not in found:
         raise CachekdError(
-            f"{labels(switched)} would have no gradient: the switched path reaches the student's vision encoder, "
-            "which has no adapters",
+            f"{labels(switched)} would have no gradient: the switched path reaches the student's vision "
+            "encoder, which has no adapters",
             where="setting 'lora'",
             expected="target_modules that name layers of the vision encoder",
             found=f"adapters in {', '.join(found) or 'no part'}",
