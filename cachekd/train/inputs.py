@@ -46,7 +46,7 @@ def inputs_of(config: TrainConfig, opened: OpenRun) -> dict[str, str]:
 
 def _data(spec: str, samples: Samples) -> str:
     """Hash the keys in order, and up to 32 samples unless they would have to be fetched."""
-    content = "" if is_remote(spec) else content_hash(samples)
+    content = "" if is_remote(str(spec)) else content_hash(samples)
     return hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
 
 
