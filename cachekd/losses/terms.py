@@ -63,4 +63,5 @@ def labels(names: Iterable[str]) -> str:
 
 def options_off(names: Iterable[str]) -> str:
     """Write the options that turn terms off, as in "--lambda-align 0 --lambda-vsd 0"."""
-    return " ".join(f"--lambda-{name.replace('_', '-')} 0" for name in names)
+    settings = (f"lambda_{name}" for name in names)
+    return " ".join(f"--{setting} 0".replace("_", "-") for setting in settings)
