@@ -21,7 +21,8 @@ from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import SwitchedTeacher, capture_vision
 from cachekd.train import SwitchKDTrainer, SwitchKDTrainingArguments
-from cachekd.train.data import Example, batch_of
+from cachekd.train.batch import Example, batch_of
+from cachekd.train.terms import LossTerms
 
 WINDOW, MIN_K, IMAGE_TOKEN = 128, 2, 5
 CPU = torch.device("cpu")
@@ -108,13 +109,21 @@ class Examples(Dataset):
 
 
 def lean_trainer(
-    student: nn.Module, examples: list[Example], out: Path, *, steps: int, settings: Any = None, **ours: Any
+    student: nn.Module,
+    examples: list[Example],
+    out: Path,
+    *,
+    steps: int,
+    settings: Any = None,
+    callbacks: Any = None,
+    **ours: Any,
 ) -> SwitchKDTrainer:
     """cachekd's trainer over the same batch, `steps` times.
 
     Args:
         settings: of `SwitchKDTrainingArguments`, beside those here.
-        ours: of `SwitchKDTrainer`.
+        callbacks: the Trainer's.
+        ours: of `LossTerms`.
     """
     arguments = SwitchKDTrainingArguments(
         str(out),
@@ -128,7 +137,8 @@ def lean_trainer(
             **(settings or {}),
         },
     )
-    return SwitchKDTrainer(student, arguments, Examples(examples, steps), pad_token_id=0, **ours)
+    data = Examples(examples, steps)
+    return SwitchKDTrainer(LossTerms(student, **ours), arguments, data, pad_token_id=0, callbacks=callbacks)
 
 
 class Naive:

@@ -56,7 +56,7 @@ from cachekd.cache.topk import select_and_normalise
 from cachekd.data import predicting_positions
 from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.models.split import hidden_and_logits_at
-from cachekd.train.data import Example
+from cachekd.train.batch import Example
 
 VARIANTS = ("naive_live", "live", "cached", "cached_no_vsd", "ce_only")
 OPINION = 20.0  # the random teacher's head is scaled by it: else all its logits are much the same

@@ -42,7 +42,7 @@ from cachekd.cache.topk import select_topk
 from cachekd.data import Encoded, predicting_positions
 from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.train.arguments import CHECKPOINTING
-from cachekd.train.data import Example
+from cachekd.train.batch import Example
 from cachekd.train.student import recompute_frozen_layers
 
 VARIANTS = ("naive", "live", "cached", "cached, recomputed layers")

@@ -204,3 +204,12 @@ def evaluated(models, data, progress=None, **settings):
 
     config = EvalConfig(models=[str(model) for model in models], data=data, **settings)
     return evaluate(config) if progress is None else evaluate(config, progress)
+
+
+def checked(teacher, student, data, **settings):
+    """`check_pair` by its settings; of data, their name or their options."""
+    from cachekd.check import check_pair
+    from cachekd.config import CheckConfig, DataOptions
+
+    said = data.model_dump(exclude_unset=True) if isinstance(data, DataOptions) else {"data": str(data)}
+    return check_pair(CheckConfig(teacher=str(teacher), student=str(student), **said | settings))

@@ -51,7 +51,7 @@ class RunModels(NamedTuple):
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunModels:
-        """As the settings name them; nothing is opened."""
+        """Name the models that the settings name; nothing is opened."""
         return cls(
             ModelFiles(config.student), ModelFiles(str(config.teacher)) if config.runs_teacher else None
         )

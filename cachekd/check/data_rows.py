@@ -1,18 +1,22 @@
-"""What a data set's samples are like: how many, how long, with or without images."""
+"""What a data set's samples are like: how many, how long, with or without images; and what teacher and
+student make of the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from cachekd.check.rows import Row
+from cachekd.check.rows import Row, State
 from cachekd.config import DataOptions
-from cachekd.data import Limits, Samples, Survey
-from cachekd.data.limits import LONGER
+from cachekd.data import Encoded, Limits, Samples, Survey
+from cachekd.data.limits import LONGER, NO_ROW
 from cachekd.data.sample import DataNotes
 from cachekd.errors import BadSample
+from cachekd.losses.terms import labels
+from cachekd.models import ModelFiles
 
 _TEXT_ALONE = "--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0"
 
@@ -39,7 +43,7 @@ class Lengths:
 
 
 def lengths_of(found: Survey, limits: Limits) -> Lengths | None:
-    """Of the samples that were looked at; None where no record can be read."""
+    """Sum up the lengths of the samples that were looked at; None where no record can be read."""
     lengths = found.lengths[found.lengths > 0]
     if not len(lengths):
         return None
@@ -57,7 +61,7 @@ def lengths_of(found: Survey, limits: Limits) -> Lengths | None:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a data set's samples and files.
+    """How many samples and files a data set has.
 
     Attributes:
         samples: in all.
@@ -76,7 +80,7 @@ class Counts:
 
 
 def counts_of(found: Survey, samples: Samples) -> Counts:
-    """Of a data set, by the samples that were looked at."""
+    """Count what a data set has, by the samples that were looked at."""
     there, notes = found.lengths > 0, samples.notes
     return Counts(
         samples=len(samples),
@@ -135,11 +139,12 @@ def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
     return Row(name, "refused", beyond, LONGER)
 
 
-def pictures_row(data: str, samples: Samples, cache: Container[str] | None) -> Row:
-    """L_VSD needs a picture in some sample; text alone has nothing to switch.
+def pictures_row(data: str, samples: Samples, cache: Container[str] | None, switched: Sequence[str]) -> Row:
+    """Whether some sample has a picture: text alone has nothing to switch.
 
     Args:
         cache: of a sample that is not in it, L_CE alone is computed; None: of all samples everything is.
+        switched: the terms of the switched path that are on.
     """
     if has_pictures(samples, cache):
         return Row("pictures", "ok", "some samples that are distilled have one")
@@ -149,8 +154,8 @@ def pictures_row(data: str, samples: Samples, cache: Container[str] | None) -> R
         "refused",
         f"{distilled:,} of text alone",
         _TEXT_ALONE,
-        problem="no sample feeds L_VSD: none has a picture",
-        where=f"setting 'lambda_vsd', and {data}",
+        problem=f"no sample feeds {labels(switched)}: none has a picture",
+        where=f"setting {', '.join(repr(f'lambda_{name}') for name in switched)}, and {data}",
         expected="samples with pictures among those that are distilled",
     )
 
@@ -166,3 +171,72 @@ def _has_picture(samples: Samples, index: int) -> bool:
         return samples.preview(index).images > 0
     except BadSample:  # which is met again when it is read
         return False
+
+
+def embedding_rows_row(limits: Limits, teacher: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+    """Tokens that one of the models has no embedding for are refused where a sample has one."""
+    name, rows, tokens = "embedding rows", limits.embedding_rows, len(teacher.processor.tokenizer)
+    if rows is None or tokens <= rows:
+        return Row(name, "ok", f"one for each of the {tokens:,} tokens")
+    found = f"{rows:,} in {limits.embedding_rows_of} for {tokens:,} tokens: {tokens - rows:,} have none"
+    for theirs, _ in pairs:
+        ids = theirs.inputs["input_ids"]
+        is_image = ids == (-1 if teacher.image_token_id is None else teacher.image_token_id)
+        try:
+            limits.require_rows(ids, is_image, teacher.processor.tokenizer, f"sample {theirs.key!r}")
+        except BadSample as error:
+            return Row(name, "refused", f"{found}; {error.where}: {error.problem}", NO_ROW)
+    return Row(name, "note", f"{found}; a sample with such a token is refused", NO_ROW)
+
+
+def bad_rows(bad: list[BadSample], on_error: str) -> list[Row]:
+    """Samples among the first that cannot be used."""
+    state: State = "note" if on_error == "skip" else "refused"
+    return [
+        Row("bad sample", state, f"{error.where}: {error.problem}; {error.found}", error.fix) for error in bad
+    ]
+
+
+def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:
+    """Whether both have the same answer tokens, wherever they stand."""
+    for theirs, ours in pairs:
+        if theirs.token_ids.tolist() != ours.token_ids.tolist():
+            found = f"sample {ours.key!r}: {len(theirs.token_ids)} and {len(ours.token_ids)}, or other ids"
+            return Row("answer tokens", "refused", found, "the same tokenizer and chat template for both")
+    counts = ", ".join(str(len(ours.token_ids)) for _, ours in pairs)
+    return Row("answer tokens", "ok", f"the same in {len(pairs)} sample(s): {counts}")
+
+
+def image_tokens_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+    """How many places an image takes on each side; targets belong to answer tokens, so they may differ."""
+
+    def count(side: ModelFiles, encoded: Encoded) -> int:
+        return int((encoded.inputs["input_ids"] == side.image_token_id).sum()) if side.image_token_id else 0
+
+    counts = [(count(teacher, theirs), count(student, ours)) for theirs, ours in pairs]
+    found = ", ".join(str(ours) if theirs == ours else f"{theirs} and {ours}" for theirs, ours in counts)
+    if all(theirs == ours for theirs, ours in counts):
+        return Row("image tokens", "ok", f"{found} a sample, on both sides")
+    return Row("image tokens", "note", f"{found} a sample", "L_Align does not mind; for L_VSD see the switch")
+
+
+def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
+    """Whether V_T and V_S see the same picture."""
+    name = "image processing"
+    if student.image_token_id is None or teacher.image_token_id is None:
+        return Row(name, "note", "no vision encoder on one side or both", "--lambda-vsd 0")
+    seen = [
+        (theirs.inputs["pixel_values"], ours.inputs["pixel_values"])
+        for theirs, ours in pairs
+        if "pixel_values" in theirs.inputs and "pixel_values" in ours.inputs
+    ]
+    same = all(a.shape == b.shape and torch.equal(a, b) for a, b in seen)
+    if teacher.image_processing == student.image_processing:
+        return Row(name, "ok", f"the same settings, {len(seen)} sample(s) with the same pixels")
+    if seen and same:
+        return Row(name, "ok", f"other settings, but the same pixels in {len(seen)} sample(s)")
+    found = "other settings" + (
+        f": pixels {tuple(seen[0][0].shape)} and {tuple(seen[0][1].shape)}" if seen else ""
+    )
+    fix = "nothing, if it is meant: the cache holds what the teacher saw, V_S gets the student's own pixels"
+    return Row(name, "note", found, fix)

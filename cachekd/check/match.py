@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from cachekd.cache import CachedTargets, LogitCache
@@ -56,7 +58,9 @@ def check_cache(
             fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
             "--lambda-align 0 --lambda-vsd 0 for plain CE",
         )
-    lacking.refuse(cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long)
+    lacking.require_allowed(
+        cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long
+    )
     return lacking
 
 
@@ -66,21 +70,47 @@ def check_text(cache: LogitCache, encoder: SampleEncoder) -> None:
     Raises:
         CachekdError: what differs, and how.
     """
-    stored, tokenizer = cache.manifest.fingerprints, encoder.processor.tokenizer
-    found = {
-        "tokenizer": (stored.tokenizer, tokenizer_fingerprint(tokenizer)),
-        "chat template": (stored.chat_template, template_fingerprint(encoder.template)),
-    }
-    for name, (theirs, ours) in found.items():
-        if theirs != ours:
-            raise CachekdError(
-                f"the cache was made with a different {name} than the student's",
-                where=f"{cache.path} and {tokenizer.name_or_path}",
-                expected=f"sha256 {theirs}",
-                found=f"sha256 {ours}",
-                fix=f"give the student the teacher's {name}, or run `cachekd dump` again",
-            )
+    tokenizer, theirs = encoder.processor.tokenizer, cache.manifest.fingerprints.chat_template
+    check_tokenizer(cache, tokenizer)
+    ours = template_fingerprint(encoder.template)
+    if theirs != ours:
+        raise _of_another(cache, tokenizer, "chat template", theirs, ours)
     _check_encoding(cache, encoder)
+
+
+def check_tokenizer(
+    cache: LogitCache, tokenizer: Any, whose: str = "student's", fix: str | None = None
+) -> None:
+    """Refuse a cache of another tokenizer.
+
+    Args:
+        whose: the tokenizer is.
+        fix: what to do about it; by default what helps a student.
+
+    Raises:
+        CachekdError: it is of another.
+    """
+    theirs, ours = cache.manifest.fingerprints.tokenizer, tokenizer_fingerprint(tokenizer)
+    if theirs != ours:
+        raise _of_another(cache, tokenizer, "tokenizer", theirs, ours, whose, fix)
+
+
+def _of_another(
+    cache: LogitCache,
+    tokenizer: Any,
+    name: str,
+    theirs: str,
+    ours: str,
+    whose: str = "student's",
+    fix: str | None = None,
+) -> CachekdError:
+    return CachekdError(
+        f"the cache was made with a different {name} than the {whose}",
+        where=f"{cache.path} and {tokenizer.name_or_path}",
+        expected=f"sha256 {theirs}",
+        found=f"sha256 {ours}",
+        fix=fix or f"give the student the teacher's {name}, or run `cachekd dump` again",
+    )
 
 
 def _check_encoding(cache: LogitCache, encoder: SampleEncoder) -> None:

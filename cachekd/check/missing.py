@@ -40,7 +40,7 @@ class MissingSamples:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Of each, in one line."""
+        """Why each is missing, in one line."""
         return (
             {key: f"the dump left it out: {reason}" for key, reason in self.skipped.items()}
             | dict.fromkeys(self.beyond, f"it is beyond the dump's {self._part}")
@@ -64,7 +64,7 @@ class MissingSamples:
         values = {name: (value, getattr(self.data, name)) for name, value in theirs.items()}
         return {name: (theirs, ours) for name, (theirs, ours) in values.items() if theirs != ours}
 
-    def refuse(
+    def require_allowed(
         self, cache: LogitCache, samples: Samples, *, missing: str, on_error: str, too_long: str
     ) -> None:
         """Refuse what would not begin without them, or would stop at them.
@@ -93,15 +93,19 @@ class MissingSamples:
                 "skip, which leaves out whatever the cache lacks",
             )
 
-    def error(self, cache: LogitCache, samples: Samples) -> CachekdError:
-        """The refusal, with what will work."""
+    def error(self, cache: LogitCache, samples: Samples, fix: str | None = None) -> CachekdError:
+        """The refusal, with what will work.
+
+        Args:
+            fix: that is; by default what training can do.
+        """
         first = next(key for key in samples.keys if key not in cache)
         return CachekdError(
             "the cache lacks samples of the data set",
             where=str(cache.path),
             expected=f"all {len(samples):,} samples",
             found="; ".join([f"{len(self):,} are missing, the first is {first!r}", *self.causes()]),
-            fix="; ".join(self._fixes(some_are_there=len(self) < len(samples))),
+            fix=fix or "; ".join(self._fixes(some_are_there=len(self) < len(samples))),
         )
 
     def causes(self) -> list[str]:

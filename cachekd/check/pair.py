@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from cachekd.check.data_rows import Counts, Lengths, counts_of, data_row, length_row, lengths_of
-from cachekd.check.rows import (
-    Row,
+from cachekd.check.data_rows import (
+    Counts,
+    Lengths,
     answers_row,
     bad_rows,
-    cache_rows,
+    counts_of,
+    data_row,
     embedding_rows_row,
+    image_tokens_row,
+    length_row,
+    lengths_of,
+    pixels_row,
+)
+from cachekd.check.rows import (
+    Row,
+    cache_rows,
     encoding_row,
     end_of_turn_row,
-    image_tokens_row,
-    pixels_row,
     split_row,
     switch_rows,
     template_row,
     vocabulary_row,
 )
-from cachekd.config import Data, DataOptions
+from cachekd.config import CheckConfig, DataOptions
 from cachekd.config.train import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
@@ -150,34 +156,17 @@ class PairReport:
         return all(row.state != "refused" for row in self.rows)
 
 
-def check_pair(
-    teacher: str,
-    student: str,
-    data: Data,
-    *,
-    cache: str | Path | None = None,
-    samples: int = 2,
-    forward: bool = False,
-    switch_bridge: Literal["linear"] | None = None,
-) -> PairReport:
+def check_pair(config: CheckConfig) -> PairReport:
     """Look at everything that has to fit; what does not is a row, not an error.
-
-    Args:
-        teacher, student: model folders or hub names.
-        data: as for a dump.
-        cache: checked too where it is given; a folder or an address.
-        samples: how many are looked at.
-        forward: load both models and prove that each, taken apart, says what it says whole.
-        switch_bridge: as for training.
 
     Raises:
         CachekdError: a model, a processor or the data set cannot be read at all.
     """
-    theirs, ours, said = ModelFiles(teacher), ModelFiles(student), DataOptions.of(data)
-    opened = open_samples(said)
-    limits = limits_of([theirs.config, ours.config], max_tokens=said.max_tokens, too_long=said.too_long)
-    pairs, bad = _first_pairs(opened, theirs, ours, samples)
-    near = Subset(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(said) else opened
+    theirs, ours = ModelFiles(config.teacher), ModelFiles(config.student)
+    opened = open_samples(config)
+    limits = limits_of([theirs.config, ours.config], max_tokens=config.max_tokens, too_long=config.too_long)
+    pairs, bad = _first_pairs(opened, theirs, ours, config.samples)
+    near = Subset(opened, limit=FAR_SAMPLES, shuffle_seed=0) if _is_costly(config) else opened
     take_images = None not in (theirs.image_token_id, ours.image_token_id)
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
@@ -189,19 +178,19 @@ def check_pair(
         end_of_turn_row(ours),
         encoding_row(theirs, ours),
         data_row(counts, opened.notes, takes_images=take_images),
-        *bad_rows(bad[:_SHOWN], said.on_error),
-        length_row(lengths, said),
+        *bad_rows(bad[:_SHOWN], config.on_error),
+        length_row(lengths, config),
         answers_row(pairs),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
     ]
-    if take_images or switch_bridge is not None:
-        rows += switch_rows(theirs, ours, switch_bridge)
+    if take_images or config.switch_bridge is not None:
+        rows += switch_rows(theirs, ours, config.switch_bridge)
     else:
         rows.append(Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align"))
-    if cache is not None:
-        rows += cache_rows(cache, opened, said, ours, theirs, pairs)
-    if forward:
+    if config.cache is not None:
+        rows += cache_rows(config.cache, opened, config, ours, theirs, pairs)
+    if config.forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
     sizes = sizes_of(theirs.config, ours.config, teacher_dtype=default_dtype(default_device()))

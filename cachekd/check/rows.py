@@ -8,16 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from cachekd.cache import LogitCache
 from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache, check_sample, check_teacher, cut_alike
 from cachekd.config import DataOptions
-from cachekd.data import Encoded, Limits, Samples, collate
+from cachekd.data import Encoded, Samples, collate
 from cachekd.data.collate import ModelInputs
-from cachekd.data.limits import NO_ROW
-from cachekd.errors import BadSample, CachekdError
+from cachekd.errors import CachekdError
 from cachekd.models import (
     ModelFiles,
     check_switch,
@@ -66,7 +63,7 @@ class Row:
 
     @classmethod
     def of(cls, name: str, check: Callable[[], object]) -> Row:
-        """Of a check that raises what does not fit."""
+        """Run a check that raises what does not fit, and say how it went."""
         try:
             check()
         except CachekdError as error:
@@ -105,7 +102,7 @@ def require(rows: Iterable[Row]) -> None:
 
 
 def vocabulary_row(teacher: ModelFiles, student: ModelFiles) -> Row:
-    """The same tokens with the same ids; embeddings may have more rows on either side."""
+    """Whether both have the same tokens with the same ids; embeddings may have more rows on either side."""
     ours, theirs = student.processor.tokenizer, teacher.processor.tokenizer
     row = Row.of("vocabulary", partial(check_tokenizers, theirs, ours))
     if row.state == "refused":
@@ -117,22 +114,6 @@ def vocabulary_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     if rows[0] != rows[1]:
         found += f"; embeddings of {rows[0]:,} and {rows[1]:,} rows, those beyond the tokens are left out"
     return replace(row, found=found)
-
-
-def embedding_rows_row(limits: Limits, teacher: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """Tokens that one of the models has no embedding for are refused where a sample has one."""
-    name, rows, tokens = "embedding rows", limits.embedding_rows, len(teacher.processor.tokenizer)
-    if rows is None or tokens <= rows:
-        return Row(name, "ok", f"one for each of the {tokens:,} tokens")
-    found = f"{rows:,} in {limits.embedding_rows_of} for {tokens:,} tokens: {tokens - rows:,} have none"
-    for theirs, _ in pairs:
-        ids = theirs.inputs["input_ids"]
-        is_image = ids == (-1 if teacher.image_token_id is None else teacher.image_token_id)
-        try:
-            limits.require_rows(ids, is_image, teacher.processor.tokenizer, f"sample {theirs.key!r}")
-        except BadSample as error:
-            return Row(name, "refused", f"{found}; {error.where}: {error.problem}", NO_ROW)
-    return Row(name, "note", f"{found}; a sample with such a token is refused", NO_ROW)
 
 
 def end_of_turn_row(student: ModelFiles) -> Row:
@@ -155,7 +136,7 @@ def end_of_turn_row(student: ModelFiles) -> Row:
 
 
 def template_row(teacher: ModelFiles, student: ModelFiles) -> Row:
-    """The same chat template, or every answer stands elsewhere."""
+    """Whether both have the same chat template; else every answer stands elsewhere."""
     theirs, ours = (template_fingerprint(side.encoder.template) for side in (teacher, student))
     if theirs == ours:
         return Row("chat template", "ok", "the same text")
@@ -165,7 +146,7 @@ def template_row(teacher: ModelFiles, student: ModelFiles) -> Row:
 
 
 def encoding_row(teacher: ModelFiles, student: ModelFiles) -> Row:
-    """The same tokens for the same text: a BOS token, for one, may be missing on one side."""
+    """Whether the same text has the same tokens: a BOS token, for one, may be missing on one side."""
     theirs, ours = (encoding_fingerprint(side.encoder) for side in (teacher, student))
     if theirs is None or ours is None:
         whose = " and ".join(
@@ -185,59 +166,6 @@ def _other_text(
     expected, found = (f"sha256 {each}" for each in hashes)
     where = " and ".join(side.path for side in sides)
     return Row(name, "refused", found, fix, problem=problem, where=where, expected=expected)
-
-
-def bad_rows(bad: list[BadSample], on_error: str) -> list[Row]:
-    """Samples among the first that cannot be used."""
-    state: State = "note" if on_error == "skip" else "refused"
-    return [
-        Row("bad sample", state, f"{error.where}: {error.problem}; {error.found}", error.fix) for error in bad
-    ]
-
-
-def answers_row(pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """The same answer tokens, wherever they stand."""
-    for theirs, ours in pairs:
-        if theirs.token_ids.tolist() != ours.token_ids.tolist():
-            found = f"sample {ours.key!r}: {len(theirs.token_ids)} and {len(ours.token_ids)}, or other ids"
-            return Row("answer tokens", "refused", found, "the same tokenizer and chat template for both")
-    counts = ", ".join(str(len(ours.token_ids)) for _, ours in pairs)
-    return Row("answer tokens", "ok", f"the same in {len(pairs)} sample(s): {counts}")
-
-
-def image_tokens_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """How many places an image takes on each side; targets belong to answer tokens, so they may differ."""
-
-    def count(side: ModelFiles, encoded: Encoded) -> int:
-        return int((encoded.inputs["input_ids"] == side.image_token_id).sum()) if side.image_token_id else 0
-
-    counts = [(count(teacher, theirs), count(student, ours)) for theirs, ours in pairs]
-    found = ", ".join(str(ours) if theirs == ours else f"{theirs} and {ours}" for theirs, ours in counts)
-    if all(theirs == ours for theirs, ours in counts):
-        return Row("image tokens", "ok", f"{found} a sample, on both sides")
-    return Row("image tokens", "note", f"{found} a sample", "L_Align does not mind; for L_VSD see the switch")
-
-
-def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """Whether V_T and V_S see the same picture."""
-    name = "image processing"
-    if student.image_token_id is None or teacher.image_token_id is None:
-        return Row(name, "note", "no vision encoder on one side or both", "--lambda-vsd 0")
-    seen = [
-        (theirs.inputs["pixel_values"], ours.inputs["pixel_values"])
-        for theirs, ours in pairs
-        if "pixel_values" in theirs.inputs and "pixel_values" in ours.inputs
-    ]
-    same = all(a.shape == b.shape and torch.equal(a, b) for a, b in seen)
-    if teacher.image_processing == student.image_processing:
-        return Row(name, "ok", f"the same settings, {len(seen)} sample(s) with the same pixels")
-    if seen and same:
-        return Row(name, "ok", f"other settings, but the same pixels in {len(seen)} sample(s)")
-    found = "other settings" + (
-        f": pixels {tuple(seen[0][0].shape)} and {tuple(seen[0][1].shape)}" if seen else ""
-    )
-    fix = "nothing, if it is meant: the cache holds what the teacher saw, V_S gets the student's own pixels"
-    return Row(name, "note", found, fix)
 
 
 def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = None) -> list[Row]:
@@ -280,7 +208,7 @@ def cache_rows(
     teacher: ModelFiles,
     pairs: list[tuple[Encoded, Encoded]],
 ) -> list[Row]:
-    """A cache against data, student and teacher."""
+    """Compare a cache with data, student and teacher."""
     cache = open_bound(path)
     known = [ours for _, ours in pairs if ours.key in cache]
     notes: list[Row] = []  # samples that are missing for a reason

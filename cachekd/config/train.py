@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import SAVE_STEPS, CacheName, Dtype, ModelName, SwitchBridge
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
-
-if TYPE_CHECKING:
-    from cachekd.losses.terms import Term
-
 
 Stage = Literal["dpt", "sft", "dft"]
 StudentPart = Literal["vision_encoder", "projector", "language_model"]
@@ -27,47 +25,12 @@ STAGES: dict[Stage, dict[str, Any]] = {
 }
 
 
-def with_stage(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings with those of their stage beneath them; a name that is no stage is left for the caller."""
-    stage = values.get("stage")
-    return {**STAGES[stage], **values} if stage in STAGES else values
-
-
 def parts_of(value: Any) -> Any:
     """Names of parts from a list, or from a text as in "projector,language_model", or from several."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return value
     return tuple(name.strip() for text in texts for name in text.split(","))
-
-
-def in_order(parts: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
-    """The parts as data flows, so that their order in a file says nothing.
-
-    Raises:
-        ValueError: none, or one twice.
-    """
-    if not parts or len(set(parts)) < len(parts):
-        raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
-    return tuple(part for part in PARTS if part in parts)
-
-
-def require_vision_encoder(trainable: tuple[StudentPart, ...], lambda_vsd: float) -> None:
-    """Refuse L_VSD where nothing that it reaches is trained.
-
-    Raises:
-        CachekdError: `lambda_vsd` is above 0, and V_S is frozen.
-    """
-    if lambda_vsd == 0 or "vision_encoder" in trainable:
-        return
-    raise CachekdError(
-        "L_VSD would have no gradient: the switched path runs through the student's vision encoder, which is "
-        "frozen here, and then through the teacher, which always is",
-        where="settings 'trainable' and 'lambda_vsd'",
-        expected="vision_encoder among the parts that train",
-        found=f"trainable {', '.join(trainable)}; lambda_vsd {lambda_vsd:g}",
-        fix=f"--trainable vision_encoder,{','.join(trainable)} to train it too, or --lambda-vsd 0",
-    )
 
 
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
@@ -200,17 +163,33 @@ class TrainConfig(DataOptions):
     @model_validator(mode="before")
     @classmethod
     def _on_its_stage(cls, values: Any) -> Any:
-        return with_stage(values) if isinstance(values, dict) else values
+        """Beneath what is said lie the presets of the stage; a name that is no stage is refused later."""
+        stage = values.get("stage") if isinstance(values, dict) else None
+        return {**STAGES[stage], **values} if stage in STAGES else values
 
     @field_validator("trainable")
     @classmethod
     def _each_once(cls, value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
-        return in_order(value)
+        """The parts as data flows, so that their order in a file says nothing."""
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
+        return tuple(part for part in PARTS if part in value)
 
     @model_validator(mode="after")
-    def _vsd_has_a_gradient(self) -> Self:
-        require_vision_encoder(self.trainable, self.lambda_vsd)
-        if self.switch_bridge is not None and self.lambda_vsd == 0:
+    def _the_switched_path_trains_something(self) -> Self:
+        if self.switches and "vision_encoder" not in self.trainable:
+            weights = {f"lambda_{name}": self.weights[name] for name in self.switched}
+            raise CachekdError(
+                f"{labels(self.switched)} would have no gradient: the switched path runs through the "
+                "student's vision encoder, which is frozen here, and the teacher, which always is",
+                where=f"settings 'trainable' and {' and '.join(map(repr, weights))}",
+                expected="vision_encoder among the parts that train",
+                found=f"trainable {', '.join(self.trainable)}; "
+                + ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+                fix=f"--trainable vision_encoder,{','.join(self.trainable)} to train it too, or "
+                + options_off(self.switched),
+            )
+        if self.switch_bridge is not None and not self.switches:
             raise CachekdError(
                 "nothing would train the switch bridge: only L_VSD runs through it",
                 where="settings 'switch_bridge' and 'lambda_vsd'",
@@ -234,18 +213,19 @@ class TrainConfig(DataOptions):
             )
         if self.distils and not self.live_teacher and self.cache is None:
             raise CachekdError(
-                "L_Align and L_VSD need the teacher's cached logits",
+                f"{labels(self.taught)} need{'s' * (len(self.taught) == 1)} the teacher's cached logits",
                 where="setting 'cache'",
                 fix="pass --cache (`cachekd dump` writes one), --live-teacher to run the whole teacher at "
-                "every step, or --lambda-align 0 --lambda-vsd 0 for plain CE",
+                f"every step, or {options_off(self.taught)} for plain CE",
             )
         if self.runs_teacher and self.teacher is None:
             raise CachekdError(
-                "L_VSD runs the student's visual features through the teacher's projector and language model"
-                if self.lambda_vsd > 0
+                f"the student's visual features run through the teacher's projector and language model for "
+                f"{labels(self.switched)}"
+                if self.switches
                 else "a live teacher has to be named",
                 where="setting 'teacher'",
-                fix="pass --teacher, or --lambda-vsd 0 to align the student's own path only",
+                fix=f"pass --teacher, or {options_off(self.switched)} to align the student's own path only",
             )
         if self.live_teacher and self.eval_cache is not None:
             raise CachekdError(
@@ -279,40 +259,46 @@ class TrainConfig(DataOptions):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
-        from cachekd.losses.terms import TERMS
-
+        """The weight of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
         return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
+
+    def _on(self, which: Callable[[Term], bool] = lambda term: True) -> tuple[str, ...]:
+        return tuple(name for name, weight in self.weights.items() if weight > 0 and which(TERMS[name]))
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """Those that are on, by their names in `TERMS`."""
-        return tuple(self._on())
-
-    def _on(self) -> dict[str, Term]:
-        from cachekd.losses.terms import TERMS
-
-        return {name: TERMS[name] for name, weight in self.weights.items() if weight > 0}
+        """The terms that are on, by their names in `TERMS`."""
+        return self._on()
 
     @property
     def eval_terms(self) -> tuple[str, ...]:
         """The terms that are computed on held-out data, as far as settings tell."""
-        return tuple(name for name, term in self._on().items() if self.eval_is_taught or not term.taught)
+        return self._on(lambda term: self.eval_is_taught or not term.taught)
 
     @property
-    def runs_teacher(self) -> bool:
-        """Whether the teacher itself is in memory: for L_VSD, or in the cache's place."""
-        return self.switches or (self.live_teacher and self.distils)
+    def taught(self) -> tuple[str, ...]:
+        """The terms that are on and need a teacher; without one this is plain cross-entropy training."""
+        return self._on(lambda term: term.taught)
+
+    @property
+    def switched(self) -> tuple[str, ...]:
+        """The terms of the switched path that are on."""
+        return self._on(lambda term: term.path == "switched")
+
+    @property
+    def distils(self) -> bool:
+        """Whether any term that needs a teacher is on."""
+        return bool(self.taught)
 
     @property
     def switches(self) -> bool:
         """Whether a term of the switched path is on."""
-        return any(term.path == "switched" for term in self._on().values())
+        return bool(self.switched)
 
     @property
-    def distils(self) -> bool:
-        """Whether any term that needs a teacher is on; otherwise this is plain cross-entropy training."""
-        return any(term.taught for term in self._on().values())
+    def runs_teacher(self) -> bool:
+        """Whether the teacher itself is in memory: for the switched path, or in the cache's place."""
+        return self.switches or (self.live_teacher and self.distils)
 
 
 # Settings that may change between two sessions of one run: they do not change its numbers. (What a stage

@@ -86,7 +86,7 @@ class BadSamples:
         commit(checkpoint / _FILE, json.dumps(self.reasons).encode())
 
     def load(self, checkpoint: Path) -> None:
-        """Add what was met before; an older checkpoint does not say."""
+        """Add what was met before; a checkpoint says nothing where nothing was."""
         file = checkpoint / _FILE
         if file.exists():
             self.add([json.loads(file.read_text())])

@@ -91,7 +91,7 @@ def estimate(
 def _shard_bytes(
     pilot: Pilot, codec: CodecSettings, encoder: SketchEncoder | None, tokens: int, shard_tokens: float
 ) -> float:
-    """Of `tokens` tokens in shards of `shard_tokens`.
+    """Extrapolate the bytes of `tokens` tokens in shards of `shard_tokens`.
 
     Tables and rare ids weigh more in a small shard. So the pilot's own tokens are packed, as many as a shard
     has if there are so many and half of that, and what lies beyond is on their line.
@@ -178,7 +178,7 @@ def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, 
 
 
 def _largest_top_k(most: int, try_it: Callable[[int], Estimate | None]) -> Estimate | None:
-    """By bisection: what fits at some top_k fits at smaller ones."""
+    """Search by bisection: what fits at some top_k fits at smaller ones."""
     if best := try_it(most):
         return best
     low, high = LEAST_TOP_K, most

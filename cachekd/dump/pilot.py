@@ -40,12 +40,12 @@ class Pilot:
 
     @property
     def targets(self) -> TokenTargets:
-        """Of all answers."""
+        """The targets of all answers."""
         return TokenTargets.concatenate([answer.targets for answer in self.answers.values()])
 
     @property
     def states(self) -> TailStates:
-        """Of all answers."""
+        """The states of all answers."""
         states = [answer.states for answer in self.answers.values() if answer.states is not None]
         return TailStates.concatenate(states)
 

@@ -107,7 +107,7 @@ def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: P
 
 
 def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> DumpPlan:
-    """The plan of a dump that starts."""
+    """Plan a dump that starts."""
     group = config.batch_size * BATCHES_PER_SORT
     groups = max(1, round(SHARD_TOKENS * found.samples / max(1, found.tokens) / group))
     fair = -(-found.samples // (config.world_size * group))  # every process gets a shard, if groups suffice

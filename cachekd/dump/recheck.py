@@ -50,13 +50,13 @@ def value_error(cached: CachedTargets, live: Tensor) -> float:
 
 
 def order_error(cached: CachedTargets, live: Tensor) -> float:
-    """By how many nats an id that is not kept is more probable than one that is; 0 or less if none is."""
+    """Measure by how many nats an id that is not kept exceeds one that is; 0 or less if none does."""
     least = _at_kept(cached, live).masked_fill(~cached.logprobs.isfinite(), float("inf")).amin(-1)
     return float((_without_kept(cached, live).amax(-1) - least).max())
 
 
 def knee_error(cached: CachedTargets, live: Tensor, codec: CodecSettings) -> float:
-    """By how many nats Kneedle's curve is less deep at the stored knee than at its deepest."""
+    """Measure by how many nats Kneedle's curve is less deep at the stored knee than at its deepest."""
     values = live.topk(min(codec.window, live.shape[-1]), dim=-1).values
     span = values[:, :1] - values[:, -1:]
     depth = span * (1 - torch.arange(values.shape[1]) / max(1, values.shape[1] - 1)) - (
@@ -133,7 +133,7 @@ class Recheck:
     mismatches: list[Mismatch]
 
     def detection(self, share: float) -> float:
-        """With what probability at least one bad sample would have been met, if `share` of all were bad.
+        """Compute how probably at least one bad sample would have been met, if `share` of all were bad.
 
         Of a small cache a share may be less than one sample; then it is one.
         """

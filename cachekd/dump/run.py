@@ -40,7 +40,7 @@ Progress = Callable[[str, int | None, int, int], None]
 
 
 def no_progress(phase: str, total: int | None, samples: int, tokens: int) -> None:
-    """For those who do not watch."""
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)

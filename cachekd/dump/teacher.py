@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     cut: bool
 
     def to(self, device: torch.device | str) -> Answer:
-        """With its states on `device`."""
+        """Move its states to `device`."""
         if self.states is None:
             return self
         moved = TailStates(self.states.hidden.to(device), self.states.log_normaliser.to(device))
@@ -69,7 +69,7 @@ class Teacher:
         return vocabulary_of(self.model, self.files.processor.tokenizer)
 
     def with_head(self, example: Encoded) -> Teacher:
-        """The same, its head measured on a sample.
+        """Return the same teacher, its head measured on a sample.
 
         Raises:
             BadSample: the model cannot run on it.
@@ -79,7 +79,7 @@ class Teacher:
         return replace(self, head=output_head(self.model, hidden, logits, self.vocab_size))
 
     def keeping(self, codec: CodecSettings) -> Teacher:
-        """The same with another codec; without a head where that has no tail sketch."""
+        """Return the same teacher with another codec; without a head where that has no tail sketch."""
         return replace(self, codec=codec, head=self.head if TailSetting.parse(codec.tail).sketch else None)
 
     def answers(

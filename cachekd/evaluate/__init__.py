@@ -4,7 +4,13 @@
 """
 
 from cachekd.evaluate.scores import Difference, Evaluation, QuestionSet, Score, differences
-from cachekd.evaluate.scores_file import only_writer, read_records, require_records, save_in_runs, save_scores
+from cachekd.evaluate.scores_file import (
+    only_writer,
+    read_scores,
+    require_kept_scores,
+    save_in_runs,
+    save_scores,
+)
 
 __all__ = [
     "Difference",
@@ -13,8 +19,8 @@ __all__ = [
     "Score",
     "differences",
     "only_writer",
-    "read_records",
-    "require_records",
+    "read_scores",
+    "require_kept_scores",
     "save_in_runs",
     "save_scores",
 ]

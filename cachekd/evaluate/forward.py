@@ -56,7 +56,7 @@ class Answered:
 
 
 class _BatchTooLarge(Exception):
-    """For the memory; a smaller one may do."""
+    """The memory has no room for the batch; a smaller one may do."""
 
 
 class QuestionRunner:

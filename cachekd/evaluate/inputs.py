@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cachekd.cache import LogitCache
 from cachekd.check.bind import open_bound
+from cachekd.check.match import check_tokenizer
 from cachekd.check.missing import missing_samples
 from cachekd.config import EvalConfig
 from cachekd.config.data import ROW_NUMBERS, OnError
@@ -15,7 +16,6 @@ from cachekd.data.left_out import first_good, may_be_left_out
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
 from cachekd.models import ModelFiles, limits_of, tokenizer_difference
-from cachekd.models.fingerprint import tokenizer_fingerprint
 
 
 class AnswerPrior:
@@ -38,7 +38,7 @@ class AnswerPrior:
         }
 
     def answer(self, text: str) -> str:
-        """To a question; "" where nothing was seen at all."""
+        """Answer a question; "" where nothing was seen at all."""
         return next((self._answers[name] for name in _names(text) if name in self._answers), "")
 
 
@@ -51,7 +51,7 @@ def _names(text: str) -> tuple[str, str, str]:
 def prior_of(
     samples: Samples, where: str, on_error: OnError, progress: Callable[[int], None]
 ) -> tuple[AnswerPrior, int]:
-    """From a whole data set, no picture of which is opened.
+    """Count the answers of a whole data set, no picture of which is opened.
 
     Args:
         where: the data set.
@@ -143,15 +143,8 @@ def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple
     cache = open_tokenized(str(config.cache), model)
     missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
-        first = next(key for key in samples.keys if key not in cache)
-        counted = f"{len(missing):,} are not in it, the first is {first!r}"
-        raise CachekdError(
-            "the cache lacks samples of the data set",
-            where=f"{cache.path} and {config.data}",
-            expected=f"all of {len(samples):,} samples",
-            found="; ".join([counted, *missing.causes()]),
-            fix="dump these data; or --on-error skip leaves out what it lacks, if it has others",
-        )
+        fix = "dump these data; or --on-error skip leaves out what it lacks, if it has others"
+        raise missing.error(cache, samples, fix)
     return cache, missing.reasons
 
 
@@ -165,20 +158,13 @@ def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
         CachekdError: it cannot be read, or is of another.
     """
     cache = open_bound(path)
-    ours, theirs = tokenizer_fingerprint(model.processor.tokenizer), cache.manifest.fingerprints.tokenizer
-    if ours != theirs:
-        raise CachekdError(
-            "the cache was made with a different tokenizer than the models'",
-            where=f"{cache.path} and {model.path}",
-            expected=f"sha256 {theirs}",
-            found=f"sha256 {ours}",
-            fix="evaluate without --cache, or dump the data with a teacher of this tokenizer",
-        )
+    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
+    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
     return cache
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
-    """Of the training data, whose records are read as the test data's unless they say otherwise.
+    """Count the training data's answers; records are read as the test data's unless they say otherwise.
 
     Raises:
         CachekdError: they cannot be read, or say nothing.

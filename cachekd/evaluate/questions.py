@@ -1,4 +1,4 @@
-"""From a conversation to its questions, each to be asked by itself."""
+"""Turn a conversation into its questions, each to be asked by itself."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AskedSample:
 
     @property
     def nbytes(self) -> int:
-        """Of the model inputs; what several questions share counts once."""
+        """The bytes of the model inputs; what several questions share counts once."""
         tensors = {id(x): x for one in (*self.encoded, *self.blind) for x in one.inputs.values()}
         return sum(x.nbytes for x in tensors.values())
 
@@ -111,7 +111,7 @@ class QuestionEncoder:
         return blind
 
     def _rows(self, sample: Sample) -> Tensor:
-        """Of the answers in the sample's order, those that are asked for."""
+        """Select those of the answers, in the sample's order, that are asked for."""
         answers = [place for place, message in enumerate(sample.messages) if is_supervised(message)]
         asked = {end: number for number, (_, end) in enumerate(sample.asked_at)}
         numbers = torch.tensor([asked.get(place, -1) for place in answers])
@@ -193,7 +193,7 @@ def _is_picture(part: dict[str, Any]) -> bool:
 
 
 def blinded(sample: Sample) -> Sample:
-    """The same sample, each picture of the same size and one colour, its mean: nothing can be seen."""
+    """Return the same sample, each picture of the same size and one colour, its mean: nothing can be seen."""
     return replace(sample, images=tuple(map(_mean_colour, sample.images)))
 
 
@@ -214,10 +214,10 @@ def question_text(question: Sample) -> str:
 
 
 def one_line(text: str) -> str:
-    """With single spaces."""
+    """Write a text with single spaces."""
     return " ".join(text.split())
 
 
 def question_type(text: str) -> str:
-    """The first two words of a question."""
+    """Return the first two words of a question."""
     return " ".join(text.lower().split()[:2])

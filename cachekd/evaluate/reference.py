@@ -34,7 +34,7 @@ class Reference(Protocol):
         ...
 
     def joined(self, parts: Sequence[Any]) -> tuple[TeacherTargets, Tensor]:
-        """At the N answer tokens of some questions, one after the other, on the models' device.
+        """Join the teacher's N answer tokens of some questions, one after the other, on the models' device.
 
         Args:
             parts: of `of`.

@@ -195,7 +195,7 @@ def _prior_score(config: EvalConfig, prior: AnswerPrior, samples: Sequence[Asked
 
 
 def _counted(name: str, samples: Sequence[AskedSample], right: list[bool]) -> Score:
-    """A row, by the rightness of every question."""
+    """Count a row's score, by the rightness of every question."""
     kinds = [question_type(text) for sample in samples for text in sample.texts]
     asked = Counter(kinds)
     hits = Counter(kind for kind, one in zip(kinds, right, strict=True) if one)

@@ -164,8 +164,8 @@ class QuestionSet(BaseModel):
     questions: int
     per_sample: list[int]
     types: dict[str, int]
-    unasked_answers: int = 0
-    left_out: LeftOutSamples = LeftOutSamples()
+    unasked_answers: int
+    left_out: LeftOutSamples
 
 
 class Evaluation(BaseModel):
@@ -174,7 +174,7 @@ class Evaluation(BaseModel):
     Attributes:
         asked: the questions.
         dtype: that the models ran in.
-        at: when, in UTC; of a record.
+        at: when, in UTC, where a run keeps it.
         teacher: its row, if it was asked too.
         models: a row each.
         prior: for each question the most frequent answer to the same question in other data.
@@ -185,10 +185,10 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     asked: QuestionSet
-    dtype: str = ""
+    dtype: str
     at: str = ""
     teacher: Score | None = None
-    models: list[Score] = []
+    models: list[Score]
     prior: Score | None = None
     prior_left_out: int = 0
     differences: list[Difference] = []
@@ -206,8 +206,8 @@ class Evaluation(BaseModel):
             yield "prior", self.prior
 
     def compared(self) -> Evaluation:
-        """With the differences between every two models, and between each model and the other rows: the
-        teacher, itself without pictures, the prior."""
+        """Compare every two models, and each model with the other rows: the teacher, itself without pictures,
+        the prior."""
         names = {id(score): name for name, score in self.rows}
         pairs: list[tuple[Score, Score | None]] = []
         for place, model in enumerate(self.models):
@@ -219,7 +219,7 @@ class Evaluation(BaseModel):
         return self.model_copy(update={"differences": differences(named, self.asked.per_sample)})
 
     def summary(self) -> dict[str, Any]:
-        """For scripts: everything but the answers to single questions."""
+        """Return what scripts get: everything but the answers to single questions."""
         row: Any = {"correct": True, "blind": {"correct"}}
         return self.model_dump(
             mode="json",

@@ -31,15 +31,15 @@ def save_in_runs(result: Evaluation) -> None:
     now = datetime.now(UTC).isoformat()
     for score in result.models:
         if (Path(score.name) / RUN_FILE).exists():
-            path = record_path(Path(score.name), result.asked.fingerprint)
+            path = scores_path(Path(score.name), result.asked.fingerprint)
             own = result.model_copy(update={"models": [score], "differences": [], "at": now})
             with alone(path.parent, "saves scores in", patience=_PATIENCE):
                 if path.exists():
-                    own = _completed(own, read_record(path))
+                    own = _completed(own, read_evaluation(path))
                 write_file(path, own.compared().model_dump_json(indent=1).encode())
 
 
-def require_records(models: Sequence[str]) -> None:
+def require_kept_scores(models: Sequence[str]) -> None:
     """Refuse at once what could not be kept, not after the evaluation.
 
     Raises:
@@ -47,8 +47,8 @@ def require_records(models: Sequence[str]) -> None:
     """
     for path in map(Path, models):
         if (path / RUN_FILE).exists():
-            require_place(record_path(path, "0"))
-            read_records(path)
+            require_place(scores_path(path, "0"))
+            read_scores(path)
 
 
 def only_writer(folder: Path | None) -> AbstractContextManager[None]:
@@ -69,22 +69,22 @@ def save_scores(result: Evaluation, folder: Path) -> None:
     write_file(folder / SCORES_FILE, result.model_dump_json(indent=1).encode())
 
 
-def record_path(run: Path, fingerprint: str) -> Path:
+def scores_path(run: Path, fingerprint: str) -> Path:
     """Where a run keeps its scores on the questions with this fingerprint."""
     return run / EVALUATIONS_FOLDER / f"{fingerprint[:16]}.json"
 
 
-def read_records(run: Path) -> list[Evaluation]:
+def read_scores(run: Path) -> list[Evaluation]:
     """All scores that a run keeps, the newest first; `models` of each is the run alone.
 
     Raises:
         CachekdError: one of the files cannot be read.
     """
     paths = sorted((run / EVALUATIONS_FOLDER).glob("*.json"))
-    return sorted(map(read_record, paths), key=lambda record: record.at, reverse=True)
+    return sorted(map(read_evaluation, paths), key=lambda scores: scores.at, reverse=True)
 
 
-def read_record(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
     """One file of scores.
 
     Raises:

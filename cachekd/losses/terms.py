@@ -1,16 +1,16 @@
-"""The loss's terms, in one table: training, logs, evaluations, the command line and reports follow it."""
+"""The loss's terms, in one table: training, logs, evaluations, the command line and reports follow it.
+
+The table is read wherever a run is planned, so torch is imported when a loss is computed, not before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from cachekd.losses.baselines import cross_entropy_loss
-from cachekd.losses.dbild import dbild_loss
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,18 @@ class Term:
     taught: bool = True
 
 
-_cross_entropy = partial(cross_entropy_loss, reduction="sum")
-_dbild = partial(dbild_loss, reduction="sum")
+def _cross_entropy(logits: Tensor, token_ids: Tensor) -> Tensor:
+    from cachekd.losses.baselines import cross_entropy_loss
+
+    return cross_entropy_loss(logits, token_ids, reduction="sum")
+
+
+def _dbild(logits: Tensor, targets: Any, **settings: Any) -> Tensor:
+    from cachekd.losses.dbild import dbild_loss
+
+    return dbild_loss(logits, targets, reduction="sum", **settings)
+
+
 _VSD = "the same for the student's visual features, switched into the teacher"
 
 # By the names in logs, records and settings.
@@ -44,3 +54,14 @@ TERMS = {
     "align": Term("L_Align", "the student's logits against the teacher's", _dbild),
     "vsd": Term("L_VSD", _VSD, _dbild, path="switched"),
 }
+
+
+def labels(names: Iterable[str]) -> str:
+    """Name terms for people, as in "L_Align and L_VSD"."""
+    return " and ".join(TERMS[name].label for name in names)
+
+
+def options_off(names: Iterable[str]) -> str:
+    """Write the options that turn terms off, as in "--lambda-align 0 --lambda-vsd 0"."""
+    settings = (f"lambda_{name}" for name in names)
+    return " ".join(f"--{setting} 0".replace("_", "-") for setting in settings)

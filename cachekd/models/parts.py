@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from cachekd.config.train import PARTS, StudentPart
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import labels, options_off
 from cachekd.models.families import (
     TEXT_ONLY,
     changed,
@@ -117,14 +118,17 @@ def trained_parts(model: PreTrainedModel) -> Iterator[StudentPart]:
             yield part
 
 
-def check_adapters(model: PreTrainedModel, trainable: tuple[StudentPart, ...], lambda_vsd: float) -> None:
-    """Refuse adapters where nothing is to train, and L_VSD where no adapter is.
+def check_adapters(
+    model: PreTrainedModel, trainable: tuple[StudentPart, ...], switched: Sequence[str]
+) -> None:
+    """Refuse adapters where nothing is to train, and terms of the switched path where no adapter is.
 
     Args:
         model: the VLM inside peft's wrapper.
+        switched: the terms of the switched path that are on.
 
     Raises:
-        CachekdError: peft trains something in a frozen part, or nothing in V_S while L_VSD is on.
+        CachekdError: peft trains something in a frozen part, or nothing in V_S while such a term is on.
     """
     found = tuple(trained_parts(model))
     outside = [part for part in found if part not in trainable]
@@ -136,11 +140,12 @@ def check_adapters(model: PreTrainedModel, trainable: tuple[StudentPart, ...], l
             found=f"also in {', '.join(outside)}",
             fix="leave `bias` and `modules_to_save` out of `lora`, or add the part to `trainable`",
         )
-    if lambda_vsd > 0 and "vision_encoder" not in found:
+    if switched and "vision_encoder" not in found:
         raise CachekdError(
-            "L_VSD would have no gradient: it reaches the student's vision encoder, which has no adapters",
+            f"{labels(switched)} would have no gradient: the switched path reaches the student's vision "
+            "encoder, which has no adapters",
             where="setting 'lora'",
             expected="target_modules that name layers of the vision encoder",
             found=f"adapters in {', '.join(found) or 'no part'}",
-            fix="target_modules: all-linear includes it; or set --lambda-vsd 0",
+            fix=f"target_modules: all-linear includes it; or set {options_off(switched)}",
         )

@@ -158,7 +158,7 @@ def read_pipeline(path: Path) -> PipelineConfig:
 
 
 def _mistake(error: Any, file: YamlFile) -> Mistake:
-    """With the step's name, or its number; what is wrong within a step is called as there."""
+    """Say what is wrong, with the step's name or its number; a setting of a step is called as there."""
     where, own, place = error["loc"], error["loc"], file.place(error["loc"])
     known: Iterable[str] = known_at(PipelineConfig, where)
     if where[0] == "steps" and len(where) > 1:

@@ -90,10 +90,8 @@ class PlannedStep:
         return self.config.model_dump(mode="json", exclude=KINDS[self.kind].free)
 
     def comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings, now or of a record, with only what has to be equal of them. One that a record does not
-        have, because there was no such setting yet, is at its default."""
-        whole = defaults_of(KINDS[self.kind].config) | settings
-        return samples_per_step(whole) if self.kind == "train" else whole
+        """Settings, as they are now or were when the step began, with only what has to be equal of them."""
+        return samples_per_step(settings) if self.kind == "train" else settings
 
 
 @contextmanager
@@ -147,7 +145,7 @@ class _Above:
         return {name: self.defaults[name] for name in names if self.defaults.get(name) is not None}
 
     def folder(self, value: Any, kind: str) -> Any:
-        """Of the step that is named, or of each; what names none is a path or a hub's name."""
+        """Find the folder of the step, or of each, that is named; another value is a path or a hub's name."""
         if isinstance(value, list):
             return [self.folder(each, kind) for each in value]
         return str(self.out / value) if value in self.names[kind] else value

@@ -16,7 +16,7 @@ from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries
 from cachekd.models.memory import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
-from cachekd.pipeline.state import PipelineState, Record, StepState, files_of, states_of
+from cachekd.pipeline.state import Attempt, PipelineState, StepState, files_of, states_of
 
 DOING = "runs the pipeline of"
 GO_ON = "run the same command again: finished steps stay as they are"
@@ -100,7 +100,7 @@ def _do(
         if now.state == "waiting":
             _require_no_other(step)
         moved = _move_aside(step.out)
-        state.steps[step.name] = Record(id=secrets.token_hex(8), facts=now.facts)
+        state.steps[step.name] = Attempt(id=secrets.token_hex(8), facts=now.facts)
     _note(state, step, {"state": "begun", "error": None})
     watch(Begun(step, now, moved))
     started = time.perf_counter()
@@ -123,7 +123,7 @@ def _do(
 
 
 def _note(state: PipelineState, step: PlannedStep, update: dict[str, Any]) -> None:
-    """Into the step's record, on the disk."""
+    """Note it of the step, on the disk."""
     state.steps[step.name] = state.steps[step.name].model_copy(update=update)
     state.write(step.out.parent)
 
@@ -177,7 +177,7 @@ def _require_whole(states: list[StepState]) -> None:
 
 
 def _require_no_other(step: PlannedStep) -> None:
-    """Nothing that a pipeline did not make is moved or written over."""
+    """Refuse to move or to write over what a pipeline did not make."""
     if step.out.exists() and (not step.out.is_dir() or entries(step.out)):
         _refuse(
             step,

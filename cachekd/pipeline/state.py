@@ -1,4 +1,4 @@
-"""What has been done: a record of every step beside their folders, and what it says of each step today."""
+"""What has been done: a note on every step beside their folders, and what it says of each step today."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Facts = dict[str, dict[str, Any]]  # "settings", and "inputs": what a step's out
 State = Literal["done", "damaged", "changed", "waiting", "running", "interrupted", "failed"]
 
 
-class Record(BaseModel):
+class Attempt(BaseModel):
     """One step, as it was last begun.
 
     Attributes:
@@ -52,7 +52,7 @@ class PipelineState(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Literal[1] = 1
-    steps: dict[str, Record] = {}
+    steps: dict[str, Attempt] = {}
     known: dict[str, Known] = {}
 
     @classmethod
@@ -76,7 +76,7 @@ class PipelineState(BaseModel):
             ) from None
 
     def write(self, folder: Path) -> None:
-        """All of it or nothing."""
+        """Write all of it or nothing."""
         write_file(folder / STATE_FILE, self.model_dump_json(indent=1).encode())
 
 
@@ -105,14 +105,14 @@ class StepState:
         return f"{self.state}: {self.why}" if self.why else self.state
 
     def to_dict(self) -> dict[str, Any]:
-        """What scripts get of it."""
+        """Return what scripts get of it."""
         step = {"name": self.name, "kind": self.step.kind, "out": str(self.step.out)}
         now = {"state": self.state, "why": self.why, "seconds": self.seconds}
         return {**step, **now, "continues": self.step.continues}
 
 
 def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]:
-    """Every step against its record.
+    """Compare every step with how it was last begun.
 
     Raises:
         CachekdError: something that a step reads is not there; the step is named.
@@ -121,10 +121,10 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
     for step in steps:
         with in_step(step.name):
             facts = {"settings": step.settings, "inputs": _inputs(step, state)}
-        record = state.steps.get(step.name)
+        last = state.steps.get(step.name)
         redone = [name for name in step.upstream if found[name].state not in ("done", "damaged")]
-        seconds = 0.0 if record is None else record.seconds
-        found[step.name] = StepState(step, *_judge(step, facts, record, redone), seconds, facts)
+        seconds = 0.0 if last is None else last.seconds
+        found[step.name] = StepState(step, *_judge(step, facts, last, redone), seconds, facts)
     return list(found.values())
 
 
@@ -141,18 +141,18 @@ def _inputs(step: PlannedStep, state: PipelineState) -> dict[str, str | None]:
     return inputs
 
 
-def _judge(step: PlannedStep, facts: Facts, record: Record | None, redone: list[str]) -> tuple[State, str]:
-    if record is None:
+def _judge(step: PlannedStep, facts: Facts, last: Attempt | None, redone: list[str]) -> tuple[State, str]:
+    if last is None:
         return "waiting", ""
-    changes = [*_changes(step, record.facts, facts), *(f"step {name} is to be redone" for name in redone)]
+    changes = [*_changes(step, last.facts, facts), *(f"step {name} is to be redone" for name in redone)]
     if changes:
         return "changed", "; ".join(changes)
     if step.finished:  # even where the process died before it could say so
-        problem = damage_of(step, record.files)
+        problem = damage_of(step, last.files)
         return ("damaged", problem) if problem else ("done", "")
-    if record.state == "failed":
-        return "failed", record.error or ""
-    return ("changed", "its output is gone") if record.state == "done" else ("interrupted", "")
+    if last.state == "failed":
+        return "failed", last.error or ""
+    return ("changed", "its output is gone") if last.state == "done" else ("interrupted", "")
 
 
 def _changes(step: PlannedStep, before: Facts, now: Facts) -> list[str]:
@@ -187,14 +187,14 @@ def files_of(step: PlannedStep) -> dict[str, int]:
     }
 
 
-def damage_of(step: PlannedStep, recorded: dict[str, int]) -> str | None:
+def damage_of(step: PlannedStep, noted: dict[str, int]) -> str | None:
     """The first file of a finished step that is not as it was, and how; None where all are.
 
     Args:
-        recorded: `files_of` when it was finished.
+        noted: `files_of` when it was finished.
     """
     found = files_of(step)
-    for name, size in recorded.items():
+    for name, size in noted.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != size:

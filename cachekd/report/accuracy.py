@@ -52,7 +52,7 @@ class Section:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """Of each set of questions that the first run was asked, the newest first.
+    """Make a section of each set of questions that the first run was asked, the newest first.
 
     Raises:
         CachekdError: a baseline was scored, but on other questions than the run: the two would be compared.
@@ -91,7 +91,7 @@ def verdict(runs: Sequence[Run], found: Sequence[Section]) -> str:
 
 
 def difference_text(difference: Difference) -> str:
-    """In points, with the 95 % interval."""
+    """Write a difference in points, with the 95 % interval."""
     return f"{_points(difference)} ({_interval(difference)})"
 
 

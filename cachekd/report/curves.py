@@ -66,7 +66,7 @@ def optimizer_panels(runs: Sequence[Run]) -> list[Panel]:
 
 def best_step(run: Run) -> int | None:
     """The step whose weights did best on held-out data, where the run noted it."""
-    step = run.record.get("best_step")
+    step = run.saved.get("best_step")
     return None if step is None else int(step)
 
 

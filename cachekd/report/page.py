@@ -52,10 +52,10 @@ def build_report(run: Run, baselines: Sequence[Run]) -> str:
         plots = {
             "losses": loss_panels(runs),
             "optimizer": optimizer_panels(runs),
-            "k": k_plot(run.record["k_histogram"]) if run.record["k_histogram"] else None,
+            "k": k_plot(run.saved["k_histogram"]) if run.saved["k_histogram"] else None,
         }
     settings, other_settings = settings_of(runs)
-    manifest = Manifest.model_validate(run.record["cache"]) if run.record["cache"] else None
+    manifest = Manifest.model_validate(run.saved["cache"]) if run.saved["cache"] else None
     return environment.get_template("report.html.jinja").render(
         run=run,
         runs=runs,
@@ -77,7 +77,7 @@ def term_shares(run: Run) -> dict[str, Any]:
 
     A term that is orders of magnitude below the others does nothing; this is where it shows.
     """
-    config = run.record["config"]
+    config = run.saved["config"]
     names = [name for name in TERMS if any(name in entry for entry in run.steps)]
     weights = {name: config.get(f"lambda_{name}", 1.0) for name in names}  # that of L_CE is no setting
     # Where the switched path runs in some steps only, others lack L_VSD.

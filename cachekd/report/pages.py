@@ -92,7 +92,7 @@ def k_plot(histogram: Mapping[str, Mapping[Any, int]]) -> str:
 
 
 def page_environment() -> jinja2.Environment:
-    """For cachekd/report/templates: everything is escaped."""
+    """Load templates of cachekd/report/templates; everything is escaped."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("cachekd.report", "templates"),
         autoescape=True,
@@ -106,7 +106,7 @@ SHOWN_SHARDS = 200  # a page with all of ten thousand would be slow to open
 
 
 def inspect_page(summary: CacheSummary) -> str:
-    """The page's HTML."""
+    """Write the HTML of inspect's page."""
     with matplotlib.rc_context(STYLE):
         plots = {
             "parts": parts_plot(part_bars(summary), summary.tokens),
@@ -130,7 +130,7 @@ def inspect_page(summary: CacheSummary) -> str:
 
 
 def parts_plot(bars: list[Bar], tokens: int) -> str:
-    """Bytes per token by part."""
+    """Draw the bytes per token by part."""
     figure, axes = panel(0.6 + 0.27 * len(bars))
     values = [bar.value / max(1, tokens) for bar in bars]
     drawn = axes.barh([bar.label for bar in bars], values, color=_COLOR)
@@ -142,7 +142,7 @@ def parts_plot(bars: list[Bar], tokens: int) -> str:
 
 
 def entropy_plot(bars: list[Bar]) -> str:
-    """Tokens by entropy; the bins widen."""
+    """Draw the tokens by entropy; the bins widen."""
     figure, axes = panel()
     axes.bar([bar.label for bar in bars], [bar.value for bar in bars], color=_COLOR, width=0.9)
     axes.tick_params(axis="x", labelrotation=90)
@@ -217,5 +217,5 @@ def embedded_json(value: object) -> str:
 
 
 def _policy_hash(content: str) -> str:
-    """As a content security policy names an inline script or style."""
+    """Hash an inline script or style as a content security policy names it."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -67,7 +67,7 @@ class PeekedMessage(Part):
 
 
 class ImageSize(Part):
-    """Of an image as the data set has it, upright."""
+    """The pixels of an image as the data set has it, upright."""
 
     width: int
     height: int
@@ -169,7 +169,7 @@ def _message(message: dict[str, Any]) -> PeekedMessage:
 def _tokens(
     targets: CachedTargets, text_of: Callable[[int], str], turns: list[int] | None, alternatives: int
 ) -> Iterator[PeekedToken]:
-    """Of a few tokens, whose logprobs over the whole vocabulary are rebuilt at once."""
+    """Look at a few tokens, whose logprobs over the whole vocabulary are rebuilt at once."""
     rebuilt = targets.everywhere()
     answer = targets.token_ids[:, None]
     logprob = rebuilt.gather(-1, answer)

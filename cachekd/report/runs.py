@@ -1,4 +1,4 @@
-"""What a report reads: a run's record, and its scores."""
+"""What a report reads: what a run saved, and its scores."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cachekd.errors import CachekdError
-from cachekd.evaluate import Evaluation, read_records
+from cachekd.evaluate import Evaluation, read_scores
 from cachekd.paths import RUN_FILE, shortest
 from cachekd.report.pages import RUN_COLORS
 
-_NEEDED = {"log", "config", "cache", "k_histogram", "steps", "seconds", "versions"}
+_NEEDED = {"config", "versions", "cache", "k_histogram", "seconds", "steps", "resumed_from", "log"} | {
+    "uncovered_samples",
+    "left_out",
+    "data_wait",
+}
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,29 @@ class Run:
 
     Attributes:
         name: on the page.
-        record: cachekd_run.json.
+        saved: what cachekd_run.json says.
         evaluations: one for each set of questions that it was asked, the newest first.
         color: of its curves and bars, a name in the style sheet.
     """
 
     folder: Path
     name: str
-    record: dict[str, Any]
+    saved: dict[str, Any]
     evaluations: list[Evaluation]
     color: str = RUN_COLORS[0]
 
     @property
     def steps(self) -> list[dict[str, float]]:
         """The log's entries of optimizer steps, without the summary at its end."""
-        return [entry for entry in self.record["log"] if "loss" in entry]
+        return [entry for entry in self.saved["log"] if "loss" in entry]
 
     @property
     def validations(self) -> list[dict[str, float]]:
         """The log's entries of held-out data."""
-        return [entry for entry in self.record["log"] if "eval_loss" in entry]
+        return [entry for entry in self.saved["log"] if "eval_loss" in entry]
 
     def scores_on(self, fingerprint: str) -> Evaluation | None:
-        """On the questions with this fingerprint."""
+        """Find the scores on the questions with this fingerprint."""
         return next((one for one in self.evaluations if one.asked.fingerprint == fingerprint), None)
 
 
@@ -60,26 +64,26 @@ def read_run(folder: str | Path) -> Run:
         raise CachekdError(
             "this is not a run", where=str(folder), expected=RUN_FILE, fix="run `cachekd train`"
         )
-    return Run(folder, folder.resolve().name, _read_record(path), read_records(folder))
+    return Run(folder, folder.resolve().name, _read_run_file(path), read_scores(folder))
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_run_file(path: Path) -> dict[str, Any]:
     try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
+        saved: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CachekdError("the run's record cannot be read", where=str(path), found=str(error)) from None
-    if not isinstance(record, dict) or not record.keys() >= _NEEDED:
+        raise CachekdError("what the run saved cannot be read", where=str(path), found=str(error)) from None
+    if not isinstance(saved, dict) or not saved.keys() >= _NEEDED:
         raise CachekdError(
-            "this is not a run's record",
+            "this is not what a run saves",
             where=str(path),
             expected=f"an object with {', '.join(sorted(_NEEDED))}",
-            found=", ".join(list(record)[:5]) if isinstance(record, dict) else type(record).__name__,
+            found=", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__,
         )
-    return record
+    return saved
 
 
 def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The same runs, each with a colour, and with as much of its path as no two of them share.
+    """Give each run a colour, and as much of its path as no two of them share.
 
     Raises:
         CachekdError: a run is among them twice, or there are more than there are colours.

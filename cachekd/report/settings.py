@@ -33,7 +33,7 @@ class Setting:
 def settings_of(runs: Sequence[Run]) -> tuple[list[Setting], list[Setting]]:
     """Those to look at, and the others: of several runs those that differ, of one those that were set."""
     defaults = dict(_flat(defaults_of(TrainConfig)))
-    all_values = [defaults | _values(run) for run in runs]
+    all_values = [_values(run) for run in runs]
     names = list(dict.fromkeys([*_FIRST, *(name for values in all_values for name in values)]))
     shown: list[Setting] = []
     others: list[Setting] = []
@@ -49,7 +49,7 @@ def settings_of(runs: Sequence[Run]) -> tuple[list[Setting], list[Setting]]:
 
 
 def as_read(name: str, value: Any) -> str:
-    """A value of JSON in words and figures."""
+    """Write a value of JSON in words and figures."""
     if _is_unset(value):
         return _UNSET
     if isinstance(value, bool):
@@ -72,18 +72,18 @@ def _is_unset(value: Any) -> bool:
 
 
 def _values(run: Run) -> dict[str, Any]:
-    record = run.record
-    facts: dict[str, Any] = {name: record[name] for name in _NAMED if record.get(name)}
-    facts["training time"] = f"{record['seconds']:,.1f} s"
-    facts["best step on held-out data"] = best_step(run)
-    held_out = record.get("evaluation") or {}
-    facts["held-out loss"] = held_out.get("eval_loss")
-    facts["held-out accuracy"] = held_out.get("eval_token_accuracy")
+    saved = run.saved
+    found: dict[str, Any] = {name: saved[name] for name in _NAMED if saved[name]}
+    found["training time"] = f"{saved['seconds']:,.1f} s"
+    found["best step on held-out data"] = best_step(run)
+    held_out = saved.get("evaluation", {})  # there may be no such data
+    found["held-out loss"] = held_out.get("eval_loss")
+    found["held-out accuracy"] = held_out.get("eval_token_accuracy")
     for of, name in (("samples", "left_out"), ("held-out samples", "eval_left_out")):
-        for why, left_out in (record.get(name) or {}).items():
-            facts[f"{of} left out: {why}"] = left_out["samples"] or None
-    versions = {f"{name} version": version for name, version in record["versions"].items()}
-    return dict(_flat(record["config"])) | facts | versions
+        for why, left_out in saved.get(name, {}).items():
+            found[f"{of} left out: {why}"] = left_out["samples"] or None
+    versions = {f"{name} version": version for name, version in saved["versions"].items()}
+    return dict(_flat(saved["config"])) | found | versions
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

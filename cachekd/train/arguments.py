@@ -203,7 +203,7 @@ def default_workers(*, on_gpu: bool) -> int:
 
 
 def metric_of(config: TrainConfig, terms: tuple[str, ...]) -> str:
-    """By which students are compared, without the Trainer's prefix.
+    """Name what students are compared by, without the Trainer's prefix.
 
     Args:
         terms: that are computed on the held-out data, as far as is known.

@@ -18,13 +18,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
 from cachekd.train.arguments import SwitchKDTrainingArguments
-from cachekd.train.batch import Batch
-from cachekd.train.data import Example, TrainingSamples, batch_of
-from cachekd.train.memory import memory_advice
+from cachekd.train.batch import Batch, Example, batch_of
+from cachekd.train.data import TrainingSamples
+from cachekd.train.held_out import undisturbed
 from cachekd.train.open import load_trainer, open_run
 from cachekd.train.size import RunSize, run_size
+from cachekd.train.student import memory_advice
 from cachekd.train.trainer import SwitchKDTrainer
-from cachekd.train.validation import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 _RESET_PEAK = Path("/proc/self/clear_refs")
@@ -140,7 +140,7 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
 
 
 def _seconds_per_evaluation(trainer: SwitchKDTrainer) -> float:
-    """From its first batches; 0 where nothing is evaluated."""
+    """Measure them on its first batches; 0 where nothing is evaluated."""
     validation = trainer.validation
     if validation is None:
         return 0.0
@@ -163,7 +163,7 @@ def _evaluations(args: TrainingArguments, steps: int) -> int:
 
 
 def _quiet(config: TrainConfig) -> TrainConfig:
-    """The same without checkpoints, reports and uploads."""
+    """Turn checkpoints, reports and uploads off."""
     quiet = {"save_strategy": "no", "report_to": [], "push_to_hub": False}
     if config.eval_data is not None:  # of an evaluation a few batches are measured
         quiet |= {"load_best_model_at_end": False, "eval_on_start": False, "eval_strategy": "steps"}
@@ -250,7 +250,7 @@ def _settings(config: TrainConfig, trainer: SwitchKDTrainer) -> dict[str, Any]:
 
 def _logits(trainer: SwitchKDTrainer, answer_tokens: int) -> int:
     terms = trainer.terms
-    at_a_time = answer_tokens if terms.head.reason else min(answer_tokens, terms.logit_chunk)
+    at_a_time = answer_tokens if terms.head.reason else min(answer_tokens, terms.chunk)
     return 4 * at_a_time * terms.head.vocab_size
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from cachekd.atomic import commit, commit_first, is_full_disk, what_failed
 from cachekd.config import TrainConfig
-from cachekd.config.base import defaults_of
 from cachekd.config.train import FREE_SETTINGS, samples_per_step
 from cachekd.errors import CachekdError
 from cachekd.lock import alone, require_new_folder
@@ -60,8 +59,8 @@ class RunFolder:
         self.checkpoints = self.path / CHECKPOINTS
         self.keep_checkpoints = config.keep_checkpoints
         self.settings = settings_of(config)
-        self._facts: dict[str, Any] = {}
-        self._earlier: dict[str, Any] = {}  # facts of the session that began the run
+        self._reads: dict[str, Any] = {}  # what this session reads, and in how many processes
+        self._earlier: dict[str, Any] = {}  # what the session that began the run noted
         self._begun = self._trained = False
         require_unfinished(self.path)
         started = self.path / STARTED_FILE
@@ -69,15 +68,12 @@ class RunFolder:
         if self._is_new:
             require_new_folder(self.path, "run")
             return
-        # A setting that there was not yet when the run began is at its default.
-        earlier = defaults_of(TrainConfig) | _read(started)
-        if earlier["eval_data"] is not None and earlier["eval_steps"] is None:
-            earlier["eval_steps"] = self.settings["eval_steps"]  # once it was not noted where nobody said it
-        self._earlier = {name: earlier[name] for name in (INPUTS, PROCESSES) if name in earlier}
-        self._require_same_settings(earlier, started)
+        self._earlier = _read(started, {*self.settings, INPUTS, PROCESSES})
+        self._require_same_settings(self._earlier, started)
         checkpoint = self.last_checkpoint()
-        if checkpoint is not None and (noted := checkpoint / SETTINGS_FILE).exists():
-            self._require_same_settings(defaults_of(TrainConfig) | _read(noted), noted)
+        if checkpoint is not None:
+            noted = checkpoint / SETTINGS_FILE
+            self._require_same_settings(_read(noted, self.settings), noted)
         if checkpoint is None and (saved := saved_models(self.path)):
             raise CachekdError(
                 "the run is trained, but it was not finished, and there is no checkpoint to finish it from",
@@ -89,19 +85,19 @@ class RunFolder:
 
     def _require_same_settings(self, earlier: dict[str, Any], noted: Path) -> None:
         before, now = samples_per_step(earlier), samples_per_step(self.settings)
-        changed = sorted(name for name in now if before.get(name) != now[name])
+        changed = sorted(name for name in now if before[name] != now[name])
         if changed:
             raise CachekdError(
                 "the run was begun with other settings",
                 where=str(noted),
-                expected=", ".join(f"{name}: {before.get(name)}" for name in changed),
+                expected=", ".join(f"{name}: {before[name]}" for name in changed),
                 found=", ".join(f"{name}: {now[name]}" for name in changed),
                 fix="repeat the command that began it, choose another --out, or remove the folder",
             )
 
     def require_inputs(self, found: dict[str, str], *, processes: int) -> None:
         """Note what the run reads, and in how many processes; of a run that is gone on with, refuse what is
-        another than when it began. (What an older run did not note is taken as it is.)
+        another than when it began.
 
         Args:
             found: of `inputs_of`.
@@ -109,18 +105,19 @@ class RunFolder:
         Raises:
             CachekdError: an input or the number of processes is another.
         """
-        self._facts = {INPUTS: found, PROCESSES: processes}
-        earlier: dict[str, str] = self._earlier.get(INPUTS, {})
+        self._reads = {INPUTS: found, PROCESSES: processes}
+        if not self._earlier:
+            return
+        earlier, begun_with = self._earlier[INPUTS], self._earlier[PROCESSES]
         for name, content in found.items():
-            if content != earlier.get(name, content):
+            if content != earlier.get(name):
                 raise CachekdError(
                     f"the run was begun with another {name} at the same path",
                     where=f"{self.path / STARTED_FILE} and {_place(self.settings[name])}",
-                    expected=f"content with sha256 {earlier[name]}",
+                    expected=f"content with sha256 {earlier.get(name)}",
                     found=f"sha256 {content}",
                     fix=f"put the {name} back that it began with, choose another --out, or remove the folder",
                 )
-        begun_with = self._earlier.get(PROCESSES, processes)
         if begun_with != processes:
             raise CachekdError(
                 "the run was begun with another number of processes",
@@ -132,7 +129,7 @@ class RunFolder:
             )
 
     def last_checkpoint(self) -> Path | None:
-        """The one to go on from."""
+        """Find the checkpoint to go on from; None where there is none."""
         return newest_checkpoint(self.checkpoints)
 
     def begin(self) -> None:
@@ -143,7 +140,7 @@ class RunFolder:
         """
         shutil.rmtree(self.part, ignore_errors=True)  # of a session that was killed while it saved
         begun = self.path / STARTED_FILE
-        content = _json(self.settings | self._facts)
+        content = _json(self.settings | self._reads)
         if not self._is_new:
             commit(begun, content)
         elif not commit_first(begun, content):
@@ -156,8 +153,8 @@ class RunFolder:
 
     @contextmanager
     def kept_if_worth_it(self) -> Iterator[None]:
-        """If the block fails in a new run before there is anything to go on from, or to look at, leave
-        nothing behind. What training made stays.
+        """Leave nothing behind if the block fails in a new run before there is anything to go on from, or to
+        look at. What training made stays.
 
         Raises:
             CachekdError: the disk is full, or cannot be written; what there is, and what to do.
@@ -260,13 +257,20 @@ def _place(setting: str | dict[str, Any]) -> str:
     return setting if isinstance(setting, str) else str(setting["data"])
 
 
-def _read(started: Path) -> dict[str, Any]:
+def _read(noted: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Read what was noted when the run began or saved a checkpoint.
+
+    Raises:
+        CachekdError: it cannot be read, or lacks one of the names.
+    """
     try:
-        found: dict[str, Any] = dict(json.loads(started.read_text()))
+        found: dict[str, Any] = dict(json.loads(noted.read_text()))
+        if lacking := sorted(set(names) - found.keys()):
+            raise ValueError(f"it lacks {', '.join(lacking)}")
     except (OSError, ValueError, TypeError) as error:
         raise CachekdError(
             "what the run began with cannot be read",
-            where=str(started),
+            where=str(noted),
             found=str(error),
             fix="restore the file, choose another --out, or remove the folder",
         ) from None

@@ -1,15 +1,20 @@
-"""Held-out data while a student trains: opened; and the best student kept."""
+"""Held-out data while a student trains: opened and checked, then evaluated every so many steps."""
 
 from __future__ import annotations
 
 import logging
-import operator
-from collections.abc import Callable
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 
 from cachekd.cache import LogitCache
 from cachekd.cache.compare import dependencies, require_same
@@ -17,11 +22,19 @@ from cachekd.check.data import RunModels, length_limits, open_cache, without_mis
 from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
 from cachekd.config.data import OnError
-from cachekd.data import SampleEncoder, Samples, open_samples
+from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
+from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
-from cachekd.losses.terms import TERMS
-from cachekd.train.arguments import metric_of
+from cachekd.losses.terms import TERMS, labels
+from cachekd.models import ModelFiles
+from cachekd.models.split import in_eval_mode
+from cachekd.train.arguments import ACCURACY, metric_of
+from cachekd.train.batch import Batch
+from cachekd.train.data import Feed, TrainingSamples
+
+if TYPE_CHECKING:
+    from cachekd.train.trainer import SwitchKDTrainer
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +54,7 @@ class HeldOut:
 
     Attributes:
         samples: to evaluate.
-        encoder: the student's, with the limits of these data.
+        student: with the limits of these data.
         cache: the teacher's of them.
         on_error: whether a bad sample stops the run, or is left out of evaluations.
         missing: that the cache lacks and that are left out of them.
@@ -49,7 +62,7 @@ class HeldOut:
     """
 
     samples: Samples
-    encoder: SampleEncoder
+    student: ModelFiles
     cache: LogitCache | None
     on_error: OnError
     missing: LeftOutSamples
@@ -77,30 +90,30 @@ def open_held_out(
         eval_cache = open_cache(held_out) if config.eval_cache is not None else None
         if cache is not None and eval_cache is not None:
             require_same_teacher(cache, eval_cache)
-    encoder = models.student.within(length_limits(held_out, eval_cache or cache, models)).encoder
+    student = models.student.within(length_limits(held_out, eval_cache or cache, models))
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
-        samples, missing = without_missing(held_out, samples, eval_cache, encoder)
+        samples, missing = without_missing(held_out, samples, eval_cache, student.encoder)
     terms = config.eval_terms
     if not has_pictures(samples, eval_cache):
         terms = tuple(name for name in terms if TERMS[name].path == "own")
     metric_of(config, terms)
     say_what_is_not_computed(config, terms)
-    return HeldOut(samples, encoder, eval_cache, held_out.on_error, missing, terms)
+    return HeldOut(samples, student, eval_cache, held_out.on_error, missing, terms)
 
 
 def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> None:
-    """Once, in one line: an evaluation of L_CE alone must not be taken for one of all terms.
+    """Log it once, in one line: an evaluation of L_CE alone must not be taken for one of all terms.
 
     Args:
         terms: that are computed.
     """
-    lacking = [TERMS[name].label for name in config.terms if name not in terms]
-    if lacking:
-        taught = config.eval_is_taught
+    if lacking := [name for name in config.terms if name not in terms]:
         log.warning(
             "on the held-out data %s not computed, and not in eval_loss: %s",
-            " and ".join(lacking) + (" are" if lacking[1:] else " is"),
-            "none of them has a picture" if taught else "there is no teacher of them: set eval_cache",
+            labels(lacking) + (" are" if lacking[1:] else " is"),
+            "none of them has a picture"
+            if config.eval_is_taught
+            else "there is no teacher of them: set eval_cache",
         )
 
 
@@ -119,41 +132,148 @@ def require_same_teacher(cache: LogitCache, eval_cache: LogitCache) -> None:
     )
 
 
-class KeepBest(TrainerCallback):
-    """Gives the best student so far a checkpoint, wherever `save_steps` falls. The one that training began
-    with is not among them."""
+class Validation:
+    """Evaluates a student on held-out data: every process its part of them, no sample twice.
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Where its checkpoint lies may have another name than in an earlier session."""
-        if args.load_best_model_at_end:
-            state.best_model_checkpoint = best_checkpoint(args, state)
+    What is computed does not depend on batches or processes: sums over all answer tokens, divided by their
+    number. Training goes on as if nothing had happened: no gradient, no dropout, no random number drawn, no
+    batch of its own data asked for.
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compares as the Trainer does, which takes note of the best one after this."""
-        if not args.load_best_model_at_end or state.global_step == 0:  # `eval_on_start`
-            return
-        value = metrics[f"eval_{args.metric_for_best_model.removeprefix('eval_')}"]
-        better = operator.gt if args.greater_is_better else operator.lt
-        before = state.best_metric
-        if before is None:
-            before = float("-inf" if args.greater_is_better else "inf")
-        control.should_save |= better(value, before)
-
-
-def best_checkpoint(args: TrainingArguments, state: TrainerState) -> str | None:
-    """The checkpoint of the best evaluation; None before the first.
+    Args:
+        data: held out.
+        terms: that are computed on them, by their names in `TERMS`.
+        pad_token_id: for batches.
 
     Raises:
-        CachekdError: it is gone: the run would end with another student than it says.
+        CachekdError: no sample of them can be used.
     """
-    if not state.best_global_step:
-        return None
-    best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-    if not best.is_dir():
-        raise CachekdError(
-            "the best student's checkpoint is gone",
-            where=str(best),
-            expected=f"the student of step {state.best_global_step:,}, {state.best_metric:.4f}",
-            fix=f"put it back; or remove {best.parent}, and the same command begins anew",
+
+    def __init__(self, data: TrainingSamples, terms: tuple[str, ...], pad_token_id: int) -> None:
+        self.data, self.terms = data, terms
+        self._feed = Feed(data, pad_token_id)
+
+    @classmethod
+    def of(cls, held_out: HeldOut, reader: ModelFiles | None) -> Validation:
+        """Evaluate what was opened.
+
+        Args:
+            reader: the teacher, where it reads samples by itself (`reading_teacher`).
+        """
+        student, theirs = held_out.student, None
+        if reader is not None and any(TERMS[name].taught for name in held_out.terms):
+            theirs = reader.within(student.limits).encoder
+        on_error = held_out.on_error
+        data = TrainingSamples(held_out.samples, student.encoder, held_out.cache, theirs, on_error=on_error)
+        return cls(data, held_out.terms, student.encoder.pad_token_id)
+
+    def read(self, args: TrainingArguments) -> None:
+        """Read this process's part once: what is wrong with a sample is known before the first step, not
+        after hours.
+
+        Raises:
+            CachekdError: a sample that stops the run, such as one that is not what was dumped.
+        """
+        for _ in self.batches(args):
+            pass
+
+    def batches(self, args: TrainingArguments) -> Iterator[Batch]:
+        """This process's part of the data, in as many batches as any other process has: one that has no
+        samples left for its last batch computes a stand-in of which nothing counts."""
+        loader = WorkerLoader(
+            self.data,
+            batch_sampler=self.part_of(args),
+            collate_fn=self._feed.collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # else it draws a number of the global one
         )
-    return str(best)
+        return self._feed.batches(iter(loader))
+
+    def part_of(self, args: TrainingArguments) -> list[list[int]]:
+        """Cut the data into batches, as indices, and take this process's."""
+        size, processes = args.per_device_eval_batch_size, args.world_size
+        indices = list(range(len(self.data)))
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        batches += [[] for _ in range(-len(batches) % processes)]
+        return batches[args.process_index :: processes]
+
+    def __call__(self, trainer: SwitchKDTrainer, prefix: str = "eval") -> dict[str, float]:
+        """One evaluation; all processes take part, and get the same.
+
+        Args:
+            prefix: of the names.
+
+        Returns:
+            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of a taught one:
+            of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
+            argmax is right; `eval_runtime` in seconds.
+
+        Raises:
+            CachekdError: no answer token is left to be evaluated; what is wrong with a sample.
+        """
+        started = time.perf_counter()
+        with about("eval_data"), undisturbed(trainer):
+            sums = self.sums(trainer, self.batches(trainer.args))
+        *totals, right, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
+        divisors = [distilled if TERMS[name].taught else tokens for name in self.terms]
+        if not all(divisors):
+            raise CachekdError(
+                "no answer token of the held-out data is left to be evaluated",
+                where=f"setting 'eval_data', {len(self.data):,} samples",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
+            )
+        means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
+        loss = sum(trainer.terms.weights[name] * mean for name, mean in means.items())
+        if not math.isfinite(loss) and trainer.is_world_process_zero():
+            terms = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
+            log.warning("step %s: eval_loss is not finite: %s", f"{trainer.state.global_step:,}", terms)
+        seconds = time.perf_counter() - started
+        found = {"loss": loss, **means, ACCURACY: right / tokens, "runtime": seconds}
+        return {f"{prefix}_{name}": value for name, value in found.items()}
+
+    def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
+        """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
+        tokens, and those of them that the teacher covers."""
+        args = trainer.args
+        sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=args.device)
+        for batch in batches:
+            found = trainer.terms_of(trainer.model, batch, evaluating=True)
+            terms = [found.terms.get(name, 0.0) for name in self.terms]
+            row = (*terms, found.right, found.tokens, found.distilled)
+            sums += torch.stack([torch.as_tensor(x).to(sums) for x in row])
+            trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
+        return sums
+
+    def bad_samples(self) -> dict[str, str]:
+        """Key and reason of those that cannot be used, in all processes, each of which has to ask."""
+        return self._feed.all_bad()
+
+
+@contextmanager
+def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
+    """The student as it is used, not as it trains; afterwards everything is as before."""
+    optimizer: Any = trainer.optimizer
+    schedule_free = callable(getattr(optimizer, "eval", None))  # their weights in use are averages
+    python, numpy = random.getstate(), np.random.get_state()
+    gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with in_eval_mode(trainer.model), torch.random.fork_rng(gpus), torch.no_grad():
+        if schedule_free:
+            optimizer.eval()
+        try:
+            yield
+        finally:
+            if schedule_free:
+                optimizer.train()
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def saved_evaluation(args: TrainingArguments, state: TrainerState) -> tuple[dict[str, float], int | None]:
+    """What was logged on held-out data of the student that training ended with, nothing if nothing was; and
+    its step where that is the best one, not the last."""
+    best = state.best_global_step if args.load_best_model_at_end else None
+    step = best or state.global_step
+    entries = [entry for entry in state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {name: x for entry in entries[-1:] for name, x in entry.items() if name.startswith("eval_")}, best

@@ -45,6 +45,7 @@ def inputs_of(config: TrainConfig, opened: OpenRun) -> dict[str, str]:
 
 
 def _data(spec: str, samples: Samples) -> str:
+    """Hash the keys in order, and up to 32 samples unless they would have to be fetched."""
     content = "" if is_url(str(spec)) else content_hash(samples)
     return hashlib.sha256(f"{keys_hash(samples)} {content}".encode()).hexdigest()
 
@@ -76,9 +77,7 @@ def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
     said = data.model_dump_json(include=set(DataOptions.model_fields), exclude_defaults=True)
     place = f"data {said}"
     if place not in known or known[place].listing != listing:
-        samples = open_samples(data)
-        content = hashlib.sha256(f"{keys_hash(samples)} {content_hash(samples)}".encode()).hexdigest()
-        known[place] = Known(listing=listing, content=content)
+        known[place] = Known(listing=listing, content=_data(data.data, open_samples(data)))
     return known[place].content
 
 

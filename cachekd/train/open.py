@@ -18,6 +18,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, about
+from cachekd.losses.terms import labels
 from cachekd.models import (
     LiveTeacher,
     ModelFiles,
@@ -30,10 +31,12 @@ from cachekd.models import (
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.folder import settings_of
-from cachekd.train.held_out import HeldOut, open_held_out
-from cachekd.train.student import check_lean_settings, load_student, recompute_frozen_layers
+from cachekd.train.held_out import HeldOut, Validation, open_held_out
+from cachekd.train.student import check_peft_settings, load_student, recompute_frozen_layers
+from cachekd.train.terms import LossTerms
 from cachekd.train.trainer import SwitchKDTrainer
-from cachekd.train.validation import Validation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainin
         CachekdError: one of the three refuses a setting; or several GPUs for one process.
     """
     arguments = SwitchKDTrainingArguments.of(config, checkpoints)
-    check_lean_settings(config)
+    check_peft_settings(config)
     return arguments
 
 
@@ -134,12 +137,9 @@ def teacher_rows(
     if config.live_teacher:
         yield template_row(teacher, student)
     if config.switches and samples is not None:
-        yield pictures_row(config.data, samples, cache)
+        yield pictures_row(config.data, samples, cache, config.switched)
     if cache is not None:
         yield cache_teacher_row(cache, teacher)
-
-
-log = logging.getLogger(__name__)
 
 
 def make_trainer(
@@ -166,12 +166,12 @@ def load_trainer(
     """The models' weights, and the Trainer with all of it."""
     models = opened.models
     bridge = switch_bridge(config, models)
-    teacher_encoder = encoder_for_teacher(config, bridge, models)
+    reader = reading_teacher(config, bridge, models)
     validation = None
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
-            validation = Validation.of(opened.held_out, teacher_encoder)
+            validation = Validation.of(opened.held_out, reader)
             validation.read(opened.arguments)
     teacher, live = None, None
     if models.teacher is not None:
@@ -181,24 +181,26 @@ def load_trainer(
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
     student = load_student(config, models.student, opened.arguments.device)
-    data = TrainingSamples(
-        opened.samples, opened.encoder, opened.cache, teacher_encoder, on_error=config.on_error
+    terms = LossTerms(
+        student,
+        config.weights,
+        teacher=teacher,
+        live=live,
+        bridge=bridge,
+        vsd_every=config.vsd_every,
+        temperature=config.temperature,
+        logit_chunk=config.logit_chunk,
     )
+    theirs = None if reader is None else reader.encoder
+    data = TrainingSamples(opened.samples, opened.encoder, opened.cache, theirs, on_error=config.on_error)
     phase("reading the first sample")
     with explained(config.training):
         trainer = SwitchKDTrainer(
-            student,
+            terms,
             opened.arguments,
             data,
             pad_token_id=opened.encoder.pad_token_id,
             encoder=opened.encoder,
-            teacher=teacher,
-            live=live,
-            bridge=bridge,
-            weights=config.weights,
-            vsd_every=config.vsd_every,
-            temperature=config.temperature,
-            logit_chunk=config.logit_chunk,
             callbacks=callbacks,
             validation=validation,
             settings=settings_of(config),
@@ -233,7 +235,8 @@ def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None
     plan = plan_bridge(models.teacher.config, models.student.config)
     bridge = SwitchBridge(plan, config.seed)
     log.warning(
-        "L_VSD runs through a trained bridge, which is beyond the paper: %s, %s parameters",
+        "%s runs through a trained bridge, which is beyond the paper: %s, %s parameters",
+        labels(config.switched),
         plan,
         f"{bridge.summary()['parameters']:,}",
     )
@@ -241,7 +244,7 @@ def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None
 
 
 def live_teacher(config: TrainConfig, files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
-    """The teacher in the cache's place."""
+    """Put the teacher in the cache's place."""
     return LiveTeacher(
         teacher,
         vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer),
@@ -250,14 +253,13 @@ def live_teacher(config: TrainConfig, files: ModelFiles, teacher: SwitchedTeache
     )
 
 
-def encoder_for_teacher(
-    config: TrainConfig, bridge: SwitchBridge | None, models: RunModels
-) -> SampleEncoder | None:
-    """The teacher's own, where a live one prepares images in another way than the student, or where behind a
-    bridge an image has another number of places in its text; None where it reads what the student reads."""
+def reading_teacher(config: TrainConfig, bridge: SwitchBridge | None, models: RunModels) -> ModelFiles | None:
+    """The teacher, where it reads samples by itself: a live one that prepares images in another way than the
+    student, or one behind a bridge whose images have another number of places in its text. None where it
+    reads what the student reads."""
     student, teacher = models
     if teacher is None:
         return None
     other_text = bridge is not None and bridge.plan.other_text
     other_images = config.live_teacher and teacher.image_processing != student.image_processing
-    return teacher.within(student.limits).encoder if other_text or other_images else None
+    return teacher.within(student.limits) if other_text or other_images else None

@@ -56,7 +56,7 @@ class LengthGroups(LengthGroupedSampler):
 
 
 def order_of(args: TrainingArguments, data: Any, epoch: Callable[[], int]) -> Sampler[int] | None:
-    """Of `train_sampling_strategy`; None where it is one that depends on nothing random.
+    """Choose the order of `train_sampling_strategy`; None where it is one that depends on nothing random.
 
     Args:
         data: that can tell its `lengths`, where samples are grouped by them.

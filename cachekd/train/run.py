@@ -18,30 +18,18 @@ from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
-from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
-from cachekd.train.data import TrainingSamples, collate_with_targets
+from cachekd.train.data import TrainingSamples
 from cachekd.train.folder import RunFolder, claimed
+from cachekd.train.held_out import saved_evaluation
 from cachekd.train.inputs import inputs_of
-from cachekd.train.memory import memory_advice
-from cachekd.train.open import OpenRun, load_trainer, make_trainer, open_run
+from cachekd.train.open import OpenRun, load_trainer, open_run
 from cachekd.train.size import RunSize, require_room, run_size
-from cachekd.train.student import save_merged
+from cachekd.train.student import memory_advice, save_merged
 from cachekd.train.trainer import SwitchKDTrainer
-from cachekd.train.validation import saved_evaluation
 
 log = logging.getLogger(__name__)
-
-__all__ = [
-    "SwitchKDTrainer",
-    "SwitchKDTrainingArguments",
-    "TrainSummary",
-    "TrainingSamples",
-    "collate_with_targets",
-    "make_trainer",
-    "train",
-]
 
 
 @dataclass(frozen=True)
@@ -103,8 +91,7 @@ def train(
         opened = open_run(config, folder.checkpoints, phase)
         say_what_is_cut(opened.encoder.limits)
         phase("hashing the student and a part of the data")
-        found = inputs_of(config, opened)
-        folder.require_inputs(found, processes=opened.arguments.world_size)
+        folder.require_inputs(inputs_of(config, opened), processes=opened.arguments.world_size)
         if opened.arguments.should_save:
             require_room(size_of(config, opened), folder.path)
         stopper = StopInOrder(asked_to_stop)
@@ -149,7 +136,7 @@ def last_terms(state: TrainerState) -> dict[str, float]:
 
 
 def say_what_would_be_faster(trainer: SwitchKDTrainer, summary: TrainSummary) -> None:
-    """If the steps waited for data."""
+    """Log advice if the steps waited for data."""
     workers, here = trainer.args.dataloader_num_workers, summary.steps - summary.resumed_from
     waited = advice(summary.data_wait, workers, here, summary.seconds)
     if waited is not None and trainer.is_world_process_zero():
@@ -183,16 +170,6 @@ def say_what_is_cut(limits: Limits) -> None:
         log.warning("samples of more than %s lose the end of their answers", most)
 
 
-def held_out_record(summary: TrainSummary) -> dict[str, Any]:
-    """What the record of a run has of its held-out data."""
-    left_out = {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)}
-    return {
-        "evaluation": summary.evaluation,
-        "best_step": summary.best_step,
-        "eval_left_out": left_out,
-    }
-
-
 def save_run(
     folder: RunFolder,
     config: TrainConfig,
@@ -206,7 +183,13 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
-    limits = data.encoder.limits
+    limits, held_out = data.encoder.limits, {}
+    if trainer.validation is not None:
+        held_out = {
+            "evaluation": summary.evaluation,
+            "best_step": summary.best_step,
+            "eval_left_out": {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)},
+        }
     trainer.save_model(str(folder.part if config.lora is None else folder.part / ADAPTER_FOLDER))
     trainer.accelerator.wait_for_everyone()  # sharded weights are written by all
     if not trainer.is_world_process_zero():
@@ -230,7 +213,7 @@ def save_run(
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
-            **({} if trainer.validation is None else held_out_record(summary)),
+            **held_out,
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

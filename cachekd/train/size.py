@@ -50,7 +50,7 @@ class RunSize:
 
     @property
     def total(self) -> int:
-        """At the worst moment. (When the student is saved, no checkpoint is being written.)"""
+        """The bytes at the worst moment. (When the student is saved, no checkpoint is being written.)"""
         return max(self.checkpoints * self.checkpoint, self.kept * self.checkpoint + self.student)
 
 
@@ -127,7 +127,7 @@ def _how_to_fit(size: RunSize) -> str:
 
 
 def told(size: RunSize) -> str:
-    """Of what the total is made."""
+    """Say of what the total is made."""
     student = f"the student with {_megabytes(size.student)}"
     if not size.checkpoints:
         return f"{student}, and no checkpoints"
@@ -139,7 +139,7 @@ def _megabytes(size: int) -> str:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """In a file; the student trains in float32, whatever its config says."""
+    """Count its bytes in a file; the student trains in float32, whatever its config says."""
     return tensor.numel() * (4 if tensor.is_floating_point() else tensor.element_size()) + _OF_A_TENSOR
 
 
@@ -177,7 +177,7 @@ def _size_of_processor(processor: Processor) -> int:
 
 
 def _steps(samples: int, args: TrainingArguments) -> int:
-    """The optimizer's, of the whole run."""
+    """Count the optimizer's steps of the whole run."""
     if args.max_steps > 0:
         return args.max_steps
     batches = ceil(samples / (args.per_device_train_batch_size * args.world_size))

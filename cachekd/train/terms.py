@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
 from cachekd.losses.targets import LiveTargets
-from cachekd.losses.terms import TERMS
+from cachekd.losses.terms import TERMS, labels, options_off
 from cachekd.models import (
     DeferredHead,
     LiveTeacher,
@@ -25,6 +25,7 @@ from cachekd.models import (
     SwitchedTeacher,
     capture_vision,
     prove_split,
+    reach_by_text,
 )
 from cachekd.train.batch import Batch
 
@@ -34,7 +35,7 @@ _RIGHT = "right"  # beside the terms, while chunks are summed
 
 
 class BatchTerms(NamedTuple):
-    """Of one batch.
+    """The terms of one batch, and over how many answer tokens each is.
 
     Attributes:
         terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
@@ -56,7 +57,7 @@ class TermSums:
         self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=device)  # and of how many tokens
 
     def add(self, found: BatchTerms) -> None:
-        """One batch more."""
+        """Add one batch more."""
         for row, (name, term) in enumerate(TERMS.items()):
             if name in found.terms:
                 self._sums[row, 0] += found.terms[name].detach()
@@ -74,63 +75,96 @@ class LossTerms:
     """Runs student and switched path, and compares both with the teacher, a few answer tokens at a time.
 
     Args:
-        vlm: the student itself, out of DDP's and peft's wrappers: the hooks go into it.
-        weights: of the terms; one whose weight is 0 is not computed.
+        student: the model to train; a VLM, or one in peft's wrapper.
+        weights: of the terms, by the names in `TERMS`; one that is not named is off, but L_CE, whose weight
+            is then 1. A term whose weight is 0 is not computed.
         teacher: the switched path; None where no term is of it.
         live: takes the place of cached targets.
-        bridge: between V_S and P_T, beyond the paper.
+        bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
+            under the same gradient clip), and is saved in checkpoints, but is no part of it.
+        vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
+            step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
         temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
-        autocast: of the student's forward.
-        first: a sample on which the heads are measured, before anything long starts.
+
+    Raises:
+        CachekdError: a term of the switched path is on, and there is no teacher to switch into.
     """
+
+    # Known once `prepare` was called.
+    head: DeferredHead
+    chunk: int  # answer tokens whose logits exist at a time
+    autocast: Callable[[], AbstractContextManager[Any]]
 
     def __init__(
         self,
-        vlm: PreTrainedModel,
+        student: nn.Module,
         weights: Mapping[str, float],
         *,
-        teacher: SwitchedTeacher | None,
-        live: LiveTeacher | None,
-        bridge: SwitchBridge | None,
-        temperature: float,
-        logit_chunk: int | None,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        first: ModelInputs,
+        teacher: SwitchedTeacher | None = None,
+        live: LiveTeacher | None = None,
+        bridge: SwitchBridge | None = None,
+        vsd_every: int = 1,
+        temperature: float = 3.0,
+        logit_chunk: int | None = None,
     ) -> None:
-        self.vlm, self.teacher, self.live, self.bridge = vlm, teacher, live, bridge
-        self.temperature, self.autocast = temperature, autocast
+        self.student, self.teacher, self.live, self.bridge = student, teacher, live, bridge
+        self.weights = dict.fromkeys(TERMS, 0.0) | {"ce": 1.0} | dict(weights)
+        self.vsd_every, self.temperature, self._asked_chunk = vsd_every, temperature, logit_chunk
         self.own, self.switched = (
-            [name for name, term in TERMS.items() if term.path == path and weights[name] > 0]
+            [name for name, term in TERMS.items() if term.path == path and self.weights[name] > 0]
             for path in ("own", "switched")
         )
+        if self.switched and teacher is None:
+            raise CachekdError(
+                f"the switched path of {labels(self.switched)} needs a teacher to switch into",
+                fix="pass teacher=, or no weight for it",
+            )
+        # The hooks go into the VLM itself; DDP and peft only wrap it.
+        self.vlm = student if isinstance(student, PreTrainedModel) else cast(Any, student).get_base_model()
+        reach_by_text(self.vlm)
         self._proven = False  # that the student's parts make up the student
-        if teacher is not None:
-            teacher.head(first.tensors, first.positions)
+
+    def prepare(self, first: ModelInputs, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Measure both heads and prove the split, before anything long starts.
+
+        Args:
+            first: a sample, on the student's device.
+            autocast: of the student's forward.
+
+        Raises:
+            CachekdError: the student's parts do not make up the student.
+        """
+        self.autocast = autocast
+        if self.teacher is not None:
+            self.teacher.head(first.tensors, first.positions)
             if self.switched and "pixel_values" in first.tensors:
                 self._prove(first)
-        self.head = DeferredHead(vlm, first.tensors, first.positions)
-        self.logit_chunk = logit_chunk or chunk_tokens(self.head.vocab_size)
+        self.head = DeferredHead(self.vlm, first.tensors, first.positions)
+        self.chunk = self._asked_chunk or chunk_tokens(self.head.vocab_size)
+
+    def switches_at(self, step: int) -> bool:
+        """Whether the switched path runs in this optimizer step, if a term is of it."""
+        return step % self.vsd_every == 0
 
     def _prove(self, inputs: ModelInputs) -> None:
-        """Once, on the first sample with an image."""
+        """Prove the split once, on the first sample with an image."""
         if not self._proven:
             prove_split(self.vlm, inputs.tensors, inputs.positions)
             self._proven = True
 
-    def __call__(
-        self, model: nn.Module, batch: Batch, *, switches: bool, evaluating: bool = False
-    ) -> BatchTerms:
+    def __call__(self, model: nn.Module, batch: Batch, *, step: int, evaluating: bool = False) -> BatchTerms:
         """The terms that are on, each summed over answer tokens: taught ones over those with targets.
 
         Args:
             model: the student in its wrappers.
-            switches: whether the switched path runs, if a term is of it.
-            evaluating: no gradient is wanted, a live teacher is asked whatever the step is, and the answer
-                tokens whose argmax is right are counted.
+            step: of the optimizer.
+            evaluating: the switched path runs and a live teacher is asked, whatever the step is; no gradient
+                is wanted, and the answer tokens whose argmax is right are counted.
         """
         inputs, positions = batch.student.tensors, batch.student.positions
-        token_ids, switched = batch.student.token_ids, self.switched if switches else []
+        token_ids = batch.student.token_ids
+        switched = self.switched if evaluating or self.switches_at(step) else []
         taught = evaluating or any(TERMS[name].taught for name in (*self.own, *switched))
         targets = self.targets_of(batch) if taught or self.live is None else None
         with capture_vision(self.vlm) as vision:
@@ -148,7 +182,7 @@ class LossTerms:
         # Without an image z_W is z_T: no difference, and no gradient.
         if self.teacher is not None and targets is not None and switched and "pixel_values" in inputs:
             self._prove(batch.student)
-            output = _require_output(vision.output, with_gradient=not evaluating)
+            output = self._vision_output(vision.output, with_gradient=not evaluating)
             terms |= self._switched_path(self.teacher, output, batch, targets)
         return BatchTerms(terms, right, len(token_ids), 0 if targets is None else len(targets))
 
@@ -177,7 +211,7 @@ class LossTerms:
 
         # Around all chunks: the head's weights are cast once.
         with self.autocast():
-            return summed_over_chunks(loss, states, self.logit_chunk)
+            return summed_over_chunks(loss, states, self.chunk)
 
     def _switched_path(
         self, teacher: SwitchedTeacher, output: ModelOutput, batch: Batch, targets: Targets
@@ -196,7 +230,7 @@ class LossTerms:
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
             return self._terms(self.switched, head.logits(some), targets.token_ids[rows], targets, rows)
 
-        return summed_over_chunks(loss, states, self.logit_chunk)
+        return summed_over_chunks(loss, states, self.chunk)
 
     def _terms(
         self, names: list[str], logits: Tensor, token_ids: Tensor, targets: Targets | None, rows: Tensor
@@ -218,37 +252,15 @@ class LossTerms:
                 found |= {n: TERMS[n].loss(logits, some, **how) for n in names if TERMS[n].taught}
         return found
 
-
-def require_switch(weights: Mapping[str, float], teacher: SwitchedTeacher | None, *, compiled: bool) -> None:
-    """Refuse terms of the switched path that could not be computed.
-
-    Args:
-        compiled: whether the student's forward is.
-
-    Raises:
-        CachekdError: there is no teacher to switch into, or nothing to be seen of a compiled student.
-    """
-    on = [term.label for name, term in TERMS.items() if term.path == "switched" and weights[name] > 0]
-    if on and teacher is None:
-        raise CachekdError(
-            f"{on[0]} needs a teacher to switch into", fix="pass teacher=, or no weight for it"
-        )
-    if on and compiled:
-        raise CachekdError(
-            f"{on[0]} takes what the vision encoder says out of the student's forward, which a compiled one "
-            "does not give",
-            where="setting 'training.torch_compile'",
-            fix="leave it out, or train without the switched path: --lambda-vsd 0",
-        )
-
-
-def _require_output(output: ModelOutput | None, *, with_gradient: bool) -> ModelOutput:
-    if output is None:
-        raise CachekdError("the student's forward did not run its vision encoder, though there are images")
-    tensors = [value for value in output.values() if isinstance(value, Tensor)]
-    if with_gradient and not any(tensor.requires_grad for tensor in tensors):
-        raise CachekdError(
-            "L_VSD has no gradient: it reaches the student's vision encoder only, which is frozen",
-            fix="train the vision encoder, or set --lambda-vsd 0",
-        )
-    return output
+    def _vision_output(self, output: ModelOutput | None, *, with_gradient: bool) -> ModelOutput:
+        """What the student's vision encoder said, from which the switched path goes on."""
+        if output is None:
+            raise CachekdError("the student's forward ran no vision encoder, though there are images")
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        if with_gradient and not any(tensor.requires_grad for tensor in tensors):
+            raise CachekdError(
+                f"there is no gradient of {labels(self.switched)}: the switched path reaches the student's "
+                "vision encoder only, which is frozen",
+                fix=f"train the vision encoder, or set {options_off(self.switched)}",
+            )
+        return output

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS
-from cachekd.models import (
-    LiveTeacher,
-    SwitchBridge,
-    SwitchedTeacher,
-    load_model,
-    reach_by_text,
-    save_processor,
-)
+from cachekd.losses.terms import labels, options_off
+from cachekd.models import load_model, save_processor
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.train.arguments import SwitchKDTrainingArguments
-from cachekd.train.batch import Batch
-from cachekd.train.callbacks import (
-    Computed,
-    DataWait,
-    LastStep,
-    Waited,
-    stop_if_not_finite,
-    stop_if_weights_not_finite,
-)
-from cachekd.train.checkpoints import note_settings, saving_checkpoint
-from cachekd.train.data import Feed, batch_of
-from cachekd.train.held_out import KeepBest, best_checkpoint
+from cachekd.train.batch import Batch, batch_of
+from cachekd.train.callbacks import DataWait, LastStep, Waited
+from cachekd.train.checkpoints import KeepBest, best_checkpoint, note_settings, saving_checkpoint
+from cachekd.train.data import Feed
+from cachekd.train.held_out import Validation
+from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.train.order import ReadsOn, order_of
-from cachekd.train.terms import BatchTerms, LossTerms, TermSums, require_switch
-from cachekd.train.validation import Validation
+from cachekd.train.terms import BatchTerms, LossTerms, TermSums
 
 
 class SwitchKDTrainer(Trainer):
@@ -54,28 +40,18 @@ class SwitchKDTrainer(Trainer):
     of processes changes the gradient.
 
     Args:
-        student: the model to train; a VLM, or one in peft's wrapper.
+        terms: of the student to train.
         args: the Trainer's.
-        train_dataset: of `cachekd.train.data.Example`.
+        train_dataset: of `cachekd.train.batch.Example`.
         pad_token_id: for batches.
-        weights: of the terms, by the names in `TERMS`; one that is not named is off, but L_CE, whose weight
-            is then 1.
-        teacher: the switched path; None where no term is of it.
         encoder: the student's, whose processor is saved in each checkpoint; None: none is.
-        live: takes the place of cached targets.
-        bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
-            under the same gradient clip), and is saved in checkpoints, but is no part of it.
-        vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
-            step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
-        temperature: of DBiLD.
-        logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         callbacks: the Trainer's.
         validation: on held-out data, when the Trainer evaluates; there, the switched path always runs.
         settings: of the run, noted in each checkpoint; None: nothing is.
 
     Raises:
-        CachekdError: L_VSD is on but V_S is frozen (it would have no gradient), or there is no teacher; a
-            loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed; a full disk.
+        CachekdError: a term of the switched path is on but V_S is frozen (it would have no gradient), or
+            compiled; a loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed; a full disk.
     """
 
     # Losses below are divided by the tokens of the whole accumulated step already.
@@ -84,56 +60,43 @@ class SwitchKDTrainer(Trainer):
 
     def __init__(
         self,
-        student: nn.Module,
+        terms: LossTerms,
         args: SwitchKDTrainingArguments,
         train_dataset: Dataset,
         *,
         pad_token_id: int,
-        weights: Mapping[str, float],
-        teacher: SwitchedTeacher | None,
         encoder: SampleEncoder | None = None,
-        live: LiveTeacher | None = None,
-        bridge: SwitchBridge | None = None,
-        vsd_every: int = 1,
-        temperature: float = 3.0,
-        logit_chunk: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
         validation: Validation | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        self.weights = dict.fromkeys(TERMS, 0.0) | {"ce": 1.0} | dict(weights)
-        require_switch(self.weights, teacher, compiled=args.torch_compile)
+        if args.torch_compile and terms.switched:
+            raise CachekdError(
+                f"{labels(terms.switched)} cannot be computed: the switched path goes on from inside the "
+                "student's forward, and a compiled one does not show what its vision encoder says",
+                where="setting 'training.torch_compile'",
+                fix=f"leave it out, or train without the switched path: {options_off(terms.switched)}",
+            )
         self.feed = Feed(train_dataset, pad_token_id)
         super().__init__(
-            model=student,
+            model=terms.student,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=None if validation is None else validation.data,
             data_collator=self.feed.collate,
             callbacks=[*(callbacks or []), LastStep(), KeepBest()],
         )
-        self.encoder, self.validation, self.settings = encoder, validation, settings
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.
         self.model_accepts_loss_kwargs = True
-        # The hooks go into the VLM itself; DDP and peft only wrap it.
-        self.vlm = student if isinstance(student, PreTrainedModel) else cast(Any, student).get_base_model()
-        reach_by_text(self.vlm)
-        self.teacher, self.vsd_every = teacher, vsd_every
-        self.bridge = None if bridge is None else bridge.to(self.args.device)
-        if bridge is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise no_sharding()
-        self.terms = LossTerms(
-            self.vlm,
-            self.weights,
-            teacher=teacher,
-            live=live,
-            bridge=self.bridge,
-            temperature=temperature,
-            logit_chunk=logit_chunk,
-            autocast=self.accelerator.autocast,
-            first=self._on_device(batch_of([self.feed.first], pad_token_id)).student,
-        )
+        self.encoder, self.validation, self.settings = encoder, validation, settings
+        self.terms, self.vlm, self.teacher, self.bridge = terms, terms.vlm, terms.teacher, terms.bridge
+        if self.bridge is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise no_sharding()
+            self.bridge.to(self.args.device)
+        first = self._on_device(batch_of([self.feed.first], pad_token_id))
+        terms.prepare(first.student, self.accelerator.autocast)
         self._sums = TermSums(self.args.device)
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
@@ -151,7 +114,7 @@ class SwitchKDTrainer(Trainer):
         """Sum over this batch's answer tokens, divided by the step's number of them."""
         found = self.terms_of(model, inputs)
         self._sums.add(found)
-        weighted = (self.weights[name] * term for name, term in found.terms.items())
+        weighted = (self.terms.weights[name] * term for name, term in found.terms.items())
         loss = sum(weighted, torch.zeros_like(found.terms["ce"]))
         terms = {name: term.detach() for name, term in found.terms.items()}
         self._step.append(Computed(loss.detach(), terms, inputs))
@@ -168,19 +131,14 @@ class SwitchKDTrainer(Trainer):
             evaluating: the switched path runs, whatever step it is, no gradient is wanted, and the answer
                 tokens whose argmax is right are counted.
         """
-        switches = evaluating or self.switches
-        return self.terms(model, self._on_device(batch), switches=switches, evaluating=evaluating)
+        step = self.state.global_step
+        return self.terms(model, self._on_device(batch), step=step, evaluating=evaluating)
 
     def _on_device(self, batch: Batch) -> Batch:
         """Where the student is; accelerate has moved the batches of its own loaders there before."""
         batch = batch.to(self.args.device, non_blocking=self.args.dataloader_pin_memory)
         tensors = self._prepare_inputs(batch.student.tensors)  # DeepSpeed's student has a dtype of its own
         return replace(batch, student=replace(batch.student, tensors=tensors))
-
-    @property
-    def switches(self) -> bool:
-        """Whether the switched path runs in this optimizer step, if a term is of it."""
-        return self.state.global_step % self.vsd_every == 0
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -220,7 +178,7 @@ class SwitchKDTrainer(Trainer):
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's, with the bridge's parameters."""
+        """Make the Trainer's, with the bridge's parameters in it."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.bridge is not None and not there:
@@ -230,7 +188,8 @@ class SwitchKDTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
         loss = super().training_step(*args, **kwargs)
-        if self.bridge is not None and self.switches and self.accelerator.sync_gradients:
+        switches = self.terms.switches_at(self.state.global_step)
+        if self.bridge is not None and switches and self.accelerator.sync_gradients:
             mean_gradients(self.bridge, self.accelerator)
         return loss
 

@@ -34,15 +34,7 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
     from cachekd.check import check_pair
 
     with errors.status("looking at models and data", spinner="dots"):
-        report = check_pair(
-            config.teacher,
-            config.student,
-            config,
-            cache=config.cache,
-            samples=config.samples,
-            forward=config.forward,
-            switch_bridge=config.switch_bridge,
-        )
+        report = check_pair(config)
     if as_json:
         print_json(asdict(report) | {"fits": report.fits})
     else:

@@ -61,10 +61,10 @@ def save(result: Evaluation, config: EvalConfig) -> None:
 
 def run_eval(config: EvalConfig) -> Evaluation:
     """Evaluate behind a progress bar for each model."""
-    from cachekd.evaluate import require_records
+    from cachekd.evaluate import require_kept_scores
     from cachekd.evaluate.run import evaluate
 
-    require_records(config.models)
+    require_kept_scores(config.models)
     bars: dict[str, Callable[[int, int], None]] = {}
     with progress_bar("questions") as bar:
 

@@ -21,7 +21,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import open_samples, sample_from_llava
 from cachekd.errors import CachekdError
 from cachekd.train import train
-from cachekd.train.run import make_trainer
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 # `cache_path` is a dump of these: s000 to s011, noise images, 1 to 3 turns.

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import MARKED_TEMPLATE, save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from tiny import MARKED_TEMPLATE, checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
-from cachekd.check import Row, check_pair, preview
+from cachekd.check import Row, preview
 from cachekd.check.rows import require
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
@@ -32,7 +32,7 @@ def states(report) -> dict[str, str]:
 
 
 def test_a_pair_that_fits(teacher_path, student_path, data_path, cache_path):
-    report = check_pair(str(teacher_path), str(student_path), str(data_path), cache=cache_path, forward=True)
+    report = checked(str(teacher_path), str(student_path), str(data_path), cache=cache_path, forward=True)
     assert report.fits
     assert set(states(report).values()) == {"ok"}
     assert {"vocabulary", "switch", "cache: teacher", "teacher's split"} <= states(report).keys()
@@ -48,7 +48,7 @@ def test_a_split_that_is_none_is_refused_as_training_refuses_it(
         return right.replay(tower, changed(output, hidden_states=states))
 
     monkeypatch.setitem(families.FAMILIES, "llava", replace(right, replay=halved))
-    report = check_pair(str(teacher_path), str(student_path), str(data_path), forward=True)
+    report = checked(str(teacher_path), str(student_path), str(data_path), forward=True)
     [row] = [row for row in report.rows if row.name == "student's split"]
     assert row.state == "refused"
     assert "of their deviation" in row.found
@@ -56,7 +56,7 @@ def test_a_split_that_is_none_is_refused_as_training_refuses_it(
 
 
 def test_sizes_are_those_of_the_loaded_models(teacher_path, student_path, data_path):
-    sizes = check_pair(str(teacher_path), str(student_path), str(data_path)).sizes
+    sizes = checked(str(teacher_path), str(student_path), str(data_path)).sizes
     teacher = tiny_vlm(tiny_processor(), text_width=48, vision_layers=3)
     counts = {
         "vision_encoder": sum(p.numel() for p in teacher.model.vision_tower.parameters()),
@@ -73,7 +73,7 @@ def test_sizes_are_those_of_the_loaded_models(teacher_path, student_path, data_p
 def test_every_difference_is_shown_and_not_only_the_first(tmp_path, teacher_path, data):
     other = tiny_processor(corpus=["quite other words"] * 5, template=MARKED_TEMPLATE + " ", patch_size=16)
     student = save_vlm(tmp_path / "student", other, vision_width=64, patch_size=16)
-    report = check_pair(str(teacher_path), str(student), str(data))
+    report = checked(str(teacher_path), str(student), str(data))
     found = states(report)
     assert not report.fits
     for name in ("vocabulary", "chat template", "answer tokens"):
@@ -89,7 +89,7 @@ def test_every_difference_is_shown_and_not_only_the_first(tmp_path, teacher_path
 
 def test_padded_vocabularies_are_no_difference(tmp_path, teacher_path, data):
     student = save_vlm(tmp_path / "student", tiny_processor(), vocab_size=448)
-    report = check_pair(str(teacher_path), str(student), str(data))
+    report = checked(str(teacher_path), str(student), str(data))
     assert report.fits
     assert "320 and 448 rows" in report.rows[0].found
 
@@ -104,7 +104,7 @@ def test_other_image_processing_is_noted_by_the_pixels(tmp_path, teacher_path, d
         processor = tiny_processor()
         processor.image_processor = CLIPImageProcessor(**size, **settings)
         student = save_vlm(tmp_path / name, processor)
-        report = check_pair(str(teacher_path), str(student), str(data))
+        report = checked(str(teacher_path), str(student), str(data))
         assert states(report)["image processing"] == state, name
         assert report.fits
 
@@ -124,7 +124,7 @@ def test_training_is_refused_by_the_first_row_that_check_refuses(
     width = {name: changed[name] for name in changed if name == "vision_width"}
     processor = tiny_processor(**{name: value for name, value in changed.items() if name not in width})
     student = save_vlm(tmp_path / "student", processor, **width)
-    rows = check_pair(str(teacher_path), str(student), str(data)).rows
+    rows = checked(str(teacher_path), str(student), str(data)).rows
     refused = [row.error for row in rows if row.state == "refused" and row.problem]
     config = TrainConfig(
         student=str(student), teacher=str(teacher_path), data=str(data), out=tmp_path / "run", **settings
@@ -150,7 +150,7 @@ def test_rows_behind_a_refusal_are_not_computed():
 
 
 def test_another_cache_is_refused_with_the_reason(tmp_path, teacher_path, student_path, data, cache_path):
-    report = check_pair(str(student_path), str(student_path), str(data), cache=cache_path)
+    report = checked(str(student_path), str(student_path), str(data), cache=cache_path)
     found = states(report)
     assert found["cache: teacher"] == "refused"
     assert not report.fits

@@ -17,7 +17,7 @@ import torch
 import typer
 from caches import copied, select_samples
 from pydantic import ByteSize
-from tiny import write_llava_json
+from tiny import checked, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
@@ -29,7 +29,6 @@ from cachekd.cache.source import Geometry
 from cachekd.cache.status import dump_status
 from cachekd.cache.summary import summarise
 from cachekd.cache.verify import verify_files
-from cachekd.check import check_pair
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
 from cachekd.data import open_samples
@@ -284,7 +283,7 @@ def test_check_does_not_advise_to_run_check(teacher_path, tmp_path, data_path):
     from tiny import save_vlm, tiny_processor
 
     student = save_vlm(tmp_path / "other", tiny_processor(), vision_width=48, feature_layer=-2)
-    report = check_pair(str(teacher_path), str(student), str(data_path), switch_bridge="linear")
+    report = checked(str(teacher_path), str(student), str(data_path), switch_bridge="linear")
     (row,) = (row for row in report.rows if row.name == "switch bridge")
     assert row.state == "refused"
     assert "--lambda-vsd 0" in str(row.fix)
@@ -380,7 +379,7 @@ def test_every_page_gives_the_same_bytes_per_token(cache_path, run_path):
     assert summary.bytes_per_token == shards / tokens
     assert squeezed(figure) in squeezed(invoke("inspect", cache_path).output)
     run = read_run(run_path)
-    run.record["cache"] = manifest.model_dump(mode="json")
+    run.saved["cache"] = manifest.model_dump(mode="json")
     assert figure in build_report(run, [])
 
 

@@ -27,7 +27,7 @@ from cachekd.atomic import cannot_write
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite
-from cachekd.evaluate import read_records, save_in_runs
+from cachekd.evaluate import read_scores, save_in_runs
 from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, staged_folder
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 from cachekd.train import train
@@ -216,7 +216,10 @@ def test_each_checkpoint_says_what_it_was_made_with(tmp_path, student_path, data
     with pytest.raises(CachekdError, match="other settings") as caught:
         train(config)
     assert (caught.value.where, caught.value.expected) == (str(noted), "learning_rate: 0.001")
-    noted.unlink()  # as in older runs
+    noted.unlink()
+    with pytest.raises(CachekdError, match="cannot be read"):
+        train(config)
+    noted.write_text(json.dumps(settings))
     (config.out / PART).mkdir()
     (config.out / PART / "half.safetensors").touch()  # of a session that was killed while it saved
     assert train(config).resumed_from == 2
@@ -322,7 +325,7 @@ def test_two_evaluations_of_a_run_lose_nothing(tmp_path, student_path, teacher_p
             assert not any(future.done() for future in waiting)
         for future in waiting:
             future.result()
-    [record] = read_records(tmp_path / "run")
+    [record] = read_scores(tmp_path / "run")
     assert record.models[0].blind is not None
     assert record.teacher is not None
 

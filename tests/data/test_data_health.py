@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from caches import SMALL
 from test_limits import with_long_ones
-from tiny import evaluated, write_llava_json
+from tiny import checked, evaluated, write_llava_json
 
-from cachekd.check import check_pair
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data.left_out import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good
 from cachekd.dump import dump
@@ -40,7 +39,7 @@ def test_neighbours_that_are_too_long_stop_neither_dump_nor_run_nor_evaluation(
     found = evaluated([student_path], data, on_error="skip")
     assert found.asked.left_out.samples == LONG
     assert found.asked.questions > 0
-    assert check_pair(str(teacher_path), str(student_path), DataOptions(data=data, on_error="skip")).fits
+    assert checked(str(teacher_path), str(student_path), DataOptions(data=data, on_error="skip")).fits
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -24,7 +24,8 @@ from cachekd.models import load_model, load_processor, logits_at
 from cachekd.models.fingerprint import image_processor_fingerprint
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.batch import collate_with_targets
+from cachekd.train.open import make_trainer
 
 CPU = torch.device("cpu")
 TURNS = [

@@ -12,6 +12,7 @@ from caches import SMALL
 from test_families import TWO, WIDE, encoder_of, every_family, sample
 from test_text_only import save_lm, write_texts
 from tiny import (
+    checked,
     noise_image,
     save_vlm,
     tar_members,
@@ -25,7 +26,7 @@ from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 from typer.testing import CliRunner
 
 from cachekd.cache import CodecSettings, LogitCache
-from cachekd.check import PairReport, Row, check_pair
+from cachekd.check import PairReport, Row
 from cachekd.check import pair as check_module
 from cachekd.check.data_rows import counts_of, lengths_of
 from cachekd.config import DataOptions, DumpConfig
@@ -358,14 +359,14 @@ def test_check_shows_how_long_samples_are_and_how_many_are_too_long(tmp_path, te
         ({"too_long": "cut"}, "note", ", which are cut"),
     ):
         asked = DataOptions.of(data, max_tokens=46, **options)
-        lowered = check_pair(str(teacher_path), str(student_path), asked)
+        lowered = checked(str(teacher_path), str(student_path), asked)
         assert lowered.lengths is not None
         assert lowered.lengths.beyond == sum(length > 46 for length in true)
         row = row_of(lowered, "length")
         assert (row.state, "about" in row.found) == (state, True)
         assert row.found.endswith(f"beyond 46, --max-tokens{told}")
     short = write_llava_json(tmp_path / "short", 4)
-    row = row_of(check_pair(str(teacher_path), str(student_path), str(short)), "length")
+    row = row_of(checked(str(teacher_path), str(student_path), str(short)), "length")
     assert (row.state, "none beyond 512" in row.found) == ("ok", True)
 
 
@@ -375,7 +376,7 @@ def test_check_says_how_many_tokens_have_no_embedding(tmp_path, teacher_path, to
     student = rows_short_by(tokens, tmp_path / "student")
     data = write_llava_json(tmp_path / "data", 2)
     data.write_text(json.dumps([json.loads(data.read_text())[index]]))
-    report = check_pair(str(teacher_path), str(student), str(data))
+    report = checked(str(teacher_path), str(student), str(data))
     row = row_of(report, "embedding rows")
     assert row.state == state
     assert report.fits == (state != "refused")
@@ -408,6 +409,6 @@ def test_lengths_do_without_bad_samples_and_bad_records(tmp_path, teacher_path, 
 def test_of_data_elsewhere_a_part_is_looked_at(tmp_path, teacher_path, student_path, monkeypatch):
     monkeypatch.setattr(check_module, "FAR_SAMPLES", 5)
     write_tar(tmp_path / "0.tar", tar_members(12))
-    report = check_pair(str(teacher_path), str(student_path), f"file://{tmp_path}/0.tar")
+    report = checked(str(teacher_path), str(student_path), f"file://{tmp_path}/0.tar")
     assert report.lengths is not None
     assert report.lengths.samples == 5

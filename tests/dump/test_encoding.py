@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from caches import copied, dump_cache, reseal, write_data
 from templates import SHAPES, shape_processor
-from tiny import save_vlm, tiny_processor
+from tiny import checked, save_vlm, tiny_processor
 from tiny_families import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
@@ -17,7 +17,6 @@ from cachekd.cache import LogitCache, Manifest
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
-from cachekd.check import check_pair
 from cachekd.check.match import check_cache
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, encode, open_samples
@@ -121,7 +120,7 @@ def test_it_is_shown(right, models, halves):
     unknown_manifest = manifest.model_copy(update={"fingerprints": unknown})
     assert "encoding" not in describe.fingerprints(unknown_manifest)
     assert "encoding" not in json.dumps(unknown.model_dump())
-    report = check_pair(str(models[0]), str(models[1]), str(halves[1]), cache=right)
+    report = checked(str(models[0]), str(models[1]), str(halves[1]), cache=right)
     assert {row.name: row.state for row in report.rows}["encoding"] == "ok"
 
 
@@ -131,7 +130,7 @@ def test_the_pair_is_told_before_a_dump(models, halves, tmp_path):
     settings = json.loads((student / "tokenizer.json").read_text())
     settings["post_processor"] = None
     (student / "tokenizer.json").write_text(json.dumps(settings))
-    report = check_pair(str(models[0]), str(student), str(halves[0]))
+    report = checked(str(models[0]), str(student), str(halves[0]))
     rows = {row.name: row for row in report.rows}
     assert rows["encoding"].state == "refused"
     assert not report.fits

@@ -30,7 +30,7 @@ from cachekd.data import SampleEncoder, collate, open_samples, predicting_positi
 from cachekd.data.preview import preview_of_record
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import read_records
+from cachekd.evaluate import read_scores
 from cachekd.evaluate.inputs import AnswerPrior
 from cachekd.evaluate.questions import (
     QuestionEncoder,
@@ -485,10 +485,10 @@ def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, student_path, 
     with pytest.raises(CachekdError, match="the sample's text or image differs"):
         evaluated([student_path], changed, cache=cache)
     more = write_pictures(tmp_path / "more", [*range(26)])
-    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are not in it, the first is 's024'"):
+    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are missing, the first is 's024'"):
         evaluated([student_path], more, cache=cache)
     none = write_pictures(tmp_path / "none", [*range(30, 32)], first=30)
-    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are not in it"):
+    with pytest.raises(CachekdError, match=r"lacks samples[\s\S]*2 are missing"):
         evaluated([student_path], none, cache=cache, on_error="skip")
     found = evaluated([student_path], more, cache=cache, on_error="skip")
     assert found.asked.left_out.samples == 2
@@ -647,7 +647,7 @@ def test_the_command_keeps_scores_apart_and_prints_what_they_are_worth(
         assert text in first.stdout
     found = json.loads(second.stdout)
     assert {d["against"] for d in found["differences"]} >= {"prior", f"{student_path}, blind"}
-    newest, other = read_records(seeing)
+    newest, other = read_scores(seeing)
     assert (newest.asked.data, other.asked.data) == (str(data_path), str(pictures))
     assert newest.models[0].exact_match == found["models"][0]["exact_match"]
 

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.evaluate import Evaluation, QuestionSet, Score, read_records, save_in_runs
+from cachekd.evaluate import Evaluation, QuestionSet, Score, read_scores, save_in_runs
 from cachekd.evaluate.scores import FEWEST_SAMPLES, RESAMPLES, paired_intervals
-from cachekd.evaluate.scores_file import read_record
+from cachekd.evaluate.scores_file import read_evaluation
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE
 
 
@@ -22,6 +23,8 @@ def asked(fingerprint="a" * 64, per_sample=(1, 2, 1)):
         questions=sum(per_sample),
         per_sample=list(per_sample),
         types={"what is": sum(per_sample)},
+        unasked_answers=0,
+        left_out=LeftOutSamples(),
     )
 
 
@@ -67,7 +70,9 @@ def test_many_samples_are_drawn_a_few_times_at_a_time(monkeypatch):
 def test_of_too_few_samples_nothing_is_sure():
     right = np.array([[True] * 9, [False] * 9])
     assert paired_intervals(right, [(0, 1)], [1] * 9) == [(None, None)]
-    few = Evaluation(asked=asked(), models=[score("a", "1111"), score("b", "0000")]).compared()
+    few = Evaluation(
+        asked=asked(), dtype="float32", models=[score("a", "1111"), score("b", "0000")]
+    ).compared()
     assert [d.sure for d in few.differences] == [False]
 
 
@@ -92,6 +97,7 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says():
 def test_every_model_is_compared_with_the_others_the_teacher_itself_blind_and_the_prior():
     result = Evaluation(
         asked=asked(),
+        dtype="float32",
         teacher=score("t", "1111"),
         models=[score("a", "1100", blind=score("a", "1000")), score("b", "0111")],
         prior=score("train", "0000"),
@@ -119,10 +125,14 @@ def test_a_record_survives_those_of_other_questions_and_keeps_what_only_it_knows
     run = run_folder(tmp_path / "run")
     agreement = {"top1_agreement": 0.5, "kl": 0.1, "agrees_with": "t"}
     whole = score(str(run), "1100", **agreement, blind=score(str(run), "0100"))
-    save_in_runs(Evaluation(asked=asked(), teacher=score("t", "1111"), models=[whole]))
-    save_in_runs(Evaluation(asked=asked("b" * 64), models=[score(str(run), "0000")]))
-    save_in_runs(Evaluation(asked=asked(), models=[score(str(run), "1100"), score("not a run", "1111")]))
-    records = {record.asked.fingerprint[0]: record for record in read_records(run)}
+    save_in_runs(Evaluation(asked=asked(), dtype="float32", teacher=score("t", "1111"), models=[whole]))
+    save_in_runs(Evaluation(asked=asked("b" * 64), dtype="float32", models=[score(str(run), "0000")]))
+    save_in_runs(
+        Evaluation(
+            asked=asked(), dtype="float32", models=[score(str(run), "1100"), score("not a run", "1111")]
+        )
+    )
+    records = {record.asked.fingerprint[0]: record for record in read_scores(run)}
     assert records["b"].models[0].correct == "0000"
     assert records["a"].teacher.name == "t"
     [mine] = records["a"].models
@@ -136,46 +146,50 @@ def test_nothing_is_kept_beside_other_answers_or_arithmetic(tmp_path, correct, d
     whole = score(str(run), "1100", kl=0.1, agrees_with="t", blind=score(str(run), "0100"))
     save_in_runs(Evaluation(asked=asked(), dtype="float32", teacher=score("t", "1111"), models=[whole]))
     save_in_runs(Evaluation(asked=asked(), dtype=dtype, models=[score(str(run), correct)]))
-    [record] = read_records(run)
+    [record] = read_scores(run)
     assert (record.teacher, record.models[0].kl, record.models[0].blind) == (None, None, None)
 
 
 def test_agreement_with_one_teacher_does_not_stand_beside_another(tmp_path):
     run = run_folder(tmp_path / "run")
-    save_in_runs(Evaluation(asked=asked(), teacher=score("t", "1111"), models=[score(str(run), "1100")]))
+    save_in_runs(
+        Evaluation(
+            asked=asked(), dtype="float32", teacher=score("t", "1111"), models=[score(str(run), "1100")]
+        )
+    )
     by_cache = score(str(run), "1100", top1_agreement=0.5, kl=0.1, agrees_with="u")
-    save_in_runs(Evaluation(asked=asked(), models=[by_cache]))
-    [record] = read_records(run)
+    save_in_runs(Evaluation(asked=asked(), dtype="float32", models=[by_cache]))
+    [record] = read_scores(run)
     assert (record.teacher, record.models[0].agrees_with) == (None, "u")
 
 
 def test_records_come_newest_first_wherever_they_were_copied(tmp_path):
     run = run_folder(tmp_path / "run")
     for letter, at in (("b", "2026-01-02"), ("c", "2026-01-03"), ("a", "2026-01-01")):
-        save_in_runs(Evaluation(asked=asked(letter * 64), models=[score(str(run), "1100")]))
+        save_in_runs(Evaluation(asked=asked(letter * 64), dtype="float32", models=[score(str(run), "1100")]))
         [file] = (run / EVALUATIONS_FOLDER).glob(f"{letter}*")
-        file.write_text(read_record(file).model_copy(update={"at": at}).model_dump_json())
-    assert [record.asked.fingerprint[0] for record in read_records(run)] == ["c", "b", "a"]
+        file.write_text(read_evaluation(file).model_copy(update={"at": at}).model_dump_json())
+    assert [record.asked.fingerprint[0] for record in read_scores(run)] == ["c", "b", "a"]
 
 
 def test_a_run_that_cannot_be_written_is_said(tmp_path):
     run = run_folder(tmp_path / "run")
     (run / EVALUATIONS_FOLDER).write_text("")
     with pytest.raises(CachekdError, match="cannot be written"):
-        save_in_runs(Evaluation(asked=asked(), models=[score(str(run), "1100")]))
+        save_in_runs(Evaluation(asked=asked(), dtype="float32", models=[score(str(run), "1100")]))
 
 
 def test_a_broken_record_is_named(tmp_path):
     run = run_folder(tmp_path / "run")
-    save_in_runs(Evaluation(asked=asked(), models=[score(str(run), "1100")]))
+    save_in_runs(Evaluation(asked=asked(), dtype="float32", models=[score(str(run), "1100")]))
     [file] = (run / EVALUATIONS_FOLDER).iterdir()
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(CachekdError, match=file.name):
-        read_records(run)
+        read_scores(run)
 
 
 def test_a_summary_has_no_answers_to_single_questions():
     one = score("a", "1100", blind=score("a", "1000"))
-    summary = Evaluation(asked=asked(), teacher=one, models=[one], prior=one).summary()
+    summary = Evaluation(asked=asked(), dtype="float32", teacher=one, models=[one], prior=one).summary()
     assert "correct" not in repr(summary)
     assert summary["models"][0]["blind"]["exact_match"] == 0.25

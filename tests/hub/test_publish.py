@@ -477,7 +477,7 @@ def test_training_takes_an_address(
     hub, cache_path, student_path, teacher_path, data_path, tmp_path, monkeypatch
 ):
     from cachekd.config import TrainConfig
-    from cachekd.train.run import make_trainer
+    from cachekd.train.open import make_trainer
 
     monkeypatch.setenv("CACHEKD_HOME", str(tmp_path / "home"))
     push_cache(cache_path, REPO)

@@ -12,14 +12,13 @@ from launch import train_in_two_processes
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_runs import CutShort
-from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from tiny import checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from tiny_families import FAMILIES, _wake
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from typer.testing import CliRunner
 
-from cachekd.check import check_pair
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.dump import dump
@@ -40,8 +39,9 @@ from cachekd.models.bridge import BridgePlan, resampled
 from cachekd.models.weights import weights_files
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
 from cachekd.train import train
+from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -225,7 +225,7 @@ def test_runs_that_a_bridge_does_not_fit_are_refused(pair, tmp_path, student_pat
 
 def test_check_names_the_bridge_and_accepts_it(pair):
     models = ["--teacher", pair["teacher"], "--student", pair["student"], "--data", pair["data"]]
-    report = check_pair(*models[1::2])
+    report = checked(*models[1::2])
     refused = [row for row in report.rows if row.state == "refused"]
     assert refused
     assert all(row.fix.startswith("--switch-bridge linear (beyond the paper)") for row in refused)
@@ -234,7 +234,7 @@ def test_check_names_the_bridge_and_accepts_it(pair):
     (row,) = (row for row in json.loads(done.stdout)["rows"] if row["name"] == "switch bridge")
     assert row["state"] == "note"
     assert "width 48 to 32, 2 x 2 patches to 4 x 4" in row["found"]
-    needless = check_pair(pair["teacher"], pair["teacher"], pair["data"], switch_bridge="linear")
+    needless = checked(pair["teacher"], pair["teacher"], pair["data"], switch_bridge="linear")
     (row,) = (row for row in needless.rows if row.name == "switch bridge")
     assert row.state == "refused"
     assert "nothing to do" in row.text

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from caches import dump_cache
+from tiny import checked
 
-from cachekd.check.pair import check_pair
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
 from cachekd.evaluate.run import evaluate
@@ -244,7 +244,7 @@ def test_an_evaluation_opens_its_models_once(teacher_path, student_path, data_pa
 
 
 def test_a_check_opens_its_models_once(teacher_path, student_path, data_path, cache_path, opened):
-    check_pair(str(teacher_path), str(student_path), str(data_path), cache=cache_path, forward=True)
+    checked(str(teacher_path), str(student_path), str(data_path), cache=cache_path, forward=True)
     assert opened == once(teacher_path, student_path)
 
 

@@ -11,14 +11,13 @@ import torch
 from caches import dump_cache
 from hub_server import Repo
 from test_text_only import save_lm, write_texts
-from tiny import PLAIN_TEMPLATE, evaluated, save_vlm, tiny_processor, write_llava_json
+from tiny import PLAIN_TEMPLATE, checked, evaluated, save_vlm, tiny_processor, write_llava_json
 from tiny_families import save
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
-from cachekd.check import check_pair
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples
 from cachekd.errors import CachekdError
@@ -181,7 +180,7 @@ def test_merged_adapters_stop_there_too_and_their_checkpoints_say_merge_first(tm
 
 def test_check_says_where_eos_and_end_of_turn_differ(tmp_path, teacher_path, student_path, data_path):
     def row(student: Path):
-        report = check_pair(str(teacher_path), str(student), str(data_path))
+        report = checked(str(teacher_path), str(student), str(data_path))
         return next(row for row in report.rows if row.name == "end of turn")
 
     assert row(student_path).state == "ok"

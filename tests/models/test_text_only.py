@@ -24,8 +24,9 @@ from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
 from cachekd.train import train
+from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")

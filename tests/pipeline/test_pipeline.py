@@ -403,7 +403,6 @@ def test_done_is_what_has_its_whole_output(short, tmp_path):
     path = Path(short["out"]) / STATE_FILE
     record = json.loads(path.read_text())
     record["steps"]["two"]["state"] = "begun"  # killed when all was written but this
-    del record["steps"]["two"]["facts"]["settings"]["missing"]  # made before there was such a setting
     path.write_text(json.dumps(record))
     assert run(pipeline) == []
     assert json.loads(path.read_text())["steps"]["two"]["state"] == "done"
@@ -989,3 +988,12 @@ def test_an_answer_that_is_not_supervised_is_no_question_of_its_own(tmp_path):
         data.write_text(json.dumps([{"id": "a", "messages": turns(*supervised)}]))
         with pytest.raises(CachekdError, match="not to questions asked alone"):
             require_single_questions(open_samples(data))
+
+
+def test_planning_waits_for_no_torch():
+    """Terms are switched on and off in it, of which the losses need torch."""
+    code = "import sys; from pathlib import Path; from cachekd.pipeline import plan_steps, read_pipeline\n"
+    code += "steps = plan_steps(read_pipeline(Path('examples/easy_vqa/pipeline.yaml')))\n"
+    code += "assert any(step.kind == 'train' and step.config.switches for step in steps)\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

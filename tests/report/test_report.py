@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cachekd.config import EvalConfig, TrainConfig
+from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluate.run import evaluate
@@ -127,6 +128,8 @@ def evaluated(run: Path, share: float, fingerprint="a" * 64, *, data="data/test"
         questions=questions,
         per_sample=PER_SAMPLE,
         types={"what is": questions // 2, "is there": questions // 2},
+        unasked_answers=0,
+        left_out=LeftOutSamples(),
     )
     own = score(
         run,
@@ -138,7 +141,7 @@ def evaluated(run: Path, share: float, fingerprint="a" * 64, *, data="data/test"
         blind=score(run, 0.3, seed=2) if blind else None,
     )
     teacher, prior = score("models/teacher", 0.95, seed=3), score("data/train", 0.35, seed=4)
-    save_in_runs(Evaluation(asked=asked, teacher=teacher, models=[own], prior=prior))
+    save_in_runs(Evaluation(asked=asked, dtype="float32", teacher=teacher, models=[own], prior=prior))
     return run
 
 

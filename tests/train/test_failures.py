@@ -10,7 +10,7 @@ import torch
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.train import train
-from cachekd.train.memory import memory_advice
+from cachekd.train.student import memory_advice
 
 CONFIG = TrainConfig(student="s", teacher="t", cache="c", data="d", out=Path("o"))
 

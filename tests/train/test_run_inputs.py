@@ -76,10 +76,6 @@ def test_another_cache_at_the_same_path_is_refused(config, other):
     assert f"found: sha256 {now}" in told
     assert str(config.cache) in told
     assert (config.out / STARTED_FILE).read_bytes() == noted  # the next try is refused as well
-    values = json.loads(noted)
-    del values["inputs"]
-    (config.out / STARTED_FILE).write_text(json.dumps(values))  # begun before inputs were noted
-    assert train(config).resumed_from == 1
 
 
 def test_a_cache_of_which_a_shard_was_made_again_elsewhere_is_gone_on_with(config):
@@ -163,8 +159,7 @@ def test_another_number_of_processes_is_refused(plain):
     assert "expected: 2 processes" in str(caught.value)
     assert "found: 1" in str(caught.value)
     assert "--num_processes 2" in str(caught.value)
-    older = {name: value for name, value in noted.items() if name not in ("processes", "inputs", "known")}
-    (plain.out / STARTED_FILE).write_text(json.dumps(older))
+    (plain.out / STARTED_FILE).write_text(json.dumps(noted))
     assert train(plain).resumed_from == 1
 
 
@@ -190,7 +185,7 @@ def test_what_a_cache_is_known_again_by(made, tmp_path):
     assert again.identity != again.model_copy(update={"keys": {"a": "z"}}).identity
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", "\udc80"])
+@pytest.mark.parametrize("text", ["", "{", "3", "\udc80", "{}"])
 def test_a_damaged_record_of_what_began_is_named(plain, text):
     plain.out.mkdir()
     (plain.out / STARTED_FILE).write_text(text, errors="surrogateescape")
@@ -198,3 +193,14 @@ def test_a_damaged_record_of_what_began_is_named(plain, text):
         train(plain)
     assert str(plain.out / STARTED_FILE) in str(caught.value)
     assert [path.name for path in plain.out.iterdir()] == [STARTED_FILE]
+
+
+@pytest.mark.parametrize("name", ["inputs", "processes", "seed"])
+def test_what_a_run_did_not_note_is_not_guessed(plain, name):
+    cut(plain)
+    noted = json.loads((plain.out / STARTED_FILE).read_text())
+    del noted[name]
+    (plain.out / STARTED_FILE).write_text(json.dumps(noted))
+    with pytest.raises(CachekdError, match="cannot be read") as caught:
+        train(plain)
+    assert caught.value.found == f"it lacks {name}"

@@ -13,18 +13,17 @@ import pytest
 import torch
 from caches import dump_cache
 from launch import train_in_two_processes
-from tiny import evaluated, tar_members, tiny_processor, write_llava_json, write_tar
+from tiny import checked, evaluated, tar_members, tiny_processor, write_llava_json, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
-from cachekd.check import check_pair
 from cachekd.check.bind import bind
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Limits, SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate import read_records
+from cachekd.evaluate import read_scores
 from cachekd.evaluate.questions import questions_of
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.models import load_model, load_processor, logits_at
@@ -32,9 +31,8 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import TrainingSamples, train
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import CHECKPOINTS
-from cachekd.train.open import open_run
+from cachekd.train.open import make_trainer, open_run
 from cachekd.train.order import RandomOrder
-from cachekd.train.run import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -351,10 +349,10 @@ def test_check_takes_a_cache_that_lacks_samples_for_a_reason(settings, dumped, d
         ("limit", {"limit": 7}, "beyond its --limit 7"),
         ("skip", cut, "the dump left"),
     ):
-        report = check_pair(*pair, DataOptions.of(data_path, **cut), cache=dumped(name, **options))
+        report = checked(*pair, DataOptions.of(data_path, **cut), cache=dumped(name, **options))
         (row,) = (row for row in report.rows if row.name == "cache: lacks")
         assert (row.state, told in row.found, report.fits) == ("note", True, True)
-    report = check_pair(*pair, DataOptions.of(data_path, key="index"), cache=str(settings["cache"]))
+    report = checked(*pair, DataOptions.of(data_path, key="index"), cache=str(settings["cache"]))
     assert not report.fits
 
 
@@ -588,7 +586,7 @@ def test_an_evaluation_says_what_it_left_out(student_path, broken, tmp_path):
     assert done.exit_code == 0, done.output
     assert "left out: 4 samples that cannot be used" in done.stdout
     assert "s001: the image" in done.stdout
-    [record] = read_records(run)
+    [record] = read_scores(run)
     assert record.asked.left_out.samples == 4
 
 

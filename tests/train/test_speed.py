@@ -24,8 +24,9 @@ from cachekd.train import callbacks as data_wait
 from cachekd.train import train
 from cachekd.train.arguments import default_workers
 from cachekd.train.callbacks import DataWait
+from cachekd.train.open import make_trainer
 from cachekd.train.order import LengthGroups, RandomOrder
-from cachekd.train.run import last_terms, make_trainer
+from cachekd.train.run import last_terms
 
 
 def entries(out: Path) -> list[dict]:

@@ -20,8 +20,8 @@ from cachekd.models import parameters_by_part, train_only
 from cachekd.models.loading import keep_statistics
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
-from cachekd.train.memory import memory_advice
-from cachekd.train.run import make_trainer
+from cachekd.train.open import make_trainer
+from cachekd.train.student import memory_advice
 from cachekd_cli.main import app
 
 PREFIX = {

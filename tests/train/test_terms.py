@@ -25,9 +25,11 @@ from cachekd.paths import RUN_FILE
 from cachekd.report.page import build_report, term_shares
 from cachekd.report.runs import read_run
 from cachekd.train import train
+from cachekd.train.batch import Fault, collate_with_targets
 from cachekd.train.callbacks import RunStopped
-from cachekd.train.data import Fault
-from cachekd.train.run import SwitchKDTrainer, collate_with_targets, make_trainer
+from cachekd.train.open import make_trainer
+from cachekd.train.terms import LossTerms
+from cachekd.train.trainer import SwitchKDTrainer
 
 
 @pytest.fixture
@@ -128,14 +130,7 @@ def test_a_term_of_the_switched_path_reaches_the_vision_encoder_only(settings, t
 def test_a_switched_term_without_a_teacher_is_refused(settings, tmp_path):
     trainer = make_trainer(TrainConfig(**settings, lambda_vsd=0), tmp_path / "t")
     with pytest.raises(CachekdError, match="L_VSD needs a teacher to switch into"):
-        SwitchKDTrainer(
-            trainer.model,
-            trainer.args,
-            trainer.train_dataset,
-            pad_token_id=0,
-            weights={"vsd": 1.0},
-            teacher=None,
-        )
+        LossTerms(trainer.model, {"vsd": 1.0})
 
 
 # ---- batches
@@ -230,3 +225,18 @@ def test_the_trainer_calls_each_of_them_in_a_run_that_is_cut_and_gone_on_with(se
     more = Counter(calls.counts)
     more.subtract(first)
     assert more == dict.fromkeys(PRIVATE, 1)
+
+
+def test_messages_name_the_terms_that_are_on(settings, monkeypatch):
+    """Not L_VSD, whatever is switched."""
+    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", forward_kl, path="switched"))
+    on = settings | {"lambda_align": 0, "lambda_vsd": 0, "lambda_kl": 1}
+    with pytest.raises(CachekdError, match="L_KL would have no gradient") as caught:
+        WithKL(**on, trainable="projector")
+    assert "lambda_kl 1" in str(caught.value)
+    assert str(caught.value.fix).endswith("--lambda-kl 0")
+    with pytest.raises(CachekdError, match="L_KL needs the teacher's cached logits") as caught:
+        WithKL(**on | {"cache": None}).require_inputs()
+    assert "--lambda-kl 0 for plain CE" in str(caught.value)
+    with pytest.raises(CachekdError, match="language model for L_KL"):
+        WithKL(**on | {"teacher": None}).require_inputs()

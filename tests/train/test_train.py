@@ -16,7 +16,8 @@ from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.models import capture_vision, load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.batch import collate_with_targets
+from cachekd.train.open import make_trainer
 
 CPU = torch.device("cpu")
 

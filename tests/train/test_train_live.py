@@ -22,7 +22,8 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
-from cachekd.train.run import collate_with_targets, make_trainer
+from cachekd.train.batch import collate_with_targets
+from cachekd.train.open import make_trainer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "easy_vqa"
 CPU = torch.device("cpu")

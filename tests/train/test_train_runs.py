@@ -20,7 +20,7 @@ from cachekd.train import SwitchKDTrainingArguments, train
 from cachekd.train.arguments import FIELDS, OWN_NAMES, REFUSED
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import STARTED_FILE
-from cachekd.train.run import make_trainer
+from cachekd.train.open import make_trainer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.train import SwitchKDTrainingArguments
 from cachekd.train.arguments import explained
-from cachekd.train.run import make_trainer
+from cachekd.train.open import make_trainer
 
 arguments_of = SwitchKDTrainingArguments.of
 

@@ -29,8 +29,8 @@ from cachekd.models import load_model, load_processor, logits_at
 from cachekd.paths import RUN_FILE
 from cachekd.train import SwitchKDTrainingArguments, train
 from cachekd.train.estimate import estimate_training
-from cachekd.train.folder import CHECKPOINTS, STARTED_FILE
-from cachekd.train.run import make_trainer
+from cachekd.train.folder import CHECKPOINTS
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
@@ -214,7 +214,7 @@ def test_what_is_right_is_counted_beside_the_terms(settings, tmp_path):
     batch = next(trainer.validation.batches(trainer.args))
     evaluated = trainer.terms_of(trainer.model, batch, evaluating=True)
     trained = trainer.terms_of(trainer.model, batch)
-    assert evaluated.terms.keys() == trained.terms.keys() == trainer.weights.keys()
+    assert evaluated.terms.keys() == trained.terms.keys() == trainer.terms.weights.keys()
     assert 0 <= int(evaluated.right) <= evaluated.tokens == trained.tokens
     assert trained.right is None
 
@@ -588,29 +588,6 @@ def test_other_held_out_data_at_the_same_path_are_refused(settings, tmp_path, ev
         train(config)
     with pytest.raises(CachekdError, match="other settings"):
         train(TrainConfig(**settings | {"eval_steps": 3}))
-
-
-def test_a_run_that_did_not_note_its_evaluations_goes_on(settings):
-    config = TrainConfig(**settings | CE_ALONE | {"eval_steps": None, "save_steps": 2})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, [CutShort(3)])
-    started = config.out / STARTED_FILE
-    values = json.loads(started.read_text())
-    assert values["eval_steps"] == 2
-    started.write_text(json.dumps(values | {"eval_steps": None}))
-    assert train(config).resumed_from == 2
-
-
-def test_a_run_from_before_there_were_held_out_data_goes_on(settings):
-    config = TrainConfig(**settings | CE_ALONE | {"eval_data": None, "eval_steps": None, "save_steps": 2})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, [CutShort(3)])
-    started = config.out / STARTED_FILE
-    values = json.loads(started.read_text())
-    old = {name: value for name, value in values.items() if not name.startswith("eval_")}
-    assert len(old) < len(values)
-    started.write_text(json.dumps(old))
-    assert train(config).resumed_from == 2
 
 
 # ---- the last step is always logged
