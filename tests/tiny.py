@@ -204,3 +204,13 @@ def evaluated(models, data, progress=None, **settings):
 
     config = EvalConfig(models=[str(model) for model in models], data=data, **settings)
     return evaluate(config) if progress is None else evaluate(config, progress)
+
+
+def with_long_ones(folder: Path, count: int, long: tuple[int, ...]) -> Path:
+    """A LLaVA file in which some of `count` samples have an answer of over 1,000 tokens."""
+    path = write_llava_json(folder, count)
+    records = json.loads(path.read_text())
+    for index in long:
+        records[index]["conversations"][1]["value"] = "red and blue, " * 200 + "or so"
+    path.write_text(json.dumps(records))
+    return path

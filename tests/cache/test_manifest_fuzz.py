@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cachekd.cache import Finding, LogitCache, Manifest, sealed, verify_files
+from cachekd.cache import Finding, LogitCache, Manifest, Plan, sealed, verify_files
 from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.plan import Plan, ShardRecord
+from cachekd.cache.plan import ShardRecord
 from cachekd.cache.repair import repair
 from cachekd.cache.subset import select_samples
 from cachekd.cache.verify import strays

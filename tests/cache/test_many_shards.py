@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from caches import ROOT, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import write_cache
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, TokenTargets, key_index, reader
@@ -38,7 +38,7 @@ PER_SHARD = 200
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> list[Path]:
     """Of 2,000 samples, and of ten times as many in shards of the same size."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
         from many_shards import made
     finally:

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import assert_same_samples, copied, dump_cache, files_of, flip, times_of, write_data
-from test_cache import header, sample
+from caches import (
+    assert_same_samples,
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    header,
+    sample,
+    times_of,
+    write_data,
+)
 from tiny import save_vlm, tiny_processor
 from typer.testing import CliRunner
 

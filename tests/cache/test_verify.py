@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal, write_data
-from test_cache import write_cache
+from caches import copied, dump_cache, files_of, flip, reseal, write_cache, write_data
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache, Manifest, verify_files
+from cachekd.cache import LogitCache, Manifest, Plan, verify_files
 from cachekd.cache import shard as shard_codes
 from cachekd.cache.build import dump_status
-from cachekd.cache.plan import Plan, ShardRecord, read_skipped
+from cachekd.cache.plan import ShardRecord, read_skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.sparse_logits import offsets
 from cachekd.cache.verify import dump_files, strays, wrong_files

@@ -15,21 +15,19 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from caches import copied
+from caches import ROOT, copied
 from pydantic import ByteSize
 from tiny import write_llava_json
 from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
-from cachekd.cache import LogitCache, Manifest, select_topk
+from cachekd.cache import Geometry, LogitCache, Manifest, select_topk, verify_files
 from cachekd.cache import overview as describe
 from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.manifest import Geometry
 from cachekd.cache.recompress import recompress
 from cachekd.cache.subset import select_samples
 from cachekd.cache.summary import summarise
-from cachekd.cache.verify import verify_files
 from cachekd.check import check_pair
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
@@ -45,7 +43,6 @@ from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
 from cachekd_cli.main import app
 
-ROOT = Path(__file__).parents[2]
 CONFIGS: dict[type[Config], dict[str, Any]] = {
     DumpConfig: {"teacher": "t", "data": "d", "out": "o"},
     TrainConfig: {"student": "s", "data": "d", "out": "o"},

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from caches import SMALL
-from test_limits import with_long_ones
-from tiny import evaluated, write_llava_json
+from tiny import evaluated, with_long_ones, write_llava_json
 
 from cachekd.check import check_pair
 from cachekd.config import DataOptions, DumpConfig, TrainConfig

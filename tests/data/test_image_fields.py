@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import conversation, noise_image, png_bytes
 
-from cachekd.data import Sample, open_samples, sample_from_record
+from cachekd.data import Outline, Sample, open_samples, sample_from_record
 from cachekd.data.image_fields import pictures_of, refuse_untaken
-from cachekd.data.sample import Outline
 from cachekd.data.survey import outline_of_record
 from cachekd.errors import BadSample
 

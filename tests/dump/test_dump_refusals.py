@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_samples import write_llava_json
-from tiny import noise_image, tar_members, write_tar
+from tiny import noise_image, tar_members, write_llava_json, write_tar
 
 from cachekd.atomic import commit, commit_first, is_temporary, remove_stale
 from cachekd.config import DumpConfig

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from caches import dump_cache
 
-from cachekd.check.pair import check_pair
+from cachekd.check import check_pair
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
 from cachekd.evaluate.run import evaluate

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from caches import times_of
+from caches import ROOT, times_of
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from launch import Command
@@ -39,8 +39,6 @@ from cachekd.pipeline.state import STATE_FILE
 from cachekd.train import inputs
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -22,12 +22,12 @@ from cachekd.errors import CachekdError
 from cachekd.losses import forward_kl_loss
 from cachekd.losses.terms import TERMS, Term
 from cachekd.paths import RUN_FILE
-from cachekd.report.page import build_report, term_shares
-from cachekd.report.runs import read_run
-from cachekd.train import train
+from cachekd.report import build_report, read_run
+from cachekd.report.page import term_shares
+from cachekd.train import SwitchKDTrainer, train
 from cachekd.train.callbacks import RunStopped
 from cachekd.train.data import Fault
-from cachekd.train.run import SwitchKDTrainer, collate_with_targets, make_trainer
+from cachekd.train.run import collate_with_targets, make_trainer
 
 
 @pytest.fixture
