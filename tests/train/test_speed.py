@@ -301,6 +301,7 @@ def test_workers_read_on_into_the_next_epoch(settings, tmp_path):
 
         trainer.compute_loss = seen
         trainer.train()
+        assert not multiprocessing.active_children()
     assert keys[1] == keys[0]
     epochs = [list(chain(*keys[1][start : start + 3])) for start in (0, 3, 6)]
     assert all(sorted(epoch) == trainer.train_dataset.samples.keys for epoch in epochs)
@@ -318,6 +319,7 @@ def test_a_workers_fault_is_the_samples(settings, tmp_path):
     for workers in (0, 1):
         with pytest.raises(CachekdError, match="answer tokens differ") as caught:
             train(TrainConfig(**settings, workers=workers))
+        assert not multiprocessing.active_children()  # though the error has hold of all
         assert type(caught.value) is CachekdError
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
