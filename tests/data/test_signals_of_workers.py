@@ -13,10 +13,10 @@ import pytest
 from caches import ROOT
 from workers import Slow, alive, loader, processes_of, wait_until_gone
 
-SLOW_STARTS = [pytest.param(start, marks=pytest.mark.slow) for start in ("spawn", "forkserver")]
+STARTS = ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("start", ["fork", *SLOW_STARTS])
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_workers_is_no_matter(tmp_path, start, number):
     batches: Iterator[bytes] = iter(loader(Slow(tmp_path, 40, 0.01), start))
@@ -36,7 +36,7 @@ def test_a_worker_that_does_not_end_by_itself_is_stopped(tmp_path, monkeypatch):
     wait_until_gone(workers, 5)
 
 
-@pytest.mark.parametrize("start", ["fork", *SLOW_STARTS])
+@pytest.mark.parametrize("start", STARTS)
 def test_workers_end_with_the_main_process(tmp_path, start):
     """However it dies, and though each has more to say than fits into a pipe that nobody reads."""
     program = f"""

@@ -700,7 +700,6 @@ def test_the_command(short, tmp_path):
     assert "pipeline.yaml" in CliRunner().invoke(app, ["run", "--help"]).stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     if sent == signal.SIGTERM:  # the rest is as after SIGKILL

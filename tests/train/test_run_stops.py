@@ -280,7 +280,6 @@ def send_before_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) 
     monkeypatch.setattr(StopInOrder, "on_step_begin", send)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_and_the_same_command_again(plain, tmp_path, number, workers):
     """Ctrl-C reaches the whole group: with workers, them too."""

@@ -259,7 +259,7 @@ def test_the_random_order_is_accelerates():
 
 
 def test_a_strategy_that_would_not_work_is_refused(settings):
-    with pytest.raises(CachekdError, match="column of lengths") as caught:
+    with pytest.raises(CachekdError, match="cannot be 'batch_rebalance'") as caught:
         train(TrainConfig(**settings, training={"train_sampling_strategy": "batch_rebalance"}))
     assert "group_by_length" in str(caught.value)
 
