@@ -110,5 +110,6 @@ class ReadsOn(WorkerLoader):
         are not told to end, and waits five seconds for each."""
         if isinstance(self._reading, Generator):
             self._reading.close()
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()
+        workers: Any = self._iterator  # which type checkers know too little of
+        if workers is not None:
+            workers._shutdown_workers()
