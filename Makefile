@@ -8,7 +8,8 @@ DOCS   := $(VENV)/.docs
 OLDEST := $(VENV)/oldest
 # Two processes, and in each, and in what they start, one thread. A file's tests stay together while they can.
 ARGS   := -q -n 2 --dist worksteal
-TEST   := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+# What is compiled once stays so, whatever the machine says: rewriting the asserts alone takes seconds each time.
+TEST   := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 .PHONY: demo test test-slow test-oldest lint check format schemas docs clean
 

@@ -1,21 +1,42 @@
-"""Caches as `cachekd dump` makes them, and ways to break them, for the integrity tests."""
+"""Caches, as `cachekd dump` makes them and without a model; ways to look into them and to break them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Container
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tiny import tar_members, write_tar
 
-from cachekd.cache import LogitCache, Manifest, sealed
+from cachekd.cache import (
+    CodecSettings,
+    DataInfo,
+    Fingerprints,
+    LogitCache,
+    LogitCacheWriter,
+    Manifest,
+    TeacherInfo,
+    TokenTargets,
+    sealed,
+    select_topk,
+    verify_files,
+)
+from cachekd.cache.container import read_arrays
+from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
 
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "cache" / "golden"
+GOLDEN_SKETCH = ROOT / "tests" / "cache" / "golden_sketch"
+VOCAB = 97
 SMALL = {"batch_size": 2, "shard_samples": 6, "calibration_tokens": 60}
 
 
@@ -86,3 +107,110 @@ def assert_same_samples(derived: Path, *originals: Path) -> None:
         assert torch.equal(a.ids, b.ids[:, :width])
         assert torch.equal(a.logprobs, b.logprobs[:, :width])
         assert torch.equal(a.everywhere(), b.everywhere()), key
+
+
+# ---- without a model
+
+
+def logits_of(rows: int, seed: int, vocab: int = VOCAB, scale: float = 4.0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def header(**codec) -> dict:
+    return {
+        "teacher": TeacherInfo(
+            name="golden/teacher",
+            model_type="llava",
+            dtype="float32",
+            vocab_size=VOCAB,
+            weights_sha256="0" * 64,
+            config_sha256="1" * 64,
+        ),
+        "fingerprints": Fingerprints(
+            tokenizer="a", chat_template="b", image_processor="c", image_token="<image>"
+        ),
+        "data": DataInfo(path="data", samples=4, sha256="d"),
+        "codec": CodecSettings(**{"top_k": 32, "top_p": 0.99, "window": 64, "min_k": 2} | codec),
+        "versions": {"cachekd": "0"},
+    }
+
+
+def sample(index: int, **select) -> tuple[str, TokenTargets, bytes]:
+    rows = 1 + index % 3
+    options = {"top_k": 32, "window": 64} | select
+    targets = select_topk(logits_of(rows, index), torch.arange(rows) + index, **options)
+    return f"sample/{index:03d} é", targets, bytes([index % 256]) * 16
+
+
+def write_cache(path: Path, count: int = 4, **options) -> Path:
+    with LogitCacheWriter(path, **header(), **options) as writer:
+        for index in range(count):
+            writer.add(*sample(index))
+    return path
+
+
+def model_states(tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states with a falling spectrum and a mean, and a head: [N, d], [V, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) * torch.logspace(0.3, -1.2, width)[:, None]
+    hidden = torch.randn(tokens, width, generator=generator) @ mixing
+    hidden += torch.randn(width, generator=generator)
+    return hidden, torch.randn(vocab, width, generator=generator) / 2
+
+
+def token_ids(count: int) -> torch.Tensor:
+    return torch.arange(count) % 7
+
+
+def true_logprobs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ head.double().T).log_softmax(-1).float()
+
+
+# ---- what is stored
+
+
+def stored(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Of each sample the integers on the disk, before anything is decoded; ids instead of their ranks."""
+    found = {}
+    for info in Manifest.load(path).shards:
+        names = ["sample_offsets", "sample_keys", "sample_hashes", "token_ids", "k", "beyond_knee", "tail"]
+        names += ["ranked_ids", "topk_ranks", "topk_gaps"]
+        names += ["sketch_coordinates", "sketch_shift"] if info.sketch is not None else []
+        arrays = read_arrays(path / "shards" / info.name, names, {}, info.sha256)
+        keys = arrays["sample_keys"].tobytes().decode().split("\n")
+        starts = arrays["sample_offsets"].astype(int)
+        entries = np.concatenate([[0], np.cumsum(arrays["k"], dtype=int)])
+        ids = arrays["ranked_ids"][arrays["topk_ranks"]]
+        for place, key in enumerate(keys):
+            first, last = starts[place : place + 2]
+            some = slice(entries[first], entries[last])
+            found[key] = {
+                "hash": arrays["sample_hashes"][place],
+                **{name: arrays[name][first:last] for name in ("token_ids", "k", "beyond_knee", "tail")},
+                "ids": ids[some],
+                "gaps": arrays["topk_gaps"][some],
+            }
+            if info.sketch is not None:
+                found[key]["coordinates"] = arrays["sketch_coordinates"][:, first:last]
+                found[key]["shift"] = arrays["sketch_shift"][first:last]
+    return found
+
+
+def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[str]:
+    """Alter the values of a shard, with checksums and seals that fit; returns the keys of its samples."""
+    name = Manifest.load(path).shards[number].name
+    file = path / "shards" / name
+    shard = read_shard(file, step, sketch=Manifest.load(path).shards[number].sketch is not None)
+    shard = replace(shard, targets=change(shard.targets))
+    file.unlink()
+    file.write_bytes(pack_shard(shard, step))
+    content = file.read_bytes()
+    info = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "entries": len(shard.targets.ids),
+    }
+    reseal(path / "manifest.json", lambda values: values["shards"][number].update(info))
+    shutil.rmtree(path / "dump", ignore_errors=True)
+    assert verify_files(path) == []
+    return set(shard.keys)

@@ -6,11 +6,13 @@ import gc
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+import typer.testing
 from caches import dump_cache, write_data
 from hub_server import TOKEN, HubServer, running_hub
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
@@ -18,6 +20,9 @@ from tiny import save_vlm, tar_members, tiny_processor, write_tar
 torch.set_num_threads(1)
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Or a runner builds all twenty commands anew at each call.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["cachekd.dump.run", "cachekd.train.run", "cachekd_cli.main", "transformers.models.llava.modeling_llava"]

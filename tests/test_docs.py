@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from caches import ROOT
 from tiny import MARKED_TEMPLATE, tiny_processor
 from transformers import (
     Qwen2Config,
@@ -27,7 +28,6 @@ from transformers import (
 from cachekd.models import load_config, load_model, load_processor
 from cachekd_cli.main import app
 
-ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

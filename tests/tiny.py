@@ -213,3 +213,13 @@ def checked(teacher, student, data, **settings):
 
     said = data.model_dump(exclude_unset=True) if isinstance(data, DataOptions) else {"data": str(data)}
     return check_pair(CheckConfig(teacher=str(teacher), student=str(student), **said | settings))
+
+
+def with_long_ones(folder: Path, count: int, long: tuple[int, ...]) -> Path:
+    """A LLaVA file in which some of `count` samples have an answer of over 1,000 tokens."""
+    path = write_llava_json(folder, count)
+    records = json.loads(path.read_text())
+    for index in long:
+        records[index]["conversations"][1]["value"] = "red and blue, " * 200 + "or so"
+    path.write_text(json.dumps(records))
+    return path

@@ -61,6 +61,8 @@ def count_in_whole(axis: Any, ticks: int = 5) -> None:
 
 def svg(figure: Any) -> str:
     """The figure as an <svg> element, its colours the page's."""
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")  # or `savefig` draws it once more, to nowhere, for a second layout
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     pyplot.close(figure)

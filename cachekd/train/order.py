@@ -90,6 +90,7 @@ class ReadsOn(WorkerLoader):
         self.__dict__.update(WorkerLoader.like(loader).__dict__)
         self._goes_on = goes_on
         self._begun: Iterator[Any] | None = None
+        self._reading: Iterator[Any] = iter(())
         self.begins_next = False
 
     def __iter__(self) -> Generator[Any]:  # type: ignore[override]
@@ -97,8 +98,18 @@ class ReadsOn(WorkerLoader):
         batches = super().__iter__() if batches is None else batches
         # A batch comes as a file handle for each tensor, asked for one by one of a worker that encodes
         # meanwhile. On a GPU the thread that pins memory has this wait; else one of ours has it.
-        yield from batches if self.pin_memory else prefetched(batches, 1)
+        self._reading = batches if self.pin_memory else prefetched(batches, 1)
+        yield from self._reading
         if self._goes_on():
             self.begins_next = True
             self._begun = super().__iter__()  # gives the workers their first batches at once
             self.begins_next = False
+
+    def stop(self) -> None:
+        """End the workers now. A garbage collector that finds them closes their queues first, so that they
+        are not told to end, and waits five seconds for each."""
+        if isinstance(self._reading, Generator):
+            self._reading.close()
+        workers: Any = self._iterator  # which type checkers know too little of
+        if workers is not None:
+            workers._shutdown_workers()

@@ -259,7 +259,8 @@ class SwitchKDTrainer(Trainer):
                 self.bridge.save(checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; what `save_model` put into a checkpoint is gone on with too."""
+        """The Trainer's; what `save_model` put into a checkpoint is gone on with too. At its end, whichever,
+        no worker is left."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)
@@ -267,7 +268,11 @@ class SwitchKDTrainer(Trainer):
             self.feed.bad.load(Path(checkpoint))
             if self.bridge is not None:
                 self.bridge.load(Path(checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self._reader is not None:
+                self._reader.stop()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Overridden, as a disk that is full must leave no half of a checkpoint, whichever file was the last

@@ -9,24 +9,20 @@ import pickle
 import shutil
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from caches import GOLDEN, ROOT, VOCAB, header, logits_of, sample, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachekd.cache import (
     CachedTargets,
-    CodecSettings,
-    DataInfo,
-    Fingerprints,
     LogitCache,
     LogitCacheWriter,
     Manifest,
-    TeacherInfo,
     TokenTargets,
     select_topk,
     verify_files,
@@ -44,40 +40,6 @@ from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss, kneedle_k
 from cachekd.losses.targets import DenseTargets
 
-ROOT = Path(__file__).parents[2]
-GOLDEN = Path(__file__).parent / "golden"
-VOCAB = 97
-
-
-def logits_of(rows: int, seed: int, vocab: int = VOCAB, scale: float = 4.0) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def header(**codec) -> dict:
-    return {
-        "teacher": TeacherInfo(
-            name="golden/teacher",
-            model_type="llava",
-            dtype="float32",
-            vocab_size=VOCAB,
-            weights_sha256="0" * 64,
-            config_sha256="1" * 64,
-        ),
-        "fingerprints": Fingerprints(
-            tokenizer="a", chat_template="b", image_processor="c", image_token="<image>"
-        ),
-        "data": DataInfo(path="data", samples=4, sha256="d"),
-        "codec": CodecSettings(**{"top_k": 32, "top_p": 0.99, "window": 64, "min_k": 2} | codec),
-        "versions": {"cachekd": "0"},
-    }
-
-
-def sample(index: int, **select) -> tuple[str, TokenTargets, bytes]:
-    rows = 1 + index % 3
-    options = {"top_k": 32, "window": 64} | select
-    targets = select_topk(logits_of(rows, index), torch.arange(rows) + index, **options)
-    return f"sample/{index:03d} é", targets, bytes([index % 256]) * 16
-
 
 def assert_equal_records(a: TokenTargets, b: TokenTargets) -> None:
     for name in ("token_ids", "k", "knee", "ids", "logprobs", "tail_logmass"):
@@ -86,13 +48,6 @@ def assert_equal_records(a: TokenTargets, b: TokenTargets) -> None:
     if a.sketch is not None:
         assert np.array_equal(a.sketch.coordinates, b.sketch.coordinates)
         assert np.array_equal(a.sketch.shift, b.sketch.shift)
-
-
-def write_cache(path: Path, count: int = 4, **options) -> Path:
-    with LogitCacheWriter(path, **header(), **options) as writer:
-        for index in range(count):
-            writer.add(*sample(index))
-    return path
 
 
 # ---- selection

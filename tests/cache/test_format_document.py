@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from caches import files_of
-from test_cache import GOLDEN, ROOT
+from caches import GOLDEN, GOLDEN_SKETCH, ROOT, files_of
+from schema_files import schema, valid
 from tiny import conversation, tar_members, write_llava_json
 from typer.testing import CliRunner
 
@@ -30,7 +30,6 @@ from cachekd.schemas import SCHEMAS
 from cachekd_cli.main import app
 
 DOCUMENT = (ROOT / "docs" / "format.md").read_text()
-GOLDEN_SKETCH = ROOT / "tests" / "golden_sketch"
 # In a process that has no cachekd: every row of every sample, to a file.
 READ_ALL = """
 import sys
@@ -48,14 +47,6 @@ for number, folder in enumerate(map(Path, sys.argv[4:])):
             found[f"{number} tokens {key}"], found[f"{number} rows {key}"] = tokens, rows
 np.savez(sys.argv[1], **found)
 """
-
-
-def schema(name: str) -> dict:
-    return json.loads((ROOT / "schemas" / f"{name}.schema.json").read_text())
-
-
-def valid(name: str, values: object) -> bool:
-    return jsonschema.Draft202012Validator(schema(name)).is_valid(values)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,10 @@ from typing import Any
 import hostile_edits
 import numpy as np
 import pytest
-from caches import copied, files_of, flip, reseal
+from caches import GOLDEN, ROOT, copied, files_of, flip, reseal
 from numcodecs.blosc import Blosc
 from numcodecs.checksum32 import CRC32C
 from pcodec import ChunkConfig, standalone
-from test_cache import GOLDEN, ROOT
 
 from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.shard import pack_codes, read_codes

@@ -16,11 +16,12 @@ from caches import (
     dump_cache,
     files_of,
     flip,
+    header,
+    sample,
     select_samples,
     times_of,
     write_data,
 )
-from test_cache import header, sample
 from tiny import save_vlm, tiny_processor
 from typer.testing import CliRunner
 

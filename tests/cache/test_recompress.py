@@ -10,12 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import dump_cache, files_of, flip, reseal, select_samples, write_data
+from caches import (
+    GOLDEN,
+    dump_cache,
+    files_of,
+    flip,
+    header,
+    logits_of,
+    model_states,
+    reseal,
+    select_samples,
+    stored,
+    token_ids,
+    true_logprobs,
+    write_cache,
+    write_data,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import GOLDEN, header, logits_of, write_cache
-from test_select import stored
-from test_sketch import model_states, token_ids, true_logprobs
 from typer.testing import CliRunner
 
 from cachekd.cache import (

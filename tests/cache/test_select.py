@@ -9,45 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import assert_same_samples, dump_cache, files_of, flip, select_samples
+from caches import (
+    assert_same_samples,
+    dump_cache,
+    files_of,
+    flip,
+    header,
+    sample,
+    select_samples,
+    stored,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_cache import header, sample
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
-from cachekd.cache.container import read_arrays
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.subset import filter_rows, sample_table
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
-
-
-def stored(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Of each sample the integers on the disk, before anything is decoded; ids instead of their ranks."""
-    found = {}
-    for info in Manifest.load(path).shards:
-        names = ["sample_offsets", "sample_keys", "sample_hashes", "token_ids", "k", "beyond_knee", "tail"]
-        names += ["ranked_ids", "topk_ranks", "topk_gaps"]
-        names += ["sketch_coordinates", "sketch_shift"] if info.sketch is not None else []
-        arrays = read_arrays(path / "shards" / info.name, names, {}, info.sha256)
-        keys = arrays["sample_keys"].tobytes().decode().split("\n")
-        starts = arrays["sample_offsets"].astype(int)
-        entries = np.concatenate([[0], np.cumsum(arrays["k"], dtype=int)])
-        ids = arrays["ranked_ids"][arrays["topk_ranks"]]
-        for place, key in enumerate(keys):
-            first, last = starts[place : place + 2]
-            some = slice(entries[first], entries[last])
-            found[key] = {
-                "hash": arrays["sample_hashes"][place],
-                **{name: arrays[name][first:last] for name in ("token_ids", "k", "beyond_knee", "tail")},
-                "ids": ids[some],
-                "gaps": arrays["topk_gaps"][some],
-            }
-            if info.sketch is not None:
-                found[key]["coordinates"] = arrays["sketch_coordinates"][:, first:last]
-                found[key]["shift"] = arrays["sketch_shift"][first:last]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from caches import GOLDEN_SKETCH, header, model_states, token_ids, true_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import header
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -50,26 +50,6 @@ from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import output_head
-
-GOLDEN = Path(__file__).parent / "golden_sketch"
-
-
-def model_states(tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states with a falling spectrum and a mean, and a head: [N, d], [V, d]."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(width, width, generator=generator) * torch.logspace(0.3, -1.2, width)[:, None]
-    hidden = torch.randn(tokens, width, generator=generator) @ mixing
-    hidden += torch.randn(width, generator=generator)
-    return hidden, torch.randn(vocab, width, generator=generator) / 2
-
-
-def token_ids(count: int) -> torch.Tensor:
-    return torch.arange(count) % 7
-
-
-def true_logprobs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    return (hidden.double() @ head.double().T).log_softmax(-1).float()
-
 
 # ---- what it keeps
 
@@ -360,9 +340,9 @@ def test_golden_sketches_are_read_and_written_as_ever(tmp_path):
     """Format version 1, for ever: today's reader reads it, today's writer writes it."""
     path = write_sketched(tmp_path / "c")
     for name in FILES:
-        assert (path / name).read_bytes() == (GOLDEN / name).read_bytes(), name
-    expected = json.loads((GOLDEN / "expected.json").read_text())
-    golden = LogitCache(GOLDEN)
+        assert (path / name).read_bytes() == (GOLDEN_SKETCH / name).read_bytes(), name
+    expected = json.loads((GOLDEN_SKETCH / "expected.json").read_text())
+    golden = LogitCache(GOLDEN_SKETCH)
     ids = torch.tensor(expected["ids"])
     for key, rows in expected["logprobs"].items():
         gathered = golden[key].gather(ids.expand(len(rows), -1))

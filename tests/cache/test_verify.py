@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal, write_data
-from test_cache import write_cache
+from caches import copied, dump_cache, files_of, flip, reseal, write_cache, write_data
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, shard_rules, verify_files

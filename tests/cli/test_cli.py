@@ -51,7 +51,6 @@ def test_help_says_each_default_once():
             assert re.search("default", option.help, re.IGNORECASE), option.name
 
 
-@pytest.mark.slow
 def test_the_whole_run(tmp_path, teacher_path, student_path, data_path):
     cache, run, ce = tmp_path / "cache", tmp_path / "run", tmp_path / "ce"
     done = cachekd("dump", "--teacher", teacher_path, "--data", data_path, "--out", cache, "--json")

@@ -9,7 +9,7 @@ import pytest
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.config.base import read_yaml
 from cachekd.errors import CachekdError
-from cachekd.pipeline.config import read_pipeline
+from cachekd.pipeline import read_pipeline
 
 
 def written(tmp_path: Path, text: str) -> Path:

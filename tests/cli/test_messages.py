@@ -15,20 +15,18 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from caches import copied, select_samples
+from caches import ROOT, copied, select_samples
 from pydantic import ByteSize
 from tiny import checked, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
-from cachekd.cache import LogitCache, Manifest, select_topk
+from cachekd.cache import Geometry, LogitCache, Manifest, select_topk, verify_files
 from cachekd.cache import overview as describe
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
-from cachekd.cache.source import Geometry
 from cachekd.cache.status import dump_status
 from cachekd.cache.summary import summarise
-from cachekd.cache.verify import verify_files
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT
 from cachekd.data import open_samples
@@ -43,7 +41,6 @@ from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
 from cachekd_cli.main import app
 
-ROOT = Path(__file__).parents[2]
 CONFIGS: dict[type[Config], dict[str, Any]] = {
     DumpConfig: {"teacher": "t", "data": "d", "out": "o"},
     TrainConfig: {"student": "s", "data": "d", "out": "o"},

@@ -143,7 +143,6 @@ def enter(folder: Path) -> None:
         pass
 
 
-@pytest.mark.slow
 def test_a_lease_of_the_dead_ends(tmp_path, monkeypatch):
     process = holder(tmp_path, NO_FLOCK)
     process.send_signal(signal.SIGKILL)
@@ -226,7 +225,6 @@ def test_each_checkpoint_says_what_it_was_made_with(tmp_path, student_path, data
     assert not list(config.out.glob("half*"))
 
 
-@pytest.mark.slow
 def test_of_trainings_that_start_together_one_runs(tmp_path, student_path, data):
     """With other settings each; the record, the log and the weights are of the one that ran."""
     for _ in range(int(os.environ.get("CACHEKD_KILLS", "3"))):

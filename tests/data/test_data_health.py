@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from caches import SMALL
-from test_limits import with_long_ones
-from tiny import checked, evaluated, write_llava_json
+from tiny import checked, evaluated, with_long_ones, write_llava_json
 
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data.left_out import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good

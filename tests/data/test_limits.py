@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from caches import SMALL
-from test_families import TWO, WIDE, encoder_of, every_family, sample
-from test_text_only import save_lm, write_texts
+from family_samples import TWO, WIDE, encoder_of, every_family, sample
 from tiny import (
     checked,
     noise_image,
@@ -18,10 +17,12 @@ from tiny import (
     tar_members,
     tiny_processor,
     tiny_vlm,
+    with_long_ones,
     write_llava_json,
     write_tar,
 )
 from tiny_families import build
+from tiny_texts import save_lm, write_texts
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 from typer.testing import CliRunner
 
@@ -53,16 +54,6 @@ LONG = sample("long", "<image>what is it?", LONG_ANSWER.strip(), sizes=((40, 30)
 
 def limited(family: str, max_tokens: int, too_long: str = "error") -> SampleEncoder:
     return SampleEncoder(encoder_of(family).processor, Limits(max_tokens, too_long=too_long))
-
-
-def with_long_ones(folder: Path, count: int, long: tuple[int, ...]) -> Path:
-    """A LLaVA file in which some of `count` samples have an answer of over 1,000 tokens."""
-    path = write_llava_json(folder, count)
-    records = json.loads(path.read_text())
-    for index in long:
-        records[index]["conversations"][1]["value"] = "red and blue, " * 200 + "or so"
-    path.write_text(json.dumps(records))
-    return path
 
 
 def settings(teacher: Path, data: Path, out: Path, **changes) -> DumpConfig:

@@ -13,8 +13,8 @@ import torch
 from caches import dump_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schema_files import schema, valid
 from templates import CHATML, QWEN_SYSTEM, SHAPES, shape_processor
-from test_format_document import schema, valid
 from tiny import PLAIN_TEMPLATE, conversation, noise_image, save_vlm, tiny_processor
 from tiny_families import FAMILIES
 from typer.testing import CliRunner

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import files_of
-from test_cache import write_cache
+from caches import files_of, write_cache
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_samples import write_llava_json
-from tiny import noise_image, tar_members, write_tar
+from tiny import noise_image, tar_members, write_llava_json, write_tar
 
 from cachekd.atomic import commit, commit_first, is_temporary, remove_stale
 from cachekd.config import DumpConfig
@@ -101,9 +100,9 @@ def test_temporary_files_of_dead_processes_are_removed_and_others_are_not(tmp_pa
     import sys
 
     code = (
-        "import os, sys; from pathlib import Path; from cachekd.cache import files\n"
+        "import os, sys; from pathlib import Path; from cachekd.atomic import commit\n"
         "os.fsync = lambda _: os._exit(9)\n"
-        "files.commit(Path(sys.argv[1]), b'x')\n"
+        "commit(Path(sys.argv[1]), b'x')\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.json")], check=False)
     (dead,) = tmp_path.iterdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from caches import ROOT
 from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache
@@ -19,7 +20,6 @@ from cachekd.dump.estimate import ALL_THAT_BYTES_BUY
 from cachekd.dump.plan import refuse_small_disk
 from cachekd.errors import CachekdError
 
-ROOT = Path(__file__).parents[2]
 SAMPLES = 240
 
 

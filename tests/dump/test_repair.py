@@ -15,8 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal, select_samples, times_of, write_data
-from test_cache import write_cache
+from caches import (
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    repack,
+    reseal,
+    select_samples,
+    times_of,
+    write_cache,
+    write_data,
+)
 from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
@@ -26,7 +36,6 @@ from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.repair import Repaired
-from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.status import dump_status
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
@@ -414,26 +423,6 @@ def test_a_good_cache_passes(skipping_cache, plain, teacher_path, data_path, bro
         assert 0 < found.max_error <= found.bound
         assert (found.code_bound > 1) == (path == skipping_cache)
         assert found.max_code_error <= found.code_bound
-
-
-def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[str]:
-    """Alter the values of a shard, with checksums and seals that fit; returns the keys of its samples."""
-    name = Manifest.load(path).shards[number].name
-    file = path / "shards" / name
-    shard = read_shard(file, step, sketch=Manifest.load(path).shards[number].sketch is not None)
-    shard = replace(shard, targets=change(shard.targets))
-    file.unlink()
-    file.write_bytes(pack_shard(shard, step))
-    content = file.read_bytes()
-    info = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-        "entries": len(shard.targets.ids),
-    }
-    reseal(path / "manifest.json", lambda values: values["shards"][number].update(info))
-    shutil.rmtree(path / "dump", ignore_errors=True)
-    assert verify_files(path) == []
-    return set(shard.keys)
 
 
 def adding_up(targets):

@@ -103,7 +103,7 @@ def test_data_that_vanish_are_never_a_smaller_cache(tmp_path, teacher_path, data
 
 
 def test_images_that_all_vanish_stop_even_a_dump_that_skips(tmp_path, teacher_path):
-    from test_samples import write_llava_json
+    from tiny import write_llava_json
 
     path = write_llava_json(tmp_path / "json", 40)
     config = settings(teacher_path, path, tmp_path / "c", on_error="skip", batch_size=2, shard_samples=20)

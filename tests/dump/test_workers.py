@@ -45,7 +45,6 @@ def alone(tmp_path_factory, teacher_path, data) -> dict[str, bytes]:
     return files_of(out)
 
 
-@pytest.mark.slow
 def test_two_ranks_write_what_one_process_writes(tmp_path, teacher_path, data, alone):
     """One by --rank, one by the environment of torchrun; at the same time."""
     out = tmp_path / "c"
@@ -59,7 +58,6 @@ def test_two_ranks_write_what_one_process_writes(tmp_path, teacher_path, data, a
     assert files_of(out) == alone
 
 
-@pytest.mark.slow
 def test_a_dead_ranks_shards_are_picked_up(tmp_path, teacher_path, data, alone):
     """Three ranks, one killed once it has written something; the others end, and any resume does the rest."""
     out = tmp_path / "c"
@@ -95,7 +93,6 @@ def test_accelerate_launches_it(tmp_path, teacher_path, data, alone):
     assert files_of(out) == alone
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     tmp_path, teacher_path, data, alone, number, code
@@ -116,7 +113,6 @@ def test_a_signal_stops_it_in_order_and_it_says_how_to_go_on(
     assert files_of(out) == alone
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_whole_group_ends_it_at_once(tmp_path, teacher_path, data, number, code):
     """A terminal's Ctrl-C and a batch system's SIGTERM reach the reading processes too."""

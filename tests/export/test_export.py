@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from caches import copied, dump_cache, files_of, flip
-from test_cache import VOCAB, header, sample, write_cache
+from caches import VOCAB, copied, dump_cache, files_of, flip, header, sample, write_cache
 from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner

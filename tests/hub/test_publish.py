@@ -523,7 +523,7 @@ def test_a_cache_is_not_made_at_an_address(skipping_cache, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", ["pub/plain", "./new", "pub"])
 def test_a_path_of_this_disk_is_one(skipping_cache, tmp_path, monkeypatch, name):
     """`push` asked the hub for a repository `pub/plain`, beside a folder `pub`."""
-    monkeypatch.setattr("cachekd.hub.hub_store.HubStore", None)
+    monkeypatch.setattr("cachekd.hub.hub_store.HubStore.__init__", None)  # asking it would fail
     monkeypatch.chdir(tmp_path)
     Path("pub").mkdir()
     assert push_cache(skipping_cache, name).url == f"file://{Path(name).resolve()}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from launch import train_in_two_processes
 from PIL import Image
+from runs import CutShort
 from safetensors.torch import load_file
-from test_train_runs import CutShort
 from tiny import checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from tiny_families import FAMILIES, _wake
 from torch import nn

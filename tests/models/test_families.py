@@ -6,12 +6,12 @@ import copy
 import json
 import pickle
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import pytest
 import support_table
 import torch
+from family_samples import TALL, TEXT, TWO, WIDE, encoder_of, every_family, sample
 from safetensors.torch import load_file, save_file
 from tiny import noise_image, png_bytes, write_tar
 from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GraniteConfig
 
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import Encoded, Sample, SampleEncoder, collate, predicting_positions
-from cachekd.data.conversation import messages_from_turns
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import (
@@ -37,13 +36,13 @@ from cachekd.models import (
     load_processor,
     logits_at,
     output_head,
+    parameters_by_part,
     project,
     prove_split,
 )
 from cachekd.models import families as known
 from cachekd.models.families import family_of, projectors_in_tower, vision_tower
 from cachekd.models.loading import keep_statistics
-from cachekd.models.parts import parameters_by_part
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.student import recompute_frozen_layers
@@ -64,30 +63,9 @@ FEATURES = {
 }
 COMMON = ("llava", "qwen2_5_vl", "smolvlm")  # the others' dump and training are slow tests
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
-
 
 def found(family: str, feature: str, what: str = "yes") -> None:
     support_table.cell(family, feature, what, list(FAMILIES), list(FEATURES))
-
-
-@cache
-def encoder_of(family: str) -> SampleEncoder:
-    return SampleEncoder(FAMILIES[family].processor())
-
-
-def sample(key: str, *turns: str, sizes: tuple[tuple[int, int], ...] = (), seed: int = 0) -> Sample:
-    """A conversation; an image of noise for each size."""
-    roles = ("human", "gpt")
-    said = [{"from": roles[index % 2], "value": text} for index, text in enumerate(turns)]
-    images = tuple(noise_image(seed + index, size) for index, size in enumerate(sizes))
-    return Sample(key, images, tuple(messages_from_turns(said, len(images), key)), "test")
-
-
-WIDE = sample("wide", "<image>what is it?", "a large green dog.", sizes=((40, 30),))
-TALL = sample("tall", "<image>is there a blue circle?", "no", sizes=((28, 56),), seed=5)
-TEXT = sample("text", "is there a dog?", "yes no")
-TWO = sample("two", "<image>and <image>?", "red", sizes=((28, 56), (50, 50)), seed=7)
 
 
 def encoded(family: str, *samples: Sample) -> list[Encoded]:

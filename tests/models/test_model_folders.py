@@ -10,9 +10,9 @@ import pytest
 import torch
 from caches import dump_cache
 from hub_server import Repo
-from test_text_only import save_lm, write_texts
 from tiny import PLAIN_TEMPLATE, checked, evaluated, save_vlm, tiny_processor, write_llava_json
 from tiny_families import save
+from tiny_texts import save_lm, write_texts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from templates import shape_processor
+from caches import ROOT
 from tiny import conversation, evaluated, noise_image
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_texts import save_lm, write_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -30,46 +31,6 @@ from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
-
-
-def save_lm(path: Path, *, seed: int, width: int = 32, rows: int = 360, sharp: float = 1.0) -> Path:
-    """A Llama with random weights and a tokenizer without a pad token."""
-    tokenizer = shape_processor("qwen3").tokenizer
-    tokenizer.pad_token = None
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=rows,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(sharp)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
-
-
-def write_texts(path: Path, count: int) -> Path:
-    records = []
-    for index in range(count):
-        turns = conversation(index, 1 + index % 3)
-        messages = [
-            {
-                "role": "user" if turn["from"] == "human" else "assistant",
-                "content": turn["value"].replace("<image>\n", ""),
-            }
-            for turn in turns
-        ]
-        records.append(json.dumps({"id": f"t{index:02d}", "messages": messages}))
-    path.write_text("\n".join(records))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +168,7 @@ def gguf_file() -> Path:
 
 def write_passages(path: Path, count: int) -> Path:
     """Sentences of this project's own documentation, to be gone on with."""
-    words = " ".join((Path(__file__).parents[2] / "README.md").read_text().split()).split(" ")
+    words = " ".join((ROOT / "README.md").read_text().split()).split(" ")
     records = []
     for index in range(count):
         start, middle, end = 30 * index, 30 * index + 15, 30 * index + 30

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from caches import times_of
+from caches import ROOT, times_of
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from launch import Command
@@ -39,8 +39,6 @@ from cachekd.pipeline.state import STATE_FILE
 from cachekd.train import inputs
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -701,7 +699,6 @@ def test_the_command(short, tmp_path):
     assert "pipeline.yaml" in CliRunner().invoke(app, ["run", "--help"]).stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     if sent == signal.SIGTERM:  # the rest is as after SIGKILL

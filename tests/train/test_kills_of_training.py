@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import FORKS, Command, launch_command, train_in_two_processes
-from test_crash import KILLS
-from test_signals_of_workers import wait_until_gone
+from launch import FORKS, KILLS, Command, launch_command, train_in_two_processes
+from workers import wait_until_gone
 
 from cachekd.config import TrainConfig
 from cachekd.paths import RUN_FILE

@@ -113,7 +113,6 @@ def test_a_lost_image_makes_no_text_of_a_sample(tmp_path, members):
     assert "sample 'x'" in str(caught.value)
 
 
-@pytest.mark.slow
 def test_two_processes_one_of_which_has_no_image(forms, cache, tmp_path, student_path, teacher_path):
     """DDP with the projector alone: in a step one process reaches it, or none."""
     settings = {

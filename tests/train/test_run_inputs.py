@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from caches import copied, dump_cache, reseal
-from test_repair import repack
-from test_train_runs import CutShort
+from caches import copied, dump_cache, repack, reseal
+from runs import CutShort
 from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, Manifest

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from launch import Command
-from test_train_runs import CutShort, losses, settings  # noqa: F401 - a fixture
 from tiny import tar_members, write_tar
 from transformers import ProcessorMixin, TrainerCallback
 from typer.testing import CliRunner
@@ -29,7 +28,7 @@ from cachekd_cli.signals import noting_the_first
 
 
 @pytest.fixture
-def plain(settings) -> dict[str, Any]:  # noqa: F811
+def plain(settings) -> dict[str, Any]:
     """L_CE alone: quick."""
     return settings | {"lambda_align": 0.0, "lambda_vsd": 0.0, "cache": None, "teacher": None}
 
@@ -191,7 +190,7 @@ def test_asked_in_its_last_step_a_run_is_finished(plain):
     assert RUN_FILE in names(plain["out"])
 
 
-def options_of(settings: dict[str, Any]) -> list[str]:  # noqa: F811
+def options_of(settings: dict[str, Any]) -> list[str]:
     given = {name: value for name, value in settings.items() if value is not None}
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -281,7 +280,6 @@ def send_before_step(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) 
     monkeypatch.setattr(StopInOrder, "on_step_begin", send)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_a_signal_and_the_same_command_again(plain, tmp_path, number, workers):
     """Ctrl-C reaches the whole group: with workers, them too."""
@@ -321,7 +319,7 @@ def test_a_finished_run_has_no_checkpoints_unless_they_are_kept(plain, tmp_path)
 # ---- before the first step
 
 
-def test_what_is_loaded_is_said_in_order(settings):  # noqa: F811
+def test_what_is_loaded_is_said_in_order(settings):
     phases: list[str] = []
     train(TrainConfig(**settings), phase=phases.append)
     loading = [phase for phase in phases if phase.startswith("load")]
@@ -330,7 +328,7 @@ def test_what_is_loaded_is_said_in_order(settings):  # noqa: F811
     assert any("comparing the teacher" in phase for phase in phases[: phases.index(loading[0])])
 
 
-def test_cheap_refusals_come_before_weights_are_loaded(settings, student_path, monkeypatch):  # noqa: F811
+def test_cheap_refusals_come_before_weights_are_loaded(settings, student_path, monkeypatch):
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 

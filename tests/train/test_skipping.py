@@ -247,7 +247,6 @@ def test_an_estimate_is_of_good_samples(settings, tmp_path):
     assert found.longest_batch[0] == 8
 
 
-@pytest.mark.slow
 def test_two_processes_without_broken_samples_equal_one(settings, tmp_path):
     """One of them has steps with nothing left; both make as many forwards, and each names its own."""
     # Batch b of an epoch goes to process b % 2.

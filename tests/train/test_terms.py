@@ -22,14 +22,13 @@ from cachekd.errors import CachekdError
 from cachekd.losses import forward_kl_loss
 from cachekd.losses.terms import TERMS, Term
 from cachekd.paths import RUN_FILE
-from cachekd.report.page import build_report, term_shares
-from cachekd.report.runs import read_run
-from cachekd.train import train
+from cachekd.report import build_report, read_run
+from cachekd.report.page import term_shares
+from cachekd.train import SwitchKDTrainer, train
 from cachekd.train.batch import Fault, collate_with_targets
 from cachekd.train.callbacks import RunStopped
 from cachekd.train.open import make_trainer
 from cachekd.train.terms import LossTerms
-from cachekd.train.trainer import SwitchKDTrainer
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from caches import ROOT
 from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from transformers import CLIPImageProcessor
 
@@ -25,7 +26,7 @@ from cachekd.models import load_model, load_processor, logits_at
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "easy_vqa"
+EXAMPLE = ROOT / "examples" / "easy_vqa"
 CPU = torch.device("cpu")
 
 

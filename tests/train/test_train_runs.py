@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import cachekd
+from runs import CutShort, losses
 from safetensors.torch import load_file
 from tiny import tar_members, write_tar
 from transformers import AutoModelForImageTextToText, TrainerCallback
@@ -21,28 +22,6 @@ from cachekd.train.arguments import FIELDS, OWN_NAMES, REFUSED
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import STARTED_FILE
 from cachekd.train.open import make_trainer
-
-
-@pytest.fixture
-def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dict:
-    return {
-        "student": str(student_path),
-        "teacher": str(teacher_path),
-        "data": str(data_path),
-        "cache": cache_path,
-        "out": tmp_path / "run",
-        "batch_size": 4,
-        "epochs": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
-
-
-def losses(out: Path) -> list[tuple[float, ...]]:
-    """Of each step, as the run's file has them."""
-    log = json.loads((out / RUN_FILE).read_text())["log"]
-    return [tuple(entry[n] for n in ("loss", "ce", "align", "vsd")) for entry in log if "ce" in entry]
-
 
 # ---- the Trainer's settings
 
@@ -131,17 +110,6 @@ def test_accumulation_of_4_times_2_equals_a_batch_of_8(settings, tmp_path, dtype
 
 
 # ---- cut short, and gone on with
-
-
-class CutShort(TrainerCallback):
-    """Pulls the plug in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import torch
 from caches import copied, dump_cache
 from launch import train_in_two_processes
 from pydantic import ValidationError
+from runs import CutShort
 from safetensors.torch import load_file
-from test_train_runs import CutShort
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
