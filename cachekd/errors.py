@@ -40,7 +40,7 @@ class CachekdError(Exception):
 
     @staticmethod
     def _told(value: Any) -> Any:
-        """A field as it is said."""
+        """Say a field as it is; a sample's error says less."""
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ class CachekdError(Exception):
 
 
 def within(place: str, error: CachekdError, then: str | None = None) -> CachekdError:
-    """The same error, with what it is a part of, and what else to do about it."""
+    """Return an error that also says what it is a part of, and what else to do about it."""
     return CachekdError(
         error.problem,
         where=place if error.where is None else f"{place}: {error.where}",
@@ -64,7 +64,7 @@ def within(place: str, error: CachekdError, then: str | None = None) -> CachekdE
 
 @contextmanager
 def about(setting: str, then: str | None = None) -> Iterator[None]:
-    """Errors within are about this setting.
+    """Have errors in the block name this setting.
 
     Args:
         then: what else to do about them.
@@ -88,7 +88,7 @@ class BadSample(CachekdError):
 
     @staticmethod
     def _told(value: Any) -> Any:
-        """As it is, unless its text is too long or holds an address. Twice changes nothing: pickling."""
+        """Shorten a text that is too long or holds an address. Pickling repeats this and changes nothing."""
         if value is None:
             return None
         text = str(value)
@@ -101,25 +101,25 @@ class LeftOut(BadSample):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Of the known names the one that was probably meant; None if none is like it."""
+    """Find the known name that was probably meant; None if none is like it."""
     near = get_close_matches(name, list(known), 1)
     return near[0] if near else None
 
 
 def did_you_mean(meant: object | None) -> str | None:
-    """As advice; none where nothing was probably meant."""
+    """Advise what was probably meant; None if there is nothing."""
     return None if meant is None else f"did you mean {meant}?"
 
 
 def without_frames(error: E) -> E:
-    """The error, to be kept as a value: without the frames that led to it, which hold images and tensors and
-    cannot be pickled."""
+    """Strip the frames from an error that is kept as a value: they hold images and tensors, and cannot be
+    pickled."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)
 
 
 def clipped(text: str, most: int = _MOST) -> str:
-    """A text of at most `most` characters; of a longer one both ends."""
+    """Cut a text to `most` characters: of a longer one both ends stay."""
     if len(text) <= most:
         return text
     head = (most - 5) // 2

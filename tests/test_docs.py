@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import pydoc
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,15 @@ def commands_in(page: Path) -> list[str]:
     return [line for line in lines if re.match(r"cachekd [a-z]+\b", line)]
 
 
+def diffs_in(page: Path) -> str:
+    return "".join(re.findall(r"```diff\n(.*?)```", page.read_text(), re.S))
+
+
+def prose(page: Path) -> str:
+    """A page without its diffs, whose files, names and tests are only there once they are applied."""
+    return re.sub(r"```diff\n.*?```", "", page.read_text(), flags=re.S)
+
+
 def options_of(command: Any) -> set[str]:
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
@@ -55,6 +68,14 @@ SOURCES = {
     path: path.read_text()
     for folder in ("cachekd", "cli", "tests", "benchmarks", "examples", "schemas")
     for path in sorted((ROOT / folder).rglob("*.py"))
+}
+# What a page's diff adds may be named beside it.
+EXTENSIONS = [page for page in PAGES if diffs_in(page)]
+NEW_FILE = re.compile(r"^--- /dev/null\n\+\+\+ b/(.+)\n@@.+\n((?:\+.*\n)+)", re.M)
+SOURCES |= {
+    ROOT / path: re.sub(r"^\+", "", lines, flags=re.M)
+    for page in EXTENSIONS
+    for path, lines in NEW_FILE.findall(diffs_in(page))
 }
 WORDS = {word for source in SOURCES.values() for word in re.findall(r"\w+", source)}
 # Options of other programs, and a setting that only accelerate knows.
@@ -100,12 +121,12 @@ def test_every_option_is_one_of_a_command_or_of_a_script(page):
     known = set.union(*map(options_of, COMMANDS.commands.values())) | options_of(COMMANDS) | OTHERS.keys()
     for source in SOURCES.values():
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", page.read_text())) - known == set()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*[a-z]", prose(page))) - known == set()
 
 
 @each_page
 def test_every_test_exists(page):
-    text = page.read_text()
+    text = prose(page)
     tests = {path.name: set(re.findall(r"^def (test_\w+)", text, re.M)) for path, text in SOURCES.items()}
     for file, name in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text):
         assert file in tests, file
@@ -119,13 +140,13 @@ def test_every_test_exists(page):
 def test_every_file_of_the_repository_exists(page):
     """In backticks, from the repository's root; '*' may stand for a part of a name."""
     folders = "cachekd|cli|tests|docs|examples|schemas|benchmarks"
-    for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", page.read_text()):
+    for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), path
 
 
 @each_page
 def test_every_name_in_python_exists(page):
-    text = page.read_text()
+    text = prose(page)
     for name in re.findall(r"(?<![\w/.-])cachekd(?:\.[A-Za-z_]\w*)+", text):
         assert pydoc.locate(name) is not None, name
     classes = {node.name: node for node in our_classes()}
@@ -152,8 +173,56 @@ def fields_of(node: ast.ClassDef) -> set[str]:
 def test_every_setting_is_one_that_something_reads(page):
     """What looks like one, `top_k` or `save_steps: 0`, is the Trainer's, or a word of the code."""
     known = WORDS | {field.name for field in dataclasses.fields(TrainingArguments)} | OTHERS.keys()
-    for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?:`|: )", page.read_text()):
+    for name in re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)(?:`|: )", prose(page)):
         assert name in known, name
+
+
+def copied(to: Path, *folders: str) -> Path:
+    shutil.copy(ROOT / "pyproject.toml", to)
+    for folder in folders:
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return to
+
+
+def apply(diff: str, folder: Path) -> None:
+    command = ["git", "apply", "--whitespace=nowarn", "-"]
+    outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)}  # in no repository
+    done = subprocess.run(command, input=diff, cwd=folder, env=outside, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_there_is_a_page_on_every_extension():
+    assert {page.stem for page in EXTENSIONS} == {
+        "adding-a-family",
+        "adding-a-loss",
+        "adding-a-data-source",
+        "adding-a-tail-codec",
+    }
+
+
+def test_the_extensions_can_be_made_to_the_code_as_it_is_one_after_the_other(tmp_path):
+    folder = copied(tmp_path, "cachekd", "tests")
+    for page in EXTENSIONS:
+        apply(diffs_in(page), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXTENSIONS, ids=lambda page: page.stem)
+def test_an_extension_passes_the_tests_that_its_page_names(page, tmp_path):
+    """The page's diff, and then its commands, in a copy of the repository."""
+    folder = copied(tmp_path, "cachekd", "cli", "tests", "docs", "schemas")
+    apply(diffs_in(page), folder)
+    (commands,) = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    assert "pytest" in commands
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'cli'}",
+    }
+    shell = ["bash", "-ec", commands]
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^(?!.*failed).*\d+ passed", done.stdout, re.M)
 
 
 def test_the_documentation_shows_the_main_commands():

@@ -1,4 +1,4 @@
-"""Everything that a stage can be told: closed models, free of torch, of which the command line is made."""
+"""All settings, as closed models without torch; the command line is made from them."""
 
 from cachekd.config.base import Config, read_config, refusal
 from cachekd.config.check import CheckConfig

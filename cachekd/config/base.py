@@ -26,7 +26,7 @@ class Config(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_a_count(cls, value: Any) -> Any:
-        """No number is beyond what libraries and the manifest can hold; bytes have a limit of their own."""
+        """Refuse numbers that libraries and the manifest cannot hold; bytes have a limit of their own."""
         if isinstance(value, int) and not isinstance(value, ByteSize) and value > COUNT:
             raise ValueError(f"input should be at most {COUNT:,}")
         return value
@@ -36,7 +36,7 @@ AConfig = TypeVar("AConfig", bound=Config)
 
 
 def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]) -> AConfig:
-    """A config from a YAML file, with options (those that are not None) overriding it.
+    """Read a config from a YAML file; options that are not None override it.
 
     Raises:
         CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range. Every
@@ -59,7 +59,7 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
 
 
 def option_name(setting: str | int) -> str:
-    """A setting's option, as it is typed."""
+    """Return a setting's option as it is typed."""
     return f"--{str(setting).replace('_', '-')}"
 
 
@@ -81,7 +81,7 @@ class Mistake:
 
     @classmethod
     def of(cls, error: Any, name: str, place: str, known: Iterable[str]) -> Mistake:
-        """One of pydantic's errors.
+        """Say one of pydantic's errors in our words.
 
         Args:
             name: of the setting.
@@ -103,8 +103,8 @@ NOTHING = object()
 
 
 def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
-    """All that is wrong: one mistake by itself, of several a line each, a typo before what is missing because
-    of it.
+    """Return one error for all mistakes. Several have a line each, and a typo stands before what is missing
+    because of it.
 
     Args:
         fix: for what is missing.
@@ -126,7 +126,7 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
 
 
 def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> Iterable[str]:
-    """The names of all settings that could stand at a place, which may be within another setting.
+    """Return the names of all settings that could stand at a place, which may be within another setting.
 
     Args:
         where: names, as in pydantic's errors.
@@ -141,7 +141,7 @@ def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> Iterable[s
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The settings of which a setting is made, if it is made of some."""
+    """Find the model of a setting that is made of settings."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, get_args(annotation))), None)
@@ -152,7 +152,7 @@ def _name(where: tuple[str | int, ...]) -> str:
 
 
 def _hint(name: str, known: list[str]) -> str:
-    """What may have been meant. A slip of the finger is told at once: importing the Trainer takes seconds."""
+    """Say what may have been meant. A slip is told before the Trainer is imported, which takes seconds."""
     near = get_close_matches(name, known, 1)
     slip = get_close_matches(name, known, 1, cutoff=0.85)
     if "training" in known and not slip and _is_the_trainers(name):
@@ -182,7 +182,7 @@ class YamlFile:
 
     @classmethod
     def read(cls, path: Path) -> YamlFile:
-        """Read it.
+        """Read the file.
 
         Raises:
             CachekdError: the file is missing, not YAML, no mapping, or has a name twice.
@@ -202,7 +202,7 @@ class YamlFile:
         return cls(path, values, node)
 
     def place(self, where: tuple[str | int, ...]) -> str:
-        """File and line of a setting, or of the nearest that it would stand in.
+        """Return file and line of a setting, or of the nearest one that it would stand in.
 
         Args:
             where: names and places in lists, as in pydantic's errors; what is none of the file's is passed
@@ -222,7 +222,7 @@ class YamlFile:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
         CachekdError: as `YamlFile.read`.
@@ -231,7 +231,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _EachOnce(yaml.SafeLoader):
-    """YAML of which no mapping has a key twice: the last would win without a word."""
+    """Loads YAML whose mappings have each key once: of two, the last would win without a word."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -252,5 +252,5 @@ class _EachOnce(yaml.SafeLoader):
 
 
 def defaults_of(model: type[Config]) -> dict[str, Any]:
-    """Settings that nobody has to say, as they stand in JSON."""
+    """Return the defaults of a model's settings, as they stand in JSON."""
     return model.model_construct().model_dump(mode="json", warnings=False)

@@ -1,4 +1,4 @@
-"""What `cachekd check` can be told."""
+"""The settings of `cachekd check`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckConfig(DataOptions):
     @model_validator(mode="before")
     @classmethod
     def _of_a_run(cls, values: Any) -> Any:
-        """The file of a dump or a run will do: what these alone are told is passed over, but for a binding,
-        without which its cache does not fit."""
+        """Take the file of a dump or a run too. What only those have is passed over; a binding is refused, as
+        its cache does not fit without it."""
         theirs = (DumpConfig.model_fields | TrainConfig.model_fields).keys() - cls.model_fields - {"binding"}
         return {n: v for n, v in values.items() if n not in theirs} if isinstance(values, dict) else values

@@ -1,4 +1,4 @@
-"""What can be said about a data set, in every command: which samples there are, and how they are read."""
+"""The settings of a data set, the same in every command: which samples there are, and how they are read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DataOptions(Config):
 
     @classmethod
     def of(cls, data: Data, **options: Any) -> DataOptions:
-        """Those that are given, or those of a data set that is only named.
+        """Return options that are given as they are, or make them for a data set that is only named.
 
         Raises:
             CachekdError: an option is unknown or out of range.
@@ -64,8 +64,8 @@ class DataOptions(Config):
         return data if isinstance(data, DataOptions) else read_config(None, cls, {"data": data, **options})
 
     def inheriting_from(self, other: DataOptions) -> Self:
-        """The same data set; what is not said of how its records are read, and of what is done with bad and
-        long samples, is as in `other`, as far as it is said there."""
+        """Fill what is left open with what `other` says: how records are read, and what is done with bad and
+        long samples. Which samples there are is not inherited."""
         said = other.model_fields_set - self.model_fields_set - WHICH_SAMPLES
         shared = said & DataOptions.model_fields.keys()
         return self.model_copy(update={name: getattr(other, name) for name in shared})
@@ -75,12 +75,12 @@ Data = str | Path | DataOptions
 
 
 def _named(given: object) -> object:
-    """Options of data from their name, or as they are given."""
+    """Make options of a data set's name; leave what is none as it is."""
     return {"data": given} if isinstance(given, str | Path) else given
 
 
 def _as_it_was_said(value: DataOptions) -> str | dict[str, Any]:
-    """What it leaves open is in the options of the data that it stands beside."""
+    """Serialize what is set; the rest is in the options of the data that these stand beside."""
     said = value.model_dump(mode="json", exclude_unset=True)
     return str(value.data) if said.keys() == {"data"} else said
 

@@ -1,4 +1,4 @@
-"""What stage one can be told."""
+"""The settings of stage one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class DumpConfig(DataOptions):
-    """Stage one."""
+    """Stage one, `cachekd dump`."""
 
     teacher: ModelName
     out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")

@@ -1,4 +1,4 @@
-"""What stage two can be told, and the presets of its stages."""
+"""The settings of stage two, and the presets of its stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 
 
 def parts_of(value: Any) -> Any:
-    """Names of parts from a list, or from a text as in "projector,language_model", or from several."""
+    """Split names of parts, as in "projector,language_model"; a list may hold such texts too."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return value
@@ -137,8 +137,8 @@ class TrainConfig(DataOptions):
     @field_validator("eval_steps")
     @classmethod
     def _as_save_steps(cls, value: int | None, info: ValidationInfo) -> int | None:
-        """Said here, and so recorded: it decides which student is the best one, and `save_steps` may change
-        between two sessions of a run."""
+        """Default to `save_steps`, and record it: this decides which student is the best, and `save_steps`
+        may change between two sessions of a run."""
         by_steps = info.data.get("training", {}).get("eval_strategy", "steps") == "steps"
         if value is None and info.data.get("eval_data") is not None and by_steps:
             return info.data.get("save_steps") or SAVE_STEPS
@@ -259,7 +259,7 @@ class TrainConfig(DataOptions):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term in `TERMS`: its `lambda_<name>`; that of L_CE is 1."""
+        """The weight of each term in `TERMS`, its `lambda_<name>`; that of L_CE is 1."""
         return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
 
     def _on(self, which: Callable[[Term], bool] = lambda term: True) -> tuple[str, ...]:
@@ -316,8 +316,8 @@ FREE_SETTINGS = {
 
 
 def samples_per_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, `batch_size` and `gradient_accumulation` replaced by their product, the samples of an
-    optimizer step in each process: a run that ran out of memory may go on with smaller batches.
+    """Replace `batch_size` and `gradient_accumulation` by their product, the samples of an optimizer step in
+    each process: a run that ran out of memory may go on with smaller batches.
 
     With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
     """

@@ -12,22 +12,26 @@ from typing import Any
 from cachekd.config import Data, DataOptions
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import Samples, Subset
-from cachekd.data.sources.llava_json import LlavaJsonSamples
+from cachekd.data.sources.llava_json import ReadFile, RecordFileSamples, read_llava_json
 from cachekd.data.sources.urls import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
 
-_KINDS = (".json", ".jsonl", ".tar", ".parquet")
+# What reads the records of a single file, by how its name ends.
+FILES: dict[str, ReadFile] = {
+    ".json": read_llava_json,
+    ".jsonl": read_llava_json,
+}
+_KINDS = (*FILES, ".tar", ".parquet")
 _DEPTH = ("*", "*/*", "*/*/*")
 _MOST = 1_000  # entries of a folder that are looked at
 FORMS = (
-    "a .json or .jsonl file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a pattern as "
-    "in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a folder of "
-    "them, or a pattern; a data set of the hub as in 'org/name?split=train'"
+    f"a {' or '.join(FILES)} file in LLaVA's form, or a folder of one; a .tar, a folder of them, or a "
+    "pattern as in 'train-{000..009}.tar' or 's3://bucket/*.tar'; a save_to_disk folder; a .parquet file, a "
+    "folder of them, or a pattern; a data set of the hub as in 'org/name?split=train'"
 )
 _TABLES = (".parquet", ".arrow")
-_JSON = (".json", ".jsonl")
 
 
 def data_in(path: Path) -> Path | None:
@@ -36,7 +40,7 @@ def data_in(path: Path) -> Path | None:
         found = [file for file in islice(path.glob(pattern), _MOST) if file.suffix in _KINDS]
         if found:
             best = likeliest(found, path.name)
-            return best if best.suffix in (".json", ".jsonl") else best.parent
+            return best if best.suffix in FILES else best.parent
     return None
 
 
@@ -87,8 +91,8 @@ def _open(spec: str, reader: RecordReader) -> Samples:
         raise CachekdError(
             "options are for Hugging Face data sets only", where=name, expected=FORMS, found=f"?{query}"
         )
-    if exists and not tars and (file := _json_file(path)) is not None:
-        return LlavaJsonSamples(file, reader.beside(file.parent))
+    if exists and not tars and (file := _record_file(path)) is not None:
+        return RecordFileSamples(file, FILES[file.suffix], reader.beside(file.parent))
     if tars or (is_tar(name) and (exists or _is_pattern(name))):
         return WebDatasetSamples(tars or find_tars(name), reader)
     if exists:
@@ -97,18 +101,18 @@ def _open(spec: str, reader: RecordReader) -> Samples:
     raise CachekdError("the data set does not exist", where=name, expected=FORMS, found=found, fix=fix)
 
 
-def _json_file(path: Path) -> Path | None:
+def _record_file(path: Path) -> Path | None:
     """The file, or the only one of a folder; None where there is none.
 
     Raises:
         CachekdError: the folder has several.
     """
     if not path.is_dir():
-        return path if path.suffix in _JSON else None
-    here = sorted(file for file in path.iterdir() if file.suffix in _JSON and not file.name.startswith("."))
+        return path if path.suffix in FILES else None
+    here = sorted(file for file in path.iterdir() if file.suffix in FILES and not file.name.startswith("."))
     if len(here) > 1:
         raise CachekdError(
-            "the folder holds several JSON files",
+            "the folder holds several data files",
             where=str(path),
             expected="one data set",
             found=", ".join(file.name for file in here[:5]),

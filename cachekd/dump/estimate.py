@@ -158,7 +158,7 @@ def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, 
             codec.top_k,
             lambda top_k: _finest(cost, codec.model_copy(update={"top_k": top_k, "top_p": 0.0}), room),
         )
-    plain = _with_tail(codec, "none").model_copy(update={"top_p": default_top_p(TailSetting(sketch=False))})
+    plain = _with_tail(codec, "none").model_copy(update={"top_p": default_top_p(TailSetting.parse("none"))})
 
     def without_sketch(top_k: int) -> Estimate | None:
         estimated = cost(plain.model_copy(update={"top_k": top_k}))

@@ -1,4 +1,4 @@
-"""What DBiLD is compared with. Same targets, same reduction; all in float32 whatever the autocast."""
+"""The losses that DBiLD is compared with: same targets, same reduction, float32 whatever the autocast."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
-    """[N] per token to "none": itself, "sum", or "mean" (0 over no tokens, where torch's would be NaN)."""
+    """Reduce losses [N] of tokens: "none", "sum", or "mean" (0 over no tokens, where torch's is NaN)."""
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -114,7 +114,7 @@ def pairwise_reverse_kl(student: Tensor, teacher: Tensor, k: Tensor, temperature
 
 
 def _centred(z: Tensor, valid: Tensor) -> Tensor:
-    """Differences are what counts: subtract the leader's first, for precision; -inf becomes the floor."""
+    """Subtract the leader's first logit, for precision: only differences count. -inf becomes the floor."""
     z = z.masked_fill(~valid, 0.0)
     z = z - z[:, :1].detach().nan_to_num(neginf=0.0)
     return z.clamp(min=FLOOR).masked_fill(~valid, 0.0)

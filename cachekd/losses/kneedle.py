@@ -9,7 +9,7 @@ from cachekd.errors import CachekdError
 
 
 def kneedle_k(sorted_logits: Tensor) -> Tensor:
-    """Kneedle on each row: where the sorted curve lies farthest below its chord (Switch-KD, Figure 2).
+    """Find the knee of each row: where the sorted curve lies farthest below its chord (Switch-KD, Figure 2).
 
     Both axes are normalised to [0, 1] over the row's finite prefix; the knee is argmax_i (1 - x_i) - y_i, the
     first such index. A curve that is nowhere below its chord (flat, or concave) has it at the first entry.
@@ -42,7 +42,7 @@ def kneedle_k(sorted_logits: Tensor) -> Tensor:
 
 
 def leading_window(logits: Tensor, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A model's own selection: its largest logits up to the knee.
+    """Select a model's largest logits, up to the knee.
 
     Args:
         logits: [N, V] float.
@@ -61,7 +61,7 @@ def leading_window(logits: Tensor, window: int, min_k: int) -> tuple[Tensor, Ten
 
 
 def widest(k: Tensor, width: int) -> int:
-    """Columns of `width` that hold every row's first `k` [N] int64 entries; at least one.
+    """Count the columns of `width` that hold every row's first `k` [N] int64 entries; at least one.
 
     Fewer than `width` where that is known for nothing: a look at a number on a GPU waits until everything
     before it has run, which costs more there than the columns do.

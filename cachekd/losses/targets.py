@@ -29,11 +29,11 @@ class TeacherTargets(Protocol):
         ...
 
     def __len__(self) -> int:
-        """The number N of answer tokens."""
+        """Return the number N of answer tokens."""
         ...
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's own selection, for the teacher-led half of DBiLD.
+        """Select the teacher's largest logits, for the teacher-led half of DBiLD.
 
         Args:
             window: Kneedle sees the `window` largest logits.
@@ -46,15 +46,15 @@ class TeacherTargets(Protocol):
         ...
 
     def gather(self, ids: Tensor) -> Tensor:
-        """The teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf where the teacher says never."""
+        """Return the teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf where it says never."""
         ...
 
     def select(self, rows: Tensor) -> Self:
-        """Some tokens, by their indices [M] int64."""
+        """Select tokens by their indices [M] int64."""
         ...
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """A copy on `device`."""
+        """Copy to `device`."""
         ...
 
 
@@ -120,6 +120,6 @@ class LiveTargets:
 
     @torch.no_grad()
     def select(self, rows: Tensor) -> DenseTargets:
-        """Some tokens, by their indices [M] int64."""
+        """Select tokens by their indices [M] int64."""
         logits = self.logits_of(self.states[rows])[:, : self.vocab_size]
         return DenseTargets(logits, self.token_ids[rows])

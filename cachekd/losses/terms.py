@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Term:
-    """A summand of the loss. Its weight is the setting `lambda_<name>`, but L_CE's, which is 1.
+    """A summand of the loss. Its weight is the setting `lambda_<name>`; that of L_CE is 1.
 
     Attributes:
         label: in formulas, for people.

@@ -1,4 +1,4 @@
-"""For `accelerate launch -m cachekd_cli dump ...` and `python -m cachekd_cli`."""
+"""Run the command as a module: `accelerate launch -m cachekd_cli dump ...`, `python -m cachekd_cli`."""
 
 from cachekd_cli.main import main
 

@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from cachekd.config import CheckConfig
-from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.console import console, errors, print_json, quiet_libraries, say, table
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
 
 
 def print_report(report: PairReport) -> None:
-    """Samples in colour, sizes, rows, verdict."""
+    """Print samples in colour, sizes, what fits and what does not, and the verdict."""
     for key, runs in report.previews:
         console.rule(f"sample {key}", align="left", style="dim")
-        console.print(coloured(runs), soft_wrap=True)
+        say(coloured(runs))
     console.print(
         Text("supervised", style=_COLOURS["supervised"]),
         Text("told", style=_COLOURS["context"]),
@@ -66,7 +66,7 @@ def print_report(report: PairReport) -> None:
 
 
 def coloured(runs: list[Run]) -> Text:
-    """A sample's tokens; images as <image x 576>."""
+    """Colour a sample's tokens by whether they are supervised; an image is shown as <image x 576>."""
     text = Text()
     for run in runs:
         shown = f"{run.text.rstrip('>')} x {run.tokens}>" if run.kind == "image" else run.text
@@ -75,7 +75,7 @@ def coloured(runs: list[Run]) -> Text:
 
 
 def sizes_table(sizes: Sizes) -> object:
-    """Parameters by part and bytes in training."""
+    """A table of parameters by part, and of bytes in training."""
     rows = [
         (title, *(f"{counts[part] / 1e6:,.1f} M" for counts in (sizes.teacher, sizes.student)))  # type: ignore[index]
         for part, title in _PARTS.items()

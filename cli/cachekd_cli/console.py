@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import indent
@@ -36,25 +37,27 @@ errors = Console(stderr=True)
 
 
 def print_error(error: CachekdError) -> None:
-    """The problem in red, the details under it."""
-    problem, *details = str(error).split("\n")
-    errors.print(f"[bold red]error:[/] {escape(problem)}", highlight=False, soft_wrap=True)
-    for line in details:
-        errors.print(escape(line), highlight=False, soft_wrap=True)
+    """Print the problem after a red word, and the details under it."""
+    say_wrong("error:", str(error))
 
 
-def say(text: str, to: Console = console) -> None:
-    """A text as it is: nothing in it is markup, and lines end where it has them."""
-    to.print(text, markup=False, highlight=False, soft_wrap=True)
+def say(text: str | Text, to: Console = console, style: str | None = None) -> None:
+    """Print a text as it is: nothing in it is markup, and lines end where it has them."""
+    to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_wrong(what: str, text: str) -> None:
+    """Print on stderr what is wrong, in red, and how."""
+    say(Text.assemble((what, "bold red"), f" {text}"), errors)
 
 
 def print_json(value: Any) -> None:
-    """For scripts: the only thing on stdout."""
+    """Print a value for scripts: it is the only thing on stdout."""
     print(json.dumps(value, indent=2, default=str))
 
 
 def print_json_list(values: Iterable[Any]) -> None:
-    """`print_json` of a list that is not in memory as a whole."""
+    """Print a list as `print_json` does, without having all of it in memory."""
     separator = "["
     for value in values:
         print(separator + indent(f"\n{json.dumps(value, indent=2, default=str)}", "  "), end="")
@@ -63,7 +66,7 @@ def print_json_list(values: Iterable[Any]) -> None:
 
 
 class RateColumn(ProgressColumn):
-    """Units per second, where a task's field `per_second` counts something other than its steps."""
+    """Units per second: those of a task's field `units`, or else its steps."""
 
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -90,19 +93,26 @@ def progress_bar(unit: str) -> Progress:
     )
 
 
-def sample_progress(bar: Progress, description: str, total: int) -> Callable[[int, int], None]:
-    """A task that counts samples, with a rate in units; returns what advances it by (samples, units)."""
+def count_progress(bar: Progress, description: str, total: int) -> Callable[[int], None]:
+    """Add a task that counts steps; return what advances it by so many."""
+    return partial(bar.advance, bar.add_task(description, total=total, note=""))
+
+
+def sample_progress(bar: Progress, description: str, total: int) -> Callable[[int, float], None]:
+    """Add a task that counts samples, with a rate in units; return what advances it by (samples, units)."""
     task = bar.add_task(description, total=total, units=0, note="")
 
-    def advance(samples: int, units: int) -> None:
+    def advance(samples: int, units: float) -> None:
         bar.update(task, advance=samples, units=bar.tasks[task].fields["units"] + units)
 
     return advance
 
 
-def byte_progress(bar: Progress, description: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """A task that counts bytes, with a rate in MB; returns what advances it, and what sets its total."""
-    task = bar.add_task(description, total=None, units=0, note="")
+def byte_progress(
+    bar: Progress, description: str, total: int | None = None
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """Add a task that counts bytes, with a rate in MB; return what advances it, and what sets its total."""
+    task = bar.add_task(description, total=total, units=0, note="")
 
     def advance(size: int) -> None:
         bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
@@ -114,7 +124,7 @@ def byte_progress(bar: Progress, description: str) -> tuple[Callable[[int], None
 
 
 def duration(seconds: float) -> str:
-    """In the unit that says most: seconds, minutes or hours."""
+    """Write seconds in the unit that says most: seconds, minutes or hours."""
     if seconds < 60:
         return f"{seconds:,.1f} s"
     return f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.2f} h"
@@ -131,7 +141,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> 
 
 
 def print_left_out(what: str, left_out: LeftOutSamples) -> None:
-    """How many, and some of them with what is wrong; nothing where there are none."""
+    """Print how many samples were left out, and some of them with the reason; nothing where none was."""
     if not left_out.samples:
         return
     lines = [f"left out: {left_out.samples:,} {what}"]
@@ -160,7 +170,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_hub() -> None:
-    """The same for huggingface_hub, whose bars would draw into ours."""
+    """Quiet huggingface_hub too, whose bars would draw into ours."""
     from huggingface_hub import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -172,7 +182,7 @@ _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
 def visible(text: str) -> str:
-    """Every character that would not show, or would do something, by a sign or its escape.
+    """Replace every character that would not show, or would do something, by a sign or its escape.
 
     A key or a token may hold escape sequences that clear the screen, or marks that turn the reading order.
     """

@@ -15,6 +15,7 @@ import typer
 
 import cachekd
 from cachekd.errors import CachekdError
+from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, quiet_libraries, say, table
 
 EXAMPLE = Path(cachekd.__file__).parents[1] / "examples" / "easy_vqa"
@@ -35,7 +36,6 @@ def demo_command(
     from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
     from cachekd.evaluate import save_in_runs
     from cachekd.report import write_report
-    from cachekd_cli import dump, evaluate, train
 
     check_example()
     quiet_libraries()
@@ -75,7 +75,7 @@ def demo_command(
 
 
 def check_example() -> None:
-    """The demo's files are in the repository, not in the installed package."""
+    """Refuse to run without the demo's files: they are in the repository, not in the installed package."""
     if not (EXAMPLE / "teacher" / "config.json").exists():
         raise CachekdError(
             "the demo's files are not here",
@@ -89,7 +89,7 @@ def check_example() -> None:
 
 
 def new_folder(out: Path) -> Path:
-    """`out`, or `out-2`, `out-3`, ...: earlier demos, and those that run now, stay as they are."""
+    """Make `out`, or `out-2`, `out-3`, ...: earlier demos, and those that run now, stay as they are."""
     from cachekd.atomic import make_folder
 
     make_folder(out.parent)
@@ -117,15 +117,15 @@ class Stages:
 
     @contextmanager
     def run(self, name: str, command: str) -> Iterator[None]:
-        """Time the block."""
+        """Announce the block, and time it."""
         console.rule(f"[bold]{name}", align="left")
-        console.print(f"$ {command}", style="dim", highlight=False, soft_wrap=True)
+        say(f"$ {command}", style="dim")
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
 
     def print(self) -> None:
-        """A table of wall times."""
+        """Print the wall times."""
         total = sum(self.seconds.values())
         rows = [(name, f"{seconds:.1f} s") for name, seconds in [*self.seconds.items(), ("total", total)]]
         console.print(table("wall time", ("stage", "time"), rows))

@@ -9,20 +9,20 @@ from collections.abc import Container, Sequence
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, print_json_list, progress_bar, say, table
+from cachekd_cli.console import console, count_progress, print_json, print_json_list, progress_bar, say, table
 from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from cachekd.cache import LogitCache
+    from cachekd.cache import LogitCache, Manifest
 
 
 SHOWN = 20
@@ -69,9 +69,7 @@ def select_command(
         )
     manifest = select_chosen(opened, out, chosen)
     if as_json:
-        print_json(
-            {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
-        )
+        print_json(totals(out, manifest))
     else:
         say(f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens")
 
@@ -79,7 +77,7 @@ def select_command(
 def choose(
     cache: LogitCache, keys: set[str] | None, match: str | None, filter_: str | None
 ) -> list[NDArray[np.bool_]]:
-    """Of each shard's samples, in their order, whether all conditions hold: a byte a sample."""
+    """Return for each shard, sample by sample, whether all conditions hold: a byte a sample."""
     from cachekd.cache.subset import filter_samples, with_keys
 
     pattern = re.compile(fnmatch.translate(match or "*"))
@@ -90,7 +88,7 @@ def choose(
 
 
 def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_json: bool) -> None:
-    """Show samples; all of them as JSON, the first ones as a table."""
+    """Print samples: all of them as JSON, or the first ones as a table."""
     from cachekd.cache.subset import shard_table
 
     tables = (shard_table(cache, number)[some] for number, some in enumerate(chosen) if some.any())
@@ -105,7 +103,11 @@ def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_jso
 
 
 def read_wanted(cache: Container[str], path: Path) -> set[str]:
-    """The keys in a file; each must be in the cache."""
+    """Read the keys in a file, each of which must be in the cache.
+
+    Raises:
+        CachekdError: the file cannot be read, or the cache lacks one.
+    """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -123,6 +125,11 @@ def read_wanted(cache: Container[str], path: Path) -> set[str]:
     return found
 
 
+def totals(out: Path, manifest: Manifest) -> dict[str, Any]:
+    """What scripts get of a new cache."""
+    return {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
+
+
 def merge_command(
     caches: Annotated[list[Path], typer.Argument(help="Two or more caches.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new cache's folder.")],
@@ -138,9 +145,7 @@ def merge_command(
 
     manifest = merge_caches(caches, out)
     if as_json:
-        print_json(
-            {"out": out, "samples": manifest.samples, "tokens": manifest.tokens, "bytes": manifest.size}
-        )
+        print_json(totals(out, manifest))
     else:
         say(
             f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
@@ -169,20 +174,12 @@ def recompress_command(
 
     old = Manifest.load(cache)
     with progress_bar("samples") as bar:
-        task = bar.add_task("recompressing", total=old.samples, note="")
-        new = recompress(cache, out, top_k=top_k, tail=tail, progress=lambda done: bar.advance(task, done))
+        advance = count_progress(bar, "recompressing", old.samples)
+        new = recompress(cache, out, top_k=top_k, tail=tail, progress=advance)
     fidelity = new.lineage[-1].fidelity
     if as_json:
-        print_json(
-            {
-                "out": out,
-                "samples": new.samples,
-                "tokens": new.tokens,
-                "bytes": new.size,
-                "sketch_bytes": new.sketch_bytes,
-                "fidelity_to_parent": None if fidelity is None else fidelity.model_dump(),
-            }
-        )
+        told = None if fidelity is None else fidelity.model_dump()
+        print_json(totals(out, new) | {"sketch_bytes": new.sketch_bytes, "fidelity_to_parent": told})
         return
     rows = [
         (
@@ -202,7 +199,7 @@ def recompress_command(
 
 
 class Form(StrEnum):
-    """What to write."""
+    """What a cache is exported to."""
 
     parquet = "parquet"
     webdataset = "webdataset"
@@ -238,11 +235,7 @@ def export_command(
         )
     opened = open_bound(cache, binding)
     with progress_bar("samples") as bar:
-        task = bar.add_task("exporting", total=opened.manifest.samples, note="")
-
-        def advance(done: int) -> None:
-            bar.advance(task, done)
-
+        advance = count_progress(bar, "exporting", opened.manifest.samples)
         if data is None:
             written = export_parquet(opened, out, top_k=top_k, progress=advance)
         else:

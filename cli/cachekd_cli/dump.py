@@ -1,4 +1,4 @@
-"""`cachekd dump`: stage one."""
+"""`cachekd dump`: run the teacher once, and keep what it says."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_dump(config: DumpConfig) -> DumpSummary:
 
 
 def run_estimate(config: DumpConfig) -> Estimate:
-    """The pilot behind a progress bar."""
+    """Run the pilot behind a progress bar."""
     from cachekd.dump import estimate_dump
 
     with DumpBar() as bar:
@@ -85,7 +85,7 @@ class DumpBar:
         self.bar.stop()
 
     def __call__(self, phase: str, total: int | None, samples: int, tokens: int) -> None:
-        """As `cachekd.dump.run.Progress`."""
+        """Show progress, as `cachekd.dump.run.Progress` tells it."""
         if phase not in self.tasks:
             for task in self.tasks.values():  # an earlier phase is over
                 self.bar.update(task, total=self.bar.tasks[task].completed)
@@ -95,7 +95,7 @@ class DumpBar:
 
 
 def print_stopped(out: Path) -> None:
-    """What there is, and how to go on."""
+    """Say what there is, and how to go on."""
     from cachekd.cache.layout import PLAN_FILE
     from cachekd.cache.status import dump_status
 
@@ -111,7 +111,7 @@ def print_stopped(out: Path) -> None:
 
 
 def print_summary(summary: DumpSummary) -> None:
-    """The summary table."""
+    """Print what the cache holds, and how long it took."""
     from cachekd.cache.overview import bytes_per_token
 
     rows = [
@@ -139,7 +139,7 @@ def print_summary(summary: DumpSummary) -> None:
 
 
 def print_estimate(found: Estimate, config: DumpConfig) -> None:
-    """The estimate's table."""
+    """Print what the whole dump will cost."""
     from cachekd.cache.overview import bytes_per_token
 
     hours = found.seconds / config.world_size / 3600

@@ -51,7 +51,7 @@ def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
 
 
 def save(result: Evaluation, config: EvalConfig) -> None:
-    """In the runs and, last, where the settings say."""
+    """Save scores in the runs and, last, where the settings say."""
     from cachekd.evaluate import save_in_runs, save_scores
 
     save_in_runs(result)
@@ -77,7 +77,7 @@ def run_eval(config: EvalConfig) -> Evaluation:
 
 
 def print_tables(result: Evaluation) -> None:
-    """Tables of totals, of differences and of question types."""
+    """Print tables of totals, of differences and of question types."""
     asked, names = result.asked, short_names(result)
     rows = [(names[name], score) for name, score in result.rows]
     totals = [
@@ -89,14 +89,14 @@ def print_tables(result: Evaluation) -> None:
     print_differences(result, names)
     print_types(result, rows)
     if asked.unasked_answers:
-        console.print(f"{asked.unasked_answers:,} answers follow no question, and were not asked for")
+        say(f"{asked.unasked_answers:,} answers follow no question, and were not asked for")
     if result.prior_left_out:
-        console.print(f"prior: {result.prior_left_out:,} records have no answer to a question")
+        say(f"prior: {result.prior_left_out:,} records have no answer to a question")
     print_left_out("samples that cannot be used, or are too long", asked.left_out)
 
 
 def short_names(result: Evaluation) -> dict[str, str]:
-    """Of rows, for tables: of paths the ends that tell them apart."""
+    """Name rows for tables: a path by the end that tells it from the others."""
     models = [score.name for score in result.models]
     short = dict(zip(models, shortest(list(map(Path, models))), strict=True))
     short |= {f"{name}, blind": f"{own}, blind" for name, own in short.items()}
@@ -106,7 +106,7 @@ def short_names(result: Evaluation) -> dict[str, str]:
 
 
 def print_differences(result: Evaluation, names: dict[str, str]) -> None:
-    """Of rows, in points, with how sure they are."""
+    """Print the differences between rows, in points, and how sure they are."""
     rows = [
         (
             names[d.row],
@@ -123,7 +123,7 @@ def print_differences(result: Evaluation, names: dict[str, str]) -> None:
 
 
 def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
-    """Exact match of every row by question type, the most frequent ones."""
+    """Print exact match by question type, for the most frequent types."""
     from cachekd.evaluate.scores import MAX_TYPES
 
     kinds = list(rows[0][1].by_type)[:MAX_TYPES]

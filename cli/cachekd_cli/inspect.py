@@ -12,7 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, print_json, progress_bar, say, table, visible, write_page
+from cachekd_cli.console import (
+    console,
+    print_json,
+    progress_bar,
+    sample_progress,
+    say,
+    table,
+    visible,
+    write_page,
+)
 from cachekd_cli.options import AsJson, CacheFolder
 
 if TYPE_CHECKING:
@@ -45,13 +54,11 @@ def inspect_command(
         require_place(html)
     manifest = Manifest.load(cache)
     with progress_bar("MB") as bar:
-        task = bar.add_task("inspect", total=len(manifest.shards), units=0, note="")
+        advance = sample_progress(bar, "inspect", len(manifest.shards))
         summary = summarise(
             cache,
             entropy_tokens=entropy_tokens or ENTROPY_TOKENS,
-            progress=lambda shard: bar.update(
-                task, advance=1, units=bar.tasks[task].fields["units"] + shard.bytes / 1e6
-            ),
+            progress=lambda shard: advance(1, shard.bytes / 1e6),
         )
     if html is not None:
         from cachekd.report.pages import inspect_page
@@ -64,7 +71,7 @@ def inspect_command(
 
 
 def print_summary(summary: CacheSummary) -> None:
-    """The terminal page."""
+    """Print the summary in the terminal."""
     from cachekd.cache import overview as describe
 
     manifest = summary.manifest
@@ -79,7 +86,7 @@ def print_summary(summary: CacheSummary) -> None:
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Names and texts, which wrap."""
+    """Print names with texts, which wrap."""
     result = Table(title=escape(title), title_justify="left", show_header=False)
     result.add_column(no_wrap=True)
     result.add_column(overflow="fold")
@@ -89,7 +96,7 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 def bars(title: str, found: list[Bar], per: int | None = None) -> None:
-    """A histogram; the last column is the share of all, or the value divided by `per`, tokens."""
+    """Print a histogram; its last column is the share of all, or the value divided by `per` tokens."""
     result = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 1))
     result.add_column(justify="right")
     result.add_column()
@@ -105,7 +112,7 @@ def bars(title: str, found: list[Bar], per: int | None = None) -> None:
 
 
 def shard_table(shards: list[ShardSummary]) -> Table:
-    """All of a few; of many, the first and the last."""
+    """A table of the shards: of all if they are few, or else of the first and the last."""
     columns = ("shard", "data", "samples", "tokens", "bytes", "mean k", "top-1", "logprob", "KL")
     rows: list[tuple[Any, ...]] = [
         (

@@ -1,4 +1,4 @@
-"""The app: one file per command, imported light; torch is loaded only when a command runs."""
+"""The app: every command by its place in `--help`. Torch is loaded only when a command runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def show_versions(asked: bool) -> None:
-    """Ours, and on a line the others' that decide what a cache holds; none of them is imported."""
+    """Print our version, and those of the libraries that decide what a cache holds; none is imported."""
     if not asked:
         return
     others = [f"{name} {version(name)}" for name in ("torch", "transformers", "zarr")]
@@ -80,7 +80,7 @@ def options(
         typer.Option("--version", help="Show versions, and stop.", callback=show_versions, is_eager=True),
     ] = False,
 ) -> None:
-    """Before any command."""
+    """Take the options that stand before any command."""
 
 
 def main() -> None:

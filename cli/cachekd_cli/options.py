@@ -1,4 +1,4 @@
-"""Options: those that a command has from a configuration's model, and those that several commands share."""
+"""Options: made from the models of `cachekd.config`, and those that several commands share."""
 
 from __future__ import annotations
 
@@ -85,21 +85,21 @@ def takes(
 
 
 def option_type(field: FieldInfo) -> Any:
-    """What a field's option is to typer, which leaves all else to the model; None where it is a mapping."""
+    """The type that typer gives a field's option; the model checks all else. None where it is a mapping."""
     kinds = {_typer_type(kind) for kind in _types(field.annotation) if kind is not NoneType}
     return kinds.pop() if len(kinds) == 1 else str
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """What a value, or each of several, is one of; nothing where it is free."""
+    """The values from which a setting is chosen, alone or several at once; none where it is free."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     return tuple(dict.fromkeys(one for part in get_args(annotation) for one in choices(part)))
 
 
 def expands_paths(command: Command) -> Command:
-    """The command with every parameter of type `Path` or `PathOrName` expanded before it runs: the shell
-    leaves the `~` of `--out=~/x` as it is."""
+    """Expand every parameter of type `Path` or `PathOrName` before the command runs: the shell leaves the `~`
+    of `--out=~/x` as it is."""
     signature = inspect.signature(command, eval_str=True)
     types = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     paths = {name: _shown(name, kind) for name, kind in types.items() if takes_path(kind)}
@@ -124,7 +124,7 @@ def expands_paths(command: Command) -> Command:
 
 
 def _read_optional(file: None, model: type[Config], said: dict[str, Any]) -> Config | None:
-    """Data that need not be given; None where no option of theirs was.
+    """Read data that need not be given; None where no option of theirs was.
 
     Raises:
         CachekdError: there are some without --data, or a value is out of range.
@@ -145,7 +145,7 @@ def _file_option(name: str, model: type[Config]) -> inspect.Parameter:
 
 
 def _parameter(name: str, field: FieldInfo, is_argument: bool, variable: str | None) -> inspect.Parameter:
-    """None stands for what was not given: a file may say it."""
+    """Make a field's option. Its default is None, which stands for what was not given: a file may say it."""
     kind, option = option_type(field), option_name(name)
     text = str(field.description)
     help = f"{text[0].upper()}{text[1:]}.{_told(field)}"
@@ -163,7 +163,7 @@ def _optional(name: str, kind: Any, info: ParameterInfo) -> inspect.Parameter:
 
 
 def _told(field: FieldInfo) -> str:
-    """Choices and default, as they are typed."""
+    """Say choices and default, as they are typed."""
     known, value = choices(field.annotation), field.default
     told = f" Choices: {', '.join(known)}." if known else ""
     if field.is_required():
@@ -188,7 +188,7 @@ def _typer_type(kind: Any) -> Any:
 
 
 def _types(annotation: Any) -> list[Any]:
-    """Those that a value may have, without what pydantic or typer does with them."""
+    """The types that a value may have, without what pydantic or typer adds to them."""
     if get_origin(annotation) is Annotated:
         return _types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -201,7 +201,6 @@ def _infos(annotation: Any) -> list[ParameterInfo]:
 
 
 def _shown(name: str, annotation: Any) -> str:
-    """As it is typed."""
     if any(isinstance(info, ArgumentInfo) for info in _infos(annotation)):
         return name.upper()
     return option_name(name)

@@ -18,6 +18,7 @@ from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
+    count_progress,
     errors,
     print_json,
     progress_bar,
@@ -117,7 +118,7 @@ def peek_command(
 def open_data(
     cache: LogitCache, data: DataOptions, reader: TokenReader, *, bound: bool = False
 ) -> PeekedData:
-    """The data set, by key."""
+    """Open the data set, read by key."""
     from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
     from cachekd.report.peek import PeekedData
@@ -137,7 +138,7 @@ def look(
     with_images: bool,
     skip: bool = False,
 ) -> tuple[list[PeekedSample], list[list[str]]]:
-    """The samples, and of each its images as a page embeds them.
+    """Look at samples; return them, and the images of each as a page embeds them.
 
     Args:
         skip: show what the cache has of a sample that cannot be read.
@@ -155,7 +156,7 @@ def look(
 
 
 def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
-    """From the data set; None for a bad one that is skipped.
+    """Read a sample from the data set; None for a bad one that is skipped.
 
     Raises:
         CachekdError: it cannot be read, or is not the one that the teacher saw.
@@ -170,23 +171,21 @@ def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
 
 
 def watched(keys: list[str]) -> Iterator[str]:
-    """The keys, behind a progress bar if they are many."""
+    """Yield the keys, behind a progress bar if they are many."""
     if len(keys) == 1:
         yield from keys
         return
     with progress_bar("samples") as bar:
-        task = bar.add_task("peek", total=len(keys), note="")
+        advance = count_progress(bar, "peek", len(keys))
         for key in keys:
             yield key
-            bar.advance(task)
+            advance(1)
 
 
 def print_sample(sample: PeekedSample) -> None:
-    """One sample in the terminal."""
-    title = Text.assemble(
-        (visible(sample.key), "bold"), f"  surprise {sample.surprise:.3f} nats, ", sample.shard
-    )
-    console.print(title, soft_wrap=True)
+    """Print one sample in the terminal."""
+    surprise = f"  surprise {sample.surprise:.3f} nats, "
+    say(Text.assemble((visible(sample.key), "bold"), surprise, sample.shard))
     for number, size in enumerate(sample.images or []):
         say(f"image {number + 1}: {size.width} x {size.height} pixels")
     if sample.messages is None or any(token.turn is None for token in sample.tokens):
@@ -203,13 +202,13 @@ def print_sample(sample: PeekedSample) -> None:
 
 
 def print_message(message: PeekedMessage) -> None:
-    """Who, and what."""
+    """Print who says what."""
     images = "[image] " * message.images
     console.print(Text.assemble((f"{message.role}: ", "dim"), (images, "magenta"), visible(message.text)))
 
 
 def token_table(tokens: list[PeekedToken]) -> Table:
-    """A block of rows per token: the answer's first, then the alternatives."""
+    """A table with some rows for each token: the answer's first, then the alternatives."""
     result = Table(box=None, padding=(0, 1), show_edge=False, header_style="dim")
     for name, justify in (("token", "left"), ("probability", "right"), ("", "left"), ("", "left")):
         result.add_column(name, justify=justify)  # type: ignore[arg-type]  # a Literal
@@ -236,17 +235,17 @@ def token_table(tokens: list[PeekedToken]) -> Table:
 
 
 def drawn(one: Alternative | PeekedToken, color: str) -> Bar:
-    """A probability as a bar."""
+    """Draw a probability as a bar."""
     return Bar(1.0, 0.0, min(1.0, exp(one.logprob)), width=BAR_WIDTH, color=color)
 
 
 def shown(text: str) -> str:
-    """A token's text; white space alone by a sign."""
+    """Write a token's text; nothing but white space is shown by a sign."""
     return visible(text) if text.strip(" ") else "␣" * len(text)
 
 
 def percent(logprob: float) -> str:
-    """A probability in few characters."""
+    """Write a probability in few characters."""
     value = 100 * min(1.0, exp(logprob))
     return f"{value:.1f} %" if value >= 1 else f"{value:.3f} %" if value >= 0.001 else f"{value:.0e} %"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekd_cli import dump, evaluate, train
-from cachekd_cli.console import console, errors, print_json, quiet_libraries, table
+from cachekd_cli.console import console, errors, print_json, quiet_libraries, say, table
 from cachekd_cli.options import AsJson
 from cachekd_cli.signals import exit_code
 
@@ -48,7 +48,7 @@ def run_command(
         states = look(config) if status else run_pipeline(config, runners(quiet=as_json), announce)
     except KeyboardInterrupt as stop:
         text = f"{str(stop) or 'stopped'}: the same command goes on from here; what is finished stays"
-        errors.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text, errors)
         raise typer.Exit(exit_code(stop)) from None
     if as_json:
         print_json([state.to_dict() for state in states])
@@ -57,7 +57,7 @@ def run_command(
 
 
 def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
-    """How each kind of step is done: as its own command does it; quiet ones print no summary."""
+    """What runs each kind of step, as its own command does; quiet ones print no summary."""
 
     def then(run: Callable[[Any], Any], show: Callable[[Any], None]) -> Callable[[Any], object]:
         return run if quiet else lambda config: show(run(config))
@@ -72,12 +72,12 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
         "dump": then(dump.run_dump, dump.print_summary),
         "train": then(train_step, train.print_summary),
         "eval": then(eval_step, evaluate.print_tables),
-        "report": then(report_step, lambda page: console.print(f"report: {page.resolve()}", soft_wrap=True)),
+        "report": then(report_step, lambda page: say(f"report: {page.resolve()}")),
     }
 
 
 def eval_step(config: EvalConfig) -> Evaluation:
-    """`cachekd eval`; the scores go into the runs and, last, into the step's own folder."""
+    """Evaluate; the scores go into the runs and, last, into the step's own folder."""
     from cachekd.evaluate import only_writer
 
     with only_writer(config.out):
@@ -87,7 +87,7 @@ def eval_step(config: EvalConfig) -> Evaluation:
 
 
 def report_step(config: ReportConfig) -> Path:
-    """`cachekd report`."""
+    """Write the step's page."""
     from cachekd.paths import REPORT_FILE
     from cachekd.report import write_report
 
@@ -95,7 +95,7 @@ def report_step(config: ReportConfig) -> Path:
 
 
 def announce(begun: Begun) -> None:
-    """A line for a step that begins, and others for what it found and takes."""
+    """Say that a step begins, what it found, and what it takes from others."""
     errors.rule(f"[bold]{begun.step.name}[/] ({begun.step.kind})", align="left")
     told = [begun.before.text] if begun.before.state != "waiting" else []
     if begun.step.continues is not None:
@@ -103,11 +103,11 @@ def announce(begun: Begun) -> None:
     if begun.moved_to is not None:
         told.append(f"the old output is now {begun.moved_to}")
     for line in told:
-        errors.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
+        say(line, errors, style="dim")
 
 
 def print_states(states: list[StepState], title: str) -> None:
-    """The table of steps."""
+    """Print the steps, and what is done of them."""
     rows = [
         (
             s.name,

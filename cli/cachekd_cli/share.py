@@ -12,13 +12,14 @@ from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
+    SHOWN,
     byte_progress,
     console,
+    count_progress,
     print_json,
     progress_bar,
     quiet_hub,
     quiet_libraries,
-    sample_progress,
     say,
     table,
 )
@@ -59,8 +60,7 @@ def push_command(
     quiet_hub()
     size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
     with resumable(), progress_bar("MB") as bar:
-        advance, set_total = byte_progress(bar, "push")
-        set_total(3 * size)  # verified, uploaded, compared
+        advance, _ = byte_progress(bar, "push", 3 * size)  # verified, uploaded, compared
         pushed = push_cache(
             cache, to, license=license, private=private, revision=revision, timeout=timeout, progress=advance
         )
@@ -129,9 +129,6 @@ def pull_command(
     say(f"next: cachekd bind {out} --data <your copy of the data>")
 
 
-SHOWN = 5
-
-
 @takes(DataOptions)
 def bind_command(
     cache: Annotated[
@@ -168,8 +165,8 @@ def bind_command(
             )
     opened, samples = open_bound(cache), open_samples(data)
     with progress_bar("samples") as bar:
-        advance = sample_progress(bar, "bind", len(samples))
-        report = bind(opened, samples, workers=workers, progress=lambda done: advance(done, done))
+        advance = count_progress(bar, "bind", len(samples))
+        report = bind(opened, samples, workers=workers, progress=advance)
     if out is not None:
         report.write(out, opened, data.data)
     if as_json:
@@ -182,7 +179,7 @@ def bind_command(
 
 
 def as_dict(report: BindReport) -> dict[str, Any]:
-    """Everything, for scripts."""
+    """What scripts get: all keys of each kind."""
     return {
         "matched": report.matched,
         "moved": report.moved,
@@ -194,7 +191,7 @@ def as_dict(report: BindReport) -> dict[str, Any]:
 
 
 def print_report(report: BindReport, cache: str, data: str, out: Path | None) -> None:
-    """Counts with some keys of each kind, and what to do."""
+    """Print counts, some keys of each kind, and what to do."""
     rows = [
         ("matched", report.matched, ""),
         ("matched, other key", len(report.moved), _some([f"{a} is {b}" for a, b in report.moved.items()])),
@@ -220,13 +217,12 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
 
 
 def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:
-    """What of the reading, and not of the data, may be why samples do not match."""
+    """Say whether samples may not match because they are read otherwise, and not because the data differ."""
     from cachekd.models.fingerprint import reads_images_otherwise
 
     named = {source.data.map for source in cache.manifest.sources} - {None}
     if report.unbound and named and data.map is None:
-        told = f"the cache's data were read by --map {' and '.join(map(str, named))}, these without"
-        say(told)
+        say(f"the cache's data were read by --map {' and '.join(map(str, named))}, these without")
     if report.changed and reads_images_otherwise(cache.manifest.fingerprints):
         say("some images are read in another way since that dump: dump again")
 

@@ -1,4 +1,4 @@
-"""SIGTERM, which batch systems send, means the same as Ctrl-C: stop in order, and say how to go on."""
+"""Stop in order at SIGTERM, which batch systems send, as at Ctrl-C; and say how to go on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from cachekd_cli.console import errors
+from cachekd_cli.console import errors, say
 
 # Seconds in which a second signal is taken for the first. A launcher that is signalled with its whole job
 # passes on what its processes have had already; `timeout`, and others that end jobs, send SIGTERM to the
@@ -24,7 +24,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def terminate_like_interrupt() -> None:
-    """From now on SIGTERM raises `Terminated` in the main thread."""
+    """Have SIGTERM raise `Terminated` in the main thread from now on."""
 
     def stop(*_args: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
@@ -34,7 +34,7 @@ def terminate_like_interrupt() -> None:
 
 
 def interrupt(number: int, text: str = "") -> KeyboardInterrupt:
-    """What a signal raises.
+    """The exception that a signal raises.
 
     Args:
         number: SIGTERM or SIGINT.
@@ -44,14 +44,16 @@ def interrupt(number: int, text: str = "") -> KeyboardInterrupt:
 
 
 def exit_code(error: KeyboardInterrupt) -> int:
-    """As shells have it: 128 and the signal's number."""
+    """The exit code that shells expect: 128 and the signal's number."""
     return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 @contextmanager
 def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
-    """For a loop that ends in order: its first SIGINT or SIGTERM is only noted, a second one stops at once
-    (the same SIGTERM, or any under a launcher, only `PASSED_ON` seconds later).
+    """Let a loop end in order: the first SIGINT or SIGTERM is only noted, and a second one stops at once.
+
+    The same SIGTERM again, or any signal under a launcher, counts as a second one only after `PASSED_ON`
+    seconds.
 
     Args:
         under_way: whether the loop runs; before it does, the first one stops at once too.
@@ -87,7 +89,7 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """For what goes on when its command is repeated: say so when it is stopped.
+    """Say, when the block is stopped, that the same command goes on with it.
 
     Raises:
         typer.Exit: it was stopped.
@@ -95,5 +97,5 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        errors.print("stopped: the same command goes on with it")
+        say("stopped: the same command goes on with it", errors)
         raise typer.Exit(exit_code(stop)) from None

@@ -1,4 +1,4 @@
-"""`cachekd train`: stage two."""
+"""`cachekd train`: train a student against a cache."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class TrainBar:
         self.bar.stop()
 
     def show_phase(self, phase: str) -> None:
-        """What is done before the first step."""
+        """Show what is done before the first step."""
         self.loading.update(f"{self.description}: {escape(phase)}")
 
     def under_way(self) -> bool:
@@ -153,11 +153,11 @@ class TrainBar:
         return self.bar.tasks[self.task].total is not None
 
     def show_stopping(self) -> None:
-        """A signal came: no printing here, in the middle of whatever ran."""
+        """Show that a signal came. Nothing is printed: this runs in the middle of something else."""
         self.bar.update(self.task, description=f"{self.description}: stopping after this step")
 
     def callback(self) -> TrainerCallback:
-        """What moves the bar."""
+        """The Trainer's callback that moves the bar."""
         from transformers import TrainerCallback
 
         from cachekd.losses.terms import TERMS
@@ -194,12 +194,12 @@ class TrainBar:
 
 
 def evaluation_line(metrics: dict[str, float]) -> str:
-    """An evaluation in one line, but for the time that it took."""
+    """Write an evaluation in one line, without the time that it took."""
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_runtime")
 
 
 def print_settings(config: TrainConfig) -> None:
-    """What is about to run, presets resolved; settings at their defaults are left out."""
+    """Print what is about to run, presets resolved; settings at their defaults are left out."""
     from cachekd.losses.terms import TERMS
 
     weights = {name: "" if name == "ce" else f"{weight:g} " for name, weight in config.weights.items()}
@@ -222,16 +222,15 @@ def print_settings(config: TrainConfig) -> None:
 
 
 def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
-    """After which step, and how to go on."""
+    """Say after which step the run stopped, and how to go on."""
     from cachekd.train.folder import how_to_go_on
 
     if is_main_process():
-        text = f"{str(stop) or 'stopped'}: {how_to_go_on(out)}"
-        say(text, errors)
+        say(f"{str(stop) or 'stopped'}: {how_to_go_on(out)}", errors)
 
 
 def print_summary(summary: TrainSummary) -> None:
-    """The summary table."""
+    """Print how the run went, and what was left out."""
     rows = [
         ("steps", f"{summary.steps:,}"),
         *([("resumed from step", f"{summary.resumed_from:,}")] if summary.resumed_from else []),
@@ -251,7 +250,7 @@ def print_summary(summary: TrainSummary) -> None:
 
 
 def print_estimate(estimate: TrainEstimate) -> None:
-    """Settings, parameters, memory by part, disk and time, before anything long starts."""
+    """Print settings, parameters, memory by part, disk and time, before anything long starts."""
     from cachekd.train.size import told
 
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch

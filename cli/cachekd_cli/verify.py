@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
+    byte_progress,
     console,
+    count_progress,
     errors,
     print_json,
     progress_bar,
     quiet_libraries,
-    sample_progress,
     say,
+    say_wrong,
     table,
     visible,
 )
@@ -86,7 +87,7 @@ def verify_command(
 
 
 def check_files(cache: Path) -> list[Finding]:
-    """Checksums behind a progress bar."""
+    """Compare checksums behind a progress bar."""
     from cachekd.cache import Finding, Manifest, verify_files
     from cachekd.paths import MANIFEST_FILE
 
@@ -95,16 +96,12 @@ def check_files(cache: Path) -> list[Finding]:
     except CachekdError as error:
         return [Finding(cache / MANIFEST_FILE, f"{error.problem}: {error.found}")]
     with progress_bar("MB") as bar:
-        task = bar.add_task("verify", total=manifest.size + manifest.sketch_bytes, units=0, note="")
-
-        def advance(size: int) -> None:
-            bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
-
+        advance, _ = byte_progress(bar, "verify", manifest.size + manifest.sketch_bytes)
         return verify_files(cache, advance)
 
 
 def run_repair(cache: Path, found: list[Finding]) -> tuple[list[str], str | None]:
-    """What was done, a line each; and the command that makes again what was deleted, None if nothing was."""
+    """Repair; return what was done, and the command that makes again what was deleted (None: nothing was)."""
     from cachekd.cache.repair import repair
     from cachekd.dump.plan import command_of, require_same_code
 
@@ -128,12 +125,12 @@ def ask_again(
     samples = open_samples(options)
     model = open_teacher(opened.manifest, teacher, samples, options)
     with progress_bar("samples") as bar:
-        advance = sample_progress(bar, "ask again", min(count, len(opened)))
-        return recheck(opened, model, samples, count, seed=seed, progress=lambda done: advance(done, done))
+        advance = count_progress(bar, "ask again", min(count, len(opened)))
+        return recheck(opened, model, samples, count, seed=seed, progress=advance)
 
 
 def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOptions) -> Teacher:
-    """The teacher as it ran for the dump."""
+    """Load the teacher as it ran for the dump."""
     from cachekd.dump.run import open_teacher
 
     skipping = data.model_copy(update={"on_error": "skip"})
@@ -143,7 +140,7 @@ def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOpti
 def as_dict(
     cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
 ) -> dict[str, Any]:
-    """For `--json`."""
+    """What scripts get."""
     from cachekd.dump.recheck import SHARES
 
     result: dict[str, Any] = {
@@ -164,7 +161,7 @@ def as_dict(
 
 
 def find_strays(cache: Path) -> list[Path]:
-    """What lies in the folder and is no part of the cache; nothing is known of it without a manifest."""
+    """Find what lies in the folder and is no part of the cache; without a manifest nothing is known of it."""
     from cachekd.cache.verify import strays
 
     try:
@@ -176,37 +173,32 @@ def find_strays(cache: Path) -> list[Path]:
 def print_result(
     cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
 ) -> None:
-    """What was wrong, what was done about it, and how sure one can be."""
+    """Print what was wrong, what was done about it, and how sure one can be."""
     from cachekd.cache import Manifest
 
     for line in done:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     if again is not None:
-        console.print("what was deleted is made again by the same dump:", highlight=False)
-        console.print(visible(again), markup=False, highlight=False, soft_wrap=True)
+        say(f"what was deleted is made again by the same dump:\n{visible(again)}")
         return
     for path in find_strays(cache)[:SHOWN]:
-        console.print(f"note: {path} is no part of the cache", markup=False, highlight=False, soft_wrap=True)
+        say(f"note: {path} is no part of the cache")
     for finding in found:
-        line = f"[bold red]{escape(str(finding.path))}[/] {escape(finding.problem)}"
-        errors.print(line, highlight=False, soft_wrap=True)
+        say_wrong(str(finding.path), finding.problem)
     if found:
-        errors.print(f"try: cachekd verify --repair {cache}", markup=False, highlight=False, soft_wrap=True)
+        say(f"try: cachekd verify --repair {cache}", errors)
         return
     manifest = Manifest.load(cache)
-    console.print(
+    say(
         f"{cache}: {len(manifest.shards):,} shards with {manifest.samples:,} samples and {manifest.tokens:,} "
-        "answer tokens are what was written",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        "answer tokens are what was written"
     )
     if live is not None:
         print_live(live)
 
 
 def print_live(live: Recheck) -> None:
-    """The teacher's word."""
+    """Print how far the cache is from what the teacher says now."""
     from cachekd.dump.recheck import SHARES
 
     rows = [
@@ -223,8 +215,7 @@ def print_live(live: Recheck) -> None:
     ]
     console.print(table("against the teacher", ("", "value"), rows))
     for mismatch in live.mismatches[:SHOWN]:
-        line = f"[bold red]{escape(repr(mismatch.key))}[/] {escape(mismatch.problem)}"
-        errors.print(line, highlight=False, soft_wrap=True)
+        say_wrong(repr(mismatch.key), mismatch.problem)
 
 
 def status_command(

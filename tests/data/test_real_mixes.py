@@ -180,7 +180,7 @@ def test_a_folder_of_one_json_is_that_file(tmp_path):
     samples = open_samples(tmp_path)
     assert samples[0].images[0].tobytes() == noise_image(3).tobytes()
     write_json(tmp_path / "val.json", records(["a"]))
-    with pytest.raises(CachekdError, match="several JSON files") as caught:
+    with pytest.raises(CachekdError, match="several data files") as caught:
         open_samples(tmp_path)
     assert "train.json, val.json" in str(caught.value)
 

@@ -23,10 +23,9 @@ from cachekd.cache.tail.encoder import (
     code_bytes,
     mass_surplus,
     sample_indices,
-    step_for,
     worth_keeping,
 )
-from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.tail.setting import Codes, TailSetting
 from cachekd.cache.tail.sketch import SHIFT_STEP, SketchTail, TailSketch
 from cachekd.errors import CachekdError
 
@@ -63,7 +62,7 @@ def coarsen(encoder: SketchEncoder, targets: TokenTargets, tail: TailSetting, wh
     Args:
         encoder: the sketch that there is.
         targets: a sample of its tokens, with codes; their cost is what a budget is compared with.
-        tail: a step, or a budget from which it is found.
+        tail: what chooses the new step.
         where: the cache, for error messages.
 
     Raises:
@@ -93,15 +92,17 @@ def _in_steps(sketch: TailSketch, coordinates: Tensor) -> Tensor:
 
 
 def _factor(encoder: SketchEncoder, steps: Tensor, tail: TailSetting, where: str) -> float:
-    if tail.step is not None:
-        if tail.step <= encoder.step:
-            raise _not_coarser(where, f"a step above {encoder.step:.6g} nats", f"{tail.step:g}")
-        return tail.step / encoder.step
-    present = code_bytes(steps, 1.0)
-    if tail.bytes is None or tail.bytes >= present:
-        asked = "exact" if tail.bytes is None else f"{tail.bytes:g} bytes"
-        raise _not_coarser(where, f"less than the {present:.1f} bytes that its codes take by now", asked)
-    return step_for(tail.bytes, steps, 1.0, 2.0**15)
+    factor = tail.step(Codes(steps, unit=encoder.step, least=1.0, most=2.0**15))
+    if factor <= 1:
+        raise CachekdError(
+            "the tail sketch cannot become finer than it is",
+            where=where,
+            expected=f"a step above {encoder.step:.6g} nats, or less than the "
+            f"{code_bytes(steps, 1.0):.1f} bytes that its codes take by now",
+            found=str(tail),
+            fix="ask for less, or dump again: what was rounded away only the teacher knows",
+        )
+    return factor
 
 
 def _coarser(encoder: SketchEncoder, steps: Tensor, kept: Tensor, factor: float) -> SketchEncoder:
@@ -120,16 +121,6 @@ def _coarser(encoder: SketchEncoder, steps: Tensor, kept: Tensor, factor: float)
     )
     return replace(
         encoder, sketch=sketch, step=encoder.step * factor, analysis=encoder.analysis[kept] / factor
-    )
-
-
-def _not_coarser(where: str, expected: str, found: str) -> CachekdError:
-    return CachekdError(
-        "the tail sketch cannot become finer than it is",
-        where=where,
-        expected=expected,
-        found=found,
-        fix="ask for less, or dump again: what was rounded away only the teacher knows",
     )
 
 

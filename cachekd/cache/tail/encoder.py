@@ -69,7 +69,9 @@ def code_bytes(y: Tensor, step: float) -> float:
 
 
 def step_for(budget: float, y: Tensor, low: float, high: float) -> float:
-    """The step between `low` and `high` at which the codes of `y` [N, C] cost `budget` bytes per token."""
+    """The step at which the codes of `y` [N, C] cost `budget` bytes per token, between `low` and `high`."""
+    if code_bytes(y, low) <= budget:
+        return low
     for _ in range(40):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if code_bytes(y, middle) > budget else (low, middle)

@@ -32,11 +32,10 @@ from cachekd.cache.tail.encoder import (
     code_bytes,
     mass_surplus,
     sample_indices,
-    step_for,
     to_steps,
     worth_keeping,
 )
-from cachekd.cache.tail.setting import BUDGET_NOISE, EXACT_NOISE, LEAST_NOISE, TailSetting
+from cachekd.cache.tail.setting import Codes, TailSetting
 from cachekd.cache.tail.sketch import SketchTail, TailSketch, with_shift_axis
 from cachekd.errors import CachekdError
 
@@ -144,7 +143,7 @@ def fit_sketch(
         head: the teacher's.
         states: at the calibration tokens, on any device.
         targets: what is kept of the same tokens besides.
-        tail: the step, or the budget from which it is found.
+        tail: what chooses the step.
 
     Raises:
         CachekdError: states that are not finite or do not fit the head.
@@ -156,7 +155,8 @@ def fit_sketch(
     unseen = held_out(hidden, metric.root)
     mean, axes = principal_axes(hidden, metric.root)
     y = along(axes, hidden, mean, metric.root)
-    step = max(_wanted_step(tail, metric, unseen), float(y.abs().max()) / FINEST)
+    step = tail.step(Codes(unseen, unit=1.0, least=1e-4, most=1e2, spread=metric.spread))
+    step = max(step, float(y.abs().max()) / FINEST)
     surplus = code_bytes(unseen, step) - code_bytes(y[set_apart(hidden)], step)
     use = worth_keeping(y, step)
     y, axes = y[:, use], axes[:, use]
@@ -176,21 +176,6 @@ def fit_sketch(
         surplus=surplus,
     )
     return _with_the_right_mass(encoder, states, targets)
-
-
-def _wanted_step(tail: TailSetting, metric: LogitMetric, unseen: Tensor) -> float:
-    """Nats: that was set, or from the budget.
-
-    Args:
-        unseen: of `held_out`, [n, d].
-    """
-    if tail.step is not None:
-        return tail.step
-    noise = BUDGET_NOISE  # of all axes together
-    if tail.exact:
-        noise = min(BUDGET_NOISE, max(LEAST_NOISE, EXACT_NOISE * metric.spread))
-    step = noise * (12 / unseen.shape[1]) ** 0.5
-    return step if tail.bytes is None else max(step, step_for(tail.bytes, unseen, 1e-4, 1e2))
 
 
 def _offset(head: OutputHead, metric: LogitMetric, mean: Tensor) -> Tensor:

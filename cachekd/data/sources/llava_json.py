@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,28 @@ from cachekd.data.records import RecordReader
 from cachekd.data.sample import DataNotes, Preview, Sample
 from cachekd.errors import CachekdError
 
+ReadFile = Callable[[Path], list[dict[str, Any]]]
 _FORM = 'a list of {"id", "image", "conversations"} objects, or such an object a line'
 
 
-class LlavaJsonSamples:
-    """A map-style data set over a file that holds a list of objects, or an object a line.
+class RecordFileSamples:
+    """A map-style data set over one file, whose records are all in memory.
 
     The keys are the field `id`, `key` or `__key__` of each record after its mapping (the first there is), or
     else its number.
 
     Args:
         path: the file.
-        reader: how records become samples; it is given each entry, as a dict.
+        read: reads its records, in order.
+        reader: how records become samples; it is given each record, as a dict.
 
     Raises:
-        CachekdError: the file cannot be read, is no list of objects, or has keys that are none.
+        CachekdError: the file cannot be read, or has keys that are none.
     """
 
-    def __init__(self, path: Path, reader: RecordReader) -> None:
+    def __init__(self, path: Path, read: ReadFile, reader: RecordReader) -> None:
         self.path, self._reader, self._origin = path, reader, str(path)
-        self._records = _read_records(path)
+        self._records = read(path)
         if reader.map is None:
             _refuse_wrapping(self._records, path)
         reader.require_image_fields(self._records, self._origin)
@@ -63,7 +65,12 @@ class LlavaJsonSamples:
         return self._reader.mapped(self._records[index], self.keys[index], self._origin)
 
 
-def _read_records(path: Path) -> list[dict[str, Any]]:
+def read_llava_json(path: Path) -> list[dict[str, Any]]:
+    """Read a list of objects, or an object a line.
+
+    Raises:
+        CachekdError: the file cannot be read, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a BOM
     except UnicodeDecodeError as error:
@@ -86,7 +93,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _objects(text: str, path: Path) -> list[Any]:
-    """Parse an object a line; or one over several lines."""
+    """Parse an object a line, or one object over several lines."""
     # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     try:
