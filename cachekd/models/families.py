@@ -73,7 +73,12 @@ def merge_windows(tower: Any, output: ModelOutput) -> nn.Module:
 
 
 def merge_deepstack(tower: Any, output: ModelOutput) -> nn.Module:
-    """An encoder that runs its own mergers on the last layer's patches and on every tap's."""
+    """Make an encoder that runs its own mergers on the last layer's patches and on every tap's.
+
+    Qwen3-VL sends the outputs of some earlier layers to the language model's first layers. These deepstack
+    features are part of what is switched: V's output holds, beside the last layer's patches, the patches of
+    each tapped layer, before P's mergers for them.
+    """
 
     def forward(_pixels: Tensor, **_kwargs: Any) -> ModelOutput:
         pairs = zip(tower.deepstack_merger_list, output.deepstack_features, strict=True)
