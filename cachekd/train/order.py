@@ -1,8 +1,8 @@
 """Which samples come when, and reading on from one epoch into the next.
 
-The order is a matter of seed and epoch alone, in every process and after resuming. accelerate tells its own random
-sampler which epoch begins, but not where a resumed run skips the batches that it has had and there are several
-processes: the rest of a later epoch then came from the first one's order.
+The order is a matter of seed and epoch alone, in every process and after resuming. accelerate tells its own
+random sampler which epoch begins, but not where a resumed run skips the batches that it has had and there are
+several processes: the rest of a later epoch then came from the first one's order.
 """
 
 from __future__ import annotations
