@@ -130,6 +130,7 @@ def lean_trainer(
         **{
             "per_device_train_batch_size": len(examples),
             "num_train_epochs": 1,
+            "lr_scheduler_type": "constant",  # as the naive trainer has it
             "save_strategy": "no",
             "logging_steps": 1,
             "dataloader_pin_memory": False,

@@ -31,4 +31,4 @@ def test_the_wheel_holds_the_library_and_the_command_and_no_generic_name(tmp_pat
         assert "cachekd = cachekd_cli.main:" in archive.read(entry_points).decode()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"cachekd", "cachekd_cli"}
-    assert "cachekd/templates/report.html.jinja" in names
+    assert "cachekd/report/templates/report.html.jinja" in names
