@@ -133,6 +133,7 @@ def lean_trainer(
             "lr_scheduler_type": "constant",  # as the naive trainer has it
             "save_strategy": "no",
             "logging_steps": 1,
+            "logging_first_step": False,  # an entry is the mean of all steps since the last one
             "dataloader_pin_memory": False,
             "train_sampling_strategy": "sequential",
             **(settings or {}),
