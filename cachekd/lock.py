@@ -117,6 +117,11 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name not in (LOCK_FILE, LEASE_FILE))
 
 
+def holds_something(path: Path) -> bool:
+    """Whether it is a file, or a folder that is not empty."""
+    return path.exists() and not (path.is_dir() and not entries(path))
+
+
 def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
     """Refuse to write into a folder that holds something.
 
@@ -127,7 +132,7 @@ def require_new_folder(path: Path, what: str, or_else: str = "") -> None:
     Raises:
         CachekdError: `path` exists and is not an empty folder.
     """
-    if path.exists() and not (path.is_dir() and not entries(path)):
+    if holds_something(path):
         raise CachekdError(
             f"the folder for the {what} already holds something",
             where=str(path),

@@ -6,16 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
 from cachekd.config.fields import COUNT
 from cachekd.errors import CachekdError, clipped
-
-if TYPE_CHECKING:
-    pass
 
 
 class Config(BaseModel):
@@ -219,15 +216,6 @@ class YamlFile:
                         node, line = value, key.start_mark.line + 1
                         break
         return str(self.path) if line is None else f"{self.path}, line {line}"
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
-
-    Raises:
-        CachekdError: as `YamlFile.read`.
-    """
-    return YamlFile.read(path).values
 
 
 class _EachOnce(yaml.SafeLoader):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,6 @@ from cachekd.config.data import DataOptions
 from cachekd.config.dump import DumpConfig
 from cachekd.config.fields import CacheName, ModelName, SwitchBridge
 from cachekd.config.train import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 class CheckConfig(DataOptions):

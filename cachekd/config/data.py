@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from cachekd.config.base import Config, read_config
-from cachekd.config.fields import TooLong as TooLong
+from cachekd.config.fields import TooLong
 from cachekd.paths import LocalPath, PathOrName
 
 OnError = Literal["stop", "skip"]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from cachekd.config.data import DataOptions
 from cachekd.config.fields import CALIBRATION_TOKENS, DEFAULT_TAIL, EXACT, KEPT, Dtype, ModelName, Workers
 from cachekd.paths import LocalPath
-
-if TYPE_CHECKING:
-    pass
 
 
 class DumpConfig(DataOptions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -10,9 +10,6 @@ from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import Dtype, History, Workers
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName
-
-if TYPE_CHECKING:
-    pass
 
 
 class EvalConfig(DataOptions):

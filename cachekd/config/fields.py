@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from cachekd.paths import PathOrName
-
-if TYPE_CHECKING:
-    pass
-
 
 EXACT = 2**53  # what every JSON reader holds exactly
 COUNT = 2**32 - 1  # of whole numbers in settings: numpy's largest seed, and far beyond any count

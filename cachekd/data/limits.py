@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cachekd.config.data import TooLong
+from cachekd.config.fields import TooLong
 from cachekd.data.sample import Sample
 from cachekd.errors import BadSample, LeftOut
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cachekd.config.data import TooLong
+from cachekd.config.fields import TooLong
 from cachekd.data.limits import MAX_TOKENS, Limits
 from cachekd.errors import CachekdError
 from cachekd.models.families import GRID, Family, family_of, vision_tower_name

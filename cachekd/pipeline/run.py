@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
-from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries
+from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, holds_something
 from cachekd.models.memory import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
@@ -178,7 +178,7 @@ def _require_whole(states: list[StepState]) -> None:
 
 def _require_no_other(step: PlannedStep) -> None:
     """Refuse to move or to write over what a pipeline did not make."""
-    if step.out.exists() and (not step.out.is_dir() or entries(step.out)):
+    if holds_something(step.out):
         _refuse(
             step,
             "its folder holds something that this pipeline did not make",

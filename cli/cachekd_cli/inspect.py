@@ -72,17 +72,17 @@ def inspect_command(
 
 def print_summary(summary: CacheSummary) -> None:
     """Print the summary in the terminal."""
-    from cachekd.cache import overview as describe
+    from cachekd.cache import overview
 
     manifest = summary.manifest
-    facts(f"cache {summary.path}", describe.headline(summary).items())
-    facts("where it comes from", describe.origin(manifest).items())
-    bars("bytes in the shards", describe.part_bars(summary), summary.tokens)
-    bars("k: logprobs kept per token", describe.k_bars(summary.k))
-    title = f"entropy, nats ({describe.measured_at(summary.entropy, summary.tokens)})"
-    bars(title, describe.entropy_bars(summary.entropy))
+    facts(f"cache {summary.path}", overview.headline(summary).items())
+    facts("where it comes from", overview.origin(manifest).items())
+    bars("bytes in the shards", overview.part_bars(summary), summary.tokens)
+    bars("k: logprobs kept per token", overview.k_bars(summary.k))
+    title = f"entropy, nats ({overview.measured_at(summary.entropy, summary.tokens)})"
+    bars(title, overview.entropy_bars(summary.entropy))
     console.print(shard_table(summary.shards))
-    facts("fingerprints (sha256)", describe.fingerprints(manifest).items())
+    facts("fingerprints (sha256)", overview.fingerprints(manifest).items())
 
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
-from cachekd.config.base import read_yaml
+from cachekd.config.base import YamlFile
 from cachekd.errors import CachekdError
 from cachekd.pipeline import read_pipeline
 
@@ -96,7 +96,7 @@ def test_every_mistake_within_a_setting_of_a_pipeline_is_shown(tmp_path):
 )
 def test_a_name_that_stands_twice_is_refused(tmp_path, text, name, line, before):
     path = written(tmp_path, text)
-    for read in (read_yaml, read_pipeline):
+    for read in (YamlFile.read, read_pipeline):
         with pytest.raises(CachekdError, match="given twice") as caught:
             read(path)
         assert repr(name) in caught.value.problem
@@ -106,7 +106,7 @@ def test_a_name_that_stands_twice_is_refused(tmp_path, text, name, line, before)
 
 def test_merged_mappings_may_overwrite(tmp_path):
     text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, y: 4}\n"
-    assert read_yaml(written(tmp_path, text))["c"] == {"x": 1, "y": 4}
+    assert YamlFile.read(written(tmp_path, text)).values["c"] == {"x": 1, "y": 4}
 
 
 def test_a_dump_is_read_in_the_same_way(tmp_path):

@@ -21,8 +21,7 @@ from tiny import checked, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
-from cachekd.cache import Geometry, LogitCache, Manifest, select_topk, verify_files
-from cachekd.cache import overview as describe
+from cachekd.cache import Geometry, LogitCache, Manifest, overview, select_topk, verify_files
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
 from cachekd.cache.status import dump_status
@@ -372,7 +371,7 @@ def test_every_page_gives_the_same_bytes_per_token(cache_path, run_path):
     figure = f"{shards / tokens:,.1f} in the shards, {(shards + sketch) / tokens:,.1f} with the tail sketch"
     assert figure in dataset_card(manifest, "org/name", None)
     summary = summarise(cache_path)
-    assert describe.headline(summary)["bytes per token"] == figure
+    assert overview.headline(summary)["bytes per token"] == figure
     assert summary.bytes_per_token == shards / tokens
     assert squeezed(figure) in squeezed(invoke("inspect", cache_path).output)
     run = read_run(run_path)
@@ -384,7 +383,7 @@ def test_the_dumps_summary_gives_it_too(cache_path, teacher_path, data_path):
     arguments = ["dump", "--teacher", teacher_path, "--data", data_path, "--out", cache_path]
     result = invoke(*arguments, "--batch-size", 4)  # finished: it only says what there is
     assert result.exit_code == 0, result.exception
-    figure = describe.headline(summarise(cache_path))["bytes per token"]
+    figure = overview.headline(summarise(cache_path))["bytes per token"]
     assert squeezed(figure) in squeezed(result.output)
 
 

@@ -13,8 +13,7 @@ from tiny import checked, save_vlm, tiny_processor
 from tiny_families import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
-from cachekd.cache import LogitCache, Manifest
-from cachekd.cache import overview as describe
+from cachekd.cache import LogitCache, Manifest, overview
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.check.match import check_cache
@@ -114,11 +113,11 @@ def test_of_an_older_cache_the_encoding_is_not_known(silent, right, models, halv
 def test_it_is_shown(right, models, halves):
     manifest = Manifest.load(right)
     found = manifest.fingerprints.encoding
-    assert describe.fingerprints(manifest)["encoding"] == found
+    assert overview.fingerprints(manifest)["encoding"] == found
     assert found in dataset_card(manifest, "org/c", None)
     unknown = manifest.fingerprints.model_copy(update={"encoding": None})
     unknown_manifest = manifest.model_copy(update={"fingerprints": unknown})
-    assert "encoding" not in describe.fingerprints(unknown_manifest)
+    assert "encoding" not in overview.fingerprints(unknown_manifest)
     assert "encoding" not in json.dumps(unknown.model_dump())
     report = checked(str(models[0]), str(models[1]), str(halves[1]), cache=right)
     assert {row.name: row.state for row in report.rows}["encoding"] == "ok"

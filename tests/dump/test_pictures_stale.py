@@ -21,8 +21,7 @@ from tiny import (
 )
 from typer.testing import CliRunner
 
-from cachekd.cache import LogitCache, Manifest
-from cachekd.cache import overview as describe
+from cachekd.cache import LogitCache, Manifest, overview
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.sealed import is_canonical
 from cachekd.check.match import check_sample
@@ -163,8 +162,8 @@ def test_what_is_not_known_is_not_written(unrecorded, old):
     manifest = Manifest.load(unrecorded)
     assert manifest.fingerprints.image_reading is None
     assert manifest.to_json() == (unrecorded / "manifest.json").read_bytes()
-    assert "image reading" not in describe.fingerprints(manifest)
-    assert describe.fingerprints(Manifest.load(old))["image reading"] == "1"
+    assert "image reading" not in overview.fingerprints(manifest)
+    assert overview.fingerprints(Manifest.load(old))["image reading"] == "1"
     processor = tiny_processor()
     assert image_reading(processor) == READING
     assert image_reading(TextProcessor(processor.tokenizer)) is None  # a language model sees none

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from cachekd.cache.tail.sketch import read_sketch
 from cachekd.config import DataOptions
-from cachekd.config.base import read_yaml
+from cachekd.config.base import YamlFile
 from cachekd.config.train import PARTS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
@@ -264,7 +264,7 @@ def test_the_demos_pipeline_is_the_demo(monkeypatch):
     steps = {
         step.name: step.config for step in plan_steps(read_pipeline(Path("examples/easy_vqa/pipeline.yaml")))
     }
-    recipe = read_yaml(Path("examples/easy_vqa/recipe.yaml"))
+    recipe = YamlFile.read(Path("examples/easy_vqa/recipe.yaml")).values
     for name in ("ce", "switch-kd"):
         assert {setting: getattr(steps[name], setting) for setting in recipe} == recipe
     assert steps["ce"].student == steps["switch-kd"].student == "runs/easy-vqa/student"

@@ -11,7 +11,7 @@ def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dic
         "student": str(student_path),
         "teacher": str(teacher_path),
         "data": str(data_path),
-        "cache": cache_path,
+        "cache": str(cache_path),
         "out": tmp_path / "run",
         "batch_size": 4,
         "epochs": 2,

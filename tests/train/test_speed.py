@@ -20,8 +20,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples, rough_lengths
 from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
-from cachekd.train import callbacks as data_wait
-from cachekd.train import train
+from cachekd.train import callbacks, train
 from cachekd.train.arguments import default_workers
 from cachekd.train.callbacks import DataWait
 from cachekd.train.open import make_trainer
@@ -369,9 +368,9 @@ def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypa
         return real(self, index)
 
     monkeypatch.setattr(TrainingSamples, "_example", late)
-    monkeypatch.setattr(data_wait, "FEWEST_STEPS", 4)
-    monkeypatch.setattr(data_wait, "SHORTEST", 0.5)
-    monkeypatch.setattr(data_wait, "usable_cores", lambda: 8)
+    monkeypatch.setattr(callbacks, "FEWEST_STEPS", 4)
+    monkeypatch.setattr(callbacks, "SHORTEST", 0.5)
+    monkeypatch.setattr(callbacks, "usable_cores", lambda: 8)
     with caplog.at_level("WARNING", logger="cachekd.train.run"):
         summary = train(TrainConfig(**settings | {"epochs": 1, "batch_size": 3}))
     run = json.loads((settings["out"] / RUN_FILE).read_text())
@@ -383,8 +382,8 @@ def test_data_that_comes_late_is_logged_and_warned_of(settings, caplog, monkeypa
 
 def test_no_more_workers_are_advised_than_there_are_cores(monkeypatch):
     def advised(workers: int, cores: int, **changed: float) -> str | None:
-        monkeypatch.setattr(data_wait, "usable_cores", lambda: cores)
-        return data_wait.advice(**{"share": 0.3, "workers": workers, "steps": 100, "seconds": 60.0} | changed)
+        monkeypatch.setattr(callbacks, "usable_cores", lambda: cores)
+        return callbacks.advice(**{"share": 0.3, "workers": workers, "steps": 100, "seconds": 60.0} | changed)
 
     assert "--workers 4 reads" in str(advised(2, 8))
     assert "--workers 3 reads" in str(advised(2, 4))
@@ -398,6 +397,6 @@ def test_no_more_workers_are_advised_than_there_are_cores(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="cores are bound on Linux")
 def test_cores_are_those_that_this_process_may_run_on(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3, 5, 6})
-    assert data_wait.usable_cores() == 4
+    assert callbacks.usable_cores() == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert data_wait.usable_cores() == 1
+    assert callbacks.usable_cores() == 1

@@ -34,17 +34,8 @@ TRAINED = {"dpt": {"projector"}, "sft": {"projector", "language_model"}, "dft": 
 
 
 @pytest.fixture
-def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dict:
-    return {
-        "student": str(student_path),
-        "teacher": str(teacher_path),
-        "data": str(data_path),
-        "cache": cache_path,
-        "out": tmp_path / "run",
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
+def settings(settings) -> dict:
+    return settings | {"epochs": 1}
 
 
 def changed_parts(before: Path, after: Path) -> tuple[set[str], set[str]]:

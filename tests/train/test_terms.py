@@ -32,17 +32,8 @@ from cachekd.train.terms import LossTerms
 
 
 @pytest.fixture
-def settings(tmp_path, student_path, teacher_path, data_path, cache_path) -> dict:
-    return {
-        "student": str(student_path),
-        "teacher": str(teacher_path),
-        "data": str(data_path),
-        "cache": str(cache_path),
-        "out": tmp_path / "run",
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-    }
+def settings(settings) -> dict:
+    return settings | {"epochs": 1}
 
 
 def forward_kl(logits, targets, *, temperature, **_kneedle):
