@@ -1,4 +1,4 @@
-"""Files that are whole on the disk or not there, and what a failed write says."""
+"""Files that are whole on the disk or not there."""
 
 from __future__ import annotations
 
@@ -16,21 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cachekd.errors import CachekdError, FailedWrite
+from cachekd.errors import CachekdError, cannot_write
 from cachekd.paths import address_of
 
-_FIXES = {
-    errno.ENOSPC: "free some space, then run the same command again: what is finished stays",
-    errno.EDQUOT: "free some of your quota, then run the same command again: what is finished stays",
-    errno.EROFS: "choose an --out on a file system that can be written",
-    errno.EISDIR: "name the file, as in FOLDER/name",
-    errno.ENOTDIR: "choose another folder",
-    errno.ENOENT: "choose an --out where files can be made",
-    errno.EACCES: "choose an --out that you may write to, or change its permissions",
-}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-# What safetensors and tokenizers say of a failed write, whose errors are no OSErrors; the others are torch's.
-_NO_WRITE = ("(os error ", "iostream error", "inline_container", "PytorchStreamWriter")
 _DAY = 86_400.0
 
 
@@ -258,46 +246,3 @@ def _alive(process: int) -> bool:
     except OSError:
         pass  # alive, and someone else's
     return True
-
-
-def cannot_write(path: Path, error: OSError) -> FailedWrite:
-    """What to tell the user of a failed write."""
-    return FailedWrite(
-        "a file cannot be written",
-        where=str(path),
-        found=error.strerror or str(error),
-        fix=_FIXES.get(error.errno or 0, "mend what the system says, then run the same command again"),
-    )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Say a failed write of whatever library as our own.
-
-    Raises:
-        FailedWrite: `path` could not be written.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, CachekdError) or not is_failed_write(error):
-            raise
-        failed = error if isinstance(error, OSError) else OSError(0, what_failed(error))
-        raise cannot_write(path, failed) from error
-
-
-def is_failed_write(error: Exception) -> bool:
-    """Whether a file could not be written, whoever wrote it; in a block that does nothing but write."""
-    return isinstance(error, (OSError, FailedWrite)) or any(said in str(error) for said in _NO_WRITE)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Whether it can be nothing but a disk that is full or read-only, in whatever block it came up."""
-    return isinstance(error, OSError) and error.errno in _FULL
-
-
-def what_failed(error: BaseException) -> str:
-    """Say it in a line, for the message of a larger failure."""
-    if isinstance(error, FailedWrite):
-        return f"{error.where}: {error.found}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]

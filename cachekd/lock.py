@@ -20,7 +20,6 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
 
 from cachekd.atomic import (
-    cannot_write,
     make_folder,
     refuse_address,
     remove_stale,
@@ -28,7 +27,7 @@ from cachekd.atomic import (
     sync_folder,
     temporary_name,
 )
-from cachekd.errors import CachekdError, FailedWrite
+from cachekd.errors import CachekdError, FailedWrite, cannot_write
 
 LOCK_FILE, LEASE_FILE = ".cachekd.lock", ".cachekd.lease"
 

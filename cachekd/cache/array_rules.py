@@ -1,7 +1,12 @@
-"""What each array of a file must be: type, shape and values, by its name. Reading and `verify` share this."""
+"""What each array of a file must be: its Zarr metadata, and by its name its type, shape and values.
+
+Reading and `verify` share this.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -9,9 +14,91 @@ import numpy as np
 from numpy.typing import NDArray
 
 POSITIVE = float(np.nextafter(0.0, 1.0))  # the least number above zero
+MOST_METADATA = 2**16  # bytes; ours have some 700
+_TYPES = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in ("uint8", "uint16", "uint32", "int16", "float32", "float64")
+}
+NUMBERS = ["numcodecs.pcodec", "crc32c"]  # of more than a byte
+BYTES = ["bytes", "blosc", "crc32c"]
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 MOST_CODE = 2**15 - 1  # codes are cut to plus and minus this: int16 has no +32,768
 Size = str | int
 Sizes = Mapping[str, int]
+
+
+class ArrayMetadata(NamedTuple):
+    """What is said of one array; it is in one chunk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes once decoded; a Python integer, so that nothing overflows."""
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def read_group(content: bytes) -> dict[str, Any]:
+    """The attributes in a group's zarr.json.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    values = _object(content)
+    if (values.get("zarr_format"), values.get("node_type")) != (3, "group"):
+        raise ValueError("not a Zarr v3 group")
+    attributes = values.get("attributes")
+    if not isinstance(attributes, dict):
+        raise ValueError("a group without attributes")
+    return attributes
+
+
+@functools.lru_cache(maxsize=256)  # small shards have the same ones over and over
+def read_array(name: str, content: bytes) -> ArrayMetadata:
+    """What an array's zarr.json says.
+
+    Raises:
+        ValueError: it is no such thing, or not as the format has it.
+    """
+    values = _object(content)
+    if (values.get("zarr_format"), values.get("node_type")) != (3, "array"):
+        raise ValueError(f"{name} is not an array")
+    shape, dtype = values.get("shape"), _TYPES.get(str(values.get("data_type")))
+    if not isinstance(shape, list) or len(shape) not in (1, 2) or not all(map(_is_length, shape)):
+        raise ValueError(f"{name} has shape {str(shape)[:80]}")
+    if dtype is None:
+        raise ValueError(f"{name} is of type {str(values.get('data_type'))[:80]}")
+    expected = NUMBERS if dtype.itemsize > 1 else BYTES
+    chunk = {"name": "regular", "configuration": {"chunk_shape": [max(1, length) for length in shape]}}
+    if (found := _names(values.get("codecs"))) != expected:
+        raise ValueError(f"{name} has codecs {str(found)[:80]}, expected {expected}")
+    if values.get("chunk_grid") != chunk or values.get("chunk_key_encoding") != _KEYS:
+        raise ValueError(f"{name} is not in one chunk")
+    if values.get("storage_transformers"):
+        raise ValueError(f"{name} has storage transformers")
+    return ArrayMetadata(tuple(shape), dtype)
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    if len(content) > MOST_METADATA:
+        raise ValueError(f"a zarr.json of {len(content):,} bytes")
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("a zarr.json that is not an object")
+    return values
+
+
+def _names(codecs: Any) -> list[Any]:
+    listed = codecs if isinstance(codecs, list) else []
+    return [codec.get("name") if isinstance(codec, dict) else codec for codec in listed]
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
 
 
 class ArrayRule(NamedTuple):

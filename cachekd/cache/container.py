@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 import struct
 import warnings
 import zipfile
@@ -22,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import zarr
@@ -36,24 +35,23 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from cachekd.atomic import read_plain, require_plain
-from cachekd.cache.array_rules import ArrayRule, require_form, require_values
+from cachekd.cache.array_rules import (
+    ArrayMetadata,
+    ArrayRule,
+    read_array,
+    read_group,
+    require_form,
+    require_values,
+)
 from cachekd.cache.sealed import RESTORE
 from cachekd.errors import CachekdError
 
 MOST_DECODED = 2**33  # bytes that one file's arrays may take
-MOST_METADATA = 2**16  # bytes; ours have some 700
 MOST_DIRECTORY = 2**16  # bytes of a zip's list of members; ours have some 2,000
 _FREE = 2**24  # bytes that any file may decode to
 _MOST_RATIO = 2**12  # decoded over stored bytes, beyond that
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 _PAGE = 2**18  # PCodec's own limit for numbers that share a table
-_TYPES = {
-    name: np.dtype(name).newbyteorder("<")
-    for name in ("uint8", "uint16", "uint32", "int16", "float32", "float64")
-}
-NUMBERS = ["numcodecs.pcodec", "crc32c"]  # of more than a byte
-BYTES = ["bytes", "blosc", "crc32c"]
-_KEYS = {"name": "default", "configuration": {"separator": "/"}}
 
 
 def pack_arrays(arrays: dict[str, NDArray], attributes: dict[str, Any]) -> bytes:
@@ -226,80 +224,6 @@ def _read(name: str, array: ArrayMetadata, members: Mapping[str, bytes]) -> NDAr
             raise ValueError(f"{key} does not hold {values.size:,} bytes")
         Blosc().decode(body, out=values)
     return values
-
-
-class ArrayMetadata(NamedTuple):
-    """What is said of one array; it is in one chunk."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Its bytes once decoded; a Python integer, so that nothing overflows."""
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
-
-
-def read_group(content: bytes) -> dict[str, Any]:
-    """The attributes in a group's zarr.json.
-
-    Raises:
-        ValueError: it is no such thing.
-    """
-    values = _object(content)
-    if (values.get("zarr_format"), values.get("node_type")) != (3, "group"):
-        raise ValueError("not a Zarr v3 group")
-    attributes = values.get("attributes")
-    if not isinstance(attributes, dict):
-        raise ValueError("a group without attributes")
-    return attributes
-
-
-@functools.lru_cache(maxsize=256)  # small shards have the same ones over and over
-def read_array(name: str, content: bytes) -> ArrayMetadata:
-    """What an array's zarr.json says.
-
-    Raises:
-        ValueError: it is no such thing, or not as the format has it.
-    """
-    values = _object(content)
-    if (values.get("zarr_format"), values.get("node_type")) != (3, "array"):
-        raise ValueError(f"{name} is not an array")
-    shape, dtype = values.get("shape"), _TYPES.get(str(values.get("data_type")))
-    if not isinstance(shape, list) or len(shape) not in (1, 2) or not all(map(_is_length, shape)):
-        raise ValueError(f"{name} has shape {str(shape)[:80]}")
-    if dtype is None:
-        raise ValueError(f"{name} is of type {str(values.get('data_type'))[:80]}")
-    expected = NUMBERS if dtype.itemsize > 1 else BYTES
-    chunk = {"name": "regular", "configuration": {"chunk_shape": [max(1, length) for length in shape]}}
-    if (found := _names(values.get("codecs"))) != expected:
-        raise ValueError(f"{name} has codecs {str(found)[:80]}, expected {expected}")
-    if values.get("chunk_grid") != chunk or values.get("chunk_key_encoding") != _KEYS:
-        raise ValueError(f"{name} is not in one chunk")
-    if values.get("storage_transformers"):
-        raise ValueError(f"{name} has storage transformers")
-    return ArrayMetadata(tuple(shape), dtype)
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    if len(content) > MOST_METADATA:
-        raise ValueError(f"a zarr.json of {len(content):,} bytes")
-    values = json.loads(content)
-    if not isinstance(values, dict):
-        raise ValueError("a zarr.json that is not an object")
-    return values
-
-
-def _names(codecs: Any) -> list[Any]:
-    listed = codecs if isinstance(codecs, list) else []
-    return [codec.get("name") if isinstance(codec, dict) else codec for codec in listed]
-
-
-def _is_length(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
 
 
 def require_plausible(decoded: int, stored: int) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
-from cachekd.cache.layout import require_manifest
+from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE, require_manifest
 from cachekd.cache.sealed import LATER, Count, Part, Positive, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.cache.source import Source, require_spans
 from cachekd.config.fields import EXACT, KEPT
@@ -137,6 +137,19 @@ class SkippedInfo(Part):
     sha256: str
 
 
+class ListedFile(NamedTuple):
+    """A file that a manifest lists.
+
+    Attributes:
+        name: its path in the cache.
+        bytes, sha256: of its content.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 class Derivation(Part):
     """A step by which a cache was made of others, without a teacher."""
 
@@ -220,6 +233,18 @@ class Manifest(Header):
     def sketch_bytes(self) -> int:
         """Bytes of the tail sketches."""
         return sum(sketch.bytes for sketch in self.sketches)
+
+    @property
+    def files(self) -> list[ListedFile]:
+        """All that a reader needs beside the manifest: shards, tail sketches, skipped.jsonl.
+
+        A finished dump's plan and records are no part of it. Names cannot lead out of a folder.
+        """
+        found = [ListedFile(f"{SHARD_FOLDER}/{info.name}", info.bytes, info.sha256) for info in self.shards]
+        found += [ListedFile(info.name, info.bytes, info.sha256) for info in self.sketches]
+        if self.skipped is not None:
+            found.append(ListedFile(SKIPPED_FILE, self.skipped.bytes, self.skipped.sha256))
+        return found
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:

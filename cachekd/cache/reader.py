@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
-from cachekd.cache.layout import SHARD_FOLDER
-from cachekd.cache.manifest import Manifest
+from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE
+from cachekd.cache.manifest import ListedFile, Manifest
 from cachekd.cache.sealed import RESTORE
 from cachekd.cache.shard import Shard, read_codes, read_keys, read_shard
 from cachekd.cache.shard_rules import Counts
@@ -83,6 +83,30 @@ def listed_sketch(path: Path, manifest: Manifest, number: int | None) -> TailSke
     return read_sketch(path / info.name, info.sha256, (info.axes, manifest.teacher.vocab_size))
 
 
+def require_sizes(path: Path, files: Sequence[ListedFile], what: str, fix: str) -> None:
+    """Refuse a cache whose files are missing or of other sizes.
+
+    Args:
+        path: the cache.
+        what: such a file is called.
+        fix: what brings it back.
+
+    Raises:
+        CachekdError: the first of them.
+    """
+    for file in files:
+        place = path / file.name
+        found = place.stat().st_size if place.is_file() else None
+        if found != file.bytes:
+            raise CachekdError(
+                f"{what} is missing" if found is None else f"{what} was cut short or changed",
+                where=str(place),
+                expected=f"{file.bytes:,} bytes",
+                found="no file" if found is None else f"{found:,} bytes",
+                fix=fix,
+            )
+
+
 class LogitCache:
     """A cache of teacher logits; a mapping from sample keys to `CachedTargets`.
 
@@ -100,7 +124,8 @@ class LogitCache:
         self.manifest = Manifest.load(self.path)
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._kept_bytes = 0  # by these
-        self._check_sizes()
+        read = [file for file in self.manifest.files if file.name != SKIPPED_FILE]
+        require_sizes(self.path, read, "a file", RESTORE)
         paths = (self.path / SHARD_FOLDER / info.name for info in self.manifest.shards)
         self._keys: KeyIndex | RenamedKeys = KeyIndex(map(read_keys, paths))
 
@@ -237,17 +262,3 @@ class LogitCache:
         if number in self._decoded:
             return self._decoded[number]
         return listed_shard(self.path, self.manifest, number)
-
-    def _check_sizes(self) -> None:
-        shards = [(self.path / SHARD_FOLDER / info.name, info.bytes) for info in self.manifest.shards]
-        sketches = [(self.path / info.name, info.bytes) for info in self.manifest.sketches]
-        for path, size in (*shards, *sketches):
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise CachekdError(
-                    "a file is missing" if found is None else "a file was cut short or changed",
-                    where=str(path),
-                    expected=f"{size:,} bytes",
-                    found="no file" if found is None else f"{found:,} bytes",
-                    fix=RESTORE,
-                )

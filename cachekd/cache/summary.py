@@ -16,13 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from cachekd.cache.container import damaged
-from cachekd.cache.entropy import entropy, entropy_bounds
 from cachekd.cache.layout import SHARD_FOLDER
 from cachekd.cache.manifest import Manifest, ShardInfo
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import listed_shard, listed_sketch
 from cachekd.cache.sealed import Part
-from cachekd.cache.targets import CachedTargets, UniformTail
+from cachekd.cache.targets import CachedTargets, UniformTail, entropy, entropy_bounds
 from cachekd.errors import CachekdError
 
 ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core

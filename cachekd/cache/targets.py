@@ -1,4 +1,4 @@
-"""Cached targets, as a loss asks for them; with one tail sketch, or a merged cache's several."""
+"""Cached targets, as a loss asks for them: with one tail sketch, or a merged cache's several. Their entropy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cachekd.cache.tail.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
 from cachekd.losses.kneedle import widest
 
+BLOCK = 2**24  # logprobs that are rebuilt at a time: 64 MB
 _NOWHERE = 2**31 - 1  # an id that no token has
 _MOST_PADDED = 2**29  # entries, 12 bytes each: one token of 65,535 must not make a million rows as long
 
@@ -253,3 +254,39 @@ def _join(tails: list[Tail]) -> Tail:
     if uniform:
         return uniform[0].cat(uniform[1:])
     return join_sketch_tails([tail for tail in tails if not isinstance(tail, UniformTail)])
+
+
+def entropy(targets: CachedTargets) -> Tensor:
+    """[N] float64, nats, of the rebuilt distributions; with a tail sketch at the price of rebuilding them."""
+    if isinstance(targets.tail, UniformTail):
+        return entropy_bounds(targets)[1]
+    parts = [entropy_of(targets.select(rows).everywhere()) for rows in rows_of(targets)]
+    return torch.cat(parts).double() if parts else torch.empty(0, dtype=torch.float64)
+
+
+def entropy_bounds(targets: CachedTargets) -> tuple[Tensor, Tensor]:
+    """Between what the entropy of each token's distribution lies, from the kept entries alone.
+
+    Returns:
+        [N] float64, nats, twice. Least: all that is not kept is one more id. Most: it is spread evenly, as
+        `UniformTail` has it, whose entropy this is exactly.
+    """
+    kept = targets.logprobs.double().exp()
+    beyond = (1 - kept.sum(-1)).clamp(min=0)
+    least = (torch.special.entr(kept).sum(-1) + torch.special.entr(beyond)).clamp(min=0)
+    others = (targets.vocab_size - targets.k).clamp(min=1).double()
+    return least, least + beyond * others.log()
+
+
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """[N] nats, from rebuilt logprobs [N, V], which need not be quite normalised."""
+    # A row of 152 k takes one exp and two passes this way, and softmax, log and product another.
+    centred = (logprobs - logprobs.amax(-1, keepdim=True)).clamp_(min=-1e4)  # -inf times 0 is not 0
+    weights = centred.exp()
+    mass = weights.sum(-1)
+    return mass.log() - torch.einsum("nv,nv->n", weights, centred) / mass
+
+
+def rows_of(targets: CachedTargets) -> tuple[Tensor, ...]:
+    """All tokens' indices, in runs whose logprobs over the whole vocabulary fit into memory."""
+    return torch.arange(len(targets)).split(max(1, BLOCK // targets.vocab_size))

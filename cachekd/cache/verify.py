@@ -12,7 +12,7 @@ from pathlib import Path
 from cachekd.atomic import read_plain, require_plain
 from cachekd.cache.container import MOST_DECODED
 from cachekd.cache.layout import DUMP_FOLDER, FINISHED_NAME, PLAN_FILE, SHARD_FOLDER, SKIPPED_FILE, shard_name
-from cachekd.cache.manifest import Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import ListedFile, Manifest, ShardInfo, SketchInfo
 from cachekd.cache.plan import DumpPlan, FinishedShard, SkippedSamples, plan_under, read_skipped
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import MOST_JSON, is_canonical
@@ -130,10 +130,7 @@ def strays(path: Path) -> list[Path]:
     """
     manifest = Manifest.load(path)
     known = {path / MANIFEST_FILE, path / SHARD_FOLDER, path / DUMP_FOLDER} | files_there(path)
-    known |= {path / SHARD_FOLDER / info.name for info in manifest.shards}
-    known |= {path / sketch.name for sketch in manifest.sketches}
-    if manifest.skipped is not None:
-        known.add(path / SKIPPED_FILE)
+    known |= {path / file.name for file in manifest.files}
     found = [*path.iterdir(), *(path / SHARD_FOLDER).glob("*"), *(path / DUMP_FOLDER).glob("*")]
     return sorted(set(found) - known)
 
@@ -185,7 +182,7 @@ def _of_shard(
 
 
 def problem_of(
-    file: Path, info: ShardInfo | SketchInfo, progress: Progress = lambda done: None
+    file: Path, info: ShardInfo | SketchInfo | ListedFile, progress: Progress = lambda done: None
 ) -> str | None:
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0

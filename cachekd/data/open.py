@@ -13,7 +13,7 @@ from cachekd.config import Data, DataOptions
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import ReadFile, RecordFileSamples, read_llava_json
-from cachekd.data.sources.urls import find_tars, is_tar
+from cachekd.data.sources.tars import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, is_url, split_query, what_is_there

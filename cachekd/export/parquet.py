@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from cachekd.atomic import cannot_write, commit, make_folder
+from cachekd.atomic import commit, make_folder
 from cachekd.cache import LogitCache
+from cachekd.errors import cannot_write
 from cachekd.export.sparse import open_cache, ragged
 from cachekd.lock import staged_folder
 

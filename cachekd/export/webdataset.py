@@ -11,10 +11,10 @@ from urllib.parse import quote
 
 import numpy as np
 
-from cachekd.atomic import cannot_write, commit
+from cachekd.atomic import commit
 from cachekd.cache import LogitCache
 from cachekd.data import Sample, Samples
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, cannot_write
 from cachekd.export.parquet import EXPORT_FILE, export_header
 from cachekd.export.sparse import SparseTargets, open_cache
 from cachekd.lock import staged_folder

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -19,16 +16,16 @@ from fsspec.core import url_to_fs
 from fsspec.spec import AbstractFileSystem
 
 from cachekd.atomic import commit_first, is_stale, is_temporary, temporary_name
+from cachekd.cache.manifest import ListedFile
 from cachekd.errors import CachekdError
-from cachekd.hub.transfer import Listed, Moved, Progress, not_listed, reach
+from cachekd.hub.store import Moved, Progress, Store
 
 T = TypeVar("T")
-_AT_A_TIME = 4
 _BLOCK = 2**23
 
 
-class FsspecStore:
-    """See `cachekd.hub.store.Store`. How a file gets its name: see `_PUT`.
+class FsspecStore(Store):
+    """How a file gets its name: see `_PUT`.
 
     Args:
         url: of the folder; it does not have to exist.
@@ -36,11 +33,11 @@ class FsspecStore:
     """
 
     def __init__(self, url: str, timeout: float) -> None:
-        self.url, self._timeout = url.rstrip("/"), timeout
+        super().__init__(url.rstrip("/"), timeout)
         options = _OPTIONS.get(url.partition("://")[0], lambda timeout: {})(timeout)
         # An instance of our own, because of what is set in it.
         self._fs, root = url_to_fs(self.url, skip_instance_cache=True, **options)
-        self._root = root.rstrip("/")
+        self._root, self.rechecks = root.rstrip("/"), self._fs.async_impl
         self._kind = self._fs.protocol if isinstance(self._fs.protocol, str) else self._fs.protocol[0]
         self._get: Callable[..., Any] = self._fs.get_file
         if self._kind == "s3":
@@ -60,64 +57,23 @@ class FsspecStore:
             return self._digest(path, str(self._fs.info(path)))  # with an ETag, or time and inode
 
         with suppress(FileNotFoundError):
-            return self._reach(call, name, "the file cannot be read")
+            return self.reach(call, "the file cannot be read", name)
         return None
 
     def _read_digest(self, path: str, _as_it_was: str) -> str:
         with self._fs.open(path, "rb", block_size=_BLOCK) as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    def read(self, name: str, most: int) -> bytes | None:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "file"
-            try:
-                self._download(name, file, most, exact=False)
-            except FileNotFoundError:
-                return None
-            return file.read_bytes()
+    def get(self, name: str, folder: Path, moved: Moved) -> None:
+        self._get(self._path(name), str(folder / name), callback=moved)
 
-    def fetch(self, files: Sequence[Listed], folder: Path, progress: Progress) -> Iterator[Listed]:
-        stop = threading.Event()
-
-        def one(file: Listed) -> Listed:
-            try:
-                self._download(file.name, folder / file.name, file.bytes, progress=progress, stop=stop)
-            except FileNotFoundError:
-                raise not_listed(f"{self.url}/{file.name}", f"{file.bytes:,} bytes", "no file") from None
-            return file
-
-        with ThreadPoolExecutor(_AT_A_TIME, "pull") as pool:
-            try:
-                for future in as_completed([pool.submit(one, file) for file in files]):
-                    yield future.result()
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _download(self, name: str, to: Path, size: int, **counted: Any) -> None:
-        """`counted`: of `Moved`."""
-
-        def call() -> None:
-            moved = Moved(f"{self.url}/{name}", size, **counted)
-            try:
-                self._get(self._path(name), str(to), callback=moved)
-                if moved.exact and (came := to.stat().st_size) != size:
-                    raise ConnectionError(f"it ended after {came:,} of {size:,} bytes")
-            except BaseException:
-                to.unlink(missing_ok=True)
-                moved.undo()
-                raise
-
-        self._reach(call, name, "the file cannot be downloaded", recheck=self._fs.async_impl)
-
-    def put(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
+    def put(self, files: Sequence[ListedFile], folder: Path, progress: Progress) -> None:
         for parent in {file.name.rpartition("/")[0] for file in files}:
             self._prepare(parent)
         for file in files:
             self._upload(file, folder / file.name, progress)
 
-    def _upload(self, file: Listed, source: Path, progress: Progress) -> None:
+    def _upload(self, file: ListedFile, source: Path, progress: Progress) -> None:
         put = _PUT.get(self._kind, _put_by_looking)
 
         def call() -> None:
@@ -149,7 +105,7 @@ class FsspecStore:
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError):
-            self._reach(lambda: self._fs.rm_file(self._path(name)), name, "the file cannot be removed")
+            self.reach(lambda: self._fs.rm_file(self._path(name)), "the file cannot be removed", name)
 
     def _prepare(self, name: str) -> None:
         """Make a folder, and remove what pushes left in it that are dead."""
@@ -171,7 +127,7 @@ class FsspecStore:
 
     def _write(self, call: Callable[[], T], name: str) -> T:
         try:
-            return self._reach(call, name, "the file cannot be uploaded")
+            return self.reach(call, "the file cannot be uploaded", name)
         except FileNotFoundError as error:
             raise CachekdError(
                 "the file cannot be uploaded: there is no such bucket or folder",
@@ -179,9 +135,6 @@ class FsspecStore:
                 found=str(error.__cause__),
                 fix="make it first: none is made for a name that may be mistyped",
             ) from None
-
-    def _reach(self, call: Callable[[], T], name: str, problem: str, *, recheck: bool = False) -> T:
-        return reach(call, f"{self.url}/{name}", problem, timeout=self._timeout, recheck=recheck)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}".rstrip("/")

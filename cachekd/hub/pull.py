@@ -8,7 +8,6 @@ OUT/manifest.json           last: the folder is a cache
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -18,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekd.atomic import cannot_write, commit, free_space, make_folder, sync_folder
+from cachekd.atomic import commit, free_space, make_folder, sync_folder
 from cachekd.cache.layout import SHARD_FOLDER
-from cachekd.cache.manifest import Fidelity, Manifest
+from cachekd.cache.manifest import Fidelity, ListedFile, Manifest
+from cachekd.cache.reader import require_sizes
 from cachekd.cache.sealed import MOST_JSON
+from cachekd.cache.verify import problem_of
 from cachekd.config.fields import STORE_TIMEOUT
-from cachekd.errors import CachekdError
-from cachekd.hub.store import Store, open_store
-from cachekd.hub.transfer import Listed, Progress, listed_files, not_listed, untold
+from cachekd.errors import CachekdError, cannot_write
+from cachekd.hub.store import Progress, Store, not_listed, open_store, untold
 from cachekd.lock import alone, entries, require_new_folder
 from cachekd.paths import MANIFEST_FILE, cache_home, is_address
 
@@ -83,10 +83,10 @@ def pull_cache(
     if shards is not None:
         part = some_shards(published.manifest, shards, store.url)
         published = Published(part, part.to_json())
-    files = listed_files(published.manifest)
+    files = published.manifest.files
     total(sum(file.bytes for file in files))
     _require_ours(out, published)
-    fetched: Sequence[Listed] = []
+    fetched: Sequence[ListedFile] = []
     # What is finished may be where nobody may write.
     if not ((out / MANIFEST_FILE).is_file() and all(_is_whole(out, file) for file in files)):
         with alone(out, "is fetching into"):
@@ -153,7 +153,7 @@ def some_shards(manifest: Manifest, wanted: str, where: str) -> Manifest:
     return Manifest.model_validate_json(part.to_json())  # with its own seal
 
 
-def fetch_into(store: Store, out: Path, published: Published, progress: Progress) -> Sequence[Listed]:
+def fetch_into(store: Store, out: Path, published: Published, progress: Progress) -> Sequence[ListedFile]:
     """Fetch what is not there yet, into a folder that this process holds.
 
     Raises:
@@ -165,7 +165,7 @@ def fetch_into(store: Store, out: Path, published: Published, progress: Progress
     commit(out / PULL_FOLDER / MANIFEST_FILE, published.content)  # before anything else is there
     make_folder(out / SHARD_FOLDER)
     missing = []
-    for file in listed_files(published.manifest):
+    for file in published.manifest.files:
         if _is_whole(out, file):
             progress(file.bytes)
         else:
@@ -194,7 +194,7 @@ def _require_ours(out: Path, published: Published) -> None:
         require_new_folder(out, "cache")
 
 
-def _require_space(out: Path, files: Sequence[Listed]) -> None:
+def _require_space(out: Path, files: Sequence[ListedFile]) -> None:
     """Refuse files that do not fit on the disk."""
     needed = sum(file.bytes for file in files)
     _, free = free_space(out)
@@ -208,11 +208,11 @@ def _require_space(out: Path, files: Sequence[Listed]) -> None:
         )
 
 
-def _name_verified(out: Path, file: Listed, url: str) -> None:
+def _name_verified(out: Path, file: ListedFile, url: str) -> None:
     part, target = out / PULL_FOLDER / file.name, out / file.name
-    if (sha256 := _sha256(part)) != file.sha256:
+    if (problem := problem_of(part, file)) is not None:
         part.unlink()
-        raise not_listed(f"{url}/{file.name}", f"sha256 {file.sha256}", f"sha256 {sha256}")
+        raise not_listed(f"{url}/{file.name}", f"sha256 {file.sha256}", f"it {problem}")
     try:
         with part.open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -221,14 +221,8 @@ def _name_verified(out: Path, file: Listed, url: str) -> None:
         raise cannot_write(target, error) from None
 
 
-def _is_whole(out: Path, file: Listed) -> bool:
-    target = out / file.name
-    return target.is_file() and _sha256(target) == file.sha256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _is_whole(out: Path, file: ListedFile) -> bool:
+    return problem_of(out / file.name, file) is None
 
 
 def local_folder(
@@ -257,20 +251,10 @@ def local_folder(
     name = store.url.rpartition("/")[2].partition("@")[0] or "cache"
     folder = cache_home() / f"{name}-{str(published.manifest.sha256)[:16]}"
     if not (folder / MANIFEST_FILE).is_file():  # the last to be there
-        total(sum(file.bytes for file in listed_files(published.manifest)))
+        total(sum(file.bytes for file in published.manifest.files))
         with alone(folder, "is fetching into", patience=_PATIENCE):
             if not (folder / MANIFEST_FILE).is_file():
                 fetch_into(store, folder, published, progress)
-    _require_as_fetched(folder, str(address), published)
-    return folder
-
-
-def _require_as_fetched(folder: Path, address: str, published: Published) -> None:
-    """Compare sizes: checksums are compared as each file is read.
-
-    Raises:
-        CachekdError: the manifest is not the published one, or a file has another size.
-    """
     if (folder / MANIFEST_FILE).read_bytes() != published.content:
         raise CachekdError(
             "a fetched cache is no longer what is published",
@@ -279,14 +263,6 @@ def _require_as_fetched(folder: Path, address: str, published: Published) -> Non
             found="another, written after it was fetched",
             fix=f"remove {folder}, and it is fetched anew; or name that folder in the address's place",
         )
-    for file in listed_files(published.manifest):
-        path = folder / file.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != file.bytes:
-            raise CachekdError(
-                "a fetched file is missing" if size is None else "a fetched file was cut short or changed",
-                where=str(path),
-                expected=f"{file.bytes:,} bytes",
-                found="no file" if size is None else f"{size:,} bytes",
-                fix=f"cachekd pull {address} {folder}",
-            )
+    # Checksums are compared as each file is read.
+    require_sizes(folder, published.manifest.files, "a fetched file", f"cachekd pull {address} {folder}")
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,23 +13,26 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import DatasetCardData
 
-from cachekd.cache.manifest import Manifest
+from cachekd.cache.manifest import ListedFile, Manifest
 from cachekd.cache.overview import bytes_per_token, fidelity, fingerprints, origin
 from cachekd.cache.verify import verify_files
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
-from cachekd.hub.hub_store import HubStore
-from cachekd.hub.store import OtherContent, Store, holds, open_store
-from cachekd.hub.transfer import CARD_FILE, Listed, Progress, listed, listed_files, untold
+from cachekd.hub.store import Progress, Store, open_store, untold
 from cachekd.lock import said, this_process
 from cachekd.paths import MANIFEST_FILE
 
 _LOOKS = 8  # at what is there, until all of it is
+CARD_FILE = "README.md"
 CLAIM_FILE = ".push.json"
 _MOST_CLAIM = 10_000  # bytes of it
 UNKNOWN = "unknown"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+class OtherContent(CachekdError):
+    """What is there is not what this push brings."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +92,42 @@ def push_cache(
             "a web server can only be read", where=address, fix="push to a folder, a bucket or the hub"
         )
     store = open_store(address, revision=revision, timeout=timeout)
-    if isinstance(store, HubStore):
-        store.create(private=private)
-    elif private:
-        raise CachekdError("--private is for the hub", where=address, fix="set the bucket's own permissions")
+    store.create(private=private)
     content = (Path(path) / MANIFEST_FILE).read_bytes()
     card = dataset_card(manifest, store.url, license).encode()
-    last = listed(MANIFEST_FILE, content)
-    holds(store, last)  # first: another cache's manifest is refused before anything is written
-    files = listed_files(manifest)
-    with claimed(store, last.sha256):
+    last, files = _listed(MANIFEST_FILE, content), manifest.files
+    _holds(store, last)  # first: another cache's manifest is refused before anything is written
+    with _claimed(store, last.sha256):
         sent = _bring(store, files, Path(path), {CARD_FILE: card, MANIFEST_FILE: content}, progress)
-        kept = store.sha256(CARD_FILE) != listed(CARD_FILE, card).sha256
+        kept = store.sha256(CARD_FILE) != _listed(CARD_FILE, card).sha256
     return Pushed(store.url, len(sent), len(files) + 2 - len(sent), sum(sent.values()), kept)
 
 
+def _listed(name: str, content: bytes) -> ListedFile:
+    """List a file with this content as a manifest would."""
+    return ListedFile(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _holds(store: Store, file: ListedFile) -> bool:
+    """Whether the store has this file.
+
+    Raises:
+        OtherContent: it has another one under its name.
+    """
+    found = store.sha256(file.name)
+    if found not in (None, file.sha256):
+        raise OtherContent(
+            "the store holds another file under this name, and nothing is ever overwritten",
+            where=f"{store.url}/{file.name}",
+            expected=f"no file, or one with sha256 {file.sha256}",
+            found=f"one with sha256 {found}",
+            fix="publish under another name (or --revision), or remove what is there",
+        )
+    return found is not None
+
+
 def _bring(
-    store: Store, files: list[Listed], folder: Path, small: dict[str, bytes], progress: Progress
+    store: Store, files: list[ListedFile], folder: Path, small: dict[str, bytes], progress: Progress
 ) -> dict[str, int]:
     """Look at what is there and put what is missing, until nothing is: the manifest when all else was found
     to be as it lists it, and then everything is compared once more.
@@ -119,7 +142,7 @@ def _bring(
         OtherContent: a file is not as listed. Then this manifest is not there either.
     """
     sent: dict[str, int] = {}
-    last = listed(MANIFEST_FILE, small[MANIFEST_FILE])
+    last = _listed(MANIFEST_FILE, small[MANIFEST_FILE])
 
     def put_first(name: str) -> None:
         if store.put_first(name, small[name]):
@@ -131,7 +154,7 @@ def _bring(
             tell = progress if turn < 2 else untold
             missing = []
             for file in files:
-                if holds(store, file):
+                if _holds(store, file):
                     tell(file.bytes)
                 else:
                     missing.append(file)
@@ -140,7 +163,7 @@ def _bring(
                 sent |= {file.name: file.bytes for file in missing}
             if store.sha256(CARD_FILE) is None:
                 put_first(CARD_FILE)
-            if not missing and not holds(store, last):
+            if not missing and not _holds(store, last):
                 put_first(MANIFEST_FILE)
             elif not missing and turn:
                 return sent
@@ -156,7 +179,7 @@ def _bring(
 
 
 @contextmanager
-def claimed(store: Store, manifest: str) -> Iterator[None]:
+def _claimed(store: Store, manifest: str) -> Iterator[None]:
     """A file that names the manifest's checksum, made before the first upload and removed at the end. After
     an interruption it stays, and the same cache goes on under it. The hub has conditional commits instead.
 
@@ -169,7 +192,7 @@ def claimed(store: Store, manifest: str) -> Iterator[None]:
     Raises:
         OtherContent: another cache is being pushed there.
     """
-    if isinstance(store, HubStore):
+    if store.conditional:
         yield
         return
     made = store.put_first(CLAIM_FILE, json.dumps({"manifest": manifest, **this_process()}).encode())

@@ -1,91 +1,38 @@
-"""A store, by its address."""
+"""What a store is, and its calls: tried again where they failed, watched, with errors for people."""
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Protocol
+from typing import Any, TypeVar
 
+from fsspec.callbacks import Callback
+
+from cachekd.cache.manifest import ListedFile
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
-from cachekd.hub.transfer import Listed, Progress, reach
 from cachekd.paths import HUB_CACHE, is_path
+
+T = TypeVar("T")
+Progress = Callable[[int], None]  # is told of bytes that are done; of fewer than none when they came in vain
 
 FORMS = (
     "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
     "URL that fsspec knows, such as s3://bucket/caches/llava; or a folder on this disk, such as ./llava"
 )
-
-
-class OtherContent(CachekdError):
-    """What is there is not what this push brings."""
-
-
-class Store(Protocol):
-    """A folder somewhere else. Names are paths in it, such as `shards/00000.zarr.zip`."""
-
-    url: str
-
-    def look(self) -> None:
-        """Forget what is known: what is asked from here on is what is there now."""
-        ...
-
-    def sha256(self, name: str) -> str | None:
-        """The checksum of a file, None where there is none; a store that keeps none reads the file."""
-        ...
-
-    def read(self, name: str, most: int) -> bytes | None:
-        """Read a small file; None where there is none.
-
-        Raises:
-            CachekdError: it has more bytes than `most`.
-        """
-        ...
-
-    def fetch(self, files: Sequence[Listed], folder: Path, progress: Progress) -> Iterator[Listed]:
-        """Download files to their names in `folder`, in any order; yields each when it is there.
-
-        Raises:
-            CachekdError: there is no such file, or it has another size: that is known at its first block
-                where the store tells sizes, and at the first block too many where it does not.
-        """
-        ...
-
-    def put(self, files: Sequence[Listed], folder: Path, progress: Progress) -> None:
-        """Upload files from `folder`. Each is there as a whole or not at all, and none is overwritten: where
-        something was put there since `look`, it stays, and on the hub nothing more is put."""
-        ...
-
-    def put_first(self, name: str, content: bytes) -> bool:
-        """Make a small file if there is none; on the hub, only if nothing changed since `look`.
-
-        Returns:
-            whether it was made.
-        """
-        ...
-
-    def remove(self, name: str) -> None:
-        """Remove a file that this process made."""
-        ...
-
-
-def holds(store: Store, file: Listed) -> bool:
-    """Whether the store has this file.
-
-    Raises:
-        OtherContent: it has another one under its name.
-    """
-    found = store.sha256(file.name)
-    if found not in (None, file.sha256):
-        raise OtherContent(
-            "the store holds another file under this name, and nothing is ever overwritten",
-            where=f"{store.url}/{file.name}",
-            expected=f"no file, or one with sha256 {file.sha256}",
-            found=f"one with sha256 {found}",
-            fix="publish under another name (or --revision), or remove what is there",
-        )
-    return found is not None
+_AT_A_TIME = 4  # downloads
+_WAITS = (0.5, 1.0, 2.0)  # seconds before the second, third and fourth time
+_CERTAIN = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
+_CERTAIN += (ValueError, TypeError, NotImplementedError, InterruptedError)  # type: ignore[assignment]
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_BUSY = (408, 429)  # of HTTP's 4xx, those that pass
 
 
 def open_store(address: str, *, revision: str | None = None, timeout: float = STORE_TIMEOUT) -> Store:
@@ -108,15 +55,280 @@ def open_store(address: str, *, revision: str | None = None, timeout: float = ST
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
         return HubStore(hub[1], named if revision is None else revision, timeout)
     if "://" not in address or address.startswith("hf://"):
-        raise CachekdError(
-            "this is no address of a cache", where=address, expected=FORMS, fix=_advice(address)
-        )
+        fix = f"for a folder on this disk: ./{address}"
+        if address.startswith("hf://"):
+            fix = "a cache is the whole of a data set repository: hf://datasets/org/name"
+        raise CachekdError("this is no address of a cache", where=address, expected=FORMS, fix=fix)
     if revision is not None:
         raise CachekdError("only repositories of the hub have revisions", where=address, found=revision)
     return reach(lambda: FsspecStore(address, timeout), address, "the address cannot be used")
 
 
-def _advice(address: str) -> str | None:
-    if address.startswith("hf://"):
-        return "a cache is the whole of a data set repository: hf://datasets/org/name"
-    return f"for a folder on this disk: ./{address}"
+class Store(ABC):
+    """A folder somewhere else. Names are paths in it, such as `shards/00000.zarr.zip`.
+
+    Attributes:
+        conditional: whether a put is refused where anything changed since `look`.
+        rechecks: whether "there is no such file" may pass.
+    """
+
+    conditional = False
+    rechecks = False
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self.timeout = url, timeout
+
+    def create(self, *, private: bool) -> None:
+        """Make what has to be there before anything is put, where such a thing is made.
+
+        Raises:
+            CachekdError: it is, or would be, public, though it should be private.
+        """
+        if private:
+            fix = "set the bucket's own permissions"
+            raise CachekdError("--private is for the hub", where=self.url, fix=fix)
+
+    @abstractmethod
+    def look(self) -> None:
+        """Forget what is known: what is asked from here on is what is there now."""
+
+    @abstractmethod
+    def sha256(self, name: str) -> str | None:
+        """The checksum of a file, None where there is none; a store that keeps none reads the file."""
+
+    @abstractmethod
+    def get(self, name: str, folder: Path, moved: Moved) -> None:
+        """Download a file to its name in `folder`, once.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+
+    @abstractmethod
+    def put(self, files: Sequence[ListedFile], folder: Path, progress: Progress) -> None:
+        """Upload files from `folder`. Each is there as a whole or not at all, and none is overwritten: where
+        something was put there since `look`, it stays, and on the hub nothing more is put."""
+
+    @abstractmethod
+    def put_first(self, name: str, content: bytes) -> bool:
+        """Make a small file if there is none; on the hub, only if nothing changed since `look`.
+
+        Returns:
+            whether it was made.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file that this process made."""
+
+    def read(self, name: str, most: int) -> bytes | None:
+        """Read a small file; None where there is none.
+
+        Raises:
+            CachekdError: it has more bytes than `most`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self._download(name, most, Path(folder), exact=False)
+            except FileNotFoundError:
+                return None
+            return Path(folder, name).read_bytes()
+
+    def fetch(self, files: Sequence[ListedFile], folder: Path, progress: Progress) -> Iterator[ListedFile]:
+        """Download files to their names in `folder`, in any order; yields each when it is there.
+
+        Raises:
+            CachekdError: there is no such file, or it has another size: that is known at its first block
+                where the store tells sizes, and at the first block too many where it does not.
+        """
+        stop = threading.Event()
+
+        def one(file: ListedFile) -> ListedFile:
+            try:
+                self._download(file.name, file.bytes, folder, progress=progress, stop=stop)
+            except FileNotFoundError:
+                raise not_listed(f"{self.url}/{file.name}", f"{file.bytes:,} bytes", "no file") from None
+            return file
+
+        with ThreadPoolExecutor(_AT_A_TIME, "pull") as pool:
+            try:
+                for future in as_completed([pool.submit(one, file) for file in files]):
+                    yield future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _download(self, name: str, size: int, folder: Path, **counted: Any) -> None:
+        """`counted`: of `Moved`."""
+        to = folder / name
+
+        def call() -> None:
+            moved = Moved(f"{self.url}/{name}", size, **counted)
+            try:
+                to.parent.mkdir(parents=True, exist_ok=True)
+                self.get(name, folder, moved)
+                if moved.exact and (came := to.stat().st_size) != size:
+                    raise ConnectionError(f"it ended after {came:,} of {size:,} bytes")
+                moved.finish()  # with what an earlier try had fetched
+            except BaseException:
+                to.unlink(missing_ok=True)
+                moved.undo()
+                raise
+
+        self.reach(call, "the file cannot be downloaded", name, recheck=self.rechecks)
+
+    def reach(self, call: Callable[[], T], problem: str, name: str = "", *, recheck: bool = False) -> T:
+        """See `reach`; `name`: of the file."""
+        where = f"{self.url}/{name}" if name else self.url
+        return reach(call, where, problem, timeout=self.timeout, recheck=recheck)
+
+
+def reach(
+    call: Callable[[], T], where: str, problem: str, *, timeout: float = STORE_TIMEOUT, recheck: bool = False
+) -> T:
+    """What `call` returns. An error that may pass (HTTP's 5xx, a connection that broke) has it called again,
+    up to four times within seconds. A client that has waited for `timeout` seconds has waited long enough.
+
+    Args:
+        where, problem: for the message.
+        timeout: what the client was told to wait for a byte at most.
+        recheck: whether "there is no such file" may pass too.
+
+    Raises:
+        CachekdError: it stalled, or failed for good.
+        FileNotFoundError: there is no such file.
+    """
+    for pause in (*_WAITS, None):
+        try:
+            return call()
+        except (CachekdError, MemoryError):
+            raise
+        except Exception as error:
+            cause = _cause(error)
+            if _waited(cause):
+                raise stalled(where, timeout) from error
+            missing = isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410)
+            if pause is None or not (recheck if missing else _may_pass(cause)):
+                if missing:
+                    raise FileNotFoundError(where) from error
+                raise _explained(cause, where, problem) from error
+        time.sleep(pause)
+    raise AssertionError
+
+
+def stalled(where: str, timeout: float) -> CachekdError:
+    """What to tell of a store that fell silent."""
+    return CachekdError(
+        "the connection stalled, and was given up",
+        where=where,
+        expected=f"a byte at least every {timeout:g} seconds",
+        found="none",
+        fix="run the same command again: what is finished stays; push and pull take a larger --timeout",
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The client libraries wrap what happened; fsspec calls all that befell a request a missing file."""
+    while isinstance(error, (RuntimeError, FileNotFoundError)) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _waited(error: BaseException) -> bool:
+    """Whether it is a client's own limit: aiohttp's, httpx's and botocore's have no class in common."""
+    return isinstance(error, TimeoutError) or "Timeout" in type(error).__name__
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP's, in the attributes that aiohttp, httpx and botocore have for it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        response = response.get("ResponseMetadata", {})
+        return response.get("HTTPStatusCode")
+    return getattr(error, "status", None) or getattr(response, "status_code", None)
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = _status(error)
+    if isinstance(status, int):
+        return status >= 500 or status in _BUSY
+    return not isinstance(error, _CERTAIN) and getattr(error, "errno", None) not in _DISK
+
+
+def _explained(error: BaseException, where: str, problem: str) -> CachekdError:
+    if isinstance(error, ImportError):
+        return CachekdError(
+            "a package is missing that reads such addresses", where=where, found=str(error), fix=str(error)
+        )
+    first = str(error).strip().split("\n")[0]
+    return CachekdError(
+        problem,
+        where=where,
+        found=f"{type(error).__name__}: {first}",
+        fix="mend what it says, then run the same command again: what is finished stays",
+    )
+
+
+def not_listed(where: str, expected: str, found: str) -> CachekdError:
+    """What to tell of a published file that the manifest does not know so."""
+    return CachekdError(
+        "a published file is not the one that the manifest lists",
+        where=where,
+        expected=expected,
+        found=found,
+        fix="run the same command again; if it stays so, tell who published it: the files were changed",
+    )
+
+
+def untold(done: int) -> None:
+    """Progress that nobody wants to know."""
+
+
+class Moved(Callback):
+    """What has come of a transfer so far, as fsspec tells it.
+
+    Args:
+        where: for the message.
+        listed: its bytes, which are all that may come.
+        exact: whether they have to be as many.
+        stop: ends the transfer at its next byte when it is set.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        listed: int,
+        progress: Progress = untold,
+        *,
+        exact: bool = True,
+        stop: threading.Event | None = None,
+    ) -> None:
+        super().__init__()
+        self.where, self.listed, self.exact, self._progress = where, listed, exact, progress
+        self.stop = stop or threading.Event()
+        self.last = time.monotonic()
+
+    def relative_update(self, inc: int = 1) -> None:
+        if self.stop.is_set():
+            raise InterruptedError
+        self.last = time.monotonic()
+        told = self.size  # before the first block it may be that of a page that says what failed
+        if told is not None and (told != self.listed if self.exact else told > self.listed):
+            self._refuse(f"{told:,} bytes")
+        if self.value + inc > self.listed:
+            self._refuse(f"more than {self.listed:,} bytes")
+        self.value += inc
+        self._progress(inc)
+
+    def finish(self) -> None:
+        """Count the rest, which was there before."""
+        self._progress(self.listed - self.value)
+
+    def undo(self) -> None:
+        """Take back what was told: it came in vain."""
+        self._progress(-self.value)
+
+    def _refuse(self, found: str) -> None:
+        most = "" if self.exact else " at most"
+        raise not_listed(self.where, f"{self.listed:,} bytes{most}", found)

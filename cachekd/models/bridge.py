@@ -23,7 +23,8 @@ from transformers.utils import ModelOutput
 
 from cachekd.atomic import commit
 from cachekd.errors import CachekdError
-from cachekd.models.compat import check_switch, switch_differences, width_setting
+from cachekd.losses.terms import WITHOUT_SWITCH
+from cachekd.models.compat import OTHER_TOWER, check_switch, switch_differences, width_setting
 from cachekd.models.families import GRID, family_of
 from cachekd.paths import BRIDGE_FILE
 
@@ -92,7 +93,7 @@ def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
             student,
             expected=f"model_type {', '.join((*_ONE_SQUARE, *_TILED))}, and one vision_feature_layer",
             found=f"{teacher.model_type}, layer {layer}",
-            fix="use a student whose vision encoder has the teacher's width and grid, or --lambda-vsd 0",
+            fix=f"{OTHER_TOWER}, or {WITHOUT_SWITCH}",
         )
     width = (_width(student), _width(teacher))
     if tokens_stay:

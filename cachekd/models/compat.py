@@ -9,10 +9,12 @@ from typing import Any
 from cachekd.config.fields import TooLong
 from cachekd.data.limits import MAX_TOKENS, Limits
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models.families import GRID, Family, family_of, vision_tower_name
 from cachekd.models.fingerprint import tokenizer_fingerprint
 
 _SHOWN = 3  # tokens that differ
+OTHER_TOWER = "use a student whose vision encoder has the teacher's width and grid"
 # transformers maps older names (`n_positions`, ...) to the first; MPT alone has another. A scaled RoPE's is
 # the scaled one; a model without positions (Bloom, Mamba) has none.
 _CONTEXT = ("max_position_embeddings", "max_seq_len")
@@ -90,8 +92,7 @@ def check_switch(teacher: Any, student: Any, *, bridged: frozenset[str] = frozen
             where=f"{difference.name} of {student.name_or_path}",
             expected=f"{difference.teacher}, as {teacher.name_or_path} has it",
             found=difference.student,
-            fix="use a student whose vision encoder has the teacher's width and grid, or train with "
-            "--lambda-vsd 0"
+            fix=f"{OTHER_TOWER}, or {WITHOUT_SWITCH}"
             + ("" if bridged else "; `cachekd check` says whether --switch-bridge linear would do"),
         )
 

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from transformers.vision_utils import get_vision_window_index
 
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import WITHOUT_SWITCH
 
 Replay = Callable[[nn.Module, ModelOutput], nn.Module]
 
@@ -241,7 +242,7 @@ def vision_tower_name(config: Any) -> str:
             "the model has no vision encoder: it is a language model",
             where=str(config.name_or_path or type(config).__name__),
             found=config.model_type,
-            fix="leave the switched path out: --lambda-vsd 0",
+            fix=WITHOUT_SWITCH,
         )
     return family.tower
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models.families import (
     FAMILIES,
     PIXEL_INPUTS,
@@ -226,5 +227,5 @@ def _refusal(model: PreTrainedModel, found: str) -> CachekdError:
         where=f"{model.config.name_or_path or type(model).__name__}, model_type {model.config.model_type}",
         expected=f"the logits of its whole forward; supported families: {', '.join(FAMILIES)}",
         found=found,
-        fix="train without the switched path: --lambda-vsd 0",
+        fix=WITHOUT_SWITCH,
     )

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME
 
-from cachekd.atomic import make_folder, writing
-from cachekd.errors import CachekdError
+from cachekd.atomic import make_folder
+from cachekd.errors import CachekdError, writing
 
 MODEL_TYPE = "tinyllava"
 IMAGE_TOKEN = "<image>"

@@ -24,7 +24,7 @@ from cachekd.check.rows import encoding_row, require, template_row, vocabulary_r
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.map_function import load_map
-from cachekd.data.sources.urls import find_tars, is_tar, named_errors
+from cachekd.data.sources.tars import find_tars, is_tar, named_errors
 from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache

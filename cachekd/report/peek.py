@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cachekd.cache import CachedTargets, LogitCache, UniformTail
-from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
 from cachekd.cache.subset import shard_tables
+from cachekd.cache.targets import entropy_of, rows_of
 from cachekd.check.match import check_content
 from cachekd.data import SampleEncoder, Samples
 from cachekd.data.sample import Sample, is_supervised, message_text

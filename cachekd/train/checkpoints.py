@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from cachekd.atomic import commit, is_failed_write, what_failed
-from cachekd.errors import CachekdError
+from cachekd.atomic import commit
+from cachekd.errors import CachekdError, is_failed_write, what_failed
 
 SETTINGS_FILE = "cachekd_settings.json"
 

@@ -18,10 +18,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.atomic import commit, commit_first, is_full_disk, what_failed
+from cachekd.atomic import commit, commit_first
 from cachekd.config import TrainConfig
 from cachekd.config.train import FREE_SETTINGS, samples_per_step
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, is_full_disk, what_failed
 from cachekd.lock import alone, require_new_folder
 from cachekd.paths import ADAPTER_FOLDER, RUN_FILE
 from cachekd.train.checkpoints import SETTINGS_FILE, newest_checkpoint, step_of

@@ -13,7 +13,7 @@ from cachekd.check.bind import Binding
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import content_hash, keys_hash
-from cachekd.data.sources.urls import find_tars, is_tar
+from cachekd.data.sources.tars import find_tars, is_tar
 from cachekd.paths import is_hub_data, is_url, split_query
 from cachekd.train.open import OpenRun
 

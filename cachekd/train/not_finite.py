@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from cachekd.atomic import is_failed_write, what_failed
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, is_failed_write, what_failed
 from cachekd.train.batch import Batch
 
 if TYPE_CHECKING:

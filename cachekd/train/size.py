@@ -13,12 +13,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from cachekd.atomic import free_space, is_failed_write
+from cachekd.atomic import free_space
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data.processor import Processor
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, is_failed_write
 from cachekd.lock import LOCK_FILE
 from cachekd.models import SwitchBridge, empty_model, plan_bridge, train_only
 from cachekd.train.student import with_adapters

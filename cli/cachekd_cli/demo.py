@@ -98,7 +98,7 @@ def new_folder(out: Path) -> Path:
 
 
 def _is_made(path: Path) -> bool:
-    from cachekd.atomic import cannot_write
+    from cachekd.errors import cannot_write
 
     try:
         path.mkdir()

@@ -96,8 +96,8 @@ class DumpBar:
 
 def print_stopped(out: Path) -> None:
     """Say what there is, and how to go on."""
+    from cachekd.cache.build import dump_status
     from cachekd.cache.layout import PLAN_FILE
-    from cachekd.cache.status import dump_status
 
     if not (out / PLAN_FILE).exists():
         say("stopped before anything was written", errors)

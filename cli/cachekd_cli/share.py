@@ -55,10 +55,9 @@ def push_command(
     """
     from cachekd.cache import Manifest
     from cachekd.hub import push_cache
-    from cachekd.hub.transfer import listed_files
 
     quiet_hub()
-    size = sum(file.bytes for file in listed_files(Manifest.load(cache)))
+    size = sum(file.bytes for file in Manifest.load(cache).files)
     with resumable(), progress_bar("MB") as bar:
         advance, _ = byte_progress(bar, "push", 3 * size)  # verified, uploaded, compared
         pushed = push_cache(

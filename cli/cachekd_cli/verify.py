@@ -226,7 +226,7 @@ def status_command(
 
     Example: cachekd status caches/llava-7b
     """
-    from cachekd.cache.status import dump_status
+    from cachekd.cache.build import dump_status
 
     status = dump_status(cache)
     if as_json:

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, sealed, verify_files
+from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.plan import FinishedShard, Plan
 from cachekd.cache.repair import repair
-from cachekd.cache.status import dump_status
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app

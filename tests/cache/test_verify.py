@@ -16,10 +16,10 @@ from caches import copied, dump_cache, files_of, flip, reseal, write_cache, writ
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, shard_rules, verify_files
+from cachekd.cache.build import dump_status
 from cachekd.cache.plan import FinishedShard, Plan, read_skipped
 from cachekd.cache.sealed import is_canonical
 from cachekd.cache.sparse_logits import offsets
-from cachekd.cache.status import dump_status
 from cachekd.cache.verify import dump_files, strays, wrong_files
 from cachekd.config import DumpConfig
 from cachekd.dump import dump

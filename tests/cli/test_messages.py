@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
 from cachekd.cache import Geometry, LogitCache, Manifest, overview, select_topk, verify_files
+from cachekd.cache.build import dump_status
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import recompress
-from cachekd.cache.status import dump_status
 from cachekd.cache.summary import summarise
 from cachekd.config import Config, DataOptions, DumpConfig, TrainConfig, read_config
 from cachekd.config.fields import COUNT

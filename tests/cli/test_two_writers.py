@@ -23,10 +23,9 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from cachekd import lock as locks
-from cachekd.atomic import cannot_write
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
-from cachekd.errors import CachekdError, FailedWrite
+from cachekd.errors import CachekdError, FailedWrite, cannot_write
 from cachekd.evaluate import read_scores, save_in_runs
 from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, staged_folder
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE

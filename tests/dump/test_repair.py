@@ -32,11 +32,11 @@ from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, verify_files
 from cachekd.cache import repair as module
+from cachekd.cache.build import dump_status
 from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.derive import merge_caches
 from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.repair import Repaired
-from cachekd.cache.status import dump_status
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
 from cachekd.dump.plan import require_same_code

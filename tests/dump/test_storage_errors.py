@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from cachekd.atomic import write_file
 from cachekd.cache import LogitCache, verify_files
-from cachekd.cache.status import dump_status
+from cachekd.cache.build import dump_status
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError, FailedWrite

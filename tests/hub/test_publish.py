@@ -30,7 +30,6 @@ from cachekd.check.bind import open_bound
 from cachekd.errors import CachekdError
 from cachekd.hub import local_folder, pull_cache, push_cache
 from cachekd.hub.push import dataset_card
-from cachekd.hub.transfer import listed_files
 from cachekd_cli.main import app
 
 REPO = "org/cache"
@@ -84,7 +83,7 @@ fsspec.register_implementation("watched", WatchedFileSystem, clobber=True)
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.hub.transfer._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.store._WAITS", (0.01, 0.01, 0.01))
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def watched() -> WatchedFileSystem:
 
 def published(path: Path) -> dict[str, bytes]:
     """What of a cache is published, beside its card."""
-    names = [file.name for file in listed_files(Manifest.load(path))]
+    names = [file.name for file in Manifest.load(path).files]
     return {name: (path / name).read_bytes() for name in [*names, "manifest.json"]}
 
 
@@ -106,7 +105,7 @@ def assert_nothing_or_a_cache(files: dict[str, bytes]) -> bool:
     if "manifest.json" not in files:
         return False
     manifest = Manifest.model_validate_json(files["manifest.json"])
-    for file in listed_files(manifest):
+    for file in manifest.files:
         assert hashlib.sha256(files[file.name]).hexdigest() == file.sha256
     return True
 
@@ -118,7 +117,7 @@ def without_card(files: dict[str, bytes]) -> dict[str, bytes]:
 def test_to_the_hub_and_back(hub, skipping_cache, tmp_path):
     seen: list[int] = []
     pushed = push_cache(skipping_cache, REPO, license="mit", progress=seen.append)
-    size = sum(file.bytes for file in listed_files(Manifest.load(skipping_cache)))
+    size = sum(file.bytes for file in Manifest.load(skipping_cache).files)
     assert sum(seen) == 3 * size - Manifest.load(skipping_cache).skipped.bytes
     assert (pushed.uploaded, pushed.skipped, pushed.kept_card) == (7, 0, False)
     assert without_card(hub.repos[REPO].tree()) == published(skipping_cache)  # and not the dump's records
@@ -297,7 +296,7 @@ def test_wherever_it_is_cut_a_reader_sees_nothing_or_a_cache(watched, skipping_c
 
 def test_a_pull_goes_on_by_file(watched, skipping_cache, tmp_path):
     push_cache(skipping_cache, "watched:///c")
-    files = listed_files(Manifest.load(skipping_cache))
+    files = Manifest.load(skipping_cache).files
     out, big = tmp_path / "out", files[0]
     del watched.store["/c/sketch.zarr.zip"]
     with pytest.raises(CachekdError, match="not the one that the manifest lists"):

@@ -29,7 +29,6 @@ from cachekd.cache.recompress import recompress
 from cachekd.errors import CachekdError
 from cachekd.hub import local_folder, pull_cache, push_cache
 from cachekd.hub.push import CLAIM_FILE
-from cachekd.hub.transfer import listed_files
 from cachekd.lock import LOCK_FILE
 from cachekd_cli.main import app
 
@@ -40,11 +39,11 @@ BIG = "shards/00000.zarr.zip"
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.hub.transfer._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.store._WAITS", (0.01, 0.01, 0.01))
 
 
 def published(path: Path) -> dict[str, bytes]:
-    names = [file.name for file in listed_files(Manifest.load(path))]
+    names = [file.name for file in Manifest.load(path).files]
     return {name: (path / name).read_bytes() for name in [*names, "manifest.json"]}
 
 

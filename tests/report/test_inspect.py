@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.derive import merge_caches
-from cachekd.cache.entropy import entropy, entropy_bounds
 from cachekd.cache.overview import Bar, k_bars, lineage
 from cachekd.cache.recompress import recompress
 from cachekd.cache.summary import (
@@ -28,6 +27,7 @@ from cachekd.cache.summary import (
     spread,
     summarise,
 )
+from cachekd.cache.targets import entropy, entropy_bounds
 from cachekd.errors import CachekdError
 from cachekd.report.pages import inspect_page
 from cachekd.report.peek import Alternative, PeekedSample, PeekedToken

@@ -15,7 +15,7 @@ from cachekd.data.conversation import first_given
 from cachekd.data.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import DataNotes, Preview, Sample, sample_place
-from cachekd.data.sources.tar_index import index_tars
+from cachekd.data.sources.tars import index_tars
 from cachekd.errors import BadSample
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
