@@ -113,6 +113,11 @@ def did_you_mean(meant: object | None) -> str | None:
     return None if meant is None else f"did you mean {meant}?"
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in a line; of one without a text, what it is."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+
+
 def without_frames(error: E) -> E:
     """Strip the frames from an error that is kept as a value: they hold images and tensors, and cannot be
     pickled."""
@@ -182,4 +187,4 @@ def what_failed(error: BaseException) -> str:
     """Say it in a line, for the message of a larger failure."""
     if isinstance(error, FailedWrite):
         return f"{error.where}: {error.found}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -34,23 +34,32 @@ def bytes_per_token(shards: int, sketches: int, tokens: int) -> str:
     return f"{shards / tokens:,.1f} in the shards{with_sketch}"
 
 
+def contents(manifest: Manifest) -> Rows:
+    """Say how much it holds."""
+    shards, skipped = len(manifest.shards), manifest.skipped
+    return {
+        "samples": f"{manifest.samples:,}",
+        "left out": f"{skipped.samples:,} samples (skipped.jsonl)" if skipped else "no sample",
+        "answer tokens": f"{manifest.tokens:,}",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
+        "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
+        "tail sketch": f"{manifest.sketch_bytes / 1e6:,.2f} MB" if manifest.sketches else "none",
+        "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
+    }
+
+
 def headline(summary: CacheSummary) -> Rows:
     """What one wants to know first."""
     answers, entropy = summary.answers, summary.entropy
     return {
-        "samples": f"{summary.samples:,}",
-        "answer tokens": f"{summary.tokens:,}",
-        "bytes per token": bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens),
-        "size": f"{summary.bytes / 1e6:,.2f} MB in {len(summary.shards):,} shard(s)",
-        "tail sketch": f"{summary.sketch_bytes / 1e6:,.2f} MB" if summary.sketch_bytes else "none",
-        "mean k": f"{summary.entries / max(1, summary.tokens):.1f}",
+        **contents(summary.manifest),
+        **_left_out(summary),
         "mass of the kept": f"{100 * summary.kept_mass:.2f} %",
         "teacher's top-1 accuracy": f"{100 * answers.top1:.2f} %",
         "its probability of the answer": f"{answers.probability:.4f} (perplexity {answers.perplexity:.3f})",
         "answers among the kept": f"{100 * answers.kept:.2f} %",
         "entropy": f"{entropy.mean:.3f} nats ({measured_at(entropy, summary.tokens)})",
         **fidelity(summary.manifest),
-        "left out": _skipped(summary),
     }
 
 
@@ -171,9 +180,9 @@ def fidelity(manifest: Manifest) -> Rows:
     }
 
 
-def _skipped(summary: CacheSummary) -> str:
-    if not summary.skipped:
-        return "no sample"
+def _left_out(summary: CacheSummary) -> Rows:
+    """Give the reasons too, if there are any."""
     reasons = [f"{count:,} x {reason}" for reason, count in summary.skipped.items()]
     more = f"; {len(reasons) - 3} other reasons" if len(reasons) > 3 else ""
-    return f"{sum(summary.skipped.values()):,} samples: {'; '.join(reasons[:3])}{more}"
+    total = sum(summary.skipped.values())
+    return {"left out": f"{total:,} samples: {'; '.join(reasons[:3])}{more}"} if total else {}

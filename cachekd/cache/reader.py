@@ -83,13 +83,20 @@ def listed_sketch(path: Path, manifest: Manifest, number: int | None) -> TailSke
     return read_sketch(path / info.name, info.sha256, (info.axes, manifest.teacher.vocab_size))
 
 
-def require_sizes(path: Path, files: Sequence[ListedFile], what: str, fix: str) -> None:
+def require_sizes(
+    path: Path,
+    files: Sequence[ListedFile],
+    fix: str,
+    *,
+    missing: str = "a file is missing",
+    changed: str = "a file was cut short or changed",
+) -> None:
     """Refuse a cache whose files are missing or of other sizes.
 
     Args:
         path: the cache.
-        what: such a file is called.
-        fix: what brings it back.
+        fix: what brings them back.
+        missing, changed: what to say of such a file.
 
     Raises:
         CachekdError: the first of them.
@@ -99,7 +106,7 @@ def require_sizes(path: Path, files: Sequence[ListedFile], what: str, fix: str) 
         found = place.stat().st_size if place.is_file() else None
         if found != file.bytes:
             raise CachekdError(
-                f"{what} is missing" if found is None else f"{what} was cut short or changed",
+                missing if found is None else changed,
                 where=str(place),
                 expected=f"{file.bytes:,} bytes",
                 found="no file" if found is None else f"{found:,} bytes",
@@ -125,7 +132,7 @@ class LogitCache:
         self._decoded: OrderedDict[int, Shard] = OrderedDict()
         self._kept_bytes = 0  # by these
         read = [file for file in self.manifest.files if file.name != SKIPPED_FILE]
-        require_sizes(self.path, read, "a file", RESTORE)
+        require_sizes(self.path, read, RESTORE)
         paths = (self.path / SHARD_FOLDER / info.name for info in self.manifest.shards)
         self._keys: KeyIndex | RenamedKeys = KeyIndex(map(read_keys, paths))
 

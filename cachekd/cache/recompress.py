@@ -22,7 +22,7 @@ from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import decode_targets, id_arrays, pack_codes
-from cachekd.cache.sparse_logits import SketchCodes, TokenTargets, first_of_run
+from cachekd.cache.sparse_logits import SketchCodes, TokenTargets, among_first
 from cachekd.cache.tail.coarsen import Coarsening, coarsen, sampled_tokens
 from cachekd.cache.tail.encoder import read_encoder
 from cachekd.cache.tail.setting import TailSetting
@@ -202,8 +202,7 @@ def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
     cut = k > top_k
     if not cut.any():
         return dict(arrays)
-    place = np.arange(len(arrays["topk_gaps"])) - first_of_run(k)
-    kept, targets = place < top_k, decode_targets(arrays, step).truncate(top_k)
+    targets = decode_targets(arrays, step).truncate(top_k)
     odds = encode_tail(targets.tail_logmass, targets.logprobs, targets.k)
     return {
         **arrays,
@@ -211,5 +210,5 @@ def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
         "beyond_knee": (targets.k - targets.knee).astype("<u2"),
         "tail": np.where(cut, odds, arrays["tail"]).astype("<i2"),
         **id_arrays(targets.ids),
-        "topk_gaps": arrays["topk_gaps"][kept],
+        "topk_gaps": arrays["topk_gaps"][among_first(k, top_k)],
     }

@@ -93,9 +93,7 @@ class TokenTargets:
 
     def truncate(self, top_k: int) -> TokenTargets:
         """Keep at most `top_k` entries of each token; the mass of the others goes to the tail."""
-        starts, k = offsets(self.k)[:-1], np.minimum(self.k, top_k)
-        place = np.arange(len(self.ids)) - np.repeat(starts, self.k)
-        kept = place < top_k
+        k, kept = np.minimum(self.k, top_k), among_first(self.k, top_k)
         lost = np.full(len(self), -np.inf)
         np.logaddexp.at(lost, np.repeat(np.arange(len(self)), self.k)[~kept], self.logprobs[~kept])
         return replace(
@@ -106,6 +104,17 @@ class TokenTargets:
             logprobs=self.logprobs[kept],
             tail_logmass=np.logaddexp(self.tail_logmass, lost).astype(np.float32),
         )
+
+    def padded(self, padding: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The entries as rows of one length: ids [N, K] int64 and logprobs [N, K] float32, K the largest k.
+
+        Args:
+            padding: the id behind a token's entries; the logprob there is -inf.
+        """
+        kept = np.arange(int(self.k.max(initial=1))) < self.k[:, None]
+        ids, logprobs = np.full(kept.shape, padding, np.int64), np.full(kept.shape, -np.inf, np.float32)
+        ids[kept], logprobs[kept] = self.ids, self.logprobs
+        return ids, logprobs
 
     def split(self, counts: Sequence[int]) -> list[TokenTargets]:
         """Cut into runs of `counts` tokens, for example one per sample of a batch."""
@@ -144,6 +153,6 @@ def offsets(counts: NDArray) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def first_of_run(counts: NDArray) -> NDArray[np.int64]:
-    """[sum counts] int64: for every entry, the position where its run starts."""
-    return np.repeat(offsets(counts)[:-1], counts)
+def among_first(counts: NDArray, most: int) -> NDArray[np.bool_]:
+    """[sum counts] bool: for every entry, whether it is among the first `most` of its run."""
+    return np.arange(int(counts.sum(dtype=np.int64))) - np.repeat(offsets(counts)[:-1], counts) < most

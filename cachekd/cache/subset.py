@@ -15,7 +15,7 @@ from cachekd.cache.derive import new_cache
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import LogitCache
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 
 _COLUMNS = ("key", "tokens", "mean_k", "logprob", "shard")
 # What a filter may be made of, beside comparisons, if its value at a sample follows from that sample alone.
@@ -119,7 +119,7 @@ def filter_rows(table: pd.DataFrame, expression: str) -> NDArray[np.bool_]:
             "the filter cannot be used",
             where=f"--filter {expression!r}",
             expected=f"a condition on {', '.join(table.columns)}, such as 'tokens > 5 and logprob < -1'",
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=first_line(error),
         ) from None
     return chosen.to_numpy()
 

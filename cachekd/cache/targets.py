@@ -1,4 +1,4 @@
-"""Cached targets, as a loss asks for them: with one tail sketch, or a merged cache's several. Their entropy."""
+"""Cached targets, as a loss asks for them, with one tail sketch or several; and their entropy."""
 
 from __future__ import annotations
 
@@ -120,10 +120,7 @@ class CachedTargets:
                 found=f"{len(k):,} tokens, the longest of which has {width:,}",
                 fix="cut it with `cachekd recompress --top-k`",
             )
-        kept = np.arange(width) < k[:, None]
-        ids = np.full(kept.shape, _NOWHERE, np.int64)
-        logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = sparse.ids, sparse.logprobs
+        ids, logprobs = sparse.padded(_NOWHERE)
         tail: Tail
         if sketch is not None and sparse.sketch is not None:
             shape = (vocab_size, sparse.sketch.coordinates.shape[1])

@@ -113,16 +113,15 @@ class LogitCacheWriter:
                 where=f"samples {self._seen[key]} and {len(self._seen)} of {self.path}",
                 expected="keys that are unique in the data set",
             )
-        plan = self._build.plan
-        check_sample(key, targets, content_hash, states, plan, needs_states=self._tail.sketch)
-        self._seen[key] = len(self._seen)
         sample = _Sample(key, targets, content_hash, states)
         if self._shard is not None:
-            self._shard = self._added(self._shard, sample)
-            return
-        self._waiting.append(sample)
-        self._waiting_tokens += len(targets)
-        if self._waiting_tokens >= self._calibration_tokens:
+            self._shard = self._added(self._shard, sample)  # which checks it
+        else:
+            check_sample(key, targets, content_hash, states, self._build.plan, needs_states=self._tail.sketch)
+            self._waiting.append(sample)
+            self._waiting_tokens += len(targets)
+        self._seen[key] = len(self._seen)
+        if self._shard is None and self._waiting_tokens >= self._calibration_tokens:
             self._shard = self._start_sketch()
 
     def close(self) -> None:

@@ -141,13 +141,14 @@ def _without_metadata(found: list[_Found], pictures: Sequence[Picture]) -> list[
 def _untaken(found: list[str], taken: str | None, where: str, image_fields: Sequence[str]) -> BadSample:
     first = next((name for name in found if name.partition(".")[0] not in TURN_FIELDS), None)
     fix = IMAGES_BESIDE if first is None else how_to_take(first, taken=taken, asked=image_fields)
-    return BadSample(
-        "the sample has an image under another name",
-        where=where,
-        expected=" or ".join(image_fields or IMAGE_FIELDS) if taken is None else f"images in {taken} alone",
-        found=", ".join(found),
-        fix=fix,
-    )
+    expected = " or ".join(image_fields or IMAGE_FIELDS) if taken is None else f"images in {taken} alone"
+    return under_another_name(where, expected, ", ".join(found), fix)
+
+
+def under_another_name(where: str, expected: str, found: str, fix: str) -> BadSample:
+    """What to tell of a sample with an image that was not taken: it would become text."""
+    problem = "the sample has an image under another name"
+    return BadSample(problem, where=where, expected=expected, found=found, fix=fix)
 
 
 def how_to_take(name: str, *, taken: str | None = None, asked: Sequence[str] = ()) -> str:

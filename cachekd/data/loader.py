@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cachekd.data.sample import Sample, Samples
-from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.errors import BadSample, CachekdError, first_line, without_frames
 
 T = TypeVar("T")
 _POLL = 0.1  # seconds between looks at whether anyone still wants more
@@ -107,7 +107,7 @@ def dead_worker(error: RuntimeError) -> CachekdError | None:
         return None
     return CachekdError(
         "a process that reads samples died",
-        found=str(error).splitlines()[0],
+        found=first_line(error),
         fix="fewer --workers need less memory; --workers 0 reads in the main process and shows the cause",
     )
 

@@ -13,11 +13,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from cachekd.atomic import commit, make_folder
 from cachekd.cache import LogitCache
 from cachekd.errors import cannot_write
-from cachekd.export.sparse import open_cache, ragged
+from cachekd.export.sparse import EXPORT_FILE, export_header, open_cache, ragged
 from cachekd.lock import staged_folder
 
-EXPORT_FILE = "cachekd_export.json"
-EXPORT_VERSION = 1
 _ROWS = 1_000  # of a row group: what a reader has in memory at least
 SCHEMA = pa.schema(
     [
@@ -29,21 +27,6 @@ SCHEMA = pa.schema(
         ("tail_logmass", pa.list_(pa.float32())),
     ]
 )
-
-
-def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
-    """What an export says of the cache that it was made from, as JSON."""
-    manifest = cache.manifest
-    return {
-        "export_version": EXPORT_VERSION,
-        "manifest_sha256": manifest.sha256,
-        "teacher": manifest.teacher.model_dump(mode="json"),
-        "fingerprints": manifest.fingerprints.model_dump(mode="json"),
-        "codec": manifest.codec.model_dump(mode="json"),
-        "top_k": top_k,
-        "samples": manifest.samples,
-        "tokens": manifest.tokens,
-    }
 
 
 def export_parquet(

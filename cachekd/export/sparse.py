@@ -1,4 +1,4 @@
-"""What a cache keeps exactly of a sample, as rows of one length or as lists."""
+"""What every export has: its header, and what a cache keeps exactly, as rows of one length or as lists."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from cachekd.cache import LogitCache
 from cachekd.cache.sparse_logits import TokenTargets, offsets
 from cachekd.errors import CachekdError
 
+EXPORT_FILE = "cachekd_export.json"
+EXPORT_VERSION = 1
 PADDING_ID = 0  # beside a logprob of -inf
 
 
@@ -33,6 +35,21 @@ def open_cache(cache: LogitCache | str | Path, top_k: int | None) -> LogitCache:
             fix="leave it out for all that is kept; LogitCache rebuilds the others, approximately",
         )
     return cache
+
+
+def export_header(cache: LogitCache, top_k: int | None) -> dict[str, Any]:
+    """What an export says of the cache that it was made from, as JSON."""
+    manifest = cache.manifest
+    return {
+        "export_version": EXPORT_VERSION,
+        "manifest_sha256": manifest.sha256,
+        "teacher": manifest.teacher.model_dump(mode="json"),
+        "fingerprints": manifest.fingerprints.model_dump(mode="json"),
+        "codec": manifest.codec.model_dump(mode="json"),
+        "top_k": top_k,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+    }
 
 
 @dataclass(frozen=True)
@@ -61,12 +78,9 @@ class SparseTargets:
             top_k: most entries per token; the mass of the others goes to the tail. None: all.
         """
         sparse = _cut(sparse, top_k)
-        k = sparse.k.astype(np.int32)
-        kept = np.arange(int(k.max(initial=1))) < k[:, None]
-        ids = np.full(kept.shape, PADDING_ID, np.int32)
-        logprobs = np.full(kept.shape, -np.inf, np.float32)
-        ids[kept], logprobs[kept] = sparse.ids, sparse.logprobs
-        return cls(sparse.token_ids.astype(np.int32), k, ids, logprobs, sparse.tail_logmass)
+        ids, logprobs = sparse.padded(PADDING_ID)
+        tokens, k = sparse.token_ids.astype(np.int32), sparse.k.astype(np.int32)
+        return cls(tokens, k, ids.astype(np.int32), logprobs, sparse.tail_logmass)
 
     def arrays(self) -> dict[str, NDArray]:
         """Give them by name."""

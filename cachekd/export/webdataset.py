@@ -15,8 +15,7 @@ from cachekd.atomic import commit
 from cachekd.cache import LogitCache
 from cachekd.data import Sample, Samples
 from cachekd.errors import CachekdError, cannot_write
-from cachekd.export.parquet import EXPORT_FILE, export_header
-from cachekd.export.sparse import SparseTargets, open_cache
+from cachekd.export.sparse import EXPORT_FILE, SparseTargets, export_header, open_cache
 from cachekd.lock import staged_folder
 
 TARGETS = "targets.npz"

@@ -43,6 +43,7 @@ class HubStore(Store):
     """
 
     conditional = True
+    at_a_time = 8  # as its client's own `snapshot_download`
 
     def __init__(self, repo: str, revision: str | None, timeout: float) -> None:
         super().__init__(f"hf://datasets/{repo}" + (f"@{revision}" if revision else ""), timeout)

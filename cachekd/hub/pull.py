@@ -264,5 +264,11 @@ def local_folder(
             fix=f"remove {folder}, and it is fetched anew; or name that folder in the address's place",
         )
     # Checksums are compared as each file is read.
-    require_sizes(folder, published.manifest.files, "a fetched file", f"cachekd pull {address} {folder}")
+    require_sizes(
+        folder,
+        published.manifest.files,
+        f"cachekd pull {address} {folder}",
+        missing="a fetched file is missing",
+        changed="a fetched file was cut short or changed",
+    )
     return folder

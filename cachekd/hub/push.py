@@ -14,7 +14,7 @@ import jinja2
 from huggingface_hub import DatasetCardData
 
 from cachekd.cache.manifest import ListedFile, Manifest
-from cachekd.cache.overview import bytes_per_token, fidelity, fingerprints, origin
+from cachekd.cache.overview import contents, fidelity, fingerprints, origin
 from cachekd.cache.verify import verify_files
 from cachekd.config.fields import STORE_TIMEOUT
 from cachekd.errors import CachekdError
@@ -250,13 +250,14 @@ def dataset_card(manifest: Manifest, address: str, license: str | None) -> str:
         keep_trailing_newline=True,
     )
     name = address.rstrip("/").rpartition("/")[2].partition("@")[0]
+    rows = origin(manifest) | contents(manifest) | fidelity(manifest) | fingerprints(manifest)
     return environment.get_template("dataset_card.md.jinja").render(
         header=_header(manifest, name, license or UNKNOWN),
         name=name,
         address=address if "://" in address else f"hf://datasets/{address}",
         unknown_license=(license or UNKNOWN) == UNKNOWN,
         license=license,
-        rows=[(label, _cell(value)) for label, value in _rows(manifest).items()],
+        rows=[(label, _cell(value)) for label, value in rows.items()],
         manifest=manifest,
     )
 
@@ -272,20 +273,6 @@ def _header(manifest: Manifest, name: str, license: str) -> str:
         viewer=False,  # shards are no tables
     )
     return data.to_yaml()
-
-
-def _rows(manifest: Manifest) -> dict[str, str]:
-    left_out = f"{manifest.skipped.samples:,} (skipped.jsonl)" if manifest.skipped else "none"
-    return {
-        **origin(manifest),
-        "samples": f"{manifest.samples:,}",
-        "left out": left_out,
-        "answer tokens": f"{manifest.tokens:,}",
-        "size": f"{manifest.size + manifest.sketch_bytes:,} bytes in {len(manifest.shards):,} shards",
-        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
-        **fidelity(manifest),
-        **fingerprints(manifest),
-    }
 
 
 def _cell(value: str) -> str:

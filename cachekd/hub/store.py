@@ -17,7 +17,7 @@ from fsspec.callbacks import Callback
 
 from cachekd.cache.manifest import ListedFile
 from cachekd.config.fields import STORE_TIMEOUT
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, what_failed
 from cachekd.paths import HUB_CACHE, is_path
 
 T = TypeVar("T")
@@ -27,7 +27,6 @@ FORMS = (
     "hf://datasets/org/name[@revision] on the Hugging Face hub, or org/name where no folder org is here; a "
     "URL that fsspec knows, such as s3://bucket/caches/llava; or a folder on this disk, such as ./llava"
 )
-_AT_A_TIME = 4  # downloads
 _WAITS = (0.5, 1.0, 2.0)  # seconds before the second, third and fourth time
 _CERTAIN = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, ImportError)
 _CERTAIN += (ValueError, TypeError, NotImplementedError, InterruptedError)  # type: ignore[assignment]
@@ -70,10 +69,12 @@ class Store(ABC):
     Attributes:
         conditional: whether a put is refused where anything changed since `look`.
         rechecks: whether "there is no such file" may pass.
+        at_a_time: downloads.
     """
 
     conditional = False
     rechecks = False
+    at_a_time = 4
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url, timeout
@@ -150,7 +151,7 @@ class Store(ABC):
                 raise not_listed(f"{self.url}/{file.name}", f"{file.bytes:,} bytes", "no file") from None
             return file
 
-        with ThreadPoolExecutor(_AT_A_TIME, "pull") as pool:
+        with ThreadPoolExecutor(self.at_a_time, "pull") as pool:
             try:
                 for future in as_completed([pool.submit(one, file) for file in files]):
                     yield future.result()
@@ -261,11 +262,10 @@ def _explained(error: BaseException, where: str, problem: str) -> CachekdError:
         return CachekdError(
             "a package is missing that reads such addresses", where=where, found=str(error), fix=str(error)
         )
-    first = str(error).strip().split("\n")[0]
     return CachekdError(
         problem,
         where=where,
-        found=f"{type(error).__name__}: {first}",
+        found=what_failed(error),
         fix="mend what it says, then run the same command again: what is finished stays",
     )
 

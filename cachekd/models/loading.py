@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
@@ -95,7 +95,7 @@ def load_config(path: str) -> Any:
             "no model can be loaded",
             where=str(path),
             expected=_FORMS,
-            found=f"{error}".strip().splitlines()[0],
+            found=first_line(error),
             fix="pip install 'cachekd[gguf]'" if is_gguf(path) and isinstance(error, ImportError) else None,
         ) from None
     _refuse_adapter(path)
@@ -236,14 +236,14 @@ def _load(
             "the model's weights cannot be read",
             where=str(path),
             expected="whole files: *.safetensors or *.bin",
-            found=next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)),
+            found=first_line(error),
             fix="a file was cut short or changed: fetch or save the model again",
         ) from None
     except ImportError as error:
         raise CachekdError(
             "the model cannot be loaded: a package is missing",
             where=str(path),
-            found=next(line.strip() for line in str(error).splitlines() if line.strip()),
+            found=first_line(error),
             fix="pip install what is named above"
             + (", or load the model unquantised" if quantization is not None else ""),
         ) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.errors import BadSample, CachekdError, what_failed, without_frames
 
 if TYPE_CHECKING:
     from cachekd.data import Encoded
@@ -55,7 +55,7 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
         who: the model, such as "the teacher".
         kept: whether what is finished stays, and the same command goes on from there.
     """
-    longest, found = max(samples, key=len), f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    longest, found = max(samples, key=len), what_failed(error)
     where = f"sample {longest.key!r} with {len(longest):,} tokens"
     if len(samples) > 1:
         where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"

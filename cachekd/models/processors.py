@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, is_torchvision_available
 from cachekd.atomic import commit
 from cachekd.data import SampleEncoder
 from cachekd.data.processor import Processor
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.loading import load_config
 from cachekd.models.weights import is_gguf, source
@@ -83,12 +83,11 @@ def processor_of(path: str, config: Any) -> Processor:
     except (OSError, ValueError, ImportError) as error:
         processor = load_without_video(path, type(config))
         if processor is None:
-            reason = next(line for line in str(error).splitlines() if line.strip())
             raise CachekdError(
                 "no processor can be loaded",
                 where=str(path),
                 expected="processor_config.json and tokenizer files beside the model",
-                found=reason.strip(),
+                found=first_line(error),
             ) from None
     if not hasattr(processor, "tokenizer"):
         raise CachekdError(
@@ -109,7 +108,7 @@ def _load_tokenizer(path: str) -> Any:
             "no tokenizer can be loaded",
             where=str(path),
             expected="tokenizer.json beside the model",
-            found=f"{error}".strip().splitlines()[0],
+            found=first_line(error),
         ) from None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, what_failed
 from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models.families import (
     FAMILIES,
@@ -214,7 +214,7 @@ def prove_split(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions:
                 raise _refusal(model, "its vision encoder does not run in its forward")
             split = decode(model, project(model, vision.output, inputs), inputs, positions)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
-        raise _refusal(model, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise _refusal(model, what_failed(error)) from error
     miss = float((split - whole).abs().max() / whole.float().std())
     if not miss <= rounding_tolerance(whole.dtype):
         raise _refusal(model, f"logits off by {miss:.1%} of their deviation")

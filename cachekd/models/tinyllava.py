@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 
 from cachekd.atomic import make_folder
-from cachekd.errors import CachekdError, writing
+from cachekd.errors import CachekdError, first_line, writing
 
 MODEL_TYPE = "tinyllava"
 IMAGE_TOKEN = "<image>"
@@ -113,7 +113,7 @@ def _readable(source: Path) -> Iterator[None]:
         raise CachekdError(
             "the checkpoint cannot be read",
             where=str(source),
-            found=next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error)),
+            found=first_line(error),
             fix="fetch it again",
         ) from None
 

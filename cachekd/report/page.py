@@ -10,7 +10,7 @@ import matplotlib
 
 from cachekd.atomic import require_place, write_file
 from cachekd.cache import Manifest
-from cachekd.cache.overview import Rows, bytes_per_token, fidelity, fingerprints, origin
+from cachekd.cache.overview import contents, fidelity, fingerprints, origin
 from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.losses.terms import TERMS
 from cachekd.paths import REPORT_FILE
@@ -65,7 +65,7 @@ def build_report(run: Run, baselines: Sequence[Run]) -> str:
         plots=plots,
         shares=term_shares(run),
         manifest=manifest,
-        cache=_cache_rows(manifest) if manifest else None,
+        cache=contents(manifest) | origin(manifest) | fidelity(manifest) if manifest else None,
         fingerprints=fingerprints(manifest) if manifest else None,
         settings=settings,
         other_settings=other_settings,
@@ -91,16 +91,3 @@ def term_shares(run: Run) -> dict[str, Any]:
         ends_of_term = list(zip(values, shares, strict=True))
         terms.append({"label": TERMS[name].label, "weight": weights[name], "ends": ends_of_term})
     return {"steps": [int(entry["step"]) for entry in ends], "terms": terms}
-
-
-def _cache_rows(manifest: Manifest) -> Rows:
-    shards = len(manifest.shards)
-    return {
-        "samples": f"{manifest.samples:,}",
-        "answer tokens": f"{manifest.tokens:,}",
-        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
-        "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
-        "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
-        **origin(manifest),
-        **fidelity(manifest),
-    }

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from cachekd.cache import LogitCache
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 from cachekd.models import load_processor
 from cachekd.models.fingerprint import tokenizer_fingerprint
 from cachekd.paths import require_path
@@ -101,7 +101,7 @@ def _load(source: str) -> Any:
         try:
             found = kind.from_pretrained(source)
         except (OSError, ValueError, ImportError) as error:
-            problem = str(error).splitlines()[0]
+            problem = first_line(error)
             continue
         if isinstance(found, PreTrainedTokenizerBase | ProcessorMixin):
             return found

@@ -579,7 +579,7 @@ def test_the_card(skipping_cache):
         manifest.teacher.model_type,
         f"| samples | {manifest.samples:,} |",
         f"| answer tokens | {manifest.tokens:,} |",
-        f"{manifest.size + manifest.sketch_bytes:,} bytes in 3 shards",
+        f"{manifest.size / 1e6:,.2f} MB in 3 shards",
         f"KL {manifest.fidelity.kl:.4g} nats",
         manifest.teacher.weights_sha256,
         "hf://datasets/org/my-cache",

@@ -267,3 +267,16 @@ def test_peek_reads_a_language_model_and_a_folder_with_a_tokenizer_alone(tmp_pat
     reader = find_reader(cache, str(tmp_path / "alone"))
     assert reader.processor is None
     assert reader.texts[int(cache[next(iter(cache))].token_ids[-1])] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["loading.AutoConfig", "processors.AutoProcessor"])
+def test_an_error_without_a_text_is_called_by_its_name(teacher_path, monkeypatch, name):
+    """Taking the first line of nothing was a traceback."""
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(f"cachekd.models.{name}.from_pretrained", fail)
+    with pytest.raises(CachekdError, match="can be loaded") as caught:
+        load_processor(str(teacher_path))
+    assert caught.value.found == "OSError()"

@@ -1,8 +1,8 @@
 """Tars: which ones a pattern means, wherever fsspec reaches, and where every member of them lies.
 
-The index is found header by header and kept in a few arrays. It makes keys known before anything runs, repeated
-ones counted instead of joined in silence, and any sample one range read away. It takes some 50 bytes a sample
-besides the key.
+The index is found header by header and kept in a few arrays. It makes keys known before anything runs,
+repeated ones counted instead of joined in silence, and any sample one range read away. It takes some 50 bytes
+a sample besides the key.
 """
 
 from __future__ import annotations

@@ -12,7 +12,13 @@ from typing import Any
 
 from cachekd.config.data import ROW_NUMBERS
 from cachekd.data.conversation import first_given
-from cachekd.data.image_fields import IMAGE_FIELDS, IMAGE_SUFFIXES, how_to_take, pictures_of
+from cachekd.data.image_fields import (
+    IMAGE_FIELDS,
+    IMAGE_SUFFIXES,
+    how_to_take,
+    pictures_of,
+    under_another_name,
+)
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import DataNotes, Preview, Sample, sample_place
 from cachekd.data.sources.tars import index_tars
@@ -112,13 +118,8 @@ def _refuse_images(members: Mapping[str, Any], fields: Sequence[str], key: str, 
     """Refuse a sample whose images would not be read: it would become text."""
     found = [extension for extension in members if f".{extension}".endswith(IMAGE_SUFFIXES)]
     if found:
-        raise BadSample(
-            "the sample has an image under another name",
-            where=sample_place(key, origin),
-            expected=_names(key, fields),
-            found=_names(key, found),
-            fix=how_to_take(found[0], asked=fields),
-        )
+        fix = how_to_take(found[0], asked=fields)
+        raise under_another_name(sample_place(key, origin), _names(key, fields), _names(key, found), fix)
 
 
 def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list[str]:
@@ -128,13 +129,9 @@ def _image_extensions(members: Mapping[str, Any], key: str, origin: str) -> list
         raise _lacks("image", members, key, origin)
     others = [name for name in members.keys() - found.keys() if f".{name}".endswith(IMAGE_SUFFIXES)]
     if others:
-        raise BadSample(
-            "the sample has an image under another name",
-            where=sample_place(key, origin),
-            expected=f"images in {_names(key, found)} alone",
-            found=_names(key, sorted(others)),
-            fix=how_to_take(min(others), taken=next(iter(found))),
-        )
+        expected = f"images in {_names(key, found)} alone"
+        fix = how_to_take(min(others), taken=next(iter(found)))
+        raise under_another_name(sample_place(key, origin), expected, _names(key, sorted(others)), fix)
     if len(found) == 1:
         return list(found)
     ordered = sorted(found, key=lambda extension: int(found[extension] or -1))
