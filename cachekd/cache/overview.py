@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from cachekd.cache.manifest import Derivation, Manifest
+from cachekd.cache.manifest import Derivation, Fidelity, Manifest
 from cachekd.cache.source import Source
 from cachekd.cache.summary import CacheSummary, Entropy
 
@@ -165,8 +165,12 @@ def _step(step: Derivation) -> str:
     )
     if (near := step.fidelity) is None:
         return text
-    measured = f"KL {near.kl:.4g} nats, gradient cosine {near.cosine:.4f}"
-    return f"{text}; against that {measured} ({near.tokens:,} tokens)"
+    return f"{text}; against that {nearness(near)} ({near.tokens:,} tokens)"
+
+
+def nearness(found: Fidelity) -> str:
+    """How near two distributions are, and what a student learns from them."""
+    return f"KL {found.kl:.4g} nats, gradient cosine {found.cosine:.4f}"
 
 
 def fidelity(manifest: Manifest) -> Rows:
@@ -175,8 +179,8 @@ def fidelity(manifest: Manifest) -> Rows:
     if found is None:
         return {"against the live teacher": "not measured"}
     return {
-        "against the live teacher": f"KL {found.kl:.4g} nats, gradient cosine {found.cosine:.4f}, largest "
-        f"error of a kept logprob {found.max_error:.3f} ({found.tokens:,} tokens, at the dump)"
+        "against the live teacher": f"{nearness(found)}, largest error of a kept logprob "
+        f"{found.max_error:.3f} ({found.tokens:,} tokens, at the dump)"
     }
 
 

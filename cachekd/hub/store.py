@@ -43,15 +43,14 @@ def open_store(address: str, *, revision: str | None = None, timeout: float = ST
     Raises:
         CachekdError: it is no such address.
     """
-    from cachekd.hub.fsspec_store import FsspecStore
-    from cachekd.hub.hub_store import HubStore
-
     if "://" not in address and is_path(address):
         address = f"file://{os.path.abspath(address)}"
     if hub := HUB_CACHE.fullmatch(address.removeprefix("hf://datasets/")):
         named = hub[2]
         if named is not None and revision is not None and named != revision:
             raise CachekdError("two revisions are named", where=address, found=f"--revision {revision}")
+        from cachekd.hub.hub_store import HubStore
+
         return HubStore(hub[1], named if revision is None else revision, timeout)
     if "://" not in address or address.startswith("hf://"):
         fix = f"for a folder on this disk: ./{address}"
@@ -60,6 +59,8 @@ def open_store(address: str, *, revision: str | None = None, timeout: float = ST
         raise CachekdError("this is no address of a cache", where=address, expected=FORMS, fix=fix)
     if revision is not None:
         raise CachekdError("only repositories of the hub have revisions", where=address, found=revision)
+    from cachekd.hub.fsspec_store import FsspecStore
+
     return reach(lambda: FsspecStore(address, timeout), address, "the address cannot be used")
 
 

@@ -170,6 +170,7 @@ def recompress_command(
     Example: cachekd recompress caches/llava-7b caches/small --top-k 16 --tail bytes=32
     """
     from cachekd.cache import Manifest
+    from cachekd.cache.overview import nearness
     from cachekd.cache.recompress import recompress
 
     old = Manifest.load(cache)
@@ -192,10 +193,7 @@ def recompress_command(
     ]
     console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
-        say(
-            f"new against old, at {fidelity.tokens} tokens: KL {fidelity.kl:.4f} nats, "
-            f"gradient cosine {fidelity.cosine:.4f}"
-        )
+        say(f"new against old, at {fidelity.tokens:,} tokens: {nearness(fidelity)}")
 
 
 class Form(StrEnum):

@@ -583,14 +583,14 @@ def test_the_check_itself_sees_what_it_looks_for(tmp_path):
 
 def test_the_security_note_says_what_the_code_does():
     note = (ROOT / "docs" / "security.md").read_text()
-    from cachekd.cache import container, plan, sealed
+    from cachekd.cache import array_rules, container, plan, sealed
 
     for value in (
         f"{container._FREE >> 20} MiB + {container._MOST_RATIO:,} times",
         f"{container.MOST_DECODED >> 30} GiB",
         f"{sealed.MOST_JSON >> 20} MiB",
         f"{plan.MOST_SKIPPED >> 20} MiB",
-        f"{container.MOST_METADATA >> 10} KiB for a zarr.json",
+        f"{array_rules.MOST_METADATA >> 10} KiB for a zarr.json",
         f"{sealed.MOST_VALUES:,} values",
         f"{sealed.MOST_FIELDS} fields",
         f"{plan.MOST_LINES:,} lines",
