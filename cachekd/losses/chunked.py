@@ -1,12 +1,15 @@
-"""Losses over hidden states: logits exist for a few answer tokens at a time, forward and backward."""
+"""Logits that exist for a few answer tokens at a time: in a loss over hidden states, and a live teacher's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from cachekd.losses.targets import DenseTargets
 
 # float32 bytes of the logits of one chunk. A loss holds about five arrays of that size at its peak.
 CHUNK_BYTES = 2**26
@@ -41,3 +44,32 @@ def summed_over_chunks(loss: Callable[[Tensor, Tensor], Terms], states: Tensor, 
         terms = checkpoint(loss, some_states, some_rows, use_reentrant=False, preserve_rng_state=False)
         totals = {name: totals.get(name, 0.0) + term for name, term in terms.items()}
     return totals
+
+
+@dataclass(frozen=True)
+class LiveTargets:
+    """A live teacher before its head: `select` gives the logits of a few tokens at a time.
+
+    Attributes:
+        token_ids: [N] int64, the answer tokens.
+        states: [N, d], what the teacher's head reads.
+        logits_of: the head, [n, d] to [n, V].
+        vocab_size: logits beyond it belong to no token.
+        window, min_k: Kneedle's settings, which a cache has from its dump.
+    """
+
+    token_ids: Tensor
+    states: Tensor
+    logits_of: Callable[[Tensor], Tensor]
+    vocab_size: int
+    window: int
+    min_k: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @torch.no_grad()
+    def select(self, rows: Tensor) -> DenseTargets:
+        """Select tokens by their indices [M] int64."""
+        logits = self.logits_of(self.states[rows])[:, : self.vocab_size]
+        return DenseTargets(logits, self.token_ids[rows])

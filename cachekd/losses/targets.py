@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
@@ -94,32 +92,3 @@ class DenseTargets:
         """See `TeacherTargets.to`."""
         moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.logprobs, self.token_ids))
         return DenseTargets(*moved)
-
-
-@dataclass(frozen=True)
-class LiveTargets:
-    """A live teacher before its head: `select` gives the logits of a few tokens at a time.
-
-    Attributes:
-        token_ids: [N] int64, the answer tokens.
-        states: [N, d], what the teacher's head reads.
-        logits_of: the head, [n, d] to [n, V].
-        vocab_size: logits beyond it belong to no token.
-        window, min_k: Kneedle's settings, which a cache has from its dump.
-    """
-
-    token_ids: Tensor
-    states: Tensor
-    logits_of: Callable[[Tensor], Tensor]
-    vocab_size: int
-    window: int
-    min_k: int
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    @torch.no_grad()
-    def select(self, rows: Tensor) -> DenseTargets:
-        """Select tokens by their indices [M] int64."""
-        logits = self.logits_of(self.states[rows])[:, : self.vocab_size]
-        return DenseTargets(logits, self.token_ids[rows])

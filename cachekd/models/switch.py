@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.losses.targets import LiveTargets
+from cachekd.losses.chunked import LiveTargets
 from cachekd.models.head import DeferredHead
 from cachekd.models.split import decode, logits_at, project
 

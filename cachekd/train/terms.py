@@ -16,7 +16,7 @@ from cachekd.cache import CachedTargets
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, summed_over_chunks
-from cachekd.losses.targets import LiveTargets
+from cachekd.losses.chunked import LiveTargets
 from cachekd.losses.terms import TERMS, labels, options_off
 from cachekd.models import (
     DeferredHead,

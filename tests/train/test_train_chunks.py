@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
-from cachekd.losses.chunked import CHUNK_BYTES
-from cachekd.losses.targets import DenseTargets, LiveTargets
+from cachekd.losses.chunked import CHUNK_BYTES, LiveTargets
+from cachekd.losses.targets import DenseTargets
 from cachekd.models import DeferredHead, logits_at
 
 TOKENS, WIDTH, VOCAB, PADDED = 23, 12, 150, 160
