@@ -230,6 +230,22 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, skipping_cache, tmp_pa
     assert sorted({first for _, first in hub.downloads}) == [0, 1000]
 
 
+@pytest.mark.parametrize("content", [b"other", None])
+def test_what_the_hub_has_otherwise_is_not_downloaded(hub, skipping_cache, tmp_path, content):
+    push_cache(skipping_cache, REPO)
+    name, (_, tree) = "sketch.zarr.zip", hub.repos[REPO].branches["main"][-1]
+    digest = hashlib.sha256(tree.pop(name)).hexdigest()
+    if content is not None:
+        tree[name] = content
+    with pytest.raises(CachekdError, match="not the one that the manifest lists") as caught:
+        pull_cache(REPO, tmp_path / "out")
+    assert caught.value.where == f"hf://datasets/{REPO}/{name}"
+    assert caught.value.found == ("no file" if content is None else "5 bytes")
+    fetched = {oid for oid, _ in hub.downloads}
+    assert not fetched & {digest, hashlib.sha256(b"other").hexdigest()}
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_pull_goes_on(hub, skipping_cache, tmp_path):
     push_cache(skipping_cache, REPO)
