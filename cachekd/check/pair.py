@@ -32,7 +32,7 @@ from cachekd.check.rows import (
     vocabulary_row,
 )
 from cachekd.config import CheckConfig, DataOptions
-from cachekd.config.train import StudentPart
+from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
@@ -20,6 +20,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    FREE: ClassVar[frozenset[str]] = frozenset()  # settings of which nothing that comes out depends
+
     @field_validator("*")
     @classmethod
     def _is_a_count(cls, value: Any) -> Any:
@@ -27,6 +29,21 @@ class Config(BaseModel):
         if isinstance(value, int) and not isinstance(value, ByteSize) and value > COUNT:
             raise ValueError(f"input should be at most {COUNT:,}")
         return value
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return the same settings but for those in `update`, which are checked as in a new model.
+        (pydantic's own takes any value, and any name.)"""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**said | dict(update or {}))
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that decide what comes out, as they stand in JSON."""
+        return self.model_dump(mode="json", exclude=set(self.FREE))
+
+    @staticmethod
+    def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+        """Reduce what `deciding` returned, now or in an earlier session, to what has to be equal."""
+        return settings
 
 
 AConfig = TypeVar("AConfig", bound=Config)

@@ -130,37 +130,29 @@ def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) ->
     first_good(len(samples), lambda index: encode(samples[index]), config.on_error)
 
 
-def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple[LogitCache, dict[str, str]]:
+def open_cache(
+    config: EvalConfig, samples: Samples | None, model: ModelFiles
+) -> tuple[LogitCache, dict[str, str]]:
     """The teacher's logits of the data; and the samples that it lacks, key to why.
 
     Args:
+        samples: None where the data are not opened; then none is looked for.
         model: any of those that are asked.
 
     Raises:
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
-    cache = open_tokenized(str(config.cache), model)
+    cache = open_bound(str(config.cache))
+    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
+    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
+    if samples is None:
+        return cache, {}
     missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
         fix = "dump these data; or --on-error skip leaves out what it lacks, if it has others"
         raise missing.error(cache, samples, fix)
     return cache, missing.reasons
-
-
-def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
-    """A cache of the models' tokenizer.
-
-    Args:
-        model: any of those that are asked.
-
-    Raises:
-        CachekdError: it cannot be read, or is of another.
-    """
-    cache = open_bound(path)
-    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
-    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
-    return cache
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:

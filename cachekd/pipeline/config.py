@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
@@ -21,6 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 class ReportConfig(Config):
     """One HTML page about a run."""
+
+    FREE: ClassVar = frozenset({"out"})
 
     run: PathOrName = Field(
         description="a train step, or a run's folder; by default the last train step above"

@@ -156,6 +156,11 @@ class SwitchKDTrainingArguments(TrainingArguments):
                 "or one GPU: CUDA_VISIBLE_DEVICES=0",
             )
 
+    def __reduce__(self) -> Any:
+        """Pickle as plain `TrainingArguments`: the Trainer does so beside every model (training_args.bin),
+        and no file of a run is to depend on where this class stands."""
+        return object.__new__, (TrainingArguments,), vars(self)
+
     def _wrong_values(self) -> Iterator[tuple[str, str]]:
         """Settings that cannot have the value that they have, and what is expected."""
         for name, reason in REFUSED.items():

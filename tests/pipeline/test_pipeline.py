@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from cachekd.cache.tail.sketch import read_sketch
 from cachekd.config import DataOptions
 from cachekd.config.base import YamlFile
-from cachekd.config.train import PARTS
+from cachekd.config.fields import PARTS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.evaluate.questions import require_single_questions
