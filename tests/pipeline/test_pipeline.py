@@ -237,6 +237,7 @@ for command in (
     ["run", {str(pipeline)!r}],
     ["train", "--config", {str(recipe)!r}],
     ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "0"],
+    ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--tail", "byte=64"],
     ["eval", "m", "--data", "d", "--limit", "0"],
 ):
     problem = CliRunner().invoke(app, command).exception.problem
@@ -244,7 +245,7 @@ for command in (
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "limit"]
+    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "tail", "limit"]
     assert all(line.endswith("False False") for line in said)
 
 
