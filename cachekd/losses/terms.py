@@ -65,3 +65,8 @@ def options_off(names: Iterable[str]) -> str:
     """Write the options that turn terms off, as in "--lambda-align 0 --lambda-vsd 0"."""
     settings = (f"lambda_{name}" for name in names)
     return " ".join(f"--{setting} 0".replace("_", "-") for setting in settings)
+
+
+WITHOUT_SWITCH = "train without the switched path: " + options_off(
+    name for name, term in TERMS.items() if term.path == "switched"
+)
