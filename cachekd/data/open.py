@@ -9,11 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
+
 from cachekd.config import Data, DataOptions
+from cachekd.data.map_function import load_map
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import ReadFile, RecordFileSamples, read_llava_json
-from cachekd.data.sources.urls import find_tars, is_tar
+from cachekd.data.sources.urls import find_tars, is_tar, named_errors
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
@@ -77,6 +80,31 @@ def open_samples(data: Data, **options: Any) -> Samples:
     if said.limit is None and said.shuffle_seed is None:
         return samples
     return Subset(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
+
+
+def require_there(data: DataOptions) -> None:
+    """Refuse data that cannot be reached, and a map function that is not there. Nothing is fetched, and data
+    on this disk are not looked at: to open them takes no longer.
+
+    Raises:
+        CachekdError: what is missing.
+    """
+    if data.map is not None:
+        load_map(data.map)
+    if is_url(data.data):
+        first = find_tars(data.data if is_tar(data.data) else data.data.rstrip("/") + "/*.tar")[0]
+        with named_errors(first, "the data cannot be reached"):
+            fs, path = url_to_fs(first)
+            fs.info(path)
+    elif not data.is_local:
+        import huggingface_hub
+
+        from cachekd.data.sources.hf_load import HfSpec, require_on_hub
+
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            open_samples(data)  # what was downloaded before
+        else:
+            require_on_hub(HfSpec.parse(*split_query(data.data)))
 
 
 def _open(spec: str, reader: RecordReader) -> Samples:

@@ -12,9 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from fsspec.core import url_to_fs
-
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings
@@ -22,15 +19,14 @@ from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
-from cachekd.data.map_function import load_map
-from cachekd.data.sources.urls import find_tars, is_tar, named_errors
+from cachekd.data.open import require_there
 from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache
 from cachekd.evaluate.inputs import open_models
 from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
-from cachekd.paths import RUN_FILE, is_address, is_hub_data, is_url, split_query
+from cachekd.paths import RUN_FILE, is_address
 from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
@@ -53,7 +49,7 @@ def check_steps(steps: list[PlannedStep]) -> None:
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
                 with about(setting) if setting != "data" else nullcontext():
-                    _require_data(data)
+                    require_there(data)
 
 
 class _ToBeMade:
@@ -196,23 +192,4 @@ _CHECKS: dict[str, Callable[[Any, _ToBeMade], None]] = {
 
 def _here(data: DataOptions) -> Samples | None:
     """Data on this disk, opened; others are not fetched for a check."""
-    return None if is_url(data.data) or is_hub_data(data.data) else open_samples(data)
-
-
-def _require_data(data: DataOptions) -> None:
-    """Data on this disk were opened already, to be compared; of others, whether they are there."""
-    spec = data.data
-    if data.map is not None:
-        load_map(data.map)
-    if is_url(spec):
-        first = find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar")[0]
-        with named_errors(first, "the data cannot be reached"):
-            fs, path = url_to_fs(first)
-            fs.info(path)
-    elif is_hub_data(spec):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            open_samples(data)  # what was downloaded before
-        else:
-            from cachekd.data.sources.hf_load import HfSpec, require_on_hub
-
-            require_on_hub(HfSpec.parse(*split_query(spec)))
+    return open_samples(data) if data.is_local else None

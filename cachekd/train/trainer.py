@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import labels, options_off
 from cachekd.models import load_model, save_processor
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.train.arguments import SwitchKDTrainingArguments
@@ -70,13 +69,8 @@ class SwitchKDTrainer(Trainer):
         validation: Validation | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        if args.torch_compile and terms.switched:
-            raise CachekdError(
-                f"{labels(terms.switched)} cannot be computed: the switched path goes on from inside the "
-                "student's forward, and a compiled one does not show what its vision encoder says",
-                where="setting 'training.torch_compile'",
-                fix=f"leave it out, or train without the switched path: {options_off(terms.switched)}",
-            )
+        if args.torch_compile:
+            terms.require_uncompiled()
         self.feed = Feed(train_dataset, pad_token_id)
         super().__init__(
             model=terms.student,
