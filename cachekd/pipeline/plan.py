@@ -98,10 +98,7 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
                 config = kind.config(**values | {"out": pipeline.out / step.name})
                 steps.append(_planned(step.name, step.step, config, above))
         except ValidationError as error:  # what `read_pipeline` did not see: missing, or not with others
-            place, known = f"step {step.name!r}", kind.config.model_fields
-            mistakes += [
-                Mistake.of(each, ".".join(map(str, each["loc"])), place, known) for each in error.errors()
-            ]
+            mistakes += [Mistake.of(each, f"step {step.name!r}", kind.config) for each in error.errors()]
         except CachekdError:
             if not mistakes:
                 raise
