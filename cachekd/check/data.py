@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cachekd.cache import LogitCache
+from cachekd.cache import CodecSettings, LogitCache
 from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
 from cachekd.check.match import check_cache, check_text
 from cachekd.check.missing import dumped_data
-from cachekd.config import DataOptions, TrainConfig
+from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data import Samples
 from cachekd.data.map_function import require_map
 from cachekd.data.sample import Subset
@@ -65,18 +65,30 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     if not config.distils or config.cache is None:
         return None
     cache = open_bound(config.cache, config.binding)
-    codec = cache.manifest.codec
-    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
-        ours = getattr(config, name)
+    require_kneedle(config, cache.manifest.codec, str(cache.path))
+    return cache
+
+
+def require_kneedle(config: TrainConfig, cached: CodecSettings | DumpConfig, where: str) -> None:
+    """Refuse settings of Kneedle that are not those of the cache.
+
+    Args:
+        cached: the cache's settings, or those that it will have.
+        where: the cache.
+
+    Raises:
+        CachekdError: one is another.
+    """
+    for name in ("window", "min_k"):
+        ours, theirs = getattr(config, name), getattr(cached, name)
         if ours not in (None, theirs):
             raise CachekdError(
                 "the cache was made with another Kneedle setting",
                 where=f"setting {name!r}",
-                expected=f"{theirs}, as in {cache.path}",
+                expected=f"{theirs}, as in {where}",
                 found=ours,
                 fix=f"leave {name!r} out: a cache has its own",
             )
-    return cache
 
 
 def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:

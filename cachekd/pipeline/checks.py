@@ -14,7 +14,7 @@ from typing import Any
 
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
-from cachekd.check.data import RunModels, checked_cache, length_settings
+from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
@@ -118,11 +118,31 @@ def _check_cache(
     if (dump := made.dumps.get(str(config.cache))) is not None:
         teacher = made.model(made.source(dump.teacher))
         require(row(teacher, models.student) for row in (vocabulary_row, template_row, encoding_row))
+        require_kneedle(config, dump, str(config.cache))
+        _require_same_teacher(config, dump, made)
         if config.binding is None:
             _check_coverage(config, samples, dump)
     elif config.cache is not None and not is_address(config.cache):
         return checked_cache(config, models, samples).cache
     return None
+
+
+def _require_same_teacher(config: TrainConfig, dump: DumpConfig, made: _ToBeMade) -> None:
+    """Will the switched path run through the teacher that is dumped? As `check_teacher` asks of a cache."""
+    if not config.switches or config.teacher == dump.teacher:
+        return
+    names = (dump.teacher, str(config.teacher))
+    theirs, ours = (made.model(made.source(name)) for name in names)
+    of_a_teacher = ("config_sha256", "image_processing", "weights")  # the last may take a while
+    is_same = all(getattr(theirs, name) == getattr(ours, name) for name in of_a_teacher)
+    if not is_same or not made.students.keys().isdisjoint(names):
+        raise CachekdError(
+            "the cache will be of another teacher than the one that the switched path runs through",
+            where=f"setting 'teacher', here and of the step that writes {config.cache}",
+            expected=dump.teacher,
+            found=config.teacher,
+            fix="name the same teacher in both steps, or in `defaults`",
+        )
 
 
 def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig) -> None:

@@ -560,6 +560,35 @@ def test_a_student_that_was_trained_before_is_the_teacher_that_its_cache_is_of(s
     assert "step 'two'" in str(caught.value.where)
 
 
+@pytest.mark.parametrize("seen", ["weights", "configuration"])
+def test_a_dump_that_will_not_be_of_the_switched_teacher_is_refused_first(
+    values, tmp_path, teacher_path, student_path, seen
+):
+    other = shutil.copytree(teacher_path, tmp_path / "other")
+    values["steps"][0]["teacher"] = str(other)
+    with pytest.raises(CachekdError, match="the dump is begun"):
+        run(read(values, tmp_path), dump=begun)  # the same one at another place
+    if seen == "weights":
+        save_vlm(other, tiny_processor(), seed=77)
+    else:
+        text = (other / "config.json").read_text()
+        (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+        assert (other / "config.json").read_text() != text
+    with pytest.raises(CachekdError, match="will be of another teacher") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'dft'" in str(caught.value.where)  # the first that switches
+    assert (caught.value.expected, caught.value.found) == (str(other), str(teacher_path))
+
+
+def test_kneedle_of_a_cache_to_be_made_is_compared_first(values, tmp_path):
+    values["steps"][0] |= {"window": 64}
+    values["steps"][1] |= {"window": 64}
+    values["steps"][3] |= {"window": 32}
+    with pytest.raises(CachekdError, match="another Kneedle setting") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'dft': setting 'window'" in str(caught.value.where)
+
+
 def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):
     (Path(values["out"]) / "dft").mkdir(parents=True)
     (Path(values["out"]) / "dft" / "thesis.tex").write_text("x")
