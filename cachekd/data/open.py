@@ -9,14 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
-
 from cachekd.config import Data, DataOptions
-from cachekd.data.map_function import load_map
 from cachekd.data.records import RecordReader
 from cachekd.data.sample import Samples, Subset
 from cachekd.data.sources.llava_json import ReadFile, RecordFileSamples, read_llava_json
-from cachekd.data.sources.urls import find_tars, is_tar, named_errors
+from cachekd.data.sources.urls import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
 from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
@@ -89,6 +86,13 @@ def require_there(data: DataOptions) -> None:
     Raises:
         CachekdError: what is missing.
     """
+    import huggingface_hub
+    from fsspec.core import url_to_fs
+
+    from cachekd.data.map_function import load_map
+    from cachekd.data.sources.hf_load import HfSpec, require_on_hub
+    from cachekd.data.sources.urls import named_errors
+
     if data.map is not None:
         load_map(data.map)
     if is_url(data.data):
@@ -97,10 +101,6 @@ def require_there(data: DataOptions) -> None:
             fs, path = url_to_fs(first)
             fs.info(path)
     elif not data.is_local:
-        import huggingface_hub
-
-        from cachekd.data.sources.hf_load import HfSpec, require_on_hub
-
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             open_samples(data)  # what was downloaded before
         else:
