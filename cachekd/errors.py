@@ -65,8 +65,8 @@ def within(place: str, error: CachekdError, then: str | None = None) -> CachekdE
 
 
 @contextmanager
-def about(setting: str, then: str | None = None) -> Iterator[None]:
-    """Have errors in the block name this setting.
+def about(name: str, then: str | None = None, *, what: str = "setting") -> Iterator[None]:
+    """Have errors in the block name this setting, or what else it is.
 
     Args:
         then: what else to do about them.
@@ -74,7 +74,7 @@ def about(setting: str, then: str | None = None) -> Iterator[None]:
     try:
         yield
     except CachekdError as error:
-        raise within(f"setting {setting!r}", error, then) from error
+        raise within(f"{what} {name!r}", error, then) from error
 
 
 class FailedWrite(CachekdError):

@@ -46,21 +46,6 @@ class Binding(Sealed):
         said = [sorted(self.keys.items()), sorted(self.unbound)]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
-    def require_cache(self, cache: LogitCache, where: str) -> None:
-        """Refuse another cache than the one that was bound.
-
-        Raises:
-            CachekdError: it is another.
-        """
-        if cache.manifest.sha256 != self.cache_sha256:
-            raise CachekdError(
-                "the binding is for another cache",
-                where=f"{where} and {cache.path}",
-                expected=f"a manifest with sha256 {self.cache_sha256}",
-                found=cache.manifest.sha256,
-                fix="run `cachekd bind` with this cache",
-            )
-
 
 def open_bound(path: str | Path, binding: Path | None = None) -> LogitCache:
     """A cache, under the keys of a data set where there is a binding. One at an address is fetched first.
@@ -88,7 +73,14 @@ def bound_cache(cache: LogitCache, binding: Binding, where: str) -> LogitCache:
     Raises:
         CachekdError: the binding is of another cache.
     """
-    binding.require_cache(cache, where)
+    if cache.manifest.sha256 != binding.cache_sha256:
+        raise CachekdError(
+            "the binding is for another cache",
+            where=f"{where} and {cache.path}",
+            expected=f"a manifest with sha256 {binding.cache_sha256}",
+            found=cache.manifest.sha256,
+            fix="run `cachekd bind` with this cache",
+        )
     return cache.renamed(binding.keys, without=set(binding.unbound))
 
 

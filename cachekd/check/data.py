@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from cachekd.cache import LogitCache
+from cachekd.cache import CodecSettings, LogitCache
 from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
-from cachekd.check.match import check_cache
+from cachekd.check.match import check_cache, check_text
 from cachekd.check.missing import dumped_data
-from cachekd.config import DataOptions, TrainConfig
-from cachekd.data import Limits, SampleEncoder, Samples
-from cachekd.data.left_out import LeftOutSamples
+from cachekd.config import DataOptions, DumpConfig, TrainConfig
+from cachekd.data import Samples
 from cachekd.data.map_function import require_map
 from cachekd.data.sample import Subset
 from cachekd.errors import CachekdError
@@ -63,28 +62,33 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     Raises:
         CachekdError: it cannot be read, or was made with other settings of Kneedle.
     """
-    if not config.distils or config.live_teacher:
+    if not config.distils or config.cache is None:
         return None
-    assert config.cache is not None  # as `require_inputs` saw
     cache = open_bound(config.cache, config.binding)
-    codec = cache.manifest.codec
-    for name, theirs in (("window", codec.window), ("min_k", codec.min_k)):
-        ours = getattr(config, name)
+    require_kneedle(config, cache.manifest.codec, str(cache.path))
+    return cache
+
+
+def require_kneedle(config: TrainConfig, cached: CodecSettings | DumpConfig, where: str) -> None:
+    """Refuse settings of Kneedle that are not those of the cache.
+
+    Args:
+        cached: the cache's settings, or those that it will have.
+        where: the cache.
+
+    Raises:
+        CachekdError: one is another.
+    """
+    for name in ("window", "min_k"):
+        ours, theirs = getattr(config, name), getattr(cached, name)
         if ours not in (None, theirs):
             raise CachekdError(
                 "the cache was made with another Kneedle setting",
                 where=f"setting {name!r}",
-                expected=f"{theirs}, as in {cache.path}",
+                expected=f"{theirs}, as in {where}",
                 found=ours,
                 fix=f"leave {name!r} out: a cache has its own",
             )
-    return cache
-
-
-def length_limits(config: TrainConfig, cache: LogitCache | None, models: RunModels) -> Limits:
-    """What the models that read the samples allow, and the settings."""
-    said = length_settings(config, None if cache is None else dumped_data(cache))
-    return limits_of([model.config for model in models if model is not None], **said)
 
 
 def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:
@@ -97,21 +101,51 @@ def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) 
     return said if dumped is None else said | unsaid(config, dumped, *said)
 
 
-def without_missing(
-    config: TrainConfig, samples: Samples, cache: LogitCache | None, encoder: SampleEncoder
-) -> tuple[Samples, LeftOutSamples]:
-    """The samples that are used, and those that are left out because the cache lacks them.
+class CheckedCache(NamedTuple):
+    """A cache, and whoever reads the data beside it.
+
+    Attributes:
+        cache: None if none is used.
+        student: within the limits of these data.
+        missing: samples that are left out because the cache lacks them, key to reason.
+    """
+
+    cache: LogitCache | None
+    student: ModelFiles
+    missing: dict[str, str]
+
+    def used(self, samples: Samples) -> Samples:
+        """Return those of the samples that are not left out."""
+        if not self.missing:
+            return samples
+        return Subset(samples, only=[i for i, key in enumerate(samples.keys) if key not in self.missing])
+
+
+def checked_cache(
+    config: TrainConfig, models: RunModels, samples: Samples | None, beside: LogitCache | None = None
+) -> CheckedCache:
+    """Open a run's cache, and compare it with the student, the settings and the data.
+
+    Args:
+        samples: None where the data are not opened; then they are not compared.
+        beside: another cache, which says what is done with long samples where this one does not.
 
     Raises:
-        CachekdError: the cache does not match the student's tokenizer, the template or the data; or the run
-            would stop at samples that it lacks.
+        CachekdError: it cannot be read, does not match the student's tokenizer, the template, the data or
+            Kneedle's settings; or the run would stop at samples that it lacks.
     """
-    if cache is None:
-        return samples, LeftOutSamples()
-    data = None if config.binding is not None else config
-    choices = {"missing": config.missing, "on_error": config.on_error}
-    missing = check_cache(cache, samples, encoder, data=data, **choices).reasons
-    if config.missing != "skip" or not missing:
-        return samples, LeftOutSamples()
-    kept = [index for index, key in enumerate(samples.keys) if key not in missing]
-    return Subset(samples, only=kept), LeftOutSamples.of(missing)
+    cache = open_cache(config)
+    known = beside if cache is None else cache
+    said = length_settings(config, None if known is None else dumped_data(known))
+    student = models.student.within(
+        limits_of([model.config for model in models if model is not None], **said)
+    )
+    missing: dict[str, str] = {}
+    if cache is not None and samples is None:
+        check_text(cache, student.encoder)
+    elif cache is not None and samples is not None:
+        data = None if config.binding is not None else config
+        choices = {"missing": config.missing, "on_error": config.on_error}
+        lacking = check_cache(cache, samples, student.encoder, data=data, **choices)
+        missing = lacking.reasons if config.missing == "skip" else {}
+    return CheckedCache(cache, student, missing)

@@ -15,10 +15,10 @@ from cachekd.data import Encoded, Limits, Samples, Survey
 from cachekd.data.limits import LONGER, NO_ROW
 from cachekd.data.sample import DataNotes
 from cachekd.errors import BadSample
-from cachekd.losses.terms import labels
+from cachekd.losses.terms import WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
 
-_TEXT_ALONE = "--image-field NAME takes the pictures of another field; for text alone, --lambda-vsd 0"
+_TEXT_ALONE = f"--image-field NAME takes the pictures of another field; or {WITHOUT_SWITCH}"
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encod
     """Whether V_T and V_S see the same picture."""
     name = "image processing"
     if student.image_token_id is None or teacher.image_token_id is None:
-        return Row(name, "note", "no vision encoder on one side or both", "--lambda-vsd 0")
+        return Row(name, "note", "no vision encoder on one side or both", WITHOUT_SWITCH)
     seen = [
         (theirs.inputs["pixel_values"], ours.inputs["pixel_values"])
         for theirs, ours in pairs

@@ -13,6 +13,7 @@ from cachekd.config import DataOptions
 from cachekd.data import Encoded, SampleEncoder, Samples
 from cachekd.data.images import READING
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import TERMS, options_off
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import (
     encoding_fingerprint,
@@ -56,7 +57,7 @@ def check_cache(
             expected=f"some of {len(samples):,} samples, as {samples.keys[0]!r}",
             found=f"{len(cache):,} others, as {next(iter(cache), None)!r}",
             fix="`cachekd bind` finds samples that have other keys in the cache; or take another cache, or "
-            "--lambda-align 0 --lambda-vsd 0 for plain CE",
+            f"{options_off(name for name, term in TERMS.items() if term.taught)} for plain CE",
         )
     lacking.require_allowed(
         cache, samples, missing=missing, on_error=on_error, too_long=encoder.limits.too_long

@@ -32,11 +32,12 @@ from cachekd.check.rows import (
     vocabulary_row,
 )
 from cachekd.config import CheckConfig, DataOptions
-from cachekd.config.train import StudentPart
+from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset
 from cachekd.errors import BadSample
+from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models import (
     ModelFiles,
     default_device,
@@ -187,7 +188,7 @@ def check_pair(config: CheckConfig) -> PairReport:
     if take_images or config.switch_bridge is not None:
         rows += switch_rows(theirs, ours, config.switch_bridge)
     else:
-        rows.append(Row("switch", "note", "no vision encoder", "--lambda-vsd 0: L_CE and L_Align"))
+        rows.append(Row("switch", "note", "no vision encoder", WITHOUT_SWITCH))
     if config.cache is not None:
         rows += cache_rows(config.cache, opened, config, ours, theirs, pairs)
     if config.forward:

@@ -15,6 +15,7 @@ from cachekd.config import DataOptions
 from cachekd.data import Encoded, Samples, collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models import (
     ModelFiles,
     check_switch,
@@ -179,7 +180,7 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
     if not differences:
         width = getattr(student.config.vision_config, family_of(student.config).width)
         return [Row("switch", "ok", f"the same family, layer and grid; features of width {width:,}")]
-    fix = "a student with the teacher's kind of vision encoder, or --lambda-vsd 0"
+    fix = f"a student with the teacher's kind of vision encoder, or {WITHOUT_SWITCH}"
     if _bridge_row(teacher, student).state != "refused":
         fix = f"--switch-bridge linear (beyond the paper); or {fix}"
     settings = frozenset(difference.setting for difference in differences)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
@@ -20,6 +20,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    FREE: ClassVar[frozenset[str]] = frozenset()  # settings of which nothing that comes out depends
+
     @field_validator("*")
     @classmethod
     def _is_a_count(cls, value: Any) -> Any:
@@ -27,6 +29,21 @@ class Config(BaseModel):
         if isinstance(value, int) and not isinstance(value, ByteSize) and value > COUNT:
             raise ValueError(f"input should be at most {COUNT:,}")
         return value
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return the same settings but for those in `update`, which are checked as in a new model.
+        (pydantic's own takes any value, and any name.)"""
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**said | dict(update or {}))
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that decide what comes out, as they stand in JSON."""
+        return self.model_dump(mode="json", exclude=set(self.FREE))
+
+    @staticmethod
+    def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+        """Reduce what `deciding` returned, now or in an earlier session, to what has to be equal."""
+        return settings
 
 
 AConfig = TypeVar("AConfig", bound=Config)
@@ -50,7 +67,7 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
             place = (
                 "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
             )
-            mistakes.append(Mistake.of(each, _name(where), place, known_at(model, where)))
+            mistakes.append(Mistake.of(each, place, model))
             missing += [option_name(where[0])] * (each["type"] == "missing")
         raise refusal(mistakes, f"give {' and '.join(missing)}") from None
 
@@ -77,23 +94,23 @@ class Mistake:
     known: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, error: Any, name: str, place: str, known: Iterable[str]) -> Mistake:
+    def of(
+        cls, error: Any, place: str, model: type[BaseModel], where: tuple[str | int, ...] | None = None
+    ) -> Mistake:
         """Say one of pydantic's errors in our words.
 
         Args:
-            name: of the setting.
-            known: the names of all settings that could stand there.
+            model: the setting is one of it.
+            where: in it; by default as the error has it.
         """
+        where = error["loc"] if where is None else where
+        name = ".".join(map(str, where))
         value = NOTHING if error["type"] == "missing" else error.get("input")
         if error["type"] != "extra_forbidden":
             text = error["msg"].removeprefix("Value error, ")
             return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
-        return cls(
-            f"unknown setting {name!r}{_hint(name.rpartition('.')[2], list(known))}",
-            place,
-            value,
-            tuple(known),
-        )
+        known = known_at(model, where)
+        return cls(f"unknown setting {name!r}{_hint(str(where[-1]), known)}", place, value, known)
 
 
 NOTHING = object()
@@ -122,7 +139,7 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
     return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known, fix=fix)
 
 
-def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> Iterable[str]:
+def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> tuple[str, ...]:
     """Return the names of all settings that could stand at a place, which may be within another setting.
 
     Args:
@@ -134,7 +151,7 @@ def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> Iterable[s
         if inner is None:
             return ()
         model = inner
-    return model.model_fields
+    return tuple(model.model_fields)
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -144,11 +161,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
-def _name(where: tuple[str | int, ...]) -> str:
-    return ".".join(map(str, where))
-
-
-def _hint(name: str, known: list[str]) -> str:
+def _hint(name: str, known: tuple[str, ...]) -> str:
     """Say what may have been meant. A slip is told before the Trainer is imported, which takes seconds."""
     near = get_close_matches(name, known, 1)
     slip = get_close_matches(name, known, 1, cutoff=0.85)

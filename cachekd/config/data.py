@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from cachekd.config.base import Config, read_config
 from cachekd.config.fields import TooLong
-from cachekd.paths import LocalPath, PathOrName
+from cachekd.paths import LocalPath, PathOrName, is_hub_data, is_url
 
 OnError = Literal["stop", "skip"]
 ROW_NUMBERS = "index"  # --key index
@@ -62,6 +62,11 @@ class DataOptions(Config):
             CachekdError: an option is unknown or out of range.
         """
         return data if isinstance(data, DataOptions) else read_config(None, cls, {"data": data, **options})
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data are on this disk, or ought to be; others have to be fetched."""
+        return not (is_url(self.data) or is_hub_data(self.data))
 
     def inheriting_from(self, other: DataOptions) -> Self:
         """Fill what is left open with what `other` says: how records are read, and what is done with bad and

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
 from cachekd.config.data import DataOptions
-from cachekd.config.fields import CALIBRATION_TOKENS, DEFAULT_TAIL, EXACT, KEPT, Dtype, ModelName, Workers
+from cachekd.config.fields import (
+    CALIBRATION_TOKENS,
+    DEFAULT_TAIL,
+    EXACT,
+    KEPT,
+    TAIL_FORMS,
+    Dtype,
+    ModelName,
+    Tail,
+    Workers,
+)
 from cachekd.paths import LocalPath
 
 
 class DumpConfig(DataOptions):
     """Stage one, `cachekd dump`."""
+
+    # As `cachekd.dump.plan.same_plan` has it.
+    FREE: ClassVar = frozenset({"out", "workers", "rank", "world_size", "on_error", "batch_size"})
 
     teacher: ModelName
     out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")
@@ -18,8 +33,8 @@ class DumpConfig(DataOptions):
     top_p: float | None = Field(
         None, ge=0, lt=1, description="keep at least this share of the mass; 0.99 if tail is none, else 0"
     )
-    tail: str = Field(
-        DEFAULT_TAIL, description="of the logprobs that are not kept: none, bytes=64, step=0.1 or exact"
+    tail: Tail = Field(
+        DEFAULT_TAIL, description=f"of the logprobs that are not kept: {', '.join(TAIL_FORMS.values())}"
     )
     disk_budget: ByteSize | None = Field(
         None, gt=0, le=EXACT, description="for the whole cache, such as 50GB: chooses top_k and tail"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,8 @@ class EvalConfig(DataOptions):
     Raises:
         CachekdError: there are both a teacher and a cache of it.
     """
+
+    FREE: ClassVar = frozenset({"out", "batch_size", "workers"})
 
     models: list[PathOrName] = Field(
         min_length=1,

@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from cachekd.paths import PathOrName
 
 EXACT = 2**53  # what every JSON reader holds exactly
 COUNT = 2**32 - 1  # of whole numbers in settings: numpy's largest seed, and far beyond any count
 KEPT = 2**16 - 1  # logprobs of a token, whose number a shard keeps in 16 bits
+StudentPart = Literal["vision_encoder", "projector", "language_model"]
+PARTS: tuple[StudentPart, ...] = get_args(StudentPart)  # V_S, P_S, L_S, as data flows
 TooLong = Literal["error", "skip", "cut"]  # what becomes of a sample that is too long
 
+# `--tail`, each by its name, as it is written; what it does: `TAILS` in `cachekd.cache.tail.setting`.
+TAIL_FORMS = {
+    "none": "none",
+    "exact": "exact",
+    "bytes": "bytes=64 (per answer token)",
+    "step": "step=0.1 (nats)",
+}
 DEFAULT_TAIL = "bytes=64"
 CALIBRATION_TOKENS = 16_384
 SAVE_STEPS = 500
 STORE_TIMEOUT = 60.0  # seconds without a byte
 
 
+def split_tail(text: str) -> tuple[str, float]:
+    """The name and the number of a tail, as in "bytes=64"; 0 where the name takes none.
+
+    Raises:
+        ValueError: it is no tail of `TAIL_FORMS`, or its number is none above 0.
+    """
+    name, equals, number = text.partition("=")
+    form = TAIL_FORMS.get(name)
+    if form is not None and bool(equals) == ("=" in form):
+        if not equals:
+            return name, 0.0
+        if re.fullmatch(r"\d+(?:\.\d*)?|\.\d+", number) and float(number) > 0:
+            return name, float(number)
+    raise ValueError(f"unknown tail {text!r}, expected {', '.join(TAIL_FORMS.values())}")
+
+
+def _is_a_tail(text: str) -> str:
+    split_tail(text)
+    return text
+
+
+def _split_parts(value: Any) -> Any:
+    """Split names of parts, as in "projector,language_model"; a list may hold such texts too."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(name.strip() for text in texts for name in text.split(","))
+
+
+def _each_once(value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
+    """The parts as data flows, so that their order in a file says nothing."""
+    if not value or len(set(value)) < len(value):
+        raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
+    return tuple(part for part in PARTS if part in value)
+
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
+Parts = Annotated[tuple[StudentPart, ...], BeforeValidator(_split_parts), AfterValidator(_each_once)]
+Tail = Annotated[str, AfterValidator(_is_a_tail)]
 # Settings that several stages have, each said once.
 ModelName = Annotated[PathOrName, Field(description="model folder or hub name")]
 CacheName = Annotated[

@@ -9,19 +9,17 @@ docs/pipelines.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
-from cachekd.config.fields import SAVE_STEPS, CacheName, Dtype, ModelName, SwitchBridge
+from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
 
 Stage = Literal["dpt", "sft", "dft"]
-StudentPart = Literal["vision_encoder", "projector", "language_model"]
-PARTS: tuple[StudentPart, ...] = get_args(StudentPart)  # V_S, P_S, L_S, as data flows
 
 # L_VSD reaches V_S alone: where a stage leaves V_S frozen, its weight is 0.
 STAGES: dict[Stage, dict[str, Any]] = {
@@ -29,14 +27,6 @@ STAGES: dict[Stage, dict[str, Any]] = {
     "sft": {"trainable": ("projector", "language_model"), "lambda_align": 0.0, "lambda_vsd": 0.0},
     "dft": {"trainable": PARTS, "lambda_align": 1.0, "lambda_vsd": 1.0},
 }
-
-
-def parts_of(value: Any) -> Any:
-    """Split names of parts, as in "projector,language_model"; a list may hold such texts too."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        return value
-    return tuple(name.strip() for text in texts for name in text.split(","))
 
 
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
@@ -49,6 +39,12 @@ class TrainConfig(DataOptions):
         CachekdError: L_VSD is on and the student's vision encoder is frozen; L_VSD is off and there is a
             bridge for it; `training` has a token in it.
     """
+
+    # These may change between two sessions of one run. (What a stage stands for is in the others.)
+    FREE: ClassVar = frozenset({"out", "on_error", "workers", "save_steps", "keep_checkpoints", "stage"}) | {
+        "logit_chunk",
+        "gradient_checkpointing",
+    }
 
     student: ModelName
     out: LocalPath = Field(description="the run's folder: new, empty, or a run to go on with")
@@ -83,7 +79,7 @@ class TrainConfig(DataOptions):
         description="presets of trainable, lambda_align and lambda_vsd: dpt (projector; L_Align), sft "
         "(projector and language model; L_CE alone), dft (everything); each can be set by itself",
     )
-    trainable: Annotated[tuple[StudentPart, ...], BeforeValidator(parts_of)] = Field(
+    trainable: Parts = Field(
         PARTS, description="the student's parts that train; the others stay as they are, bit by bit"
     )
     lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
@@ -152,18 +148,13 @@ class TrainConfig(DataOptions):
 
     @field_validator("training")
     @classmethod
-    def _has_no_secret(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _has_no_secret_and_whole_paths(cls, value: dict[str, Any]) -> dict[str, Any]:
         if "hub_token" in value:
             raise CachekdError(
                 "settings are written into the run's folder in clear, and a token is a secret",
                 where="setting 'training.hub_token'",
                 fix="HF_TOKEN in the environment, or `hf auth login`",
             )
-        return value
-
-    @field_validator("training")
-    @classmethod
-    def _with_paths_expanded(cls, value: dict[str, Any]) -> dict[str, Any]:
         return value | {name: expanded(value[name]) for name in _TRAINERS_PATHS if name in value}
 
     @model_validator(mode="before")
@@ -172,14 +163,6 @@ class TrainConfig(DataOptions):
         """Beneath what is said lie the presets of the stage; a name that is no stage is refused later."""
         stage = values.get("stage") if isinstance(values, dict) else None
         return {**STAGES[stage], **values} if stage in STAGES else values
-
-    @field_validator("trainable")
-    @classmethod
-    def _each_once(cls, value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
-        """The parts as data flows, so that their order in a file says nothing."""
-        if not value or len(set(value)) < len(value):
-            raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
-        return tuple(part for part in PARTS if part in value)
 
     @model_validator(mode="after")
     def _the_switched_path_trains_something(self) -> Self:
@@ -211,12 +194,13 @@ class TrainConfig(DataOptions):
         Raises:
             CachekdError: a cache or a teacher is missing, or there are two of them.
         """
-        if self.live_teacher and self.cache is not None:
-            raise CachekdError(
-                "a live teacher takes the place of a cache",
-                where="settings 'live_teacher' and 'cache'",
-                fix="leave one of them out",
-            )
+        for name, too in (("cache", ""), ("eval_cache", ", on held-out data too")):
+            if self.live_teacher and getattr(self, name) is not None:
+                raise CachekdError(
+                    f"a live teacher takes the place of a cache{too}",
+                    where=f"settings 'live_teacher' and {name!r}",
+                    fix="leave one of them out",
+                )
         if self.distils and not self.live_teacher and self.cache is None:
             raise CachekdError(
                 f"{labels(self.taught)} need{'s' * (len(self.taught) == 1)} the teacher's cached logits",
@@ -232,12 +216,6 @@ class TrainConfig(DataOptions):
                 else "a live teacher has to be named",
                 where="setting 'teacher'",
                 fix=f"pass --teacher, or {options_off(self.switched)} to align the student's own path only",
-            )
-        if self.live_teacher and self.eval_cache is not None:
-            raise CachekdError(
-                "a live teacher takes the place of a cache, on held-out data too",
-                where="settings 'live_teacher' and 'eval_cache'",
-                fix="leave one of them out",
             )
         for name in ("eval_cache", "eval_steps"):
             if self.eval_data is None and getattr(self, name) is not None:
@@ -257,6 +235,19 @@ class TrainConfig(DataOptions):
         settings |= {name: getattr(data, name) for name in data.model_fields_set}
         of_the_run = {"cache": self.eval_cache, "binding": None}
         return type(self)(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
+
+    @staticmethod
+    def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+        """Replace `batch_size` and `gradient_accumulation` by their product, the samples of an optimizer step
+        in each process: a run that ran out of memory may go on with smaller batches.
+
+        With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
+        """
+        sizes = ("batch_size", "gradient_accumulation")
+        if settings["training"].get("dataloader_drop_last"):
+            return settings
+        others = {name: value for name, value in settings.items() if name not in sizes}
+        return others | {" x ".join(sizes): settings[sizes[0]] * settings[sizes[1]]}
 
     @property
     def eval_is_taught(self) -> bool:
@@ -305,30 +296,3 @@ class TrainConfig(DataOptions):
     def runs_teacher(self) -> bool:
         """Whether the teacher itself is in memory: for the switched path, or in the cache's place."""
         return self.switches or (self.live_teacher and self.distils)
-
-
-# Settings that may change between two sessions of one run: they do not change its numbers. (What a stage
-# stands for is in the others.)
-FREE_SETTINGS = {
-    "out",
-    "on_error",
-    "workers",
-    "save_steps",
-    "keep_checkpoints",
-    "logit_chunk",
-    "gradient_checkpointing",
-    "stage",
-}
-
-
-def samples_per_step(settings: dict[str, Any]) -> dict[str, Any]:
-    """Replace `batch_size` and `gradient_accumulation` by their product, the samples of an optimizer step in
-    each process: a run that ran out of memory may go on with smaller batches.
-
-    With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
-    """
-    sizes = ("batch_size", "gradient_accumulation")
-    if settings["training"].get("dataloader_drop_last"):
-        return settings
-    others = {name: value for name, value in settings.items() if name not in sizes}
-    return others | {" x ".join(sizes): settings[sizes[0]] * settings[sizes[1]]}

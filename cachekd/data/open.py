@@ -79,6 +79,34 @@ def open_samples(data: Data, **options: Any) -> Samples:
     return Subset(samples, limit=said.limit, shuffle_seed=said.shuffle_seed)
 
 
+def require_there(data: DataOptions) -> None:
+    """Refuse data that cannot be reached, and a map function that is not there. Nothing is fetched, and data
+    on this disk are not looked at: to open them takes no longer.
+
+    Raises:
+        CachekdError: what is missing.
+    """
+    import huggingface_hub
+    from fsspec.core import url_to_fs
+
+    from cachekd.data.map_function import load_map
+    from cachekd.data.sources.hf_load import HfSpec, require_on_hub
+    from cachekd.data.sources.urls import named_errors
+
+    if data.map is not None:
+        load_map(data.map)
+    if is_url(data.data):
+        first = find_tars(data.data if is_tar(data.data) else data.data.rstrip("/") + "/*.tar")[0]
+        with named_errors(first, "the data cannot be reached"):
+            fs, path = url_to_fs(first)
+            fs.info(path)
+    elif not data.is_local:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            open_samples(data)  # what was downloaded before
+        else:
+            require_on_hub(HfSpec.parse(*split_query(data.data)))
+
+
 def _open(spec: str, reader: RecordReader) -> Samples:
     if is_url(spec):
         return WebDatasetSamples(find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar"), reader)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +15,7 @@ from cachekd.data.spread import evenly
 from cachekd.dump.pilot import Pilot
 from cachekd.dump.teacher import Teacher
 from cachekd.errors import CachekdError
+from cachekd.models.memory import peak_memory
 
 SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 
@@ -83,7 +82,7 @@ def estimate(
         shard_bytes=round(shard_bytes),
         sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
         seconds=usable * max(run, read),  # they overlap
-        peak_memory=peak_memory(teacher.model.device),
+        peak_memory=peak_memory(),
         codec=codec,
     )
 
@@ -121,14 +120,6 @@ def _packed(pilot: Pilot, targets: TokenTargets, share: float, step: float) -> t
     some = TokenTargets.concatenate([parts[index] for index in chosen])
     shard = make_shard([samples[index] for index in chosen], some)
     return len(shard.targets), len(pack_shard(shard, step))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was in use so far, of the GPU if there is one, else of this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 SHIFT_BYTES = 1.5  # per token, about, of the sketch's shift

@@ -122,13 +122,7 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: D
         CachekdError: it would not: what differs, old and new.
     """
     require_same_shards(config, earlier)
-    geometry = earlier.source.geometry.model_copy(
-        update={
-            "calibration_tokens": config.calibration_tokens,
-            "disk_budget": _bytes(config),
-            "budget_for": _budget_for(config),
-        }
-    )
+    geometry = earlier.source.geometry.model_copy(update=_of_the_pilot(config))
     codec = teacher.codec if config.disk_budget is None else earlier.codec
     plan = _plan(config, samples, teacher, geometry, codec)
     where = str(config.out)
@@ -225,10 +219,17 @@ def _geometry(config: DumpConfig, shard_samples: int) -> Geometry:
         shard_samples=shard_samples,
         group_samples=config.batch_size * BATCHES_PER_SORT,
         batch_size=config.batch_size,
-        calibration_tokens=config.calibration_tokens,
-        disk_budget=_bytes(config),
-        budget_for=_budget_for(config),
+        **_of_the_pilot(config),
     )
+
+
+def _of_the_pilot(config: DumpConfig) -> dict[str, Any]:
+    """What a geometry says of the pilot: its size, the disk budget, and what that was to begin from."""
+    size, budget = {"calibration_tokens": config.calibration_tokens}, config.disk_budget
+    if budget is None:
+        return {**size, "disk_budget": None, "budget_for": None}
+    began = f"top_k {config.top_k}, top_p {config.top_p}, tail {config.tail}"
+    return {**size, "disk_budget": int(budget), "budget_for": began}
 
 
 def _plan(
@@ -249,14 +250,3 @@ def _plan(
         codec=codec,
         source=DumpSource(data=data, geometry=geometry, versions=library_versions()),
     )
-
-
-def _bytes(config: DumpConfig) -> int | None:
-    return None if config.disk_budget is None else int(config.disk_budget)
-
-
-def _budget_for(config: DumpConfig) -> str | None:
-    """What a disk budget was to begin from."""
-    if config.disk_budget is None:
-        return None
-    return f"top_k {config.top_k}, top_p {config.top_p}, tail {config.tail}"

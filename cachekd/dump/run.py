@@ -18,6 +18,7 @@ from cachekd.cache.build import CacheBuild, find_plan
 from cachekd.cache.layout import SKETCH_FILE
 from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.config import DataOptions, DumpConfig
+from cachekd.config.data import OnError
 from cachekd.data import Samples, open_samples
 from cachekd.data.left_out import first_good
 from cachekd.dump.estimate import Estimate
@@ -169,22 +170,7 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     samples = open_samples(config)
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
-    return samples, _load_teacher(files, samples, config, codec, config.dtype)
-
-
-def open_teacher(
-    path: str, samples: Samples, options: DataOptions, codec: CodecSettings, dtype: str
-) -> Teacher:
-    """The teacher, tried on a sample.
-
-    Args:
-        samples, options: the data, and what becomes of bad and long samples.
-        dtype: of torch, or "auto".
-
-    Raises:
-        CachekdError: no such model or processor, or one that does not fit the data.
-    """
-    return _load_teacher(teacher_files(path, options), samples, options, codec, dtype)
+    return samples, load_teacher(files, samples, config.on_error, codec, config.dtype)
 
 
 def teacher_files(path: str, options: DataOptions) -> ModelFiles:
@@ -197,17 +183,25 @@ def teacher_files(path: str, options: DataOptions) -> ModelFiles:
     return files.within(limits_of([files.config], max_tokens=options.max_tokens, too_long=options.too_long))
 
 
-def _load_teacher(
-    files: ModelFiles, samples: Samples, options: DataOptions, codec: CodecSettings, dtype: str
+def load_teacher(
+    files: ModelFiles, samples: Samples, on_error: OnError, codec: CodecSettings, dtype: str
 ) -> Teacher:
-    """The weights, once a sample could be encoded."""
-    first_good(len(samples), lambda index: files.encoder(samples[index]), options.on_error)
+    """The weights, once a sample could be encoded; and the head, measured on one.
+
+    Args:
+        on_error: whether a bad sample among the first stops.
+        dtype: of torch, or "auto".
+
+    Raises:
+        CachekdError: no such model or processor, or one that does not fit the data.
+    """
+    first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
     device = default_device()
     teacher = Teacher(files, files.load(dtype=dtype_of(dtype, device), device=device), codec)
     if not TailSetting.parse(codec.tail).sketch:
         return teacher
     measured = first_good(
-        len(samples), lambda index: teacher.with_head(files.encoder(samples[index])), options.on_error
+        len(samples), lambda index: teacher.with_head(files.encoder(samples[index])), on_error
     )
     return measured[1]
 

@@ -48,40 +48,6 @@ def _names(text: str) -> tuple[str, str, str]:
     return f"question {question}", f"type {question_type(question)}", "all"
 
 
-def prior_of(
-    samples: Samples, where: str, on_error: OnError, progress: Callable[[int], None]
-) -> tuple[AnswerPrior, int]:
-    """Count the answers of a whole data set, no picture of which is opened.
-
-    Args:
-        where: the data set.
-        on_error: whether a record that cannot be read stops, or counts for nothing.
-        progress: is told of records since the last call.
-
-    Returns:
-        the prior, and the number of records that gave it nothing: none of their answers follows a question.
-
-    Raises:
-        CachekdError: the data set or a record cannot be read, or no record gave anything.
-    """
-    seen: list[tuple[str, str]] = []
-    nothing = 0
-    for index in range(len(samples)):
-        found = _answered(samples, index, on_error)
-        seen += found
-        nothing += not found
-        progress(1)
-    if not seen:
-        raise CachekdError(
-            "nothing is asked and answered in the data of the prior",
-            where=where,
-            expected="records with a user's turn and an answer to it",
-            found=f"{nothing:,} others",
-            fix="name the training data, --prior-data; they are read as --data is (--map, --key)",
-        )
-    return AnswerPrior(seen), nothing
-
-
 def _answered(samples: Samples, index: int, on_error: OnError) -> Sequence[tuple[str, str]]:
     try:
         return samples.preview(index).answered
@@ -130,17 +96,24 @@ def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) ->
     first_good(len(samples), lambda index: encode(samples[index]), config.on_error)
 
 
-def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple[LogitCache, dict[str, str]]:
+def open_cache(
+    config: EvalConfig, samples: Samples | None, model: ModelFiles
+) -> tuple[LogitCache, dict[str, str]]:
     """The teacher's logits of the data; and the samples that it lacks, key to why.
 
     Args:
+        samples: None where the data are not opened; then none is looked for.
         model: any of those that are asked.
 
     Raises:
         CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
             them, where `on_error` is "skip").
     """
-    cache = open_tokenized(str(config.cache), model)
+    cache = open_bound(str(config.cache))
+    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
+    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
+    if samples is None:
+        return cache, {}
     missing = missing_samples(cache, samples, config)
     if missing and (config.on_error == "stop" or len(missing) == len(samples)):
         fix = "dump these data; or --on-error skip leaves out what it lacks, if it has others"
@@ -148,31 +121,35 @@ def open_cache(config: EvalConfig, samples: Samples, model: ModelFiles) -> tuple
     return cache, missing.reasons
 
 
-def open_tokenized(path: str, model: ModelFiles) -> LogitCache:
-    """A cache of the models' tokenizer.
-
-    Args:
-        model: any of those that are asked.
-
-    Raises:
-        CachekdError: it cannot be read, or is of another.
-    """
-    cache = open_bound(path)
-    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
-    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
-    return cache
-
-
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:
-    """Count the training data's answers; records are read as the test data's unless they say otherwise.
+    """Count the training data's answers, no picture of which is opened; records are read as the test data's
+    unless they say otherwise.
+
+    Returns:
+        the prior, and the number of records that gave it nothing: none of their answers follows a question.
 
     Raises:
-        CachekdError: they cannot be read, or say nothing.
+        CachekdError: the data set or a record cannot be read, or no record gave anything.
     """
     assert config.prior_data is not None
     # Neither keys nor pictures matter, and theirs may have other names than the test data's.
     anything = {"key": ROW_NUMBERS, "image_field": (), "image_root": None}
     data = config.prior_data.inheriting_from(config).model_copy(update=anything)
-    samples, what = open_samples(data), "prior"
-    progress(what, len(samples), 0, 0)
-    return prior_of(samples, data.data, data.on_error, lambda done: progress(what, len(samples), done, 0))
+    samples = open_samples(data)
+    progress("prior", len(samples), 0, 0)
+    seen: list[tuple[str, str]] = []
+    nothing = 0
+    for index in range(len(samples)):
+        found = _answered(samples, index, data.on_error)
+        seen += found
+        nothing += not found
+        progress("prior", len(samples), 1, 0)
+    if not seen:
+        raise CachekdError(
+            "nothing is asked and answered in the data of the prior",
+            where=data.data,
+            expected="records with a user's turn and an answer to it",
+            found=f"{nothing:,} others",
+            fix="name the training data, --prior-data; they are read as --data is (--map, --key)",
+        )
+    return AnswerPrior(seen), nothing

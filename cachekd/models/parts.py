@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.config.train import PARTS, StudentPart
+from cachekd.config.fields import PARTS, StudentPart
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import labels, options_off
 from cachekd.models.families import (

@@ -12,31 +12,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from fsspec.core import url_to_fs
-
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
-from cachekd.check.data import RunModels, length_limits, length_settings, open_cache, without_missing
-from cachekd.check.match import check_text
+from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
 from cachekd.data import Samples, open_samples
-from cachekd.data.map_function import load_map
-from cachekd.data.sources.tars import find_tars, is_tar, named_errors
+from cachekd.data.open import require_there
 from cachekd.dump.plan import codec_of, require_vocabulary
 from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache
-from cachekd.evaluate.inputs import open_models, open_tokenized
+from cachekd.evaluate.inputs import open_models
 from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
-from cachekd.paths import RUN_FILE, is_address, is_hub_data, is_url, split_query
+from cachekd.paths import RUN_FILE, is_address
 from cachekd.pipeline.config import ReportConfig
-from cachekd.pipeline.plan import PlannedStep, in_step
+from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.held_out import require_same_teacher
-from cachekd.train.open import checked_arguments, teacher_rows
+from cachekd.train.open import checked_arguments, require_steps, teacher_rows
 
 
 def check_steps(steps: list[PlannedStep]) -> None:
@@ -50,11 +45,11 @@ def check_steps(steps: list[PlannedStep]) -> None:
     """
     made = _ToBeMade(steps)
     for step in steps:
-        with in_step(step.name):
+        with about(step.name, what="step"):
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
                 with about(setting) if setting != "data" else nullcontext():
-                    _require_data(data)
+                    require_there(data)
 
 
 class _ToBeMade:
@@ -90,24 +85,25 @@ def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
 
 
 def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
-    checked_arguments(config, config.out / CHECKPOINTS)
+    arguments = checked_arguments(config, config.out / CHECKPOINTS)
     if config.binding is not None:
         Binding.read(config.binding)
-    teacher = config.teacher and made.source(config.teacher)
-    config = config.model_copy(update={"student": made.source(config.student), "teacher": teacher})
-    samples, student = _here(config), made.model(config.student)
-    opened = _check_cache(config, samples, student, made)
-    if config.runs_teacher:
-        require(teacher_rows(config, student, made.model(str(teacher)), samples, opened))
+    teacher = made.model(made.source(str(config.teacher))) if config.runs_teacher else None
+    models, samples = RunModels(made.model(made.source(config.student)), teacher), _here(config)
+    if samples is not None:
+        require_steps(len(samples), arguments)
+    cache = _check_cache(config, models, samples, made)
+    if teacher is not None:
+        require(teacher_rows(config, models.student, teacher, samples, cache))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
-            held_out_cache = _check_cache(held_out, _here(held_out), student, made)
-            if opened is not None and held_out_cache is not None:
-                require_same_teacher(opened, held_out_cache)
+            eval_cache = _check_cache(held_out, models, _here(held_out), made)
+            if cache is not None and eval_cache is not None:
+                require_same_teacher(cache, eval_cache)
 
 
 def _check_cache(
-    config: TrainConfig, samples: Samples | None, student: ModelFiles, made: _ToBeMade
+    config: TrainConfig, models: RunModels, samples: Samples | None, made: _ToBeMade
 ) -> LogitCache | None:
     """The cache, if it is there. Of one that a dump will make, its teacher and data tell; one at an address
     is fetched when its step begins.
@@ -119,24 +115,34 @@ def _check_cache(
         CachekdError: it does not match the student, or lacks samples or may, and the step does not say what
             to do with them, or would stop at them.
     """
-    if config.cache is None or is_address(config.cache):
-        return None
-    if (dump := made.dumps.get(config.cache)) is not None:
+    if (dump := made.dumps.get(str(config.cache))) is not None:
         teacher = made.model(made.source(dump.teacher))
-        require(row(teacher, student) for row in (vocabulary_row, template_row, encoding_row))
+        require(row(teacher, models.student) for row in (vocabulary_row, template_row, encoding_row))
+        require_kneedle(config, dump, str(config.cache))
+        _require_same_teacher(config, dump, made)
         if config.binding is None:
             _check_coverage(config, samples, dump)
-        return None
-    if (opened := open_cache(config)) is None:
-        return None
-    models = RunModels(student, made.model(str(config.teacher)) if config.runs_teacher else None)
-    limits = length_limits(config, opened, models)
-    encoder = student.within(limits).encoder
-    if samples is None:
-        check_text(opened, encoder)
-    else:
-        without_missing(config, samples, opened, encoder)
-    return opened
+    elif config.cache is not None and not is_address(config.cache):
+        return checked_cache(config, models, samples).cache
+    return None
+
+
+def _require_same_teacher(config: TrainConfig, dump: DumpConfig, made: _ToBeMade) -> None:
+    """Will the switched path run through the teacher that is dumped? As `check_teacher` asks of a cache."""
+    if not config.switches or config.teacher == dump.teacher:
+        return
+    names = (dump.teacher, str(config.teacher))
+    theirs, ours = (made.model(made.source(name)) for name in names)
+    of_a_teacher = ("config_sha256", "image_processing", "weights")  # the last may take a while
+    is_same = all(getattr(theirs, name) == getattr(ours, name) for name in of_a_teacher)
+    if not is_same or not made.students.keys().isdisjoint(names):
+        raise CachekdError(
+            "the cache will be of another teacher than the one that the switched path runs through",
+            where=f"setting 'teacher', here and of the step that writes {config.cache}",
+            expected=dump.teacher,
+            found=config.teacher,
+            fix="name the same teacher in both steps, or in `defaults`",
+        )
 
 
 def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig) -> None:
@@ -181,12 +187,9 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
         return
     samples = _here(config)
     if (dump := made.dumps.get(config.cache)) is not None:
-        require([vocabulary_row(made.model(made.source(dump.teacher)), made.model(models[0]))])
+        require([vocabulary_row(made.model(made.source(dump.teacher)), opened)])
     elif not is_address(config.cache):
-        if samples is None:
-            open_tokenized(config.cache, opened)
-        else:
-            open_asked_cache(config, samples, opened)
+        open_asked_cache(config, samples, opened)
     if config.history == "none" and samples is not None:
         require_single_questions(samples)
 
@@ -209,23 +212,4 @@ _CHECKS: dict[str, Callable[[Any, _ToBeMade], None]] = {
 
 def _here(data: DataOptions) -> Samples | None:
     """Data on this disk, opened; others are not fetched for a check."""
-    return None if is_url(data.data) or is_hub_data(data.data) else open_samples(data)
-
-
-def _require_data(data: DataOptions) -> None:
-    """Data on this disk were opened already, to be compared; of others, whether they are there."""
-    spec = data.data
-    if data.map is not None:
-        load_map(data.map)
-    if is_url(spec):
-        first = find_tars(spec if is_tar(spec) else spec.rstrip("/") + "/*.tar")[0]
-        with named_errors(first, "the data cannot be reached"):
-            fs, path = url_to_fs(first)
-            fs.info(path)
-    elif is_hub_data(spec):
-        if huggingface_hub.constants.HF_HUB_OFFLINE:
-            open_samples(data)  # what was downloaded before
-        else:
-            from cachekd.data.sources.hf_load import HfSpec, require_on_hub
-
-            require_on_hub(HfSpec.parse(*split_query(spec)))
+    return open_samples(data) if data.is_local else None

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
-from cachekd.config.base import Mistake, YamlFile, known_at
+from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
 from cachekd.errors import did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
@@ -21,6 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 class ReportConfig(Config):
     """One HTML page about a run."""
+
+    FREE: ClassVar = frozenset({"out"})
 
     run: PathOrName = Field(
         description="a train step, or a run's folder; by default the last train step above"
@@ -159,18 +160,18 @@ def read_pipeline(path: Path) -> PipelineConfig:
 
 def _mistake(error: Any, file: YamlFile) -> Mistake:
     """Say what is wrong, with the step's name or its number; a setting of a step is called as there."""
-    where, own, place = error["loc"], error["loc"], file.place(error["loc"])
-    known: Iterable[str] = known_at(PipelineConfig, where)
+    where, place = error["loc"], file.place(error["loc"])
+    model: type[Config] = PipelineConfig
     if where[0] == "steps" and len(where) > 1:
         step = file.values["steps"][where[1]]
         name = step.get("name") if isinstance(step, dict) else None
         place += f", step {where[1] + 1 if name is None else repr(name)}"
-        own = where[3:] or where
-        known = known_at(_STEPS[where[2]], own) if len(where) > 3 else ()
+        if len(where) > 3:
+            model, where = _STEPS[where[2]], where[3:]
     if error["type"] == "union_tag_not_found":
         return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":
         near = did_you_mean(nearest(error["ctx"]["tag"], _STEPS))
         hint = "" if near is None else f" ({near})"
         return Mistake(f"no such step{hint}: it is dump, train, eval or report", place, error["ctx"]["tag"])
-    return Mistake.of(error, ".".join(map(str, own)), place, known)
+    return Mistake.of(error, place, model, where)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from pydantic import ValidationError
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, defaults_of
 from cachekd.config.data import WHICH_SAMPLES
-from cachekd.config.train import FREE_SETTINGS, STAGES, samples_per_step
-from cachekd.errors import CachekdError, within
+from cachekd.config.train import STAGES
+from cachekd.errors import CachekdError, about
 from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
 
@@ -24,23 +23,20 @@ class Kind(NamedTuple):
 
     Attributes:
         config: its settings.
-        free: those that do not change what comes out.
         shared: those that it has from `defaults`, beside those of data.
         last_file: that it writes; where it is, the step is finished.
     """
 
     config: type[Config]
-    free: set[str]
     shared: tuple[str, ...]
     last_file: str
 
 
-_DUMPS_FREE = {"out", "workers", "rank", "world_size", "on_error", "batch_size"}  # as `same_plan` has it
 KINDS = {
-    "dump": Kind(DumpConfig, _DUMPS_FREE, ("teacher", "dtype", "workers"), MANIFEST_FILE),
-    "train": Kind(TrainConfig, FREE_SETTINGS, ("teacher", "student", "dtype", "workers"), RUN_FILE),
-    "eval": Kind(EvalConfig, {"out", "batch_size", "workers"}, ("teacher",), SCORES_FILE),
-    "report": Kind(ReportConfig, {"out"}, (), REPORT_FILE),
+    "dump": Kind(DumpConfig, ("teacher", "dtype", "workers"), MANIFEST_FILE),
+    "train": Kind(TrainConfig, ("teacher", "student", "dtype", "workers"), RUN_FILE),
+    "eval": Kind(EvalConfig, ("teacher",), SCORES_FILE),
+    "report": Kind(ReportConfig, (), REPORT_FILE),
 }
 _RUNS, _MODELS, _CACHES = ("run", "baselines"), ("student", "models"), ("cache", "eval_cache")
 _TAKES = {"train": (*_RUNS, *_MODELS), "dump": _CACHES}  # settings that may name a step above, of that kind
@@ -84,24 +80,6 @@ class PlannedStep:
         student = getattr(self.config, "student", None)
         return next((name for name in self.upstream if str(self.out.parent / name) == student), None)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What changes the output."""
-        return self.config.model_dump(mode="json", exclude=KINDS[self.kind].free)
-
-    def comparable(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings, as they are now or were when the step began, with only what has to be equal of them."""
-        return samples_per_step(settings) if self.kind == "train" else settings
-
-
-@contextmanager
-def in_step(name: str) -> Iterator[None]:
-    """Errors within are of this step."""
-    try:
-        yield
-    except CachekdError as error:
-        raise within(f"step {name!r}", error) from error
-
 
 def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     """Every step with its whole settings, checked before any of them runs.
@@ -115,15 +93,12 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     for step in pipeline.steps:
         kind = KINDS[step.step]
         try:
-            with in_step(step.name):
+            with about(step.name, what="step"):
                 values = _values(step.step, _said(step, kind.config), above)
                 config = kind.config(**values | {"out": pipeline.out / step.name})
                 steps.append(_planned(step.name, step.step, config, above))
         except ValidationError as error:  # what `read_pipeline` did not see: missing, or not with others
-            place, known = f"step {step.name!r}", kind.config.model_fields
-            mistakes += [
-                Mistake.of(each, ".".join(map(str, each["loc"])), place, known) for each in error.errors()
-            ]
+            mistakes += [Mistake.of(each, f"step {step.name!r}", kind.config) for each in error.errors()]
         except CachekdError:
             if not mistakes:
                 raise

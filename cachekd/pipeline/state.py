@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.atomic import write_file
 from cachekd.cache.layout import SHARD_FOLDER
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, about
 from cachekd.models import model_content
 from cachekd.paths import REPORT_FILE
-from cachekd.pipeline.plan import PlannedStep, in_step
+from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.inputs import Known, data_content
 
 STATE_FILE = "pipeline_state.json"
@@ -119,8 +119,8 @@ def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]
     """
     found: dict[str, StepState] = {}
     for step in steps:
-        with in_step(step.name):
-            facts = {"settings": step.settings, "inputs": _inputs(step, state)}
+        with about(step.name, what="step"):
+            facts = {"settings": step.config.deciding(), "inputs": _inputs(step, state)}
         last = state.steps.get(step.name)
         redone = [name for name in step.upstream if found[name].state not in ("done", "damaged")]
         seconds = 0.0 if last is None else last.seconds
@@ -156,7 +156,7 @@ def _judge(step: PlannedStep, facts: Facts, last: Attempt | None, redone: list[s
 
 
 def _changes(step: PlannedStep, before: Facts, now: Facts) -> list[str]:
-    old, new = (step.comparable(facts["settings"]) for facts in (before, now))
+    old, new = (step.config.comparable(facts["settings"]) for facts in (before, now))
     differing = [name for name in new if old.get(name) != new[name]]
     changes = [f"{name} {_short(old.get(name))} -> {_short(new[name])}" for name in differing]
     old, new = before["inputs"], now["inputs"]

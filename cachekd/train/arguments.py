@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from cachekd.config import TrainConfig
 from cachekd.config.fields import SAVE_STEPS
 from cachekd.errors import CachekdError, did_you_mean
 from cachekd.models import default_device
+from cachekd.train.callbacks import usable_cores
 
 ACCURACY = "token_accuracy"  # share of answer tokens whose argmax is right
 FIELDS = {field.name for field in fields(TrainingArguments) if field.init}
@@ -156,6 +156,11 @@ class SwitchKDTrainingArguments(TrainingArguments):
                 "or one GPU: CUDA_VISIBLE_DEVICES=0",
             )
 
+    def __reduce__(self) -> Any:
+        """Pickle as plain `TrainingArguments`: the Trainer does so beside every model (training_args.bin),
+        and no file of a run is to depend on where this class stands."""
+        return object.__new__, (TrainingArguments,), vars(self)
+
     def _wrong_values(self) -> Iterator[tuple[str, str]]:
         """Settings that cannot have the value that they have, and what is expected."""
         for name, reason in REFUSED.items():
@@ -198,8 +203,7 @@ def default_workers(*, on_gpu: bool) -> int:
     this process's share of the cores goes."""
     if not on_gpu:
         return 0
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(4, share - 1))
+    return max(1, min(4, usable_cores() - 1))
 
 
 def metric_of(config: TrainConfig, terms: tuple[str, ...]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
+from cachekd.models.memory import peak_memory, reset_peak
 from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.batch import Batch, Example, batch_of
 from cachekd.train.data import TrainingSamples
@@ -27,7 +27,6 @@ from cachekd.train.student import memory_advice
 from cachekd.train.trainer import SwitchKDTrainer
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
-_RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -121,17 +120,18 @@ def estimate_training(config: TrainConfig) -> TrainEstimate:
     # One round of `vsd_every` steps has one with the switched path in it.
     watch = _Stopwatch(max(STEPS, config.vsd_every))
     with tempfile.TemporaryDirectory() as folder, memory_advice(config):
-        before = _reset_peak()
+        reset_peak()
+        before = peak_memory()
         quiet = _quiet(config)
         opened = open_run(quiet, Path(folder), lambda _: None)
         trainer = load_trainer(quiet, opened, [watch], lambda _: None)
         trainer.train()
-        random = _peak_bytes()
+        random = peak_memory()
         batch = _longest(trainer)
-        _reset_peak()
+        reset_peak()
         _run(trainer, batch)
         evaluation = _seconds_per_evaluation(trainer)
-        longest = _peak_bytes()
+        longest = peak_memory()
         args = SwitchKDTrainingArguments.of(config, Path(folder))
     size = run_size(config, args, len(opened.samples), opened.models, opened.cache)
     estimate = _estimate(config, trainer, watch, batch, _Peaks(before, random, longest), size)
@@ -149,9 +149,14 @@ def _seconds_per_evaluation(trainer: SwitchKDTrainer) -> float:
         for batch in islice(validation.batches(trainer.args), 1 + STEPS):
             validation.sums(trainer, [batch]).tolist()  # waits for the device
             ends.append(time.perf_counter())
+    return _seconds_each(ends) * len(validation.part_of(trainer.args))
+
+
+def _seconds_each(ends: list[float]) -> float:
+    """The mean time between them, without the first, which allocates what the others use."""
     durations = [b - a for a, b in pairwise(ends)]
     timed = durations[1:] or durations
-    return sum(timed) / len(timed) * len(validation.part_of(trainer.args))
+    return sum(timed) / len(timed)
 
 
 def _evaluations(args: TrainingArguments, steps: int) -> int:
@@ -210,8 +215,6 @@ def _estimate(
         memory["gradients"] += _weights(trainer.bridge)
     memory["before the models"] = min(peaks.before, max(0, peak - sum(memory.values())))
     memory["activations, logits, data"] = max(0, peak - sum(memory.values()))
-    durations = [b - a for a, b in zip(watch.ends, watch.ends[1:], strict=False)]
-    timed = durations[1:] or durations
     samples, tokens = batch.student.supervised.shape
     return TrainEstimate(
         settings=_settings(config, trainer),
@@ -225,9 +228,9 @@ def _estimate(
         random_peak_bytes=peaks.random,
         longest_peak_bytes=peaks.longest,
         longest_batch=(samples, tokens),
-        seconds_per_step=sum(timed) / len(timed),
+        seconds_per_step=_seconds_each(watch.ends),
         steps=watch.total_steps,
-        measured_steps=len(durations),
+        measured_steps=len(watch.ends) - 1,
         disk=disk,
         disk_bytes=disk.total,
     )
@@ -260,21 +263,3 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _weights(model: nn.Module) -> int:
     return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
-
-
-def _reset_peak() -> int:
-    """Begin anew, and how much is in use now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _RESET_PEAK.exists():
-        _RESET_PEAK.write_text("5")
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this peak was reset
-        return next(1024 * int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -20,7 +20,6 @@ from typing import Any
 
 from cachekd.atomic import commit, commit_first
 from cachekd.config import TrainConfig
-from cachekd.config.train import FREE_SETTINGS, samples_per_step
 from cachekd.errors import CachekdError, is_full_disk, what_failed
 from cachekd.lock import alone, require_new_folder
 from cachekd.paths import ADAPTER_FOLDER, RUN_FILE
@@ -58,7 +57,7 @@ class RunFolder:
         self.path = config.out
         self.checkpoints = self.path / CHECKPOINTS
         self.keep_checkpoints = config.keep_checkpoints
-        self.settings = settings_of(config)
+        self.settings = config.deciding()
         self._reads: dict[str, Any] = {}  # what this session reads, and in how many processes
         self._earlier: dict[str, Any] = {}  # what the session that began the run noted
         self._begun = self._trained = False
@@ -84,7 +83,7 @@ class RunFolder:
             )
 
     def _require_same_settings(self, earlier: dict[str, Any], noted: Path) -> None:
-        before, now = samples_per_step(earlier), samples_per_step(self.settings)
+        before, now = map(TrainConfig.comparable, (earlier, self.settings))
         changed = sorted(name for name in now if before[name] != now[name])
         if changed:
             raise CachekdError(
@@ -227,11 +226,6 @@ class RunFolder:
             shutil.rmtree(checkpoint, ignore_errors=True)
         with suppress(OSError):  # the logs of TensorBoard stay
             self.checkpoints.rmdir()
-
-
-def settings_of(config: TrainConfig) -> dict[str, Any]:
-    """What may not change between two sessions of a run, as it stands in JSON."""
-    return config.model_dump(mode="json", exclude=FREE_SETTINGS)
 
 
 def require_unfinished(path: Path) -> None:

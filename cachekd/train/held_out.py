@@ -18,7 +18,7 @@ from transformers import TrainerState, TrainingArguments
 
 from cachekd.cache import LogitCache
 from cachekd.cache.compare import dependencies, require_same
-from cachekd.check.data import RunModels, length_limits, open_cache, without_missing
+from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
 from cachekd.config.data import OnError
@@ -86,19 +86,18 @@ def open_held_out(
     phase("opening the held-out data")
     with about("eval_data"):
         samples = open_samples(held_out)
-    with about("eval_cache"):
-        eval_cache = open_cache(held_out) if config.eval_cache is not None else None
+    with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
+        eval_cache, student, missing = checked = checked_cache(held_out, models, samples, cache)
         if cache is not None and eval_cache is not None:
             require_same_teacher(cache, eval_cache)
-    student = models.student.within(length_limits(held_out, eval_cache or cache, models))
-    with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
-        samples, missing = without_missing(held_out, samples, eval_cache, student.encoder)
+    samples = checked.used(samples)
     terms = config.eval_terms
     if not has_pictures(samples, eval_cache):
         terms = tuple(name for name in terms if TERMS[name].path == "own")
     metric_of(config, terms)
     say_what_is_not_computed(config, terms)
-    return HeldOut(samples, student, eval_cache, held_out.on_error, missing, terms)
+    left_out = LeftOutSamples.of(missing)
+    return HeldOut(samples, student, eval_cache, held_out.on_error, left_out, terms)
 
 
 def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> None:

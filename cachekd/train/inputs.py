@@ -14,7 +14,7 @@ from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import content_hash, keys_hash
 from cachekd.data.sources.tars import find_tars, is_tar
-from cachekd.paths import is_hub_data, is_url, split_query
+from cachekd.paths import is_url, split_query
 from cachekd.train.open import OpenRun
 
 
@@ -71,7 +71,7 @@ def data_content(data: DataOptions, known: dict[str, Known]) -> str | None:
     Raises:
         CachekdError: there are no such data on this disk.
     """
-    if is_url(data.data) or is_hub_data(data.data):
+    if not data.is_local:
         return None
     listing = _listing(_data_files(data.data))
     said = data.model_dump_json(include=set(DataOptions.model_fields), exclude_defaults=True)

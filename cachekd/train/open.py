@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
-from cachekd.check.data import RunModels, length_limits, open_cache, without_missing
+from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.config import TrainConfig
@@ -30,7 +30,6 @@ from cachekd.models import (
 )
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
-from cachekd.train.folder import settings_of
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
 from cachekd.train.student import check_peft_settings, load_student, recompute_frozen_layers
 from cachekd.train.terms import LossTerms
@@ -76,16 +75,15 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     samples = open_samples(config)
     if config.distils and not config.live_teacher:
         phase("opening the cache")
-    cache = open_cache(config)
     models = RunModels.of(config)
-    models = models._replace(student=models.student.within(length_limits(config, cache, models)))
-    samples, missing = without_missing(config, samples, cache, models.student.encoder)
+    cache, student, missing = checked = checked_cache(config, models, samples)
+    models, samples = models._replace(student=student), checked.used(samples)
     require_steps(len(samples), arguments)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
-        require(teacher_rows(config, models.student, models.teacher, samples, cache))
+        require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
-    return OpenRun(samples, models, cache, arguments, missing, held_out)
+    return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
 
 
 def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:
@@ -203,7 +201,7 @@ def load_trainer(
             encoder=opened.encoder,
             callbacks=callbacks,
             validation=validation,
-            settings=settings_of(config),
+            settings=config.deciding(),
         )
         # Some look for their modules in the model.
         trainer.get_optimizer_cls_and_kwargs(opened.arguments, student)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
-from cachekd.config.train import PARTS, StudentPart
+from cachekd.config.fields import PARTS, StudentPart
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, check_adapters, language_model, modules_outside, train_only
 from cachekd.models.loading import quantization_config

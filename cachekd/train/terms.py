@@ -143,6 +143,20 @@ class LossTerms:
         self.head = DeferredHead(self.vlm, first.tensors, first.positions)
         self.chunk = self._asked_chunk or chunk_tokens(self.head.vocab_size)
 
+    def require_uncompiled(self) -> None:
+        """Refuse to have the student compiled where a term is of the switched path.
+
+        Raises:
+            CachekdError: one is.
+        """
+        if self.switched:
+            raise CachekdError(
+                f"{labels(self.switched)} cannot be computed: the switched path goes on from inside the "
+                "student's forward, and a compiled one does not show what its vision encoder says",
+                where="setting 'training.torch_compile'",
+                fix=f"leave it out, or train without the switched path: {options_off(self.switched)}",
+            )
+
     def switches_at(self, step: int) -> bool:
         """Whether the switched path runs in this optimizer step, if a term is of it."""
         return step % self.vsd_every == 0

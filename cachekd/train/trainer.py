@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import labels, options_off
 from cachekd.models import load_model, save_processor
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.train.arguments import SwitchKDTrainingArguments
@@ -70,13 +69,8 @@ class SwitchKDTrainer(Trainer):
         validation: Validation | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        if args.torch_compile and terms.switched:
-            raise CachekdError(
-                f"{labels(terms.switched)} cannot be computed: the switched path goes on from inside the "
-                "student's forward, and a compiled one does not show what its vision encoder says",
-                where="setting 'training.torch_compile'",
-                fix=f"leave it out, or train without the switched path: {options_off(terms.switched)}",
-            )
+        if args.torch_compile:
+            terms.require_uncompiled()
         self.feed = Feed(train_dataset, pad_token_id)
         super().__init__(
             model=terms.student,
@@ -131,8 +125,7 @@ class SwitchKDTrainer(Trainer):
             evaluating: the switched path runs, whatever step it is, no gradient is wanted, and the answer
                 tokens whose argmax is right are counted.
         """
-        step = self.state.global_step
-        return self.terms(model, self._on_device(batch), step=step, evaluating=evaluating)
+        return self.terms(model, self._on_device(batch), step=self.state.global_step, evaluating=evaluating)
 
     def _on_device(self, batch: Batch) -> Batch:
         """Where the student is; accelerate has moved the batches of its own loaders there before."""
@@ -218,7 +211,9 @@ class SwitchKDTrainer(Trainer):
         if type(loader.base_dataloader) is not DataLoader:
             return loader
         if loader.persistent_workers:
-            loader.base_dataloader = self._reader = ReadsOn(loader.base_dataloader, self._another_epoch)
+            loader.base_dataloader = self._reader = ReadsOn(
+                loader.base_dataloader, goes_on=lambda: self._epoch() + 1 < self.state.num_train_epochs
+            )
         else:
             loader.base_dataloader = WorkerLoader.like(loader.base_dataloader)
         return loader
@@ -228,9 +223,6 @@ class SwitchKDTrainer(Trainer):
         (`cachekd.train.order`), and no argument takes a sampler."""
         ours = order_of(self.args, self.train_dataset, self._epoch)
         return super()._get_train_sampler(train_dataset) if ours is None else ours
-
-    def _another_epoch(self) -> bool:
-        return self._epoch() + 1 < self.state.num_train_epochs
 
     def _epoch(self) -> int:
         """Which epoch begins, or is gone on with; right in every process, after a resumption too."""
@@ -293,8 +285,7 @@ class SwitchKDTrainer(Trainer):
         if self.is_fsdp_enabled or self.model is not self.vlm:  # adapters keep their names
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        cpu = torch.device("cpu")
-        saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=cpu)
+        saved = load_model(resume_from_checkpoint, dtype=self.vlm.dtype, device=torch.device("cpu"))
         self.vlm.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

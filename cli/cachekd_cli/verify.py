@@ -26,10 +26,8 @@ from cachekd_cli.console import (
 from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
-    from cachekd.cache import Finding, Manifest
-    from cachekd.data import Samples
+    from cachekd.cache import Finding
     from cachekd.dump.recheck import Recheck
-    from cachekd.dump.teacher import Teacher
 
 
 SHOWN = 20
@@ -119,22 +117,16 @@ def ask_again(
     from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
     from cachekd.dump.recheck import recheck
+    from cachekd.dump.run import load_teacher, teacher_files
 
     opened = open_bound(cache, binding)
     options = as_dumped(data, opened.manifest.sources[0].data, str(cache), bound=binding is not None)
     samples = open_samples(options)
-    model = open_teacher(opened.manifest, teacher, samples, options)
+    files, manifest = teacher_files(teacher, options), opened.manifest
+    model = load_teacher(files, samples, "skip", manifest.codec, manifest.teacher.dtype)
     with progress_bar("samples") as bar:
         advance = count_progress(bar, "ask again", min(count, len(opened)))
         return recheck(opened, model, samples, count, seed=seed, progress=advance)
-
-
-def open_teacher(manifest: Manifest, path: str, samples: Samples, data: DataOptions) -> Teacher:
-    """Load the teacher as it ran for the dump."""
-    from cachekd.dump.run import open_teacher
-
-    skipping = data.model_copy(update={"on_error": "skip"})
-    return open_teacher(path, samples, skipping, manifest.codec, manifest.teacher.dtype)
 
 
 def as_dict(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
+from cachekd.cache.tail.setting import TAILS
+from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig, read_config
 from cachekd.config.base import YamlFile
+from cachekd.config.fields import TAIL_FORMS
 from cachekd.errors import CachekdError
 from cachekd.pipeline import read_pipeline
+from cachekd.pipeline.config import ReportConfig
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -130,3 +134,38 @@ def test_a_slip_of_the_finger_is_told_without_the_trainer(tmp_path, monkeypatch)
     monkeypatch.setattr("cachekd.config.base._is_the_trainers", None)
     path = written(tmp_path, "student: s\ndata: d\nout: o\nlearning_rat: 1\n")
     assert "(did you mean 'learning_rate'?)" in refused(path, {}).problem
+
+
+def test_a_mistyped_tail_is_named_with_its_line(tmp_path):
+    path = written(tmp_path, "teacher: t\ndata: d\nout: o\ntail: byte=64\ntop_k: 1\n")
+    with pytest.raises(CachekdError) as caught:
+        read_config(path, DumpConfig, {})
+    _, *lines = caught.value.problem.splitlines()
+    assert any("unknown tail 'byte=64', expected none, exact, bytes=64" in line for line in lines)
+    assert [line.rpartition(", ")[2] for line in lines] == ["line 5", "line 4"]
+
+
+def test_a_tail_that_can_be_said_is_one_that_there_is():
+    assert TAIL_FORMS.keys() == TAILS.keys()
+
+
+def test_a_copy_of_settings_is_checked_as_new_ones_are(tmp_path):
+    config = TrainConfig(student="s", data="d", out=tmp_path, cache="c", teacher="t", stage="dpt")
+    changed = config.model_copy(update={"data": tmp_path / "more", "epochs": 2, "eval_data": "e"})
+    assert (changed.data, changed.eval_data) == (str(tmp_path / "more"), DataOptions(data="e"))
+    assert changed.eval_steps == 500  # a default that follows from what was changed
+    assert changed.model_fields_set == config.model_fields_set | {"data", "epochs", "eval_data"}
+    assert config.model_copy() == config
+    for wrong in ({"epoch": 2}, {"epochs": 0}, {"trainable": "hat"}):
+        with pytest.raises(ValidationError):
+            config.model_copy(update=wrong)
+    with pytest.raises(CachekdError, match="would have no gradient"):
+        config.model_copy(update={"lambda_vsd": 1.0})
+
+
+def test_what_decides_is_all_that_is_not_free():
+    for model in (DumpConfig, TrainConfig, EvalConfig, ReportConfig):
+        assert model.model_fields.keys() >= model.FREE
+    config = DumpConfig(teacher="t", data="d", out="o", workers=2)
+    assert config.deciding() == DumpConfig(teacher="t", data="d", out="p").deciding()
+    assert config.deciding() != DumpConfig(teacher="u", data="d", out="o").deciding()

@@ -29,7 +29,7 @@ from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import SampleEncoder, images, open_samples
 from cachekd.data.images import READING
 from cachekd.dump.recheck import recheck
-from cachekd.dump.run import open_teacher
+from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.models import fingerprint, load_processor
 from cachekd.models.fingerprint import image_reading
@@ -132,7 +132,8 @@ def test_the_teacher_is_asked_again_and_nothing_is_deleted_that_it_would_read_ot
     stale, mixed, teacher_path
 ):
     cache, samples = LogitCache(stale), open_samples(str(mixed))
-    teacher = open_teacher(str(teacher_path), samples, DataOptions.of(mixed), cache.manifest.codec, "float32")
+    files = teacher_files(str(teacher_path), DataOptions.of(mixed))
+    teacher = load_teacher(files, samples, "stop", cache.manifest.codec, "float32")
     found = recheck(cache, teacher, samples, 12)
     assert [mismatch.key for mismatch in found.mismatches] == [TRANSPARENT]
     assert "its images are read in another way" in found.mismatches[0].problem

@@ -41,7 +41,7 @@ from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
 from cachekd.dump.plan import require_same_code
 from cachekd.dump.recheck import Recheck, recheck
-from cachekd.dump.run import open_teacher
+from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
 from cachekd.train import train
@@ -401,9 +401,8 @@ def test_repair_of_a_sound_cache_does_nothing(cache):
 
 def ask(path: Path, teacher: Path, data: Path, count: int = 99, **options: Any) -> Recheck:
     cache, samples = LogitCache(path), open_samples(data)
-    model = open_teacher(
-        str(teacher), samples, DataOptions.of(data, on_error="skip"), cache.manifest.codec, "float32"
-    )
+    files = teacher_files(str(teacher), DataOptions.of(data))
+    model = load_teacher(files, samples, "skip", cache.manifest.codec, "float32")
     return recheck(cache, model, samples, count, **options)
 
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from cachekd.cache.tail.sketch import read_sketch
 from cachekd.config import DataOptions
 from cachekd.config.base import YamlFile
-from cachekd.config.train import PARTS
+from cachekd.config.fields import PARTS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.evaluate.questions import require_single_questions
@@ -237,6 +237,7 @@ for command in (
     ["run", {str(pipeline)!r}],
     ["train", "--config", {str(recipe)!r}],
     ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "0"],
+    ["dump", "--teacher", "t", "--data", "d", "--out", "o", "--tail", "byte=64"],
     ["eval", "m", "--data", "d", "--limit", "0"],
 ):
     problem = CliRunner().invoke(app, command).exception.problem
@@ -244,7 +245,7 @@ for command in (
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = done.stdout.splitlines()
-    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "limit"]
+    assert [line.split("'")[1] for line in said] == ["data", "learning_rat", "top_k", "tail", "limit"]
     assert all(line.endswith("False False") for line in said)
 
 
@@ -557,6 +558,35 @@ def test_a_student_that_was_trained_before_is_the_teacher_that_its_cache_is_of(s
     with pytest.raises(CachekdError, match="the dump is begun") as caught:
         run(read(short, tmp_path), train=begun)
     assert "step 'two'" in str(caught.value.where)
+
+
+@pytest.mark.parametrize("seen", ["weights", "configuration"])
+def test_a_dump_that_will_not_be_of_the_switched_teacher_is_refused_first(
+    values, tmp_path, teacher_path, student_path, seen
+):
+    other = shutil.copytree(teacher_path, tmp_path / "other")
+    values["steps"][0]["teacher"] = str(other)
+    with pytest.raises(CachekdError, match="the dump is begun"):
+        run(read(values, tmp_path), dump=begun)  # the same one at another place
+    if seen == "weights":
+        save_vlm(other, tiny_processor(), seed=77)
+    else:
+        text = (other / "config.json").read_text()
+        (other / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+        assert (other / "config.json").read_text() != text
+    with pytest.raises(CachekdError, match="will be of another teacher") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'dft'" in str(caught.value.where)  # the first that switches
+    assert (caught.value.expected, caught.value.found) == (str(other), str(teacher_path))
+
+
+def test_kneedle_of_a_cache_to_be_made_is_compared_first(values, tmp_path):
+    values["steps"][0] |= {"window": 64}
+    values["steps"][1] |= {"window": 64}
+    values["steps"][3] |= {"window": 32}
+    with pytest.raises(CachekdError, match="another Kneedle setting") as caught:
+        run(read(values, tmp_path), dump=begun)
+    assert "step 'dft': setting 'window'" in str(caught.value.where)
 
 
 def test_a_foreign_folder_of_a_later_step_is_seen_first(values, tmp_path):

@@ -330,6 +330,7 @@ def test_the_default_leaves_a_cpu_to_the_steps(monkeypatch):
     assert default_workers(on_gpu=False) == 0
     for cores, processes, expected in ((16, 1, 4), (4, 1, 3), (1, 1, 1), (16, 8, 1)):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert default_workers(on_gpu=True) == expected
 

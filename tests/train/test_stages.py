@@ -14,7 +14,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig, read_config
-from cachekd.config.train import PARTS, STAGES
+from cachekd.config.fields import PARTS
+from cachekd.config.train import STAGES
 from cachekd.errors import CachekdError
 from cachekd.models import parameters_by_part, train_only
 from cachekd.models.loading import keep_statistics

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import TrainingArguments
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
@@ -137,3 +141,24 @@ def test_a_model_without_weights_or_with_half_of_them(tmp_path, student_path, da
     with pytest.raises(CachekdError, match="folder has no weights") as caught:
         make_trainer(config({}, student=str(none), data=str(data_path)), tmp_path / "t")
     assert str(none) in str(caught.value)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_pickled_beside_a_model_they_are_the_trainers_own(tmp_path, protocol):
+    """training_args.bin does not depend on where our class stands."""
+    ours = arguments_of(config({"max_steps": 3}), tmp_path)
+    pickled = pickle.dumps(ours, protocol)
+    assert b"cachekd" not in pickled.replace(str(tmp_path).encode(), b"")
+    theirs = pickle.loads(pickled)
+    assert type(theirs) is TrainingArguments
+    assert theirs.to_dict() == ours.to_dict()
+
+
+def test_fsdp_as_the_documentation_has_it(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    [block] = re.findall(r"```yaml\n(training:\n  fsdp:.*?)```", text, re.DOTALL)
+    said = yaml.safe_load(block)["training"]
+    assert said["fsdp"] is True  # 5.23 warns of the lists and texts that came before
+    arguments = arguments_of(config(said), tmp_path)
+    wrapped = arguments.fsdp_plugin_args["transformer_cls_names_to_wrap"].split(",")
+    assert wrapped == said["fsdp_config"]["transformer_layer_cls_to_wrap"]

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
 from cachekd.config import TrainConfig, read_config
-from cachekd.config.train import FREE_SETTINGS
 from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
@@ -452,7 +451,7 @@ def test_what_decides_the_best_student_is_recorded():
     run = {"student": "s", "data": "d", "out": "o"}
 
     def recorded_steps(**said) -> int | None:
-        return TrainConfig(**run | said).model_dump(mode="json", exclude=FREE_SETTINGS)["eval_steps"]
+        return TrainConfig(**run | said).deciding()["eval_steps"]
 
     assert [recorded_steps(eval_data="v", save_steps=steps) for steps in (2, 5, 0)] == [2, 5, 500]
     assert recorded_steps(eval_data="v", save_steps=2, eval_steps=7) == 7

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from cachekd.cache.tail.encoder import step_for
+from cachekd.config.fields import TAIL_FORMS, split_tail
 from cachekd.errors import CachekdError
 
 # RMS error of a logit, all axes together. A budget buys no less, in nats: gradients agree to 0.998 there.
@@ -42,19 +42,13 @@ class TailCodec:
     """One way to keep the tail.
 
     Attributes:
-        example: how it is asked for, with what its number is.
         step: the step to which a sketch's codes are rounded, in units, from the number and the codes. None:
             there is no sketch, and the mass of the tail is spread evenly.
         exact: whether a student must not be able to tell.
     """
 
-    example: str
     step: Callable[[float, Codes], float] | None
     exact: bool = False
-
-    @property
-    def takes_number(self) -> bool:
-        return "=" in self.example
 
 
 def with_noise(noise: float, codes: Codes) -> float:
@@ -77,11 +71,12 @@ def _within_budget(budget: float, codes: Codes) -> float:
     return step if codes.spread is None else max(with_noise(BUDGET_NOISE, codes), step)
 
 
+# By the names in `TAIL_FORMS` (`cachekd.config.fields`), which says how each is written.
 TAILS = {
-    "none": TailCodec("none", None),
-    "exact": TailCodec("exact", _none_that_shows, exact=True),
-    "bytes": TailCodec("bytes=64 (per answer token)", _within_budget),
-    "step": TailCodec("step=0.1 (nats)", _in_nats),
+    "none": TailCodec(None),
+    "exact": TailCodec(_none_that_shows, exact=True),
+    "bytes": TailCodec(_within_budget),
+    "step": TailCodec(_in_nats),
 }
 
 
@@ -98,7 +93,7 @@ class TailSetting:
     number: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.name}={self.number:g}" if TAILS[self.name].takes_number else self.name
+        return f"{self.name}={self.number:g}" if "=" in TAIL_FORMS[self.name] else self.name
 
     @property
     def sketch(self) -> bool:
@@ -129,15 +124,9 @@ class TailSetting:
         Raises:
             CachekdError: it is no tail of the table, or its number is none above 0.
         """
-        name, equals, number = text.partition("=")
-        codec = TAILS.get(name)
-        if codec is not None and codec.takes_number == bool(equals):
-            if not equals:
-                return cls(name)
-            if re.fullmatch(r"\d+(?:\.\d*)?|\.\d+", number) and float(number) > 0:
-                return cls(name, float(number))
-        raise CachekdError(
-            f"unknown tail {text!r}",
-            where="setting 'tail'",
-            expected=", ".join(codec.example for codec in TAILS.values()),
-        )
+        try:
+            return cls(*split_tail(text))
+        except ValueError:
+            raise CachekdError(
+                f"unknown tail {text!r}", where="setting 'tail'", expected=", ".join(TAIL_FORMS.values())
+            ) from None
