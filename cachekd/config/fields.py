@@ -21,6 +21,7 @@ STORE_TIMEOUT = 60.0  # seconds without a byte
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
+Order = Literal["first", "surprising"]  # of samples to look at
 # Settings that several stages have, each said once.
 ModelName = Annotated[PathOrName, Field(description="model folder or hub name")]
 CacheName = Annotated[

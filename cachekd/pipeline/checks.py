@@ -21,7 +21,7 @@ from cachekd.check.data import RunModels, length_limits, length_settings, open_c
 from cachekd.check.match import check_text
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
-from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
+from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.map_function import load_map
 from cachekd.data.sources.urls import find_tars, is_tar, named_errors
@@ -32,7 +32,6 @@ from cachekd.evaluate.inputs import open_models, open_tokenized
 from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
 from cachekd.paths import RUN_FILE, is_address, is_hub_data, is_url, split_query
-from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep, in_step
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.held_out import require_same_teacher

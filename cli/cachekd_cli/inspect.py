@@ -14,7 +14,7 @@ from rich.table import Table
 from cachekd.errors import CachekdError
 from cachekd_cli.console import (
     console,
-    print_json,
+    print_result,
     progress_bar,
     sample_progress,
     say,
@@ -64,10 +64,8 @@ def inspect_command(
         from cachekd.report.pages import inspect_page
 
         write_page(html, inspect_page(summary))
-    if as_json:
-        print_json(summary.model_dump(mode="json"))
-    elif html is None:
-        print_summary(summary)
+    if as_json or html is None:
+        print_result(as_json, summary, print_summary)
 
 
 def print_summary(summary: CacheSummary) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from enum import StrEnum
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.config import DataOptions
+from cachekd.config.fields import Order
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
-    count_progress,
+    counting_samples,
     errors,
-    print_json,
-    progress_bar,
+    print_result,
     quiet_libraries,
     say,
     visible,
@@ -39,13 +38,6 @@ if TYPE_CHECKING:
 PAGE_SAMPLES = 100
 BAR_WIDTH = 16
 ORIGIN_STYLES = {"kept": "blue", "sketch": "magenta", "spread": "white"}  # stored, rebuilt, or made up
-
-
-class Order(StrEnum):
-    """Which samples come first."""
-
-    first = "first"
-    surprising = "surprising"
 
 
 @takes(DataOptions)
@@ -71,7 +63,7 @@ def peek_command(
     ] = None,
     order: Annotated[
         Order, typer.Option(help="The first samples, or those whose answers surprise the teacher most.")
-    ] = Order.first,
+    ] = "first",
     html: Annotated[Path | None, typer.Option(help="Write a page to click through.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -99,7 +91,7 @@ def peek_command(
     else:
         there: Container[str] = opened if seen is None else seen
         with errors.status("choosing samples"):
-            keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order.value, there)
+            keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order, there)
     with_images = html is not None
     skip = data is not None and data.on_error == "skip"
     shown = top or (10 if html else 5)
@@ -108,11 +100,8 @@ def peek_command(
         from cachekd.report.pages import peek_page
 
         write_page(html, peek_page(str(cache), opened.manifest, found, images))
-    if as_json:
-        print_json([sample.model_dump() for sample in found])
-    elif html is None:
-        for sample in found:
-            print_sample(sample)
+    if as_json or html is None:
+        print_result(as_json, found, print_samples)
 
 
 def open_data(
@@ -123,9 +112,7 @@ def open_data(
     from cachekd.data import open_samples
     from cachekd.report.peek import PeekedData
 
-    dumped = cache.manifest.sources[0].data
-    samples = open_samples(as_dumped(data, dumped, str(cache.path), bound=bound))
-    return PeekedData(cache, samples, reader.processor)
+    return PeekedData(cache, open_samples(as_dumped(data, cache, bound=bound)), reader.processor)
 
 
 def look(
@@ -175,11 +162,16 @@ def watched(keys: list[str]) -> Iterator[str]:
     if len(keys) == 1:
         yield from keys
         return
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "peek", len(keys))
+    with counting_samples("peek", len(keys)) as advance:
         for key in keys:
             yield key
             advance(1)
+
+
+def print_samples(samples: list[PeekedSample]) -> None:
+    """Print samples in the terminal."""
+    for sample in samples:
+        print_sample(sample)
 
 
 def print_sample(sample: PeekedSample) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from cachekd_cli.console import errors, say
+from cachekd_cli.console import errors
+from cachekd_cli.console import say as print_text
 
 # Seconds in which a second signal is taken for the first. A launcher that is signalled with its whole job
 # passes on what its processes have had already; `timeout`, and others that end jobs, send SIGTERM to the
@@ -43,9 +44,22 @@ def interrupt(number: int, text: str = "") -> KeyboardInterrupt:
     return Terminated(text) if number == signal.SIGTERM else KeyboardInterrupt(text)
 
 
-def exit_code(error: KeyboardInterrupt) -> int:
-    """The exit code that shells expect: 128 and the signal's number."""
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+@contextmanager
+def stopping_in_order(
+    how_to_go_on: Callable[[KeyboardInterrupt], str] = lambda _: "stopped: the same command goes on with it",
+) -> Iterator[None]:
+    """Say how to go on when the block is stopped, and exit as shells expect: 128 and the signal's number.
+
+    Raises:
+        typer.Exit: it was stopped.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if text := how_to_go_on(stop):
+            print_text(text, errors)
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
 
 
 @contextmanager
@@ -85,17 +99,3 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
             signal.signal(number, handler)
     if noted:
         raise interrupt(noted)
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Say, when the block is stopped, that the same command goes on with it.
-
-    Raises:
-        typer.Exit: it was stopped.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        say("stopped: the same command goes on with it", errors)
-        raise typer.Exit(exit_code(stop)) from None
