@@ -19,12 +19,11 @@ from cachekd.cache.entropy import entropy_of, rows_of
 from cachekd.cache.sealed import Part
 from cachekd.cache.subset import shard_tables
 from cachekd.check.match import check_content
-from cachekd.config.fields import Order
+from cachekd.config.fields import ALTERNATIVES, Order
 from cachekd.data import SampleEncoder, Samples
 from cachekd.data.sample import Sample, is_supervised, message_text
 from cachekd.errors import CachekdError
 
-ALTERNATIVES = 5
 Origin = Literal["kept", "sketch", "spread"]
 
 

@@ -48,9 +48,9 @@ def panel(height: float = 2.4) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(WIDTH, height))
 
 
-def count_in_whole(axis: Any, ticks: int = 5) -> None:
+def count_in_whole(axis: Any) -> None:
     """Ticks of what is counted: no half steps, however few there are."""
-    axis.set_major_locator(MaxNLocator(ticks, integer=True, min_n_ticks=1))
+    axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.set_major_formatter("{x:,.0f}")
 
 

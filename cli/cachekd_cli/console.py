@@ -114,9 +114,11 @@ def progress_bar(unit: str, *, hidden: bool = False) -> Progress:
 
 
 @contextmanager
-def counting_samples(description: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting_samples(
+    description: str, total: int, *, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
     """A bar that counts samples; yields what advances it by so many."""
-    with progress_bar("samples") as bar:
+    with progress_bar("samples", hidden=hidden) as bar:
         yield partial(bar.advance, bar.add_task(description, total=total, note=""))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.config import DataOptions
-from cachekd.config.fields import Order
+from cachekd.config.fields import ALTERNATIVES, PAGE_ALTERNATIVES, PAGE_SAMPLES, Order
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from cachekd.report.token_texts import TokenReader
 
 
-PAGE_SAMPLES = 100
 BAR_WIDTH = 16
 ORIGIN_STYLES = {"kept": "blue", "sketch": "magenta", "spread": "white"}  # stored, rebuilt, or made up
 
@@ -55,7 +54,11 @@ def peek_command(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Alternatives per token; default: 5, with --html 10."),
+        typer.Option(
+            min=1,
+            max=1000,
+            help=f"Alternatives per token; default: {ALTERNATIVES}, with --html {PAGE_ALTERNATIVES}.",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -92,10 +95,9 @@ def peek_command(
         there: Container[str] = opened if seen is None else seen
         with errors.status("choosing samples"):
             keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order, there)
-    with_images = html is not None
     skip = data is not None and data.on_error == "skip"
-    shown = top or (10 if html else 5)
-    found, images = look(opened, keys, seen, reader, shown, with_images=with_images, skip=skip)
+    shown = top or (ALTERNATIVES if html is None else PAGE_ALTERNATIVES)
+    found, images = look(opened, keys, seen, reader, shown, with_images=html is not None, skip=skip)
     if html is not None:
         from cachekd.report.pages import peek_page
 
@@ -132,13 +134,14 @@ def look(
     """
     from cachekd.report.peek import embedded, peek
 
-    found, images = [], []
-    for key in watched(keys):
-        sample = None if data is None else read_sample(data, key, skip=skip)
-        turns = None if data is None or sample is None else data.turns(sample)
-        text_of = reader.texts.__getitem__
-        found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
-        images.append([embedded(image) for image in sample.images] if sample and with_images else [])
+    found, images, text_of = [], [], reader.texts.__getitem__
+    with counting_samples("peek", len(keys), hidden=len(keys) == 1) as advance:
+        for key in keys:
+            sample = None if data is None else read_sample(data, key, skip=skip)
+            turns = None if data is None or sample is None else data.turns(sample)
+            found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
+            images.append([embedded(image) for image in sample.images] if sample and with_images else [])
+            advance(1)
     return found, images
 
 
@@ -155,17 +158,6 @@ def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
             raise
         say(f"{error.where}: {error.problem}", errors)
         return None
-
-
-def watched(keys: list[str]) -> Iterator[str]:
-    """Yield the keys, behind a progress bar if they are many."""
-    if len(keys) == 1:
-        yield from keys
-        return
-    with counting_samples("peek", len(keys)) as advance:
-        for key in keys:
-            yield key
-            advance(1)
 
 
 def print_samples(samples: list[PeekedSample]) -> None:
