@@ -34,16 +34,24 @@ def bytes_per_token(shards: int, sketches: int, tokens: int) -> str:
     return f"{shards / tokens:,.1f} in the shards{with_sketch}"
 
 
+def sizes(manifest: Manifest) -> Rows:
+    """Say how much it holds, and what room that takes."""
+    shards = len(manifest.shards)
+    return {
+        "samples": f"{manifest.samples:,}",
+        "answer tokens": f"{manifest.tokens:,}",
+        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
+        "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
+        "tail sketch": f"{manifest.sketch_bytes / 1e6:,.2f} MB" if manifest.sketch_bytes else "none",
+        "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
+    }
+
+
 def headline(summary: CacheSummary) -> Rows:
     """What one wants to know first."""
     answers, entropy = summary.answers, summary.entropy
     return {
-        "samples": f"{summary.samples:,}",
-        "answer tokens": f"{summary.tokens:,}",
-        "bytes per token": bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens),
-        "size": f"{summary.bytes / 1e6:,.2f} MB in {len(summary.shards):,} shard(s)",
-        "tail sketch": f"{summary.sketch_bytes / 1e6:,.2f} MB" if summary.sketch_bytes else "none",
-        "mean k": f"{summary.entries / max(1, summary.tokens):.1f}",
+        **sizes(summary.manifest),
         "mass of the kept": f"{100 * summary.kept_mass:.2f} %",
         "teacher's top-1 accuracy": f"{100 * answers.top1:.2f} %",
         "its probability of the answer": f"{answers.probability:.4f} (perplexity {answers.perplexity:.3f})",

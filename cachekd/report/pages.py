@@ -15,8 +15,6 @@ import matplotlib
 from cachekd.atomic import require_place, write_file
 from cachekd.cache import Manifest
 from cachekd.cache.overview import (
-    Rows,
-    bytes_per_token,
     entropy_bars,
     fidelity,
     fingerprints,
@@ -24,6 +22,7 @@ from cachekd.cache.overview import (
     measured_at,
     origin,
     part_bars,
+    sizes,
 )
 from cachekd.cache.summary import CacheSummary
 from cachekd.evaluate.scores import MAX_TYPES
@@ -109,24 +108,11 @@ def build_report(run: Run, baselines: Sequence[Run]) -> str:
         max_types=MAX_TYPES,
         plots=plots,
         shares=term_shares(run),
-        cache=_cache_rows(manifest) if manifest else None,
+        cache={**sizes(manifest), **origin(manifest), **fidelity(manifest)} if manifest else None,
         fingerprints=fingerprints(manifest) if manifest else None,
         settings=settings,
         other_settings=other_settings,
     )
-
-
-def _cache_rows(manifest: Manifest) -> Rows:
-    shards = len(manifest.shards)
-    return {
-        "samples": f"{manifest.samples:,}",
-        "answer tokens": f"{manifest.tokens:,}",
-        "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
-        "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
-        "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
-        **origin(manifest),
-        **fidelity(manifest),
-    }
 
 
 # ---- of a cache

@@ -11,8 +11,7 @@ from typing import Any
 
 import typer
 
-from cachekd_cli.console import errors
-from cachekd_cli.console import say as print_text
+from cachekd_cli.console import errors, say
 
 # Seconds in which a second signal is taken for the first. A launcher that is signalled with its whole job
 # passes on what its processes have had already; `timeout`, and others that end jobs, send SIGTERM to the
@@ -57,13 +56,13 @@ def stopping_in_order(
         yield
     except KeyboardInterrupt as stop:
         if text := how_to_go_on(stop):
-            print_text(text, errors)
+            say(text, errors)
         number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from None
 
 
 @contextmanager
-def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
+def noting_the_first(under_way: Callable[[], bool], tell: Callable[[], None]) -> Iterator[Callable[[], int]]:
     """Let a loop end in order: the first SIGINT or SIGTERM is only noted, and a second one stops at once.
 
     The same SIGTERM again, or any signal under a launcher, counts as a second one only after `PASSED_ON`
@@ -71,7 +70,7 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
 
     Args:
         under_way: whether the loop runs; before it does, the first one stops at once too.
-        say: called at the first one, between any two instructions.
+        tell: called at the first one, between any two instructions.
 
     Yields:
         what tells the number of the signal that came; 0 if none has.
@@ -89,7 +88,7 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
         if noted or not under_way():
             raise interrupt(number)
         noted, since = number, time.monotonic()
-        say()
+        tell()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -38,6 +38,7 @@ from cachekd.models.tinyllava import convert_tinyllava
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
+from cachekd_cli.console import console, say, table
 from cachekd_cli.main import app
 
 CONFIGS: dict[type[Config], dict[str, Any]] = {
@@ -407,3 +408,12 @@ def test_the_versions_are_said_without_importing_what_has_them():
         assert f"{name} {module.__version__}" in second
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{cachekd.__version__}"' in pyproject
+
+
+def test_a_word_between_colons_stays_a_word():
+    """Rich makes pictures of some, as of `:key:`; of keys and paths they would be others."""
+    with console.capture() as shown:
+        say("data/:key:.json")
+        console.print(table("cache :key:", ("", "value"), [(":key:", ":smile:")]))
+    assert shown.get().count(":key:") == 3
+    assert ":smile:" in shown.get()
