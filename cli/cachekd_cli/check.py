@@ -8,7 +8,16 @@ import typer
 from rich.text import Text
 
 from cachekd.config import CheckConfig
-from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
+from cachekd_cli.console import (
+    console,
+    errors,
+    print_result,
+    printable,
+    quiet_libraries,
+    say,
+    table,
+    visible,
+)
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
@@ -42,7 +51,7 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
 def print_report(report: PairReport) -> None:
     """Print samples in colour, sizes, what fits and what does not, and the verdict."""
     for key, runs in report.previews:
-        console.rule(f"sample {key}", align="left", style="dim")
+        console.rule(Text(f"sample {visible(key)}"), align="left", style="dim")
         say(coloured(runs))
     console.print(
         Text("supervised", style=_COLOURS["supervised"]),
@@ -63,7 +72,7 @@ def coloured(runs: list[Run]) -> Text:
     text = Text()
     for run in runs:
         shown = f"{run.text.rstrip('>')} x {run.tokens}>" if run.kind == "image" else run.text
-        text.append(shown, style=_COLOURS[run.kind])
+        text.append(printable(shown), style=_COLOURS[run.kind])
     return text
 
 

@@ -45,13 +45,15 @@ def print_error(error: CachekdError) -> None:
 
 
 def say(text: str | Text, to: Console = console, style: str | None = None) -> None:
-    """Print a text as it is: nothing in it is markup, and lines end where it has them."""
+    """Print a text as it is: nothing in it is markup or a command to the terminal, and lines end where it has
+    them."""
+    text = printable(text) if isinstance(text, str) else text
     to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_wrong(what: str, text: str) -> None:
     """Print on stderr what is wrong, in red, and how."""
-    say(Text.assemble((what, "bold red"), f" {text}"), errors)
+    say(Text.assemble((printable(what), "bold red"), f" {printable(text)}"), errors)
 
 
 def print_result(
@@ -101,13 +103,13 @@ class RateColumn(ProgressColumn):
 def progress_bar(unit: str, *, hidden: bool = False) -> Progress:
     """A bar with count, rate in `unit` and ETA, on stderr, so that `--json` stays clean."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(unit),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=errors,
         disable=hidden,
     )
@@ -162,7 +164,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], tex
     for index, column in enumerate(columns):
         result.add_column(column, justify="left" if index < texts else "right")
     for row in rows:
-        result.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        result.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     return result
 
 
@@ -223,6 +225,11 @@ def visible(text: str) -> str:
     A key or a token may hold escape sequences that clear the screen, or marks that turn the reading order.
     """
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else _escaped(c)) for c in text)
+
+
+def printable(text: str) -> str:
+    """The same for a text of several lines, which stay lines."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _escaped(character: str) -> str:

@@ -121,7 +121,7 @@ class TrainBar:
     def __init__(self, description: str) -> None:
         self.description = description
         self.hidden = not is_main_process()
-        self.loading = errors.status(f"{description}: starting")
+        self.loading = errors.status(escape(f"{description}: starting"))
         self.bar = progress_bar("steps", hidden=self.hidden)
         self.task = self.bar.add_task(description, total=None, note="")
 
@@ -136,7 +136,7 @@ class TrainBar:
 
     def show_phase(self, phase: str) -> None:
         """Show what is done before the first step."""
-        self.loading.update(f"{self.description}: {escape(phase)}")
+        self.loading.update(escape(f"{self.description}: {phase}"))
 
     def under_way(self) -> bool:
         """Whether the steps have begun."""
