@@ -86,7 +86,7 @@ def peek_command(
     reader = find_reader(opened, tokenizer)
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
-        say(visible(note), errors)
+        say(note, errors)
     seen = None if data is None else open_data(opened, data, reader, bound=binding is not None)
     if sample_key is not None:
         opened.shard_of(sample_key)  # a key that the cache lacks is refused before the data are asked
