@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from cachekd.cache.manifest import Manifest
 from cachekd.cache.plan import FinishedShard, Plan, Skipped
-from cachekd.config import CheckConfig, DumpConfig, EvalConfig, TrainConfig
+from cachekd.config import CheckConfig, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data.record_form import SampleRecord
 from cachekd.pipeline import PipelineConfig
 
@@ -17,10 +17,11 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "plan": Plan,  # dump/plan.json
     "record": FinishedShard,  # dump/00000.json
     "skipped": Skipped,  # a line of skipped.jsonl
-    "check": CheckConfig,  # these four: --config FILE
+    "check": CheckConfig,  # these five: --config FILE
     "dump": DumpConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
+    "report": ReportConfig,
     "pipeline": PipelineConfig,  # `cachekd run`'s file
     "sample": SampleRecord,  # a record of the data
 }

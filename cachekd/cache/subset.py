@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
+import fnmatch
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,26 @@ def select_chosen(cache: LogitCache, out: str | Path, chosen: Sequence[NDArray[n
             )
         new.finish("select", [cache.manifest], read_skipped(cache.path, cache.manifest.skipped))
     return Manifest.load(out)
+
+
+def choose_samples(
+    cache: LogitCache, keys: Container[str] | None = None, match: str | None = None, filter: str | None = None
+) -> list[NDArray[np.bool_]]:
+    """Ask for each shard's samples, in their order, whether all conditions hold: a byte a sample.
+
+    Args:
+        keys: those that are wanted.
+        match: a pattern of keys, such as "coco/*".
+        filter: an expression, see `filter_samples`.
+
+    Raises:
+        CachekdError: the filter is no such expression, or a shard is damaged.
+    """
+    pattern = re.compile(fnmatch.translate(match or "*"))
+    chosen = with_keys(cache, lambda key: (keys is None or key in keys) and pattern.match(key) is not None)
+    if filter is None:
+        return chosen
+    return [some & others for some, others in zip(chosen, filter_samples(cache, filter), strict=True)]
 
 
 def with_keys(cache: LogitCache, wanted: Callable[[str], bool]) -> list[NDArray[np.bool_]]:

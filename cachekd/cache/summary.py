@@ -22,9 +22,9 @@ from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import listed_shard, listed_sketch
 from cachekd.cache.sealed import Part
 from cachekd.cache.targets import CachedTargets, UniformTail, entropy, entropy_bounds
+from cachekd.config.fields import ENTROPY_TOKENS
 from cachekd.errors import CachekdError
 
-ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
 EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 25.0)  # nats
 CONTAINER = "container"
 # By array; what is none of these is "other".

@@ -21,19 +21,19 @@ _LENGTHS = ("max_tokens", "too_long")
 _AS_DUMPED = ("key", "image_field", *_LENGTHS)
 
 
-def as_dumped(options: DataOptions, info: DataInfo, where: str, *, bound: bool = False) -> DataOptions:
-    """The user's options, and what they do not say as the dump had it.
+def as_dumped(options: DataOptions, cache: LogitCache, *, bound: bool = False) -> DataOptions:
+    """The user's options, and what they do not say as the cache's dump had it.
 
     Args:
-        where: the cache.
         bound: they are other data than the dump's, bound to the cache: how records become samples is theirs.
 
     Raises:
         CachekdError: the dump had a map function, which only the user may name, and they do not.
     """
+    info = cache.manifest.sources[0].data
     if bound:
         return options.model_copy(update=unsaid(options, info, *_LENGTHS))
-    map_function = require_map(options.map, info.map, where)
+    map_function = require_map(options.map, info.map, str(cache.path))
     return options.model_copy(update={**unsaid(options, info, *_AS_DUMPED), "map": map_function})
 
 

@@ -5,6 +5,7 @@ from cachekd.config.check import CheckConfig
 from cachekd.config.data import Data, DataOptions, NamedData
 from cachekd.config.dump import DumpConfig
 from cachekd.config.evaluate import EvalConfig
+from cachekd.config.report import ReportConfig
 from cachekd.config.train import TrainConfig
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DumpConfig",
     "EvalConfig",
     "NamedData",
+    "ReportConfig",
     "TrainConfig",
     "read_config",
     "refusal",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,8 +49,21 @@ class Config(BaseModel):
 AConfig = TypeVar("AConfig", bound=Config)
 
 
-def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]) -> AConfig:
+def option_name(setting: str | int) -> str:
+    """Return a setting's option as it is typed."""
+    return f"--{str(setting).replace('_', '-')}"
+
+
+def read_config(
+    path: Path | None,
+    model: type[AConfig],
+    options: dict[str, Any],
+    typed: Callable[[Any], str] = option_name,
+) -> AConfig:
     """Read a config from a YAML file; options that are not None override it.
+
+    Args:
+        typed: how a setting is given on the command line.
 
     Raises:
         CachekdError: the file is missing or not YAML, or a value is missing, unknown or out of range. Every
@@ -68,13 +81,8 @@ def read_config(path: Path | None, model: type[AConfig], options: dict[str, Any]
                 "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
             )
             mistakes.append(Mistake.of(each, place, model))
-            missing += [option_name(where[0])] * (each["type"] == "missing")
+            missing += [typed(where[0])] * (each["type"] == "missing")
         raise refusal(mistakes, f"give {' and '.join(missing)}") from None
-
-
-def option_name(setting: str | int) -> str:
-    """Return a setting's option as it is typed."""
-    return f"--{str(setting).replace('_', '-')}"
 
 
 @dataclass(frozen=True)

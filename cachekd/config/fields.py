@@ -27,6 +27,10 @@ DEFAULT_TAIL = "bytes=64"
 CALIBRATION_TOKENS = 16_384
 SAVE_STEPS = 500
 STORE_TIMEOUT = 60.0  # seconds without a byte
+ENTROPY_TOKENS = 1_024  # whose distributions are rebuilt: with 152 k ids, some 7 ms each on one core
+ALTERNATIVES = 5  # to an answer token
+PAGE_ALTERNATIVES = 10  # on a page, where they are folded
+PAGE_SAMPLES = 100
 
 
 def split_tail(text: str) -> tuple[str, float]:
@@ -67,6 +71,7 @@ def _each_once(value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
+Order = Literal["first", "surprising"]  # of samples to look at
 Parts = Annotated[tuple[StudentPart, ...], BeforeValidator(_split_parts), AfterValidator(_each_once)]
 Tail = Annotated[str, AfterValidator(_is_a_tail)]
 # Settings that several stages have, each said once.

@@ -91,7 +91,7 @@ def require_there(data: DataOptions) -> None:
 
     from cachekd.data.map_function import load_map
     from cachekd.data.sources.hf_load import HfSpec, require_on_hub
-    from cachekd.data.sources.urls import named_errors
+    from cachekd.data.sources.tars import named_errors
 
     if data.map is not None:
         load_map(data.map)

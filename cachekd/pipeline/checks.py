@@ -17,7 +17,7 @@ from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
-from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig
+from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import require_there
 from cachekd.dump.plan import codec_of, require_vocabulary
@@ -27,7 +27,6 @@ from cachekd.evaluate.inputs import open_models
 from cachekd.evaluate.questions import require_single_questions
 from cachekd.models import ModelFiles
 from cachekd.paths import RUN_FILE, is_address
-from cachekd.pipeline.config import ReportConfig
 from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.held_out import require_same_teacher

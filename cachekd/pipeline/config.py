@@ -5,29 +5,17 @@ from __future__ import annotations
 import re
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, create_model, field_validator
 
-from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
+from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
 from cachekd.errors import did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-
-
-class ReportConfig(Config):
-    """One HTML page about a run."""
-
-    FREE: ClassVar = frozenset({"out"})
-
-    run: PathOrName = Field(
-        description="a train step, or a run's folder; by default the last train step above"
-    )
-    baselines: list[PathOrName] = Field([], description="train steps or runs to compare it with")
-    out: LocalPath = Field(description="the folder of report.html")
 
 
 class Step(Config):

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, refusal
+from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, defaults_of
 from cachekd.config.data import WHICH_SAMPLES
 from cachekd.config.train import STAGES
 from cachekd.errors import CachekdError, about
 from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
-from cachekd.pipeline.config import Defaults, PipelineConfig, ReportConfig
+from cachekd.pipeline.config import Defaults, PipelineConfig
 
 
 class Kind(NamedTuple):
@@ -67,7 +67,8 @@ class PlannedStep:
 
     @property
     def out(self) -> Path:
-        return self.config.out
+        """Its folder."""
+        return self.config.out.parent if self.kind == "report" else self.config.out
 
     @property
     def finished(self) -> bool:
@@ -95,7 +96,9 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
         try:
             with about(step.name, what="step"):
                 values = _values(step.step, _said(step, kind.config), above)
-                config = kind.config(**values | {"out": pipeline.out / step.name})
+                out = pipeline.out / step.name
+                out = out / REPORT_FILE if step.step == "report" else out
+                config = kind.config(**values | {"out": out})
                 steps.append(_planned(step.name, step.step, config, above))
         except ValidationError as error:  # what `read_pipeline` did not see: missing, or not with others
             mistakes += [Mistake.of(each, f"step {step.name!r}", kind.config) for each in error.errors()]

@@ -95,17 +95,12 @@ def difference_text(difference: Difference) -> str:
     return f"{_points(difference)} ({_interval(difference)})"
 
 
-def is_sure(difference: Difference) -> bool:
-    """Whether zero is outside the interval."""
-    return difference.sure
-
-
 def _points(difference: Difference) -> str:
     return f"{_rounded(difference.difference):+.1f} points"
 
 
 def _sure(difference: Difference) -> str:
-    chance = "more than chance" if is_sure(difference) else "may be chance"
+    chance = "more than chance" if difference.sure else "may be chance"
     return f"{_interval(difference)}, {chance}"
 
 

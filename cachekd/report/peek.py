@@ -19,13 +19,12 @@ from cachekd.cache.sealed import Part
 from cachekd.cache.subset import shard_tables
 from cachekd.cache.targets import entropy_of, rows_of
 from cachekd.check.match import check_content
+from cachekd.config.fields import ALTERNATIVES, Order
 from cachekd.data import SampleEncoder, Samples
 from cachekd.data.sample import Sample, is_supervised, message_text
 from cachekd.errors import CachekdError
 
-ALTERNATIVES = 5
 Origin = Literal["kept", "sketch", "spread"]
-Order = Literal["first", "surprising"]
 
 
 class Alternative(Part):

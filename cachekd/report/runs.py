@@ -1,17 +1,21 @@
-"""What a report reads: what a run saved, and its scores."""
+"""What a report reads: what runs saved, their scores, and their settings beside each other."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cachekd.config import TrainConfig
+from cachekd.config.base import defaults_of
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, read_scores
+from cachekd.losses.terms import TERMS
 from cachekd.paths import RUN_FILE, shortest
-from cachekd.report.pages import RUN_COLORS
+
+RUN_COLORS = [f"run-{number}" for number in range(1, 9)]  # names in the style sheet
 
 _NEEDED = {"config", "versions", "cache", "k_histogram", "seconds", "steps", "resumed_from", "log"} | {
     "uncovered_samples",
@@ -46,6 +50,11 @@ class Run:
     def validations(self) -> list[dict[str, float]]:
         """The log's entries of held-out data."""
         return [entry for entry in self.saved["log"] if "eval_loss" in entry]
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose weights did best on held-out data, where the run noted it."""
+        return self.saved.get("best_step")
 
     def scores_on(self, fingerprint: str) -> Evaluation | None:
         """Find the scores on the questions with this fingerprint."""
@@ -102,3 +111,110 @@ def told_apart(runs: Sequence[Run]) -> list[Run]:
         replace(run, name=name, color=color)
         for run, name, color in zip(runs, shortest(paths), RUN_COLORS, strict=False)
     ]
+
+
+def term_shares(run: Run) -> dict[str, Any]:
+    """Each term's weighted value at the first and the last log entry that has them all, and its share there.
+
+    A term that is orders of magnitude below the others does nothing; this is where it shows.
+    """
+    config = run.saved["config"]
+    names = [name for name in TERMS if any(name in entry for entry in run.steps)]
+    weights = {name: config.get(f"lambda_{name}", 1.0) for name in names}  # that of L_CE is no setting
+    # Where the switched path runs in some steps only, others lack L_VSD.
+    whole = [entry for entry in run.steps if all(name in entry for name in names)]
+    ends = [whole[0], whole[-1]] if whole else []
+    totals = [sum(weights[name] * entry[name] for name in names) for entry in ends]
+    terms = []
+    for name in names:
+        values = [weights[name] * entry[name] for entry in ends]
+        shares = [value / total if total else 0.0 for value, total in zip(values, totals, strict=True)]
+        ends_of_term = list(zip(values, shares, strict=True))
+        terms.append({"label": TERMS[name].label, "weight": weights[name], "ends": ends_of_term})
+    return {"steps": [int(entry["step"]) for entry in ends], "terms": terms}
+
+
+# ---- settings
+
+_UNSET = "not set"
+_FIRST = ("seed",)  # of interest even where it is equal
+_SHARES = {"warmup", "data_wait", "held-out accuracy"}
+_NAMED = {
+    "steps": "optimizer steps",
+    "resumed_from": "resumed from step",
+    "data_wait": "time that the steps waited for data",
+    "uncovered_samples": "samples without targets, by L_CE alone",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A line of the table: a value for each run."""
+
+    name: str
+    values: list[str]
+
+
+def settings_of(runs: Sequence[Run]) -> tuple[list[Setting], list[Setting]]:
+    """Those to look at, and the others: of several runs those that differ, of one those that were set."""
+    defaults = dict(_flat(defaults_of(TrainConfig)))
+    all_values = [_values(run) for run in runs]
+    names = list(dict.fromkeys([*_FIRST, *(name for values in all_values for name in values)]))
+    shown: list[Setting] = []
+    others: list[Setting] = []
+    for name in names:
+        values = [values.get(name) for values in all_values]
+        if all(map(_is_unset, values)):
+            continue
+        differs = any(value != values[0] for value in values)
+        to_look_at = differs if len(runs) > 1 else values[0] != defaults.get(name)
+        setting = Setting(_NAMED.get(name, name), [as_read(name, value) for value in values])
+        (shown if to_look_at or name in _FIRST else others).append(setting)
+    return shown, others
+
+
+def as_read(name: str, value: Any) -> str:
+    """Write a value of JSON in words and figures."""
+    if _is_unset(value):
+        return _UNSET
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(as_read(name, one) for one in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {as_read(key, one)}" for key, one in value.items())
+    if name in _SHARES:
+        return f"{100 * value:.3g} %"
+    if isinstance(value, int | float) and value == int(value) and not name.endswith("seed"):
+        return f"{int(value):,}"
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    return f"{value} (beyond the paper)" if name == "switch_bridge" else str(value)
+
+
+def _is_unset(value: Any) -> bool:
+    return value is None or value in ("", [], {}, ())
+
+
+def _values(run: Run) -> dict[str, Any]:
+    saved = run.saved
+    found: dict[str, Any] = {name: saved[name] for name in _NAMED if saved[name]}
+    found["training time"] = f"{saved['seconds']:,.1f} s"
+    found["best step on held-out data"] = run.best_step
+    held_out = saved.get("evaluation", {})  # there may be no such data
+    found["held-out loss"] = held_out.get("eval_loss")
+    found["held-out accuracy"] = held_out.get("eval_token_accuracy")
+    for of, name in (("samples", "left_out"), ("held-out samples", "eval_left_out")):
+        for why, left_out in saved.get(name, {}).items():
+            found[f"{of} left out: {why}"] = left_out["samples"] or None
+    versions = {f"{name} version": version for name, version in saved["versions"].items()}
+    return dict(_flat(saved["config"])) | found | versions
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings within settings by their dotted names, as a message about them has them."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

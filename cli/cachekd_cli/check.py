@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 from rich.text import Text
 
 from cachekd.config import CheckConfig
-from cachekd_cli.console import console, errors, print_json, quiet_libraries, say, table
+from cachekd_cli.console import (
+    console,
+    errors,
+    print_result,
+    printable,
+    quiet_libraries,
+    say,
+    table,
+    visible,
+)
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
     from cachekd.check import PairReport, Run, Sizes
 
 
-_STATES = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "refused": "[bold red]refused[/]"}
+_STATES = {"ok": "green", "note": "yellow", "refused": "bold red"}
 _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
 
@@ -35,10 +43,7 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
 
     with errors.status("looking at models and data", spinner="dots"):
         report = check_pair(config)
-    if as_json:
-        print_json(asdict(report) | {"fits": report.fits})
-    else:
-        print_report(report)
+    print_result(as_json, report, print_report, lambda found: {**vars(found), "fits": found.fits})
     if not report.fits:
         raise typer.Exit(2)
 
@@ -46,7 +51,7 @@ def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
 def print_report(report: PairReport) -> None:
     """Print samples in colour, sizes, what fits and what does not, and the verdict."""
     for key, runs in report.previews:
-        console.rule(f"sample {key}", align="left", style="dim")
+        console.rule(Text(f"sample {visible(key)}"), align="left", style="dim")
         say(coloured(runs))
     console.print(
         Text("supervised", style=_COLOURS["supervised"]),
@@ -54,12 +59,9 @@ def print_report(report: PairReport) -> None:
         Text("image", style=_COLOURS["image"]),
     )
     console.print(sizes_table(report.sizes))
-    rows = table("teacher, student and data", ("", "", "found", "what to do"), [])
-    for column in rows.columns:
-        column.justify = "left"
-    for row in report.rows:
-        rows.add_row(Text(row.name), _STATES[row.state], Text(row.text), Text(row.fix or ""))
-    console.print(rows)
+    rows = ((row.name, Text(row.state, _STATES[row.state]), row.text, row.fix or "") for row in report.rows)
+    columns = ("", "", "found", "what to do")
+    console.print(table("teacher, student and data", columns, rows, texts=len(columns)))
     console.print(
         "[green]they fit[/]" if report.fits else "[bold red]they do not fit[/]: training would be refused"
     )
@@ -70,7 +72,7 @@ def coloured(runs: list[Run]) -> Text:
     text = Text()
     for run in runs:
         shown = f"{run.text.rstrip('>')} x {run.tokens}>" if run.kind == "image" else run.text
-        text.append(shown, style=_COLOURS[run.kind])
+        text.append(printable(shown), style=_COLOURS[run.kind])
     return text
 
 

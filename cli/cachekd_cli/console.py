@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
 
 
 SHOWN = 5  # of the samples that a table is about
+Result = TypeVar("Result")
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False)  # what is between two colons of a key or a path is no picture
+errors = Console(stderr=True, emoji=False)
 
 
 def print_error(error: CachekdError) -> None:
@@ -42,27 +45,45 @@ def print_error(error: CachekdError) -> None:
 
 
 def say(text: str | Text, to: Console = console, style: str | None = None) -> None:
-    """Print a text as it is: nothing in it is markup, and lines end where it has them."""
+    """Print a text as it is: nothing in it is markup or a command to the terminal, and lines end where it has
+    them."""
+    text = printable(text) if isinstance(text, str) else text
     to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_wrong(what: str, text: str) -> None:
     """Print on stderr what is wrong, in red, and how."""
-    say(Text.assemble((what, "bold red"), f" {text}"), errors)
+    say(Text.assemble((printable(what), "bold red"), f" {printable(text)}"), errors)
 
 
-def print_json(value: Any) -> None:
-    """Print a value for scripts: it is the only thing on stdout."""
-    print(json.dumps(value, indent=2, default=str))
+def print_result(
+    as_json: bool,
+    result: Result,
+    print_words: Callable[[Result], object],
+    for_scripts: Callable[[Result], Any] = lambda result: result,
+) -> None:
+    """Print what a command has found: in words, or as JSON that is alone on stdout.
+
+    Args:
+        for_scripts: makes models, dataclasses and what JSON knows of it, where it is not itself all of these.
+    """
+    if as_json:
+        print(_json(for_scripts(result)))
+    else:
+        print_words(result)
 
 
 def print_json_list(values: Iterable[Any]) -> None:
-    """Print a list as `print_json` does, without having all of it in memory."""
+    """Print a list as JSON, without having all of it in memory."""
     separator = "["
     for value in values:
-        print(separator + indent(f"\n{json.dumps(value, indent=2, default=str)}", "  "), end="")
+        print(separator + indent(f"\n{_json(value)}", "  "), end="")
         separator = ","
     print("[]" if separator == "[" else "\n]")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(to_jsonable_python(value, fallback=str), indent=2)
 
 
 class RateColumn(ProgressColumn):
@@ -79,26 +100,48 @@ class RateColumn(ProgressColumn):
         return Text(f"{rate:,.0f} {self.unit}/s", style="progress.data.speed")
 
 
-def progress_bar(unit: str) -> Progress:
+def progress_bar(unit: str, *, hidden: bool = False) -> Progress:
     """A bar with count, rate in `unit` and ETA, on stderr, so that `--json` stays clean."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(unit),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=errors,
+        disable=hidden,
     )
 
 
-def count_progress(bar: Progress, description: str, total: int) -> Callable[[int], None]:
-    """Add a task that counts steps; return what advances it by so many."""
-    return partial(bar.advance, bar.add_task(description, total=total, note=""))
+@contextmanager
+def counting_samples(
+    description: str, total: int, *, hidden: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A bar that counts samples; yields what advances it by so many."""
+    with progress_bar("samples", hidden=hidden) as bar:
+        yield partial(bar.advance, bar.add_task(description, total=total, note=""))
 
 
-def sample_progress(bar: Progress, description: str, total: int) -> Callable[[int, float], None]:
+@contextmanager
+def counting_bytes(
+    description: str, total: int | None = None, *, hidden: bool = False
+) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar that counts bytes, with a rate in MB; yields what advances it, and what sets its total."""
+    with progress_bar("MB", hidden=hidden) as bar:
+        task = bar.add_task(description, total=total, units=0, note="")
+
+        def advance(size: int) -> None:
+            bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
+
+        def set_total(size: int) -> None:
+            bar.update(task, total=size)
+
+        yield advance, set_total
+
+
+def sample_progress(bar: Progress, description: str, total: int | None) -> Callable[[int, float], None]:
     """Add a task that counts samples, with a rate in units; return what advances it by (samples, units)."""
     task = bar.add_task(description, total=total, units=0, note="")
 
@@ -108,21 +151,6 @@ def sample_progress(bar: Progress, description: str, total: int) -> Callable[[in
     return advance
 
 
-def byte_progress(
-    bar: Progress, description: str, total: int | None = None
-) -> tuple[Callable[[int], None], Callable[[int], None]]:
-    """Add a task that counts bytes, with a rate in MB; return what advances it, and what sets its total."""
-    task = bar.add_task(description, total=total, units=0, note="")
-
-    def advance(size: int) -> None:
-        bar.update(task, advance=size, units=(bar.tasks[task].completed + size) / 1e6)
-
-    def set_total(size: int) -> None:
-        bar.update(task, total=size)
-
-    return advance, set_total
-
-
 def duration(seconds: float) -> str:
     """Write seconds in the unit that says most: seconds, minutes or hours."""
     if seconds < 60:
@@ -130,14 +158,24 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.2f} h"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> Table:
+    """A table whose first columns, so many, are texts, and whose others are numbers."""
     result = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="right" if index else "left")
+        result.add_column(column, justify="left" if index < texts else "right")
     for row in rows:
-        result.add_row(*(escape(str(cell)) for cell in row))
+        result.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     return result
+
+
+def print_values(title: str, values: Mapping[str, Any]) -> None:
+    """Print names with their values, one a line; those that are None are left out."""
+    console.print(table(title, ("", "value"), ((n, v) for n, v in values.items() if v is not None)))
+
+
+def if_any(count: int | None, text: str = "{:,}") -> str | None:
+    """Write a count that is of interest where it is not 0; None where it is, or is unknown."""
+    return text.format(count) if count else None
 
 
 def print_left_out(what: str, left_out: LeftOutSamples) -> None:
@@ -187,6 +225,11 @@ def visible(text: str) -> str:
     A key or a token may hold escape sequences that clear the screen, or marks that turn the reading order.
     """
     return "".join(_SIGNS.get(c) or (c if c.isprintable() else _escaped(c)) for c in text)
+
+
+def printable(text: str) -> str:
+    """The same for a text of several lines, which stay lines."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _escaped(character: str) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import cachekd
+from cachekd.config.base import option_name
 from cachekd.errors import CachekdError
 from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, quiet_libraries, say, table
@@ -33,9 +34,7 @@ def demo_command(
 
     Example: cachekd demo --seed 1
     """
-    from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
-    from cachekd.evaluate import save_in_runs
-    from cachekd.report import write_report
+    from cachekd.config import DumpConfig, EvalConfig, ReportConfig, TrainConfig, read_config
 
     check_example()
     quiet_libraries()
@@ -56,22 +55,25 @@ def demo_command(
     }
     for name, options in runs.items():
         settings = {**common, **options, "out": out / name}
-        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
-        with stages.run(f"train {name}", f"cachekd train --config {EXAMPLE / 'recipe.yaml'} {words}"):
+        typed = f"cachekd train --config {EXAMPLE / 'recipe.yaml'} {as_typed(settings)}"
+        with stages.run(f"train {name}", typed):
             config = read_config(EXAMPLE / "recipe.yaml", TrainConfig, settings)
             train.print_summary(train.run_train(config, description=name))
     paths = [str(out / name) for name in runs]
     tested = {"data": out / "test", "teacher": teacher, "prior_data": data}
-    words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in tested.items())
-    with stages.run("eval", f"cachekd eval {' '.join(paths)} {words}"):
-        result = evaluate.run_eval(read_config(None, EvalConfig, {"models": paths, **tested}))
-        save_in_runs(result)
-        evaluate.print_tables(result)
-    switch_kd, ce = out / "switch-kd", out / "ce"
+    with stages.run("eval", f"cachekd eval {' '.join(paths)} {as_typed(tested)}"):
+        asked = read_config(None, EvalConfig, {"models": paths, **tested})
+        evaluate.print_tables(evaluate.run_eval(asked))
+    ce, switch_kd = paths
     with stages.run("report", f"cachekd report {switch_kd} --baseline {ce}"):
-        page = write_report(switch_kd, [ce])
+        page = evaluate.run_report(ReportConfig(run=switch_kd, baselines=[ce]))
     stages.print()
-    say(f"report: {page.resolve()}")
+    evaluate.print_page(page)
+
+
+def as_typed(settings: dict[str, Any]) -> str:
+    """Write settings as options."""
+    return " ".join(f"{option_name(name)} {value}" for name, value in settings.items())
 
 
 def check_example() -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 import sys
 from collections.abc import Container, Sequence
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
-from cachekd_cli.console import console, count_progress, print_json, print_json_list, progress_bar, say, table
+from cachekd_cli.console import console, counting_samples, print_json_list, print_result, say, table
 from cachekd_cli.options import AsJson, Binding, CacheFolder, NewFolder, TopK, takes
 
 if TYPE_CHECKING:
@@ -23,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cachekd.cache import LogitCache, Manifest
+    from cachekd.cache.manifest import Fidelity
 
 
 SHOWN = 20
@@ -48,7 +46,7 @@ def select_command(
     Example: cachekd select caches/all -o caches/sure --filter "logprob > -2 and tokens >= 3"
     """
     from cachekd.cache import LogitCache
-    from cachekd.cache.subset import select_chosen
+    from cachekd.cache.subset import choose_samples, select_chosen
 
     if show == (out is not None):
         raise CachekdError(
@@ -57,7 +55,8 @@ def select_command(
             fix="pass --out to make a cache, or --list to look only",
         )
     opened = LogitCache(cache)
-    chosen = choose(opened, None if keys is None else read_wanted(opened, keys), match, filter_)
+    wanted = None if keys is None else read_wanted(opened, keys)
+    chosen = choose_samples(opened, wanted, match, filter_)
     if out is None:
         print_samples(opened, chosen, as_json)
         return
@@ -68,23 +67,8 @@ def select_command(
             fix="pass --keys, --match or --filter, or copy the folder",
         )
     manifest = select_chosen(opened, out, chosen)
-    if as_json:
-        print_json(totals(out, manifest))
-    else:
-        say(f"{out}: {manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens")
-
-
-def choose(
-    cache: LogitCache, keys: set[str] | None, match: str | None, filter_: str | None
-) -> list[NDArray[np.bool_]]:
-    """Return for each shard, sample by sample, whether all conditions hold: a byte a sample."""
-    from cachekd.cache.subset import filter_samples, with_keys
-
-    pattern = re.compile(fnmatch.translate(match or "*"))
-    chosen = with_keys(cache, lambda key: (keys is None or key in keys) and pattern.match(key) is not None)
-    if filter_ is None:
-        return chosen
-    return [some & others for some, others in zip(chosen, filter_samples(cache, filter_), strict=True)]
+    text = f"{manifest.samples:,} of {len(opened):,} samples, {manifest.tokens:,} answer tokens"
+    print_result(as_json, totals(out, manifest), lambda _: say(f"{out}: {text}"))
 
 
 def print_samples(cache: LogitCache, chosen: Sequence[NDArray[np.bool_]], as_json: bool) -> None:
@@ -144,13 +128,11 @@ def merge_command(
     from cachekd.cache.derive import merge_caches
 
     manifest = merge_caches(caches, out)
-    if as_json:
-        print_json(totals(out, manifest))
-    else:
-        say(
-            f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
-            f"{len(manifest.shards):,} shards from {len(caches)} caches"
-        )
+    text = (
+        f"{out}: {manifest.samples:,} samples, {manifest.tokens:,} answer tokens, "
+        f"{len(manifest.shards):,} shards from {len(caches)} caches"
+    )
+    print_result(as_json, totals(out, manifest), lambda _: say(text))
 
 
 def recompress_command(
@@ -170,18 +152,20 @@ def recompress_command(
     Example: cachekd recompress caches/llava-7b caches/small --top-k 16 --tail bytes=32
     """
     from cachekd.cache import Manifest
-    from cachekd.cache.overview import nearness
     from cachekd.cache.recompress import recompress
 
     old = Manifest.load(cache)
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "recompressing", old.samples)
+    with counting_samples("recompressing", old.samples) as advance:
         new = recompress(cache, out, top_k=top_k, tail=tail, progress=advance)
     fidelity = new.lineage[-1].fidelity
-    if as_json:
-        told = None if fidelity is None else fidelity.model_dump()
-        print_json(totals(out, new) | {"sketch_bytes": new.sketch_bytes, "fidelity_to_parent": told})
-        return
+    result = totals(out, new) | {"sketch_bytes": new.sketch_bytes, "fidelity_to_parent": fidelity}
+    print_result(as_json, result, lambda _: print_recompressed({cache: old, out: new}, fidelity))
+
+
+def print_recompressed(caches: dict[Path, Manifest], fidelity: Fidelity | None) -> None:
+    """Print the old cache's sizes and the new one's, and how near they are."""
+    from cachekd.cache.overview import nearness
+
     rows = [
         (
             str(path),
@@ -189,25 +173,21 @@ def recompress_command(
             f"{of.entries / of.tokens:,.1f}",
             f"{of.sketch_bytes / 1e6:,.2f}",
         )
-        for path, of in ((cache, old), (out, new))
+        for path, of in caches.items()
     ]
     console.print(table("recompressed", ("cache", "shard bytes/token", "logprobs/token", "sketch MB"), rows))
     if fidelity is not None:
         say(f"new against old, at {fidelity.tokens:,} tokens: {nearness(fidelity)}")
 
 
-class Form(StrEnum):
-    """What a cache is exported to."""
-
-    parquet = "parquet"
-    webdataset = "webdataset"
-
-
 @takes(DataOptions)
 def export_command(
     cache: CacheFolder,
     out: NewFolder,
-    to: Annotated[Form, typer.Option(help="Top-k lists as a table, or tars with samples and targets.")],
+    to: Annotated[
+        Literal["parquet", "webdataset"],
+        typer.Option(help="Top-k lists as a table, or tars with samples and targets."),
+    ],
     data: DataOptions | None,
     top_k: TopK = None,
     binding: Binding = None,
@@ -225,23 +205,19 @@ def export_command(
     from cachekd.data import open_samples
     from cachekd.export import export_parquet, export_webdataset
 
-    if (data is None) == (to is Form.webdataset):
+    if (data is None) == (to == "webdataset"):
         raise CachekdError(
             "--data goes with --to webdataset, and only with it",
-            found=f"--to {to.value} {'without' if data is None else 'with'} --data",
+            found=f"--to {to} {'without' if data is None else 'with'} --data",
             fix="tars hold the samples themselves; a parquet file has their keys and content hashes",
         )
     opened = open_bound(cache, binding)
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "exporting", opened.manifest.samples)
+    with counting_samples("exporting", opened.manifest.samples) as advance:
         if data is None:
             written = export_parquet(opened, out, top_k=top_k, progress=advance)
         else:
-            dumped = opened.manifest.sources[0].data
-            samples = open_samples(as_dumped(data, dumped, str(cache), bound=binding is not None))
+            samples = open_samples(as_dumped(data, opened, bound=binding is not None))
             written = export_webdataset(opened, out, samples, top_k=top_k, progress=advance)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    if as_json:
-        print_json({"out": out, "samples": written, "bytes": size})
-    else:
-        say(f"{out}: {written:,} samples, {size / 1e6:,.2f} MB")
+    result = {"out": out, "samples": written, "bytes": size}
+    print_result(as_json, result, lambda _: say(f"{out}: {written:,} samples, {size / 1e6:,.2f} MB"))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from cachekd.config import EvalConfig
+from cachekd.config import EvalConfig, ReportConfig
 from cachekd.paths import shortest
 from cachekd_cli.console import (
     console,
-    print_json,
     print_left_out,
+    print_result,
     progress_bar,
     quiet_libraries,
     sample_progress,
@@ -22,9 +21,10 @@ from cachekd_cli.console import (
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from cachekd.evaluate import Difference, Evaluation, Score
+
+
+_SURE = {True: "yes", False: "not sure"}
 
 
 @takes(EvalConfig, arguments=["models"])
@@ -38,28 +38,24 @@ def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
 
     Example: cachekd eval runs/ce --data data/test --prior-data data/train --limit 500
     """
-    from cachekd.evaluate import only_writer
-
     quiet_libraries()
+    run_eval(config, lambda result: print_result(as_json, result, print_tables, lambda r: r.summary()))
+
+
+def run_eval(config: EvalConfig, show: Callable[[Evaluation], None] = lambda result: None) -> Evaluation:
+    """Evaluate; show the scores, save them in the runs and, last, where the settings say."""
+    from cachekd.evaluate import only_writer, save_in_runs, save_scores
+
     with only_writer(config.out):
-        result = run_eval(config)
-        if as_json:
-            print_json(result.summary())
-        else:
-            print_tables(result)
-        save(result, config)
+        result = ask_models(config)
+        show(result)
+        save_in_runs(result)
+        if config.out is not None:
+            save_scores(result, config.out)
+    return result
 
 
-def save(result: Evaluation, config: EvalConfig) -> None:
-    """Save scores in the runs and, last, where the settings say."""
-    from cachekd.evaluate import save_in_runs, save_scores
-
-    save_in_runs(result)
-    if config.out is not None:
-        save_scores(result, config.out)
-
-
-def run_eval(config: EvalConfig) -> Evaluation:
+def ask_models(config: EvalConfig) -> Evaluation:
     """Evaluate behind a progress bar for each model."""
     from cachekd.evaluate import require_kept_scores
     from cachekd.evaluate.run import evaluate
@@ -108,13 +104,7 @@ def short_names(result: Evaluation) -> dict[str, str]:
 def print_differences(result: Evaluation, names: dict[str, str]) -> None:
     """Print the differences between rows, in points, and how sure they are."""
     rows = [
-        (
-            names[d.row],
-            names[d.against],
-            f"{100 * d.difference:+.2f}",
-            _interval(d),
-            "yes" if d.sure else "not sure",
-        )
+        (names[d.row], names[d.against], f"{100 * d.difference:+.2f}", _interval(d), _SURE[d.sure])
         for d in result.differences
     ]
     if rows:
@@ -144,18 +134,22 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f} %"
 
 
-def report_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder, written by `cachekd train`.")],
-    baseline: Annotated[
-        list[Path] | None, typer.Option(help="Another run to compare with; can be repeated.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the page goes. Default: RUN/report.html.")] = None,
-) -> None:
+@takes(ReportConfig, arguments=["run"], named={"baselines": "--baseline"})
+def report_command(config: ReportConfig) -> None:
     """Write one self-contained HTML page: accuracies, loss curves by term, cache, configuration.
 
     Example: cachekd report runs/switch-kd --baseline runs/ce
     """
+    print_page(run_report(config))
+
+
+def run_report(config: ReportConfig) -> Path:
+    """Write the page; return where it is."""
     from cachekd.report import write_report
 
-    page = write_report(run, baseline or [], out)
+    return write_report(config.run, config.baselines, config.out)
+
+
+def print_page(page: Path) -> None:
+    """Say where a report is."""
     say(f"report: {page.resolve()}")

@@ -11,10 +11,11 @@ from rich.bar import Bar as DrawnBar
 from rich.markup import escape
 from rich.table import Table
 
+from cachekd.config.fields import ENTROPY_TOKENS
 from cachekd.errors import CachekdError
 from cachekd_cli.console import (
     console,
-    print_json,
+    print_result,
     progress_bar,
     sample_progress,
     say,
@@ -37,9 +38,8 @@ def inspect_command(
     cache: CacheFolder,
     html: Annotated[Path | None, typer.Option(help="Write it as an HTML page with plots.")] = None,
     entropy_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="With a tail sketch: tokens whose entropy is measured; default: 1024."),
-    ] = None,
+        int, typer.Option(min=1, help="With a tail sketch: tokens whose entropy is measured.")
+    ] = ENTROPY_TOKENS,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a cache: teacher, data, bytes by part, k, entropy, accuracy, shards. Reads all of it.
@@ -48,7 +48,7 @@ def inspect_command(
     """
     from cachekd.atomic import require_place
     from cachekd.cache.manifest import Manifest
-    from cachekd.cache.summary import ENTROPY_TOKENS, summarise
+    from cachekd.cache.summary import summarise
 
     if html is not None:
         require_place(html)
@@ -57,17 +57,15 @@ def inspect_command(
         advance = sample_progress(bar, "inspect", len(manifest.shards))
         summary = summarise(
             cache,
-            entropy_tokens=entropy_tokens or ENTROPY_TOKENS,
+            entropy_tokens=entropy_tokens,
             progress=lambda shard: advance(1, shard.bytes / 1e6),
         )
     if html is not None:
         from cachekd.report.pages import inspect_page
 
         write_page(html, inspect_page(summary))
-    if as_json:
-        print_json(summary.model_dump(mode="json"))
-    elif html is None:
-        print_summary(summary)
+    if as_json or html is None:
+        print_result(as_json, summary, print_summary)
 
 
 def print_summary(summary: CacheSummary) -> None:

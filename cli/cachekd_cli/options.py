@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from pathlib import Path
-from types import NoneType, SimpleNamespace, UnionType
+from types import MappingProxyType, NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -39,7 +39,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, 
 
 
 def takes(
-    model: type[Config], *, arguments: Collection[str] = (), environment: Mapping[str, str] | None = None
+    model: type[Config],
+    *,
+    arguments: Collection[str] = (),
+    named: Mapping[str, str] = MappingProxyType({}),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Command], Command]:
     """Give a command the fields of a model as options, in the place of its parameter of that type.
 
@@ -49,20 +53,25 @@ def takes(
 
     Args:
         arguments: fields that are given without a name.
+        named: by field, its option where that has another name: one for each time that it is given.
         environment: by field, the variable that says what no option does.
 
     >>> @takes(DumpConfig)
     ... def dump_command(config: DumpConfig, estimate: bool = False) -> None: ...
     """
-    fields, variables = model.model_fields, environment or {}
+
+    def typed(name: str) -> str:
+        return name.upper() if name in arguments else named.get(name, option_name(name))
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True)
         target = next(p for p in own.parameters.values() if model in _types(p.annotation))
         file = [] if model is DataOptions else [_file_option(target.name, model)]
         made = {
-            name: _parameter(name, field, name in arguments, variables.get(name))
-            for name, field in fields.items()
+            name: _argument(name, field)
+            if name in arguments
+            else _option(name, field, typed(name), environment.get(name))
+            for name, field in model.model_fields.items()
             if option_type(field) is not None
         }
 
@@ -72,7 +81,7 @@ def takes(
             said = {name: given.pop(name) for name in made}
             said = {name: value for name, value in said.items() if value is not None and value != []}
             read = _read_optional if NoneType in _types(target.annotation) else read_config
-            command(**given, **{target.name: read(path, model, said)})
+            command(**given, **{target.name: read(path, model, said, typed)})
 
         parameters = [*file, *made.values(), *(p for p in own.parameters.values() if p is not target)]
         parameters.sort(key=lambda p: p.name in DataOptions.model_fields)  # which have a panel of their own
@@ -123,16 +132,18 @@ def expands_paths(command: Command) -> Command:
     return with_paths
 
 
-def _read_optional(file: None, model: type[Config], said: dict[str, Any]) -> Config | None:
+def _read_optional(
+    file: None, model: type[Config], said: dict[str, Any], typed: Callable[[Any], str]
+) -> Config | None:
     """Read data that need not be given; None where no option of theirs was.
 
     Raises:
         CachekdError: there are some without --data, or a value is out of range.
     """
     if said and "data" not in said:
-        options = ", ".join(map(option_name, said))
+        options = ", ".join(map(typed, said))
         raise CachekdError(f"{options} without data", expected="--data", fix="add --data, or leave them out")
-    return read_config(file, model, said) if said else None
+    return read_config(file, model, said, typed) if said else None
 
 
 def _file_option(name: str, model: type[Config]) -> inspect.Parameter:
@@ -144,31 +155,32 @@ def _file_option(name: str, model: type[Config]) -> inspect.Parameter:
     return _optional(name, Path, typer.Option("--config", help=text))
 
 
-def _parameter(name: str, field: FieldInfo, is_argument: bool, variable: str | None) -> inspect.Parameter:
-    """Make a field's option. Its default is None, which stands for what was not given: a file may say it."""
-    kind, option = option_type(field), option_name(name)
-    text = str(field.description)
-    help = f"{text[0].upper()}{text[1:]}.{_told(field)}"
-    if is_argument:
-        return _optional(name, kind, typer.Argument(help=help, show_default=False))
+def _argument(name: str, field: FieldInfo) -> inspect.Parameter:
+    return _optional(name, option_type(field), typer.Argument(help=_help(field), show_default=False))
+
+
+def _option(name: str, field: FieldInfo, option: str, variable: str | None) -> inspect.Parameter:
+    kind = option_type(field)
     if kind is bool:
         option += f"/{option_name(f'no_{name}')}" * field.default
     panel = "Data" if name in DataOptions.model_fields else None
-    return _optional(name, kind, typer.Option(option, help=help, envvar=variable, rich_help_panel=panel))
+    info = typer.Option(option, help=_help(field), envvar=variable, rich_help_panel=panel)
+    return _optional(name, kind, info)
 
 
 def _optional(name: str, kind: Any, info: ParameterInfo) -> inspect.Parameter:
+    """Make a parameter. Its default is None, which stands for what was not given: a file may say it."""
     annotation = Annotated[kind | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _told(field: FieldInfo) -> str:
-    """Say choices and default, as they are typed."""
-    known, value = choices(field.annotation), field.default
-    told = f" Choices: {', '.join(known)}." if known else ""
+def _help(field: FieldInfo) -> str:
+    """Say what it is, its choices and its default, as they are typed."""
+    known, value, text = choices(field.annotation), field.default, str(field.description)
+    told = f"{text[0].upper()}{text[1:]}." + (f" Choices: {', '.join(known)}." if known else "")
     if field.is_required():
         return f"{told} Required."
-    if value is None or value is False or value == ():
+    if value is None or value is False or value in ((), []):
         return told
     if isinstance(value, float):
         value = f"{value:g}"

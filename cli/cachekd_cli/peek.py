@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from enum import StrEnum
+from collections.abc import Container
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from cachekd.config import DataOptions
+from cachekd.config.fields import ALTERNATIVES, PAGE_ALTERNATIVES, PAGE_SAMPLES, Order
 from cachekd.errors import BadSample
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     console,
-    count_progress,
+    counting_samples,
     errors,
-    print_json,
-    progress_bar,
+    print_result,
     quiet_libraries,
     say,
     visible,
@@ -36,16 +35,8 @@ if TYPE_CHECKING:
     from cachekd.report.token_texts import TokenReader
 
 
-PAGE_SAMPLES = 100
 BAR_WIDTH = 16
 ORIGIN_STYLES = {"kept": "blue", "sketch": "magenta", "spread": "white"}  # stored, rebuilt, or made up
-
-
-class Order(StrEnum):
-    """Which samples come first."""
-
-    first = "first"
-    surprising = "surprising"
 
 
 @takes(DataOptions)
@@ -63,7 +54,11 @@ def peek_command(
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, help="Alternatives per token; default: 5, with --html 10."),
+        typer.Option(
+            min=1,
+            max=1000,
+            help=f"Alternatives per token; default: {ALTERNATIVES}, with --html {PAGE_ALTERNATIVES}.",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -71,7 +66,7 @@ def peek_command(
     ] = None,
     order: Annotated[
         Order, typer.Option(help="The first samples, or those whose answers surprise the teacher most.")
-    ] = Order.first,
+    ] = "first",
     html: Annotated[Path | None, typer.Option(help="Write a page to click through.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -91,7 +86,7 @@ def peek_command(
     reader = find_reader(opened, tokenizer)
     if tokenizer is None and reader.processor is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
-        say(visible(note), errors)
+        say(note, errors)
     seen = None if data is None else open_data(opened, data, reader, bound=binding is not None)
     if sample_key is not None:
         opened.shard_of(sample_key)  # a key that the cache lacks is refused before the data are asked
@@ -99,20 +94,16 @@ def peek_command(
     else:
         there: Container[str] = opened if seen is None else seen
         with errors.status("choosing samples"):
-            keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order.value, there)
-    with_images = html is not None
+            keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order, there)
     skip = data is not None and data.on_error == "skip"
-    shown = top or (10 if html else 5)
-    found, images = look(opened, keys, seen, reader, shown, with_images=with_images, skip=skip)
+    shown = top or (ALTERNATIVES if html is None else PAGE_ALTERNATIVES)
+    found, images = look(opened, keys, seen, reader, shown, with_images=html is not None, skip=skip)
     if html is not None:
         from cachekd.report.pages import peek_page
 
         write_page(html, peek_page(str(cache), opened.manifest, found, images))
-    if as_json:
-        print_json([sample.model_dump() for sample in found])
-    elif html is None:
-        for sample in found:
-            print_sample(sample)
+    if as_json or html is None:
+        print_result(as_json, found, print_samples)
 
 
 def open_data(
@@ -123,9 +114,7 @@ def open_data(
     from cachekd.data import open_samples
     from cachekd.report.peek import PeekedData
 
-    dumped = cache.manifest.sources[0].data
-    samples = open_samples(as_dumped(data, dumped, str(cache.path), bound=bound))
-    return PeekedData(cache, samples, reader.processor)
+    return PeekedData(cache, open_samples(as_dumped(data, cache, bound=bound)), reader.processor)
 
 
 def look(
@@ -145,13 +134,14 @@ def look(
     """
     from cachekd.report.peek import embedded, peek
 
-    found, images = [], []
-    for key in watched(keys):
-        sample = None if data is None else read_sample(data, key, skip=skip)
-        turns = None if data is None or sample is None else data.turns(sample)
-        text_of = reader.texts.__getitem__
-        found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
-        images.append([embedded(image) for image in sample.images] if sample and with_images else [])
+    found, images, text_of = [], [], reader.texts.__getitem__
+    with counting_samples("peek", len(keys), hidden=len(keys) == 1) as advance:
+        for key in keys:
+            sample = None if data is None else read_sample(data, key, skip=skip)
+            turns = None if data is None or sample is None else data.turns(sample)
+            found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
+            images.append([embedded(image) for image in sample.images] if sample and with_images else [])
+            advance(1)
     return found, images
 
 
@@ -170,16 +160,10 @@ def read_sample(data: PeekedData, key: str, *, skip: bool) -> Sample | None:
         return None
 
 
-def watched(keys: list[str]) -> Iterator[str]:
-    """Yield the keys, behind a progress bar if they are many."""
-    if len(keys) == 1:
-        yield from keys
-        return
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "peek", len(keys))
-        for key in keys:
-            yield key
-            advance(1)
+def print_samples(samples: list[PeekedSample]) -> None:
+    """Print samples in the terminal."""
+    for sample in samples:
+        print_sample(sample)
 
 
 def print_sample(sample: PeekedSample) -> None:

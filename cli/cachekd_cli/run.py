@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachekd_cli import dump, evaluate, train
-from cachekd_cli.console import console, errors, print_json, quiet_libraries, say, table
+from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
 from cachekd_cli.options import AsJson
-from cachekd_cli.signals import exit_code
+from cachekd_cli.signals import stopping_in_order
 
 if TYPE_CHECKING:
-    from cachekd.config import EvalConfig, TrainConfig
-    from cachekd.evaluate import Evaluation
+    from cachekd.config import TrainConfig
     from cachekd.pipeline import StepState
-    from cachekd.pipeline.config import ReportConfig
     from cachekd.pipeline.run import Begun
     from cachekd.train import TrainSummary
 
@@ -44,16 +43,11 @@ def run_command(
     from cachekd.pipeline import look, run_pipeline
 
     quiet_libraries()
-    try:
+    go_on = "the same command goes on from here; what is finished stays"
+    with stopping_in_order(lambda stop: f"{str(stop) or 'stopped'}: {go_on}"):
         states = look(config) if status else run_pipeline(config, runners(quiet=as_json), announce)
-    except KeyboardInterrupt as stop:
-        text = f"{str(stop) or 'stopped'}: the same command goes on from here; what is finished stays"
-        say(text, errors)
-        raise typer.Exit(exit_code(stop)) from None
-    if as_json:
-        print_json([state.to_dict() for state in states])
-    else:
-        print_states(states, f"pipeline {config.out}")
+    words = partial(print_states, title=f"pipeline {config.out}")
+    print_result(as_json, states, words, lambda states: [state.to_dict() for state in states])
 
 
 def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
@@ -71,27 +65,9 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
     return {
         "dump": then(dump.run_dump, dump.print_summary),
         "train": then(train_step, train.print_summary),
-        "eval": then(eval_step, evaluate.print_tables),
-        "report": then(report_step, lambda page: say(f"report: {page.resolve()}")),
+        "eval": then(evaluate.run_eval, evaluate.print_tables),
+        "report": then(evaluate.run_report, evaluate.print_page),
     }
-
-
-def eval_step(config: EvalConfig) -> Evaluation:
-    """Evaluate; the scores go into the runs and, last, into the step's own folder."""
-    from cachekd.evaluate import only_writer
-
-    with only_writer(config.out):
-        result = evaluate.run_eval(config)
-        evaluate.save(result, config)
-    return result
-
-
-def report_step(config: ReportConfig) -> Path:
-    """Write the step's page."""
-    from cachekd.paths import REPORT_FILE
-    from cachekd.report import write_report
-
-    return write_report(config.run, config.baselines, config.out / REPORT_FILE)
 
 
 def announce(begun: Begun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,22 +14,23 @@ from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
     SHOWN,
-    byte_progress,
     console,
-    count_progress,
-    print_json,
-    progress_bar,
+    counting_bytes,
+    counting_samples,
+    print_result,
     quiet_hub,
     quiet_libraries,
     say,
     table,
 )
 from cachekd_cli.options import AsJson, CacheFolder, Timeout, takes
-from cachekd_cli.signals import resumable
+from cachekd_cli.signals import stopping_in_order
 
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
     from cachekd.check.bind import BindReport
+    from cachekd.hub.pull import Pulled
+    from cachekd.hub.push import Pushed
 
 
 def push_command(
@@ -58,21 +60,23 @@ def push_command(
 
     quiet_hub()
     size = sum(file.bytes for file in Manifest.load(cache).files)
-    with resumable(), progress_bar("MB") as bar:
-        advance, _ = byte_progress(bar, "push", 3 * size)  # verified, uploaded, compared
+    three_times = counting_bytes("push", 3 * size)  # verified, uploaded, compared
+    with stopping_in_order(), three_times as (advance, _):
         pushed = push_cache(
             cache, to, license=license, private=private, revision=revision, timeout=timeout, progress=advance
         )
-    if as_json:
-        print_json(pushed.__dict__)
-        return
+    print_result(as_json, pushed, partial(print_pushed, licensed=license is not None))
+
+
+def print_pushed(pushed: Pushed, licensed: bool) -> None:
+    """Print what was sent, and where it is now."""
     say(
         f"{pushed.url}: {pushed.uploaded:,} files uploaded ({pushed.bytes / 1e6:,.2f} MB), "
         f"{pushed.skipped:,} were there already"
     )
     if pushed.kept_card:
         say("a README.md was there, and was kept as it is")
-    elif license is None:
+    elif not licensed:
         say("the card says that the licence is unknown: nobody may rely on it")
     say(f"next: cachekd pull {pushed.url} <folder>")
 
@@ -101,26 +105,31 @@ def pull_command(
     from cachekd.hub import pull_cache
 
     quiet_hub()
-    with resumable(), progress_bar("MB") as bar:
-        advance, set_total = byte_progress(bar, "pull")
+    with stopping_in_order(), counting_bytes("pull") as (advance, set_total):
         pulled = pull_cache(
             source, out, shards=shards, revision=revision, timeout=timeout, progress=advance, total=set_total
         )
+    print_result(as_json, pulled, print_pulled, pulled_as_dict)
+
+
+def pulled_as_dict(pulled: Pulled) -> dict[str, Any]:
+    """What scripts get."""
     manifest = pulled.manifest
-    if as_json:
-        print_json(
-            {
-                "out": pulled.out,
-                "fetched": pulled.fetched,
-                "kept": pulled.kept,
-                "fetched_bytes": pulled.bytes,
-                "shards": len(manifest.shards),
-                "samples": manifest.samples,
-                "tokens": manifest.tokens,
-                "bytes": manifest.size,
-            }
-        )
-        return
+    return {
+        "out": pulled.out,
+        "fetched": pulled.fetched,
+        "kept": pulled.kept,
+        "fetched_bytes": pulled.bytes,
+        "shards": len(manifest.shards),
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+        "bytes": manifest.size,
+    }
+
+
+def print_pulled(pulled: Pulled) -> None:
+    """Print what is there now, and what of it was fetched."""
+    out, manifest = pulled.out, pulled.manifest
     say(
         f"{out}: {len(manifest.shards):,} shards, {manifest.samples:,} samples, {manifest.tokens:,} answer "
         f"tokens; {pulled.fetched:,} files fetched ({pulled.bytes / 1e6:,.2f} MB), {pulled.kept:,} were here"
@@ -163,43 +172,31 @@ def bind_command(
                 "the file for the binding exists already", where=str(out), fix="choose another --out"
             )
     opened, samples = open_bound(cache), open_samples(data)
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "bind", len(samples))
+    with counting_samples("bind", len(samples)) as advance:
         report = bind(opened, samples, workers=workers, progress=advance)
     if out is not None:
         report.write(out, opened, data.data)
-    if as_json:
-        print_json(as_dict(report))
-    else:
-        print_report(report, cache, data.data, out)
-        print_why(report, opened, data)
+    print_result(as_json, report, lambda report: print_report(report, opened, cache, data, out))
     if report.unbound:
         raise typer.Exit(1)
 
 
-def as_dict(report: BindReport) -> dict[str, Any]:
-    """What scripts get: all keys of each kind."""
-    return {
-        "matched": report.matched,
-        "moved": report.moved,
-        "changed": report.changed,
-        "unknown": report.unknown,
-        "unreadable": report.unreadable,
-        "missing": report.missing,
-    }
-
-
-def print_report(report: BindReport, cache: str, data: str, out: Path | None) -> None:
+def print_report(
+    report: BindReport, opened: LogitCache, cache: str, data: DataOptions, out: Path | None
+) -> None:
     """Print counts, some keys of each kind, and what to do."""
+    kinds = {
+        "matched, other key": [f"{data_key} is {key}" for data_key, key in report.moved.items()],
+        "changed": report.changed,
+        "not in the cache": report.unknown,
+        "unreadable": [f"{key}: {reason}" for key, reason in report.unreadable.items()],
+        "missing in the data": report.missing,
+    }
     rows = [
         ("matched", report.matched, ""),
-        ("matched, other key", len(report.moved), _some([f"{a} is {b}" for a, b in report.moved.items()])),
-        ("changed", len(report.changed), _some(report.changed)),
-        ("not in the cache", len(report.unknown), _some(report.unknown)),
-        ("unreadable", len(report.unreadable), _some([f"{k}: {v}" for k, v in report.unreadable.items()])),
-        ("missing in the data", len(report.missing), _some(report.missing)),
+        *((kind, len(keys), _some(keys)) for kind, keys in kinds.items()),
     ]
-    found = table(f"{data} and {cache}", ("", "samples", "such as"), rows)
+    found = table(f"{data.data} and {cache}", ("", "samples", "such as"), rows)
     found.columns[2].justify = "left"
     console.print(found)
     if report.changed:
@@ -213,6 +210,7 @@ def print_report(report: BindReport, cache: str, data: str, out: Path | None) ->
         say(f"next: cachekd train --binding {out} ...")
     elif report.moved or report.unbound:
         say("next: the same with --out binding.json, for `cachekd train --binding`")
+    print_why(report, opened, data)
 
 
 def print_why(report: BindReport, cache: LogitCache, data: DataOptions) -> None:

@@ -43,13 +43,26 @@ def interrupt(number: int, text: str = "") -> KeyboardInterrupt:
     return Terminated(text) if number == signal.SIGTERM else KeyboardInterrupt(text)
 
 
-def exit_code(error: KeyboardInterrupt) -> int:
-    """The exit code that shells expect: 128 and the signal's number."""
-    return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+@contextmanager
+def stopping_in_order(
+    how_to_go_on: Callable[[KeyboardInterrupt], str] = lambda _: "stopped: the same command goes on with it",
+) -> Iterator[None]:
+    """Say how to go on when the block is stopped, and exit as shells expect: 128 and the signal's number.
+
+    Raises:
+        typer.Exit: it was stopped.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if text := how_to_go_on(stop):
+            say(text, errors)
+        number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
 
 
 @contextmanager
-def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> Iterator[Callable[[], int]]:
+def noting_the_first(under_way: Callable[[], bool], tell: Callable[[], None]) -> Iterator[Callable[[], int]]:
     """Let a loop end in order: the first SIGINT or SIGTERM is only noted, and a second one stops at once.
 
     The same SIGTERM again, or any signal under a launcher, counts as a second one only after `PASSED_ON`
@@ -57,7 +70,7 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
 
     Args:
         under_way: whether the loop runs; before it does, the first one stops at once too.
-        say: called at the first one, between any two instructions.
+        tell: called at the first one, between any two instructions.
 
     Yields:
         what tells the number of the signal that came; 0 if none has.
@@ -75,7 +88,7 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
         if noted or not under_way():
             raise interrupt(number)
         noted, since = number, time.monotonic()
-        say()
+        tell()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -85,17 +98,3 @@ def noting_the_first(under_way: Callable[[], bool], say: Callable[[], None]) -> 
             signal.signal(number, handler)
     if noted:
         raise interrupt(noted)
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Say, when the block is stopped, that the same command goes on with it.
-
-    Raises:
-        typer.Exit: it was stopped.
-    """
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        say("stopped: the same command goes on with it", errors)
-        raise typer.Exit(exit_code(stop)) from None

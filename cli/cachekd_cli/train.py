@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,20 +14,20 @@ from rich.markup import escape
 from cachekd.config import TrainConfig
 from cachekd.paths import is_address
 from cachekd_cli.console import (
-    byte_progress,
-    console,
+    counting_bytes,
     duration,
     errors,
-    print_json,
+    if_any,
     print_left_out,
+    print_result,
+    print_values,
     progress_bar,
     quiet_hub,
     quiet_libraries,
     say,
-    table,
 )
 from cachekd_cli.options import AsJson, takes
-from cachekd_cli.signals import exit_code, interrupt, noting_the_first
+from cachekd_cli.signals import interrupt, noting_the_first, stopping_in_order
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -60,29 +60,24 @@ def train_command(
     the student of the best evaluation.
     """
     quiet_libraries()
-    try:
+    with stopping_in_order(lambda stop: how_to_go_on(stop, config.out)):
         train_or_estimate(config, estimate=estimate, as_json=as_json)
-    except KeyboardInterrupt as stop:
-        print_stopped(stop, config.out)
-        raise typer.Exit(exit_code(stop)) from None
 
 
 def train_or_estimate(config: TrainConfig, *, estimate: bool, as_json: bool) -> None:
     """Fetch what is not here yet, run, and print the result; one process prints."""
     fetch_cache(config)
+    result: Any
     if estimate:
         from cachekd.train.estimate import estimate_training
 
         result = estimate_training(config)
-        if is_main_process():
-            print_json(asdict(result)) if as_json else print_estimate(result)
-        return
-    if is_main_process() and not as_json:
-        print_settings(config)
-    summary = run_train(config)
-    if not is_main_process():
-        return
-    print_json(asdict(summary)) if as_json else print_summary(summary)
+    else:
+        if is_main_process() and not as_json:
+            print_settings(config)
+        result = run_train(config)
+    if is_main_process():
+        print_result(as_json, result, print_estimate if estimate else print_summary)
 
 
 def fetch_cache(config: TrainConfig) -> None:
@@ -92,14 +87,10 @@ def fetch_cache(config: TrainConfig) -> None:
     if not config.distils or config.live_teacher:
         return
     for cache in (config.cache, config.eval_cache):
-        if cache is None or not is_address(cache):
-            continue
-        quiet_hub()
-        bar = progress_bar("MB")
-        bar.disable = not is_main_process()
-        with bar:
-            advance, set_total = byte_progress(bar, "fetch")
-            local_folder(cache, progress=advance, total=set_total)
+        if cache is not None and is_address(cache):
+            quiet_hub()
+            with counting_bytes("fetch", hidden=not is_main_process()) as (advance, set_total):
+                local_folder(cache, progress=advance, total=set_total)
 
 
 def is_main_process() -> bool:
@@ -130,9 +121,8 @@ class TrainBar:
     def __init__(self, description: str) -> None:
         self.description = description
         self.hidden = not is_main_process()
-        self.loading = errors.status(f"{description}: starting")
-        self.bar = progress_bar("steps")
-        self.bar.disable = self.hidden
+        self.loading = errors.status(escape(f"{description}: starting"))
+        self.bar = progress_bar("steps", hidden=self.hidden)
         self.task = self.bar.add_task(description, total=None, note="")
 
     def __enter__(self) -> TrainBar:
@@ -146,7 +136,7 @@ class TrainBar:
 
     def show_phase(self, phase: str) -> None:
         """Show what is done before the first step."""
-        self.loading.update(f"{self.description}: {escape(phase)}")
+        self.loading.update(escape(f"{self.description}: {phase}"))
 
     def under_way(self) -> bool:
         """Whether the steps have begun."""
@@ -187,15 +177,16 @@ class TrainBar:
             def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:  # type: ignore[no-untyped-def]
                 bar.update(task, note=self.terms)
                 if not hidden:
-                    text = f"step {state.global_step:,}: {evaluation_line(metrics)}"
+                    found = "  ".join(f"{name} {value:.4f}" for name, value in evaluation_of(metrics))
+                    text = f"step {state.global_step:,}: {found}"
                     bar.console.print(text, markup=False, highlight=False)
 
         return ShowProgress()
 
 
-def evaluation_line(metrics: dict[str, float]) -> str:
-    """Write an evaluation in one line, without the time that it took."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "eval_runtime")
+def evaluation_of(metrics: dict[str, float]) -> Iterator[tuple[str, float]]:
+    """Yield what an evaluation found, without the time that it took."""
+    return ((name, value) for name, value in metrics.items() if name != "eval_runtime")
 
 
 def print_settings(config: TrainConfig) -> None:
@@ -203,45 +194,42 @@ def print_settings(config: TrainConfig) -> None:
     from cachekd.losses.terms import TERMS
 
     weights = {name: "" if name == "ce" else f"{weight:g} " for name, weight in config.weights.items()}
-    terms = [f"{weights[name]}{TERMS[name].label}" for name in config.terms]
-    bridge = [("switch_bridge", f"{config.switch_bridge}, beyond the paper")] if config.switch_bridge else []
     shown = {"switch_bridge", "stage", "trainable", *(f"lambda_{name}" for name in weights)}
     said = config.model_dump()
-    rows = [
-        *([("stage", config.stage)] if config.stage else []),
-        ("trainable", ", ".join(config.trainable)),
-        ("loss", " + ".join(terms)),
-        *bridge,
-        *(
-            (name, said[name])
-            for name, field in type(config).model_fields.items()
-            if name not in shown and getattr(config, name) != field.default
-        ),
-    ]
-    console.print(table("settings (the others are at their defaults)", ("", "value"), rows))
+    values = {
+        "stage": config.stage,
+        "trainable": ", ".join(config.trainable),
+        "loss": " + ".join(f"{weights[name]}{TERMS[name].label}" for name in config.terms),
+        "switch_bridge": config.switch_bridge and f"{config.switch_bridge}, beyond the paper",
+    }
+    values |= {
+        name: str(said[name])
+        for name, field in type(config).model_fields.items()
+        if name not in shown and getattr(config, name) != field.default
+    }
+    print_values("settings (the others are at their defaults)", values)
 
 
-def print_stopped(stop: KeyboardInterrupt, out: Path) -> None:
-    """Say after which step the run stopped, and how to go on."""
+def how_to_go_on(stop: KeyboardInterrupt, out: Path) -> str:
+    """Say after which step the run stopped, and how to go on; nothing where another process says it."""
     from cachekd.train.folder import how_to_go_on
 
-    if is_main_process():
-        say(f"{str(stop) or 'stopped'}: {how_to_go_on(out)}", errors)
+    return f"{str(stop) or 'stopped'}: {how_to_go_on(out)}" if is_main_process() else ""
 
 
 def print_summary(summary: TrainSummary) -> None:
     """Print how the run went, and what was left out."""
-    rows = [
-        ("steps", f"{summary.steps:,}"),
-        *([("resumed from step", f"{summary.resumed_from:,}")] if summary.resumed_from else []),
-        *([("samples by L_CE alone", f"{summary.uncovered:,}")] if summary.uncovered else []),
-        ("wall time", f"{summary.seconds:.1f} s"),
-        ("waited for data", f"{summary.data_wait:.1%}"),
-        *((f"last {name}", f"{value:.4f}") for name, value in summary.terms.items()),
-        *([("best step, whose student this is", f"{summary.best_step:,}")] if summary.best_step else []),
-        *((name, f"{value:.4f}") for name, value in summary.evaluation.items() if name != "eval_runtime"),
-    ]
-    console.print(table(f"student {summary.out}", ("", "value"), rows))
+    values = {
+        "steps": f"{summary.steps:,}",
+        "resumed from step": if_any(summary.resumed_from),
+        "samples by L_CE alone": if_any(summary.uncovered),
+        "wall time": f"{summary.seconds:.1f} s",
+        "waited for data": f"{summary.data_wait:.1%}",
+        **{f"last {name}": f"{value:.4f}" for name, value in summary.terms.items()},
+        "best step, whose student this is": if_any(summary.best_step),
+        **{name: f"{value:.4f}" for name, value in evaluation_of(summary.evaluation)},
+    }
+    print_values(f"student {summary.out}", values)
     print_left_out("samples that the cache lacks", summary.missing)
     print_left_out("samples that cannot be used", summary.bad)
     print_left_out("held-out samples that their cache lacks", summary.eval_missing)
@@ -253,38 +241,31 @@ def print_estimate(estimate: TrainEstimate) -> None:
     """Print settings, parameters, memory by part, disk and time, before anything long starts."""
     from cachekd.train.size import told
 
+    def megabytes(size: int) -> str:
+        return f"{size / 1e6:,.1f} MB"
+
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch
     a_step = [settings[name] for name in ("batch_size", "gradient_accumulation", "processes")]
-    seconds = estimate.seconds_per_step
-    rows = [
-        ("samples a step", f"{' x '.join(map(str, a_step))} = {prod(a_step):,}"),
-        ("dtype", settings["dtype"]),
-        ("gradient checkpointing", "on" if settings["gradient_checkpointing"] else "off"),
-        ("trainable", ", ".join(settings["trainable"]) + (" (adapters)" if settings["lora"] else "")),
-        ("optimizer", settings["optim"]),
-        ("student parameters", f"{estimate.student_parameters:,}"),
-        ("of them trained", f"{estimate.trained_parameters:,}"),
-        ("teacher parameters", f"{estimate.teacher_parameters:,}"),
-        *([("switch bridge's", f"{estimate.bridge_parameters:,}")] if estimate.bridge_parameters else []),
-        *((f"memory: {name}", f"{size / 1e6:,.1f} MB") for name, size in estimate.memory.items()),
-        ("of these, an array of logits", f"{estimate.logits_bytes / 1e6:,.1f} MB, counted"),
-        ("peak memory", f"{estimate.peak_bytes / 1e6:,.1f} MB"),
-        (f"in {estimate.measured_steps} random steps", f"{estimate.random_peak_bytes / 1e6:,.1f} MB"),
-        (
-            f"in the {samples} longest samples, up to {tokens:,} tokens",
-            f"{estimate.longest_peak_bytes / 1e6:,.1f} MB",
-        ),
-        ("disk, at most", f"{estimate.disk_bytes / 1e6:,.1f} MB: {told(estimate.disk)}"),
-        ("time per step", f"{seconds:.2f} s"),
-        ("steps", f"{estimate.steps:,}"),
-        *(
-            [("evaluations", f"{estimate.evaluations:,} of {duration(estimate.seconds_per_evaluation)}")]
-            if estimate.evaluations
-            else []
-        ),
-        (
-            "time of the run",
-            duration(seconds * estimate.steps + estimate.evaluations * estimate.seconds_per_evaluation),
-        ),
-    ]
-    console.print(table(f"estimate from {estimate.measured_steps} steps", ("", "value"), rows))
+    evaluating = estimate.evaluations * estimate.seconds_per_evaluation
+    values = {
+        "samples a step": f"{' x '.join(map(str, a_step))} = {prod(a_step):,}",
+        "dtype": settings["dtype"],
+        "gradient checkpointing": "on" if settings["gradient_checkpointing"] else "off",
+        "trainable": ", ".join(settings["trainable"]) + (" (adapters)" if settings["lora"] else ""),
+        "optimizer": settings["optim"],
+        "student parameters": f"{estimate.student_parameters:,}",
+        "of them trained": f"{estimate.trained_parameters:,}",
+        "teacher parameters": f"{estimate.teacher_parameters:,}",
+        "switch bridge's": if_any(estimate.bridge_parameters),
+        **{f"memory: {name}": megabytes(size) for name, size in estimate.memory.items()},
+        "of these, an array of logits": f"{megabytes(estimate.logits_bytes)}, counted",
+        "peak memory": megabytes(estimate.peak_bytes),
+        f"in {estimate.measured_steps} random steps": megabytes(estimate.random_peak_bytes),
+        f"in the {samples} longest samples, up to {tokens:,} tokens": megabytes(estimate.longest_peak_bytes),
+        "disk, at most": f"{megabytes(estimate.disk_bytes)}: {told(estimate.disk)}",
+        "time per step": f"{estimate.seconds_per_step:.2f} s",
+        "steps": f"{estimate.steps:,}",
+        "evaluations": if_any(estimate.evaluations, f"{{:,}} of {duration(estimate.seconds_per_evaluation)}"),
+        "time of the run": duration(estimate.seconds_per_step * estimate.steps + evaluating),
+    }
+    print_values(f"estimate from {estimate.measured_steps} steps", values)

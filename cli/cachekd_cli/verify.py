@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,26 +13,49 @@ from cachekd.config import DataOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
-    byte_progress,
-    console,
-    count_progress,
+    counting_bytes,
+    counting_samples,
     errors,
-    print_json,
-    progress_bar,
+    if_any,
+    print_result,
+    print_values,
     quiet_libraries,
     say,
     say_wrong,
-    table,
     visible,
 )
 from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 
 if TYPE_CHECKING:
     from cachekd.cache import Finding
+    from cachekd.cache.build import Status
     from cachekd.dump.recheck import Recheck
 
 
 SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found, and done about it.
+
+    Attributes:
+        found: what is wrong with files.
+        done: what a repair did.
+        again: the command that makes again what it deleted; None: nothing was.
+        live: what the teacher said, if it was asked.
+    """
+
+    cache: Path
+    found: list[Finding]
+    done: list[str] = field(default_factory=list)
+    again: str | None = None
+    live: Recheck | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.found and not (self.live and self.live.mismatches)
 
 
 @takes(DataOptions)
@@ -70,17 +95,13 @@ def verify_command(
             fix="leave --binding out",
         )
     require_manifest(cache)
-    found, live = check_files(cache), None
-    done, again = run_repair(cache, found) if repair and found else ([], None)
-    if done and again is None:
-        found = check_files(cache)
-    if teacher is not None and data is not None and not found:
-        live = ask_again(cache, teacher, data, binding, sample, seed)
-    if as_json:
-        print_json(as_dict(cache, found, done, again, live))
-    else:
-        print_result(cache, found, done, again, live)
-    if found or (live is not None and live.mismatches):
+    verified = Verified(cache, check_files(cache))
+    if repair and verified.found:
+        verified = run_repair(verified)
+    if teacher is not None and data is not None and not verified.found:
+        verified = replace(verified, live=ask_again(cache, teacher, data, binding, sample, seed))
+    print_result(as_json, verified, print_verified, as_dict)
+    if not verified.ok:
         raise typer.Exit(1)
 
 
@@ -93,20 +114,21 @@ def check_files(cache: Path) -> list[Finding]:
         manifest = Manifest.load(cache)
     except CachekdError as error:
         return [Finding(cache / MANIFEST_FILE, f"{error.problem}: {error.found}")]
-    with progress_bar("MB") as bar:
-        advance, _ = byte_progress(bar, "verify", manifest.size + manifest.sketch_bytes)
+    with counting_bytes("verify", manifest.size + manifest.sketch_bytes) as (advance, _):
         return verify_files(cache, advance)
 
 
-def run_repair(cache: Path, found: list[Finding]) -> tuple[list[str], str | None]:
-    """Repair; return what was done, and the command that makes again what was deleted (None: nothing was)."""
+def run_repair(verified: Verified) -> Verified:
+    """Repair, and look again where nothing had to be deleted."""
     from cachekd.cache.repair import repair
     from cachekd.dump.plan import command_of, require_same_code
 
-    repaired = repair(cache, found, lambda plan: require_same_code(plan, cache))
-    return repaired.done, None if repaired.plan is None else command_of(
-        repaired.plan, cache, skips=repaired.skips
-    )
+    cache = verified.cache
+    repaired = repair(cache, verified.found, lambda plan: require_same_code(plan, cache))
+    if repaired.plan is not None:
+        again = command_of(repaired.plan, cache, skips=repaired.skips)
+        return replace(verified, done=repaired.done, again=again)
+    return Verified(cache, check_files(cache) if repaired.done else verified.found, repaired.done)
 
 
 def ask_again(
@@ -120,32 +142,29 @@ def ask_again(
     from cachekd.dump.run import load_teacher, teacher_files
 
     opened = open_bound(cache, binding)
-    options = as_dumped(data, opened.manifest.sources[0].data, str(cache), bound=binding is not None)
+    options = as_dumped(data, opened, bound=binding is not None)
     samples = open_samples(options)
     files, manifest = teacher_files(teacher, options), opened.manifest
     model = load_teacher(files, samples, "skip", manifest.codec, manifest.teacher.dtype)
-    with progress_bar("samples") as bar:
-        advance = count_progress(bar, "ask again", min(count, len(opened)))
+    with counting_samples("ask again", min(count, len(opened))) as advance:
         return recheck(opened, model, samples, count, seed=seed, progress=advance)
 
 
-def as_dict(
-    cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
-) -> dict[str, Any]:
+def as_dict(verified: Verified) -> dict[str, Any]:
     """What scripts get."""
     from cachekd.dump.recheck import SHARES
 
     result: dict[str, Any] = {
-        "cache": str(cache),
-        "ok": not found and not (live and live.mismatches),
-        "problems": [{"file": str(f.path), "problem": f.problem, "shard": f.shard} for f in found],
-        "repaired": done,
-        "run": again,
-        "strays": [str(path) for path in find_strays(cache)],
+        "cache": verified.cache,
+        "ok": verified.ok,
+        "problems": [{"file": f.path, "problem": f.problem, "shard": f.shard} for f in verified.found],
+        "repaired": verified.done,
+        "run": verified.again,
+        "strays": find_strays(verified.cache),
     }
-    if live is not None:
+    if (live := verified.live) is not None:
         result["teacher"] = {
-            **{name: value for name, value in live.__dict__.items() if name != "mismatches"},
+            **vars(live),
             "mismatches": [mismatch._asdict() for mismatch in live.mismatches],
             "detection": {str(share): live.detection(share) for share in SHARES},
         }
@@ -162,22 +181,21 @@ def find_strays(cache: Path) -> list[Path]:
         return []
 
 
-def print_result(
-    cache: Path, found: list[Finding], done: list[str], again: str | None, live: Recheck | None
-) -> None:
+def print_verified(verified: Verified) -> None:
     """Print what was wrong, what was done about it, and how sure one can be."""
     from cachekd.cache import Manifest
 
-    for line in done:
+    cache = verified.cache
+    for line in verified.done:
         say(line)
-    if again is not None:
-        say(f"what was deleted is made again by the same dump:\n{visible(again)}")
+    if verified.again is not None:
+        say(f"what was deleted is made again by the same dump:\n{visible(verified.again)}")
         return
     for path in find_strays(cache)[:SHOWN]:
         say(f"note: {path} is no part of the cache")
-    for finding in found:
+    for finding in verified.found:
         say_wrong(str(finding.path), finding.problem)
-    if found:
+    if verified.found:
         say(f"try: cachekd verify --repair {cache}", errors)
         return
     manifest = Manifest.load(cache)
@@ -185,27 +203,24 @@ def print_result(
         f"{cache}: {len(manifest.shards):,} shards with {manifest.samples:,} samples and {manifest.tokens:,} "
         "answer tokens are what was written"
     )
-    if live is not None:
-        print_live(live)
+    if verified.live is not None:
+        print_live(verified.live)
 
 
 def print_live(live: Recheck) -> None:
     """Print how far the cache is from what the teacher says now."""
     from cachekd.dump.recheck import SHARES
 
-    rows = [
-        ("samples asked again", f"{live.samples:,} of {live.all_samples:,} ({live.tokens:,} tokens)"),
-        ("largest error of a kept logprob", f"{live.max_error:.4f} nats (bound {live.bound:.4f})"),
-        ("largest error of a sketch code", f"{live.max_code_error:.0f} steps (bound {live.code_bound:.2f})"),
-        ("samples beyond a bound", f"{len(live.mismatches):,}"),
-    ]
-    if live.absent:
-        rows.append(("samples that this data set lacks", f"{live.absent:,}"))
-    rows += [
-        (f"if {share:.0%} were bad, seen with", f"{100 * live.detection(share):.1f} % probability")
-        for share in SHARES
-    ]
-    console.print(table("against the teacher", ("", "value"), rows))
+    values = {
+        "samples asked again": f"{live.samples:,} of {live.all_samples:,} ({live.tokens:,} tokens)",
+        "largest error of a kept logprob": f"{live.max_error:.4f} nats (bound {live.bound:.4f})",
+        "largest error of a sketch code": f"{live.max_code_error:.0f} steps (bound {live.code_bound:.2f})",
+        "samples beyond a bound": f"{len(live.mismatches):,}",
+        "samples that this data set lacks": if_any(live.absent),
+    }
+    for share in SHARES:
+        values[f"if {share:.0%} were bad, seen with"] = f"{100 * live.detection(share):.1f} % probability"
+    print_values("against the teacher", values)
     for mismatch in live.mismatches[:SHOWN]:
         say_wrong(repr(mismatch.key), mismatch.problem)
 
@@ -220,20 +235,21 @@ def status_command(
     """
     from cachekd.cache.build import dump_status
 
-    status = dump_status(cache)
-    if as_json:
-        print_json(status.__dict__)
-        return
+    print_result(as_json, dump_status(cache), partial(print_status, cache=cache))
+
+
+def print_status(status: Status, cache: Path) -> None:
+    """Print how much is done."""
     share = 100 * status.shards / max(1, status.all_shards)
-    rows = [
-        ("shards", f"{status.shards:,} of {status.all_shards:,} ({share:.0f} %)"),
-        ("samples", f"{status.samples:,} of {status.all_samples:,}"),
-        ("left out", f"{status.skipped:,}"),
-        ("answer tokens", f"{status.tokens:,}"),
-        ("size", f"{status.bytes / 1e6:,.2f} MB"),
-        ("teacher", status.teacher),
-        ("data", status.data),
-    ]
-    console.print(table(f"{'cache' if status.finished else 'dump'} {cache}", ("", "value"), rows))
+    values = {
+        "shards": f"{status.shards:,} of {status.all_shards:,} ({share:.0f} %)",
+        "samples": f"{status.samples:,} of {status.all_samples:,}",
+        "left out": f"{status.skipped:,}",
+        "answer tokens": f"{status.tokens:,}",
+        "size": f"{status.bytes / 1e6:,.2f} MB",
+        "teacher": status.teacher,
+        "data": status.data,
+    }
+    print_values(f"{'cache' if status.finished else 'dump'} {cache}", values)
     if not status.finished:
         say("not finished: the same `cachekd dump` goes on with it")

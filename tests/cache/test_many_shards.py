@@ -25,10 +25,9 @@ from typer.testing import CliRunner
 from cachekd.cache import LogitCache, TokenTargets, key_index, reader
 from cachekd.cache.key_index import KeyIndex, RenamedKeys, near_keys
 from cachekd.cache.shard import read_shard
-from cachekd.cache.subset import filter_rows, filter_samples, is_by_sample, sample_table
+from cachekd.cache.subset import choose_samples, filter_rows, filter_samples, is_by_sample, sample_table
 from cachekd.errors import CachekdError
 from cachekd.report.peek import choose
-from cachekd_cli.derive import choose as chosen_samples
 from cachekd_cli.derive import print_samples
 from cachekd_cli.main import app
 
@@ -249,12 +248,12 @@ def test_memory_does_not_grow_with_the_cache(caches):
 
     def listed(cache: LogitCache) -> None:
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-            print_samples(cache, chosen_samples(cache, None, "coco/*", None), True)
+            print_samples(cache, choose_samples(cache, None, "coco/*", None), True)
 
     works: dict[str, Callable[[LogitCache], object]] = {
         "first": lambda cache: choose(cache, 5, "first", cache),
         "surprising": lambda cache: choose(cache, 5, "surprising", cache),
-        "filter": lambda cache: chosen_samples(cache, None, "*7", "logprob < -2 and key.str.contains('1')"),
+        "filter": lambda cache: choose_samples(cache, None, "*7", "logprob < -2 and key.str.contains('1')"),
         "list": listed,
         "histogram": LogitCache.histogram,
         "export": lambda cache: sum(

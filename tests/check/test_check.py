@@ -183,3 +183,18 @@ def test_the_command_shows_what_is_supervised_and_exits_with_its_verdict(
     report = json.loads(bad.stdout)
     assert report["fits"] is False
     assert any(row["state"] == "refused" and "width" in row["name"] for row in report["rows"])
+
+
+def test_a_key_and_a_text_are_shown_as_what_they_are(tmp_path, teacher_path, student_path):
+    """Neither as markup, of which an end without a beginning is an error, nor as commands to the terminal."""
+    path = write_llava_json(tmp_path, 2)
+    records = json.loads(path.read_text())
+    records[0]["id"] = "[/x]\x1b[2J"
+    records[0]["conversations"][0]["value"] = "<image>\n[/y]\x1b[2J"
+    path.write_text(json.dumps(records))
+    words = ["check", "--teacher", str(teacher_path), "--student", str(student_path), "--data", str(path)]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0, shown.exception
+    assert "\x1b[2J" not in shown.output
+    assert r"sample [/x]\x1b[2J" in shown.output
+    assert r"\x1b[2J" in shown.output.replace(r"sample [/x]\x1b[2J", "")

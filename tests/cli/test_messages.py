@@ -38,6 +38,7 @@ from cachekd.models.tinyllava import convert_tinyllava
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
+from cachekd_cli.console import console, errors, progress_bar, say, say_wrong, table
 from cachekd_cli.main import app
 
 CONFIGS: dict[type[Config], dict[str, Any]] = {
@@ -407,3 +408,29 @@ def test_the_versions_are_said_without_importing_what_has_them():
         assert f"{name} {module.__version__}" in second
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{cachekd.__version__}"' in pyproject
+
+
+def test_a_word_between_colons_stays_a_word():
+    """Rich makes pictures of some, as of `:key:`; of keys and paths they would be others."""
+    with console.capture() as shown:
+        say("data/:key:.json")
+        console.print(table("cache :key:", ("", "value"), [(":key:", ":smile:")]))
+    assert shown.get().count(":key:") == 3
+    assert ":smile:" in shown.get()
+
+
+def test_what_is_shown_is_no_markup_and_commands_nothing():
+    """Such as a key that somebody else has chosen."""
+    name = "[/x]\x1b[2J"
+    bar = progress_bar("samples")
+    bar.add_task("runs/[/x]", total=1, note="[/y]")
+    with console.capture() as shown, errors.capture() as wrong:
+        say(name)
+        say_wrong(name, f"a\n{name}")
+        console.print(table("", ("", ""), [(name, f"{name}\nb")]))
+        console.print(bar.make_tasks_table(bar.tasks))
+    text = shown.get() + wrong.get()
+    assert "\x1b[2J" not in text
+    assert text.count(r"[/x]\x1b[2J") == 5
+    assert "a\n[/x]" in text
+    assert re.search(r"runs/\[/x\] .*\[/y\]", text)

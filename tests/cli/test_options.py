@@ -14,14 +14,31 @@ from pydantic import Field
 from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
 
-from cachekd.config import CheckConfig, Config, DataOptions, DumpConfig, EvalConfig, TrainConfig, read_config
+from cachekd.config import (
+    CheckConfig,
+    Config,
+    DataOptions,
+    DumpConfig,
+    EvalConfig,
+    ReportConfig,
+    TrainConfig,
+    read_config,
+)
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
 from cachekd_cli.options import takes
 
 COMMANDS: dict[str, Any] = {name: each for panel in PANELS.values() for name, each in panel.items()}
 CLICK: Any = typer.main.get_command(app)
-WITH_FILE = {"check": CheckConfig, "dump": DumpConfig, "train": TrainConfig, "eval": EvalConfig}
+WITH_FILE = {
+    "check": CheckConfig,
+    "dump": DumpConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "report": ReportConfig,
+}
+ARGUMENTS = {"models", "run"}
+NAMED = {"baselines": "--baseline"}
 IN_FILE_ALONE = {"lora", "training", "teacher_quantization", "student_quantization"}
 
 
@@ -42,7 +59,7 @@ def as_yaml(value: Any) -> str:
 def shown_default(field: Any) -> str | None:
     """A default as one would write it into the YAML; none where a setting is off or left open."""
     value = field.default
-    if value is PydanticUndefined or value in (None, ()) or value is False:
+    if value is PydanticUndefined or value in (None, (), []) or value is False:
         return None
     return "on" if value is True else ",".join(value) if isinstance(value, tuple) else as_yaml(value)
 
@@ -56,7 +73,7 @@ def choices_in_schema(schema: dict[str, Any]) -> list[str]:
 
 def options_named(command: str, name: str) -> list[Any]:
     """Options and arguments of that name, however it is spelt."""
-    spelt = {name, f"--{name.replace('_', '-')}", f"--{name}"}
+    spelt = {name, f"--{name.replace('_', '-')}", f"--{name}", NAMED.get(name)}
     return [parameter for parameter in CLICK.commands[command].params if spelt & set(parameter.opts)]
 
 
@@ -98,7 +115,8 @@ def schema_of(model: type[Config], name: str) -> dict[str, Any]:
 def test_no_option_but_a_commands_own_is_none_of_its_model(command):
     own = {"config", "json", "estimate"}
     options = {name for p in CLICK.commands[command].params for name in p.opts}
-    options = {option.removeprefix("--").replace("-", "_") for option in options}
+    fields = {option: name for name, option in NAMED.items()}
+    options = {fields.get(option, option.removeprefix("--").replace("-", "_")) for option in options}
     assert options - MODELS[command].model_fields.keys() <= own
 
 
@@ -162,6 +180,8 @@ VALUES: dict[str, Any] = {
     "on_error": "skip",
     "too_long": "cut",
     "models": ["m", "n"],
+    "run": "r",
+    "baselines": ["q", "p"],
     "teacher": "t",
     "student": "s",
     "cache": "c",
@@ -197,7 +217,7 @@ def test_an_option_says_what_a_file_would(model, tmp_path):
         seen.append(config)
 
     take.__annotations__["config"] = model
-    typed.command()(takes(model, arguments=["models"])(take))
+    typed.command()(takes(model, arguments=ARGUMENTS, named=NAMED)(take))
     needed = {name: VALUES[name] for name, field in model.model_fields.items() if field.is_required()}
     for name in model.model_fields.keys() - IN_FILE_ALONE:
         said = needed | {name: VALUES.get(name, 2)}
@@ -211,12 +231,11 @@ def test_an_option_says_what_a_file_would(model, tmp_path):
 
 
 def as_words(name: str, value: Any) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
+    option = NAMED.get(name, f"--{name.replace('_', '-')}")
     if isinstance(value, bool):
         return [option if value else f"--no-{option[2:]}"]
-    if name == "models":
-        return value
-    return [word for one in (value if isinstance(value, list) else [value]) for word in (option, str(one))]
+    values = list(map(str, value if isinstance(value, list) else [value]))
+    return values if name in ARGUMENTS else [word for one in values for word in (option, one)]
 
 
 # ---- what is refused
@@ -243,15 +262,15 @@ def test_what_is_missing_is_named_as_it_is_typed(command):
     assert isinstance(error, CachekdError)
     missing = [name for name, field in MODELS[command].model_fields.items() if field.is_required()]
     assert all(f"setting '{name}': field required" in error.problem for name in missing)
-    assert all(f"--{name}" in str(error.fix) for name in missing)
+    assert error.fix == "give " + " and ".join(n.upper() if n in ARGUMENTS else f"--{n}" for n in missing)
 
 
 # ---- what is each command's own
 
 
-@pytest.mark.parametrize("command", WITH_FILE)
+@pytest.mark.parametrize("command", [name for name in WITH_FILE if name != "report"])  # which has no data
 def test_a_file_says_what_options_do_not(command, tmp_path):
-    """In each of the four; an option before it. What the command would do with it is not done here."""
+    """An option before it. What the command would do with it is not done here."""
     model, file = WITH_FILE[command], tmp_path / "file.yaml"
     needed = {name: VALUES[name] for name, field in model.model_fields.items() if field.is_required()}
     file.write_text(yaml.safe_dump(needed | {"limit": 3, "max_tokens": 0}))
@@ -261,6 +280,15 @@ def test_a_file_says_what_options_do_not(command, tmp_path):
     assert sorted(line.split("'")[1] for line in lines) == ["limit", "max_tokens"]
     assert "the command line" in next(line for line in lines if "'limit'" in line)
     assert str(file) in next(line for line in lines if "'max_tokens'" in line)
+
+
+def test_a_report_is_made_from_a_file_too(tmp_path):
+    file = tmp_path / "report.yaml"
+    file.write_text(f"run: {tmp_path / 'none'}\nbaselines: [b]\nout: {tmp_path / 'page.html'}\n")
+    for words, run in (([], "none"), ([str(tmp_path / "other")], "other")):
+        error = CliRunner().invoke(app, ["report", *words, "--config", str(file)]).exception
+        assert isinstance(error, CachekdError)
+        assert (error.problem, error.where) == ("this is not a run", str(tmp_path / run))
 
 
 def test_a_process_that_was_told_its_rank_need_not_say_it(tmp_path):

@@ -22,7 +22,7 @@ from cachekd.cache import LogitCache
 from cachekd.data import open_samples
 from cachekd.data.sample import message_text
 from cachekd.errors import CachekdError
-from cachekd.report.pages import embedded_json, peek_page
+from cachekd.report.pages import page_environment, peek_page
 from cachekd.report.peek import PeekedData, PeekedSample, choose, embedded, peek
 from cachekd.report.token_texts import TokenTexts, find_reader
 from cachekd_cli.console import visible
@@ -235,8 +235,8 @@ def test_a_key_that_is_not_there_is_explained(cache, data, tmp_path):
 
 @settings(max_examples=50)
 @given(st.lists(st.text(alphabet=st.sampled_from("<>&/!-script\"'\u2028\u2029\ud800é🙂\\\n")), max_size=3))
-def test_embedded_json_means_nothing_to_html(value):
-    text = embedded_json(value)
+def test_json_in_a_page_means_nothing_to_html(value):
+    text = page_environment().from_string("{{ value|tojson }}").render(value=value)
     assert json.loads(text) == value
     assert not re.search(r"[<>&\u2028\u2029]", text)
 

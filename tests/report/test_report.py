@@ -23,9 +23,7 @@ from cachekd.evaluate.scores import paired_intervals
 from cachekd.paths import REPORT_FILE, RUN_FILE
 from cachekd.report import build_report, read_run, write_report
 from cachekd.report.accuracy import sections, verdict
-from cachekd.report.pages import RUN_COLORS
-from cachekd.report.runs import told_apart
-from cachekd.report.settings import as_read
+from cachekd.report.runs import RUN_COLORS, as_read, told_apart
 from cachekd.train import train
 from cachekd_cli.main import app
 

@@ -23,7 +23,7 @@ from cachekd.losses import forward_kl_loss
 from cachekd.losses.terms import TERMS, Term
 from cachekd.paths import RUN_FILE
 from cachekd.report import build_report, read_run
-from cachekd.report.page import term_shares
+from cachekd.report.runs import term_shares
 from cachekd.train import SwitchKDTrainer, train
 from cachekd.train.batch import Fault, collate_with_targets
 from cachekd.train.callbacks import RunStopped
@@ -66,7 +66,7 @@ def test_a_term_more_is_trained_summed_logged_evaluated_and_reported(settings, m
     assert config.distils
     assert not config.runs_teacher
     printed = Console(file=StringIO(), width=200)
-    monkeypatch.setattr(command, "console", printed)
+    monkeypatch.setattr("cachekd_cli.console.console", printed)
     command.print_settings(config)
     assert "L_CE + 0.5 L_KL" in printed.file.getvalue()
     trainer = make_trainer(config, settings["out"].parent / "t")
