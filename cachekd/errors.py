@@ -113,6 +113,12 @@ def did_you_mean(meant: object | None) -> str | None:
     return None if meant is None else f"did you mean {meant}?"
 
 
+def missing_package(where: str, error: ImportError) -> CachekdError:
+    """What to tell where fsspec lacks the package for a kind of address; it says itself which to install."""
+    said = str(error)
+    return CachekdError("a package is missing that reads such addresses", where=where, found=said, fix=said)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, in a line; of one without a text, what it is."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))

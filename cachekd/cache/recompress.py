@@ -21,8 +21,8 @@ from cachekd.cache.fidelity import measure_fidelity
 from cachekd.cache.manifest import CodecSettings, Fidelity, Manifest
 from cachekd.cache.plan import read_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
-from cachekd.cache.shard import decode_targets, id_arrays, pack_codes
-from cachekd.cache.sparse_logits import SketchCodes, TokenTargets, among_first
+from cachekd.cache.shard import decode_targets, kept_arrays, pack_codes, sketch_arrays, sketch_of
+from cachekd.cache.sparse_logits import TokenTargets, among_first
 from cachekd.cache.tail.coarsen import Coarsening, coarsen, sampled_tokens
 from cachekd.cache.tail.encoder import read_encoder
 from cachekd.cache.tail.setting import TailSetting
@@ -161,10 +161,8 @@ def _recode_shard(
     arrays = listed_codes(cache.path, cache.manifest, number)
     recoded, sketch = cut_entries(arrays, codec.top_k, codec.logprob_step), None
     how = None if info.sketch is None else coarser.get(info.sketch)
-    if how is not None and info.sketch is not None:
-        codes = how(_sketch_codes(recoded))
-        recoded["sketch_coordinates"] = np.ascontiguousarray(codes.coordinates.T)
-        recoded["sketch_shift"], sketch = codes.shift, places[info.sketch]
+    if how is not None and info.sketch is not None and (codes := sketch_of(recoded)) is not None:
+        recoded, sketch = recoded | sketch_arrays(how(codes)), places[info.sketch]
     elif info.sketch is not None and TailSetting.parse(codec.tail).sketch:
         sketch = new.link_sketch(cache, info.sketch)
     else:
@@ -186,10 +184,6 @@ def _rebuilt(
     return CachedTargets.under(cache.manifest, sparse, sketch)
 
 
-def _sketch_codes(arrays: Arrays) -> SketchCodes:
-    return SketchCodes(np.ascontiguousarray(arrays["sketch_coordinates"].T), arrays["sketch_shift"])
-
-
 def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
     """A shard's arrays with at most `top_k` entries a token; every code that stays is as it was, but for the
     odds of tokens that lose entries.
@@ -206,9 +200,7 @@ def cut_entries(arrays: Arrays, top_k: int, step: float) -> Arrays:
     odds = encode_tail(targets.tail_logmass, targets.logprobs, targets.k)
     return {
         **arrays,
-        "k": targets.k.astype("<u2"),
-        "beyond_knee": (targets.k - targets.knee).astype("<u2"),
+        **kept_arrays(targets),
         "tail": np.where(cut, odds, arrays["tail"]).astype("<i2"),
-        **id_arrays(targets.ids),
         "topk_gaps": arrays["topk_gaps"][among_first(k, top_k)],
     }

@@ -73,16 +73,10 @@ def pack_shard(shard: Shard, step: float) -> bytes:
         "sample_keys": characters_of(shard.keys),
         "sample_hashes": shard.hashes,
         "token_ids": targets.token_ids.astype("<u4"),
-        "k": targets.k.astype("<u2"),
-        "beyond_knee": (targets.k - targets.knee).astype("<u2"),
         "tail": encode_tail(targets.tail_logmass, targets.logprobs, targets.k).astype("<i2"),
-        **id_arrays(targets.ids),
         "topk_gaps": encode_logprobs(targets.logprobs, targets.k, step).astype("<u2"),
     }
-    if targets.sketch is not None:
-        arrays["sketch_coordinates"] = np.ascontiguousarray(targets.sketch.coordinates.T).astype("<i2")
-        arrays["sketch_shift"] = targets.sketch.shift.astype("<i2")
-    return pack_codes(arrays)
+    return pack_codes({**arrays, **kept_arrays(targets), **sketch_arrays(targets.sketch)})
 
 
 def read_shard(
@@ -113,11 +107,7 @@ def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
     Args:
         step: that the logprobs were coded with.
     """
-    k, sketch = arrays["k"], None
-    if "sketch_shift" in arrays:
-        coordinates = np.ascontiguousarray(arrays["sketch_coordinates"].T)
-        sketch = SketchCodes(coordinates, arrays["sketch_shift"])
-    tail, kept = decode_tail(arrays["tail"])
+    k, (tail, kept) = arrays["k"], decode_tail(arrays["tail"])
     return TokenTargets(
         token_ids=arrays["token_ids"],
         k=k,
@@ -125,7 +115,7 @@ def decode_targets(arrays: dict[str, NDArray], step: float) -> TokenTargets:
         ids=arrays["ranked_ids"][arrays["topk_ranks"]],
         logprobs=decode_logprobs(arrays["topk_gaps"], k, kept, step),
         tail_logmass=tail,
-        sketch=sketch,
+        sketch=sketch_of(arrays),
     )
 
 
@@ -192,6 +182,27 @@ def cut_codes(old: Mapping[str, NDArray], samples: Sequence[int]) -> tuple[bytes
         new["sketch_coordinates"] = old["sketch_coordinates"][:, tokens]
         new["sketch_shift"] = old["sketch_shift"][tokens]
     return pack_codes(new), int(tokens.sum()), int(entries.sum())
+
+
+def kept_arrays(targets: TokenTargets) -> dict[str, NDArray]:
+    """What a shard holds of how many entries tokens have, and of which ids."""
+    beyond = (targets.k - targets.knee).astype("<u2")
+    return {"k": targets.k.astype("<u2"), "beyond_knee": beyond, **id_arrays(targets.ids)}
+
+
+def sketch_arrays(codes: SketchCodes | None) -> dict[str, NDArray]:
+    """What a shard holds of its tokens' sketch codes, axis by axis; nothing without a tail sketch."""
+    if codes is None:
+        return {}
+    coordinates = np.ascontiguousarray(codes.coordinates.T).astype("<i2")
+    return {"sketch_coordinates": coordinates, "sketch_shift": codes.shift.astype("<i2")}
+
+
+def sketch_of(arrays: Mapping[str, NDArray]) -> SketchCodes | None:
+    """The inverse of `sketch_arrays`."""
+    if "sketch_shift" not in arrays:
+        return None
+    return SketchCodes(np.ascontiguousarray(arrays["sketch_coordinates"].T), arrays["sketch_shift"])
 
 
 def id_arrays(ids: NDArray[np.uint32]) -> dict[str, NDArray]:

@@ -17,7 +17,7 @@ from fsspec.callbacks import Callback
 
 from cachekd.cache.manifest import ListedFile
 from cachekd.config.fields import STORE_TIMEOUT
-from cachekd.errors import CachekdError, what_failed
+from cachekd.errors import CachekdError, missing_package, what_failed
 from cachekd.paths import HUB_CACHE, is_path
 
 T = TypeVar("T")
@@ -260,9 +260,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def _explained(error: BaseException, where: str, problem: str) -> CachekdError:
     if isinstance(error, ImportError):
-        return CachekdError(
-            "a package is missing that reads such addresses", where=where, found=str(error), fix=str(error)
-        )
+        return missing_package(where, error)
     return CachekdError(
         problem,
         where=where,

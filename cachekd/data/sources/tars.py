@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from cachekd.data.sample import require_text
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, missing_package
 from cachekd.paths import is_url
 
 _CHUNK = 1 << 16
@@ -106,9 +106,7 @@ def named_errors(url: str, problem: str) -> Iterator[None]:
             "the tar does not exist, or has gone while it was read", where=url, found=str(error)
         ) from None
     except ImportError as error:
-        raise CachekdError(
-            "a package is missing that reads such addresses", where=url, found=str(error), fix=str(error)
-        ) from None
+        raise missing_package(url, error) from None
     except Exception as error:
         # Every file system of fsspec has its own errors, from OSError to its client library's.
         raise CachekdError(problem, where=url, found=f"{type(error).__name__}: {error}") from error
