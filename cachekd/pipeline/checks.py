@@ -62,7 +62,13 @@ class _ToBeMade:
     def __init__(self, steps: list[PlannedStep]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
         self.dumps = {str(step.out): step.config for step in steps if step.kind == "dump"}
-        self.model = cache(_reader)  # each is opened once
+        self._open = cache(ModelFiles)  # each once
+
+    def model(self, name: str) -> ModelFiles:
+        """The files, which are there, of a model or of the one that it begins from; it can read samples."""
+        files = self._open(self.source(name))
+        _ = files.encoder
+        return files
 
     def source(self, name: str) -> str:
         """The model, which is there, that this one begins from."""
@@ -71,24 +77,17 @@ class _ToBeMade:
         return name
 
 
-def _reader(path: str) -> ModelFiles:
-    """A model that can read samples."""
-    files = ModelFiles(path)
-    _ = files.encoder
-    return files
-
-
 def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
     codec_of(config)
-    require_vocabulary(config, made.model(made.source(config.teacher)))
+    require_vocabulary(config, made.model(config.teacher))
 
 
 def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
     arguments = checked_arguments(config, config.out / CHECKPOINTS)
     if config.binding is not None:
         Binding.read(config.binding)
-    teacher = made.model(made.source(str(config.teacher))) if config.runs_teacher else None
-    models, samples = RunModels(made.model(made.source(config.student)), teacher), _here(config)
+    teacher = made.model(str(config.teacher)) if config.runs_teacher else None
+    models, samples = RunModels(made.model(config.student), teacher), _here(config)
     if samples is not None:
         require_steps(len(samples), arguments)
     cache = _check_cache(config, models, samples, made)
@@ -115,7 +114,7 @@ def _check_cache(
             to do with them, or would stop at them.
     """
     if (dump := made.dumps.get(str(config.cache))) is not None:
-        teacher = made.model(made.source(dump.teacher))
+        teacher = made.model(dump.teacher)
         require(row(teacher, models.student) for row in (vocabulary_row, template_row, encoding_row))
         require_kneedle(config, dump, str(config.cache))
         _require_same_teacher(config, dump, made)
@@ -131,7 +130,7 @@ def _require_same_teacher(config: TrainConfig, dump: DumpConfig, made: _ToBeMade
     if not config.switches or config.teacher == dump.teacher:
         return
     names = (dump.teacher, str(config.teacher))
-    theirs, ours = (made.model(made.source(name)) for name in names)
+    theirs, ours = map(made.model, names)
     of_a_teacher = ("config_sha256", "image_processing", "weights")  # the last may take a while
     is_same = all(getattr(theirs, name) == getattr(ours, name) for name in of_a_teacher)
     if not is_same or not made.students.keys().isdisjoint(names):
@@ -186,7 +185,7 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
         return
     samples = _here(config)
     if (dump := made.dumps.get(config.cache)) is not None:
-        require([vocabulary_row(made.model(made.source(dump.teacher)), opened)])
+        require([vocabulary_row(made.model(dump.teacher), opened)])
     elif not is_address(config.cache):
         open_asked_cache(config, samples, opened)
     if config.history == "none" and samples is not None:
