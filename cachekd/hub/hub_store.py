@@ -23,7 +23,8 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from cachekd.cache.manifest import ListedFile
 from cachekd.errors import CachekdError
-from cachekd.hub.store import Moved, Progress, Store, stalled
+from cachekd.hub.reach import stalled
+from cachekd.hub.store import Moved, Progress, Store
 
 _PER_COMMIT = 128  # the hub limits commits per hour, and advises against thousands of files in one
 _CHANGED = (409, 412)  # HTTP's: the branch is no longer at the commit that was named

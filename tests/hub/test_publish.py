@@ -83,7 +83,7 @@ fsspec.register_implementation("watched", WatchedFileSystem, clobber=True)
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.hub.store._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.reach._WAITS", (0.01, 0.01, 0.01))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ BIG = "shards/00000.zarr.zip"
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two tries."""
-    monkeypatch.setattr("cachekd.hub.store._WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("cachekd.hub.reach._WAITS", (0.01, 0.01, 0.01))
 
 
 def published(path: Path) -> dict[str, bytes]:
