@@ -35,6 +35,16 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first, together: one of two workers runs them, and has a fork server."""
+    items.sort(key=lambda item: not _starts_processes(getattr(item, "module", None)))
+
+
+@cache
+def _starts_processes(module: object) -> bool:
+    return any(getattr(value, "__module__", None) == "launch" for value in vars(module).values())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Apart from the user's."""
