@@ -36,7 +36,7 @@ multiprocessing.set_forkserver_preload(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes come first, together: one of two workers runs them, and has a fork server."""
+    """Files that start processes come first: one of two workers has them all, and their fork server."""
     items.sort(key=lambda item: not _starts_processes(getattr(item, "module", None)))
 
 

@@ -171,7 +171,7 @@ def test_what_is_rare_and_large_is_kept():
 # ---- any model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(1, 30),
     width=st.integers(1, 12),

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from caches import copied
+from safetensors.torch import load_file
 from tiny import tar_members, write_tar
 from transformers import TrainerCallback
 

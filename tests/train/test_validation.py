@@ -244,21 +244,22 @@ def test_training_is_bit_by_bit_what_it_is_without(settings, tmp_path, changed):
     assert len(evaluations(recorded(tmp_path / "with")["log"])) == 3
 
 
-@pytest.mark.parametrize("cut", [3, 5])
-def test_a_resumed_run_evaluates_as_one_that_was_never_stopped(settings, tmp_path, cut):
+def test_a_resumed_run_evaluates_as_one_that_was_never_stopped(settings, tmp_path):
     settings |= {"save_steps": 2, "training": {"eval_on_start": True}}
-    whole, config = TrainConfig(**settings | {"out": tmp_path / "whole"}), TrainConfig(**settings)
+    whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     train(whole)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, [CutShort(cut)])
-    train(config)
-    runs = [recorded(out) for out in (whole.out, config.out)]
-    assert runs[1]["resumed_from"] == cut - 1
-    assert evaluations(runs[0]["log"]) == evaluations(runs[1]["log"])
-    assert list(evaluations(runs[1]["log"])) == [0, 2, 4, 6]
-    assert trained(runs[0]["log"]) == trained(runs[1]["log"])
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
-    assert weights[0] == weights[1]
+    for cut in (3, 5):
+        config = TrainConfig(**settings | {"out": tmp_path / str(cut)})
+        with pytest.raises(KeyboardInterrupt):
+            train(config, [CutShort(cut)])
+        train(config)
+        runs = [recorded(out) for out in (whole.out, config.out)]
+        assert runs[1]["resumed_from"] == cut - 1
+        assert evaluations(runs[0]["log"]) == evaluations(runs[1]["log"])
+        assert list(evaluations(runs[1]["log"])) == [0, 2, 4, 6]
+        assert trained(runs[0]["log"]) == trained(runs[1]["log"])
+        weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
+        assert weights[0] == weights[1], cut
 
 
 def test_time_to_evaluate_is_no_waiting_for_data(settings, tmp_path, monkeypatch):
@@ -307,26 +308,26 @@ def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("cut", [10, 12])
-def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path, monkeypatch, cut):
+def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path, monkeypatch):
     """In the middle, and when it only has to be finished."""
     training = {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "save_total_limit": 2}
     settings |= {"save_steps": 2, "learning_rate": 0.03, "warmup": 0.0, "epochs": 4, "training": training}
     whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     summary = train(whole)
-    monkeypatch.setattr("cachekd.train.run.save_run", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig(**settings), [CutShort(cut + 1)])
-    monkeypatch.undo()
-    moved = shutil.move(settings["out"], tmp_path / "moved")
-    config = TrainConfig(**settings | {"out": moved})
-    resumed = train(config)
-    assert resumed.resumed_from == cut
-    assert resumed.best_step == summary.best_step < 10
-    assert resumed.evaluation["eval_loss"] == summary.evaluation["eval_loss"]
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
-    assert weights[0] == weights[1]
-    assert not (config.out / CHECKPOINTS).exists()
+    for cut in (10, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr("cachekd.train.run.save_run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(TrainConfig(**settings), [CutShort(cut + 1)])
+        moved = shutil.move(settings["out"], tmp_path / f"moved-{cut}")
+        config = TrainConfig(**settings | {"out": moved})
+        resumed = train(config)
+        assert resumed.resumed_from == cut
+        assert resumed.best_step == summary.best_step < 10
+        assert resumed.evaluation["eval_loss"] == summary.evaluation["eval_loss"]
+        weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
+        assert weights[0] == weights[1], cut
+        assert not (config.out / CHECKPOINTS).exists()
 
 
 def test_a_best_student_that_is_gone_is_not_replaced_in_silence(settings):
