@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,13 +36,14 @@ multiprocessing.set_forkserver_preload(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Files that start processes come first: one of two workers has them all, and their fork server."""
-    items.sort(key=lambda item: not _starts_processes(getattr(item, "module", None)))
+    forking = {item.module for item in items if "forkserver" in item.name or _launches(item.module)}
+    items.sort(key=lambda item: item.module not in forking)
 
 
 @cache
-def _starts_processes(module: object) -> bool:
+def _launches(module: ModuleType) -> bool:
     return any(getattr(value, "__module__", None) == "launch" for value in vars(module).values())
 
 
