@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import signal
 import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import huggingface_hub
 import pytest
-import torch
-import typer.testing
-from caches import dump_cache, write_data
-from hub_server import TOKEN, HubServer, running_hub
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
-torch.set_num_threads(1)
+# What is large is imported in fixtures: the process that hands out the tests to others runs none.
+if TYPE_CHECKING:
+    from hub_server import HubServer
+
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Or a runner builds all twenty commands anew at each call.
-typer.testing._get_command = cache(typer.testing._get_command)
+# What tests fork from has all this imported, so that a start takes a tenth of a second instead of five.
+multiprocessing.set_forkserver_preload(
+    [
+        "cachekd.dump.run",
+        "cachekd.evaluate.run",
+        "cachekd.report",
+        "cachekd.train.run",
+        "cachekd_cli.main",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.llava.modeling_llava",
+    ]
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Files that start processes come first: one of two workers has them all, and their fork server."""
+    forking = {item.module for item in items if "forkserver" in item.name or _launches(item.module)}
+    items.sort(key=lambda item: item.module not in forking)
+
+
+@cache
+def _launches(module: ModuleType) -> bool:
+    return any(getattr(value, "__module__", None) == "launch" for value in vars(module).values())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,6 +53,19 @@ def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHEKD_HOME", str(tmp_path_factory.mktemp("home")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_and_nothing_made_in_vain() -> None:
+    import torch
+    import typer.testing
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    torch.set_num_threads(1)
+    # Or a runner builds all twenty commands anew at each call.
+    typer.testing._get_command = cache(typer.testing._get_command)
+    # Or each model that is loaded has its configurations written out four times, for a log that nobody reads.
+    PreTrainedConfig.__repr__ = GenerationConfig.__repr__ = object.__repr__
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +77,9 @@ def _what_was_imported_is_no_garbage() -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    import huggingface_hub
+    from hub_server import TOKEN, running_hub
+
     with running_hub() as server:
         # What HF_ENDPOINT sets, but it is read when the client is imported.
         template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
@@ -57,17 +95,23 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="session")
 def teacher_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import save_vlm, tiny_processor
+
     folder = tmp_path_factory.mktemp("models")
     return save_vlm(folder / "teacher", tiny_processor(), text_width=48, vision_layers=3, seed=1)
 
 
 @pytest.fixture(scope="session")
 def student_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import save_vlm, tiny_processor
+
     return save_vlm(tmp_path_factory.mktemp("models") / "student", tiny_processor(), seed=2)
 
 
 @pytest.fixture(scope="session")
 def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tar_members, write_tar
+
     folder = tmp_path_factory.mktemp("data")
     members = tar_members(12)
     write_tar(folder / "0.tar", members[:14])
@@ -88,12 +132,16 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, dat
 @pytest.fixture(scope="session")
 def broken_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 samples, some of which cannot be used: one in the second shard of six, all of the third."""
+    from caches import write_data
+
     return write_data(tmp_path_factory.mktemp("broken-data"), 20, bad=(7, 12, 13, 14, 15, 16, 17))
 
 
 @pytest.fixture(scope="session")
 def skipping_cache(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path, broken_data: Path) -> Path:
     """A cache with everything: shards 0, 1 and 3, a tail sketch, skipped.jsonl, plan and records."""
+    from caches import dump_cache
+
     out = tmp_path_factory.mktemp("caches") / "skipping"
     return dump_cache(out, teacher_path, broken_data, on_error="skip")
 

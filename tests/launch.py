@@ -1,6 +1,6 @@
-"""`cachekd` in processes of their own, forked from one that has torch and transformers imported.
+"""`cachekd` in processes of their own, forked from one that has imported what `conftest.py` names.
 
-So a start takes a tenth of a second instead of five. From the entry point on it is the real command: its
+From the entry point on it is the real command: its
 arguments, environment, signals, output and exit code. What libraries read from the environment when they are
 imported needs `subprocess`.
 """
@@ -19,9 +19,6 @@ from pathlib import Path
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["cachekd.dump.run", "cachekd.train.run", "cachekd_cli.main", "transformers.models.llava.modeling_llava"]
-)
 
 
 class Command:

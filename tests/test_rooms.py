@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,15 +12,16 @@ ROOT = Path(__file__).parents[1]
 ABOVE = {"models", "check", "dump", "train", "evaluate", "report", "hub", "export", "pipeline", "cli"}
 
 
-@pytest.fixture
-def rooms(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import rooms
+@pytest.fixture(scope="module")
+def rooms():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import rooms
 
-    return rooms
+        return rooms
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def house(rooms):
     return rooms.House.of(rooms.arrows(rooms.modules()))
 
@@ -67,9 +67,9 @@ def test_contributing_has_a_row_for_every_room(house):
     assert sorted(rows) == sorted(house.graph)
 
 
-def test_a_trace_lists_the_files_that_a_command_runs_through():
-    script = ROOT / "benchmarks" / "rooms.py"
-    command = [sys.executable, str(script), "--json", "--trace", "schema", "manifest"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_a_trace_lists_the_files_that_a_command_runs_through(rooms, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rooms.py", "--json", "--trace", "schema", "manifest"])
+    rooms.main()
+    shown = capsys.readouterr().out
     assert "cachekd/schemas.py" in shown
     assert "cachekd/train/trainer.py" not in shown

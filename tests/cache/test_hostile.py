@@ -509,7 +509,7 @@ def all_edits(path: Path) -> dict[str, Callable[[Path], Any]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-@pytest.mark.parametrize("count", [160, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(None, marks=pytest.mark.slow)])
 def test_what_is_accepted_reads_as_it_was(skipping_cache, tmp_path, count):
     """And whatever reading refuses, `verify` reports."""
     edits = all_edits(skipping_cache)
@@ -531,7 +531,7 @@ def test_what_is_accepted_reads_as_it_was(skipping_cache, tmp_path, count):
     }
     assert problems == {}
     assert {name: seconds for name, (*_, seconds) in found.items() if seconds > 2} == {}
-    assert len(found) >= 150
+    assert len(found) >= (150 if count is None else count)
     assert sum(kind == "read" and not wrong for kind, _, _, wrong, _ in found.values()) < len(found) / 50
 
 

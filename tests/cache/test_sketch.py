@@ -171,7 +171,7 @@ def test_what_is_rare_and_large_is_kept():
 # ---- any model
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(1, 30),
     width=st.integers(1, 12),
@@ -423,7 +423,7 @@ def large_cache(path: Path) -> LogitCache:
     return LogitCache(path)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_targets_travel_to_other_processes_without_their_basis(tmp_path, start):
     cache = large_cache(tmp_path / "c")
     targets = cache["1"]

@@ -245,7 +245,7 @@ def test_plan_and_records_follow_from_the_manifest(cache, tmp_path):
 
 def test_samples_that_were_left_out_are_not_all_in_memory(cache):
     """Nor are the records of shards of which nothing was kept."""
-    count = 50_000
+    count = 10_000
     content = b"".join(b'{"key": "k%d", "reason": "too long"}\n' % number for number in range(count))
     (cache / "skipped.jsonl").write_bytes(content)
 

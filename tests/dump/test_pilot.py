@@ -57,7 +57,7 @@ def default_size(tmp_path_factory, teacher_path, many) -> int:
     return estimate_dump(settings(teacher_path, many, out, tail="bytes=16")).size
 
 
-@pytest.mark.parametrize("share", [0.45, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("share", [0.45, pytest.param(0.7, marks=pytest.mark.slow), 1.0, 3.0])
 def test_a_disk_budget_is_kept_and_used(tmp_path, teacher_path, many, default_size, share):
     """A share of what the default setting takes; far more than any sketch needs, it takes what that needs."""
     config = settings(teacher_path, many, tmp_path / "c", tail="bytes=16")

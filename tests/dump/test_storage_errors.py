@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import copied
 from safetensors.torch import load_file
 from tiny import tar_members, write_tar
 from transformers import TrainerCallback
@@ -33,11 +34,15 @@ from cachekd.train.size import RunSize, require_room
 SIZES = int(os.environ.get("CACHEKD_DISKS", "6"))  # of full disks, for each kind of run
 
 
+def write_samples(folder: Path) -> Path:
+    write_tar(folder / "0.tar", tar_members(30))
+    write_tar(folder / "1.tar", [(f"z{name}", content) for name, content in tar_members(30)])
+    return folder
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
-    write_tar(tmp_path / "data" / "0.tar", tar_members(30))
-    write_tar(tmp_path / "data" / "1.tar", [(f"z{name}", content) for name, content in tar_members(30)])
-    return tmp_path / "data"
+    return write_samples(tmp_path / "data")
 
 
 def settings(teacher: Path, data: Path, out: Path, **changes) -> DumpConfig:
@@ -356,6 +361,14 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path, teacher_path):
         dump(config.model_copy(update={"on_error": "stop", "out": tmp_path / "d"}))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, teacher_path) -> Path:
+    """A finished dump, beside its data."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert dump(settings(teacher_path, write_samples(folder / "data"), folder / "c")).samples == 60
+    return folder / "c"
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -367,10 +380,10 @@ def test_bad_samples_are_left_out_counted_and_named(tmp_path, teacher_path):
     ],
 )
 def test_going_on_with_other_settings_is_refused_with_old_and_new(
-    tmp_path, teacher_path, data, changes, says
+    tmp_path, teacher_path, whole, changes, says
 ):
-    config = settings(teacher_path, data, tmp_path / "c")
-    dump(config)
+    data = whole.with_name("data")
+    config = settings(teacher_path, data, copied(whole, tmp_path / "c"))
     before = files_of(tmp_path / "c")
     with pytest.raises(CachekdError, match=f"was made with a different {says}") as caught:
         dump(config.model_copy(update=changes))

@@ -93,8 +93,8 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), [*range(24)])
 
 
-def learned(path, student, data, epochs):
-    settings = {"lambda_align": 0, "lambda_vsd": 0, "epochs": epochs, "batch_size": 4, "learning_rate": 1e-3}
+def learned(path, student, data, epochs, rate=1e-3):
+    settings = {"lambda_align": 0, "lambda_vsd": 0, "epochs": epochs, "batch_size": 4, "learning_rate": rate}
     train(TrainConfig(student=str(student), data=str(data), out=path, **settings))
     return path
 
@@ -108,7 +108,7 @@ def trained(tmp_path_factory, student_path, data_path):
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory, student_path, pictures):
     """One that has learned to look."""
-    return learned(tmp_path_factory.mktemp("runs") / "seeing", student_path, pictures, 40)
+    return learned(tmp_path_factory.mktemp("runs") / "seeing", student_path, pictures, 16, 3e-3)
 
 
 def logits_of(path, question):

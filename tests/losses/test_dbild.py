@@ -33,7 +33,7 @@ def slow_knee(values: list[float]) -> int:
 def slow_half(
     led_by: Tensor, student: Tensor, teacher: Tensor, window: int, min_k: int, temperature: float
 ) -> Tensor:
-    """One half of the loss for one token; every pair formed and summed in a Python loop."""
+    """One half of the loss for one token, every pair formed."""
     values, order = led_by.detach().sort(descending=True, stable=True)
     values = values[:window]
     finite = int(values.isfinite().sum())
@@ -41,9 +41,9 @@ def slow_half(
     if k < 2:
         return student.sum() * 0
     ids = order[:k].tolist()
-    pairs = list(itertools.combinations(ids, 2))
-    d_student = torch.stack([(student[i] - student[j]) / temperature for i, j in pairs])
-    d_teacher = torch.stack([(teacher[i] - teacher[j]) / temperature for i, j in pairs])
+    i, j = map(list, zip(*itertools.combinations(ids, 2), strict=True))
+    d_student = (student[i] - student[j]) / temperature
+    d_teacher = (teacher[i] - teacher[j]) / temperature
     log_p, log_q = d_student.log_softmax(0), d_teacher.log_softmax(0)
     return (log_p.exp() * (log_p - log_q)).sum()
 

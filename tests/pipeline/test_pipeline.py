@@ -733,7 +733,7 @@ def test_the_command(short, tmp_path):
 def test_a_killed_pipeline_goes_on(values, tmp_path, sent):
     if sent == signal.SIGTERM:  # the rest is as after SIGKILL
         values["steps"] = values["steps"][:2]
-    values["steps"][1] |= {"epochs": 30}
+    values["steps"][1] |= {"epochs": 10}
     values["defaults"]["train"]["save_steps"] = 5
     pipeline = read(values, tmp_path)
     out = Path(values["out"])

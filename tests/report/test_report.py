@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -82,6 +83,9 @@ class Page(HTMLParser):
 
 def page_of(run: Path, *baselines: Path) -> Page:
     return Page(build_report(read_run(run), [read_run(one) for one in baselines]))
+
+
+page_once = cache(page_of)  # of runs that no test changes
 
 
 SHORT = {"epochs": 2, "logging_steps": 1, "batch_size": 6}
@@ -272,7 +276,7 @@ def test_shares_are_of_the_weighted_terms(trained, tmp_path):
     log = json.loads((trained[0] / RUN_FILE).read_text())["log"]
     steps = [entry for entry in log if "loss" in entry]
     total = steps[0]["ce"] + steps[0]["align"] + 0.5 * steps[0]["vsd"]
-    page = page_of(trained[0])
+    page = page_once(trained[0])
     assert page.row("weighted term")[2:] == ["step 1", "share", "step 4", "share"]
     assert page.row("L_VSD")[3] == f"{100 * 0.5 * steps[0]['vsd'] / total:.2f} %"
 
@@ -315,7 +319,7 @@ def test_a_value_is_read(value, read):
 
 
 def test_settings_that_differ_are_on_top_and_the_equal_ones_folded(trained):
-    page = page_of(*trained)
+    page = page_once(*trained)
     top, folded = page.html.split("<h2>Settings that differ</h2>")[1].split("<details>")
     found = [Page(part) for part in (top, folded)]
     assert found[0].row("setting")[1:] == ["kd", "ce"]
@@ -324,7 +328,7 @@ def test_settings_that_differ_are_on_top_and_the_equal_ones_folded(trained):
     assert found[0].row("cache")[2] == "not set"
     assert found[1].row("batch_size")[1:] == ["6", "6"]
     assert found[1].row("torch version")[1] == found[1].row("torch version")[2]
-    alone = page_of(trained[1]).html.split("<h2>Settings</h2>")[1].split("<details>")
+    alone = page_once(trained[1]).html.split("<h2>Settings</h2>")[1].split("<details>")
     assert Page(alone[0]).row("batch_size")[1:] == ["6"]
     assert Page(alone[1]).row("temperature")[1:] == ["3"]
 
@@ -342,7 +346,7 @@ def test_a_run_has_one_colour_in_every_plot_and_a_legend_with_its_name(trained, 
     for title, svg in page.plots:
         drawn = set(re.findall(r"stroke: var\(--(run-\d)\)", svg))
         assert drawn == (without_ce if title in ("L_Align", "L_VSD") else set(runs.values())), title
-    assert page_of(trained[0]).html.count('<ul class="legend">') == 2
+    assert page_once(trained[0]).html.count('<ul class="legend">') == 2
 
 
 def test_plots_take_their_colours_from_the_page(runs):
@@ -398,7 +402,7 @@ def lab(rgb: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_differ_for_every_eye_and_stand_out(trained, scheme):
-    palette = palettes(page_of(trained[0]).html)[scheme]
+    palette = palettes(page_once(trained[0]).html)[scheme]
     luminance = {name: float(linear(color) @ [0.2126, 0.7152, 0.0722]) for name, color in palette.items()}
 
     def contrast(name):
@@ -439,7 +443,7 @@ def marks(svg: str, color: str) -> list[str]:
 def test_axes_say_what_they_measure(trained):
     units = {
         title: (re.findall(r"<text[^>]*rotate\(-90[^>]*>([^<]*)</text>", svg), "optimizer step" in svg)
-        for title, svg in page_of(trained[0]).plots
+        for title, svg in page_once(trained[0]).plots
     }
     loss = (["nats per answer token"], True)
     assert units == {
@@ -478,7 +482,7 @@ def test_held_out_curves_are_dashed_in_the_runs_colour_with_the_best_step_marked
     assert page.row("held-out accuracy")[1:] == ["50 %", "not set"]
     assert page.row("held-out samples left out: bad")[1:] == ["1,234", "not set"]
     assert "50" in re.findall(r">(\d+)</text>", page.plot("held-out accuracy"))  # percent
-    without = page_of(*trained)
+    without = page_once(*trained)
     assert "held-out" not in without.text.replace("best step on held-out data", "")
     assert "stroke-dasharray" not in without.plot("L_CE")
 

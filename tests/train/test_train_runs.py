@@ -112,23 +112,22 @@ def test_accumulation_of_4_times_2_equals_a_batch_of_8(settings, tmp_path, dtype
 # ---- cut short, and gone on with
 
 
-@pytest.mark.parametrize(
-    ("cut", "lora"), [(3, None), (5, None), (5, {"r": 4, "target_modules": "all-linear"})]
-)
-def test_a_resumed_run_equals_one_that_was_never_stopped(settings, tmp_path, cut, lora):
-    settings |= {"lora": lora}
-    whole = TrainConfig(**settings | {"out": tmp_path / "whole", "save_steps": 2})
+@pytest.mark.parametrize(("cuts", "lora"), [((3, 5), None), ((5,), {"r": 4, "target_modules": "all-linear"})])
+def test_a_resumed_run_equals_one_that_was_never_stopped(settings, tmp_path, cuts, lora):
+    settings |= {"lora": lora, "save_steps": 2}
+    whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     train(whole)
-    config = TrainConfig(**settings | {"save_steps": 2})
-    with pytest.raises(KeyboardInterrupt):
-        train(config, [CutShort(cut)])
-    assert (config.out / STARTED_FILE).exists()
-    assert not (config.out / RUN_FILE).exists()
-    summary = train(config)
-    assert (summary.resumed_from, summary.steps) == (cut - 1, 6)
-    assert losses(config.out) == losses(whole.out)
-    weights = [load_file(out / "model.safetensors") for out in (config.out, whole.out)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    for cut in cuts:
+        config = TrainConfig(**settings | {"out": tmp_path / str(cut)})
+        with pytest.raises(KeyboardInterrupt):
+            train(config, [CutShort(cut)])
+        assert (config.out / STARTED_FILE).exists()
+        assert not (config.out / RUN_FILE).exists()
+        summary = train(config)
+        assert (summary.resumed_from, summary.steps) == (cut - 1, 6)
+        assert losses(config.out) == losses(whole.out)
+        weights = [load_file(out / "model.safetensors") for out in (config.out, whole.out)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1]), cut
 
 
 def test_a_checkpoint_that_was_cut_short_is_passed_over(settings):

@@ -243,21 +243,22 @@ def test_training_is_bit_by_bit_what_it_is_without(settings, tmp_path, changed):
     assert len(evaluations(recorded(tmp_path / "with")["log"])) == 3
 
 
-@pytest.mark.parametrize("cut", [3, 5])
-def test_a_resumed_run_evaluates_as_one_that_was_never_stopped(settings, tmp_path, cut):
+def test_a_resumed_run_evaluates_as_one_that_was_never_stopped(settings, tmp_path):
     settings |= {"save_steps": 2, "training": {"eval_on_start": True}}
-    whole, config = TrainConfig(**settings | {"out": tmp_path / "whole"}), TrainConfig(**settings)
+    whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     train(whole)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, [CutShort(cut)])
-    train(config)
-    runs = [recorded(out) for out in (whole.out, config.out)]
-    assert runs[1]["resumed_from"] == cut - 1
-    assert evaluations(runs[0]["log"]) == evaluations(runs[1]["log"])
-    assert list(evaluations(runs[1]["log"])) == [0, 2, 4, 6]
-    assert trained(runs[0]["log"]) == trained(runs[1]["log"])
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
-    assert weights[0] == weights[1]
+    for cut in (3, 5):
+        config = TrainConfig(**settings | {"out": tmp_path / str(cut)})
+        with pytest.raises(KeyboardInterrupt):
+            train(config, [CutShort(cut)])
+        train(config)
+        runs = [recorded(out) for out in (whole.out, config.out)]
+        assert runs[1]["resumed_from"] == cut - 1
+        assert evaluations(runs[0]["log"]) == evaluations(runs[1]["log"])
+        assert list(evaluations(runs[1]["log"])) == [0, 2, 4, 6]
+        assert trained(runs[0]["log"]) == trained(runs[1]["log"])
+        weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
+        assert weights[0] == weights[1], cut
 
 
 def test_time_to_evaluate_is_no_waiting_for_data(settings, tmp_path, monkeypatch):
@@ -306,26 +307,26 @@ def interrupt(*_args, **_kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("cut", [10, 12])
-def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path, monkeypatch, cut):
+def test_the_best_student_survives_a_run_that_is_cut_short_and_moved(settings, tmp_path, monkeypatch):
     """In the middle, and when it only has to be finished."""
     training = {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "save_total_limit": 2}
     settings |= {"save_steps": 2, "learning_rate": 0.03, "warmup": 0.0, "epochs": 4, "training": training}
     whole = TrainConfig(**settings | {"out": tmp_path / "whole"})
     summary = train(whole)
-    monkeypatch.setattr("cachekd.train.run.save_run", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(TrainConfig(**settings), [CutShort(cut + 1)])
-    monkeypatch.undo()
-    moved = shutil.move(settings["out"], tmp_path / "moved")
-    config = TrainConfig(**settings | {"out": moved})
-    resumed = train(config)
-    assert resumed.resumed_from == cut
-    assert resumed.best_step == summary.best_step < 10
-    assert resumed.evaluation["eval_loss"] == summary.evaluation["eval_loss"]
-    weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
-    assert weights[0] == weights[1]
-    assert not (config.out / CHECKPOINTS).exists()
+    for cut in (10, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr("cachekd.train.run.save_run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train(TrainConfig(**settings), [CutShort(cut + 1)])
+        moved = shutil.move(settings["out"], tmp_path / f"moved-{cut}")
+        config = TrainConfig(**settings | {"out": moved})
+        resumed = train(config)
+        assert resumed.resumed_from == cut
+        assert resumed.best_step == summary.best_step < 10
+        assert resumed.evaluation["eval_loss"] == summary.evaluation["eval_loss"]
+        weights = [(out / "model.safetensors").read_bytes() for out in (whole.out, config.out)]
+        assert weights[0] == weights[1], cut
+        assert not (config.out / CHECKPOINTS).exists()
 
 
 def test_a_best_student_that_is_gone_is_not_replaced_in_silence(settings):
@@ -592,20 +593,20 @@ def test_other_held_out_data_at_the_same_path_are_refused(settings, tmp_path, ev
 # ---- the last step is always logged
 
 
-@pytest.mark.parametrize(("every", "steps"), [(10, [1, 6]), (4, [1, 4, 6]), (3, [1, 3, 6])])
-def test_the_last_step_is_logged_once(settings, tmp_path, every, steps):
+def test_the_last_step_is_logged_once(settings, tmp_path):
     settings |= {"save_steps": 2}
     each = TrainConfig(**settings | {"out": tmp_path / "each"})
     train(each)
-    config = TrainConfig(**settings | {"logging_steps": every})
-    summary = train(config)
-    log = trained(recorded(config.out)["log"])
-    assert [entry["step"] for entry in log] == steps
     of_each = {entry["step"]: entry for entry in trained(recorded(each.out)["log"])}
-    since = range(steps[-2] + 1, 7)
-    mean = sum(of_each[step]["loss"] for step in since) / len(since)
-    assert log[-1]["loss"] == pytest.approx(mean, rel=1e-6)
-    assert summary.terms == {name: log[-1][name] for name in ("ce", "align", "vsd")}
+    for every, steps in ((10, [1, 6]), (4, [1, 4, 6]), (3, [1, 3, 6])):
+        config = TrainConfig(**settings | {"logging_steps": every, "out": tmp_path / str(every)})
+        summary = train(config)
+        log = trained(recorded(config.out)["log"])
+        assert [entry["step"] for entry in log] == steps
+        since = range(steps[-2] + 1, 7)
+        mean = sum(of_each[step]["loss"] for step in since) / len(since)
+        assert log[-1]["loss"] == pytest.approx(mean, rel=1e-6), every
+        assert summary.terms == {name: log[-1][name] for name in ("ce", "align", "vsd")}
 
 
 def test_the_last_step_of_a_resumed_run_is_logged(settings):
