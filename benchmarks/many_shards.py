@@ -79,8 +79,8 @@ def main(
                 if not name.startswith(only):
                     continue
                 places = {"CACHE": str(cache), "OUT": str(Path(temporary) / f"{samples}-{name}")}
-                row = {"command": name, **apart(run, [places.get(part, part) for part in command])}
-                rows.append({"samples": samples, "tokens": tokens, "shards": shards, **row})
+                row = apart(run, [places.get(part, part) for part in command])
+                rows.append({"samples": samples, "tokens": tokens, "shards": shards, "command": name, **row})
                 print(rows[-1], file=sys.stderr)
     if as_json:
         print(json.dumps(rows, indent=1))

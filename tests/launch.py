@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
+KILLS = int(os.environ.get("CACHEKD_KILLS", "8"))  # at random moments
 LAUNCHER = "accelerate.commands.launch"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -116,7 +116,7 @@ def cachekd(
     return subprocess.CompletedProcess(command.args, command.returncode, out, err)
 
 
-def output_of(script: Path, *arguments: object) -> str:
+def output_of(script: Path | str, *arguments: object) -> str:
     """What `python script arguments` prints."""
     command = Command(*arguments, script=script)
     out, err = command.communicate(timeout=600)
@@ -132,7 +132,7 @@ def free_port() -> int:
 
 
 def launched(recipe: Path) -> Command:
-    """`cachekd train` in two processes on a CPU, as users start it: the launcher imports all anew for both."""
+    """`cachekd train` in two processes on a CPU, as users start it; both import all anew."""
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command = [*launch, "-m", "cachekd_cli.main", "train", "--config", recipe]
