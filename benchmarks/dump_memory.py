@@ -3,41 +3,28 @@
 python benchmarks/dump_memory.py --json
 
 The demo's teacher over easy-VQA, one question a sample, repeated under new keys up to 50,000 samples in tars
-of 5,000. Every size in a process of its own; `peak_mb` is its resident memory at the most (ru_maxrss).
+of 5,000. Every size in a process of its own; `peak_mb` is its resident memory at the most.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 import webdataset
+from apart import apart, resident
+
+from cachekd.config import DumpConfig
+from cachekd.dump import dump
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
 PER_TAR = 5_000
-CHILD = """
-import json, resource, sys
-import torch
-from cachekd.config import DumpConfig
-from cachekd.dump.run import dump
-torch.set_num_threads(1)
-summary = dump(DumpConfig(**json.loads(sys.argv[1])))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({
-    "samples": summary.samples,
-    "tokens": summary.tokens,
-    "shards": summary.shards,
-    "peak_mb": round(peak, 1),
-    "tokens_per_s": round(summary.tokens / summary.seconds, 1),
-}))
-"""
 
 
 def main(
@@ -52,26 +39,33 @@ def main(
         folder = Path(temporary)
         write_data(folder / "data", max(counts))
         for count in counts:
-            settings = {
-                "teacher": str(EXAMPLE / "teacher"),
-                "data": str(folder / "data"),
-                "out": str(folder / f"cache-{count}"),
-                "limit": count,
-                "shard_samples": shard_samples,
-                "batch_size": 32,
-                "calibration_tokens": 1000,
-            }
-            done = subprocess.run(
-                [sys.executable, "-c", CHILD, json.dumps(settings)],
-                check=True,
-                capture_output=True,
-                text=True,
+            config = DumpConfig(
+                teacher=str(EXAMPLE / "teacher"),
+                data=str(folder / "data"),
+                out=folder / f"cache-{count}",
+                limit=count,
+                shard_samples=shard_samples,
+                batch_size=32,
+                calibration_tokens=1000,
             )
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(apart(measure, config))
             if not as_json:
                 print(rows[-1])
     if as_json:
         print(json.dumps(rows, indent=1))
+
+
+def measure(config: DumpConfig) -> dict[str, Any]:
+    """A dump, its memory and its pace."""
+    torch.set_num_threads(1)
+    summary = dump(config)
+    return {
+        "samples": summary.samples,
+        "tokens": summary.tokens,
+        "shards": summary.shards,
+        "peak_mb": round(resident("VmHWM") / 2**20, 1),
+        "tokens_per_s": round(summary.tokens / summary.seconds, 1),
+    }
 
 
 def write_data(folder: Path, count: int) -> None:

@@ -3,69 +3,40 @@
 python benchmarks/many_shards.py --json
 
 Caches of made-up targets, four logprobs a token, written by `LogitCacheWriter`.
-Everything is measured in a process of its own; `peak_mb` is its resident memory at the most (VmHWM, as
-ru_maxrss begins with that of the process that started it).
+Everything is measured in a process of its own; `peak_mb` is its resident memory at the most.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import pickle
+import random
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
+from apart import apart, printed_by, resident
 
-from cachekd.cache import CodecSettings, DataInfo, Fingerprints, LogitCacheWriter, TeacherInfo, TokenTargets
+from cachekd.cache import (
+    CodecSettings,
+    DataInfo,
+    Fingerprints,
+    LogitCache,
+    LogitCacheWriter,
+    TeacherInfo,
+    TokenTargets,
+)
+from cachekd.errors import CachekdError
+from cachekd_cli.main import app
 
 VOCAB, KEPT, READS = 32_000, 4, 5_000
-READER = """
-import json, pickle, random, resource, sys, time
-from cachekd.cache import LogitCache
-from cachekd.errors import CachekdError
-
-def timed(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
-
-def missing():
-    try:
-        cache["coco/train/0000017"]
-    except CachekdError:
-        return
-    raise SystemExit("the key is there")
-
-LogitCache(sys.argv[2])["coco/train/00000000"]  # whatever is imported at first use
-before = resident()
-def opened():
-    global cache
-    cache = LogitCache(sys.argv[1])
-row = {"open_s": timed(opened), "index_mb": resident() - before}
-keys = random.Random(0).sample([f"coco/train/{number:08d}" for number in range(len(cache))], READS)
-row["reads_s"] = timed(lambda: [cache[key] for key in keys])
-row["missing_ms"] = 1000 * timed(missing)
-row["pickled_mb"] = len(pickle.dumps(cache)) / 2**20
-print(json.dumps(row))
-""".replace("READS", str(READS))
-COMMAND = """
-import sys, time
-from cachekd_cli.main import app
-start = time.perf_counter()
-try:
-    app(sys.argv[1:])
-finally:
-    lines = dict(line.split(":") for line in open("/proc/self/status"))
-    peak = int(lines["VmHWM"].split()[0]) / 1024
-    print(f"{peak:.0f} {time.perf_counter() - start:.1f}", file=sys.stderr)
-"""
+MIB = 2**20
 COMMANDS = {
     "peek": ["peek", "CACHE", "--json"],
     "peek --order surprising": ["peek", "CACHE", "--order", "surprising", "--json"],
@@ -94,24 +65,21 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         kept = folder or Path(temporary)
-        first = made(kept, 1, 1, tokens)
+        first = apart(made, kept, 1, 1, tokens)
         for samples, shards in sizes(reading):
-            row = json.loads(child(READER, made(kept, samples, shards, tokens), first).stdout)
+            row = apart(read, apart(made, kept, samples, shards, tokens), first)
             rows.append({"samples": samples, "tokens": tokens, "shards": shards, **rounded(row)})
             print(rows[-1], file=sys.stderr)
         for samples, shards in sizes(commands):
-            cache = made(kept, samples, shards, tokens)
+            cache = apart(made, kept, samples, shards, tokens)
             for name, command in COMMANDS.items():
                 if not name.startswith(only):
                     continue
-                out = Path(temporary) / f"{samples}-{name}"
-                places = {"CACHE": str(cache), "OUT": str(out)}
-                done = child(COMMAND, *(places.get(part, part) for part in command))
-                peak, seconds = done.stderr.split()[-2:]
-                row = {"peak_mb": float(peak), "seconds": float(seconds)}
+                places = {"CACHE": str(cache), "OUT": str(Path(temporary) / f"{samples}-{name}")}
+                row = apart(run, [places.get(part, part) for part in command])
                 rows.append({"samples": samples, "tokens": tokens, "shards": shards, "command": name, **row})
                 print(rows[-1], file=sys.stderr)
     if as_json:
@@ -128,13 +96,45 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 3) for name, value in row.items()}
 
 
-def child(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run in a process of its own."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arguments}: {done.stderr}")
-    return done
+def read(path: Path, other: Path) -> dict[str, float]:
+    """Open a cache, read at random, ask for a key that is not there."""
+    LogitCache(other)["coco/train/00000000"]  # whatever is imported at first use
+    before = resident("VmRSS")
+    open_s, cache = timed(lambda: LogitCache(path))
+    index_mb = (resident("VmRSS") - before) / MIB
+    keys = [f"coco/train/{number:08d}" for number in range(len(cache))]
+    chosen = random.Random(0).sample(keys, READS)
+    reads_s, _ = timed(lambda: [cache[key] for key in chosen])
+    missing_s, _ = timed(lambda: refused(cache, "coco/train/0000017"))
+    return {
+        "open_s": open_s,
+        "index_mb": index_mb,
+        "reads_s": reads_s,
+        "missing_ms": 1000 * missing_s,
+        "pickled_mb": len(pickle.dumps(cache)) / MIB,
+    }
+
+
+def refused(cache: LogitCache, key: str) -> None:
+    """The key is not there, and that is said."""
+    try:
+        cache[key]
+    except CachekdError:
+        return
+    raise SystemExit("the key is there")
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """A command; what it prints is not wanted."""
+    seconds, _ = timed(lambda: printed_by(app, command, standalone_mode=False))
+    return {"peak_mb": round(resident("VmHWM") / MIB), "seconds": round(seconds, 1)}
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what came of it."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
 
 
 def made(folder: Path, samples: int, shards: int, tokens: int) -> Path:

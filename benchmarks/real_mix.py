@@ -5,22 +5,23 @@ python benchmarks/real_mix.py --json
 A LLaVA-style JSON of 200,000 records over easy-VQA's pictures, with a BOM: 40 % of the ids come again, a
 tenth of the samples is text alone, a tenth has a turn with `loss: false`, ten pictures are broken, five
 answers are longer than the models' context. The demo's teacher and its untrained student.
-`peak_mb` is that process' resident memory at the most; its workers, if it has any, are apart.
+Every command in a process of its own; `peak_mb` is its resident memory at the most, its workers' apart.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from apart import apart, printed_by, resident, run_script
+
+from cachekd_cli.main import app
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "easy_vqa"
 BROKEN, TOO_LONG = 10, 5
@@ -36,16 +37,9 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         expected = write_mix(folder, records)
-        prepare = [
-            sys.executable,
-            str(EXAMPLE / "prepare.py"),
-            "--out",
-            str(folder / "demo"),
-            "--images",
-            "1",
-        ]
-        subprocess.run([*prepare, "--test-images", "1"], check=True, capture_output=True)
-        rows = [measure(name, command) for name, command in commands(folder, epochs, test).items()]
+        demo = ("--out", str(folder / "demo"), "--images", "1", "--test-images", "1")
+        apart(printed_by, run_script, EXAMPLE / "prepare.py", *demo)
+        rows = [apart(measure, name, command) for name, command in commands(folder, epochs, test).items()]
     found = {name: value for row in rows for name, value in row.pop("counts").items()}
     wrong = {name: (value, found.get(name)) for name, value in expected.items() if found.get(name) != value}
     if as_json:
@@ -134,19 +128,13 @@ def commands(folder: Path, epochs: float, test: int) -> dict[str, list[str]]:
 
 def measure(name: str, command: list[str]) -> dict[str, Any]:
     """Run it; its time, its memory, and what it counted."""
+    torch.set_num_threads(1)
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cachekd_cli", *command, "--json"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        raise SystemExit(f"{name} ended with status {os.waitstatus_to_exitcode(status)}")
+    text = printed_by(app, [*command, "--json"], standalone_mode=False)
     return {
         "command": name,
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_mb": round(usage.ru_maxrss / 1024),
+        "peak_mb": round(resident("VmHWM") / 2**20),
         "counts": {f"{name}: {what}": value for what, value in counts(name, json.loads(text)).items()},
     }
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from apart import apart, resident
 from rich.console import Console
 from rich.table import Table
 from small_vlm import (
@@ -40,7 +40,6 @@ from small_vlm import (
     Tower,
     lean_trainer,
     random_samples,
-    resident,
     save_vlm,
 )
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -100,8 +99,11 @@ SIZES = {
 
 
 @torch.no_grad()
-def prepare(folder: Path, sizes: Sizes, device: torch.device) -> None:
+def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Both models, and what a cache would hold of the batch."""
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    sizes, device = SIZES[options.size], torch.device(options.device)
     for seed, name in enumerate(("teacher", "student")):
         save_vlm(folder / name, sizes.vocab, *getattr(sizes, name), seed=seed)
     teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=device)
@@ -197,9 +199,9 @@ class _Callback(TrainerCallback):
         self.clock.end()
 
 
-def run_ours(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
-    """cachekd's trainer; the loss of the last step."""
-    sizes, name, device = SIZES[options.size], options.variant, clock.device
+def run_ours(name: str, folder: Path, options: argparse.Namespace, clock: Clock) -> float:
+    """cachekd's trainer; the mean loss of the steps."""
+    sizes, device = SIZES[options.size], clock.device
     dtype = getattr(torch, options.dtype)
     teacher = None
     if name in ("live", "cached"):
@@ -267,16 +269,20 @@ def profiled(wanted: bool) -> Iterator[None]:
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40), file=sys.stderr)
 
 
-def run_variant(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run_variant(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """In this process."""
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
     device = torch.device(options.device)
     before, clock = resident("VmRSS"), Clock(device)
-    loss = (run_naive if options.variant == "naive_live" else run_ours)(folder, options, clock)
+    if name == "naive_live":
+        loss = run_naive(folder, options, clock)
+    else:
+        loss = run_ours(name, folder, options, clock)
     on_gpu = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
     return {
-        "name": options.variant,
+        "name": name,
         "step_ms": 1e3 * statistics.median(clock.wall),
         "cpu_ms": 1e3 * statistics.median(clock.cpu),
         "peak_mb": peak / 1e6,
@@ -321,25 +327,11 @@ def main() -> None:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of these")
     parser.add_argument("--profile", action="store_true", help="the operations that take longest, on stderr")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.size = options.size or options.device
-    logging.disable_progress_bar()
-    if options.variant is not None:
-        print(json.dumps(run_variant(options.folder, options)))
-        return
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(options.threads)
-        prepare(Path(folder), SIZES[options.size], torch.device(options.device))
-        for variant in options.variants.split(","):
-            command = [sys.executable, __file__, "--variant", variant, "--folder", folder]
-            for option in ("device", "dtype", "size", "steps", "threads"):
-                command += [f"--{option}", str(getattr(options, option))]
-            command += ["--profile"] * options.profile
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        apart(prepare, Path(folder), options)
+        rows = [apart(run_variant, name, Path(folder), options) for name in options.variants.split(",")]
     if options.json or options.variants != ",".join(VARIANTS):
         print(json.dumps(rows))
     else:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from apart import apart, resident
 from rich.console import Console
 from rich.table import Table
 from small_vlm import (
@@ -32,10 +31,10 @@ from small_vlm import (
     Tower,
     lean_trainer,
     random_samples,
-    resident,
     save_vlm,
 )
 from transformers import LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from cachekd.cache import CachedTargets
 from cachekd.cache.topk import select_topk
@@ -59,9 +58,9 @@ def cached_targets(teacher: LlavaForConditionalGeneration, sample: Encoded) -> C
     return CachedTargets.from_sparse(records, vocab_size=logits.shape[1], window=WINDOW, min_k=MIN_K)
 
 
-def lean(folder: Path, options: argparse.Namespace) -> float:
+def lean(variant: str, folder: Path, options: argparse.Namespace) -> float:
     """cachekd's trainer; the loss of the first step."""
-    live, recomputed = options.variant == "live", options.variant == VARIANTS[3]
+    live, recomputed = variant == "live", variant == VARIANTS[3]
     files = ModelFiles(folder / "teacher")
     teacher = SwitchedTeacher(files.load(dtype=torch.float32, device=CPU, tower=live))
     if recomputed:
@@ -93,14 +92,15 @@ def naive(folder: Path, options: argparse.Namespace) -> float:
     return first
 
 
-def run_variant(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def run_variant(variant: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """In this process."""
     torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
     before, started = resident("VmRSS"), time.perf_counter()
-    loss = (naive if options.variant == "naive" else lean)(folder, options)
+    loss = naive(folder, options) if variant == "naive" else lean(variant, folder, options)
     seconds = time.perf_counter() - started
     return {
-        "variant": options.variant,
+        "variant": variant,
         "peak_mb": (resident("VmHWM") - before) / 1e6,
         "seconds": seconds,
         "loss": loss,
@@ -109,6 +109,8 @@ def run_variant(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Models and what a cache holds."""
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
     save_vlm(folder / "teacher", options.vocab, *TEACHER, seed=1)
     save_vlm(folder / "student", options.vocab, *STUDENT, seed=2)
     teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=CPU)
@@ -125,21 +127,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=160, help="tokens per sample, half of them answers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.variant is not None:
-        print(json.dumps(run_variant(options.folder, options)))
-        return
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), options)
-        rows = []
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant, "--folder", name]
-            for option in ("vocab", "batch", "length", "threads"):
-                command += [f"--{option}", str(getattr(options, option))]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        apart(prepare, Path(name), options)
+        rows = [apart(run_variant, variant, Path(name), options) for variant in VARIANTS]
     if options.json:
         print(json.dumps(rows))
         return

@@ -2,13 +2,14 @@
 
 From the entry point on it is the real command: its
 arguments, environment, signals, output and exit code. What libraries read from the environment when they are
-imported needs `subprocess`.
+imported needs `subprocess`. Scripts are run the same way.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-KILLS = int(os.environ.get("CACHEKD_KILLS", "12"))  # at random moments
+KILLS = int(os.environ.get("CACHEKD_KILLS", "8"))  # at random moments
+LAUNCHER = "accelerate.commands.launch"
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -28,15 +30,20 @@ class Command:
         arguments: of `cachekd`.
         environment: what differs from this process's.
         new_session: it and what it starts are a group.
+        script: what is run in the place of `cachekd`, a file or a module.
     """
 
     def __init__(
-        self, *arguments: object, environment: Mapping[str, str] | None = None, new_session: bool = False
+        self,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        new_session: bool = False,
+        script: Path | str | None = None,
     ) -> None:
         self._folder = Path(tempfile.mkdtemp())
         self.args = list(map(str, arguments))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-        run = (self.args, environment, new_session, self._folder)
+        run = (self.args, environment, new_session, script, self._folder)
         self._process = FORKS.Process(target=_cachekd, args=run)
         self._process.start()
         self.pid: int = self._process.pid or 0
@@ -67,7 +74,13 @@ class Command:
         return said
 
 
-def _cachekd(arguments: list[str], environment: dict[str, str], new_session: bool, folder: Path) -> None:
+def _cachekd(
+    arguments: list[str],
+    environment: dict[str, str],
+    new_session: bool,
+    script: Path | str | None,
+    folder: Path,
+) -> None:
     if new_session:
         os.setsid()
     os.environ.clear()
@@ -80,8 +93,14 @@ def _cachekd(arguments: list[str], environment: dict[str, str], new_session: boo
     from cachekd_cli.main import main
 
     torch.set_num_threads(1)  # of OMP_NUM_THREADS, which was read when torch was imported
-    sys.argv = ["cachekd", *arguments]
-    main()
+    sys.argv = [str(script or "cachekd"), *arguments]
+    if script is None:
+        main()
+    elif isinstance(script, Path):
+        sys.path.insert(0, str(script.parent))
+        runpy.run_path(str(script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def cachekd(
@@ -94,6 +113,14 @@ def cachekd(
     return subprocess.CompletedProcess(command.args, command.returncode, out, err)
 
 
+def output_of(script: Path | str, *arguments: object) -> str:
+    """What `python script arguments` prints."""
+    command = Command(*arguments, script=script)
+    out, err = command.communicate(timeout=600)
+    assert command.returncode == 0, out + err
+    return out
+
+
 def free_port() -> int:
     """One that nobody else has: tests run side by side."""
     with socket.socket() as free:
@@ -101,12 +128,12 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def launch_command(recipe: Path) -> list[str]:
-    """`cachekd train` in two processes on a CPU, as users start it."""
+def launched(recipe: Path) -> Command:
+    """`cachekd train` in two processes on a CPU, as users start it; both import all anew."""
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
-    return [*command, "-m", "cachekd_cli.main", "train", "--config", str(recipe)]
+    command = [*launch, "-m", "cachekd_cli.main", "train", "--config", recipe]
+    return Command(*command, new_session=True, script=LAUNCHER)
 
 
 def train_in_two_processes(recipe: Path) -> subprocess.CompletedProcess[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from caches import ROOT, model_states
+from launch import output_of
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -56,9 +55,7 @@ def test_rate_distortion_rows(benchmark, tmp_path):
 
 @pytest.mark.slow
 def test_dbild_benchmark_prints_its_rows():
-    command = [sys.executable, str(BENCHMARKS / "dbild.py"), "--tokens", "20", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout)
+    rows = json.loads(output_of(BENCHMARKS / "dbild.py", "--tokens", "20", "--json"))
     assert [row["k"] for row in rows] == [8, 16, 32, 64, 128, 256]
     assert set(rows[0]) >= {"pairwise_ms", "ours_ms", "pairwise_mb", "ours_mb"}
     assert rows[-1]["ours_mb"] < rows[-1]["pairwise_mb"] / 10
@@ -67,9 +64,8 @@ def test_dbild_benchmark_prints_its_rows():
 @pytest.mark.slow
 def test_step_time_prints_its_rows():
     """All five do what they say: FLOPs are counted, not timed, so they can be compared."""
-    command = [sys.executable, str(BENCHMARKS / "step_time.py"), "--size", "tiny", "--steps", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rows = {row["name"]: row for row in json.loads(done.stdout.splitlines()[-1])}
+    printed = output_of(BENCHMARKS / "step_time.py", "--size", "tiny", "--steps", "1", "--json")
+    rows = {row["name"]: row for row in json.loads(printed)}
     assert list(rows) == ["naive_live", "live", "cached", "cached_no_vsd", "ce_only"]
     assert all(row[name] > 0 for row in rows.values() for name in ("step_ms", "peak_mb", "flops"))
     flops = [row["flops"] for row in rows.values()]
@@ -92,9 +88,8 @@ def test_methods_of_the_seeds_benchmark_are_settings(monkeypatch):
 
 @pytest.mark.slow
 def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
-    command = [sys.executable, str(BENCHMARKS / "train_memory.py"), "--vocab", "40000", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    naive, live, cached, recomputed = json.loads(done.stdout.splitlines()[-1])
+    printed = output_of(BENCHMARKS / "train_memory.py", "--vocab", "20000", "--json")
+    naive, live, cached, recomputed = json.loads(printed)
     assert live["loss"] == pytest.approx(naive["loss"], rel=1e-4)
     assert cached["loss"] == pytest.approx(recomputed["loss"], rel=1e-4)
     assert cached["peak_mb"] < naive["peak_mb"]
@@ -104,10 +99,7 @@ def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
 def test_a_mix_as_people_have_it_runs_from_check_to_eval_and_is_counted_rightly():
     """Ids that come again, broken pictures, too long samples, turns that are not supervised, text alone."""
     sizes = ["--records", "400", "--test", "60", "--epochs", "0.2"]
-    command = [sys.executable, str(BENCHMARKS / "real_mix.py"), *sizes, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(output_of(BENCHMARKS / "real_mix.py", *sizes, "--json"))
     assert found["wrong"] == {}
     assert found["counts"]["dump: skipped"] == 15
     assert [run["command"] for run in found["runs"]] == ["check", "dump", "train", "eval"]
@@ -116,10 +108,7 @@ def test_a_mix_as_people_have_it_runs_from_check_to_eval_and_is_counted_rightly(
 @pytest.mark.slow
 def test_the_benchmark_of_many_shards_measures_all_commands():
     sizes = ["--reading", "6000x40", "--commands", "60x3"]
-    command = [sys.executable, str(BENCHMARKS / "many_shards.py"), *sizes, "--json"]
-    reading, *commands = json.loads(
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    )
+    reading, *commands = json.loads(output_of(BENCHMARKS / "many_shards.py", *sizes, "--json"))
     assert reading["samples"] == 6000
     assert reading["reads_s"] > 0
     assert {row["command"] for row in commands} >= {"peek", "select --filter", "recompress", "export"}

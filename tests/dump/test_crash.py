@@ -31,6 +31,7 @@ def run_dump(settings: dict[str, Any], die_at: int | None = None) -> None:
 
     from cachekd.dump import dump
 
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as anywhere else
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     if die_at is not None:

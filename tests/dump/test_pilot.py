@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from caches import ROOT
+from launch import output_of
 from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache
@@ -20,6 +19,7 @@ from cachekd.dump.estimate import ALL_THAT_BYTES_BUY
 from cachekd.dump.plan import refuse_small_disk
 from cachekd.errors import CachekdError
 
+EXAMPLE = ROOT / "examples" / "easy_vqa"
 SAMPLES = 240
 
 
@@ -118,15 +118,9 @@ def test_batches_of_a_group_are_takenevenly():
 @pytest.mark.slow
 def test_an_estimate_of_real_data_is_within_ten_percent(tmp_path):
     """The demo's teacher on easy-VQA, from a sixth of its tokens."""
-    prepare = [
-        sys.executable,
-        str(ROOT / "examples/easy_vqa/prepare.py"),
-        "--out",
-        str(tmp_path),
-        *("--seed", "0", "--images", "500", "--test-images", "10"),
-    ]
-    subprocess.run(prepare, check=True, capture_output=True)
-    teacher = ROOT / "examples" / "easy_vqa" / "teacher"
+    sizes = ("--images", 500, "--test-images", 10)
+    output_of(EXAMPLE / "prepare.py", "--out", tmp_path, *sizes)
+    teacher = EXAMPLE / "teacher"
     for changes in ({}, {"disk_budget": 125_000}):
         config = settings(teacher, tmp_path / "train", tmp_path / f"c{len(changes)}", calibration_tokens=500)
         config = config.model_copy(update={"batch_size": 16, **changes})

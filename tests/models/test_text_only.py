@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -180,10 +181,21 @@ def write_passages(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.fixture
+def read_once(monkeypatch):
+    """transformers reads the 49,152 tokens again for each of config, tokenizer and weights, and builds the
+    table of names once for each module: two thirds of the time."""
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("read_once")
 def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
     file = gguf_file()
-    data = write_passages(tmp_path / "data.jsonl", 6)
+    data = write_passages(tmp_path / "data.jsonl", 4)
     arguments = ["dump", "--teacher", str(file), "--data", str(data), "--out", str(tmp_path / "cache")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     manifest = LogitCache(tmp_path / "cache").manifest
@@ -209,8 +221,8 @@ def test_smollm2_from_its_gguf_teaches_a_student_with_fewer_layers(tmp_path):
         for entry in json.loads((tmp_path / "run" / RUN_FILE).read_text())["log"]
         if "align" in entry
     ]
-    assert len(log) == 9
-    assert sum(log[-3:]) < 0.8 * sum(log[:3])
+    assert len(log) == 6
+    assert sum(log[-2:]) < 0.8 * sum(log[:2])
 
     before, after = evaluated([str(tmp_path / "student"), str(tmp_path / "run")], data).models
     assert after.exact_match >= before.exact_match

@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import launch_command, train_in_two_processes
+from launch import launched, train_in_two_processes
 from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
@@ -84,12 +83,12 @@ def test_two_processes_stop_after_the_same_step(tmp_path, student_path, data_pat
     settings = {"student": str(student_path), "data": str(data_path), "out": str(out), "batch_size": 3}
     settings |= {"lambda_align": 0.0, "lambda_vsd": 0.0, "epochs": 30, "save_steps": 2, "logging_steps": 1}
     recipe.write_text(json.dumps(settings))
-    with subprocess.Popen(launch_command(recipe), stderr=subprocess.PIPE, text=True) as process:
-        while not (out / CHECKPOINTS / "checkpoint-2").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        told = process.communicate()[1]
+    process = launched(recipe)
+    while not (out / CHECKPOINTS / "checkpoint-2").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[1]
     (step,) = re.findall(r"stopped at step (\d+) of 60: the same command goes on from step \1\n", told)
     with pytest.raises(CachekdError, match="another number of processes"):
         train(TrainConfig(**settings))

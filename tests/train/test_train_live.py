@@ -6,13 +6,12 @@ apart, since Kneedle's k jumps.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from caches import ROOT
+from launch import output_of
 from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from transformers import CLIPImageProcessor
 
@@ -143,11 +142,7 @@ def test_a_window_other_than_the_caches_is_refused(pair, tmp_path):
 @pytest.mark.slow
 def test_the_demo_pair_cached_and_live(tmp_path):
     """Real logits; and how far the default cache drifts."""
-    subprocess.run(
-        [sys.executable, EXAMPLE / "prepare.py", "--out", tmp_path, "--images", "160", "--test-images", "10"],
-        check=True,
-        capture_output=True,
-    )
+    output_of(EXAMPLE / "prepare.py", "--out", tmp_path, "--images", 160, "--test-images", 10)
     settings = {
         "teacher": str(EXAMPLE / "teacher"),
         "student": str(tmp_path / "student"),

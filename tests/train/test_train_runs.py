@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from launch import cachekd
+from launch import FORKS, cachekd
 from runs import CutShort, losses
 from safetensors.torch import load_file
-from tiny import tar_members, write_tar
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
+from cachekd.models import load_model
 from cachekd.paths import RUN_FILE
 from cachekd.train import SwitchKDTrainingArguments, train
 from cachekd.train.arguments import FIELDS, OWN_NAMES, REFUSED
@@ -393,37 +395,34 @@ def test_the_teachers_vision_encoder_is_never_read(settings, tmp_path, teacher_p
         train(TrainConfig(**settings | live))
 
 
+def growth(small: Path, large: Path, tower: bool) -> int:
+    """Bytes by which this process grows at the most while it loads the second."""
+
+    def peak() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    # bfloat16: a float32 file of which nothing is converted would be mapped, not read.
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "tower": tower}
+    load_model(str(small), **options)  # what libraries hold
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = peak()
+    load_model(str(large), **options)
+    return peak() - before
+
+
 @pytest.mark.slow
 def test_the_vision_encoders_bytes_stay_on_disk(tmp_path, teacher_path):
     """A tower of 80 MB: loading the rest of the teacher does not touch its pages."""
-    import subprocess
-    import sys
-
-    from tiny import save_vlm, tiny_processor
-
     folder = save_vlm(tmp_path / "big", tiny_processor(), vision_width=512, vision_layers=10)
     assert (folder / "model.safetensors").stat().st_size > 80e6
-    code = (
-        "import sys, torch\n"
-        "from cachekd.models import load_model\n"
-        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l[:5] == 'VmHWM')\n"
-        # bfloat16: a float32 file of which nothing is converted would be mapped, not read.
-        "settings = {'dtype': torch.bfloat16, 'device': torch.device('cpu')}\n"
-        "settings['tower'] = sys.argv[1] == 'whole'\n"
-        "load_model(sys.argv[2], **settings)\n"  # what libraries hold
-        "open('/proc/self/clear_refs', 'w').write('5')\n"  # the peak starts again from here
-        "before = peak()\n"
-        "load_model(sys.argv[3], **settings)\n"
-        "print((peak() - before) * 1024)\n"
-    )
 
-    def grows(how: str) -> int:
-        command = [sys.executable, "-c", code, how, str(teacher_path), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(done.stdout.split()[-1])
+    def grows(tower: bool) -> int:
+        with ProcessPoolExecutor(1, FORKS) as process:
+            return process.submit(growth, teacher_path, folder, tower).result()
 
-    assert grows("whole") > 60e6
-    assert grows("without") < 10e6
+    assert grows(tower=True) > 60e6
+    assert grows(tower=False) < 10e6
 
 
 @pytest.mark.slow
