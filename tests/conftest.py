@@ -26,7 +26,6 @@ multiprocessing.set_forkserver_preload(
     [
         "cachekd.dump.run",
         "cachekd.evaluate.run",
-        "cachekd.report",
         "cachekd.train.run",
         "cachekd_cli.main",
         "transformers.models.clip.modeling_clip",
