@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given
@@ -165,6 +166,10 @@ FILES: dict[str, tuple[bytes, NDArray[np.float64], float]] = {
     ),
     "WebP RGBA": (saved(Image.fromarray(RGBA), "WEBP", lossless=True, exact=True), on_white(RGB, ALPHA), 1),
 }
+if int(PIL.__version__.partition(".")[0]) < 13:  # it cannot read these: their samples are bad ones
+    FILES = {
+        name: file for name, file in FILES.items() if name not in ("TIFF LA, premultiplied", "TIFF YCbCr")
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
