@@ -6,12 +6,14 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import support_table
 import torch
 from family_samples import TALL, TEXT, TWO, WIDE, encoder_of, every_family, sample
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny import noise_image, png_bytes, write_tar
 from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
@@ -183,6 +185,8 @@ def test_head_apart(family):
         matrix = output_head(model, hidden, logits, logits.shape[1])
         torch.testing.assert_close(matrix.logits(hidden), logits, atol=1e-3, rtol=1e-3)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if family == "paligemma" and Version(version("transformers")) < Version("5.23"):
+        cap = None  # it is in the configuration, but the model's forward does without
     assert head.softcap == cap
     found(family, "head apart", "yes" if cap is None else f"yes, with a soft cap ({cap})")
 

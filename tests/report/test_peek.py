@@ -137,7 +137,7 @@ def test_a_changed_sample_is_refused(tmp_path, cache, data, what):
     assert isinstance(result.exception, CachekdError)
     assert "differs from the one that the teacher saw" in str(result.exception)
     assert repr(key) in str(result.exception)
-    assert result.output == ""
+    assert result.output.strip() == ""
 
 
 def answers(data: Path, key: str) -> list[Any]:
