@@ -324,7 +324,7 @@ def test_the_best_students_bridge_is_saved_with_it(pair, tmp_path):
     batch = collate_with_targets([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))], 0)
     terms = trainer.terms_of(trainer.model, batch)
     for name in ("ce", "align", "vsd"):
-        mean = float(terms.terms[name] / terms.tokens)
+        mean = float(terms.terms[name].detach() / terms.tokens)
         assert summary.evaluation[f"eval_{name}"] == pytest.approx(mean, rel=1e-4), name
 
 
