@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cachekd.atomic import require_place, write_file
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 from cachekd.evaluate.scores import Evaluation
 from cachekd.lock import alone
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
@@ -96,7 +96,7 @@ def read_evaluation(path: Path) -> Evaluation:
         raise CachekdError(
             "the scores of a run cannot be read",
             where=str(path),
-            found=str(error).splitlines()[0],
+            found=first_line(error),
             fix="remove the file, and run `cachekd eval` again",
         ) from None
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.atomic import write_file
 from cachekd.cache.layout import SHARD_FOLDER
-from cachekd.errors import CachekdError, about
+from cachekd.errors import CachekdError, about, first_line
 from cachekd.models import model_content
 from cachekd.paths import REPORT_FILE
 from cachekd.pipeline.plan import PlannedStep
@@ -71,7 +71,7 @@ class PipelineState(BaseModel):
             raise CachekdError(
                 "the pipeline's state cannot be read",
                 where=str(path),
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 fix="restore the file, or choose another `out`: the steps' folders stay as they are",
             ) from None
 
