@@ -331,7 +331,10 @@ def main() -> None:
     options.size = options.size or options.device
     with tempfile.TemporaryDirectory() as folder:
         apart(prepare, Path(folder), options)
-        rows = [apart(run_variant, name, Path(folder), options) for name in options.variants.split(",")]
+        rows = []
+        for name in options.variants.split(","):
+            rows.append(apart(run_variant, name, Path(folder), options))
+            print(json.dumps(rows[-1]), file=sys.stderr)  # what is measured stays when a later one fails
     if options.json or options.variants != ",".join(VARIANTS):
         print(json.dumps(rows))
     else:
