@@ -15,7 +15,7 @@ from cachekd.data.spread import evenly
 from cachekd.dump.pilot import Pilot
 from cachekd.dump.teacher import Teacher
 from cachekd.errors import CachekdError
-from cachekd.models.memory import peak_memory
+from cachekd.models.device import peak_memory
 
 SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 

@@ -18,7 +18,8 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.reference import Reference
 from cachekd.losses import forward_kl_loss
 from cachekd.models import hidden_and_logits_at, output_head, vocabulary_of
-from cachekd.models.memory import failed_forward, free_memory, memory_that_ran_out, together_or_each
+from cachekd.models.device import free_memory
+from cachekd.models.memory import failed_forward, memory_that_ran_out, together_or_each
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from cachekd.evaluate.questions import AskedSample, QuestionEncoder, question_ty
 from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluate.scores import Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
-from cachekd.models.memory import free_memory
+from cachekd.models.device import free_memory
 
 Found = dict[str, Answers]  # by a sample's key
 

@@ -2,16 +2,10 @@
 
 from cachekd.models.bridge import SwitchBridge, plan_bridge
 from cachekd.models.compat import check_switch, check_tokenizers, limits_of, tokenizer_difference
+from cachekd.models.device import default_device, default_dtype, dtype_of
 from cachekd.models.families import language_model
 from cachekd.models.head import DeferredHead, output_head, vocabulary_of
-from cachekd.models.loading import (
-    default_device,
-    default_dtype,
-    dtype_of,
-    empty_model,
-    load_config,
-    load_model,
-)
+from cachekd.models.loading import empty_model, load_config, load_model
 from cachekd.models.model_files import ModelFiles
 from cachekd.models.parts import (
     check_adapters,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import struct
 from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +30,16 @@ _FORMS = (
 )
 
 
+class LoadSettings(TypedDict, total=False):
+    """How a model's weights come into memory, besides dtype and device; what is not said is as usual.
+
+    Attributes:
+        quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+    """
+
+    quantization: dict[str, Any] | None
+
+
 def keep_statistics(model: nn.Module) -> None:
     """Let batch norms (FastVLM's encoder has them) use the checkpoint's statistics in training too.
 
@@ -44,28 +53,6 @@ def keep_statistics(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(settle)
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one; of several, the one that torchrun, accelerate or Slurm means for us."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on a CPU (where half precision is slow and less exact)."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a setting names.
-
-    Args:
-        name: of torch, or "auto": the device's default.
-    """
-    return default_dtype(device) if name == "auto" else getattr(torch, name)
 
 
 def load_config(path: str) -> Any:
@@ -133,16 +120,16 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: dict[str, Any] | None = None,
     tower: bool = True,
     config: Any = None,
+    **settings: Unpack[LoadSettings],
 ) -> PreTrainedModel:
     """A VLM (or, of the family `text_only`, language model) in eval mode.
 
     Args:
-        quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
         tower: False: P, L and the head alone, frozen; the vision encoder's weights are never read.
         config: of `load_config`, where it was read before; it stays as it is.
+        settings: see `LoadSettings`.
 
     Raises:
         CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, they
@@ -150,7 +137,7 @@ def load_model(
     """
     config = load_config(path) if config is None else config
     model_class = _auto_class(config) if tower else _without_tower(config)
-    model = _load(model_class, path, config, dtype, device, quantization)
+    model = _load(model_class, path, config, dtype, device, **settings)
     return model if tower else model.requires_grad_(False)
 
 
@@ -220,7 +207,7 @@ def _load(
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: dict[str, Any] | None,
+    quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     settings: dict[str, Any] = {}
     if quantization is not None:

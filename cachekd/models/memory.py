@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import resource
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -30,7 +26,6 @@ _NO_ROOM_ON_THE_GPU = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
-_RESET_PEAK = Path("/proc/self/clear_refs")
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
@@ -42,32 +37,6 @@ def memory_that_ran_out(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(said in text for said in _NO_ROOM_ON_THE_CPU):
         return "CPU"
     return None
-
-
-def free_memory() -> None:
-    """Give back the memory of what nobody holds any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_peak() -> None:
-    """Have `peak_memory` begin anew, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _RESET_PEAK.exists():
-        _RESET_PEAK.write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes: the most that was in use since `reset_peak`, of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's, this peak can be reset
-        return next(1024 * int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, kept: bool) -> CachekdError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +23,7 @@ from cachekd.models.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.models.loading import load_config, load_model
+from cachekd.models.loading import LoadSettings, load_config, load_model
 from cachekd.models.processors import processor_of
 from cachekd.models.weights import hash_files, model_content, weights_files
 
@@ -126,9 +126,8 @@ class ModelFiles:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        quantization: dict[str, Any] | None = None,
         tower: bool = True,
+        **settings: Unpack[LoadSettings],
     ) -> PreTrainedModel:
         """See `load_model`."""
-        settings: dict[str, Any] = {"quantization": quantization, "tower": tower, "config": self.config}
-        return load_model(self.path, dtype=dtype, device=device, **settings)
+        return load_model(self.path, dtype=dtype, device=device, tower=tower, config=self.config, **settings)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
 from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, holds_something
-from cachekd.models.memory import free_memory
+from cachekd.models.device import free_memory
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
 from cachekd.pipeline.state import Attempt, PipelineState, StepState, files_of, states_of

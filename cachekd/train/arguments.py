@@ -115,7 +115,7 @@ class SwitchKDTrainingArguments(TrainingArguments):
             CachekdError: `training` has an unknown name, one that has a name of ours, a value of another
                 type, or one that the Trainer or the class refuses; the setting is named.
         """
-        on_gpu = default_device().type == "cuda"
+        on_gpu = default_device().type != "cpu"
         workers = default_workers(on_gpu=on_gpu) if config.workers is None else config.workers
         settings = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()} | {
             "output_dir": str(out),

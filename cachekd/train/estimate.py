@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
-from cachekd.models.memory import peak_memory, reset_peak
+from cachekd.models.device import peak_memory, reset_peak, synchronize
 from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.batch import Batch, Example, batch_of
 from cachekd.train.data import TrainingSamples
@@ -102,8 +102,7 @@ class _Stopwatch(TrainerCallback):
         self.gradients = sum(_bytes(p.grad) for p in kwargs["model"].parameters() if p.grad is not None)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         self.ends.append(time.perf_counter())
         states = kwargs["optimizer"].state.values()
         self.optimizer = sum(_bytes(x) for state in states for x in state.values() if torch.is_tensor(x))

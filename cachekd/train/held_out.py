@@ -256,8 +256,10 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
     optimizer: Any = trainer.optimizer
     schedule_free = callable(getattr(optimizer, "eval", None))  # their weights in use are averages
     python, numpy = random.getstate(), np.random.get_state()
-    gpus = [trainer.args.device] if trainer.args.device.type == "cuda" else []
-    with in_eval_mode(trainer.model), torch.random.fork_rng(gpus), torch.no_grad():
+    device = trainer.args.device
+    gpus = [] if device.type == "cpu" else [device]
+    forked = torch.random.fork_rng(gpus, device_type=device.type if gpus else "cuda")
+    with in_eval_mode(trainer.model), forked, torch.no_grad():
         if schedule_free:
             optimizer.eval()
         try:
