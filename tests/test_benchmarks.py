@@ -13,30 +13,30 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def rates(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import rate_distortion
 
     return rate_distortion
 
 
-def small_states(benchmark):
-    tokens = 2 * (benchmark.BLOCK - benchmark.CONTEXT)
+def small_states(rates):
+    tokens = 2 * (rates.BLOCK - rates.CONTEXT)
     hidden, head = model_states(tokens + 900, 24, 300)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(tokens, 24, generator=generator) * hidden.std(0)
     students = {"far": hidden[:tokens] + noise, "near": hidden[:tokens] + noise / 3}
-    return benchmark.States(hidden[tokens:], hidden[:tokens], students, torch.arange(tokens) % 300, head)
+    return rates.States(hidden[tokens:], hidden[:tokens], students, torch.arange(tokens) % 300, head)
 
 
-def test_rate_distortion_rows(benchmark, tmp_path):
-    states = small_states(benchmark)
-    ids = benchmark.other_ids(states)
-    rows = [benchmark.naive(states, ids, 32, zstd=zstd, folder=tmp_path) for zstd in (False, True)]
+def test_rate_distortion_rows(rates, tmp_path):
+    states = small_states(rates)
+    ids = rates.other_ids(states)
+    rows = [rates.naive(states, ids, 32, zstd=zstd, folder=tmp_path) for zstd in (False, True)]
     for number, (tail, top_k) in enumerate((("none", 32), ("bytes=6", 128), ("exact", 128))):
         (tmp_path / str(number)).mkdir()
-        rows.append(benchmark.ours(states, ids, tail, top_k, tmp_path / str(number)))
-    benchmark.score(rows, states)
+        rows.append(rates.ours(states, ids, tail, top_k, tmp_path / str(number)))
+    rates.score(rows, states)
     raw, packed, uniform, sketch, exact = (row for row, _ in rows)
     assert raw.bytes_per_token == 6 * 32
     assert packed.bytes_per_token < raw.bytes_per_token
@@ -49,7 +49,7 @@ def test_rate_distortion_rows(benchmark, tmp_path):
         assert row.encode_tokens_per_s > 0
         assert row.decode_tokens_per_s > 0
         assert len(targets) == len(states.teacher)
-    benchmark.plot([row for row, _ in rows], tmp_path / "curve.png")
+    rates.plot([row for row, _ in rows], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 

@@ -10,10 +10,8 @@ from cachekd.cache.sparse_logits import TokenTargets
 from cachekd.cache.tail.setting import TailSetting
 from cachekd.config.fields import KEPT
 from cachekd.errors import CachekdError
+from cachekd.losses.chunked import at_a_time
 from cachekd.losses.kneedle import kneedle_k
-
-# Of the logits that are copied at a time: what stays in a CPU's cache, and what a GPU is busy with.
-_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
 
 def select_topk(
@@ -87,7 +85,7 @@ def _mass_beyond(logits: Tensor, top: Tensor, ids: Tensor) -> Tensor:
     """[N] float32, logsumexp of all logits but the top ones; -inf where there is none."""
     least = top[:, -1:]  # nothing that is left is larger, so nothing overflows
     least = least.masked_fill(least.isinf(), 0.0)
-    rows = max(1, _ELEMENTS.get(logits.device.type, 2**28) // logits.shape[-1])
+    rows = max(1, at_a_time(logits.device) // logits.shape[-1])
     parts = []
     for some, without, reference in zip(logits.split(rows), ids.split(rows), least.split(rows), strict=True):
         rest = some.float() if some.dtype != torch.float32 else some.clone()

@@ -16,7 +16,7 @@ from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
-from cachekd.models.memory import failed_forward, together_or_each
+from cachekd.models.memory import failed_forward, require_embeddings, together_or_each
 
 
 class Answer(NamedTuple):
@@ -173,7 +173,9 @@ class Teacher:
             raise failed_forward(error, samples, "the teacher", kept=True) from error
 
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id)).to(self.model.device)
+        batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id))
+        require_embeddings(self.model, batch.tensors["input_ids"])
+        batch = batch.to(self.model.device)
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
         return hidden, logits, batch.token_ids, batch.counts
 

@@ -19,7 +19,12 @@ from cachekd.evaluate.reference import Reference
 from cachekd.losses import forward_kl_loss
 from cachekd.models import hidden_and_logits_at, output_head, vocabulary_of
 from cachekd.models.device import free_memory
-from cachekd.models.memory import failed_forward, memory_that_ran_out, together_or_each
+from cachekd.models.memory import (
+    failed_forward,
+    memory_that_ran_out,
+    require_embeddings,
+    together_or_each,
+)
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +132,7 @@ class QuestionRunner:
     @torch.inference_mode()
     def _forward(self, questions: list[Question]) -> list[Answered]:
         collated = collate([one.encoded for one in questions], self.encoder.pad_token_id)
+        require_embeddings(self.model, collated["input_ids"])
         batch = ModelInputs.of(collated).to(self.model.device)
         counts = batch.counts
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)

@@ -22,6 +22,12 @@ def chunk_tokens(vocab_size: int) -> int:
     return max(1, CHUNK_BYTES // (4 * vocab_size))
 
 
+def at_a_time(device: torch.device) -> int:
+    """Elements that are worked on together, where any number would do: what stays in a CPU's cache, and what
+    a GPU is busy with."""
+    return 2**21 if device.type == "cpu" else 2**28
+
+
 def summed_over_chunks(loss: Callable[[Tensor, Tensor], Terms], states: Tensor, chunk: int) -> Terms:
     """Sum a loss over chunks of answer tokens, so that no [N, V] tensor exists unless it fits one chunk.
 

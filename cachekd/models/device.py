@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 _RESET_PEAK = Path("/proc/self/clear_refs")
 
 
 def accelerator() -> torch.device | None:
-    """The kind of GPU that there is (CUDA, MPS, XPU, ...); None where there is only a CPU."""
+    """The kind of GPU that there is (CUDA, MPS, XPU, ...); None where there is only a CPU, or where
+    `accelerate launch --cpu`, or its variable, says that the CPU is meant."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return None
     return torch.accelerator.current_accelerator(check_available=True)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from cachekd.errors import BadSample, CachekdError, what_failed, without_frames
 
@@ -20,12 +22,18 @@ R = TypeVar("R")
 _NO_ROOM_ON_THE_GPU = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "MPS backend out of memory",
+    "Invalid buffer size",  # Metal's, of one larger than it allows
+    "XPU out of memory",
+    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",  # XPU's runtime
+    "UR_RESULT_ERROR_OUT_OF_RESOURCES",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUSPARSE_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "DEVICE_ALLOCATION_FAILED",  # cuDNN 9
 )
+_GPU_FAILED = ("CUDA error", "UR_RESULT_ERROR", "UR error", "command buffer exited with error")
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
@@ -61,15 +69,34 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
             if len(samples) > 1 and kept
             else "--max-tokens N --too-long skip leaves out what is longer",
         )
-    if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+    if any(said in str(error) for said in _GPU_FAILED) or type(error).__name__ == "AcceleratorError":
         # It answers nothing any more: every later sample would look bad.
         return CachekdError(
             f"the GPU failed while {who} ran",
             where=where,
             found=found,
-            fix=f"{again}. If it fails at the same samples, CUDA_LAUNCH_BLOCKING=1 shows where",
+            fix=f"{again}. If it fails at the same samples, ACCELERATE_USE_CPU=true says why, and "
+            "CUDA_LAUNCH_BLOCKING=1 shows where",
         )
     return BadSample(f"{who} cannot run on the sample", where=where, found=found)
+
+
+def require_embeddings(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuse ids beyond the embedding's rows while they are on the CPU. On a GPU the look-up is a failed
+    assertion, after which the process can compute nothing more: the samples that follow would fail too.
+
+    Args:
+        input_ids: [B, S] int64, on the CPU. Placeholders of images are looked up by no model.
+
+    Raises:
+        IndexError: there is one.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is None:
+        return
+    beyond = input_ids[(input_ids >= rows) & (input_ids != getattr(model.config, "image_token_id", None))]
+    if len(beyond):
+        raise IndexError(f"id {int(beyond[0]):,} is beyond the {rows:,} rows of the embedding")
 
 
 def together_or_each(run: Callable[[list[T]], Iterable[R]], batch: list[T]) -> list[R | BadSample]:

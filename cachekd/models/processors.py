@@ -1,6 +1,7 @@
 """Processors of models: loaded, of text alone, saved beside a student.
 
-Without torchvision a processor is loaded without its video part, which needs it, and which no image needs.
+Without torchvision, or from a folder that was saved without it, a processor is loaded without its video part,
+which no image needs.
 """
 
 from __future__ import annotations
@@ -113,23 +114,27 @@ def _load_tokenizer(path: str) -> Any:
 
 
 def load_without_video(path: str, config_class: type) -> Any | None:
-    """A model's processor for images and text, where torchvision is missing and only videos want it.
+    """A model's processor for images and text, where only the part for videos cannot be loaded: torchvision
+    is missing, or was where the model was saved.
 
     Returns:
         None where that is not what is missing.
     """
     processor_class = PROCESSOR_MAPPING.get(config_class, None)
-    if is_torchvision_available() or processor_class is None:
+    if processor_class is None or "video_processor" not in processor_class.get_attributes():
         return None
-    if "video_processor" not in processor_class.get_attributes():
+    try:
+        processor = without_video(processor_class).from_pretrained(path)
+    except (OSError, ValueError, ImportError):
         return None
     _say_once(path)
-    return without_video(processor_class).from_pretrained(path)
+    return processor
 
 
 @cache
 def _say_once(path: str) -> None:
-    log.warning("%s: its processor is loaded without its video part, which needs torchvision", path)
+    why = "its folder lacks" if is_torchvision_available() else "needs torchvision"
+    log.warning("%s: its processor is loaded without its video part, which %s", path, why)
 
 
 @cache

@@ -258,7 +258,7 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     device = trainer.args.device
     gpus = [] if device.type == "cpu" else [device]
-    forked = torch.random.fork_rng(gpus, device_type=device.type if gpus else "cuda")
+    forked = torch.random.fork_rng(gpus, device_type=device.type)
     with in_eval_mode(trainer.model), forked, torch.no_grad():
         if schedule_free:
             optimizer.eval()

@@ -405,7 +405,7 @@ def test_the_versions_are_said_without_importing_what_has_them():
     first, second = done.stdout.splitlines()
     assert first == f"cachekd {cachekd.__version__}"
     for name, module in (("torch", torch), ("transformers", transformers), ("zarr", zarr)):
-        assert f"{name} {module.__version__}" in second
+        assert f"{name} {module.__version__.partition('+')[0]}" in second  # builds are not always told apart
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{cachekd.__version__}"' in pyproject
 

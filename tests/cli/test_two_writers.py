@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import _unix
 from launch import Command
 from tiny import evaluated, tar_members, write_tar
 from transformers import TrainerCallback
@@ -46,11 +46,10 @@ with alone(Path(sys.argv[1]), "trains in"):
     time.sleep(600)
 """
 NO_FLOCK = """
-import errno
-from filelock import _unix
+import errno, fcntl
 def refuse(*_):
     raise OSError(errno.ENOLCK, "no locks here")
-_unix.fcntl.flock = refuse
+fcntl.flock = refuse
 """
 
 
@@ -121,7 +120,7 @@ def test_without_flock_there_is_a_lease(tmp_path, monkeypatch, number):
     def refuse(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(_unix.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     # Of the errors that mean the same, one shows that the lease is renewed: it takes its time.
     lease, slept = (1.0, 1.5) if number == errno.ENOLCK else (0.3, 0.0)
     monkeypatch.setattr(locks, "_LEASE", lease)
@@ -154,7 +153,7 @@ def test_a_lease_of_the_dead_ends(tmp_path, monkeypatch):
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "no locks here")
 
-    monkeypatch.setattr(_unix.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     enter(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -384,14 +384,15 @@ def test_dump_train_save_reload(family, tmp_path: Path):
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "smolvlm"])
 def test_a_processor_without_its_video_part(family, tmp_path: Path):
-    """It loads where torchvision is missing, and goes to worker processes."""
+    """It loads where torchvision is missing, or was, and goes to worker processes."""
     save(tmp_path, family)
-    made = encoder_of(family)(WIDE)
+    made = encoder_of(family)(WIDE).inputs
     loaded = load_processor(str(tmp_path))
     for processor in (loaded, pickle.loads(pickle.dumps(loaded))):
-        same = SampleEncoder(processor)(WIDE)
-        assert torch.equal(same.inputs["input_ids"], made.inputs["input_ids"])
-        assert torch.equal(same.inputs["pixel_values"], made.inputs["pixel_values"])
+        same = SampleEncoder(processor)(WIDE).inputs
+        assert torch.equal(same["input_ids"], made["input_ids"])
+        # Where torchvision is, it resizes, and rounds a pixel here and there to its neighbour.
+        torch.testing.assert_close(same["pixel_values"], made["pixel_values"], atol=0.02, rtol=0)
 
 
 def unknown_config(**changes):

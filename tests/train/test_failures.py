@@ -61,6 +61,12 @@ def test_other_errors_go_on_as_they_are(error):
         (MemoryError(), "CPU"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: not enough memory"), "CPU"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "CPU"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.9 GiB, max allowed: 9.0 GiB)"), "GPU"),
+        (RuntimeError("Invalid buffer size: 24.00 GiB"), "GPU"),
+        (
+            RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+            "GPU",
+        ),
     ],
 )
 def test_every_kind_of_out_of_memory_is_advised_on(error, device):

@@ -23,6 +23,7 @@ from torch import Tensor
 from cachekd.cache.array_rules import MOST_CODE, POSITIVE, ArrayRule
 from cachekd.cache.container import damaged, pack_arrays, read_arrays
 from cachekd.cache.sparse_logits import SketchCodes
+from cachekd.losses.chunked import at_a_time
 
 SHIFT_STEP = 1 / 32  # nats
 FINE_SHIFT_STEP = 1 / 512  # of the axis that takes what is left of the shift, if there is one
@@ -39,8 +40,6 @@ RULES = {
     "softcap": ArrayRule(("float64",), ("softcaps",), least=POSITIVE),
 }
 _ROWS = 2**12  # of `codes` looked at together, where few at a time will do
-# Elements of `basis` looked up at a time: what stays in a CPU's cache, and what a GPU is busy with.
-_LOOKUP = {"cpu": 2**21, "cuda": 2**28}
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -92,7 +91,7 @@ class TailSketch:
 
     def to(self, device: torch.device | str) -> TailSketch:
         """Copy it to `device`, once for each."""
-        device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+        device = torch.empty(0, device=device).device  # with its index, where it has none
         if device == self.offset.device:
             return self
         if device not in self._copies:
@@ -117,7 +116,7 @@ class TailSketch:
         """[N, K] float32, the rebuilt logits at `ids` [N, K] from codes [N, C]."""
         basis = self.basis
         y = self.rebuild(coordinates).clamp(-FARTHEST, FARTHEST).to(basis.dtype)
-        rows = max(1, _LOOKUP.get(ids.device.type, 2**28) // max(1, ids.shape[1] * self.axes))
+        rows = max(1, at_a_time(ids.device) // max(1, ids.shape[1] * self.axes))
         # index_select is twice as fast as basis[ids] on a CPU.
         parts = [
             torch.bmm(basis.index_select(0, some.flatten()).view(*some.shape, self.axes), of[:, :, None])[
