@@ -18,14 +18,18 @@ from cachekd.config.fields import (
     Tail,
     Workers,
 )
+from cachekd.config.loading import LoadOptions
 from cachekd.paths import LocalPath
 
 
-class DumpConfig(DataOptions):
+class DumpConfig(LoadOptions, DataOptions):
     """Stage one, `cachekd dump`."""
 
     # As `cachekd.dump.plan.same_plan` has it.
-    FREE: ClassVar = frozenset({"out", "workers", "rank", "world_size", "on_error", "batch_size"})
+    FREE: ClassVar = frozenset({"out", "workers", "rank", "world_size", "on_error", "batch_size"}) | {
+        "device_map",
+        "max_memory",
+    }
 
     teacher: ModelName
     out: LocalPath = Field(description="the cache's folder: new, empty, or a dump to go on with")

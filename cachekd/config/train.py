@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
+from cachekd.config.loading import TeacherLoadOptions
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -32,7 +33,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
-class TrainConfig(DataOptions):
+class TrainConfig(TeacherLoadOptions, DataOptions):
     """Stage two.
 
     Raises:
@@ -44,6 +45,8 @@ class TrainConfig(DataOptions):
     FREE: ClassVar = frozenset({"out", "on_error", "workers", "save_steps", "keep_checkpoints", "stage"}) | {
         "logit_chunk",
         "gradient_checkpointing",
+        "teacher_device_map",
+        "teacher_max_memory",
     }
 
     student: ModelName

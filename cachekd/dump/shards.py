@@ -16,6 +16,7 @@ from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
 from cachekd.data.loader import prefetched, read_encoded
 from cachekd.dump.teacher import Answer, Teacher
 from cachekd.errors import BadSample
+from cachekd.models.placement import output_device
 
 Span = tuple[int, int]
 
@@ -98,7 +99,7 @@ def _answers(
     known: Mapping[str, Answer],
 ) -> Iterator[Answer | BadSample]:
     if _is_known(piece, samples, known):
-        return (known[key].to(teacher.model.device) for key in samples.keys[slice(*piece)])
+        return (known[key].to(output_device(teacher.model)) for key in samples.keys[slice(*piece)])
     return teacher.answers(list(islice(stream, piece[1] - piece[0])), batch_size, known)
 
 

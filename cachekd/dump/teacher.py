@@ -17,6 +17,7 @@ from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
 from cachekd.models.memory import failed_forward, require_embeddings, together_or_each
+from cachekd.models.placement import input_device, output_device
 
 
 class Answer(NamedTuple):
@@ -98,7 +99,7 @@ class Teacher:
             if all(sample.key in known for sample in samples):
                 # On the device of new ones: from one device to another products differ in their last bits.
                 results: list[Answer | BadSample] = [
-                    known[sample.key].to(self.model.device) for sample in samples
+                    known[sample.key].to(output_device(self.model)) for sample in samples
                 ]
             else:
                 results = self.run(samples)
@@ -175,9 +176,9 @@ class Teacher:
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id))
         require_embeddings(self.model, batch.tensors["input_ids"])
-        batch = batch.to(self.model.device)
+        batch = batch.to(input_device(self.model))
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
-        return hidden, logits, batch.token_ids, batch.counts
+        return hidden, logits, batch.token_ids.to(logits.device), batch.counts
 
     def info(self) -> TeacherInfo:
         """What the manifest says of it."""

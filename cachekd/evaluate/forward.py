@@ -25,6 +25,7 @@ from cachekd.models.memory import (
     require_embeddings,
     together_or_each,
 )
+from cachekd.models.placement import input_device
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class QuestionRunner:
     def _forward(self, questions: list[Question]) -> list[Answered]:
         collated = collate([one.encoded for one in questions], self.encoder.pad_token_id)
         require_embeddings(self.model, collated["input_ids"])
-        batch = ModelInputs.of(collated).to(self.model.device)
+        batch = ModelInputs.of(collated).to(input_device(self.model))
         counts = batch.counts
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
         logits = logits[:, : self.vocab_size].float()
@@ -146,7 +147,7 @@ class QuestionRunner:
             instead = "evaluate without --teacher, or with a --cache of these data, dumped with --tail none"
             self.head = output_head(self.model, hidden, logits, self.vocab_size, instead=instead)
         preferred = logits.argmax(-1)
-        right = (preferred == batch.token_ids).split(counts)
+        right = (preferred == batch.token_ids.to(preferred.device)).split(counts)
         agreed, divergence = self._compared(questions, logits, preferred)
         states = hidden.cpu().split(counts) if self.keep_states else [None] * len(questions)
         return [
@@ -164,5 +165,6 @@ class QuestionRunner:
             nothing = torch.zeros(len(logits), device=logits.device, dtype=torch.float64)
             return nothing.bool(), nothing
         targets, theirs = self.reference.joined([one.target for one in questions])
+        targets, theirs = targets.to(logits.device), theirs.to(logits.device)
         divergence = forward_kl_loss(logits[:, : targets.vocab_size], targets, reduction="none")
         return preferred == theirs, divergence.double()

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.cache.tail.sketch import capped
 from cachekd.errors import CachekdError
+from cachekd.models.placement import is_placed, output_device
 from cachekd.models.split import hidden_and_logits_at, in_eval_mode, rounding_tolerance
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class DeferredHead:
             positions: [B, S] bool, some places in it.
         """
         self.module: nn.Module = model.get_output_embeddings()
+        self._device = output_device(model) if is_placed(model) else None
         self.reason: str | None = None
         with in_eval_mode(model), torch.no_grad():
             row = positions.any(-1).int().argmax()[None]
@@ -135,13 +137,13 @@ class DeferredHead:
         return states[-1]
 
     def logits(self, states: Tensor) -> Tensor:
-        """[n, V], the wrapper's logits, from n rows of `states`."""
+        """[n, V], the wrapper's logits, from n rows of `states` and on their device."""
         if self.reason is not None:
             return states
-        return self._applied(states, self.scale, self.softcap)
+        return self._applied(states, self.scale, self.softcap).to(states.device)
 
     def _applied(self, states: Tensor, scale: float, softcap: float | None) -> Tensor:
-        logits = self.module(states)
+        logits = self.module(states if self._device is None else states.to(self._device))
         return capped(logits if scale == 1 else logits * scale, softcap)
 
 

@@ -20,6 +20,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.models.placement import (
+    cannot_lie_there,
+    is_offloaded,
+    placed,
+    quietly,
+    settle,
+    unpacked_as_a_whole,
+)
 from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
 from cachekd.paths import require_path
@@ -35,9 +43,13 @@ class LoadSettings(TypedDict, total=False):
 
     Attributes:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+        device_map: where its layers lie: "auto", or a file; see `cachekd.models.placement`.
+        max_memory: bytes by device ("0", "cpu"), for "auto".
     """
 
     quantization: dict[str, Any] | None
+    device_map: str | None
+    max_memory: dict[str, int] | None
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -148,6 +160,13 @@ def empty_model(config: Any) -> PreTrainedModel:
     return model
 
 
+def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        model: nn.Module = make(copy.deepcopy(config), dtype=dtype)
+    return model
+
+
 def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
 
@@ -208,16 +227,25 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     quantization: dict[str, Any] | None = None,
+    device_map: str | None = None,
+    max_memory: dict[str, int] | None = None,
 ) -> PreTrainedModel:
     settings: dict[str, Any] = {}
     if quantization is not None:
         settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
+    quantised = quantization is not None or hasattr(config, "quantization_config")
+    if device_map is not None and not is_gguf(path):
+        skeleton = _skeleton(model_class, config, dtype)
+        settings |= placed(skeleton, device, device_map, max_memory, quantised=quantised)
     if is_gguf(path):
+        if device_map is not None:
+            raise unpacked_as_a_whole(path)
         return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
     weights_files(path)  # with a message of its own where a folder has none
     try:
-        model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
+        with quietly():
+            model = _from_pretrained(model_class, path, config=config, dtype=dtype, **settings)
     except (OSError, SafetensorError, UnpicklingError, EOFError) as error:
         raise CachekdError(
             "the model's weights cannot be read",
@@ -234,7 +262,14 @@ def _load(
             fix="pip install what is named above"
             + (", or load the model unquantised" if quantization is not None else ""),
         ) from None
-    return (model if quantization is not None else model.to(device)).eval()
+    except ValueError as error:  # of a map that the weights' files or the quantisation do not go with
+        if device_map is None:
+            raise
+        raise cannot_lie_there(path, first_line(error)) from None
+    if is_offloaded(model) and quantised:
+        raise cannot_lie_there(path, "quantised layers off the devices that compute")
+    settle(model)
+    return (model if settings else model.to(device)).eval()
 
 
 def _load_gguf(

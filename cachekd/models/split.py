@@ -29,6 +29,7 @@ from cachekd.models.families import (
     vision_tower,
     vision_tower_name,
 )
+from cachekd.models.placement import input_device, is_dispatched, is_placed, output_device
 
 
 def rounding_tolerance(dtype: torch.dtype) -> float:
@@ -101,7 +102,8 @@ def project(model: PreTrainedModel, vision_output: ModelOutput, inputs: Mapping[
     """
     name = vision_tower_name(model.config)
     inner = copy.copy(model.model)
-    replay = family_of(model.config).replay(getattr(inner, name), cast_output(vision_output, model.dtype))
+    output = cast_output(vision_output, model.dtype, input_device(model) if is_placed(model) else None)
+    replay = family_of(model.config).replay(getattr(inner, name), output)
     # nn.Module.__setattr__ would write into the dictionary that the copy still shares with the model.
     inner.__dict__["_modules"] = {**model.model._modules, name: replay}
     return inner.get_image_features(**image_inputs(model, inputs), return_dict=True)
@@ -118,19 +120,23 @@ def decode(
         positions: [B, S] bool, where logits are wanted.
 
     Returns:
-        [N, V] logits at the N positions, in row-major order.
+        [N, V] logits at the N positions, in row-major order; where the model's head is.
     """
-    text = text_inputs(inputs)
+    text = text_inputs(moved(model, inputs))
     output = model(
-        **text, mm_encoder_outputs={"image": image_features}, logits_to_keep=positions, use_cache=False
+        **text,
+        mm_encoder_outputs={"image": image_features},
+        logits_to_keep=kept(model, positions),
+        use_cache=False,
     )
     return output.logits.flatten(0, -2)
 
 
 def logits_at(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """The whole forward: [N, V] logits at `positions` [B, S] bool; the head runs there and nowhere else."""
-    inputs = with_pixels_cast(model, inputs)
-    return model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
+    """The whole forward: [N, V] logits at `positions` [B, S] bool, where the model's head is; it runs there
+    and nowhere else."""
+    inputs = with_pixels_cast(model, moved(model, inputs))
+    return model(**inputs, logits_to_keep=kept(model, positions), use_cache=False).logits.flatten(0, -2)
 
 
 def hidden_and_logits_at(
@@ -139,7 +145,7 @@ def hidden_and_logits_at(
     """Do as `logits_at` does, and keep the final hidden states (after the last norm) that the head read.
 
     Returns:
-        hidden [N, d] and logits [N, V].
+        hidden [N, d] and logits [N, V], on the device of the model's head.
     """
     states: list[Tensor] = []
     head = model.get_output_embeddings()
@@ -148,13 +154,28 @@ def hidden_and_logits_at(
         logits = logits_at(model, inputs, positions)
     finally:
         handle.remove()
-    return states[-1].flatten(0, -2), logits
+    return states[-1].flatten(0, -2).to(logits.device), logits
+
+
+def moved(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch where the model takes it: a teacher may be on other devices than the student."""
+    if not is_placed(model):
+        return dict(inputs)
+    return {name: value.to(input_device(model)) for name, value in inputs.items()}
+
+
+def kept(model: PreTrainedModel, positions: Tensor) -> Tensor:
+    """The mask of the places where logits are wanted, so that it can index the model's last states."""
+    if is_dispatched(model):
+        return positions.cpu()
+    return positions.to(output_device(model)) if is_placed(model) else positions
 
 
 def image_inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model's `get_image_features` takes."""
     names = inspect.signature(model.model.get_image_features).parameters
-    return {name: value for name, value in with_pixels_cast(model, inputs).items() if name in names}
+    inputs = with_pixels_cast(model, moved(model, inputs))
+    return {name: value for name, value in inputs.items() if name in names}
 
 
 def with_pixels_cast(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,12 +189,13 @@ def text_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in inputs.items() if name not in PIXEL_INPUTS}
 
 
-def cast_output(output: ModelOutput, dtype: torch.dtype) -> ModelOutput:
-    """A shallow copy of an encoder's output with its floating-point tensors in `dtype` (gradients flow)."""
+def cast_output(output: ModelOutput, dtype: torch.dtype, device: torch.device | None = None) -> ModelOutput:
+    """A shallow copy of an encoder's output with its floating-point tensors in `dtype`, and all on `device`
+    where one is given (gradients flow)."""
 
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
         return tuple(cast(item) for item in value) if isinstance(value, tuple | list) else value
 
     return changed(output, **{name: cast(value) for name, value in output.items()})

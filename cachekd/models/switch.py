@@ -50,7 +50,7 @@ class SwitchedTeacher:
             positions: [B, S] bool, where logits are wanted.
 
         Returns:
-            [N, V] logits. Their gradient reaches V_S and nothing else.
+            [N, V] logits, where the teacher's head is. Their gradient reaches V_S and nothing else.
         """
         return decode(self.model, project(self.model, vision_output, inputs), inputs, positions)
 
@@ -80,5 +80,5 @@ class LiveTeacher:
             token_ids: [N] int64, the answer tokens.
         """
         head = self.switch.head(inputs, positions)
-        states = head.states(lambda: logits_at(self.switch.model, inputs, positions))
+        states = head.states(lambda: logits_at(self.switch.model, inputs, positions)).to(positions.device)
         return LiveTargets(token_ids, states, head.logits, self.vocab_size, self.window, self.min_k)

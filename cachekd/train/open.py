@@ -31,7 +31,12 @@ from cachekd.models import (
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
-from cachekd.train.student import check_peft_settings, load_student, recompute_frozen_layers
+from cachekd.train.student import (
+    check_peft_settings,
+    load_student,
+    recompute_frozen_layers,
+    require_at_hand,
+)
 from cachekd.train.terms import LossTerms
 from cachekd.train.trainer import SwitchKDTrainer
 
@@ -215,7 +220,10 @@ def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -
         device=device,
         quantization=config.teacher_quantization,
         tower=config.live_teacher,
+        **config.teacher_load_settings,
     )
+    if not config.gradient_checkpointing:
+        require_at_hand(weights)
     teacher = SwitchedTeacher(weights)
     if config.gradient_checkpointing:
         recompute_frozen_layers(teacher.model)  # after its eval mode, which would end that

@@ -238,7 +238,7 @@ class LossTerms:
                 inputs = batch.teacher
         positions = inputs.positions
         head = teacher.head(inputs.tensors, positions)
-        states = head.states(lambda: teacher.logits(output, inputs.tensors, positions))
+        states = head.states(lambda: teacher.logits(output, inputs.tensors, positions)).to(positions.device)
         states = states if batch.covered is None else states[batch.covered]
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:

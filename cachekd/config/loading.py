@@ -1,0 +1,84 @@
+"""How a model's weights come into memory, besides their dtype: the same in every command that loads one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
+
+from cachekd.config.base import Config
+from cachekd.paths import PathOrName
+
+_BYTES = TypeAdapter(ByteSize)
+
+
+def memory_by_device(text: str) -> dict[str, int]:
+    """Bytes by device, of "0=20GB,cpu=60GB".
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        device, equals, size = (piece.strip() for piece in part.partition("="))
+        try:
+            found[device] = int(_BYTES.validate_python(size))
+        except ValidationError:
+            equals = ""
+        if not device or not equals:
+            raise ValueError("expected DEVICE=SIZE, several with commas, such as 0=20GB,cpu=60GB")
+    return found
+
+
+def _as_text(value: Any) -> Any:
+    """A mapping, as YAML may have it, is the same as its text; which is checked."""
+    text = ",".join(f"{key}={size}" for key, size in value.items()) if isinstance(value, dict) else value
+    if isinstance(text, str):
+        memory_by_device(text)
+    return text
+
+
+MaxMemory = Annotated[
+    str | None,
+    BeforeValidator(_as_text, json_schema_input_type=str | dict[str | int, str | int] | None),
+    Field(
+        description="the most that weights take, by device, for device map auto (which it implies): "
+        "0=20GB,cpu=60GB, where 0 is the first GPU; by default 90 % of what is free"
+    ),
+]
+_MAP = "auto, or a YAML or JSON file of modules and their devices (0, 1, cpu, disk)"
+DeviceMap = PathOrName | None
+
+
+class LoadOptions(Config):
+    """What `cachekd dump` and `cachekd eval` say of loading a model."""
+
+    device_map: DeviceMap = Field(
+        None, description=f"where the model's layers lie, if it does not fit one device: {_MAP}"
+    )
+    max_memory: MaxMemory = None
+
+    @property
+    def load_settings(self) -> Any:
+        """The same as `cachekd.models.loading.LoadSettings`, which imports torch."""
+        return _settings(self.device_map, self.max_memory)
+
+
+class TeacherLoadOptions(Config):
+    """The same of `cachekd train`, for the teacher alone."""
+
+    teacher_device_map: DeviceMap = Field(
+        None, description=f"where the teacher's layers lie, if it does not fit beside the student: {_MAP}"
+    )
+    teacher_max_memory: MaxMemory = None
+
+    @property
+    def teacher_load_settings(self) -> Any:
+        """The same as `cachekd.models.loading.LoadSettings`."""
+        return _settings(self.teacher_device_map, self.teacher_max_memory)
+
+
+def _settings(device_map: str | None, max_memory: str | None) -> dict[str, Any]:
+    if max_memory is None:
+        return {"device_map": device_map}
+    return {"device_map": device_map or "auto", "max_memory": memory_by_device(max_memory)}

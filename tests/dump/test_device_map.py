@@ -1,0 +1,67 @@
+"""A teacher that does not fit: with layers on the disk, dumps and evaluations are those of the whole one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from caches import files_of
+from placements import just_enough, layers_on_disk
+from tiny import evaluated
+
+from cachekd.config import DumpConfig
+from cachekd.dump import dump
+from cachekd.dump import run as dump_run
+from cachekd.evaluate import run as eval_run
+from cachekd.models import load_model
+from cachekd.models.placement import is_offloaded, layers_of
+
+
+@pytest.fixture(scope="module")
+def tight(teacher_path) -> str:
+    """Memory for the teacher with one of its layers."""
+    teacher = load_model(str(teacher_path), dtype=torch.float32, device=torch.device("cpu"))
+    return f"cpu={just_enough(teacher)}B"
+
+
+def test_a_dump_with_layers_on_the_disk_has_the_same_bytes(
+    tmp_path, teacher_path, data_path, tight, monkeypatch
+):
+    teachers, load = [], dump_run.load_teacher
+    monkeypatch.setattr(
+        dump_run, "load_teacher", lambda *a, **k: teachers.append(load(*a, **k)) or teachers[-1]
+    )
+    settings = {"teacher": str(teacher_path), "data": str(data_path), "batch_size": 4, "shard_samples": 4}
+    dump(DumpConfig(**settings, out=tmp_path / "whole"))
+    dump(DumpConfig(**settings, out=tmp_path / "split", device_map="auto", max_memory=tight))
+    whole, split = (teacher.model for teacher in teachers)
+    layers = [is_offloaded(layer) for layer in layers_of(split).values()]
+    assert any(layers)
+    assert not all(layers)
+    assert not is_offloaded(whole)
+    assert files_of(tmp_path / "split") == files_of(tmp_path / "whole")
+
+    # One that was begun with the whole teacher is gone on with, and is the same.
+    half = settings | {"out": tmp_path / "half", "world_size": 2}
+    assert not dump(DumpConfig(**half, rank=0)).finished
+    on_disk = layers_on_disk(tmp_path, whole)
+    assert dump(DumpConfig(**half, rank=1, device_map=on_disk)).finished
+    assert all(is_offloaded(layer) for layer in layers_of(teachers[-1].model).values())
+    assert files_of(tmp_path / "half") == files_of(tmp_path / "whole")
+
+
+def test_an_evaluation_with_layers_on_the_disk_has_the_same_scores(
+    tmp_path, teacher_path, student_path, data_path, tight, monkeypatch
+):
+    runners = []
+
+    class Runner(eval_run.QuestionRunner):
+        def __init__(self, model, *args, **settings):
+            runners.append(is_offloaded(model))
+            super().__init__(model, *args, **settings)
+
+    monkeypatch.setattr(eval_run, "QuestionRunner", Runner)
+    settings = {"models": [student_path], "data": str(data_path), "teacher": str(teacher_path)}
+    expected = evaluated(**settings)
+    found = evaluated(**settings, device_map="auto", max_memory=tight)
+    assert runners == [False, False, True, False]  # the student is smaller, and fits
+    assert found == expected

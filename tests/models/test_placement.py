@@ -1,0 +1,146 @@
+"""A teacher whose layers lie in several places: the same numbers, and what cannot be."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_samples import TALL, WIDE, encoder_of, every_family
+from placements import just_enough, layers_on_disk, map_file
+from tiny_families import build, save
+from torch import Tensor
+
+from cachekd.data import collate
+from cachekd.data.collate import ModelInputs
+from cachekd.errors import CachekdError
+from cachekd.models import SwitchedTeacher, capture_vision, hidden_and_logits_at, load_model
+from cachekd.models.families import vision_tower
+from cachekd.models.placement import is_dispatched, is_offloaded, layers_of
+from cachekd.train.student import recompute_frozen_layers
+
+CPU = torch.device("cpu")
+
+
+def loaded(path: Path, **settings: Any) -> Any:
+    return load_model(str(path), dtype=torch.float32, device=CPU, **settings)
+
+
+def batch_of(family: str) -> ModelInputs:
+    encoder = encoder_of(family)
+    return ModelInputs.of(collate([encoder(WIDE), encoder(TALL)], encoder.pad_token_id))
+
+
+@every_family
+def test_layers_on_the_disk_give_the_same_bits(family, tmp_path):
+    path, batch = save(tmp_path / "teacher", family), batch_of(family)
+    whole = loaded(path)
+    on_disk = layers_on_disk(tmp_path, whole)
+    enough = {"cpu": just_enough(whole)}
+    with torch.inference_mode():
+        expected = hidden_and_logits_at(whole, batch.tensors, batch.positions)
+        for settings in ({"device_map": on_disk}, {"device_map": "auto", "max_memory": enough}):
+            model = loaded(path, **settings)
+            fetched = [name for name, layer in layers_of(model).items() if is_offloaded(layer)]
+            assert fetched or family == "fast_vlm"  # two layers in all: both are kept
+            assert len(fetched) < len(layers_of(model)) or "max_memory" not in settings
+            found = hidden_and_logits_at(model, batch.tensors, batch.positions)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def switched_gradient(teacher: Any, family: str, batch: ModelInputs) -> tuple[Tensor, Tensor]:
+    """Logits of the switched path, by its own head, and their gradient at V_S."""
+    student = build(family, seed=2)
+    with capture_vision(student) as vision:
+        student(**batch.tensors)
+    assert vision.output is not None
+    switch = SwitchedTeacher(teacher)
+    recompute_frozen_layers(switch.model)
+    head = switch.head(batch.tensors, batch.positions)
+    states = head.states(lambda: switch.logits(vision.output, batch.tensors, batch.positions))
+    logits = head.logits(states)
+    logits.square().mean().backward()
+    gradients = [x.grad.flatten() for x in vision_tower(student).parameters() if x.grad is not None]
+    return logits.detach(), torch.cat(gradients)
+
+
+@every_family
+def test_the_switched_path_through_layers_on_the_disk_has_the_same_gradient(family, tmp_path):
+    path, batch = save(tmp_path / "teacher", family, text_width=24, seed=1), batch_of(family)
+    whole = loaded(path, tower=False)
+    on_disk = layers_on_disk(tmp_path, whole)
+    split = loaded(path, tower=False, device_map=on_disk)
+    assert is_offloaded(split)
+    expected, found = (switched_gradient(model, family, batch) for model in (whole, split))
+    assert expected[1].any()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    # Nothing that was fetched stays: of each layer every weight is back on the disk.
+    assert all(weight.is_meta for layer in layers_of(split).values() for weight in layer.parameters())
+
+
+# ---- what is refused
+
+
+def refusal(path: Path, **settings: Any) -> str:
+    with pytest.raises(CachekdError) as caught:
+        loaded(path, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("places", "problem", "named"),
+    [
+        (
+            {"": "cpu", "model.language_modle": "disk"},
+            "names no module",
+            "did you mean model.language_model?",
+        ),
+        ({"": "cpu", "model.language_model.layers.0.mlp": "disk"}, "in one place", "layers.0\n"),
+        ({"model.language_model": "cpu"}, "leaves modules out", "vision_tower"),
+        ({}, "leaves modules out", "every module"),
+        ({"": "disk"}, "only layers", "patch_embedding.weight (the disk)"),
+        ({"": "cpu", "lm_head": "disk"}, "only layers", "1 others: lm_head.weight (the disk)"),
+        ({"": "cpu", "model.language_model.layers.1": 0}, "no such device", "cpu, disk"),
+        ({"": "cuda:1"}, "no such device", "found: 1"),
+        ({"": "elsewhere"}, "no such device", "found: elsewhere"),
+    ],
+)
+def test_a_map_that_cannot_be(tmp_path, teacher_path, places, problem, named):
+    text = refusal(teacher_path, device_map=map_file(tmp_path, places))
+    assert problem in text
+    assert named in text
+    assert "map.yaml" in text
+
+
+def test_a_file_that_is_no_map(tmp_path, teacher_path):
+    assert "cannot be read" in refusal(teacher_path, device_map=str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("- cpu\n")
+    assert "list.yaml" in refusal(teacher_path, device_map=str(tmp_path / "list.yaml"))
+    whole = map_file(tmp_path, {"": "cpu"})
+    assert not is_dispatched(loaded(teacher_path, device_map=whole))
+    assert "leave one of them out" in refusal(teacher_path, device_map=whole, max_memory={"cpu": 10**9})
+
+
+def test_too_little_memory_anywhere(teacher_path):
+    enough = just_enough(loaded(teacher_path))
+    text = refusal(teacher_path, device_map="auto", max_memory={"cpu": enough // 2})
+    assert "too little memory" in text
+    assert f"found: {enough // 2 / 1e6:,.1f} MB" in text
+    assert "no such device" in refusal(teacher_path, device_map="auto", max_memory={"0": 10**9})
+
+
+def test_weights_that_cannot_be_read_layer_by_layer(tmp_path, teacher_path):
+    """Nothing is written to the disk for them."""
+    model = loaded(teacher_path)
+    on_disk = layers_on_disk(tmp_path, model)
+    shutil.copytree(teacher_path, tmp_path / "pickled")
+    (tmp_path / "pickled/model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pickled/pytorch_model.bin")
+    there = sorted(tmp_path.rglob("*"))
+    text = refusal(tmp_path / "pickled", device_map=on_disk)
+    assert "save_pretrained" in text
+    assert sorted(tmp_path.rglob("*")) == there
+    int8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert "quantised" in refusal(teacher_path, device_map=on_disk, quantization=int8)
