@@ -113,7 +113,7 @@ class Interviewer:
     def _runner(self, path: str, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
         files = self.files[path]
-        model = files.load(dtype=self.dtype, device=self.device)
+        model = files.load(dtype=self.dtype, device=self.device, **self.config.load_settings)
         return QuestionRunner(model, files.encoder, batch_size=self.config.batch_size, **settings)
 
     def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:
