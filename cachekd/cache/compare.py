@@ -46,6 +46,7 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
     data = source.data.model_dump(
         exclude={"path", "sha256", "content_sha256", "repeated_keys", "other_files"}
     )
+    found["setting attn_implementation"] = source.attn_implementation
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE, require_manifest
-from cachekd.cache.sealed import LATER, Count, Part, Positive, Sealed, as_tuple, cannot_be_read, read_json
+from cachekd.cache.sealed import Count, Part, Positive, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.cache.source import Source, require_spans
-from cachekd.config.fields import EXACT, KEPT
+from cachekd.config.fields import EXACT, KEPT, LATER
 from cachekd.errors import CachekdError
 
 FORMAT_VERSION = 1

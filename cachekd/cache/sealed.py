@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from cachekd.atomic import read_plain
-from cachekd.config.fields import EXACT
+from cachekd.config.fields import EXACT, LATER
 from cachekd.errors import CachekdError
 
 RESTORE = "fetch it from where the cache came from, or run `cachekd verify --repair`"
@@ -29,7 +29,6 @@ MOST_JSON = 2**25  # bytes; some 50,000 shards
 MOST_FIELDS = 2**8  # of one object
 # In such a file: a shard has some 20, and each takes up to 200 bytes once it is parsed.
 MOST_VALUES = 3 * 2**19
-LATER = "later"  # marks a field, in Annotated, that came after the first caches
 
 
 Count = Annotated[int, Field(ge=0, le=EXACT)]

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, FailFast, Field
 
-from cachekd.cache.sealed import LATER, Count, Part, Positive, as_tuple
-from cachekd.config.fields import TooLong
+from cachekd.cache.sealed import Count, Part, Positive, as_tuple
+from cachekd.config.fields import LATER, TooLong
 
 
 class DataInfo(Part):
@@ -55,6 +55,9 @@ class Source(Part):
     data: DataInfo
     geometry: Geometry | None = Field(None, description="null where samples were added one by one")
     versions: dict[str, str] = Field(description="of the libraries that computed the logits")
+    attn_implementation: Annotated[str | None, LATER] = Field(
+        None, description="the kernels of attention, where they were not transformers' choice"
+    )
 
 
 def require_spans(source: Source, spans: list[tuple[int, int]]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError, field_validator
 
-from cachekd.config.fields import COUNT
+from cachekd.config.fields import COUNT, LATER
 from cachekd.errors import CachekdError, clipped
 
 
@@ -40,10 +40,16 @@ class Config(BaseModel):
         """Return the settings that decide what comes out, as they stand in JSON."""
         return self.model_dump(mode="json", exclude=set(self.FREE))
 
-    @staticmethod
-    def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def later(cls) -> dict[str, Any]:
+        """Return the defaults of the settings marked `LATER`. Earlier versions noted none of them, and did
+        what the default says."""
+        return {name: field.default for name, field in cls.model_fields.items() if LATER in field.metadata}
+
+    @classmethod
+    def comparable(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Reduce what `deciding` returned, now or in an earlier session, to what has to be equal."""
-        return settings
+        return {name: value for name, value in cls.later().items() if name not in cls.FREE} | settings
 
 
 AConfig = TypeVar("AConfig", bound=Config)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from cachekd.paths import PathOrName
 
+LATER = "later"  # marks a field, in Annotated, that came after what earlier versions wrote
 EXACT = 2**53  # what every JSON reader holds exactly
 COUNT = 2**32 - 1  # of whole numbers in settings: numpy's largest seed, and far beyond any count
 KEPT = 2**16 - 1  # logprobs of a token, whose number a shard keeps in 16 bits
@@ -88,6 +89,14 @@ SwitchBridge = Annotated[
     Field(
         description="beyond the paper: a trained linear map, with resampled patches, from the student's "
         "vision encoder to the teacher's projector where their widths or grids differ"
+    ),
+]
+Attention = Annotated[
+    str | None,
+    LATER,
+    Field(
+        description="the kernels of attention, by transformers' name: sdpa, eager, flash_attention_2, ...; "
+        "by default its choice, sdpa where the model can"
     ),
 ]
 Workers = Annotated[int, Field(ge=0, description="processes that read and encode samples; 0: a thread")]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from cachekd.config.base import Config
+from cachekd.config.fields import Attention
 from cachekd.paths import PathOrName
 
 _BYTES = TypeAdapter(ByteSize)
@@ -57,28 +58,34 @@ class LoadOptions(Config):
         None, description=f"where the model's layers lie, if it does not fit one device: {_MAP}"
     )
     max_memory: MaxMemory = None
+    attn_implementation: Attention = None
 
     @property
     def load_settings(self) -> Any:
         """The same as `cachekd.models.loading.LoadSettings`, which imports torch."""
-        return _settings(self.device_map, self.max_memory)
+        return _settings(self.device_map, self.max_memory, self.attn_implementation)
 
 
-class TeacherLoadOptions(Config):
-    """The same of `cachekd train`, for the teacher alone."""
+class TrainLoadOptions(Config):
+    """The same of `cachekd train`: of the teacher, and of the student what it can have too."""
 
     teacher_device_map: DeviceMap = Field(
         None, description=f"where the teacher's layers lie, if it does not fit beside the student: {_MAP}"
     )
     teacher_max_memory: MaxMemory = None
+    teacher_attn_implementation: Attention = None
+    student_attn_implementation: Attention = None
 
     @property
     def teacher_load_settings(self) -> Any:
         """The same as `cachekd.models.loading.LoadSettings`."""
-        return _settings(self.teacher_device_map, self.teacher_max_memory)
+        return _settings(
+            self.teacher_device_map, self.teacher_max_memory, self.teacher_attn_implementation
+        )
 
 
-def _settings(device_map: str | None, max_memory: str | None) -> dict[str, Any]:
+def _settings(device_map: str | None, max_memory: str | None, attention: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"device_map": device_map, "attn_implementation": attention}
     if max_memory is None:
-        return {"device_map": device_map}
-    return {"device_map": device_map or "auto", "max_memory": memory_by_device(max_memory)}
+        return settings
+    return settings | {"device_map": device_map or "auto", "max_memory": memory_by_device(max_memory)}

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
-from cachekd.config.loading import TeacherLoadOptions
+from cachekd.config.loading import TrainLoadOptions
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -33,7 +33,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
-class TrainConfig(TeacherLoadOptions, DataOptions):
+class TrainConfig(TrainLoadOptions, DataOptions):
     """Stage two.
 
     Raises:
@@ -239,13 +239,14 @@ class TrainConfig(TeacherLoadOptions, DataOptions):
         of_the_run = {"cache": self.eval_cache, "binding": None}
         return type(self)(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
 
-    @staticmethod
-    def comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    @classmethod
+    def comparable(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Replace `batch_size` and `gradient_accumulation` by their product, the samples of an optimizer step
         in each process: a run that ran out of memory may go on with smaller batches.
 
         With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
         """
+        settings = super().comparable(settings)
         sizes = ("batch_size", "gradient_accumulation")
         if settings["training"].get("dataloader_drop_last"):
             return settings

@@ -171,6 +171,7 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         **plan.source.data.model_dump(include=_RECORDED | {"path"}),
         "out": out,
         "dtype": plan.teacher.dtype,
+        "attn_implementation": plan.source.attn_implementation,
         "on_error": "skip" if skips else "stop",
         **codec.model_dump(include={"top_k", "top_p", "tail", "window", "min_k"}),
         **geometry.model_dump(include={"batch_size", "calibration_tokens", "disk_budget"}),
@@ -248,5 +249,10 @@ def _plan(
         teacher=teacher.info(),
         fingerprints=teacher.files.fingerprints,
         codec=codec,
-        source=DumpSource(data=data, geometry=geometry, versions=library_versions()),
+        source=DumpSource(
+            data=data,
+            geometry=geometry,
+            versions=library_versions(),
+            attn_implementation=config.attn_implementation,
+        ),
     )

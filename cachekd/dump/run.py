@@ -172,6 +172,7 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     samples = open_samples(config)
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
+    files.require_attention(config.attn_implementation)
     return samples, load_teacher(files, samples, config.on_error, codec, config.dtype, **config.load_settings)
 
 

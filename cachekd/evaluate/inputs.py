@@ -71,6 +71,8 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
     configs = [model.config for model in models.values()]
+    for model in models.values():
+        model.require_attention(config.attn_implementation)
     limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
     models = {path: model.within(limits) for path, model in models.items()}
     first, *others = models.values()

@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
+from cachekd.models.attention import require_attention
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
 from cachekd.models.placement import (
     cannot_lie_there,
@@ -45,11 +46,13 @@ class LoadSettings(TypedDict, total=False):
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
         device_map: where its layers lie: "auto", or a file; see `cachekd.models.placement`.
         max_memory: bytes by device ("0", "cpu"), for "auto".
+        attn_implementation: see `require_attention`.
     """
 
     quantization: dict[str, Any] | None
     device_map: str | None
     max_memory: dict[str, int] | None
+    attn_implementation: str | None
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -145,10 +148,11 @@ def load_model(
 
     Raises:
         CachekdError: there is no such model, its family is not supported, its checkpoint lacks weights, they
-            cannot be read, or a package is missing.
+            cannot be read, a package is missing; or as `require_attention`.
     """
     config = load_config(path) if config is None else config
-    model_class = _auto_class(config) if tower else _without_tower(config)
+    require_attention(auto_class(config), config, settings.get("attn_implementation"))
+    model_class = auto_class(config) if tower else _without_tower(config)
     model = _load(model_class, path, config, dtype, device, **settings)
     return model if tower else model.requires_grad_(False)
 
@@ -156,7 +160,7 @@ def load_model(
 def empty_model(config: Any) -> PreTrainedModel:
     """The modules of a model without memory or weights ("meta"), from its config alone."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config))
+        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
     return model
 
 
@@ -167,7 +171,8 @@ def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes such a model."""
     return AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
 
 
@@ -229,11 +234,14 @@ def _load(
     quantization: dict[str, Any] | None = None,
     device_map: str | None = None,
     max_memory: dict[str, int] | None = None,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     settings: dict[str, Any] = {}
     if quantization is not None:
         settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     quantised = quantization is not None or hasattr(config, "quantization_config")
     if device_map is not None and not is_gguf(path):
         skeleton = _skeleton(model_class, config, dtype)

@@ -14,6 +14,7 @@ from cachekd.cache import Fingerprints
 from cachekd.data import Limits, SampleEncoder
 from cachekd.data.limits import NO_LIMITS
 from cachekd.data.processor import Processor
+from cachekd.models.attention import require_attention
 from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.fingerprint import (
     config_fingerprint,
@@ -23,7 +24,7 @@ from cachekd.models.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.models.loading import LoadSettings, load_config, load_model
+from cachekd.models.loading import LoadSettings, auto_class, load_config, load_model
 from cachekd.models.processors import processor_of
 from cachekd.models.weights import hash_files, model_content, weights_files
 
@@ -120,6 +121,10 @@ class ModelFiles:
             encoding=encoding_fingerprint(self.encoder),
             image_reading=image_reading(self.processor),
         )
+
+    def require_attention(self, implementation: str | None) -> None:
+        """See `cachekd.models.attention.require_attention`."""
+        require_attention(auto_class(self.config), self.config, implementation)
 
     def load(
         self,

@@ -30,7 +30,7 @@ from cachekd.paths import RUN_FILE, is_address
 from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.held_out import require_same_teacher
-from cachekd.train.open import checked_arguments, require_steps, teacher_rows
+from cachekd.train.open import check_attention, checked_arguments, require_steps, teacher_rows
 
 
 def check_steps(steps: list[PlannedStep]) -> None:
@@ -79,7 +79,9 @@ class _ToBeMade:
 
 def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
     codec_of(config)
-    require_vocabulary(config, made.model(config.teacher))
+    teacher = made.model(config.teacher)
+    require_vocabulary(config, teacher)
+    teacher.require_attention(config.attn_implementation)
 
 
 def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
@@ -88,6 +90,7 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
         Binding.read(config.binding)
     teacher = made.model(str(config.teacher)) if config.runs_teacher else None
     models, samples = RunModels(made.model(config.student), teacher), _here(config)
+    check_attention(config, models)
     if samples is not None:
         require_steps(len(samples), arguments)
     cache = _check_cache(config, models, samples, made)

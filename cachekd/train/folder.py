@@ -67,12 +67,13 @@ class RunFolder:
         if self._is_new:
             require_new_folder(self.path, "run")
             return
-        self._earlier = _read(started, {*self.settings, INPUTS, PROCESSES})
+        noted_by_all = self.settings.keys() - TrainConfig.later().keys()
+        self._earlier = _read(started, {*noted_by_all, INPUTS, PROCESSES})
         self._require_same_settings(self._earlier, started)
         checkpoint = self.last_checkpoint()
         if checkpoint is not None:
             noted = checkpoint / SETTINGS_FILE
-            self._require_same_settings(_read(noted, self.settings), noted)
+            self._require_same_settings(_read(noted, noted_by_all), noted)
         if checkpoint is None and (saved := saved_models(self.path)):
             raise CachekdError(
                 "the run is trained, but it was not finished, and there is no checkpoint to finish it from",

@@ -84,6 +84,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     cache, student, missing = checked = checked_cache(config, models, samples)
     models, samples = models._replace(student=student), checked.used(samples)
     require_steps(len(samples), arguments)
+    check_attention(config, models)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
         require(teacher_rows(config, student, models.teacher, samples, cache))
@@ -100,6 +101,18 @@ def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainin
     arguments = SwitchKDTrainingArguments.of(config, checkpoints)
     check_peft_settings(config)
     return arguments
+
+
+def check_attention(config: TrainConfig, models: RunModels) -> None:
+    """Refuse what `attn_implementation` cannot be of a model.
+
+    Raises:
+        CachekdError: the setting is named.
+    """
+    for whose, files in models._asdict().items():
+        if files is not None:
+            with about(setting := f"{whose}_attn_implementation"):
+                files.require_attention(getattr(config, setting))
 
 
 def require_steps(samples: int, arguments: SwitchKDTrainingArguments) -> None:

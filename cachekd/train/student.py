@@ -77,7 +77,12 @@ def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
             settings; adapters outside the parts that train.
     """
-    student = files.load(dtype=torch.float32, device=device, quantization=config.student_quantization)
+    student = files.load(
+        dtype=torch.float32,
+        device=device,
+        quantization=config.student_quantization,
+        attn_implementation=config.student_attn_implementation,
+    )
     if config.lora is None:
         train_only(student, config.trainable)
         return student

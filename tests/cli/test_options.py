@@ -195,6 +195,8 @@ VALUES: dict[str, Any] = {
     "top_p": 0.5,
     "rank": 0,
     "dtype": "float16",
+    **dict.fromkeys(("attn_implementation", "teacher_attn_implementation"), "eager"),
+    "student_attn_implementation": "sdpa",
     "live_teacher": True,
     "binding": "b.json",
     "missing": "skip",
