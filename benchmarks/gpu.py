@@ -4,12 +4,12 @@
     python benchmarks/gpu.py --size tiny                     # all of it on a CPU, in seconds
 
 SigLIP-so400m, Qwen2.5-3B and 0.5B with random weights, made on the device; 729 picture tokens and 250 of
-text, of which 120 are the answer's. The code is cachekd's own from end to end. What matters most comes first;
-what there is no time for is left out and said so; what fails is noted, and the next one goes on. The JSON file
-is written after every measurement, and beside it the profile of a step.
+text, of which 120 are the answer's. The code is cachekd's own from end to end. What matters most comes first,
+what there is no time for is left out and said so, and what fails is noted, and the next one goes on. The JSON
+file is written after every measurement, and beside it the profile of a step.
 
-A bare forward is the teacher's with its inputs on the device and logits at the answers alone. MFU is the FLOPs
-that are counted (masked attention in whole) over those that the maker promises in dense bfloat16.
+A bare forward is the teacher's with its inputs on the device and logits at the answers alone. MFU: the FLOPs
+that are counted (masked attention in whole), of those that the maker promises in dense bfloat16.
 """
 
 from __future__ import annotations
