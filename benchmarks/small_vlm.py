@@ -110,17 +110,19 @@ class Examples(Dataset):
 
 def lean_trainer(
     student: nn.Module,
-    examples: list[Example],
+    data: Dataset,
     out: Path,
     *,
-    steps: int,
+    batch: int,
     settings: Any = None,
     callbacks: Any = None,
     **ours: Any,
 ) -> SwitchKDTrainer:
-    """cachekd's trainer over the same batch, `steps` times.
+    """cachekd's trainer, without checkpoints and with a log at the end of so many steps.
 
     Args:
+        data: of `Example`, such as `Examples`.
+        batch: samples in one.
         settings: of `SwitchKDTrainingArguments`, beside those here.
         callbacks: the Trainer's.
         ours: of `LossTerms`.
@@ -128,7 +130,7 @@ def lean_trainer(
     arguments = SwitchKDTrainingArguments(
         str(out),
         **{
-            "per_device_train_batch_size": len(examples),
+            "per_device_train_batch_size": batch,
             "num_train_epochs": 1,
             "lr_scheduler_type": "constant",  # as the naive trainer has it
             "save_strategy": "no",
@@ -139,7 +141,6 @@ def lean_trainer(
             **(settings or {}),
         },
     )
-    data = Examples(examples, steps)
     return SwitchKDTrainer(LossTerms(student, **ours), arguments, data, pad_token_id=0, callbacks=callbacks)
 
 

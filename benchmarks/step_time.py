@@ -2,7 +2,6 @@
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --json
-    python benchmarks/step_time.py --device cuda --dtype bfloat16
 
 naive_live is Switch-KD the way anyone would first write it: two whole models, and logits of every position in
 all three paths. live is `--live-teacher`, cached the ordinary way, cached_no_vsd the same without the
@@ -11,7 +10,8 @@ switched path, ce_only without any teacher. All see the same batch; the cached o
 
 A step is forward, backward, clipping, AdamW and, in ours, the Trainer's own work. The figure is the median of
 `--steps` after a first one; in that, FLOPs are counted (`torch.utils.flop_counter`, forward and backward).
-Memory is the GPU's peak; on a CPU the process's peak beyond what it held before the models were loaded.
+Memory is the process's peak beyond what it held before the models were loaded. On a CPU: of a GPU,
+`benchmarks/gpu.py` measures the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,11 +29,14 @@ from typing import Any
 
 import torch
 from apart import apart, resident
+from clock import Clock, Timed
 from rich.console import Console
 from rich.table import Table
 from small_vlm import (
+    CPU,
     MIN_K,
     WINDOW,
+    Examples,
     Naive,
     Text,
     Tower,
@@ -42,8 +44,6 @@ from small_vlm import (
     random_samples,
     save_vlm,
 )
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from cachekd.cache import CachedTargets
@@ -88,13 +88,6 @@ SIZES = {
         student=(Tower(4, 192, heads=3, image=64, patch=8), Text(6, 256, heads=4, inner=2.7)),
         teacher=(Tower(8, 192, heads=3, image=64, patch=8), Text(7, 640, heads=10, inner=2.7)),
     ),
-    "cuda": Sizes(
-        vocab=151_936,
-        batch=8,
-        length=1_024,
-        student=(Tower(12, 768, heads=12, image=384, patch=16), Text(24, 896, heads=14, inner=5.4)),
-        teacher=(Tower(24, 768, heads=12, image=384, patch=16), Text(36, 2_048, heads=16, inner=5.4)),
-    ),
 }
 
 
@@ -103,10 +96,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     """Both models, and what a cache would hold of the batch."""
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    sizes, device = SIZES[options.size], torch.device(options.device)
+    sizes = SIZES[options.size]
     for seed, name in enumerate(("teacher", "student")):
         save_vlm(folder / name, sizes.vocab, *getattr(sizes, name), seed=seed)
-    teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=device)
+    teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=CPU)
     teacher.lm_head.weight *= OPINION
     teacher.save_pretrained(folder / "teacher")
     data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.teacher[0])
@@ -116,11 +109,10 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
             "input_ids": sample.inputs["input_ids"][None],
             "pixel_values": sample.inputs["pixel_values"],
         }
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        positions = predicting_positions(sample.supervised[None]).to(device)
+        positions = predicting_positions(sample.supervised[None])
         hidden, logits = hidden_and_logits_at(teacher, inputs, positions)
         records, normaliser = select_and_normalise(
-            logits, sample.token_ids.to(device), top_k=128, top_p=0.0, window=WINDOW, min_k=MIN_K
+            logits, sample.token_ids, top_k=128, top_p=0.0, window=WINDOW, min_k=MIN_K
         )
         kept.append(records)
         states.append(TailStates(hidden, normaliser))
@@ -133,101 +125,41 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
             vocab_size=sizes.vocab,
             window=WINDOW,
             min_k=MIN_K,
-            sketch=encoder.sketch.to("cpu"),
+            sketch=encoder.sketch,
         )
         for records, some in zip(kept, states, strict=True)
     ]
     torch.save(targets, folder / "targets.pt")
 
 
-class Clock:
-    """Wall and CPU time of each step but the first; of the first, its FLOPs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.flops = device, 0
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-        self._counter: FlopCounterMode | None = None
-        self._at: tuple[float, float] | None = None
-
-    def begin(self) -> None:
-        """Before the first step."""
-        # The CPU's attention kernel is not among those that torch counts.
-        aten = torch.ops.aten
-        forward = aten._scaled_dot_product_flash_attention_for_cpu
-        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        counted = {forward: _attention, backward: _attention_backward}
-        self._counter = FlopCounterMode(display=False, custom_mapping=counted)
-        self._counter.__enter__()
-
-    def before_update(self) -> None:
-        """After the first backward."""
-        if self._counter is not None:
-            self._counter.__exit__(None, None, None)
-            self.flops, self._counter = self._counter.get_total_flops(), None
-
-    def end(self) -> None:
-        """After a step."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter(), time.process_time()
-        if self._at is not None:
-            self.wall.append(now[0] - self._at[0])
-            self.cpu.append(now[1] - self._at[1])
-        self._at = now
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
-class _Callback(TrainerCallback):
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.clock.begin()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.clock.before_update()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.clock.end()
-
-
 def run_ours(name: str, folder: Path, options: argparse.Namespace, clock: Clock) -> float:
     """cachekd's trainer; the mean loss of the steps."""
-    sizes, device = SIZES[options.size], clock.device
-    dtype = getattr(torch, options.dtype)
+    sizes, dtype = SIZES[options.size], getattr(torch, options.dtype)
     teacher = None
     if name in ("live", "cached"):
         files = ModelFiles(folder / "teacher")
-        teacher = SwitchedTeacher(files.load(dtype=dtype, device=device, tower=name == "live"))
+        teacher = SwitchedTeacher(files.load(dtype=dtype, device=CPU, tower=name == "live"))
     data = random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.student[0])
     targets: list[CachedTargets | None] = [None] * len(data)
     if name.startswith("cached"):
         targets = torch.load(folder / "targets.pt", weights_only=False)
-    on_gpu = device.type == "cuda"
     trainer = lean_trainer(
-        load_model(str(folder / "student"), dtype=torch.float32, device=device),
-        [Example(encoded, target) for encoded, target in zip(data, targets, strict=True)],
+        load_model(str(folder / "student"), dtype=torch.float32, device=CPU),
+        Examples(
+            [Example(encoded, target) for encoded, target in zip(data, targets, strict=True)],
+            options.steps + 1,
+        ),
         folder / "out",
-        steps=options.steps + 1,
+        batch=len(data),
         settings={
-            "use_cpu": not on_gpu,
+            "use_cpu": True,
             "bf16": dtype == torch.bfloat16,
             "logging_steps": options.steps + 1,
-            "dataloader_pin_memory": on_gpu,
-            "accelerator_config": {"non_blocking": on_gpu},
         },
         teacher=teacher,
         live=LiveTeacher(teacher, sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None,
         weights={"align": 0.0 if name == "ce_only" else 1.0, "vsd": 1.0 if teacher else 0.0},
-        callbacks=[_Callback(clock)],
+        callbacks=[Timed(clock)],
     )
     with profiled(options.profile):
         trainer.train()
@@ -238,8 +170,8 @@ def run_naive(folder: Path, options: argparse.Namespace, clock: Clock) -> float:
     """The mean loss of the steps, as the Trainer's log has it."""
     sizes, dtype = SIZES[options.size], getattr(torch, options.dtype)
     naive = Naive(
-        load_model(str(folder / "student"), dtype=torch.float32, device=clock.device),
-        load_model(str(folder / "teacher"), dtype=dtype, device=clock.device),
+        load_model(str(folder / "student"), dtype=torch.float32, device=CPU),
+        load_model(str(folder / "teacher"), dtype=dtype, device=CPU),
         random_samples(sizes.batch, sizes.length, sizes.vocab, sizes.student[0]),
         autocast=None if dtype == torch.float32 else dtype,
     )
@@ -273,19 +205,16 @@ def run_variant(name: str, folder: Path, options: argparse.Namespace) -> dict[st
     """In this process."""
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    device = torch.device(options.device)
-    before, clock = resident("VmRSS"), Clock(device)
+    before, clock = resident("VmRSS"), Clock(CPU)
     if name == "naive_live":
         loss = run_naive(folder, options, clock)
     else:
         loss = run_ours(name, folder, options, clock)
-    on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before
     return {
         "name": name,
         "step_ms": 1e3 * statistics.median(clock.wall),
         "cpu_ms": 1e3 * statistics.median(clock.cpu),
-        "peak_mb": peak / 1e6,
+        "peak_mb": (resident("VmHWM") - before) / 1e6,
         "flops": clock.flops,
         "loss": loss,
     }
@@ -295,7 +224,7 @@ def print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None
     """Each beside naive_live, and whether the time is what the arithmetic says."""
     first, by_name = rows[0], {row["name"]: row for row in rows}
     sizes = SIZES[options.size]
-    title = f"{options.device}, {options.dtype}: V = {sizes.vocab:,}, {sizes.batch} x {sizes.length} tokens"
+    title = f"{options.dtype}: V = {sizes.vocab:,}, {sizes.batch} x {sizes.length} tokens"
     table = Table("share of naive_live", "ms a step", "CPU ms", "peak MB", "GFLOP", title=title)
     for row in rows:
         cells = [row["name"]]
@@ -319,16 +248,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--size", choices=list(SIZES), help="by default the device's")
+    parser.add_argument("--size", default="cpu", choices=list(SIZES))
     parser.add_argument("--steps", type=int, default=5, help="timed, after a first one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="which of these")
     parser.add_argument("--profile", action="store_true", help="the operations that take longest, on stderr")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    options.size = options.size or options.device
     with tempfile.TemporaryDirectory() as folder:
         apart(prepare, Path(folder), options)
         rows = []

@@ -26,6 +26,7 @@ from small_vlm import (
     CPU,
     MIN_K,
     WINDOW,
+    Examples,
     Naive,
     Text,
     Tower,
@@ -69,9 +70,9 @@ def lean(variant: str, folder: Path, options: argparse.Namespace) -> float:
     targets = [None] * len(data) if live else torch.load(folder / "targets.pt", weights_only=False)
     trainer = lean_trainer(
         load_model(str(folder / "student"), dtype=torch.float32, device=CPU),
-        [Example(encoded, target) for encoded, target in zip(data, targets, strict=True)],
+        Examples([Example(encoded, target) for encoded, target in zip(data, targets, strict=True)], 2),
         folder / "out",
-        steps=2,
+        batch=len(data),
         settings={"use_cpu": True, CHECKPOINTING: recomputed},
         weights={"align": 1.0, "vsd": 1.0},
         teacher=teacher,

@@ -74,6 +74,47 @@ def test_step_time_prints_its_rows():
     assert rows["cached"]["loss"] == pytest.approx(rows["live"]["loss"], rel=0.2)
 
 
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_everything_where_there_is_no_gpu(tmp_path):
+    """All of it at tiny sizes, so that it works the first time that a GPU is there."""
+    path = tmp_path / "found.json"
+    output_of(BENCHMARKS / "gpu.py", "--size", "tiny", "--workers", "2", "--json", str(path))
+    found = json.loads(path.read_text())
+    measured = found["measured"]
+    steps = ["cached", "naive", "ce", "cached_no_vsd", "live", "recomputed", "half_student"]
+    assert not [name for name, row in measured.items() if "error" in row or "left_out" in row]
+    assert all(measured[name]["ms"] > 0 for name in ("forward", *steps))
+    assert measured["dump"]["samples"] == 64
+    # FLOPs are counted, not timed, so the ways can be compared.
+    flops = {name: measured[name]["tflop"] for name in steps}
+    assert flops["ce"] < 1.01 * flops["cached_no_vsd"] < flops["cached"] < flops["live"] < flops["naive"]
+    assert flops["cached"] < flops["recomputed"] == flops["half_student"]
+    assert "Self CPU" in path.with_suffix(".profile.txt").read_text()
+    assert {row["name"] for row in found["aims"]} >= {"dump / bare forward", "cached without L_VSD / CE"}
+
+
+def test_the_gpu_benchmark_leaves_out_what_there_is_no_time_for_and_goes_on_after_a_failure(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    session = gpu.Session(lab=None, ends=gpu.time.monotonic() + 60, path=tmp_path / "found.json")
+    session.measure("forward", lambda lab: {"tokens_per_s": 90.0}, 1)
+    session.measure("naive", lambda lab: {"ms": 1.0}, 3600)
+    session.measure("live", lambda lab: lab.nothing, 1)
+    session.measure("dump", lambda lab: {"tokens_per_s": 80.0}, 1)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["measured"]) == ["forward", "naive", "live", "dump"]
+    assert "it takes 3600" in found["measured"]["naive"]["left_out"]
+    assert "AttributeError" in found["measured"]["live"]["error"]
+    aim = {"name": "dump / bare forward", "value": 90 / 80, "aim": 1.05, "at_most": True, "met": False}
+    assert found["aims"] == [aim]
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == list(found["measured"])
+    assert "AttributeError" in said.err
+
+
 def test_methods_of_the_seeds_benchmark_are_settings(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from demo_seeds import EXAMPLE, METHODS
