@@ -79,9 +79,7 @@ class TrainLoadOptions(Config):
     @property
     def teacher_load_settings(self) -> Any:
         """The same as `cachekd.models.loading.LoadSettings`."""
-        return _settings(
-            self.teacher_device_map, self.teacher_max_memory, self.teacher_attn_implementation
-        )
+        return _settings(self.teacher_device_map, self.teacher_max_memory, self.teacher_attn_implementation)
 
 
 def _settings(device_map: str | None, max_memory: str | None, attention: str | None) -> dict[str, Any]:
