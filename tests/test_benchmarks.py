@@ -137,6 +137,16 @@ def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
 
 
 @pytest.mark.slow
+def test_memory_by_part_is_what_a_step_takes():
+    """Reckoned from the configurations alone, within a tenth of the peak that was measured."""
+    kept, recomputed = json.loads(output_of(BENCHMARKS / "memory_by_part.py", "--json"))
+    for row in (kept, recomputed):
+        assert row["peak"] == pytest.approx(row["measured"], rel=0.1)
+        assert row["optimizer"] == 2 * row["gradients"] == 2 * row["weights"]
+    assert recomputed["activations"] + recomputed["switched"] < 0.2 * (kept["activations"] + kept["switched"])
+
+
+@pytest.mark.slow
 def test_a_mix_as_people_have_it_runs_from_check_to_eval_and_is_counted_rightly():
     """Ids that come again, broken pictures, too long samples, turns that are not supervised, text alone."""
     sizes = ["--records", "400", "--test", "60", "--epochs", "0.2"]

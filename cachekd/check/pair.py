@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from cachekd.check.data_rows import (
     lengths_of,
     pixels_row,
 )
+from cachekd.check.memory import StepMemory, step_memory
 from cachekd.check.rows import (
     Row,
     cache_rows,
@@ -31,7 +33,7 @@ from cachekd.check.rows import (
     template_row,
     vocabulary_row,
 )
-from cachekd.config import CheckConfig, DataOptions
+from cachekd.config import CheckConfig, DataOptions, TrainConfig
 from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
@@ -91,7 +93,7 @@ _BYTES_TRAINED = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters by part, and bytes in training; activations and logits come on top.
+    """Parameters by part, and bytes in training; activations and logits come on top (`step_memory`).
 
     Attributes:
         teacher, student: part to number of parameters.
@@ -130,6 +132,40 @@ def parameters_of(config: Any) -> dict[StudentPart, int]:
     }
 
 
+@dataclass(frozen=True)
+class StepSizes:
+    """A training step's memory, and of which step.
+
+    Attributes:
+        batch_size: samples, the default's number.
+        tokens: of each, those of the longest sample that was looked at.
+        half: the dtype of autocast and teacher; None: float32.
+        kept, recomputed: without and with gradient checkpointing.
+    """
+
+    batch_size: int
+    tokens: int
+    half: str | None
+    kept: StepMemory
+    recomputed: StepMemory
+
+
+def step_sizes(teacher: ModelFiles, student: ModelFiles, samples: Sequence[Encoded]) -> StepSizes | None:
+    """Reckon a step of the default batch size on this machine; see `step_memory`.
+
+    Args:
+        samples: as the student reads them; the longest counts.
+    """
+    longest, batch_size = max(samples, key=len), TrainConfig.model_fields["batch_size"].default
+    dtype = default_dtype(default_device())
+    half = None if dtype == torch.float32 else dtype
+    found = step_memory(student.config, teacher.config, longest, batch_size=batch_size, half=half)
+    if not found:
+        return None
+    name = None if half is None else str(half).removeprefix("torch.")
+    return StepSizes(batch_size, len(longest), name, found[False], found[True])
+
+
 _SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much
 
@@ -140,6 +176,7 @@ class PairReport:
 
     Attributes:
         data: how many samples there are, with and without images.
+        step: what a training step would hold; None where that cannot be reckoned for the student's family.
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
@@ -149,6 +186,7 @@ class PairReport:
     sizes: Sizes
     data: Counts
     lengths: Lengths | None = None
+    step: StepSizes | None = None
     previews: list[tuple[str, list[Run]]] = field(default_factory=list)
 
     @property
@@ -198,7 +236,8 @@ def check_pair(config: CheckConfig) -> PairReport:
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    return PairReport(rows, sizes, counts, lengths, shown)
+    step = step_sizes(theirs, ours, [encoded for _, encoded in pairs])
+    return PairReport(rows, sizes, counts, lengths, step, shown)
 
 
 def _is_costly(data: DataOptions) -> bool:

@@ -21,12 +21,23 @@ from cachekd_cli.console import (
 from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
-    from cachekd.check import PairReport, Run, Sizes
+    from cachekd.check import PairReport, Run, Sizes, StepSizes
 
 
 _STATES = {"ok": "green", "note": "yellow", "refused": "bold red"}
 _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
+
+_STEP = {
+    "weights": "the student's weights",
+    "teacher": "the teacher's, frozen",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "activations of the student",
+    "switched": "activations of the switched path",
+    "logits": "a chunk of logits",
+    "peak": "at the most at a time",
+}
 
 
 @takes(CheckConfig)
@@ -59,6 +70,8 @@ def print_report(report: PairReport) -> None:
         Text("image", style=_COLOURS["image"]),
     )
     console.print(sizes_table(report.sizes))
+    if report.step is not None:
+        console.print(step_table(report.step))
     rows = ((row.name, Text(row.state, _STATES[row.state]), row.text, row.fix or "") for row in report.rows)
     columns = ("", "", "found", "what to do")
     console.print(table("teacher, student and data", columns, rows, texts=len(columns)))
@@ -85,3 +98,14 @@ def sizes_table(sizes: Sizes) -> object:
     memory = (sizes.teacher_bytes, sizes.student_bytes)
     rows.append(("memory, without activations", *(f"{size / 1e9:,.2f} GB" for size in memory)))
     return table("parameters (the teacher's vision encoder is not loaded)", ("", "teacher", "student"), rows)
+
+
+def step_table(step: StepSizes) -> object:
+    """A table of a training step's memory by part."""
+    rows = [
+        (title, *(f"{getattr(memory, part) / 1e9:,.2f} GB" for memory in (step.kept, step.recomputed)))
+        for part, title in _STEP.items()
+    ]
+    dtype = f"in {step.half}" if step.half else "in float32"
+    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {dtype}: reckoned"
+    return table(title, ("", "", "--gradient-checkpointing"), rows)

@@ -1,0 +1,124 @@
+"""A step's memory as `cachekd check` reckons it from the configurations, beside what a step really takes.
+
+    python benchmarks/memory_by_part.py
+    python benchmarks/memory_by_part.py --json
+
+Two LLaVAs of some 20 and 30 million weights, float32, on a CPU; each run in a process of its own. What counts
+is the peak beyond what the process held when training began, but for the weights. glibc is told to give back
+what is freed: by itself it keeps blocks of up to 32 MB, here some 300 MB of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from apart import apart, resident
+from rich.console import Console
+from rich.table import Table
+from small_vlm import CPU, Examples, Text, Tower, lean_trainer, random_samples, save_vlm
+from train_memory import cached_targets
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from cachekd.check.memory import StepMemory, step_memory
+from cachekd.models import ModelFiles, SwitchedTeacher, load_config, load_model
+from cachekd.models.device import reset_peak
+from cachekd.train.arguments import CHECKPOINTING
+from cachekd.train.batch import Example
+from cachekd.train.student import recompute_frozen_layers
+
+VOCAB, BATCH, LENGTH = 4096, 4, 192
+TOWER = Tower(layers=4, width=256, image=64)
+TEACHER, STUDENT = Text(layers=8, width=512, heads=4), Text(layers=6, width=384, heads=4)
+_M_MMAP_THRESHOLD, _M_MMAP_MAX = -3, -4
+
+
+class _Began(TrainerCallback):
+    """Notes what there is when training begins."""
+
+    resident = 0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        reset_peak()
+        self.resident = resident("VmRSS")
+
+
+def prepare(folder: Path) -> None:
+    """Both models, and what a cache would hold."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    for seed, (name, text) in enumerate((("teacher", TEACHER), ("student", STUDENT))):
+        save_vlm(folder / name, VOCAB, TOWER, text, seed=seed)
+    teacher = load_model(str(folder / "teacher"), dtype=torch.float32, device=CPU)
+    targets = [cached_targets(teacher, sample) for sample in random_samples(BATCH, LENGTH, VOCAB, TOWER)]
+    torch.save(targets, folder / "targets.pt")
+
+
+def reckoned(folder: Path) -> dict[bool, StepMemory]:
+    """Without any weights."""
+    [sample] = random_samples(1, LENGTH, VOCAB, TOWER)
+    student, teacher = (load_config(str(folder / name)) for name in ("student", "teacher"))
+    return step_memory(student, teacher, sample, batch_size=BATCH, half=None)
+
+
+def measured(folder: Path, recomputed: bool) -> int:
+    """Bytes of two steps at the peak, beyond what the process held but for the weights."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(_M_MMAP_MAX, 2**20)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    files, began = ModelFiles(folder / "teacher"), _Began()
+    teacher = SwitchedTeacher(files.load(dtype=torch.float32, device=CPU, tower=False))
+    if recomputed:
+        recompute_frozen_layers(teacher.model)
+    student = load_model(str(folder / "student"), dtype=torch.float32, device=CPU)
+    targets = torch.load(folder / "targets.pt", weights_only=False)
+    data = random_samples(BATCH, LENGTH, VOCAB, TOWER)
+    trainer = lean_trainer(
+        student,
+        Examples([Example(encoded, target) for encoded, target in zip(data, targets, strict=True)], 2),
+        folder / "out",
+        batch=BATCH,
+        settings={"use_cpu": True, CHECKPOINTING: recomputed},
+        callbacks=[began],
+        weights={"align": 1.0, "vsd": 1.0},
+        teacher=teacher,
+    )
+    trainer.train()
+    weights = sum(p.nbytes for model in (student, teacher.model) for p in model.parameters())
+    return resident("VmHWM") - began.resident + weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        apart(prepare, folder)
+        rows = [
+            {"recomputed": how, "measured": apart(measured, folder, how), **asdict(parts)}
+            for how, parts in apart(reckoned, folder).items()
+        ]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    table = Table("MB", "layers kept", "layers recomputed")
+    for part in rows[0]:
+        if part != "recomputed":
+            table.add_row(part, *(f"{row[part] / 1e6:,.1f}" for row in rows))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
