@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from cachekd.config.base import Config
-from cachekd.config.fields import Attention
+from cachekd.config.fields import LATER, Attention
 from cachekd.paths import PathOrName
 
 _BYTES = TypeAdapter(ByteSize)
@@ -73,6 +73,11 @@ class TrainLoadOptions(Config):
         None, description=f"where the teacher's layers lie, if it does not fit beside the student: {_MAP}"
     )
     teacher_max_memory: MaxMemory = None
+    student_dtype: Annotated[Literal["float32", "bfloat16"], LATER] = Field(
+        "float32",
+        description="of the student's weights and gradients; bfloat16 takes half of the memory, and each "
+        "step is rounded at random, so that small ones are not lost. Adapters are in float32 in any case",
+    )
     teacher_attn_implementation: Attention = None
     student_attn_implementation: Attention = None
 

@@ -31,6 +31,7 @@ from cachekd.models import (
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
+from cachekd.train.rounding import check_rounding
 from cachekd.train.student import (
     check_peft_settings,
     load_student,
@@ -100,6 +101,8 @@ def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainin
     """
     arguments = SwitchKDTrainingArguments.of(config, checkpoints)
     check_peft_settings(config)
+    if config.student_dtype == "bfloat16":
+        check_rounding(config, arguments)
     return arguments
 
 

@@ -70,15 +70,15 @@ def require_at_hand(teacher: PreTrainedModel) -> None:
 
 
 def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -> nn.Module:
-    """The student in float32, or quantised; inside peft's wrapper if it trains adapters. What is not to be
-    trained requires no gradient, and so is in no optimizer.
+    """The student in `student_dtype`, or quantised; inside peft's wrapper if it trains adapters. What is not
+    to be trained requires no gradient, and so is in no optimizer.
 
     Raises:
         CachekdError: quantised weights without adapters to train, peft is not installed, or it refuses the
             settings; adapters outside the parts that train.
     """
     student = files.load(
-        dtype=torch.float32,
+        dtype=getattr(torch, config.student_dtype),
         device=device,
         quantization=config.student_quantization,
         attn_implementation=config.student_attn_implementation,
@@ -204,6 +204,8 @@ def _knobs(config: TrainConfig) -> list[str]:
         knobs.append("teacher_quantization: {load_in_4bit: true} in the YAML")
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
+    if config.student_dtype == "float32":
+        knobs.append("--student-dtype bfloat16")
     if config.lora is None:
         knobs.append(
             "training: {optim: adamw_8bit} (with bitsandbytes) or lora: {r: 16, target_modules: all-linear} "

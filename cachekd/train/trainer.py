@@ -27,6 +27,7 @@ from cachekd.train.data import Feed
 from cachekd.train.held_out import Validation
 from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.train.order import ReadsOn, order_of
+from cachekd.train.rounding import rounds_at_random
 from cachekd.train.terms import BatchTerms, LossTerms, TermSums
 
 
@@ -34,9 +35,8 @@ class SwitchKDTrainer(Trainer):
     """A Trainer whose loss is L_CE + lambda_align L_Align + lambda_vsd L_VSD (Switch-KD, section 3): the
     weighted sum of the terms in `cachekd.losses.terms.TERMS`.
 
-    Each term is a sum over answer tokens, divided by the number of answer tokens of a whole optimizer step,
-    over all its accumulated batches and all processes. So neither accumulation nor batch size nor the number
-    of processes changes the gradient.
+    Each term is a sum over answer tokens, divided by the answer tokens of a whole optimizer step: neither
+    accumulation nor batch size nor the number of processes changes the gradient.
 
     Args:
         terms: of the student to train.
@@ -171,11 +171,12 @@ class SwitchKDTrainer(Trainer):
         return super().get_batch_samples(batches, num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Make the Trainer's, with the bridge's parameters in it."""
+        """Make the Trainer's, with the bridge's parameters in it; it rounds bfloat16 weights at random."""
         there = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if self.bridge is not None and not there:
             add_to_optimizer(optimizer, self.bridge, self.args.weight_decay)
+        rounds_at_random(optimizer, self.args.seed, lambda: self.state.global_step)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

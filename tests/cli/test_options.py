@@ -197,6 +197,7 @@ VALUES: dict[str, Any] = {
     "dtype": "float16",
     **dict.fromkeys(("attn_implementation", "teacher_attn_implementation"), "eager"),
     "student_attn_implementation": "sdpa",
+    "student_dtype": "bfloat16",
     "live_teacher": True,
     "binding": "b.json",
     "missing": "skip",
