@@ -257,7 +257,8 @@ def _logits(trainer: SwitchKDTrainer, answer_tokens: int) -> int:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    """In memory, where a layer that is fetched for its turn is not."""
+    return 0 if tensor.is_meta else tensor.numel() * tensor.element_size()
 
 
 def _weights(model: nn.Module) -> int:
