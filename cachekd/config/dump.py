@@ -18,10 +18,11 @@ from cachekd.config.fields import (
     Tail,
     Workers,
 )
+from cachekd.config.loading import LoadOptions
 from cachekd.paths import LocalPath
 
 
-class DumpConfig(DataOptions):
+class DumpConfig(LoadOptions, DataOptions):
     """Stage one, `cachekd dump`."""
 
     # As `cachekd.dump.plan.same_plan` has it.

@@ -8,11 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import Dtype, History, Workers
+from cachekd.config.loading import LoadOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName
 
 
-class EvalConfig(DataOptions):
+class EvalConfig(LoadOptions, DataOptions):
     """Exact match, and agreement with the teacher, on held-out data.
 
     Raises:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
+from cachekd.config.loading import TeacherLoadOptions
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -32,7 +33,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
-class TrainConfig(DataOptions):
+class TrainConfig(TeacherLoadOptions, DataOptions):
     """Stage two.
 
     Raises:
@@ -43,6 +44,7 @@ class TrainConfig(DataOptions):
     # These may change between two sessions of one run. (What a stage stands for is in the others.)
     FREE: ClassVar = frozenset({"out", "on_error", "workers", "save_steps", "keep_checkpoints", "stage"}) | {
         "logit_chunk",
+        "teacher_mismatch",
         "gradient_checkpointing",
     }
 
@@ -115,12 +117,6 @@ class TrainConfig(DataOptions):
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute the student's and the teacher's layers in the backward: slower, leaner"
-    )
-    teacher_quantization: dict[str, Any] | None = Field(
-        None, description="for transformers' quantisation configs, such as load_in_4bit: true"
-    )
-    student_quantization: dict[str, Any] | None = Field(
-        None, description="the same for the student; with `lora` this is QLoRA"
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft.LoraConfig's settings, such as r: 16; the student trains adapters only"

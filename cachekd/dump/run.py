@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 from cachekd.atomic import require_room_for
 from cachekd.cache import CodecSettings, Fidelity, TailSetting
@@ -35,6 +36,7 @@ from cachekd.dump.plan import (
 from cachekd.dump.shards import make_shards
 from cachekd.dump.teacher import Teacher
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
+from cachekd.models.loading import LoadSettings
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
@@ -170,7 +172,8 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     samples = open_samples(config)
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
-    return samples, load_teacher(files, samples, config.on_error, codec, config.dtype)
+    teacher = load_teacher(files, samples, config.on_error, codec, dtype=config.dtype, **config.load_settings)
+    return samples, teacher
 
 
 def teacher_files(path: str, options: DataOptions) -> ModelFiles:
@@ -184,20 +187,29 @@ def teacher_files(path: str, options: DataOptions) -> ModelFiles:
 
 
 def load_teacher(
-    files: ModelFiles, samples: Samples, on_error: OnError, codec: CodecSettings, dtype: str
+    files: ModelFiles,
+    samples: Samples,
+    on_error: OnError,
+    codec: CodecSettings,
+    dtype: str,
+    **settings: Unpack[LoadSettings],
 ) -> Teacher:
     """The weights, once a sample could be encoded; and the head, measured on one.
 
     Args:
         on_error: whether a bad sample among the first stops.
         dtype: of torch, or "auto".
+        settings: see `LoadSettings`.
 
     Raises:
-        CachekdError: no such model or processor, or one that does not fit the data.
+        CachekdError: no such model, processor or way to load, or one that does not fit the data.
     """
-    first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
     device = default_device()
-    teacher = Teacher(files, files.load(dtype=dtype_of(dtype, device), device=device), codec)
+    weights_dtype = dtype_of(dtype, device)
+    quantization = files.quantization(settings.get("quantization"), weights_dtype)
+    first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
+    model = files.load(dtype=weights_dtype, device=device, **settings)
+    teacher = Teacher(files, model, codec, quantization=quantization)
     if not TailSetting.parse(codec.tail).sketch:
         return teacher
     measured = first_good(

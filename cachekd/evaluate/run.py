@@ -112,8 +112,10 @@ class Interviewer:
 
     def _runner(self, path: str, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
-        files = self.files[path]
-        model = files.load(dtype=self.dtype, device=self.device)
+        files, loading = self.files[path], self.config.load_settings
+        if path != self.config.teacher:
+            loading = loading | {"quantization": None}  # each other model is asked as it is saved
+        model = files.load(dtype=self.dtype, device=self.device, **loading)
         return QuestionRunner(model, files.encoder, batch_size=self.config.batch_size, **settings)
 
     def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:

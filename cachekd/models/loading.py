@@ -15,11 +15,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.models.quantization import (
+    Setting,
+    in_checkpoint,
+    quantization_config,
+    require_plain,
+    with_gradients,
+)
 from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
 from cachekd.paths import require_path
@@ -34,10 +40,10 @@ class LoadSettings(TypedDict, total=False):
     """How a model's weights come into memory, besides dtype and device; what is not said is as usual.
 
     Attributes:
-        quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+        quantization: a preset, or the settings of a backend: see `quantization_config`.
     """
 
-    quantization: dict[str, Any] | None
+    quantization: Setting | None
 
 
 def keep_statistics(model: nn.Module) -> None:
@@ -184,34 +190,21 @@ def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
     tower.forward = refuse
 
 
-def quantization_config(settings: dict[str, Any]) -> Any:
-    """transformers' config for `{"load_in_4bit": True, ...}` or `{"quant_method": ..., ...}`.
-
-    Raises:
-        CachekdError: no method of transformers' is meant.
-    """
-    try:
-        return AutoQuantizationConfig.from_dict(dict(settings))
-    except (TypeError, ValueError, ImportError) as error:
-        raise CachekdError(
-            "no quantisation of transformers has these settings",
-            where=", ".join(f"{name}: {value}" for name, value in settings.items()),
-            expected="load_in_4bit or load_in_8bit: true (bitsandbytes), or quant_method and its settings",
-            found=str(error),
-        ) from None
-
-
 def _load(
     model_class: Any,
     path: str,
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: dict[str, Any] | None = None,
+    quantization: Setting | None = None,
 ) -> PreTrainedModel:
     settings: dict[str, Any] = {}
+    require_plain(config, quantization)
+    quantised = quantization is not None or in_checkpoint(config) is not None
+    if quantised:  # a quantised model cannot be moved later
+        settings["device_map"] = {"": device}
     if quantization is not None:
-        settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
+        settings["quantization_config"] = quantization_config(quantization, empty_model(config), dtype)
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
     if is_gguf(path):
         return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
@@ -234,11 +227,11 @@ def _load(
             fix="pip install what is named above"
             + (", or load the model unquantised" if quantization is not None else ""),
         ) from None
-    return (model if quantization is not None else model.to(device)).eval()
+    return with_gradients(model if quantised else model.to(device)).eval()
 
 
 def _load_gguf(
-    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: dict[str, Any] | None
+    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: Setting | None
 ) -> PreTrainedModel:
     if quantization is not None:
         raise CachekdError(

@@ -31,7 +31,12 @@ from cachekd.models import (
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
-from cachekd.train.student import check_peft_settings, load_student, recompute_frozen_layers
+from cachekd.train.student import (
+    check_peft_settings,
+    load_student,
+    recompute_frozen_layers,
+    require_adapters,
+)
 from cachekd.train.terms import LossTerms
 from cachekd.train.trainer import SwitchKDTrainer
 
@@ -76,6 +81,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     if config.distils and not config.live_teacher:
         phase("opening the cache")
     models = RunModels.of(config)
+    require_adapters(config, models.student)
     cache, student, missing = checked = checked_cache(config, models, samples)
     models, samples = models._replace(student=student), checked.used(samples)
     require_steps(len(samples), arguments)
@@ -213,8 +219,8 @@ def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -
     weights = files.load(
         dtype=dtype_of(config.dtype, device),
         device=device,
-        quantization=config.teacher_quantization,
         tower=config.live_teacher,
+        **config.teacher_load_settings,
     )
     teacher = SwitchedTeacher(weights)
     if config.gradient_checkpointing:
