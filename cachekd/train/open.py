@@ -13,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
+from cachekd.check.match import check_quantization
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
@@ -87,9 +88,25 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     require_steps(len(samples), arguments)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
+        say_how_it_is_quantised(config, models.teacher, cache, arguments.device)
         require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
     return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
+
+
+def say_how_it_is_quantised(
+    config: TrainConfig, teacher: ModelFiles, cache: LogitCache | None, device: torch.device
+) -> None:
+    """Log it where the teacher that runs is quantised otherwise than the cache's.
+
+    Raises:
+        CachekdError: `check_quantization` refuses that; or the teacher cannot be quantised so.
+    """
+    ours = teacher.quantization(config.teacher_quantization, dtype_of(config.dtype, device))
+    if cache is not None:
+        theirs, accept = cache.manifest.teacher.quantization, config.teacher_mismatch == "accept"
+        if (said := check_quantization(theirs, ours, str(cache.path), accept=accept)) is not None:
+            log.warning("%s", said)
 
 
 def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:
