@@ -32,8 +32,12 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
         ENCODING: prints.encoding,
         **{f"setting {name}": value for name, value in codec.model_dump().items()},
     }
+    if teacher.quantization is not None:
+        found["teacher's quantisation"] = str(teacher.quantization)
     if source is None:
         return found
+    if teacher.quantization is not None:
+        found[f"version of {teacher.quantization.backend}"] = teacher.quantization.version
     # Not of finished caches: images that another version reads otherwise are told by their content hashes.
     found["reading of images"] = prints.image_reading
     if source.geometry is not None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from cachekd.cache.layout import SHARD_FOLDER, SKIPPED_FILE, require_manifest
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.cache.sealed import Count, Part, Positive, Sealed, as_tuple, cannot_be_read, read_json
 from cachekd.cache.source import Source, require_spans
 from cachekd.config.fields import EXACT, KEPT, LATER
@@ -36,6 +37,9 @@ class TeacherInfo(Part):
     vocab_size: int = Field(gt=0, lt=2**31, description="ids 0 to vocab_size - 1 share the probability mass")
     weights_sha256: str = Field(description="over the weight files in order, or hub:commit")
     config_sha256: str = Field(description="over its configuration")
+    quantization: Annotated[QuantizationInfo | None, LATER] = Field(
+        None, description="null: the weights were not quantised"
+    )
 
 
 class Fingerprints(Part):

@@ -109,6 +109,7 @@ def fingerprints(manifest: Manifest) -> Rows:
     return {
         "teacher's weights": manifest.teacher.weights_sha256,
         "teacher's configuration": manifest.teacher.config_sha256,
+        **({} if (quantised := manifest.teacher.quantization) is None else {"quantisation": str(quantised)}),
         **{name.replace("_", " "): str(value) for name, value in manifest.fingerprints if value is not None},
         "manifest": manifest.sha256 or "",
     }

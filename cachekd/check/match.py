@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.compare import require_same
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.check.missing import MissingSamples, missing_samples
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, SampleEncoder, Samples
@@ -156,6 +158,40 @@ def check_teacher(cache: LogitCache, teacher: ModelFiles) -> None:
     # Last: all bytes of the weights may be read for it.
     weights = "teacher's weights"
     require_same({weights: stored.teacher.weights_sha256}, {weights: teacher.weights}, *between)
+
+
+def check_quantization(
+    cached: QuantizationInfo | None, ours: QuantizationInfo | None, where: str, *, accept: bool
+) -> str | None:
+    """Refuse a cache of a quantised teacher, where the teacher that runs has other weights than that: the
+    switched path would be told to be like another model. A plain cache beside a quantised one is no reason.
+
+    Args:
+        cached: of the cache's teacher.
+        ours: of the one that runs.
+        where: the cache.
+        accept: another one than the cache's is no reason to refuse.
+
+    Returns:
+        in what they differ, for the log; None where they do not.
+
+    Raises:
+        CachekdError: they differ, and the cache's is quantised.
+    """
+    if (cached is None and ours is None) or (cached is not None and cached.same_weights(ours)):
+        return None
+    names = [str(one or "not quantised") for one in (cached, ours)]
+    if cached is not None and not accept:
+        setting = cached.setting
+        again = "" if setting is None else f"--teacher-quantization '{json.dumps(setting)}'; or "
+        raise CachekdError(
+            "the cache's teacher was quantised otherwise than the one that runs",
+            where=where,
+            expected=names[0],
+            found=names[1],
+            fix=f"{again}--teacher-mismatch accept, if this is meant",
+        )
+    return f"the cache's teacher was {names[0]}, the one that runs is {names[1]}"
 
 
 def cut_alike(encoded: Encoded, targets: CachedTargets) -> tuple[Encoded, CachedTargets]:

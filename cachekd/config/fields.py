@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from cachekd.paths import PathOrName
@@ -70,11 +71,29 @@ def _each_once(value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
     return tuple(part for part in PARTS if part in value)
 
 
+def _preset_or_mapping(value: Any) -> Any:
+    """A mapping may be a text, as on the command line."""
+    found = value
+    if isinstance(value, str):
+        try:
+            found = yaml.safe_load(value)
+        except yaml.YAMLError:
+            found = None
+    if value is None or value in QUANTIZATIONS or isinstance(found, dict):
+        return found
+    presets = ", ".join(map(repr, QUANTIZATIONS))
+    raise ValueError(f"expected {presets} or a mapping, such as {{load_in_4bit: true}}")
+
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 History = Literal["none", "full"]
 Order = Literal["first", "surprising"]  # of samples to look at
 Parts = Annotated[tuple[StudentPart, ...], BeforeValidator(_split_parts), AfterValidator(_each_once)]
 Tail = Annotated[str, AfterValidator(_is_a_tail)]
+Preset = Literal["4bit", "8bit"]
+QUANTIZATIONS: tuple[Preset, ...] = get_args(Preset)
+# What each preset stands for, and what a mapping may say: `cachekd.models.quantization`.
+Quantization = Annotated[Preset | dict[str, Any] | None, BeforeValidator(_preset_or_mapping)]
 # Settings that several stages have, each said once.
 ModelName = Annotated[PathOrName, Field(description="model folder or hub name")]
 CacheName = Annotated[

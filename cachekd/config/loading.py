@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from cachekd.config.base import Config
-from cachekd.config.fields import LATER, Attention
+from cachekd.config.fields import LATER, Attention, Quantization
 from cachekd.paths import PathOrName
 
 _BYTES = TypeAdapter(ByteSize)
@@ -54,6 +54,11 @@ DeviceMap = PathOrName | None
 class LoadOptions(Config):
     """What `cachekd dump` and `cachekd eval` say of loading a model."""
 
+    quantization: Quantization = Field(
+        None,
+        description="of the teacher's weights while they are loaded, head and vision encoder excepted; or a "
+        "mapping of a backend's own settings, {quant_method: ..., ...}",
+    )
     device_map: DeviceMap = Field(
         None, description=f"where the model's layers lie, if it does not fit one device: {_MAP}"
     )
@@ -63,12 +68,25 @@ class LoadOptions(Config):
     @property
     def load_settings(self) -> Any:
         """The same as `cachekd.models.loading.LoadSettings`, which imports torch."""
-        return _settings(self.device_map, self.max_memory, self.attn_implementation)
+        return _settings(self.quantization, self.device_map, self.max_memory, self.attn_implementation)
 
 
 class TrainLoadOptions(Config):
     """The same of `cachekd train`: of the teacher, and of the student what it can have too."""
 
+    teacher_quantization: Quantization = Field(
+        None,
+        description="of the teacher's weights while they are loaded, head excepted; or a mapping of a "
+        "backend's own settings, {quant_method: ..., ...}",
+    )
+    teacher_mismatch: Literal["error", "accept"] = Field(
+        "error",
+        description="a cache of a quantised teacher, where the teacher that runs is quantised otherwise or "
+        "not at all, is refused or accepted",
+    )
+    student_quantization: Quantization = Field(
+        None, description="the same for the student; with `lora` this is QLoRA"
+    )
     teacher_device_map: DeviceMap = Field(
         None, description=f"where the teacher's layers lie, if it does not fit beside the student: {_MAP}"
     )
@@ -84,11 +102,18 @@ class TrainLoadOptions(Config):
     @property
     def teacher_load_settings(self) -> Any:
         """The same as `cachekd.models.loading.LoadSettings`."""
-        return _settings(self.teacher_device_map, self.teacher_max_memory, self.teacher_attn_implementation)
+        return _settings(
+            self.teacher_quantization,
+            self.teacher_device_map,
+            self.teacher_max_memory,
+            self.teacher_attn_implementation,
+        )
 
 
-def _settings(device_map: str | None, max_memory: str | None, attention: str | None) -> dict[str, Any]:
-    settings: dict[str, Any] = {"device_map": device_map, "attn_implementation": attention}
+def _settings(
+    quantization: Any, device_map: str | None, max_memory: str | None, attention: str | None
+) -> dict[str, Any]:
+    settings = {"quantization": quantization, "device_map": device_map, "attn_implementation": attention}
     if max_memory is None:
         return settings
     return settings | {"device_map": device_map or "auto", "max_memory": memory_by_device(max_memory)}

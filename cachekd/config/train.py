@@ -44,6 +44,7 @@ class TrainConfig(TrainLoadOptions, DataOptions):
     # These may change between two sessions of one run. (What a stage stands for is in the others.)
     FREE: ClassVar = frozenset({"out", "on_error", "workers", "save_steps", "keep_checkpoints", "stage"}) | {
         "logit_chunk",
+        "teacher_mismatch",
         "gradient_checkpointing",
         "teacher_device_map",
         "teacher_max_memory",
@@ -118,12 +119,6 @@ class TrainConfig(TrainLoadOptions, DataOptions):
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute the student's and the teacher's layers in the backward: slower, leaner"
-    )
-    teacher_quantization: dict[str, Any] | None = Field(
-        None, description="for transformers' quantisation configs, such as load_in_4bit: true"
-    )
-    student_quantization: dict[str, Any] | None = Field(
-        None, description="the same for the student; with `lora` this is QLoRA"
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft.LoraConfig's settings, such as r: 16; the student trains adapters only"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable
 from functools import partial
@@ -183,6 +184,8 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         began = (part.split(" ") for part in geometry.budget_for.split(", "))
         said |= {name: None if value == "None" else value for name, value in began}
     words = ["cachekd", "dump"]
+    if (quantised := plan.teacher.quantization) is not None and quantised.setting is not None:
+        said["quantization"] = json.dumps(quantised.setting)
     for name, field in DumpConfig.model_fields.items():
         value = said.get(name)
         if value is None or str(value) == str(field.default):

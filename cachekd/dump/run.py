@@ -173,7 +173,8 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
     files.require_attention(config.attn_implementation)
-    return samples, load_teacher(files, samples, config.on_error, codec, config.dtype, **config.load_settings)
+    teacher = load_teacher(files, samples, config.on_error, codec, dtype=config.dtype, **config.load_settings)
+    return samples, teacher
 
 
 def teacher_files(path: str, options: DataOptions) -> ModelFiles:
@@ -204,9 +205,12 @@ def load_teacher(
     Raises:
         CachekdError: no such model, processor or way to load, or one that does not fit the data.
     """
-    first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
     device = default_device()
-    teacher = Teacher(files, files.load(dtype=dtype_of(dtype, device), device=device, **settings), codec)
+    weights_dtype = dtype_of(dtype, device)
+    quantization = files.quantization(settings.get("quantization"), weights_dtype)
+    first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
+    model = files.load(dtype=weights_dtype, device=device, **settings)
+    teacher = Teacher(files, model, codec, quantization=quantization)
     if not TailSetting.parse(codec.tail).sketch:
         return teacher
     measured = first_good(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.cache.topk import select_and_normalise
 from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.collate import ModelInputs
@@ -50,6 +51,7 @@ class Teacher:
 
     Attributes:
         files: that it was loaded from; their encoder makes its inputs.
+        quantization: how its weights are quantised; None: they are not.
         codec: what is kept.
         head: how its logits follow from its states; None without a tail sketch.
     """
@@ -58,6 +60,7 @@ class Teacher:
     model: PreTrainedModel
     codec: CodecSettings
     head: OutputHead | None = None
+    quantization: QuantizationInfo | None = None
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -106,7 +109,7 @@ class Teacher:
             found |= zip((index for index, _ in batch), results, strict=True)
         return (found[index] for index in range(len(group)))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: quantised tensors (quanto's) do not work in it
     def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
         """One batch; of one that the model cannot run on, sample by sample."""
         return together_or_each(self._run, samples)
@@ -158,7 +161,7 @@ class Teacher:
                 )
         return results
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """Hidden states [N, d], logits [N, V] and ids [N] at the answer tokens, and how many each has.
 
@@ -189,6 +192,7 @@ class Teacher:
             vocab_size=self.vocab_size,
             weights_sha256=self.files.weights,
             config_sha256=self.files.config_sha256,
+            quantization=self.quantization,
         )
 
 

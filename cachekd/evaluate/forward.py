@@ -130,7 +130,7 @@ class QuestionRunner:
             encoded = [one.encoded for one in batch]
             raise failed_forward(error, encoded, self.model.name_or_path, kept=False) from error
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: quantised tensors (quanto's) do not work in it
     def _forward(self, questions: list[Question]) -> list[Answered]:
         collated = collate([one.encoded for one in questions], self.encoder.pad_token_id)
         require_embeddings(self.model, collated["input_ids"])

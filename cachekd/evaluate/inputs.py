@@ -15,7 +15,7 @@ from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import first_good, may_be_left_out
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
-from cachekd.models import ModelFiles, limits_of, tokenizer_difference
+from cachekd.models import ModelFiles, default_device, dtype_of, limits_of, tokenizer_difference
 
 
 class AnswerPrior:
@@ -65,8 +65,14 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
     """Each model's files, by its path; the limits are those of all.
 
     Raises:
-        CachekdError: a model cannot be found, or their tokenizers differ.
+        CachekdError: a model cannot be found, or their tokenizers differ; or there is no teacher to quantise.
     """
+    if config.quantization is not None and config.teacher is None:
+        raise CachekdError(
+            "there is no teacher to quantise: every other model is asked as it is saved",
+            where="setting 'quantization'",
+            fix="--teacher names the model that is to be quantised; it has a row of its own",
+        )
     models = {path: ModelFiles(path) for path in ([config.teacher] if config.teacher else []) + config.models}
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
@@ -75,6 +81,8 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
         model.require_attention(config.attn_implementation)
     limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
     models = {path: model.within(limits) for path, model in models.items()}
+    if config.teacher is not None:
+        models[config.teacher].quantization(config.quantization, dtype_of(config.dtype, default_device()))
     first, *others = models.values()
     for other in others:
         ours, theirs = first.processor.tokenizer, other.processor.tokenizer

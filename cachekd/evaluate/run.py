@@ -27,6 +27,7 @@ from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluate.scores import Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.models.device import free_memory
+from cachekd.models.loading import LoadSettings
 
 Found = dict[str, Answers]  # by a sample's key
 
@@ -100,20 +101,22 @@ class Interviewer:
 
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""
-        return self._run(self._runner(path, reference=reference), path, blind=self.config.blind)
+        as_saved = self.config.load_settings | {"quantization": None}
+        runner = self._runner(path, as_saved, reference=reference)
+        return self._run(runner, path, blind=self.config.blind)
 
     def ask_teacher(self, path: str) -> tuple[Found, KeptStates | None]:
         """The teacher; and what stays of it, if it was asked anything."""
-        runner = self._runner(path, keep_states=True)
+        runner = self._runner(path, self.config.load_settings, keep_states=True)
         found = self._run(runner, path, blind=False)
         if runner.head is None:
             return found, None
         return found, KeptStates(path, runner.head, {key: one.states for key, one in found.items()})
 
-    def _runner(self, path: str, **settings: Any) -> QuestionRunner:
+    def _runner(self, path: str, loading: LoadSettings, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
         files = self.files[path]
-        model = files.load(dtype=self.dtype, device=self.device, **self.config.load_settings)
+        model = files.load(dtype=self.dtype, device=self.device, **loading)
         return QuestionRunner(model, files.encoder, batch_size=self.config.batch_size, **settings)
 
     def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:

@@ -48,7 +48,7 @@ def output_head(
         CachekdError: no scale and cap explain the logits.
     """
     layer = model.get_output_embeddings()
-    weight = layer.weight.detach()[:vocab_size]
+    weight = _matrix(layer, hidden)[:vocab_size]
     bias = None if getattr(layer, "bias", None) is None else layer.bias.detach()[:vocab_size]
     target = logits[:, :vocab_size].float()
 
@@ -149,7 +149,23 @@ class DeferredHead:
 
 def vocabulary_of(model: PreTrainedModel, tokenizer: Any) -> int:
     """Tokens that the tokenizer can name; rows that pad the embedding beyond them mean nothing."""
-    return min(len(tokenizer), model.get_output_embeddings().weight.shape[0])
+    head = model.get_output_embeddings()
+    # A quantised head's weights may be packed, with another number of rows.
+    rows = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]
+    return min(len(tokenizer), rows)
+
+
+def _matrix(head: Any, hidden: Tensor) -> Tensor:
+    """A head's weights, [V, d]; of one whose weights are packed, by what it makes of unit vectors.
+
+    Args:
+        hidden: [N, d], what the head read.
+    """
+    weight = head.weight.detach()
+    if weight.shape[-1] == hidden.shape[-1] and weight.is_floating_point():
+        return weight
+    rows = head(torch.eye(hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)).detach()
+    return (rows if head.bias is None else rows - head.bias.detach()).T.contiguous()
 
 
 def _measured(

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
@@ -28,6 +27,13 @@ from cachekd.models.placement import (
     quietly,
     settle,
     unpacked_as_a_whole,
+)
+from cachekd.models.quantization import (
+    Setting,
+    in_checkpoint,
+    quantization_config,
+    require_plain,
+    with_gradients,
 )
 from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
@@ -43,13 +49,13 @@ class LoadSettings(TypedDict, total=False):
     """How a model's weights come into memory, besides dtype and device; what is not said is as usual.
 
     Attributes:
-        quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
+        quantization: a preset, or the settings of a backend: see `quantization_config`.
         device_map: where its layers lie: "auto", or a file; see `cachekd.models.placement`.
         max_memory: bytes by device ("0", "cpu"), for "auto".
         attn_implementation: see `require_attention`.
     """
 
-    quantization: dict[str, Any] | None
+    quantization: Setting | None
     device_map: str | None
     max_memory: dict[str, int] | None
     attn_implementation: str | None
@@ -157,17 +163,12 @@ def load_model(
     return model if tower else model.requires_grad_(False)
 
 
-def empty_model(config: Any) -> PreTrainedModel:
+def empty_model(config: Any, model_class: Any = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The modules of a model without memory or weights ("meta"), from its config alone."""
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(copy.deepcopy(config))
-    return model
-
-
-def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+    model_class = auto_class(config) if model_class is None else model_class
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
-        model: nn.Module = make(copy.deepcopy(config), dtype=dtype)
+        model: PreTrainedModel = make(copy.deepcopy(config), **({} if dtype is None else {"dtype": dtype}))
     return model
 
 
@@ -208,44 +209,30 @@ def _empty_tower(tower: nn.Module, kept: tuple[str, ...]) -> None:
     tower.forward = refuse
 
 
-def quantization_config(settings: dict[str, Any]) -> Any:
-    """transformers' config for `{"load_in_4bit": True, ...}` or `{"quant_method": ..., ...}`.
-
-    Raises:
-        CachekdError: no method of transformers' is meant.
-    """
-    try:
-        return AutoQuantizationConfig.from_dict(dict(settings))
-    except (TypeError, ValueError, ImportError) as error:
-        raise CachekdError(
-            "no quantisation of transformers has these settings",
-            where=", ".join(f"{name}: {value}" for name, value in settings.items()),
-            expected="load_in_4bit or load_in_8bit: true (bitsandbytes), or quant_method and its settings",
-            found=str(error),
-        ) from None
-
-
 def _load(
     model_class: Any,
     path: str,
     config: Any,
     dtype: torch.dtype,
     device: torch.device,
-    quantization: dict[str, Any] | None = None,
+    quantization: Setting | None = None,
     device_map: str | None = None,
     max_memory: dict[str, int] | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     settings: dict[str, Any] = {}
+    require_plain(config, quantization)
+    quantised = quantization is not None or in_checkpoint(config) is not None
+    if quantised:  # a quantised model cannot be moved later
+        settings["device_map"] = {"": device}
     if quantization is not None:
-        settings = {"quantization_config": quantization_config(quantization), "device_map": {"": device}}
+        settings["quantization_config"] = quantization_config(quantization, empty_model(config), dtype)
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    quantised = quantization is not None or hasattr(config, "quantization_config")
     if device_map is not None and not is_gguf(path):
-        skeleton = _skeleton(model_class, config, dtype)
-        settings |= placed(skeleton, device, device_map, max_memory, quantised=quantised)
+        empty = empty_model(config, model_class, dtype)
+        settings |= placed(empty, device, device_map, max_memory, quantised=quantised)
     if is_gguf(path):
         if device_map is not None:
             raise unpacked_as_a_whole(path)
@@ -277,11 +264,12 @@ def _load(
     if is_offloaded(model) and quantised:
         raise cannot_lie_there(path, "quantised layers off the devices that compute")
     settle(model)
-    return (model if settings else model.to(device)).eval()
+    lies = quantised or device_map is not None
+    return with_gradients(model if lies else model.to(device)).eval()
 
 
 def _load_gguf(
-    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: dict[str, Any] | None
+    model_class: Any, path: str, config: Any, dtype: torch.dtype, quantization: Setting | None
 ) -> PreTrainedModel:
     if quantization is not None:
         raise CachekdError(

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cachekd.cache import Fingerprints
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.data import Limits, SampleEncoder
 from cachekd.data.limits import NO_LIMITS
 from cachekd.data.processor import Processor
@@ -24,8 +25,9 @@ from cachekd.models.fingerprint import (
     template_fingerprint,
     tokenizer_fingerprint,
 )
-from cachekd.models.loading import LoadSettings, auto_class, load_config, load_model
+from cachekd.models.loading import LoadSettings, auto_class, empty_model, load_config, load_model
 from cachekd.models.processors import processor_of
+from cachekd.models.quantization import Setting, describe, in_checkpoint, require_plain
 from cachekd.models.weights import hash_files, model_content, weights_files
 
 
@@ -125,6 +127,18 @@ class ModelFiles:
     def require_attention(self, implementation: str | None) -> None:
         """See `cachekd.models.attention.require_attention`."""
         require_attention(auto_class(self.config), self.config, implementation)
+
+    def quantization(self, setting: Setting | None, dtype: torch.dtype) -> QuantizationInfo | None:
+        """How the weights are quantised once they are loaded so; None: they are not. None is read for it.
+
+        Raises:
+            CachekdError: no such quantisation, its package is not installed, or the checkpoint is quantised
+                already.
+        """
+        require_plain(self.config, setting)
+        if setting is None and in_checkpoint(self.config) is None:
+            return None
+        return describe(setting, self.config, empty_model(self.config), dtype)
 
     def load(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
+from cachekd.check.match import check_quantization
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
@@ -25,7 +26,7 @@ from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache
 from cachekd.evaluate.inputs import open_models
 from cachekd.evaluate.questions import require_single_questions
-from cachekd.models import ModelFiles
+from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.paths import RUN_FILE, is_address
 from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
@@ -82,6 +83,7 @@ def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
     teacher = made.model(config.teacher)
     require_vocabulary(config, teacher)
     teacher.require_attention(config.attn_implementation)
+    teacher.quantization(config.quantization, dtype_of(config.dtype, default_device()))
 
 
 def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
@@ -121,6 +123,7 @@ def _check_cache(
         require(row(teacher, models.student) for row in (vocabulary_row, template_row, encoding_row))
         require_kneedle(config, dump, str(config.cache))
         _require_same_teacher(config, dump, made)
+        _require_same_quantization(config, dump, made)
         if config.binding is None:
             _check_coverage(config, samples, dump)
     elif config.cache is not None and not is_address(config.cache):
@@ -144,6 +147,20 @@ def _require_same_teacher(config: TrainConfig, dump: DumpConfig, made: _ToBeMade
             found=config.teacher,
             fix="name the same teacher in both steps, or in `defaults`",
         )
+
+
+def _require_same_quantization(config: TrainConfig, dump: DumpConfig, made: _ToBeMade) -> None:
+    if not config.switches:
+        return
+    device = default_device()
+    theirs, ours = (
+        made.model(name).quantization(setting, dtype_of(dtype, device))
+        for name, setting, dtype in (
+            (dump.teacher, dump.quantization, dump.dtype),
+            (str(config.teacher), config.teacher_quantization, config.dtype),
+        )
+    )
+    check_quantization(theirs, ours, str(config.cache), accept=config.teacher_mismatch == "accept")
 
 
 def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig) -> None:

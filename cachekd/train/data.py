@@ -137,6 +137,7 @@ class Feed:
 
     def __init__(self, data: Dataset, pad_token_id: int) -> None:
         self._data: Any = data
+        self.pad_token_id = pad_token_id
         self.bad = BadSamples()
         samples = len(cast(Sized, data))
         place, self.first = first_good(samples, self._read)

@@ -255,11 +255,7 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
     """The student as it is used, not as it trains; afterwards everything is as before."""
     optimizer: Any = trainer.optimizer
     schedule_free = callable(getattr(optimizer, "eval", None))  # their weights in use are averages
-    python, numpy = random.getstate(), np.random.get_state()
-    device = trainer.args.device
-    gpus = [] if device.type == "cpu" else [device]
-    forked = torch.random.fork_rng(gpus, device_type=device.type)
-    with in_eval_mode(trainer.model), forked, torch.no_grad():
+    with in_eval_mode(trainer.model), same_randomness(trainer.args.device), torch.no_grad():
         if schedule_free:
             optimizer.eval()
         try:
@@ -267,6 +263,17 @@ def undisturbed(trainer: SwitchKDTrainer) -> Iterator[None]:
         finally:
             if schedule_free:
                 optimizer.train()
+
+
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[None]:
+    """Whatever draws random numbers within, those afterwards are as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    gpus = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(gpus, device_type=device.type):
+        try:
+            yield
+        finally:
             random.setstate(python)
             np.random.set_state(numpy)
 

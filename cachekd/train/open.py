@@ -13,6 +13,7 @@ from transformers import TrainerCallback, set_seed
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
+from cachekd.check.match import check_quantization
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
@@ -36,6 +37,7 @@ from cachekd.train.student import (
     check_peft_settings,
     load_student,
     recompute_frozen_layers,
+    require_adapters,
     require_at_hand,
 )
 from cachekd.train.terms import LossTerms
@@ -82,15 +84,32 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     if config.distils and not config.live_teacher:
         phase("opening the cache")
     models = RunModels.of(config)
+    require_adapters(config, models.student)
     cache, student, missing = checked = checked_cache(config, models, samples)
     models, samples = models._replace(student=student), checked.used(samples)
     require_steps(len(samples), arguments)
     check_attention(config, models)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
+        say_how_it_is_quantised(config, models.teacher, cache, arguments.device)
         require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
     return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
+
+
+def say_how_it_is_quantised(
+    config: TrainConfig, teacher: ModelFiles, cache: LogitCache | None, device: torch.device
+) -> None:
+    """Log it where the teacher that runs is quantised otherwise than the cache's.
+
+    Raises:
+        CachekdError: `check_quantization` refuses that; or the teacher cannot be quantised so.
+    """
+    ours = teacher.quantization(config.teacher_quantization, dtype_of(config.dtype, device))
+    if cache is not None:
+        theirs, accept = cache.manifest.teacher.quantization, config.teacher_mismatch == "accept"
+        if (said := check_quantization(theirs, ours, str(cache.path), accept=accept)) is not None:
+            log.warning("%s", said)
 
 
 def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:
@@ -234,7 +253,6 @@ def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -
     weights = files.load(
         dtype=dtype_of(config.dtype, device),
         device=device,
-        quantization=config.teacher_quantization,
         tower=config.live_teacher,
         **config.teacher_load_settings,
     )

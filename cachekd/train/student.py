@@ -20,9 +20,9 @@ from cachekd.config import TrainConfig
 from cachekd.config.fields import PARTS, StudentPart
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, check_adapters, language_model, modules_outside, train_only
-from cachekd.models.loading import quantization_config
 from cachekd.models.memory import memory_that_ran_out
 from cachekd.models.placement import is_offloaded
+from cachekd.models.quantization import in_checkpoint, quantization_config
 
 
 def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
@@ -98,16 +98,30 @@ def check_peft_settings(config: TrainConfig) -> None:
         CachekdError: quantised weights without adapters to train, peft is not installed, or no such setting.
     """
     if config.student_quantization is not None and config.lora is None:
-        raise CachekdError(
-            "quantised weights cannot be trained",
-            where="setting 'student_quantization'",
-            fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
-        )
+        raise _untrainable("setting 'student_quantization'")
     for settings in (config.student_quantization, config.teacher_quantization):
         if settings is not None:
             quantization_config(settings)
     if config.lora is not None:
         lora_config(config.lora)
+
+
+def require_adapters(config: TrainConfig, files: ModelFiles) -> None:
+    """Refuse a student whose checkpoint is quantised, if no adapters train on it.
+
+    Raises:
+        CachekdError: it is.
+    """
+    if config.lora is None and in_checkpoint(files.config) is not None:
+        raise _untrainable(f"the student's checkpoint, {files.path}")
+
+
+def _untrainable(where: str) -> CachekdError:
+    return CachekdError(
+        "quantised weights cannot be trained",
+        where=where,
+        fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
+    )
 
 
 def lora_config(settings: dict[str, Any]) -> Any:
@@ -201,7 +215,7 @@ def _knobs(config: TrainConfig) -> list[str]:
     if config.live_teacher:
         knobs.append("a cache instead of --live-teacher")
     if config.teacher is not None and config.switches and config.teacher_quantization is None:
-        knobs.append("teacher_quantization: {load_in_4bit: true} in the YAML")
+        knobs.append("--teacher-quantization 4bit")
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
     if config.student_dtype == "float32":

@@ -27,6 +27,7 @@ from cachekd.train.data import Feed
 from cachekd.train.held_out import Validation
 from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.train.order import ReadsOn, order_of
+from cachekd.train.reach import ProveGradients
 from cachekd.train.rounding import rounds_at_random
 from cachekd.train.terms import BatchTerms, LossTerms, TermSums
 
@@ -50,7 +51,7 @@ class SwitchKDTrainer(Trainer):
 
     Raises:
         CachekdError: a term of the switched path is on but V_S is frozen (it would have no gradient), or
-            compiled; a loss or a gradient that is not finite; a bridge under FSDP or DeepSpeed; a full disk.
+            compiled; a gradient that is nowhere, or not finite; a bridge under FSDP or DeepSpeed; no room.
     """
 
     # Losses below are divided by the tokens of the whole accumulated step already.
@@ -78,7 +79,7 @@ class SwitchKDTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=None if validation is None else validation.data,
             data_collator=self.feed.collate,
-            callbacks=[*(callbacks or []), LastStep(), KeepBest()],
+            callbacks=[*(callbacks or []), LastStep(), KeepBest(), ProveGradients(self)],
         )
         self.remove_callback(PrinterCallback)  # a caller's progress bar shows the same
         # Some families declare that they take no loss kwargs; then the token count would not be passed.

@@ -84,7 +84,9 @@ def takes(
             command(**given, **{target.name: read(path, model, said, typed)})
 
         parameters = [*file, *made.values(), *(p for p in own.parameters.values() if p is not target)]
-        parameters.sort(key=lambda p: p.name in DataOptions.model_fields)  # which have a panel of their own
+        inherited = model.model_fields.keys() - inspect.get_annotations(model).keys()
+        # Those of data have a panel of their own; others that models share stand behind a model's own.
+        parameters.sort(key=lambda p: (p.name in DataOptions.model_fields, p.name in inherited))
         with_settings.__signature__ = own.replace(  # type: ignore[attr-defined]
             parameters=[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         )

@@ -145,7 +145,15 @@ def ask_again(
     options = as_dumped(data, opened, bound=binding is not None)
     samples = open_samples(options)
     files, manifest = teacher_files(teacher, options), opened.manifest
-    model = load_teacher(files, samples, "skip", manifest.codec, manifest.teacher.dtype)
+    quantised = manifest.teacher.quantization
+    model = load_teacher(
+        files,
+        samples,
+        "skip",
+        manifest.codec,
+        manifest.teacher.dtype,
+        quantization=None if quantised is None else quantised.setting,
+    )
     with counting_samples("ask again", min(count, len(opened))) as advance:
         return recheck(opened, model, samples, count, seed=seed, progress=advance)
 

@@ -39,7 +39,7 @@ WITH_FILE = {
 }
 ARGUMENTS = {"models", "run"}
 NAMED = {"baselines": "--baseline"}
-IN_FILE_ALONE = {"lora", "training", "teacher_quantization", "student_quantization"}
+IN_FILE_ALONE = {"lora", "training"}
 
 
 def model_of(command: Any) -> type[Config] | None:
@@ -177,6 +177,10 @@ VALUES: dict[str, Any] = {
     "key": "k",
     "image_field": ["x", "y.z"],
     "image_root": "i",
+    "quantization": "4bit",
+    "teacher_quantization": "8bit",
+    "student_quantization": "4bit",
+    "teacher_mismatch": "accept",
     "on_error": "skip",
     "too_long": "cut",
     "models": ["m", "n"],
