@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from cachekd.paths import PathOrName
 
@@ -67,6 +67,14 @@ def _each_once(value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
     if not value or len(set(value)) < len(value):
         raise ValueError(f"name at least one of {', '.join(PARTS)}, each once")
     return tuple(part for part in PARTS if part in value)
+
+
+def require_room_for_each(batch_size: int | None, info: ValidationInfo) -> int | None:
+    """Refuse a batch of more samples than it may have tokens: one of the two would mean nothing."""
+    tokens = info.data.get("batch_tokens")
+    if batch_size is not None and tokens is not None and batch_size > tokens:
+        raise ValueError(f"more than batch_tokens, {tokens:,}, and no sample is empty: leave one of them out")
+    return batch_size
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
