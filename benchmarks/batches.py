@@ -24,7 +24,6 @@ from PIL import Image
 
 from cachekd.config import DumpConfig
 from cachekd.data.loader import read_encoded
-from cachekd.dump.batching import said_limits
 from cachekd.dump.pilot import planned_limits
 from cachekd.dump.plan import estimate_of, new_plan, pilot_of
 from cachekd.dump.run import open_inputs
@@ -70,7 +69,7 @@ def measure(settings: dict[str, Any], threads: int) -> dict[str, float]:
     pilot = pilot_of(config, samples, teacher, None, lambda samples, tokens: None)
     plan = new_plan(config, samples, teacher, pilot, estimate_of(config, samples, teacher, pilot))
     geometry, batches = plan.source.geometry, []
-    limits = said_limits(config) or planned_limits(geometry)
+    limits = planned_limits(geometry)
     for group in (group for span in plan.spans() for group in groups_of(span, geometry)):
         read = read_encoded(samples, teacher.encoder, range(*group), workers=0)
         good = [sample for sample in read if not isinstance(sample, BadSample)]

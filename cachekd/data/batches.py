@@ -40,6 +40,11 @@ class BatchLimits:
         few = self.samples is None or samples <= self.samples
         return few and (self.tokens is None or samples * longest <= self.tokens)
 
+    def filled_by(self, samples: int, tokens: int) -> bool:
+        """Whether a batch, or more, can be made of so many samples with so many tokens in all."""
+        by_number = self.samples is not None and samples >= self.samples
+        return by_number or (self.tokens is not None and tokens >= self.tokens)
+
     def cut(self, lengths: Sequence[int]) -> list[list[int]]:
         """Cut samples, sorted by length, into batches, each as full as it may be.
 
@@ -67,6 +72,11 @@ class BatchLimits:
         """Log it, once, where the longest sample is by itself beyond the tokens of a batch."""
         if self.tokens is not None and longest > self.tokens:
             _say_what_runs_alone(self.tokens)
+
+
+def limits_said(samples: int | None, tokens: int | None) -> BatchLimits | None:
+    """The limits that settings name; None where they leave them to what is measured."""
+    return None if samples is None and tokens is None else BatchLimits(samples, tokens)
 
 
 @cache

@@ -9,7 +9,7 @@ from itertools import islice
 
 from cachekd.config import DumpConfig
 from cachekd.data import Encoded, Samples
-from cachekd.data.batches import BatchLimits, tokens_like
+from cachekd.data.batches import BatchLimits, limits_said, tokens_like
 from cachekd.data.left_out import first_good
 from cachekd.data.loader import read_encoded
 from cachekd.data.spread import spread
@@ -60,13 +60,6 @@ class Look:
         )
 
 
-def said_limits(config: DumpConfig) -> BatchLimits | None:
-    """The limits that the settings name; None where they leave them to the pilot or to the plan."""
-    if config.batch_tokens is None and config.batch_size is None:
-        return None
-    return BatchLimits(config.batch_size, config.batch_tokens)
-
-
 def fitting(config: DumpConfig, look: Look, teacher: Teacher, run: Callable[[BatchLimits], Pilot]) -> Pilot:
     """Run the pilot in batches as they are said. Where they are not, in as large ones as fit the memory.
 
@@ -80,7 +73,7 @@ def fitting(config: DumpConfig, look: Look, teacher: Teacher, run: Callable[[Bat
         OutOfMemory: batches as they are said, or a single sample, do not fit.
     """
     longest = len(look.longest)
-    if (said := said_limits(config)) is not None:
+    if (said := limits_said(config.batch_size, config.batch_tokens)) is not None:
         said.say_what_runs_alone(longest)
         return run(said)
     tokens = tokens_like(LIKE_SAMPLES, longest)

@@ -20,8 +20,8 @@ from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.config.data import OnError
 from cachekd.data import Samples, open_samples
+from cachekd.data.batches import limits_said
 from cachekd.data.left_out import first_good
-from cachekd.dump.batching import said_limits
 from cachekd.dump.estimate import Estimate
 from cachekd.dump.pilot import planned_limits
 from cachekd.dump.plan import (
@@ -141,7 +141,8 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         samples,
         teacher,
         encoder,
-        limits=said_limits(config) or planned_limits(build.plan.source.geometry),
+        limits=limits_said(config.batch_size, config.batch_tokens)
+        or planned_limits(build.plan.source.geometry),
         halves=config.on_oom == "halve",
         workers=config.workers,
         on_error=config.on_error,

@@ -178,6 +178,7 @@ VALUES: dict[str, Any] = {
     "image_field": ["x", "y.z"],
     "image_root": "i",
     "on_error": "skip",
+    "on_oom": "halve",
     "too_long": "cut",
     "models": ["m", "n"],
     "run": "r",
