@@ -64,7 +64,7 @@ class QuestionRunner:
         encoder: the model's.
         reference: the teacher, for the questions that have a target.
         keep_states: for the teacher itself, with whom others are compared.
-        limits: of a batch; None: the padded tokens of LIKE_QUESTIONS times the first group's longest question.
+        limits: of a batch; None: LIKE_QUESTIONS times the tokens of the first group's longest question.
 
     Attributes:
         batches: that questions are run in. They are halved when memory runs out, and stay so.
