@@ -25,10 +25,11 @@ from cachekd.cache import TailSetting
 from cachekd.cache.build import CacheBuild
 from cachekd.config import DumpConfig
 from cachekd.data.loader import read_encoded
+from cachekd.dump.pilot import planned_limits
 from cachekd.dump.plan import estimate_of, new_plan, pilot_of
 from cachekd.dump.run import open_inputs
 from cachekd.dump.shards import groups_of, make_shards
-from cachekd.dump.teacher import batches_of
+from cachekd.errors import BadSample
 
 
 def main(
@@ -72,21 +73,19 @@ def measure(config: DumpConfig) -> dict[str, float | int | list[float]]:
     pilot = pilot_of(config, data, teacher, None, lambda samples, tokens: None)
     started = time.perf_counter()
     build = CacheBuild.start(
-        config.out, new_plan(config, data, teacher, estimate_of(config, data, teacher, pilot))
+        config.out, new_plan(config, data, teacher, pilot, estimate_of(config, data, teacher, pilot))
     )
     encoder = build.encoder(lambda: pilot.fit(teacher)) if TailSetting.parse(config.tail).sketch else None
     fixed = time.perf_counter() - started
     geometry, spans = build.plan.source.geometry, build.plan.spans()
-    assert geometry is not None
+    limits = planned_limits(geometry)
     ratios, bare_seconds, dump_seconds, cpu_ratios = [], 0.0, 0.0, []
     for number, span in enumerate(spans):
-        batches = [
-            [sample for _, sample in batch]
-            for group in groups_of(span, geometry)
-            for batch in batches_of(
-                list(read_encoded(data, teacher.encoder, range(*group), workers=0)), config.batch_size
-            )
-        ]
+        batches = []
+        for group in groups_of(span, geometry):
+            read = read_encoded(data, teacher.encoder, range(*group), workers=0)
+            good = [sample for sample in read if not isinstance(sample, BadSample)]
+            batches += [[good[i] for i in some] for some in limits.cut([len(sample) for sample in good])]
         begun, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             teacher.forward(batch)
@@ -98,7 +97,7 @@ def measure(config: DumpConfig) -> dict[str, float | int | list[float]]:
             data,
             teacher,
             encoder,
-            batch_size=config.batch_size,
+            limits=limits,
             workers=0,
             on_error="stop",
             known={},

@@ -17,6 +17,7 @@ import pytest
 
 # What is large is imported in fixtures: the process that hands out the tests to others runs none.
 if TYPE_CHECKING:
+    from cards import Card
     from hub_server import HubServer
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
@@ -152,6 +153,28 @@ def skipping_cache(tmp_path_factory: pytest.TempPathFactory, teacher_path: Path,
 
     out = tmp_path_factory.mktemp("caches") / "skipping"
     return dump_cache(out, teacher_path, broken_data, on_error="skip")
+
+
+@pytest.fixture(scope="session")
+def unequal_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 samples of 29 to 188 tokens."""
+    from tiny import unequal_members, write_tar
+
+    folder = tmp_path_factory.mktemp("unequal")
+    write_tar(folder / "0.tar", unequal_members(96))
+    return folder
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Card:
+    """The card of all models that are loaded; it has endless memory, until a test says how much."""
+    from cards import Card
+
+    from cachekd.models import model_files
+
+    found = Card()
+    monkeypatch.setattr(model_files, "load_model", found.load)
+    return found
 
 
 @pytest.fixture

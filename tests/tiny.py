@@ -185,6 +185,20 @@ def tar_members(count: int, *, start: int = 0) -> list[tuple[str, bytes]]:
     return members
 
 
+def unequal_members(count: int) -> list[tuple[str, bytes]]:
+    """Answers of 1 to 60 words, 1 to 3 turns."""
+    members = []
+    for index in range(count):
+        turns = []
+        for turn in range(1 + index % 3):
+            question = QUESTIONS[(index + turn) % len(QUESTIONS)]
+            answer = " ".join(["green dog"] * (1 + (index * 7 + turn * 11) % 30))
+            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        members.append((f"u{index:03d}.png", png_bytes(noise_image(index))))
+        members.append((f"u{index:03d}.json", json.dumps({"conversations": turns}).encode()))
+    return members
+
+
 def write_llava_json(folder: Path, count: int) -> Path:
     """A LLaVA-style JSON file with its images."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,9 @@ class ShardInfo(Part):
     cut: Annotated[Count | None, LATER] = Field(
         0, description="samples whose answers lack the end, as they were too long; null: not known"
     )
+    halved: Annotated[Count, LATER] = Field(
+        0, description="times that batches became half as large, as memory ran out while it was made"
+    )
     tokens: Count
     entries: Count = Field(description="logprobs stored")
     bytes: Positive

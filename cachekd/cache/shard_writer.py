@@ -34,6 +34,9 @@ class ShardWriter:
         span: of the data set that it covers; None where samples are added one by one.
         encoder: the tail sketch; None without one.
         head: the teacher's, to compare what is read back with it; None to leave that out.
+
+    Attributes:
+        halved: how often the teacher's batches were halved, as memory ran out.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class ShardWriter:
         head: OutputHead | None = None,
     ) -> None:
         self.build, self.number, self.span, self.tokens = build, number, span, 0
+        self.halved = 0
         self._encoder, self._head = encoder, head
         self._compared = FidelitySample()
         self._uncoded: list[tuple[TokenTargets, TailStates]] = []
@@ -131,6 +135,7 @@ class ShardWriter:
             span=self.span,
             samples=len(shard.keys),
             cut=self._cut,
+            halved=self.halved,
             without_image=None if None in self._images else self._images.count(0),
             tokens=len(targets),
             entries=len(targets.ids),

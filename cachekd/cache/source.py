@@ -43,7 +43,10 @@ class Geometry(Part):
 
     shard_samples: Positive = Field(description="samples of the data set per shard")
     group_samples: Positive = Field(description="samples that were sorted by length together")
-    batch_size: Positive = Field(description="samples per teacher forward")
+    batch_size: Positive = Field(description="samples per teacher forward; with batch_tokens at most so many")
+    batch_tokens: Annotated[Positive | None, LATER] = Field(
+        None, description="padded tokens per teacher forward, at most; null: any number"
+    )
     calibration_tokens: Positive = Field(description="answer tokens that the tail sketch was to be fitted on")
     budget_for: str | None = Field(None, description="the settings that a disk budget began from")
     disk_budget: Count | None = Field(None, description="bytes, from which top_k and tail were chosen")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
@@ -17,6 +17,7 @@ from cachekd.config.fields import (
     ModelName,
     Tail,
     Workers,
+    require_room_for_each,
 )
 from cachekd.config.loading import LoadOptions
 from cachekd.paths import LocalPath
@@ -26,7 +27,10 @@ class DumpConfig(LoadOptions, DataOptions):
     """Stage one, `cachekd dump`."""
 
     # As `cachekd.dump.plan.same_plan` has it.
-    FREE: ClassVar = frozenset({"out", "workers", "rank", "world_size", "on_error", "batch_size"}) | {
+    FREE: ClassVar = frozenset({"out", "workers", "rank", "world_size", "on_error"}) | {
+        "batch_tokens",
+        "batch_size",
+        "on_oom",
         "device_map",
         "max_memory",
     }
@@ -51,11 +55,27 @@ class DumpConfig(LoadOptions, DataOptions):
     shard_samples: int | None = Field(
         None, ge=1, description="samples per shard; by default what holds some 65,000 answer tokens"
     )
-    batch_size: int = Field(16, ge=1, description="samples per teacher forward")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="padded tokens per teacher forward, at most: samples times the longest of them. Without "
+        "this and batch_size: those of the 16 longest samples, halved until they fit the memory",
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="samples per teacher forward, whatever their length; beside batch_tokens, at most",
+    )
+    on_oom: Literal["stop", "halve"] = Field(
+        "stop",
+        description="when memory runs out in the middle: stop, or halve batches for the rest of the shard",
+    )
     workers: Workers = 0
     dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
     rank: int = Field(0, ge=0, description="of this process among those that share the work")
     world_size: int = Field(1, ge=1, description="processes that share the work")
+
+    _batch_fits = field_validator("batch_size")(require_room_for_each)
 
     @field_validator("world_size")
     @classmethod

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
-from cachekd.config.fields import Dtype, History, Workers
+from cachekd.config.fields import Dtype, History, Workers, require_room_for_each
 from cachekd.config.loading import LoadOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName
@@ -20,7 +20,7 @@ class EvalConfig(LoadOptions, DataOptions):
         CachekdError: there are both a teacher and a cache of it.
     """
 
-    FREE: ClassVar = frozenset({"out", "batch_size", "workers", "device_map", "max_memory"})
+    FREE: ClassVar = frozenset({"out", "batch_tokens", "batch_size", "workers", "device_map", "max_memory"})
 
     models: list[PathOrName] = Field(
         min_length=1,
@@ -46,9 +46,19 @@ class EvalConfig(LoadOptions, DataOptions):
         description="the training data, a name or a mapping of data options: adds the row of what "
         "is answered most often there",
     )
-    batch_size: int = Field(32, ge=1, description="questions per forward; halved when memory runs out")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="padded tokens per forward, at most; halved when memory runs out. Without this and "
+        "batch_size: those of the 32 longest questions of the first 256",
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="questions per forward, whatever their length; beside batch_tokens, at most"
+    )
     workers: Workers = 0
     dtype: Dtype = Field("auto", description="the models'; auto: bfloat16 on a GPU, float32 on a CPU")
+
+    _batch_fits = field_validator("batch_size")(require_room_for_each)
 
     @field_validator("models")
     @classmethod

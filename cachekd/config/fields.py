@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from cachekd.paths import PathOrName
 
@@ -83,6 +83,14 @@ def _preset_or_mapping(value: Any) -> Any:
         return found
     presets = ", ".join(map(repr, QUANTIZATIONS))
     raise ValueError(f"expected {presets} or a mapping, such as {{load_in_4bit: true}}")
+
+
+def require_room_for_each(batch_size: int | None, info: ValidationInfo) -> int | None:
+    """Refuse a batch of more samples than it may have tokens: one of the two would mean nothing."""
+    tokens = info.data.get("batch_tokens")
+    if batch_size is not None and tokens is not None and batch_size > tokens:
+        raise ValueError(f"more than batch_tokens, {tokens:,}, and no sample is empty: leave one of them out")
+    return batch_size
 
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from cachekd.config.batches import BatchOptions
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
 from cachekd.config.loading import TrainLoadOptions
@@ -33,7 +34,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
-class TrainConfig(TrainLoadOptions, DataOptions):
+class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
     """Stage two.
 
     Raises:
@@ -94,8 +95,6 @@ class TrainConfig(TrainLoadOptions, DataOptions):
     switch_bridge: SwitchBridge = None
     temperature: float = Field(3.0, gt=0, description="of DBiLD")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    batch_size: int = Field(16, ge=1, description="samples per device and step")
-    gradient_accumulation: int = Field(1, ge=1, description="steps whose gradients are added up")
     learning_rate: float = Field(2e-5, gt=0, description="AdamW's peak, cosine to zero")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
@@ -233,20 +232,6 @@ class TrainConfig(TrainLoadOptions, DataOptions):
         settings |= {name: getattr(data, name) for name in data.model_fields_set}
         of_the_run = {"cache": self.eval_cache, "binding": None}
         return type(self)(**settings | of_the_run | dict.fromkeys(("eval_data", "eval_cache", "eval_steps")))
-
-    @classmethod
-    def comparable(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Replace `batch_size` and `gradient_accumulation` by their product, the samples of an optimizer step
-        in each process: a run that ran out of memory may go on with smaller batches.
-
-        With `dataloader_drop_last` both count: how much of an epoch is dropped depends on the batch.
-        """
-        settings = super().comparable(settings)
-        sizes = ("batch_size", "gradient_accumulation")
-        if settings["training"].get("dataloader_drop_last"):
-            return settings
-        others = {name: value for name, value in settings.items() if name not in sizes}
-        return others | {" x ".join(sizes): settings[sizes[0]] * settings[sizes[1]]}
 
     @property
     def eval_is_taught(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
@@ -12,12 +13,11 @@ from cachekd.cache.shard import make_shard, pack_shard
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.cache.topk import default_top_p
 from cachekd.data.spread import evenly
-from cachekd.dump.pilot import Pilot
+from cachekd.dump.batching import SHARD_TOKENS
+from cachekd.dump.pilot import Pilot, planned_limits
 from cachekd.dump.teacher import Teacher
 from cachekd.errors import CachekdError
 from cachekd.models.device import peak_memory
-
-SHARD_TOKENS = 65_536  # about; some 7 MB at 110 bytes per token
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Estimate:
         tokens_error: one standard error of that.
         bytes_per_token: of the shards.
         shard_bytes, sketch_bytes: on the disk.
+        limits: of a batch, in words.
+        forwards: of the teacher, in all.
         seconds: with this process alone.
         peak_memory: bytes; of the GPU if there is one, else of the process.
     """
@@ -39,6 +41,8 @@ class Estimate:
     bytes_per_token: float
     shard_bytes: int
     sketch_bytes: int
+    limits: str
+    forwards: int
     seconds: float
     peak_memory: int
     codec: CodecSettings
@@ -47,6 +51,11 @@ class Estimate:
     def size(self) -> int:
         """Bytes of the cache."""
         return self.shard_bytes + self.sketch_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Answer tokens, with this process alone."""
+        return self.tokens / max(1e-9, self.seconds)
 
 
 def estimate(
@@ -72,7 +81,9 @@ def estimate(
     tokens = round(usable * float(counts.mean()))
     shard_tokens = SHARD_TOKENS if shard_samples is None else shard_samples * float(counts.mean())
     shard_bytes = _shard_bytes(pilot, codec, encoder, tokens, shard_tokens)
-    run = pilot.run_seconds / len(pilot.answers)
+    # By batches, not by samples: short ones have more samples to a batch.
+    forwards = usable * pilot.batches / len(counts)
+    run = pilot.run_seconds / pilot.batches_run
     read = pilot.read_seconds / (len(counts) + len(pilot.bad)) / max(1, workers)
     return Estimate(
         samples=samples,
@@ -81,7 +92,9 @@ def estimate(
         bytes_per_token=shard_bytes / tokens,
         shard_bytes=round(shard_bytes),
         sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
-        seconds=usable * max(run, read),  # they overlap
+        limits=str(planned_limits(pilot.geometry)),
+        forwards=ceil(forwards),
+        seconds=max(forwards * run, usable * read),  # they overlap
         peak_memory=peak_memory(),
         codec=codec,
     )

@@ -10,10 +10,17 @@ from cachekd.cache import CodecSettings, DumpPlan, Geometry, TailSetting, TailSt
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.cache.tail.fit import fit_sketch
 from cachekd.data import Encoded, Samples
+from cachekd.data.batches import BatchLimits
 from cachekd.data.loader import read_encoded
 from cachekd.data.spread import evenly, spread
-from cachekd.dump.teacher import Answer, Teacher, batches_of
+from cachekd.dump.teacher import Answer, Teacher
 from cachekd.errors import BadSample, CachekdError
+
+
+def planned_limits(geometry: Geometry) -> BatchLimits:
+    """What a batch of a dump that is so cut up may hold."""
+    unbounded = geometry.batch_tokens is not None and geometry.batch_size == geometry.group_samples
+    return BatchLimits(None if unbounded else geometry.batch_size, geometry.batch_tokens)
 
 
 @dataclass
@@ -25,6 +32,8 @@ class Pilot:
         answers: of the samples that were run, by key, in the order of the data set.
         tokens: answer tokens of every sample that was read, run or not.
         bad: samples that could not be used, or are left out.
+        batches: of the samples that were read, run or not.
+        batches_run: of these.
         run_seconds: of the teacher's forward and the selection.
         read_seconds: of reading and encoding samples.
     """
@@ -34,6 +43,8 @@ class Pilot:
     answers: dict[str, Answer] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     bad: list[BadSample] = field(default_factory=list)
+    batches: int = 0
+    batches_run: int = 0
     run_seconds: float = 0.0
     read_seconds: float = 0.0
     _fitted: tuple[CodecSettings, SketchEncoder] | None = None
@@ -55,7 +66,7 @@ class Pilot:
         # Shards of whole groups cut the data set into the same groups, others only if they are as large.
         whole = not any(cut.shard_samples % ours.group_samples for cut in (geometry, ours))
         same = (
-            (geometry.batch_size, geometry.group_samples) == (ours.batch_size, ours.group_samples)
+            (planned_limits(geometry), geometry.group_samples) == (planned_limits(ours), ours.group_samples)
             and (whole or geometry.shard_samples == ours.shard_samples)
             and (codec.top_k, codec.top_p) == (self.codec.top_k, self.codec.top_p)
         )
@@ -88,17 +99,20 @@ def run_pilot(
 
     Raises:
         CachekdError: no sample of the pilot can be used.
+        OutOfMemory: a batch does not fit.
     """
     pilot, found, per_group = Pilot(teacher.codec, geometry), 0, 0
     for turn, number in enumerate(spread(len(groups))):
-        batches = batches_of(_read(pilot, teacher, samples, groups[number]), geometry.batch_size)
+        read = _read(pilot, teacher, samples, groups[number])
+        batches = planned_limits(geometry).cut([len(sample) for sample in read])
+        pilot.batches += len(batches)
         if not batches:
             continue
         if not per_group:
             wanted = tokens / (sum(pilot.tokens) / len(batches))
             per_group = max(1, -int(-wanted // len(groups)))
         for batch in evenly(batches, min(per_group, len(batches)), turn):
-            answered = _run(pilot, teacher, [sample for _, sample in batch])
+            answered = _run(pilot, teacher, [read[place] for place in batch])
             found += answered
             progress(len(batch), answered)
         if found >= tokens:
@@ -112,16 +126,15 @@ def run_pilot(
     return pilot
 
 
-def _read(
-    pilot: Pilot, teacher: Teacher, samples: Samples, group: tuple[int, int]
-) -> list[Encoded | BadSample]:
-    """A group's samples, timed and counted."""
+def _read(pilot: Pilot, teacher: Teacher, samples: Samples, group: tuple[int, int]) -> list[Encoded]:
+    """A group's samples that can be used, timed and counted."""
     started = time.perf_counter()
     read = list(read_encoded(samples, teacher.encoder, range(*group), workers=0))
     pilot.read_seconds += time.perf_counter() - started
     pilot.bad += [sample for sample in read if isinstance(sample, BadSample)]
-    pilot.tokens += [len(sample.token_ids) for sample in read if not isinstance(sample, BadSample)]
-    return read
+    good = [sample for sample in read if not isinstance(sample, BadSample)]
+    pilot.tokens += [len(sample.token_ids) for sample in good]
+    return good
 
 
 def _run(pilot: Pilot, teacher: Teacher, batch: list[Encoded]) -> int:
@@ -129,6 +142,7 @@ def _run(pilot: Pilot, teacher: Teacher, batch: list[Encoded]) -> int:
     started = time.perf_counter()
     answers = teacher.run(batch)
     pilot.run_seconds += time.perf_counter() - started
+    pilot.batches_run += 1
     pilot.bad += [answer for answer in answers if isinstance(answer, BadSample)]
     good = [answer for answer in answers if isinstance(answer, Answer)]
     pilot.answers |= {answer.key: answer.to("cpu") for answer in good}

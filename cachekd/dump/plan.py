@@ -15,18 +15,17 @@ from cachekd.cache.compare import dependencies, require_same
 from cachekd.cache.topk import default_top_p
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples
+from cachekd.data.batches import BatchLimits
 from cachekd.data.images import READING
 from cachekd.data.open import content_hash, keys_hash
-from cachekd.dump.estimate import SHARD_TOKENS, Estimate, estimate, fit_budget
-from cachekd.dump.pilot import Pilot, run_pilot
+from cachekd.dump.batching import SHARD_TOKENS, Look, fitting, samples_per_group
+from cachekd.dump.estimate import Estimate, estimate, fit_budget
+from cachekd.dump.pilot import Pilot, planned_limits, run_pilot
 from cachekd.dump.shards import groups_of
 from cachekd.dump.teacher import Teacher
 from cachekd.errors import CachekdError, LeftOut
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import library_versions, reads_images_otherwise
-
-# Samples are sorted by length within this many batches: enough that padding is rare, few enough for memory.
-BATCHES_PER_SORT = 8
 
 _READING = "reading of images"
 # What the manifest says of how the data were read, under the same names.
@@ -72,20 +71,31 @@ def pilot_of(
     earlier: DumpPlan | None,
     progress: Callable[[int, int], None],
 ) -> Pilot:
-    """Run the pilot of a new dump, or again that of an earlier one."""
-    geometry = earlier.source.geometry if earlier is not None else None
-    if geometry is None:
-        geometry = _geometry(config, config.shard_samples or config.batch_size * BATCHES_PER_SORT)
-    size = geometry.shard_samples
-    shards = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
-    pilot = run_pilot(
-        teacher,
-        samples,
-        [group for shard in shards for group in groups_of(shard, geometry)],
-        geometry,
-        tokens=geometry.calibration_tokens,
-        progress=progress,
-    )
+    """Run the pilot of a new dump, in batches that fit the memory, or again that of an earlier one.
+
+    Raises:
+        OutOfMemory: batches as they are said or planned, or a single sample, do not fit.
+    """
+
+    def run(geometry: Geometry) -> Pilot:
+        size = geometry.shard_samples
+        shards = [(start, min(start + size, len(samples))) for start in range(0, len(samples), size)]
+        return run_pilot(
+            teacher,
+            samples,
+            [group for shard in shards for group in groups_of(shard, geometry)],
+            geometry,
+            tokens=geometry.calibration_tokens,
+            progress=progress,
+        )
+
+    if earlier is not None:
+        pilot = run(earlier.source.geometry)
+    else:
+        look = Look.at(samples, teacher)
+        pilot = fitting(
+            config, look, teacher, lambda limits: run(_first_geometry(config, limits, look, len(samples)))
+        )
     for bad in pilot.bad if config.on_error == "stop" else []:
         if not isinstance(bad, LeftOut):
             raise bad
@@ -107,12 +117,15 @@ def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: P
     return fit_budget(cost, teacher.codec, int(config.disk_budget))
 
 
-def new_plan(config: DumpConfig, samples: Samples, teacher: Teacher, found: Estimate) -> DumpPlan:
-    """Plan a dump that starts."""
-    group = config.batch_size * BATCHES_PER_SORT
+def new_plan(
+    config: DumpConfig, samples: Samples, teacher: Teacher, pilot: Pilot, found: Estimate
+) -> DumpPlan:
+    """Plan a dump that starts, in the pilot's batches."""
+    group = pilot.geometry.group_samples
     groups = max(1, round(SHARD_TOKENS * found.samples / max(1, found.tokens) / group))
     fair = -(-found.samples // (config.world_size * group))  # every process gets a shard, if groups suffice
-    geometry = _geometry(config, config.shard_samples or min(groups, fair) * group)
+    shard = config.shard_samples or min(groups, fair) * group
+    geometry = pilot.geometry.model_copy(update={"shard_samples": shard})
     return _plan(config, samples, teacher, geometry, found.codec)
 
 
@@ -167,6 +180,7 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         skips: whether bad samples were left out, which it does not say either.
     """
     codec, geometry = plan.codec, plan.source.geometry
+    limits = planned_limits(geometry)
     said: dict[str, Any] = {
         "teacher": plan.teacher.name,
         **plan.source.data.model_dump(include=_RECORDED | {"path"}),
@@ -175,7 +189,9 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         "attn_implementation": plan.source.attn_implementation,
         "on_error": "skip" if skips else "stop",
         **codec.model_dump(include={"top_k", "top_p", "tail", "window", "min_k"}),
-        **geometry.model_dump(include={"batch_size", "calibration_tokens", "disk_budget"}),
+        **geometry.model_dump(include={"calibration_tokens", "disk_budget"}),
+        "batch_tokens": limits.tokens,
+        "batch_size": limits.samples,
     }
     said["data"] = said.pop("path")
     if codec.top_p == default_top_p(TailSetting.parse(codec.tail)):
@@ -218,11 +234,14 @@ def refuse_small_disk(folder: Path, needed: int, what: str, *, may_shrink: bool 
         )
 
 
-def _geometry(config: DumpConfig, shard_samples: int) -> Geometry:
+def _first_geometry(config: DumpConfig, limits: BatchLimits, look: Look, samples: int) -> Geometry:
+    """How the pilot cuts the data set up: how large shards are to be is not known yet."""
+    group = samples_per_group(config, limits, look, samples)
     return Geometry(
-        shard_samples=shard_samples,
-        group_samples=config.batch_size * BATCHES_PER_SORT,
-        batch_size=config.batch_size,
+        shard_samples=config.shard_samples or group,
+        group_samples=group,
+        batch_size=limits.samples or group,  # no batch is larger than its group
+        batch_tokens=limits.tokens,
         **_of_the_pilot(config),
     )
 

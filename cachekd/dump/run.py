@@ -21,8 +21,10 @@ from cachekd.cache.plan import DumpPlan, FinishedShard
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.config.data import OnError
 from cachekd.data import Samples, open_samples
+from cachekd.data.batches import limits_said
 from cachekd.data.left_out import first_good
 from cachekd.dump.estimate import Estimate
+from cachekd.dump.pilot import planned_limits
 from cachekd.dump.plan import (
     codec_of,
     estimate_of,
@@ -62,6 +64,7 @@ class DumpSummary:
         bytes: of the shards on disk; the tail sketch's own file is apart.
         sketch_bytes: of that file.
         fidelity: the cache against the live teacher at a sample of the tokens; None without a sketch.
+        halved: shards in which memory ran out, so that their batches became smaller.
         mean_k: logprobs kept per token.
         new_tokens: of this process, in this run.
         seconds: of the teacher's pass in this run.
@@ -81,6 +84,7 @@ class DumpSummary:
     bytes: int
     sketch_bytes: int
     fidelity: Fidelity | None
+    halved: int
     mean_k: float
     new_tokens: int
     seconds: float
@@ -105,7 +109,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
         found = estimate_of(config, samples, teacher, pilot)
         refuse_small_disk(config.out, found.size, "the whole cache", may_shrink=True)
-        plan = new_plan(config, samples, teacher, found)
+        plan = new_plan(config, samples, teacher, pilot, found)
     else:
         plan = same_plan(config, samples, teacher, earlier)
         if TailSetting.parse(plan.codec.tail).sketch and not (config.out / SKETCH_FILE).exists():
@@ -139,7 +143,9 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         samples,
         teacher,
         encoder,
-        batch_size=config.batch_size,
+        limits=limits_said(config.batch_size, config.batch_tokens)
+        or planned_limits(build.plan.source.geometry),
+        halves=config.on_oom == "halve",
         workers=config.workers,
         on_error=config.on_error,
         known=known,
@@ -247,6 +253,7 @@ def _summary(
         bytes=sum(_shards(records, "bytes")),
         sketch_bytes=sketch.bytes if sketch is not None else 0,
         fidelity=Fidelity.of_all(one.shard.fidelity for one in records.values() if one.shard is not None),
+        halved=sum(count > 0 for count in _shards(records, "halved")),
         mean_k=sum(_shards(records, "entries")) / max(1, tokens),
         new_tokens=new_tokens,
         seconds=seconds,

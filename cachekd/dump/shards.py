@@ -12,10 +12,12 @@ from cachekd.cache.shard_writer import ShardWriter
 from cachekd.cache.source import Geometry
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.data import Encoded, Samples
+from cachekd.data.batches import BatchLimits
 from cachekd.data.left_out import DataHealth, may_be_left_out, reason_of
 from cachekd.data.loader import prefetched, read_encoded
 from cachekd.dump.teacher import Answer, Teacher
 from cachekd.errors import BadSample
+from cachekd.models.fitting import FittingBatches
 from cachekd.models.placement import output_device
 
 Span = tuple[int, int]
@@ -28,7 +30,8 @@ def make_shards(
     teacher: Teacher,
     encoder: SketchEncoder | None,
     *,
-    batch_size: int,
+    limits: BatchLimits,
+    halves: bool = False,
     workers: int,
     on_error: str,
     known: Mapping[str, Answer],
@@ -41,11 +44,14 @@ def make_shards(
 
     Args:
         numbers: of the shards.
+        limits: of a batch.
+        halves: whether batches become smaller where memory runs out, for the rest of the shard.
         known: answers that the pilot has already.
         progress: is told of samples and answer tokens.
 
     Raises:
-        CachekdError: a bad sample where `on_error` is "stop", data that vanished, a disk that is full.
+        CachekdError: a bad sample where `on_error` is "stop", data that vanished, a disk that is full, memory
+            that ran out.
     """
     numbers, geometry, spans = list(numbers), build.plan.source.geometry, build.plan.spans()
     pieces = {number: list(groups_of(spans[number], geometry)) for number in numbers}
@@ -58,14 +64,16 @@ def make_shards(
     )
     read = read_encoded(samples, teacher.encoder, list(unknown), workers=workers)
     stream = prefetched(read, geometry.group_samples)
+    batches = FittingBatches(limits, halves=halves)
     finishing: Future[FinishedShard] | None = None
     health = DataHealth(len(samples), samples.__getitem__)
     with ThreadPoolExecutor(1, "finish-shard") as background:
         try:
             for number in numbers:
                 writer = ShardWriter(build, number, spans[number], encoder=encoder, head=teacher.head)
+                batches.as_planned()  # what a shard holds depends on nothing that came before
                 for piece in pieces[number]:
-                    answers = _answers(piece, stream, samples, teacher, batch_size, known)
+                    answers = _answers(piece, stream, samples, teacher, batches, known)
                     for index, answer in zip(range(*piece), answers, strict=True):
                         if isinstance(answer, Answer):
                             health.good(index)
@@ -74,6 +82,7 @@ def make_shards(
                         progress(1, _pass_on(samples.keys[index], answer, writer, on_error))
                 if writer.skips:
                     health.require_there()  # before the shard says for good that they are bad
+                writer.halved = batches.halved
                 if finishing is not None:
                     finishing.result()  # at most one shard waits: memory is bounded, errors are seen
                 finishing = background.submit(writer.finish)
@@ -95,12 +104,12 @@ def _answers(
     stream: Iterator[Encoded | BadSample],
     samples: Samples,
     teacher: Teacher,
-    batch_size: int,
+    batches: FittingBatches,
     known: Mapping[str, Answer],
 ) -> Iterator[Answer | BadSample]:
     if _is_known(piece, samples, known):
         return (known[key].to(output_device(teacher.model)) for key in samples.keys[slice(*piece)])
-    return teacher.answers(list(islice(stream, piece[1] - piece[0])), batch_size, known)
+    return teacher.answers(list(islice(stream, piece[1] - piece[0])), batches, known)
 
 
 def _is_known(piece: Span, samples: Samples, known: Mapping[str, Answer]) -> bool:

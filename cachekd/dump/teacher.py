@@ -17,7 +17,8 @@ from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabulary_of
-from cachekd.models.memory import failed_forward, require_embeddings, together_or_each
+from cachekd.models.fitting import FittingBatches
+from cachekd.models.memory import OutOfMemory, failed_forward, require_embeddings, together_or_each
 from cachekd.models.placement import input_device, output_device
 
 
@@ -87,27 +88,49 @@ class Teacher:
         return replace(self, codec=codec, head=self.head if TailSetting.parse(codec.tail).sketch else None)
 
     def answers(
-        self, group: Sequence[Encoded | BadSample], batch_size: int, known: Mapping[str, Answer] = {}
+        self,
+        group: Sequence[Encoded | BadSample],
+        batches: FittingBatches,
+        known: Mapping[str, Answer] = {},
     ) -> Iterator[Answer | BadSample]:
         """Run a group of samples, batched by length; results in the group's order.
 
         Args:
+            batches: that the samples are run in.
             known: answers from an earlier run of the same group.
+
+        Raises:
+            OutOfMemory: as `batches` has it.
         """
         found: dict[int, Answer | BadSample] = {
             index: sample for index, sample in enumerate(group) if isinstance(sample, BadSample)
         }
-        for batch in batches_of(group, batch_size):
-            samples = [sample for _, sample in batch]
+        usable = [(index, sample) for index, sample in enumerate(group) if not isinstance(sample, BadSample)]
+
+        def run(places: list[int]) -> list[Answer | BadSample]:
+            samples = [usable[place][1] for place in places]
             if all(sample.key in known for sample in samples):
                 # On the device of new ones: from one device to another products differ in their last bits.
-                results: list[Answer | BadSample] = [
-                    known[sample.key].to(output_device(self.model)) for sample in samples
-                ]
-            else:
-                results = self.run(samples)
-            found |= zip((index for index, _ in batch), results, strict=True)
+                return [known[sample.key].to(output_device(self.model)) for sample in samples]
+            return self.run(samples)
+
+        for places, results in batches.run([len(sample) for _, sample in usable], run):
+            found |= zip((usable[place][0] for place in places), results, strict=True)
         return (found[index] for index in range(len(group)))
+
+    def has_room_for(self, samples: list[Encoded]) -> bool:
+        """Run a batch to see whether it fits the memory.
+
+        Raises:
+            OutOfMemory: it has a single sample, and does not fit.
+        """
+        try:
+            self.run(samples)
+        except OutOfMemory:
+            if len(samples) == 1:
+                raise
+            return False
+        return True
 
     @torch.no_grad()  # no inference mode: quantised tensors (quanto's) do not work in it
     def run(self, samples: list[Encoded]) -> list[Answer | BadSample]:
@@ -194,10 +217,3 @@ class Teacher:
             config_sha256=self.files.config_sha256,
             quantization=self.quantization,
         )
-
-
-def batches_of(group: Sequence[Encoded | BadSample], batch_size: int) -> list[list[tuple[int, Encoded]]]:
-    """(place in the group, sample), cut into batches by length; bad samples are left out."""
-    usable = [(index, sample) for index, sample in enumerate(group) if not isinstance(sample, BadSample)]
-    usable.sort(key=lambda pair: len(pair[1]))
-    return [usable[start : start + batch_size] for start in range(0, len(usable), batch_size)]

@@ -87,7 +87,7 @@ def ask(
     indices = [index for index, key in enumerate(samples.keys) if key not in bad.reasons]
     progress(len(samples) - len(indices), 0)
     group: list[AskedSample] = []
-    questions, waiting = 0, 0
+    questions = tokens = waiting = 0
     read = read_encoded(samples, encode, indices, workers=workers)
     with closing(prefetched(read, _READ_AHEAD)) as stream:
         for index, sample in zip(indices, stream, strict=True):
@@ -97,9 +97,12 @@ def ask(
             health.good(index)
             group.append(sample)
             questions, waiting = questions + len(sample.encoded), waiting + sample.nbytes
-            if questions >= runner.batch_size * BATCHES_PER_SORT or waiting >= MOST_WAITING:
+            tokens += sum(map(len, sample.encoded))
+            limits = runner.batches.limits
+            enough = limits.filled_by(questions // BATCHES_PER_SORT, tokens // BATCHES_PER_SORT)
+            if enough or waiting >= MOST_WAITING:
                 yield from answered(group)
-                group, questions, waiting = [], 0, 0
+                group, questions, tokens, waiting = [], 0, 0, 0
         yield from answered(group)
 
 

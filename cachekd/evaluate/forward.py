@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +12,17 @@ from transformers import PreTrainedModel
 
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.data import Encoded, SampleEncoder, collate
+from cachekd.data.batches import BatchLimits, tokens_like
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.reference import Reference
 from cachekd.losses import forward_kl_loss
 from cachekd.models import hidden_and_logits_at, output_head, vocabulary_of
-from cachekd.models.device import free_memory
-from cachekd.models.memory import (
-    failed_forward,
-    memory_that_ran_out,
-    require_embeddings,
-    together_or_each,
-)
+from cachekd.models.fitting import FittingBatches
+from cachekd.models.memory import failed_forward, require_embeddings, together_or_each
 from cachekd.models.placement import input_device
 
-log = logging.getLogger(__name__)
+LIKE_QUESTIONS = 32
 
 
 @dataclass(frozen=True)
@@ -62,10 +57,6 @@ class Answered:
     states: Tensor | None = None
 
 
-class _BatchTooLarge(Exception):
-    """The memory has no room for the batch; a smaller one may do."""
-
-
 class QuestionRunner:
     """Runs one model.
 
@@ -74,9 +65,10 @@ class QuestionRunner:
         encoder: the model's.
         reference: the teacher, for the questions that have a target.
         keep_states: for the teacher itself, with whom others are compared.
-        batch_size: questions per forward at first. It is halved when memory runs out, and stays so.
+        limits: of a batch; None: LIKE_QUESTIONS times the tokens of the first group's longest question.
 
     Attributes:
+        batches: that questions are run in. They are halved when memory runs out, and stay so.
         head: how the model's logits follow from the states that are kept; None before the first question.
     """
 
@@ -87,10 +79,11 @@ class QuestionRunner:
         *,
         reference: Reference | None = None,
         keep_states: bool = False,
-        batch_size: int,
+        limits: BatchLimits | None = None,
     ) -> None:
         self.model, self.encoder, self.reference = model, encoder, reference
-        self.keep_states, self.batch_size = keep_states, batch_size
+        self.keep_states, self._chooses = keep_states, limits is None
+        self.batches = FittingBatches(limits or BatchLimits(samples=LIKE_QUESTIONS), halves=True)
         self.head: OutputHead | None = None
         self.vocab_size = vocabulary_of(model, encoder.processor.tokenizer)
 
@@ -101,22 +94,17 @@ class QuestionRunner:
             CachekdError: memory runs out for a single question, the GPU failed, or the logits do not follow
                 from the states.
         """
-        order = sorted(range(len(questions)), key=lambda index: len(questions[index].encoded))
+        lengths = [len(question.encoded) for question in questions]
+        if self._chooses and lengths:
+            tokens = tokens_like(LIKE_QUESTIONS, max(lengths))
+            self.batches, self._chooses = FittingBatches(BatchLimits(tokens=tokens), halves=True), False
         found: dict[int, Answered | BadSample] = {}
-        while order:
-            some = order[: self.batch_size]
-            try:
-                results = together_or_each(self._tried, [questions[index] for index in some])
-            except _BatchTooLarge:
-                results = None
-            if results is not None:
-                found |= zip(some, results, strict=True)
-                order = order[len(some) :]
-                continue
-            # Here the frames that held the batch's tensors are gone.
-            self.batch_size = len(some) // 2
-            log.warning("memory ran out: %d questions per forward from now on", self.batch_size)
-            free_memory()
+
+        def run(places: list[int]) -> list[Answered | BadSample]:
+            return together_or_each(self._tried, [questions[place] for place in places])
+
+        for places, results in self.batches.run(lengths, run):
+            found |= zip(places, results, strict=True)
         return [found[index] for index in range(len(questions))]
 
     def _tried(self, batch: list[Question]) -> list[Answered]:
@@ -125,8 +113,6 @@ class QuestionRunner:
         except CachekdError:
             raise
         except Exception as error:  # torch's, the model's own: each has its own
-            if memory_that_ran_out(error) is not None and len(batch) > 1:
-                raise _BatchTooLarge from error
             encoded = [one.encoded for one in batch]
             raise failed_forward(error, encoded, self.model.name_or_path, kept=False) from error
 

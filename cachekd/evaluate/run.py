@@ -17,6 +17,7 @@ from typing import Any
 
 from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
+from cachekd.data.batches import limits_said
 from cachekd.data.left_out import BadSamples, LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.evaluate.ask import Answers, ask
@@ -117,7 +118,8 @@ class Interviewer:
         free_memory()  # of the model before
         files = self.files[path]
         model = files.load(dtype=self.dtype, device=self.device, **loading)
-        return QuestionRunner(model, files.encoder, batch_size=self.config.batch_size, **settings)
+        limits = limits_said(self.config.batch_size, self.config.batch_tokens)
+        return QuestionRunner(model, files.encoder, limits=limits, **settings)
 
     def _run(self, runner: QuestionRunner, path: str, *, blind: bool) -> Found:
         total = len(self.samples)

@@ -37,6 +37,10 @@ _GPU_FAILED = ("CUDA error", "UR_RESULT_ERROR", "UR error", "command buffer exit
 _NO_ROOM_ON_THE_CPU = ("can't allocate memory", "DefaultCPUAllocator: not enough memory")
 
 
+class OutOfMemory(CachekdError):
+    """The memory is too small for a batch."""
+
+
 def memory_that_ran_out(error: Exception) -> str | None:
     """Whose, as an error says: "CPU" or "GPU"; None if it is another error."""
     text = str(error)
@@ -61,11 +65,12 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
         where = f"{len(samples)} samples, the longest is {longest.key!r} with {len(longest):,} tokens"
     again = "run the same command again" + (": what is finished stays" if kept else "")
     if (device := memory_that_ran_out(error)) is not None:
-        return CachekdError(
+        return OutOfMemory(
             f"the {device}'s memory is too small for this batch",
             where=where,
             found=found,
-            fix="run the same command with a smaller --batch-size: what is finished stays"
+            fix=f"run the same command with --batch-tokens {len(samples) * len(longest) // 2}: what is "
+            "finished stays (--on-oom halve does so by itself, once the pilot is over)"
             if len(samples) > 1 and kept
             else "--max-tokens N --too-long skip leaves out what is longer",
         )

@@ -34,7 +34,7 @@ CHECKPOINTING = (
 # The Trainer's name -> ours, of the same value. One setting has one name.
 _SAME = {
     "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
+    "per_device_train_batch_size": "most_samples",
     "gradient_accumulation_steps": "gradient_accumulation",
     "learning_rate": "learning_rate",
     "weight_decay": "weight_decay",
@@ -44,6 +44,7 @@ _SAME = {
     "logging_steps": "logging_steps",
 }
 OWN_NAMES = _SAME | {
+    "per_device_train_batch_size": "batch_size",
     "output_dir": "out",
     "warmup_ratio": "warmup",
     "save_steps": "save_steps",
@@ -91,11 +92,15 @@ _STARTS = multiprocessing.get_all_start_methods()
 class SwitchKDTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` for a `SwitchKDTrainer`; every other default is the Trainer's own.
 
+    Attributes:
+        batch_tokens: padded tokens per device and batch, beside the Trainer's number of samples; None: any.
+
     Raises:
         CachekdError: a value that would be ignored, break the loss or fail once the models are loaded; the
             package of the optimizer or of a reporter is not installed; several GPUs in one process.
     """
 
+    batch_tokens: int | None = None
     lr_scheduler_type: SchedulerType | str = "cosine"
     logging_first_step: bool = True
     logging_nan_inf_filter: bool = False  # a loss that is not finite stops the run
@@ -119,6 +124,7 @@ class SwitchKDTrainingArguments(TrainingArguments):
         workers = default_workers(on_gpu=on_gpu) if config.workers is None else config.workers
         settings = {theirs: getattr(config, ours) for theirs, ours in _SAME.items()} | {
             "output_dir": str(out),
+            "batch_tokens": config.batch_tokens,
             "data_seed": config.seed,
             "use_cpu": not on_gpu,
             "bf16": config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu),
@@ -173,6 +179,10 @@ class SwitchKDTrainingArguments(TrainingArguments):
             yield "dataloader_multiprocessing_context", f"one of {', '.join(_STARTS)}"
         if self.train_sampling_strategy not in _ORDERS:
             yield "train_sampling_strategy", f"one of {', '.join(_ORDERS)}"
+        if self.batch_tokens is not None and self.train_sampling_strategy != "random":
+            yield "train_sampling_strategy", "random: batches of batch_tokens are of similar length already"
+        if self.batch_tokens is not None and self.dataloader_drop_last:
+            yield "dataloader_drop_last", "false: of batch_tokens no batch is cut short"
         if self.max_steps == 0 or self.max_steps < -1:
             yield "max_steps", "at least 1"
         if self.save_strategy == "best":
@@ -262,7 +272,7 @@ def _of_held_out(config: TrainConfig) -> dict[str, Any]:
     return {
         "eval_strategy": "steps",
         "eval_steps": config.eval_steps or SAVE_STEPS,
-        "per_device_eval_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.most_samples,
         # The Trainer takes every name that does not end in "loss" for one that ought to grow.
         "greater_is_better": metric_of(config, config.eval_terms) == ACCURACY,
     }

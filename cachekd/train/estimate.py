@@ -22,6 +22,7 @@ from cachekd.train.batch import Batch, Example, batch_of
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import undisturbed
 from cachekd.train.open import load_trainer, open_run
+from cachekd.train.order import limits_of_batches
 from cachekd.train.size import RunSize, run_size
 from cachekd.train.student import memory_advice
 from cachekd.train.trainer import SwitchKDTrainer
@@ -180,7 +181,12 @@ def _longest(trainer: SwitchKDTrainer) -> Batch:
     lengths = data.lengths()
     longest = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     usable = (found for index in longest if isinstance(found := data[index], Example))
-    return batch_of(list(islice(usable, trainer.args.train_batch_size)), data.encoder.pad_token_id)
+    first = next(usable)
+    limits = limits_of_batches(trainer.args)
+    count = 1
+    while limits.hold(count + 1, len(first.encoded)):
+        count += 1
+    return batch_of([first, *islice(usable, count - 1)], data.encoder.pad_token_id)
 
 
 def _run(trainer: SwitchKDTrainer, batch: Batch) -> None:
@@ -239,7 +245,8 @@ def _settings(config: TrainConfig, trainer: SwitchKDTrainer) -> dict[str, Any]:
     args = trainer.args
     half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     return {
-        "batch_size": args.per_device_train_batch_size,
+        "batch_tokens": config.batch_tokens,
+        "batch_size": config.batch_size,
         "gradient_accumulation": args.gradient_accumulation_steps,
         "processes": args.world_size,
         "dtype": half or "float32",

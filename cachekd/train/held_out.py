@@ -23,6 +23,7 @@ from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
 from cachekd.config.data import OnError
 from cachekd.data import Samples, open_samples
+from cachekd.data.batches import BatchLimits
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
@@ -192,9 +193,11 @@ class Validation:
 
     def part_of(self, args: TrainingArguments) -> list[list[int]]:
         """Cut the data into batches, as indices, and take this process's."""
-        size, processes = args.per_device_eval_batch_size, args.world_size
-        indices = list(range(len(self.data)))
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        size, processes, count = args.per_device_eval_batch_size, args.world_size, len(self.data)
+        if tokens := getattr(args, "batch_tokens", None):
+            batches = BatchLimits(size, tokens).cut(self.data.lengths())
+        else:
+            batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
         batches += [[] for _ in range(-len(batches) % processes)]
         return batches[args.process_index :: processes]
 

@@ -8,13 +8,16 @@ several processes: the rest of a later epoch then came from the first one's orde
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from cachekd.data.batches import BatchLimits
 from cachekd.data.loader import WorkerLoader, prefetched
 
 
@@ -60,6 +63,50 @@ class LengthGroups(LengthGroupedSampler):
         return super().__iter__()
 
 
+def limits_of_batches(args: TrainingArguments) -> BatchLimits:
+    """What a batch of one process holds."""
+    return BatchLimits(args.per_device_train_batch_size, getattr(args, "batch_tokens", None))
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches of samples of similar length with about as many padded tokens each, in random order.
+
+    An epoch always has as many batches, of the same lengths: a run knows its steps beforehand. From one epoch
+    to the next samples change places with others of their own length, and batches with each other.
+
+    Args:
+        lengths: of each sample, about.
+        limits: of a batch.
+        processes: that share the batches; each gets as many. For that, the batches with most samples are cut
+            in two, and of fewer samples than processes some come twice.
+        seed: of the order.
+        epoch: which epoch begins, asked at its beginning.
+    """
+
+    def __init__(
+        self, lengths: list[int], limits: BatchLimits, *, processes: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        limits.say_what_runs_alone(max(lengths))
+        self._lengths, self._seed, self._epoch = torch.tensor(lengths), seed, epoch
+        self._sizes = [len(batch) for batch in limits.cut(lengths)]
+        while len(self._sizes) % processes and (most := max(self._sizes)) > 1:
+            place = self._sizes.index(most)
+            self._sizes[place : place + 1] = [most // 2, most - most // 2]
+        self._batches = len(self._sizes) + -len(self._sizes) % processes
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed + self._epoch())
+        order = torch.randperm(len(self._lengths), generator=generator)
+        order = order[self._lengths[order].argsort(stable=True)]  # as they are cut: shortest first
+        batches = [some.tolist() for some in order.split(self._sizes)]
+        places = torch.randperm(len(batches), generator=generator).tolist()
+        for place in islice(cycle(places), self._batches):
+            yield batches[place]
+
+
 def order_of(args: TrainingArguments, data: Any, epoch: Callable[[], int]) -> Sampler[int] | None:
     """Choose the order of `train_sampling_strategy`; None where it is one that depends on nothing random.
 
@@ -67,13 +114,49 @@ def order_of(args: TrainingArguments, data: Any, epoch: Callable[[], int]) -> Sa
         data: that can tell its `lengths`, where samples are grouped by them.
         epoch: which epoch begins, asked at its beginning.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
+    seed = _seed(args)
     if args.train_sampling_strategy == "random":
         return RandomOrder(len(data), seed=seed, epoch=epoch)
     if args.train_sampling_strategy == "group_by_length":
         in_a_step = args.train_batch_size * args.gradient_accumulation_steps
         return LengthGroups(data.lengths(), in_a_step, seed=seed, epoch=epoch)
     return None
+
+
+def token_loader(
+    args: TrainingArguments,
+    data: Any,
+    collate: Callable[[list[Any]], Any],
+    epoch: Callable[[], int],
+    on: Accelerator,
+) -> DataLoader | None:
+    """Load batches by `batch_tokens`, as the Trainer loads those of one size; None without the setting.
+
+    Args:
+        data: that can tell its `lengths`.
+        epoch: which epoch begins, asked at its beginning.
+        on: what gives each process its batches.
+    """
+    if getattr(args, "batch_tokens", None) is None:
+        return None
+    limits, processes = limits_of_batches(args), on.num_processes
+    batches = TokenBatches(data.lengths(), limits, processes=processes, seed=_seed(args), epoch=epoch)
+    on.even_batches = False  # they are
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return on.prepare(loader)
+
+
+def _seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 class ReadsOn(WorkerLoader):

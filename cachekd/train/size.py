@@ -177,10 +177,12 @@ def _size_of_processor(processor: Processor) -> int:
 
 
 def _steps(samples: int, args: TrainingArguments) -> int:
-    """Count the optimizer's steps of the whole run."""
+    """Count the optimizer's steps of the whole run, at most."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = ceil(samples / (args.per_device_train_batch_size * args.world_size))
+    # By tokens a batch may have a single sample, and which do is not known here.
+    in_a_batch = 1 if getattr(args, "batch_tokens", None) else args.per_device_train_batch_size
+    batches = ceil(samples / (in_a_batch * args.world_size))
     return ceil(args.num_train_epochs * ceil(batches / args.gradient_accumulation_steps))
 
 

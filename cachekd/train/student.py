@@ -209,8 +209,11 @@ def _knobs(config: TrainConfig) -> list[str]:
     knobs = []
     if not config.gradient_checkpointing:
         knobs.append("--gradient-checkpointing (a third slower)")
-    if config.batch_size > 1:
-        half, twice = config.batch_size // 2, config.gradient_accumulation * 2
+    twice = config.gradient_accumulation * 2
+    if config.batch_tokens is not None:
+        knobs.append(f"--batch-tokens {config.batch_tokens // 2} --gradient-accumulation {twice} (a new run)")
+    elif config.most_samples > 1:
+        half = config.most_samples // 2
         knobs.append(f"--batch-size {half} --gradient-accumulation {twice} (the same steps)")
     if config.live_teacher:
         knobs.append("a cache instead of --live-teacher")

@@ -26,7 +26,7 @@ from cachekd.train.checkpoints import KeepBest, best_checkpoint, note_settings, 
 from cachekd.train.data import Feed
 from cachekd.train.held_out import Validation
 from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
-from cachekd.train.order import ReadsOn, order_of
+from cachekd.train.order import ReadsOn, order_of, token_loader
 from cachekd.train.reach import ProveGradients
 from cachekd.train.rounding import rounds_at_random
 from cachekd.train.terms import BatchTerms, LossTerms, TermSums
@@ -209,7 +209,8 @@ class SwitchKDTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's, with workers of ours: they read on from epoch to epoch."""
-        loader: Any = super().get_train_dataloader()
+        ours = token_loader(self.args, self.train_dataset, self.feed.collate, self._epoch, self.accelerator)
+        loader: Any = super().get_train_dataloader() if ours is None else ours
         if type(loader.base_dataloader) is not DataLoader:
             return loader
         if loader.persistent_workers:

@@ -48,7 +48,12 @@ def dump_command(
     if estimate:
         found = run_estimate(config)
         words = partial(print_estimate, config=config)
-        print_result(as_json, found, words, lambda found: {**vars(found), "size": found.size})
+        print_result(
+            as_json,
+            found,
+            words,
+            lambda found: {**vars(found), "size": found.size, "tokens_per_second": found.tokens_per_second},
+        )
         return
     with stopping_in_order(lambda _: how_to_go_on(config.out)):
         summary = run_dump(config)
@@ -116,6 +121,7 @@ def print_summary(summary: DumpSummary) -> None:
         "files that are no data": if_any(summary.other_files),
         "answer tokens": f"{summary.tokens:,}",
         "bytes per token": bytes_per_token(summary.bytes, summary.sketch_bytes, summary.tokens),
+        "shards in smaller batches, as memory ran out": if_any(summary.halved),
         "mean k": f"{summary.mean_k:.1f}",
         "size": f"{summary.bytes / 1e6:.2f} MB",
         "tail sketch": fidelity and f"{summary.sketch_bytes / 1e6:.2f} MB",
@@ -145,6 +151,8 @@ def print_estimate(found: Estimate, config: DumpConfig) -> None:
         "shards": f"{found.shard_bytes / 1e6:,.2f} MB",
         "tail sketch": f"{found.sketch_bytes / 1e6:,.2f} MB",
         "cache in all": f"{found.size / 1e6:,.2f} MB",
+        "teacher forwards": f"{found.forwards:,}, {found.limits}",
+        "answer tokens/s": f"{found.tokens_per_second:,.0f} in one process",
         "time": f"{hours:,.2f} h" if hours >= 0.1 else f"{hours * 3600:,.0f} s",
         "peak memory": f"{found.peak_memory / 2**30:,.2f} GiB",
     }

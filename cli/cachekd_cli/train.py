@@ -245,10 +245,13 @@ def print_estimate(estimate: TrainEstimate) -> None:
         return f"{size / 1e6:,.1f} MB"
 
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch
-    a_step = [settings[name] for name in ("batch_size", "gradient_accumulation", "processes")]
+    counted, what = ("batch_size", "samples")
+    if settings["batch_tokens"] is not None:
+        counted, what = ("batch_tokens", "padded tokens")
+    a_step = [settings[name] for name in (counted, "gradient_accumulation", "processes")]
     evaluating = estimate.evaluations * estimate.seconds_per_evaluation
     values = {
-        "samples a step": f"{' x '.join(map(str, a_step))} = {prod(a_step):,}",
+        f"{what} a step": f"{' x '.join(map(str, a_step))} = {prod(a_step):,}",
         "dtype": settings["dtype"],
         "gradient checkpointing": "on" if settings["gradient_checkpointing"] else "off",
         "trainable": ", ".join(settings["trainable"]) + (" (adapters)" if settings["lora"] else ""),

@@ -182,6 +182,7 @@ VALUES: dict[str, Any] = {
     "student_quantization": "4bit",
     "teacher_mismatch": "accept",
     "on_error": "skip",
+    "on_oom": "halve",
     "too_long": "cut",
     "models": ["m", "n"],
     "run": "r",

@@ -264,26 +264,41 @@ def test_one_model_is_in_memory_at_a_time(student_path, teacher_path, trained, d
     assert len(alive) == 3
 
 
-def test_batches_become_smaller_when_memory_runs_out(trained, teacher_path, data_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 16}, [f"{size} samples" for size in (8, 4, 2, 8, 4, 2)]),
+        ({"batch_tokens": 350}, [f"{tokens} padded tokens" for tokens in (170, 75, 170, 75)]),
+    ],
+)
+def test_batches_become_smaller_when_memory_runs_out(
+    trained, teacher_path, data_path, card, caplog, changes, said
+):
     expected = evaluated([trained], data_path, teacher=str(teacher_path))
-
-    def small_card(path, **settings):
-        model = load_model(path, **settings)
-
-        def full(_module, _args, inputs):
-            if len(inputs["input_ids"]) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
-        model.register_forward_pre_hook(full, with_kwargs=True)
-        return model
-
-    monkeypatch.setattr(model_files, "load_model", small_card)
-    found = evaluated([trained], data_path, teacher=str(teacher_path), batch_size=16)
+    card.samples = 3
+    found = evaluated([trained], data_path, teacher=str(teacher_path), **changes)
     assert found.models[0].correct == expected.models[0].correct
     assert found.models[0].kl == pytest.approx(expected.models[0].kl, rel=1e-4)
     assert [r.message for r in caplog.records if "memory ran out" in r.message] == [
-        f"memory ran out: {size} questions per forward from now on" for size in (8, 4, 2, 8, 4, 2)
+        f"memory ran out: from now on at most {limits} per forward" for limits in said
     ]
+
+
+def test_a_forward_has_a_number_of_padded_tokens(student_path, unequal_data, card):
+    found = {}
+    for name, changes in {
+        "number": {"batch_size": 32},
+        "measured": {},
+        "said": {"batch_tokens": 700},
+    }.items():
+        card.batches = []
+        scores = evaluated([student_path], unequal_data, history="full", **changes)
+        found[name] = scores.models[0].correct, card.batches
+    assert found["number"][0] == found["measured"][0] == found["said"][0]
+    cells = {name: [samples * longest for samples, longest in found[name][1]] for name in found}
+    assert max(cells["measured"]) <= max(cells["number"])
+    assert len(cells["measured"]) < len(cells["number"])
+    assert max(cells["said"]) <= 700
 
 
 def test_memory_that_is_too_small_for_one_question_is_said(student_path, data_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
 from runs import CutShort, losses
-from tiny import QUESTIONS, noise_image, png_bytes, tar_members, tiny_processor, write_tar
+from tiny import tar_members, tiny_processor, unequal_members, write_tar
 from torch.utils.data import BatchSampler
 
 from cachekd.config import TrainConfig
@@ -126,27 +126,6 @@ def test_resumed_in_the_middle_the_steps_are_the_same(settings, tmp_path, traini
 # ---- samples of similar length
 
 
-def unequal_members(count: int) -> list[tuple[str, bytes]]:
-    """Answers of 1 to 60 words, 1 to 3 turns."""
-    members = []
-    for index in range(count):
-        turns = []
-        for turn in range(1 + index % 3):
-            question = QUESTIONS[(index + turn) % len(QUESTIONS)]
-            answer = " ".join(["green dog"] * (1 + (index * 7 + turn * 11) % 30))
-            turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        members.append((f"u{index:03d}.png", png_bytes(noise_image(index))))
-        members.append((f"u{index:03d}.json", json.dumps({"conversations": turns}).encode()))
-    return members
-
-
-@pytest.fixture(scope="module")
-def unequal(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("unequal")
-    write_tar(folder / "0.tar", unequal_members(96))
-    return folder
-
-
 def padding(trainer) -> tuple[float, list[str]]:
     """The share of padding, counted in the batches that the Trainer makes, and the order of the samples."""
     padded, cells, keys = 0, 0, []
@@ -157,8 +136,8 @@ def padding(trainer) -> tuple[float, list[str]]:
     return padded / cells, keys
 
 
-def test_grouping_by_length_pads_less_and_leaves_nothing_out(settings, tmp_path, unequal):
-    settings |= {"data": str(unequal), "cache": None, "teacher": None, "batch_size": 4}
+def test_grouping_by_length_pads_less_and_leaves_nothing_out(settings, tmp_path, unequal_data):
+    settings |= {"data": str(unequal_data), "cache": None, "teacher": None, "batch_size": 4}
     settings |= {"lambda_align": 0.0, "lambda_vsd": 0.0}
     shares, orders = {}, {}
     for strategy in ("random", "group_by_length"):
@@ -176,7 +155,7 @@ def test_grouping_by_length_pads_less_and_leaves_nothing_out(settings, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def forms(unequal, tmp_path_factory) -> dict[str, str]:
+def forms(unequal_data, tmp_path_factory) -> dict[str, str]:
     """The same samples as tars, LLaVA JSON and a Hugging Face data set."""
     import datasets
 
@@ -191,7 +170,7 @@ def forms(unequal, tmp_path_factory) -> dict[str, str]:
     (folder / "data.json").write_text(json.dumps(records))
     rows = [record | {"image": {"bytes": files[record["image"]], "path": None}} for record in records]
     datasets.Dataset.from_list(rows).save_to_disk(folder / "hf")
-    return {"tars": str(unequal), "json": str(folder / "data.json"), "hf": str(folder / "hf")}
+    return {"tars": str(unequal_data), "json": str(folder / "data.json"), "hf": str(folder / "hf")}
 
 
 @pytest.mark.parametrize("form", ["tars", "json", "hf"])
