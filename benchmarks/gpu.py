@@ -133,8 +133,7 @@ def run(session: Session, *, real: bool) -> None:
     for name, function, needed in (
         ("device", gpu_lab.device, 5),
         ("forward", gpu_lab.forward, 15),
-        ("sketch", gpu_lab.sketch, 30),
-        ("dump", gpu_lab.dump, 20),
+        ("dump", gpu_lab.dump, 40),
         ("cached", steps["cached"], 20),
         ("naive", gpu_lab.naive, 10),
         ("ce", steps["ce"], 8),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from clock import Clock, Timed, counter, seconds_of
@@ -21,12 +22,14 @@ from torch.profiler import profile
 from transformers import TrainerCallback
 
 from cachekd.cache import CachedTargets, LogitCache, TailStates
-from cachekd.cache.build import CacheBuild
+from cachekd.cache.layout import SKETCH_FILE
+from cachekd.cache.tail.encoder import read_encoder
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples, collate, open_samples
 from cachekd.data.collate import ModelInputs
-from cachekd.dump.plan import codec_of, estimate_of, new_plan, pilot_of
-from cachekd.dump.shards import make_shards
+from cachekd.dump import dump as run_dump
+from cachekd.dump.pilot import Pilot
+from cachekd.dump.plan import codec_of
 from cachekd.dump.teacher import Teacher
 from cachekd.losses import dbild_loss, forward_kl_loss
 from cachekd.losses.targets import DenseTargets
@@ -158,64 +161,42 @@ def forward(lab: Lab) -> Found:
     return found | lab.rate(lab.batch_flops, seconds) | {"peak_gb": peak_memory() / 1e9}
 
 
-def sketch(lab: Lab) -> Found:
-    """What is paid once per dump: the pilot, the estimate and the fit; then the folder is ready."""
-    config, samples, started = lab.config, lab.samples, time.perf_counter()
-    pilot = pilot_of(config, samples, lab.dumping, None, lambda samples, tokens: None)
-    ran = time.perf_counter()
-    build = CacheBuild.start(config.out, new_plan(config, samples, lab.dumping, _estimate(lab, pilot)))
-    build.encoder(lambda: pilot.fit(lab.dumping))
-    tokens = len(pilot.targets)
-    return {"tokens": tokens, "pilot_s": ran - started, "fit_s": time.perf_counter() - ran}
-
-
-def _estimate(lab: Lab, pilot: Any) -> Any:
-    return estimate_of(lab.config, lab.samples, lab.dumping, pilot)
-
-
 def dump(lab: Lab) -> Found:
-    """All shards as `cachekd dump` makes them, against as many bare forwards."""
-    build, config = CacheBuild.start(lab.config.out, _plan(lab)), lab.config
-    spans, at = build.plan.spans(), []
+    """`cachekd dump`, but that the teacher is in memory already, and that the pilot's answers are not used
+    again: so every sample is run."""
+    at: dict[str, list[tuple[float, int]]] = {"pilot": [], "dump": []}
+
+    def tick(phase: str, _total: int | None, samples: int, _tokens: int) -> None:
+        at[phase].append((time.perf_counter(), samples))
+
+    opened = lab.samples, lab.dumping
     reset_peak()
     started = time.perf_counter()
-    make_shards(
-        build,
-        range(len(spans)),
-        lab.samples,
-        lab.dumping,
-        build.encoder(None),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        on_error="stop",
-        known={},
-        progress=lambda samples, tokens: at.append(time.perf_counter()),
-    )
-    ended = time.perf_counter()
-    manifest = build.assemble(len(spans))
+    with (
+        patch("cachekd.dump.run.open_inputs", lambda _config: opened),
+        patch.object(Pilot, "reusable", lambda _pilot, _plan: {}),
+    ):
+        summary = run_dump(lab.config, tick)
+    ended, (begun, _), (piloted, _) = time.perf_counter(), at["dump"][0], at["pilot"][-1]
+    done = [when for when, samples in at["dump"] if samples]
     # From the first group's end on, reading is ahead, and a long dump is like this. The last shard is packed
     # while nothing else is to be done, which a long dump does not notice.
-    first = build.plan.source.geometry.group_samples
-    steady = (at[-1] - at[first - 1]) / (len(lab.samples) - first)
+    first = 8 * lab.sizes.dump_batch
+    steady = (done[-1] - done[first - 1]) / (len(done) - first)
     found = {
-        "samples": len(lab.samples),
-        "seconds": ended - started,
-        "last_shard_s": ended - at[-1],
+        "samples": len(done),
+        "pilot_s": piloted - started,
+        "fit_s": begun - piloted,
+        "first_group_s": done[first - 1] - begun,
+        "steady_s": done[-1] - done[first - 1],
+        "last_shard_s": ended - done[-1],
         "samples_per_s": 1 / steady,
         "tokens_per_s": lab.length / steady,
         "answer_tokens_per_s": (lab.sizes.answer + 1) / steady,
-        "bytes_per_token": manifest.size / manifest.tokens,
+        "bytes_per_token": summary.bytes_per_token,
         "peak_gb": peak_memory() / 1e9,
     }
     return found | lab.rate(lab.batch_flops / lab.sizes.dump_batch, steady) if lab.batch_flops else found
-
-
-def _plan(lab: Lab) -> Any:
-    from cachekd.cache.build import find_plan
-
-    plan = find_plan(lab.config.out)
-    assert plan is not None, "the sketch could not be fitted, so there is nothing to dump into"
-    return plan
 
 
 def naive(lab: Lab) -> Found:
@@ -363,7 +344,7 @@ def look_up(lab: Lab) -> Found:
     keys = list(cache)[: -(-rows // (lab.sizes.answer + 1))]
     targets = CachedTargets.cat([cache[key] for key in keys]).to(lab.device)
     ids = torch.randint(lab.sizes.vocab, (len(targets), WINDOW), device=lab.device)
-    encoder = CacheBuild.start(lab.config.out, _plan(lab)).encoder(None)
+    encoder = read_encoder(lab.config.out / SKETCH_FILE)
     hidden = torch.randn(8 * rows, lab.teacher.config.text_config.hidden_size, device=lab.device)
     states = TailStates(hidden.to(lab.dtype), torch.zeros(len(hidden), device=lab.device))
     gathering = seconds_of(lambda: targets.gather(ids), lab.device)
