@@ -30,6 +30,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import gpu_lab  # noqa: E402
+import gpu_steps  # noqa: E402
 from gpu_lab import Found, Lab  # noqa: E402
 from real_size import SIZES  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -129,20 +130,19 @@ def main(arguments: list[str] | None = None) -> None:
 def run(session: Session, *, real: bool) -> None:
     """Everything, by importance; the seconds are those of an H200, generously."""
     profile = Path("gpu.profile.txt") if session.path is None else session.path.with_suffix(".profile.txt")
-    steps = {name: partial(gpu_lab.step, name=name) for name in gpu_lab.STEP_WEIGHTS if name != "naive"}
+    steps = {name: partial(gpu_steps.step, name=name) for name in gpu_steps.STEP_WEIGHTS}
     for name, function, needed in (
         ("device", gpu_lab.device, 5),
         ("forward", gpu_lab.forward, 15),
-        ("sketch", gpu_lab.sketch, 30),
-        ("dump", gpu_lab.dump, 20),
+        ("dump", gpu_lab.dump, 40),
         ("cached", steps["cached"], 20),
-        ("naive", gpu_lab.naive, 10),
+        ("naive", gpu_steps.naive, 10),
         ("ce", steps["ce"], 8),
         ("cached_no_vsd", steps["cached_no_vsd"], 8),
-        ("profiled", partial(gpu_lab.profiled, path=profile), 15),
+        ("profiled", partial(gpu_steps.profiled, path=profile), 15),
         ("live", steps["live"], 10),
-        ("recomputed", gpu_lab.recomputed, 12),
-        ("half_student", gpu_lab.half_student, 10),
+        ("recomputed", gpu_steps.recomputed, 12),
+        ("half_student", gpu_steps.half_student, 10),
         ("look_up", gpu_lab.look_up, 5),
         ("losses", gpu_lab.losses, 5),
     ):

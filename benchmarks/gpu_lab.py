@@ -3,51 +3,37 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
-import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from clock import Clock, Timed, counter, seconds_of
+from clock import counter, seconds_of
 from real_size import SIZES, files_of, processor_of, random_model, write_data
-from small_vlm import MIN_K, WINDOW, Naive, lean_trainer
-from torch.profiler import profile
-from transformers import TrainerCallback
+from small_vlm import WINDOW
 
 from cachekd.cache import CachedTargets, LogitCache, TailStates
-from cachekd.cache.build import CacheBuild
+from cachekd.cache.layout import SKETCH_FILE
+from cachekd.cache.tail.encoder import read_encoder
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples, collate, open_samples
 from cachekd.data.collate import ModelInputs
-from cachekd.dump.plan import codec_of, estimate_of, new_plan, pilot_of
-from cachekd.dump.shards import make_shards
+from cachekd.dump import dump as run_dump
+from cachekd.dump.pilot import Pilot
+from cachekd.dump.plan import codec_of
 from cachekd.dump.teacher import Teacher
 from cachekd.losses import dbild_loss, forward_kl_loss
 from cachekd.losses.targets import DenseTargets
-from cachekd.models import LiveTeacher, SwitchedTeacher, hidden_and_logits_at
+from cachekd.models import hidden_and_logits_at
 from cachekd.models.device import default_dtype, free_memory, peak_memory, reset_peak, synchronize
-from cachekd.models.loading import _empty_tower
-from cachekd.train.arguments import CHECKPOINTING
-from cachekd.train.data import TrainingSamples
-from cachekd.train.student import recompute_frozen_layers
 
 Found = dict[str, Any]
 # Of dense bfloat16 products, FLOP/s, as the makers say; the first name that a card's has in it counts.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
-STEPS = 6  # the first counts FLOPs, the second warms up
-STEP_WEIGHTS = {
-    "naive": {},
-    "live": {"align": 1.0, "vsd": 1.0},
-    "cached": {"align": 1.0, "vsd": 1.0},
-    "cached_no_vsd": {"align": 1.0},
-    "ce": {},
-}
 
 
 class Lab:
@@ -158,203 +144,42 @@ def forward(lab: Lab) -> Found:
     return found | lab.rate(lab.batch_flops, seconds) | {"peak_gb": peak_memory() / 1e9}
 
 
-def sketch(lab: Lab) -> Found:
-    """What is paid once per dump: the pilot, the estimate and the fit; then the folder is ready."""
-    config, samples, started = lab.config, lab.samples, time.perf_counter()
-    pilot = pilot_of(config, samples, lab.dumping, None, lambda samples, tokens: None)
-    ran = time.perf_counter()
-    build = CacheBuild.start(config.out, new_plan(config, samples, lab.dumping, _estimate(lab, pilot)))
-    build.encoder(lambda: pilot.fit(lab.dumping))
-    tokens = len(pilot.targets)
-    return {"tokens": tokens, "pilot_s": ran - started, "fit_s": time.perf_counter() - ran}
-
-
-def _estimate(lab: Lab, pilot: Any) -> Any:
-    return estimate_of(lab.config, lab.samples, lab.dumping, pilot)
-
-
 def dump(lab: Lab) -> Found:
-    """All shards as `cachekd dump` makes them, against as many bare forwards."""
-    build, config = CacheBuild.start(lab.config.out, _plan(lab)), lab.config
-    spans, at = build.plan.spans(), []
+    """`cachekd dump`, but that the teacher is in memory already, and that the pilot's answers are not used
+    again: so every sample is run."""
+    at: dict[str, list[tuple[float, int]]] = {"pilot": [], "dump": []}
+
+    def tick(phase: str, _total: int | None, samples: int, _tokens: int) -> None:
+        at[phase].append((time.perf_counter(), samples))
+
+    opened = lab.samples, lab.dumping
     reset_peak()
     started = time.perf_counter()
-    make_shards(
-        build,
-        range(len(spans)),
-        lab.samples,
-        lab.dumping,
-        build.encoder(None),
-        batch_size=config.batch_size,
-        workers=config.workers,
-        on_error="stop",
-        known={},
-        progress=lambda samples, tokens: at.append(time.perf_counter()),
-    )
-    ended = time.perf_counter()
-    manifest = build.assemble(len(spans))
+    with (
+        patch("cachekd.dump.run.open_inputs", lambda _config: opened),
+        patch.object(Pilot, "reusable", lambda _pilot, _plan: {}),
+    ):
+        summary = run_dump(lab.config, tick)
+    ended, (begun, _), (piloted, _) = time.perf_counter(), at["dump"][0], at["pilot"][-1]
+    done = [when for when, samples in at["dump"] if samples]
     # From the first group's end on, reading is ahead, and a long dump is like this. The last shard is packed
     # while nothing else is to be done, which a long dump does not notice.
-    first = build.plan.source.geometry.group_samples
-    steady = (at[-1] - at[first - 1]) / (len(lab.samples) - first)
+    first = 8 * lab.sizes.dump_batch
+    steady = (done[-1] - done[first - 1]) / (len(done) - first)
     found = {
-        "samples": len(lab.samples),
-        "seconds": ended - started,
-        "last_shard_s": ended - at[-1],
+        "samples": len(done),
+        "pilot_s": piloted - started,
+        "fit_s": begun - piloted,
+        "first_group_s": done[first - 1] - begun,
+        "steady_s": done[-1] - done[first - 1],
+        "last_shard_s": ended - done[-1],
         "samples_per_s": 1 / steady,
         "tokens_per_s": lab.length / steady,
         "answer_tokens_per_s": (lab.sizes.answer + 1) / steady,
-        "bytes_per_token": manifest.size / manifest.tokens,
+        "bytes_per_token": summary.bytes_per_token,
         "peak_gb": peak_memory() / 1e9,
     }
     return found | lab.rate(lab.batch_flops / lab.sizes.dump_batch, steady) if lab.batch_flops else found
-
-
-def _plan(lab: Lab) -> Any:
-    from cachekd.cache.build import find_plan
-
-    plan = find_plan(lab.config.out)
-    assert plan is not None, "the sketch could not be fitted, so there is nothing to dump into"
-    return plan
-
-
-def naive(lab: Lab) -> Found:
-    """A step of two whole models, logits of every position, as anyone would first write it."""
-    encoder = lab.files["student"].encoder
-    data = [encoder(lab.samples[index]) for index in range(lab.sizes.step_batch)]
-    half = None if lab.dtype == torch.float32 else lab.dtype
-    lab.student.train()
-    stepper, clock = Naive(lab.student, lab.teacher, data, autocast=half), Clock(lab.device)
-    reset_peak()
-    clock.begin()
-    try:
-        for _ in range(STEPS):
-            loss = stepper.loss()
-            loss.backward()
-            clock.before_update()
-            stepper.update()
-            loss.item()
-            clock.end()
-        return _timed(lab, clock)
-    finally:
-        clock.before_update()
-        lab.student.zero_grad()
-
-
-def step(
-    lab: Lab, name: str, *, recomputed: bool = False, watch: list[TrainerCallback] | None = None
-) -> Found:
-    """A step of cachekd's own trainer, reading the data set and the cache as a run does.
-
-    Args:
-        name: in `STEP_WEIGHTS`.
-        recomputed: with gradient checkpointing.
-        watch: instead of the clock.
-    """
-    on_gpu, half = lab.device.type != "cpu", lab.dtype == torch.bfloat16
-    teacher = SwitchedTeacher(lab.teacher) if name in ("live", "cached") else None
-    live = LiveTeacher(teacher, lab.sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None
-    cache = LogitCache(lab.config.out) if name.startswith("cached") else None
-    clock = Clock(lab.device)
-    settings = {
-        "use_cpu": not on_gpu,
-        "bf16": half,
-        "max_steps": STEPS,
-        "logging_steps": STEPS,
-        "report_to": [],
-        "dataloader_num_workers": min(4, lab.workers),
-        "dataloader_persistent_workers": lab.workers > 0,
-        "dataloader_pin_memory": on_gpu,
-        "accelerator_config": {"non_blocking": on_gpu},
-    }
-    if recomputed:
-        settings |= {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}}
-    reset_peak()
-    trainer = lean_trainer(
-        lab.student,
-        TrainingSamples(lab.samples, lab.files["student"].encoder, cache),
-        lab.folder / "out",
-        batch=lab.sizes.step_batch,
-        settings=settings,
-        callbacks=[Timed(clock)] if watch is None else watch,
-        teacher=teacher,
-        live=live,
-        weights=STEP_WEIGHTS[name],
-    )
-    try:
-        trainer.train()
-        found = {} if watch is not None else _timed(lab, clock)
-        return found | {"wait_share": trainer.data_wait.total.share}
-    finally:
-        clock.before_update()
-        vars(lab.student).pop("forward", None)  # accelerate's, around the model's own
-        vars(lab.student).pop("_original_forward", None)
-        lab.student.zero_grad()
-
-
-def _timed(lab: Lab, clock: Clock) -> Found:
-    seconds = statistics.median(clock.wall[1:])
-    found = {"ms": 1e3 * seconds, "tflop": clock.flops / 1e12} | lab.rate(clock.flops, seconds)
-    return found | {"peak_gb": peak_memory() / 1e9}
-
-
-def profiled(lab: Lab, path: Path) -> Found:
-    """Where a cached step's time goes, written to a file; and how often it waits for the device."""
-    watch = _Watch(lab, path)
-    step(lab, "cached", watch=[watch])
-    return watch.found | {"table": str(path)}
-
-
-class _Watch(TrainerCallback):
-    """The third step under the profiler, the fourth under torch's own eye for waits."""
-
-    def __init__(self, lab: Lab, path: Path) -> None:
-        self.lab, self.path, self.found = lab, path, Found()
-        self._profiler, self._waits = profile(record_shapes=False), list[warnings.WarningMessage]()
-        self._caught: Any = None
-
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if state.global_step == 2:
-            synchronize()
-            self._profiler.__enter__()
-        if state.global_step == 3 and self.lab.device.type == "cuda":
-            self._caught = warnings.catch_warnings(record=True)
-            self._waits = self._caught.__enter__()
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        if state.global_step == 3:
-            synchronize()
-            self._profiler.__exit__(None, None, None)
-            events = self._profiler.key_averages()
-            whose = f"self_{'cpu' if self.lab.device.type == 'cpu' else 'device'}_time_total"
-            self.path.write_text(events.table(sort_by=whose, row_limit=30, max_name_column_width=80))
-        if state.global_step == 4 and self._caught is not None:
-            torch.cuda.set_sync_debug_mode("default")
-            self._caught.__exit__(None, None, None)
-            at = Counter(
-                f"{Path(found.filename).parent.name}/{Path(found.filename).name}:{found.lineno}"
-                for found in self._waits
-                if "synchroniz" in str(found.message)
-            )
-            self.found = {"waits": sum(at.values()), "waits_at": dict(at.most_common())}
-
-
-def recomputed(lab: Lab) -> Found:
-    """A cached step with gradient checkpointing; the teacher without its vision encoder, as a run has it."""
-    model = SwitchedTeacher(lab.teacher).model
-    if hasattr(model.model.vision_tower, "embeddings"):
-        _empty_tower(model.model.vision_tower, ())
-    recompute_frozen_layers(model)
-    free_memory()
-    return step(lab, "cached", recomputed=True)
-
-
-def half_student(lab: Lab) -> Found:
-    """The same with student, gradients and AdamW's moments in bfloat16."""
-    lab.student.to(torch.bfloat16)
-    return recomputed(lab)
 
 
 def look_up(lab: Lab) -> Found:
@@ -363,7 +188,7 @@ def look_up(lab: Lab) -> Found:
     keys = list(cache)[: -(-rows // (lab.sizes.answer + 1))]
     targets = CachedTargets.cat([cache[key] for key in keys]).to(lab.device)
     ids = torch.randint(lab.sizes.vocab, (len(targets), WINDOW), device=lab.device)
-    encoder = CacheBuild.start(lab.config.out, _plan(lab)).encoder(None)
+    encoder = read_encoder(lab.config.out / SKETCH_FILE)
     hidden = torch.randn(8 * rows, lab.teacher.config.text_config.hidden_size, device=lab.device)
     states = TailStates(hidden.to(lab.dtype), torch.zeros(len(hidden), device=lab.device))
     gathering = seconds_of(lambda: targets.gather(ids), lab.device)

@@ -3,7 +3,7 @@
     python benchmarks/memory_by_part.py
     python benchmarks/memory_by_part.py --json
 
-Two LLaVAs of some 20 and 30 million weights, float32, on a CPU; each run in a process of its own. What counts
+Two LLaVAs of some 14 and 29 million weights, float32, on a CPU; each run in a process of its own. What counts
 is the peak beyond what the process held when training began, but for the weights. glibc is told to give back
 what is freed: by itself it keeps blocks of up to 32 MB, here some 300 MB of them.
 """

@@ -78,8 +78,10 @@ class FidelitySample:
 
     def add(self, first: int, states: TailStates) -> None:
         """Remember some of a sample's tokens; its first one is token `first` of the shard."""
-        for token in range(-self._seen % self._stride, len(states), self._stride):
-            self._kept.append((first + token, states.hidden[token].cpu().clone()))
+        start = -self._seen % self._stride
+        kept = states.hidden[start :: self._stride].cpu()  # one look at the device for all of them
+        for place, state in enumerate(kept):
+            self._kept.append((first + start + place * self._stride, state.clone()))
         self._seen += len(states)
         while len(self._kept) > MOST:
             self._kept, self._stride = self._kept[::2], 2 * self._stride

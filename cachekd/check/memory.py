@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -209,6 +209,17 @@ def _elements(model: PreTrainedModel, *, without_tower: bool = False) -> int:
     )
 
 
+def _has_values(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation is on whole numbers that are there: sizes of pictures, masks, token ids."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if tensors:
+        return not any(isinstance(tensor, FakeTensor) or tensor.is_floating_point() for tensor in tensors)
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return not dtype.is_floating_point
+    return func.overloadpacket is torch.ops.aten.arange and not any(isinstance(x, float) for x in args)
+
+
 class _Live(TorchDispatchMode):
     """Counts the bytes of the storages that there are, but for those of a model.
 
@@ -223,7 +234,11 @@ class _Live(TorchDispatchMode):
         self._there = {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _has_values(func, args, kwargs):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
