@@ -39,10 +39,13 @@ multiprocessing.set_forkserver_preload(
 
 def pytest_configure(config: pytest.Config) -> None:
     """A GPU is hidden, from what is launched too: what the tests expect a CPU computes, but for `-m gpu`."""
-    asked = config.option.markexpr
-    if "gpu" not in asked or "not gpu" in asked:
+    if not _sees_a_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["ACCELERATE_USE_CPU"] = "true"  # MPS and others have no such variable
+
+
+def _sees_a_gpu(config: pytest.Config) -> bool:
+    return "gpu" in config.option.markexpr.replace("not gpu", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
@@ -65,12 +68,15 @@ def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread_and_nothing_made_in_vain() -> None:
+def _one_thread_and_nothing_made_in_vain(pytestconfig: pytest.Config) -> None:
+    import second_device
     import torch
     import typer.testing
     from transformers import GenerationConfig, PreTrainedConfig
 
     torch.set_num_threads(1)
+    if not _sees_a_gpu(pytestconfig):
+        second_device.register()
     # Or a runner builds all twenty commands anew at each call.
     typer.testing._get_command = cache(typer.testing._get_command)
     # Or each model that is loaded has its configurations written out four times, for a log that nobody reads.
