@@ -51,12 +51,14 @@ class Teacher:
         files: that it was loaded from; their encoder makes its inputs.
         codec: what is kept.
         head: how its logits follow from its states; None without a tail sketch.
+        float32_head: makes the logits in the place of the model's own head; None where that does.
     """
 
     files: ModelFiles
     model: PreTrainedModel
     codec: CodecSettings
     head: OutputHead | None = None
+    float32_head: OutputHead | None = None
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -77,6 +79,12 @@ class Teacher:
         """
         hidden, logits, _, _ = self.forward([example])
         return replace(self, head=output_head(self.model, hidden, logits, self.vocab_size))
+
+    def in_float32(self) -> Teacher:
+        """Return the same teacher, its measured head applied in float32."""
+        assert self.head is not None
+        head = replace(self.head, in_float32=True)
+        return replace(self, head=head, float32_head=head)
 
     def keeping(self, codec: CodecSettings) -> Teacher:
         """Return the same teacher with another codec; without a head where that has no tail sketch."""
@@ -175,6 +183,8 @@ class Teacher:
     def _forward(self, samples: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         batch = ModelInputs.of(collate(samples, self.encoder.pad_token_id)).to(self.model.device)
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
+        if self.float32_head is not None:
+            logits = self.float32_head.logits(hidden)
         return hidden, logits, batch.token_ids, batch.counts
 
     def info(self) -> TeacherInfo:

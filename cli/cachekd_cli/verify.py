@@ -145,7 +145,8 @@ def ask_again(
     options = as_dumped(data, opened, bound=binding is not None)
     samples = open_samples(options)
     files, manifest = teacher_files(teacher, options), opened.manifest
-    model = load_teacher(files, samples, "skip", manifest.codec, manifest.teacher.dtype)
+    finer = all(source.float32_head for source in manifest.sources)
+    model = load_teacher(files, samples, "skip", manifest.codec, manifest.teacher.dtype, float32_head=finer)
     with counting_samples("ask again", min(count, len(opened))) as advance:
         return recheck(opened, model, samples, count, seed=seed, progress=advance)
 
