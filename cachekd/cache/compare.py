@@ -51,6 +51,7 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
         exclude={"path", "sha256", "content_sha256", "repeated_keys", "other_files"}
     )
     found["setting attn_implementation"] = source.attn_implementation
+    found["setting float32_head"] = source.float32_head
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}

@@ -61,6 +61,9 @@ class Source(Part):
     attn_implementation: Annotated[str | None, LATER] = Field(
         None, description="the kernels of attention, where they were not transformers' choice"
     )
+    float32_head: Annotated[bool, LATER] = Field(
+        False, description="whether the head was applied in float32, whatever the teacher's dtype"
+    )
 
 
 def require_spans(source: Source, spans: list[tuple[int, int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ByteSize, Field, ValidationInfo, field_validator
 
@@ -12,6 +12,7 @@ from cachekd.config.fields import (
     DEFAULT_TAIL,
     EXACT,
     KEPT,
+    LATER,
     TAIL_FORMS,
     Dtype,
     ModelName,
@@ -72,6 +73,11 @@ class DumpConfig(LoadOptions, DataOptions):
     )
     workers: Workers = 0
     dtype: Dtype = Field("auto", description="the teacher's; auto: bfloat16 on a GPU, float32 on a CPU")
+    float32_head: Annotated[bool, LATER] = Field(
+        False,
+        description="apply the head to the final hidden states in float32, where the teacher is in half "
+        "precision: finer logits, for a second run of the head",
+    )
     rank: int = Field(0, ge=0, description="of this process among those that share the work")
     world_size: int = Field(1, ge=1, description="processes that share the work")
 

@@ -186,7 +186,7 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         **plan.source.data.model_dump(include=_RECORDED | {"path"}),
         "out": out,
         "dtype": plan.teacher.dtype,
-        "attn_implementation": plan.source.attn_implementation,
+        **plan.source.model_dump(include={"attn_implementation", "float32_head"}),
         "on_error": "skip" if skips else "stop",
         **codec.model_dump(include={"top_k", "top_p", "tail", "window", "min_k"}),
         **geometry.model_dump(include={"calibration_tokens", "disk_budget"}),
@@ -207,7 +207,7 @@ def command_of(plan: DumpPlan, out: Path, *, skips: bool) -> str:
         if value is None or str(value) == str(field.default):
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words += [f"--{name.replace('_', '-')}", str(one)]
+            words += [f"--{name.replace('_', '-')}", *([] if one is True else [str(one)])]
     return shlex.join(words)
 
 
@@ -276,5 +276,6 @@ def _plan(
             geometry=geometry,
             versions=library_versions(),
             attn_implementation=config.attn_implementation,
+            float32_head=config.float32_head,
         ),
     )

@@ -179,7 +179,15 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
     files.require_attention(config.attn_implementation)
-    teacher = load_teacher(files, samples, config.on_error, codec, dtype=config.dtype, **config.load_settings)
+    teacher = load_teacher(
+        files,
+        samples,
+        config.on_error,
+        codec,
+        config.dtype,
+        float32_head=config.float32_head,
+        **config.load_settings,
+    )
     return samples, teacher
 
 
@@ -199,6 +207,8 @@ def load_teacher(
     on_error: OnError,
     codec: CodecSettings,
     dtype: str,
+    *,
+    float32_head: bool = False,
     **settings: Unpack[LoadSettings],
 ) -> Teacher:
     """The weights, once a sample could be encoded; and the head, measured on one.
@@ -206,6 +216,7 @@ def load_teacher(
     Args:
         on_error: whether a bad sample among the first stops.
         dtype: of torch, or "auto".
+        float32_head: whether the head is applied in float32.
         settings: see `LoadSettings`.
 
     Raises:
@@ -217,12 +228,12 @@ def load_teacher(
     first_good(len(samples), lambda index: files.encoder(samples[index]), on_error)
     model = files.load(dtype=weights_dtype, device=device, **settings)
     teacher = Teacher(files, model, codec, quantization=quantization)
-    if not TailSetting.parse(codec.tail).sketch:
+    if not (TailSetting.parse(codec.tail).sketch or float32_head):
         return teacher
-    measured = first_good(
+    _, measured = first_good(
         len(samples), lambda index: teacher.with_head(files.encoder(samples[index])), on_error
     )
-    return measured[1]
+    return (measured.in_float32() if float32_head else measured).keeping(codec)
 
 
 def _shards(records: dict[int, FinishedShard], name: str) -> list[int]:

@@ -55,6 +55,7 @@ class Teacher:
         quantization: how its weights are quantised; None: they are not.
         codec: what is kept.
         head: how its logits follow from its states; None without a tail sketch.
+        float32_head: makes the logits in the place of the model's own head; None where that does.
     """
 
     files: ModelFiles
@@ -62,6 +63,7 @@ class Teacher:
     codec: CodecSettings
     head: OutputHead | None = None
     quantization: QuantizationInfo | None = None
+    float32_head: OutputHead | None = None
 
     @property
     def encoder(self) -> SampleEncoder:
@@ -82,6 +84,12 @@ class Teacher:
         """
         hidden, logits, _, _ = self.forward([example])
         return replace(self, head=output_head(self.model, hidden, logits, self.vocab_size))
+
+    def in_float32(self) -> Teacher:
+        """Return the same teacher, its measured head applied in float32."""
+        assert self.head is not None
+        head = replace(self.head, in_float32=True)
+        return replace(self, head=head, float32_head=head)
 
     def keeping(self, codec: CodecSettings) -> Teacher:
         """Return the same teacher with another codec; without a head where that has no tail sketch."""
@@ -204,6 +212,8 @@ class Teacher:
         require_embeddings(self.model, batch.tensors["input_ids"])
         batch = batch.to(input_device(self.model))
         hidden, logits = hidden_and_logits_at(self.model, batch.tensors, batch.positions)
+        if self.float32_head is not None:
+            logits = self.float32_head.logits(hidden)
         return hidden, logits, batch.token_ids.to(logits.device), batch.counts
 
     def info(self) -> TeacherInfo:

@@ -152,6 +152,7 @@ def ask_again(
         "skip",
         manifest.codec,
         manifest.teacher.dtype,
+        float32_head=all(source.float32_head for source in manifest.sources),
         quantization=None if quantised is None else quantised.setting,
     )
     with counting_samples("ask again", min(count, len(opened))) as advance:

@@ -203,6 +203,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("attn_implementation", "teacher_attn_implementation"), "eager"),
     "student_attn_implementation": "sdpa",
     "student_dtype": "bfloat16",
+    "float32_head": True,
     "live_teacher": True,
     "binding": "b.json",
     "missing": "skip",

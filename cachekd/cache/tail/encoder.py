@@ -209,15 +209,25 @@ class OutputHead:
         weight: [V, d] float, scaled by whatever the model scales its logits by; no padding rows.
         bias: [V] float, or None.
         softcap: see `TailSketch`.
+        in_float32: whether it is applied in float32, whatever the weight's dtype: without the rounding of
+            half precision, which is most of what a logit has behind its point.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
+    in_float32: bool = False
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply it: [N, V] float32 from [N, d]."""
-        logits = hidden.to(self.weight) @ self.weight.T
+        if self.in_float32:
+            hidden, start = hidden.to(self.weight.device, torch.float32), 0
+            logits = hidden.new_empty(len(hidden), len(self.weight))
+            for rows in self.rows():
+                logits[:, start : start + len(rows)] = hidden @ rows.T
+                start += len(rows)
+        else:
+            logits = hidden.to(self.weight) @ self.weight.T
         return capped((logits if self.bias is None else logits + self.bias).float(), self.softcap)
 
     def rows(self) -> Iterator[Tensor]:

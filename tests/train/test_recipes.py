@@ -1,0 +1,57 @@
+"""The recipes of docs/training.md, each run as it stands there, with tiny models in the place of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from caches import dump_cache
+from runs import losses
+from tiny import save_vlm, tiny_processor
+
+from cachekd.config import TrainConfig
+from cachekd.paths import RUN_FILE
+from cachekd.train import train
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+RECIPES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text().split("## Recipes")[1].split("\n## ")[0], re.S)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, student_path, data_path) -> dict[str, str]:
+    """A teacher whose widths the kernels of 4 bits take, and its cache."""
+    folder = tmp_path_factory.mktemp("recipes")
+    teacher = save_vlm(folder / "teacher", tiny_processor(), text_width=64, vision_layers=3, seed=1)
+    cache = dump_cache(folder / "cache", teacher, data_path)
+    return {
+        "student": str(student_path),
+        "teacher": str(teacher),
+        "data": str(data_path),
+        "cache": str(cache),
+    }
+
+
+def test_they_are_there():
+    assert len(RECIPES) == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda text: yaml.safe_load(text)["out"])
+def test_a_recipe_runs(tmp_path, paths, recipe):
+    wanted = yaml.safe_load(recipe)
+    if "teacher_quantization" in wanted:
+        pytest.importorskip("bitsandbytes")
+    paths = paths | {"out": tmp_path / "run"}
+    assert paths.keys() <= wanted.keys()
+    # What a GPU has by default, and a step of more than the tiny data's 12 samples.
+    config = TrainConfig(**wanted | paths, dtype="bfloat16", epochs=4, logging_steps=1)
+    train(config)
+    run = json.loads((config.out / RUN_FILE).read_text())
+    assert {name: run["config"][name] for name in wanted.keys() - paths.keys()} == {
+        name: value for name, value in wanted.items() if name not in paths
+    }
+    found = losses(config.out)
+    assert len(found) == 4
+    assert all(value > 0 for row in found for value in row)
