@@ -70,6 +70,22 @@ def test_the_command_that_goes_on_names_the_quantisation(quantised):
     assert DumpConfig(teacher="t", data="d", out="o", quantization=json.dumps(given)).quantization == given
 
 
+def test_a_part_of_a_cache_keeps_what_it_says(quantised, tmp_path):
+    from caches import select_samples
+
+    keys = list(LogitCache(quantised))[:2]
+    part = select_samples(quantised, tmp_path / "part", keys)
+    assert part.teacher == Manifest.load(quantised).teacher
+    assert Manifest.load(tmp_path / "part").teacher == part.teacher
+
+
+def test_caches_of_teachers_that_are_quantised_otherwise_are_not_merged(quantised, cache_path, tmp_path):
+    from cachekd.cache.derive import merge_caches
+
+    with pytest.raises(CachekdError, match="teacher's quantisation"):
+        merge_caches([quantised, cache_path], tmp_path / "both")
+
+
 # ---- verify
 
 
