@@ -50,7 +50,7 @@ class ProveGradients(TrainerCallback):
 
 
 def prove_gradients(trainer: SwitchKDTrainer) -> None:
-    """Run one sample forward, and backward once for each term that is on; then all is as before.
+    """Run one sample forward once, and backward once for each term that is on; then all is as before.
 
     A zero is no fault where the path lets gradients through all the same: a student that is its teacher is at
     the minimum of L_Align. So where a term has no gradient, another loss on the same logits is tried.
@@ -70,7 +70,10 @@ def prove_gradients(trainer: SwitchKDTrainer) -> None:
     terms.student.train()
     try:
         with same_randomness(trainer.args.device):
-            tried = [name for name in names if _Trial(trainer, batch, name).passed()]
+            found = _forward(trainer, terms, batch)
+            tried = [name for name in names if name in found]
+            for name in tried:
+                _Trial(trainer, batch, name).require(found[name])
     finally:
         for module, training in modes:
             module.training = training
@@ -116,6 +119,13 @@ class _Probe(LossTerms):
         return dict.fromkeys(names, (logits.float() * direction).sum())
 
 
+def _forward(trainer: SwitchKDTrainer, terms: LossTerms, batch: Batch) -> dict[str, Tensor]:
+    """The terms' means over the batch's answer tokens; those that there are."""
+    with trainer.compute_loss_context_manager():
+        found = terms(terms.student, batch, step=0)
+    return {name: term / max(1, found.tokens) for name, term in found.terms.items()}
+
+
 class _Trial:
     """One term on one batch."""
 
@@ -129,44 +139,33 @@ class _Trial:
         if self.terms.bridge is not None:
             self.parts[BRIDGE] = list(self.terms.bridge.parameters())
 
-    def passed(self) -> bool:
-        """Whether the term could be tried.
+    def require(self, term: Tensor) -> None:
+        """Refuse a term whose gradient is not where it should be.
 
         Raises:
             CachekdError: see `prove_gradients`.
         """
+        if not bool(term.isfinite()):
+            return  # it would stop the first step, and be told of with all that it takes to see it again
         try:
-            if not self._backward(self.terms):
-                return False
-            sizes = self._sizes()
+            sizes = self._gradients(term)
             self._require_nothing_elsewhere(sizes)
             if bad := [part for part in self._expected() if not torch.tensor(sizes[part]).isfinite()]:
                 raise self._refusal("a gradient that is not finite", bad[0], str(sizes[bad[0]]))
             silent = [part for part in self._expected() if not sizes[part] and not self._starts_at_zero(part)]
             if silent:
-                self._clear()
-                self._backward(_Probe(self.terms))
-                sizes = self._sizes()
+                probed = _forward(self.trainer, _Probe(self.terms), self.batch)
+                sizes = self._gradients(probed[self.name])
                 if dead := [part for part in silent if not sizes[part]]:
                     raise self._refusal("no gradient", dead[0], "exactly 0, whatever the loss on the logits")
         finally:
             self._clear()
-        return True
 
-    def _backward(self, terms: LossTerms) -> bool:
-        """Whether there was a term to go backwards from, and a finite one: another is told of with the step
-        that it would stop."""
-        with self.trainer.compute_loss_context_manager():
-            found = terms(terms.student, self.batch, step=0)
-        term = found.terms.get(self.name)
-        if term is None or not bool(term.isfinite()):
-            return term is not None
+    def _gradients(self, term: Tensor) -> dict[str, float]:
+        """The largest |gradient| of each part, 0 where there is none; they stay at the parameters."""
+        self._clear()
         if term.requires_grad:
-            (term / max(1, found.tokens)).backward()
-        return True
-
-    def _sizes(self) -> dict[str, float]:
-        """The largest |gradient| of each part; 0 where there is none."""
+            term.backward(retain_graph=True)  # the terms share it
         return {
             part: max((float(p.grad.abs().max()) for p in some if p.grad is not None), default=0.0)
             for part, some in self.parts.items()

@@ -512,6 +512,15 @@ def test_what_a_later_step_would_fail_of_is_said_first(
     assert not Path(values["out"]).exists()
 
 
+def test_a_teacher_that_is_quantised_in_the_dump_alone_is_said_first(values, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    values["steps"][0]["quantization"] = "4bit"
+    with pytest.raises(CachekdError, match="the cache's teacher was quantised otherwise") as caught:
+        run(read(values, tmp_path))
+    assert caught.value.where.startswith("step 'dft': ")
+    assert not Path(values["out"]).exists()
+
+
 def test_models_that_do_not_go_together_are_said_first(values, tmp_path):
     processor = tiny_processor()
     processor.chat_template += "{# another #}"
