@@ -162,6 +162,7 @@ def settle(model: PreTrainedModel) -> None:
             theirs = one.skip_keys or []
             one.skip_keys = [*([theirs] if isinstance(theirs, str) else theirs), "logits_to_keep"]
             one.io_same_device = False
+            one.execution_device = input_device(model)  # accelerate takes the first of all
     said = model.hf_device_map
     places = Counter(said[_longest(name, said) or ""] for name in layers_of(model))
     log.warning("layers of %s: %s", model.config.name_or_path, told(places))

@@ -108,6 +108,7 @@ class SwitchKDTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = True
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = True  # a vision_feature_layer of -2 leaves the last unused
+    teacher_apart: bool = False  # a device map says where the teacher is
 
     @classmethod
     def of(cls, config: TrainConfig, out: Path) -> Self:
@@ -127,6 +128,7 @@ class SwitchKDTrainingArguments(TrainingArguments):
             "batch_tokens": config.batch_tokens,
             "data_seed": config.seed,
             "use_cpu": not on_gpu,
+            "teacher_apart": config.teacher_load_settings["device_map"] is not None,
             "bf16": config.dtype == "bfloat16" or (config.dtype == "auto" and on_gpu),
             "fp16": config.dtype == "float16",
             "save_strategy": "steps" if config.save_steps else "no",
@@ -154,6 +156,8 @@ class SwitchKDTrainingArguments(TrainingArguments):
             expected = "that every process reads its own samples: cached targets cannot be cut by sample"
             raise _refusal("accelerator_config.dispatch_batches", expected, True)
         self._require_packages()
+        if self.teacher_apart:
+            self._n_gpu = min(self.n_gpu, 1)  # the student's; the teacher is on the others
         if self.n_gpu > 1:
             raise CachekdError(
                 "one process cannot train on several GPUs here",
