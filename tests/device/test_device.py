@@ -29,8 +29,10 @@ from cachekd.dump import run as stage_one
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, SwitchedTeacher, capture_vision, hidden_and_logits_at, logits_at
 from cachekd.train import train
+from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
 
+WAITS = 16  # of the CPU for the device, in a step with all terms
 LORA = {"r": 4, "target_modules": "all-linear"}
 
 
@@ -166,13 +168,26 @@ def weights(run: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_is_cut_short_goes_on(device, settings, tmp_path):
-    whole = TrainConfig(**settings | {"batch_size": 2, "save_steps": 1, "lambda_vsd": 0})
+    whole = TrainConfig(**settings | {"batch_size": 3, "save_steps": 2})
     train(whole)
     cut = whole.model_copy(update={"out": tmp_path / "cut"})
     with pytest.raises(KeyboardInterrupt):
         train(cut, [CutShort(2)])
     assert train(cut).resumed_from == 2
     device.assert_close(losses(cut.out), losses(whole.out))
+
+
+def test_a_step_rarely_waits_for_the_device(device, settings, capsys):
+    """For numbers and lengths that transformers asks for in each forward, not per token or term."""
+    trainer = make_trainer(TrainConfig(**settings), settings["out"])
+    trainer.create_optimizer()
+    batches = list(trainer.get_train_dataloader())
+    trainer.training_step(trainer.model, batches[0], None)  # what is measured once
+    with device.counted_waits() as waits:
+        trainer.training_step(trainer.model, batches[1], None)
+    with capsys.disabled():
+        print(f"\nwaits of a step: {waits.count}")
+    assert 0 < waits.count <= WAITS
 
 
 def test_an_evaluation(device, student_path, teacher_path, data):
@@ -188,23 +203,15 @@ def test_an_evaluation(device, student_path, teacher_path, data):
 # ---- what goes wrong
 
 
-def test_a_token_without_an_embedding_leaves_the_device_as_it_was(
-    device, tmp_path, student_path, monkeypatch
-):
+def test_a_token_without_an_embedding_leaves_the_device_as_it_was(device, tmp_path, monkeypatch):
     """Looked up on a GPU, it is an assertion after which every other sample would be bad."""
     processor = tiny_processor()
     teacher = save_vlm(tmp_path / "teacher", processor, vocab_size=len(processor.tokenizer) - 1)
     data = write_llava_json(tmp_path / "data", 12)
     # As if no configuration said how many rows there are.
     monkeypatch.setattr(stage_one, "teacher_files", lambda path, _: ModelFiles(path))
-    config = DumpConfig(
-        teacher=str(teacher),
-        data=str(data),
-        out=tmp_path / "c",
-        batch_size=4,
-        on_error="skip",
-        dtype="float32",
-    )
+    settings = {"batch_size": 4, "on_error": "skip", "dtype": "float32"}
+    config = DumpConfig(teacher=str(teacher), data=str(data), out=tmp_path / "c", **settings)
     summary = dump(config)
     assert summary.skipped > 0
     assert summary.samples == 12 - summary.skipped > 0
