@@ -114,8 +114,9 @@ class Timed(TrainerCallback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.clock.begin()
+    def on_step_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step == 0:  # what is tried before it is no step
+            self.clock.begin()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.clock.before_update()
