@@ -53,10 +53,9 @@ def main(
         data = data or str(make_data(folder / "data", samples))
         results = {}
         for way, changes in WAYS.items():
-            config = {"teacher": teacher, "data": data, "map": map, "limit": samples, **changes}
-            config["out"] = folder / "cache"
+            config = {"teacher": teacher, "data": data, "map": map, "limit": samples, "out": folder / "cache"}
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                results[way] = process.submit(measure, config, threads).result()
+                results[way] = process.submit(measure, config | changes, threads).result()
     if as_json:
         print(json.dumps(results, indent=1))
         return
