@@ -1,9 +1,10 @@
-"""How much of a batch is padding: samples in random order, and grouped by length.
+"""How much of a batch is padding: samples in random order, grouped by length, and by padded tokens.
 
     python benchmarks/padding.py --student runs/demo/student --data runs/demo/train
 
-Every sample is read and encoded, so that the shares are of true lengths; the grouping has the rough ones that
-`train_sampling_strategy: group_by_length` works with. Also printed: how far the rough ones are off.
+Every sample is read and encoded, so that the shares are of true lengths; `train_sampling_strategy:
+group_by_length` and `batch_tokens` (here those of a batch of the longest sample) work with rough ones.
+Also printed: how far these are off. `--map padding:fewer_turns` keeps 1 to 10 questions of each sample.
 """
 
 from __future__ import annotations
@@ -11,21 +12,35 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from typing import Any
+from zlib import crc32
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from cachekd.data import open_samples, rough_lengths
+from cachekd.data.batches import BatchLimits
 from cachekd.models import ModelFiles
-from cachekd.train.order import LengthGroups
+from cachekd.train.order import LengthGroups, TokenBatches
 
 
-def padding_share(lengths: list[int], order: list[int], batch_size: int) -> float:
-    """Cells of right-padded batches that hold no token."""
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    cells = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    return 1 - sum(lengths) / cells
+def fewer_turns(record: dict[str, Any]) -> dict[str, Any]:
+    """Keep 1 to 10 questions with their answers, of a record of easy-VQA's tars."""
+    values = json.loads(record["json"])
+    kept = 2 * (1 + crc32(record["__key__"].encode()) % 10)
+    return {"image": record["png"], "conversations": values["conversations"][:kept]}
+
+
+def in_batches(order: list[int], batch_size: int) -> list[list[int]]:
+    """As the Trainer cuts an order."""
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def cost(lengths: list[int], batches: list[list[int]]) -> dict[str, float]:
+    """How many batches, the largest one's padded tokens, and the share of cells that hold no token."""
+    cells = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
+    return {"batches": len(batches), "most_tokens": max(cells), "padding": 1 - sum(lengths) / sum(cells)}
 
 
 def main() -> None:
@@ -46,22 +61,32 @@ def main() -> None:
     shuffled = random.Random(0).sample(range(len(true)), len(true))
     grouped = list(LengthGroups(rough, options.batch_size, seed=0, epoch=lambda: 0))
     off = (torch.tensor(rough) - torch.tensor(true)).abs().float()
-    padding = {
-        "random": padding_share(true, shuffled, options.batch_size),
-        "group_by_length": padding_share(true, grouped, options.batch_size),
+    limits = BatchLimits(tokens=options.batch_size * max(rough))
+    orders = {
+        "random": cost(true, in_batches(shuffled, options.batch_size)),
+        "group_by_length": cost(true, in_batches(grouped, options.batch_size)),
+        f"batch_tokens {limits.tokens}": cost(
+            true, list(TokenBatches(rough, limits, processes=1, seed=0, epoch=lambda: 0))
+        ),
     }
     result = {
         "samples": len(true),
         "tokens": {"least": min(true), "mean": sum(true) / len(true), "most": max(true)},
-        "padding": padding,
+        "orders": orders,
         "rough_lengths_off_by": {"mean": float(off.mean()), "most": float(off.max())},
     }
     if options.json:
         print(json.dumps(result))
         return
-    table = Table("order", "padding", title=f"{len(true):,} samples, batches of {options.batch_size}")
-    for name, share in padding.items():
-        table.add_row(name, f"{share:.1%}")
+    table = Table(
+        "order",
+        "batches",
+        "most padded tokens",
+        "padding",
+        title=f"{len(true):,} samples, batches of {options.batch_size}",
+    )
+    for name, found in orders.items():
+        table.add_row(name, str(found["batches"]), f"{found['most_tokens']:,}", f"{found['padding']:.1%}")
     console = Console()
     console.print(table)
     console.print(

@@ -77,6 +77,22 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
 
 
 @pytest.mark.slow
+def test_two_processes_share_batches_by_tokens(tmp_path, student_path, unequal_data):
+    """Two at a time, as one process has them in two accumulated steps."""
+    settings = {"student": str(student_path), "data": str(unequal_data), "lambda_align": 0, "lambda_vsd": 0}
+    settings |= {"epochs": 2, "batch_tokens": 1200, "logging_steps": 1, "save_steps": 0}
+    train(TrainConfig(**settings, gradient_accumulation=2, out=tmp_path / "one"))
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(json.dumps(settings | {"out": str(tmp_path / "two")}))
+    done = train_in_two_processes(recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / RUN_FILE).read_text()) for name in ("one", "two"))
+    assert one["steps"] == two["steps"] == 2 * 5
+    ours, theirs = ([entry["ce"] for entry in run["log"] if "ce" in entry] for run in (one, two))
+    assert theirs == pytest.approx(ours, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_two_processes_stop_after_the_same_step(tmp_path, student_path, data_path):
     """The launcher passes SIGTERM on to both; the same command goes on, in as many processes only."""
     out, recipe = tmp_path / "two", tmp_path / "two.yaml"
