@@ -68,6 +68,8 @@ class SecondTensor(Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         device = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "memory_format"})[0]
         moved = super().to(*args, **kwargs)
+        if moved.device == self.device and moved.dtype == self.dtype and not kwargs.get("copy"):
+            return self  # which may be a parameter
         if device is None or device.type != NAME or moved.index == (device.index or 0):
             return moved
         return _Moved.apply(moved, device.index or 0)

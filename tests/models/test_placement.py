@@ -16,7 +16,7 @@ from torch import Tensor
 from cachekd.data import collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
-from cachekd.models import SwitchedTeacher, capture_vision, hidden_and_logits_at, load_model
+from cachekd.models import SwitchedTeacher, capture_vision, default_device, hidden_and_logits_at, load_model
 from cachekd.models.families import vision_tower
 from cachekd.models.placement import is_dispatched, is_offloaded, layers_of
 from cachekd.train.student import recompute_frozen_layers
@@ -24,8 +24,8 @@ from cachekd.train.student import recompute_frozen_layers
 CPU = torch.device("cpu")
 
 
-def loaded(path: Path, **settings: Any) -> Any:
-    return load_model(str(path), dtype=torch.float32, device=CPU, **settings)
+def loaded(path: Path, device: torch.device = CPU, **settings: Any) -> Any:
+    return load_model(str(path), dtype=torch.float32, device=device, **settings)
 
 
 def batch_of(family: str) -> ModelInputs:
@@ -52,7 +52,7 @@ def test_layers_on_the_disk_give_the_same_bits(family, tmp_path):
 
 def switched_gradient(teacher: Any, family: str, batch: ModelInputs) -> tuple[Tensor, Tensor]:
     """Logits of the switched path, by its own head, and their gradient at V_S."""
-    student = build(family, seed=2)
+    student = build(family, seed=2).to(batch.supervised.device)
     with capture_vision(student) as vision:
         student(**batch.tensors)
     assert vision.output is not None
@@ -78,6 +78,29 @@ def test_the_switched_path_through_layers_on_the_disk_has_the_same_gradient(fami
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     # Nothing that was fetched stays: of each layer every weight is back on the disk.
     assert all(weight.is_meta for layer in layers_of(split).values() for weight in layer.parameters())
+
+
+@pytest.mark.gpu
+def test_layers_off_a_gpu_give_its_bits_and_its_gradient(tmp_path):
+    """Of three places: layers that stay, that come from the CPU's memory, and from the disk."""
+    path = save(tmp_path / "teacher", "qwen2_vl")
+    device = default_device()
+    batch = batch_of("qwen2_vl").to(device)
+    whole = loaded(path, device)
+    first, second, *others = layers_of(whole)
+    places = map_file(tmp_path, {"": 0, first: "cpu", second: 0} | dict.fromkeys(others, "disk"))
+    split = loaded(path, device, device_map=places)
+    assert is_offloaded(split)
+    small = {"0": just_enough(whole)}
+    assert is_offloaded(loaded(path, device, device_map="auto", max_memory=small))
+    with torch.inference_mode():
+        expected, found = (hidden_and_logits_at(m, batch.tensors, batch.positions) for m in (whole, split))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    on_disk = map_file(tmp_path, {"": 0} | dict.fromkeys(layers_of(whole), "disk"))
+    teachers = (loaded(path, device, tower=False), loaded(path, device, tower=False, device_map=on_disk))
+    expected, found = (switched_gradient(model, "qwen2_vl", batch) for model in teachers)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(weight.is_meta for layer in layers_of(teachers[1]).values() for weight in layer.parameters())
 
 
 # ---- what is refused
