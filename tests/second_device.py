@@ -5,8 +5,8 @@ Whoever gets the CPU's bits on it has moved everything to where it belongs. It s
 page-locked memory, or of a GPU's own kernels and their rounding: those are for `pytest -m gpu`.
 
 Beside `gpu:0`, the default, there are `gpu:1` and `gpu:2`, for models that are split over several devices. A
-backend in Python can have one device for autograd, so the index is kept beside the tensor. What autograd makes
-by itself is on `gpu:0`, which therefore may meet the other two; these may not meet each other.
+backend in Python can have one device for autograd, so the index is kept beside the tensor. What autograd
+makes by itself is on `gpu:0`, which therefore may meet the other two; these may not meet each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME, DEVICES = "gpu", 3
 _COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}  # what may have tensors of two devices
-_WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"}  # the CPU, for the device
 
 
 class SecondTensor(Tensor):
@@ -131,7 +130,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("pin_memory", None)
     if there and _State.full:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    _State.waits += bool(ours) and (not there or name in _WAITS or _has_mask(args))
+    _State.waits += bool(ours) and (not there or _waits(name, args))
     try:
         made = op(*tree_map(_held, args), **tree_map(_held, kwargs))
     except IndexError as error:
@@ -146,9 +145,12 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     return tree_map(lambda x: SecondTensor(x, index) if isinstance(x, Tensor) else x, made) if there else made
 
 
-def _has_mask(args: Any) -> bool:
-    """An index by truth values: how many there are is not known before."""
-    return any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2]))
+def _waits(name: str, args: Any) -> bool:
+    """Whether the CPU has to know a result: a number, or how many there are."""
+    indexed = name.startswith("aten::index") and any(
+        isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2])
+    )
+    return indexed or name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
 
 def _held(leaf: Any) -> Any:

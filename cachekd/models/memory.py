@@ -59,7 +59,8 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
             found=found,
             fix="run the same command with a smaller --batch-size: what is finished stays"
             if len(samples) > 1 and kept
-            else "--max-tokens N --too-long skip leaves out what is longer",
+            else "--max-tokens N --too-long skip leaves out what is longer; or --max-memory "
+            f"{'0' if device == 'GPU' else 'cpu'}=... has fewer of the model's layers there",
         )
     if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
         # It answers nothing any more: every later sample would look bad.
