@@ -65,16 +65,18 @@ def reset_peak() -> None:
     """Have `peak_memory` begin anew, where the system can."""
     module = _with_a_peak()
     if module is not None:
-        module.reset_peak_memory_stats()
+        for index in range(module.device_count()):
+            module.reset_peak_memory_stats(index)
     elif _RESET_PEAK.exists():
         _RESET_PEAK.write_text("5")
 
 
 def peak_memory() -> int:
-    """Bytes: the most that was in use since `reset_peak`, of the GPU if there is one, else of the process."""
+    """Bytes: the most that was in use since `reset_peak`, of the GPU if there is one, else of the process. Of
+    several GPUs the sum of their peaks: of one that this process does not use, 0."""
     module = _with_a_peak()
     if module is not None:
-        return int(module.max_memory_allocated())
+        return sum(int(module.max_memory_allocated(index)) for index in range(module.device_count()))
     status = Path("/proc/self/status")
     if status.exists():  # unlike getrusage's, this peak can be reset
         return next(1024 * int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))

@@ -72,7 +72,8 @@ def failed_forward(error: Exception, samples: Sequence[Encoded], who: str, *, ke
             fix=f"run the same command with --batch-tokens {len(samples) * len(longest) // 2}: what is "
             "finished stays (--on-oom halve does so by itself, once the pilot is over)"
             if len(samples) > 1 and kept
-            else "--max-tokens N --too-long skip leaves out what is longer",
+            else "--max-tokens N --too-long skip leaves out what is longer; or --max-memory "
+            f"{'0' if device == 'GPU' else 'cpu'}=... has fewer of the model's layers there",
         )
     if any(said in str(error) for said in _GPU_FAILED) or type(error).__name__ == "AcceleratorError":
         # It answers nothing any more: every later sample would look bad.

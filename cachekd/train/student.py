@@ -219,6 +219,8 @@ def _knobs(config: TrainConfig) -> list[str]:
         knobs.append("a cache instead of --live-teacher")
     if config.teacher is not None and config.switches and config.teacher_quantization is None:
         knobs.append("--teacher-quantization 4bit")
+    if config.runs_teacher and config.teacher_load_settings["device_map"] is None:
+        knobs.append("--teacher-device-map auto --teacher-max-memory 0=4GB (layers are fetched: slower)")
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
     if config.student_dtype == "float32":
