@@ -13,6 +13,7 @@ import second_device
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cachekd.cache import targets
 from cachekd.losses import kneedle
@@ -69,8 +70,12 @@ class RealDevice:
     exact: bool = False
 
     def assert_close(self, ours: Any, cpus: Any, share: float = GPU_LOSS) -> None:
-        """Numbers that are a share, or a ten-thousandth, apart at the most."""
-        torch.testing.assert_close(_there(ours), _there(cpus), rtol=share, atol=1e-4)
+        """Tensors that are a share of their length, numbers that are a share, apart at the most."""
+        ours, cpus = (tree_leaves(_there(values)) for values in (ours, cpus))
+        for one, other in zip(ours, cpus, strict=True):
+            one, other = (torch.as_tensor(x, dtype=torch.float64) for x in (one, other))
+            off, length = float((one - other).norm()), float(other.norm())
+            assert off <= share * length + 1e-4, f"{off:g} of {length:g} apart"
 
     @contextmanager
     def no_memory(self) -> Iterator[None]:
@@ -104,4 +109,4 @@ class RealDevice:
 
 def _there(values: Any) -> Any:
     """On the CPU."""
-    return torch.utils._pytree.tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, values)
+    return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from devices import RealDevice, SecondDevice
 from second_device import second_device
 
@@ -21,7 +22,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[SecondDevice | RealDevice
         yield real_device()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def gpu() -> RealDevice:
     return real_device()
 
@@ -29,4 +30,5 @@ def gpu() -> RealDevice:
 def real_device() -> RealDevice:
     if (found := default_device()).type == "cpu":
         pytest.skip("there is no GPU")
+    torch.backends.cudnn.allow_tf32 = False  # or its convolutions round to 10 bits
     return RealDevice(found)

@@ -21,7 +21,6 @@ import pytest
 from caches import copied, files_of, reseal
 from flaky_server import FlakyServer, falling_silent, serving
 from hub_server import HubServer
-from moto.server import ThreadedMotoServer
 from typer.testing import CliRunner
 
 from cachekd.cache import Manifest, verify_files
@@ -76,6 +75,8 @@ def flaky(big_cache: Path) -> Iterator[FlakyServer]:
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a new bucket."""
+    from moto.server import ThreadedMotoServer  # not there where only the tests of a GPU run
+
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
