@@ -32,6 +32,12 @@ class QuantizationInfo(Part):
         """Whether both make the same weights of the same ones, as far as settings tell."""
         return other is not None and (self.backend, self.settings) == (other.backend, other.settings)
 
+    @property
+    def computes_in(self) -> str | None:
+        """The dtype of its products, where that is not the model's. bitsandbytes' 8-bit ones round states to
+        float16 and by what else is in the batch."""
+        return "float16" if self.settings.get("load_in_8bit") else None
+
     def __str__(self) -> str:
         settings = ", ".join(f"{name}: {value}" for name, value in sorted(self.settings.items()))
         return f"{self.backend} ({settings})"

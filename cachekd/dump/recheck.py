@@ -14,7 +14,7 @@ from torch import Tensor
 from cachekd.cache import CachedTargets, CodecSettings, LogitCache, SketchTail, TailStates, UniformTail
 from cachekd.cache.codec import TAIL_STEP
 from cachekd.cache.compare import dependencies, require_same
-from cachekd.cache.manifest import Header
+from cachekd.cache.manifest import Header, TeacherInfo
 from cachekd.cache.recompress import cuts
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
 from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
@@ -99,6 +99,13 @@ TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 1.0}
 SHARES = (0.01, 0.02, 0.05, 0.1)
 
 
+def tolerance_of(teacher: TeacherInfo) -> float:
+    """Nats, by the dtypes that it computes in."""
+    quantised = teacher.quantization
+    dtypes = [teacher.dtype, None if quantised is None else quantised.computes_in]
+    return max(TOLERANCE.get(dtype, 1.0) for dtype in dtypes if dtype is not None)
+
+
 class Mismatch(NamedTuple):
     """A sample that the teacher answers otherwise."""
 
@@ -161,7 +168,7 @@ def recheck(
     require_same(dependencies(manifest), dependencies(header), "the cache", str(cache.path))
     places = {key: index for index, key in enumerate(samples.keys)}
     chosen, there = _choose(cache, places, count, seed)
-    tolerance = TOLERANCE.get(manifest.teacher.dtype, 1.0)
+    tolerance = tolerance_of(manifest.teacher)
     encoders = [read_encoder(cache.path / info.name, info.sha256) for info in manifest.sketches]
     judge = _Judge(cache, teacher, encoders, tolerance)
     mismatches = []

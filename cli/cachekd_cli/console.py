@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -201,18 +202,20 @@ def write_page(path: Path, html: str) -> None:
 
 def quiet_libraries() -> None:
     """Leave the terminal to our own bars and messages."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # It speaks at its import, and of each product with 8-bit weights.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_hub() -> None:
     """Quiet huggingface_hub too, whose bars would draw into ours."""
-    from huggingface_hub import logging
+    from huggingface_hub import logging as hub_logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     disable_progress_bars()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data import open_samples
 from cachekd.dump import dump
 from cachekd.dump.plan import command_of
-from cachekd.dump.recheck import recheck
+from cachekd.dump.recheck import recheck, tolerance_of
 from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.train.run import train
@@ -64,7 +65,7 @@ def test_the_command_that_goes_on_names_the_quantisation(quantised):
 
     plan = find_plan(quantised)
     assert plan is not None
-    words = __import__("shlex").split(command_of(plan, quantised, skips=False))
+    words = shlex.split(command_of(plan, quantised, skips=False))
     given = json.loads(words[words.index("--quantization") + 1])
     assert given == plan.teacher.quantization.setting
     assert DumpConfig(teacher="t", data="d", out="o", quantization=json.dumps(given)).quantization == given
@@ -99,6 +100,9 @@ def test_the_teacher_says_the_same_again(teacher_path, data_path, tmp_path, sett
     result = recheck(cache, model, samples, 99)
     assert result.tokens > 0
     assert not result.mismatches
+    assert (
+        tolerance_of(cache.manifest.teacher) == {"4bit": 0.01, "8bit": 0.1}[setting]
+    )  # float32's, float16's
     plain = load_teacher(files, samples, "stop", cache.manifest.codec, "float32")
     with pytest.raises(CachekdError, match="different teacher's quantisation"):
         recheck(cache, plain, samples, 99)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from caches import dump_cache
 from runs import CutShort, losses
 from safetensors.torch import load_file, save_file
 from tiny import save_vlm, tiny_processor
@@ -97,6 +99,51 @@ def test_a_switched_path_that_reaches_the_projector_is_refused(settings, tmp_pat
     trainer.teacher.logits = through_the_projector
     problem = refused(trainer).problem
     assert problem == "L_VSD has a gradient where it should have none, at the student's projector"
+
+
+def test_four_bits_that_repack_themselves_are_refused(settings, tmp_path, monkeypatch):
+    """As bitsandbytes' layers do on such a CPU, where loading does not mend it."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16, and there bitsandbytes does not repack")
+    monkeypatch.setattr("cachekd.models.loading.with_gradients", lambda model: model)
+    wide = {"text_width": 64, "vision_width": 64}  # what one block of its weights needs
+    models = {
+        name: str(save_vlm(tmp_path / name, tiny_processor(), **wide, seed=seed))
+        for name, seed in (("teacher", 1), ("student", 2))
+    }
+    cache = dump_cache(tmp_path / "cache", Path(models["teacher"]), Path(settings["data"]))
+    models |= {"cache": str(cache), "teacher_quantization": "4bit"}
+    error = refused(make_trainer(TrainConfig(**settings | models), tmp_path / "run"))
+    assert error.problem == "L_VSD has no gradient at the student's vision encoder"
+    assert "quantised by bitsandbytes" in error.where
+
+
+def test_a_backend_without_backward_is_refused(settings, tmp_path):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    dynamic = {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt8WeightConfig"}
+    error = refused(make_trainer(TrainConfig(**settings, teacher_quantization=dynamic), tmp_path))
+    assert error.problem == "L_VSD has no gradient at the student's vision encoder"
+    assert "quantised by torchao" in error.where
+
+
+@pytest.mark.parametrize(
+    ("package", "setting"),
+    [
+        ("torchao", {"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}),
+        ("torchao", {"quant_method": "torchao", "quant_type": "Float8WeightOnlyConfig"}),
+        ("optimum.quanto", {"quant_method": "quanto", "weights": "int8"}),
+        ("optimum.quanto", {"quant_method": "quanto", "weights": "float8"}),
+        ("bitsandbytes", "8bit"),
+    ],
+)
+def test_a_backend_that_has_one_trains(settings, tmp_path, package, setting):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    trainer = make_trainer(TrainConfig(**settings | {"epochs": 1}, teacher_quantization=setting), tmp_path)
+    trainer.train()
+    assert trainer.state.log_history[0]["vsd"] > 0
 
 
 def test_it_is_tried_after_resuming_too(settings):
