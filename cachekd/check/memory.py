@@ -148,13 +148,13 @@ def _states(model: PreTrainedModel, inputs: Mapping[str, Tensor], *, frozen: boo
     embed = model.get_input_embeddings()
     if frozen:
         shape = (*ids.shape, embed.embedding_dim)
-        places = torch.empty(shape, dtype=model.dtype, requires_grad=True)
+        places = torch.empty(shape, dtype=model.dtype, device="cpu", requires_grad=True)
     else:
         places = embed(ids)
         if "pixel_values" in inputs:
             found = model.get_image_features(**image_inputs(model, inputs), return_dict=True).pooler_output
             features = torch.cat(list(found)) if isinstance(found, list | tuple) else found
-            mask = torch.empty(places.shape, dtype=torch.bool)
+            mask = torch.empty(places.shape, dtype=torch.bool, device="cpu")
             places = places.masked_scatter(mask, features.to(places.dtype))
     states: Tensor = language_model(model)(inputs_embeds=places, use_cache=False).last_hidden_state
     return states
