@@ -6,8 +6,8 @@
 A LLaVA with random weights in float32 answers one batch as a dump has it, on a CPU, in a process of its own
 for each part of its weights that may stay in memory; the other layers are read from its safetensors file in
 every forward. "same" compares the logits with those of the whole teacher, bit for bit. The peak is what the
-process holds beyond what it held before, with the file's pages: weights are mapped from it either way on a CPU,
-and the system takes pages back when it needs them, so this is no measure of what is needed.
+process holds beyond what it held before, with the pages of the file: on a CPU weights are mapped from it
+either way, and the system takes pages back at need, so this is no measure of what is needed.
 """
 
 from __future__ import annotations
