@@ -19,15 +19,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
+from cachekd.models.device_map import cannot_lie_there, placed, skeleton_of, unpacked_as_a_whole
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
-from cachekd.models.placement import (
-    cannot_lie_there,
-    is_offloaded,
-    placed,
-    quietly,
-    settle,
-    unpacked_as_a_whole,
-)
+from cachekd.models.placement import is_offloaded, quietly, settle
 from cachekd.models.tinyllava import is_tinyllava
 from cachekd.models.weights import forget_gguf, gguf_config, is_gguf, source, unpacked, weights_files
 from cachekd.paths import require_path
@@ -43,7 +37,7 @@ class LoadSettings(TypedDict, total=False):
 
     Attributes:
         quantization: what transformers' own quantisation configs take, such as `{"load_in_4bit": True}`.
-        device_map: where its layers lie: "auto", or a file; see `cachekd.models.placement`.
+        device_map: where its layers lie: "auto", or a file; see `cachekd.models.device_map`.
         max_memory: bytes by device ("0", "cpu"), for "auto".
     """
 
@@ -160,13 +154,6 @@ def empty_model(config: Any) -> PreTrainedModel:
     return model
 
 
-def _skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    make = getattr(model_class, "from_config", None) or model_class._from_config
-    with torch.device("meta"):
-        model: nn.Module = make(copy.deepcopy(config), dtype=dtype)
-    return model
-
-
 def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if family_of(config) is TEXT_ONLY else AutoModelForImageTextToText
 
@@ -236,7 +223,7 @@ def _load(
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
     quantised = quantization is not None or hasattr(config, "quantization_config")
     if device_map is not None and not is_gguf(path):
-        skeleton = _skeleton(model_class, config, dtype)
+        skeleton = skeleton_of(model_class, config, dtype)
         settings |= placed(skeleton, device, device_map, max_memory, quantised=quantised)
     if is_gguf(path):
         if device_map is not None:
