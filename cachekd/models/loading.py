@@ -19,15 +19,9 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.attention import require_attention
+from cachekd.models.device_map import cannot_lie_there, placed, unpacked_as_a_whole
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
-from cachekd.models.placement import (
-    cannot_lie_there,
-    is_offloaded,
-    placed,
-    quietly,
-    settle,
-    unpacked_as_a_whole,
-)
+from cachekd.models.placement import is_offloaded, quietly, settle
 from cachekd.models.quantization import (
     Setting,
     in_checkpoint,
@@ -50,7 +44,7 @@ class LoadSettings(TypedDict, total=False):
 
     Attributes:
         quantization: a preset, or the settings of a backend: see `quantization_config`.
-        device_map: where its layers lie: "auto", or a file; see `cachekd.models.placement`.
+        device_map: where its layers lie: "auto", or a file; see `cachekd.models.device_map`.
         max_memory: bytes by device ("0", "cpu"), for "auto".
         attn_implementation: see `require_attention`.
     """
@@ -163,7 +157,7 @@ def load_model(
     return model if tower else model.requires_grad_(False)
 
 
-def empty_model(config: Any, model_class: Any = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def empty_model(config: Any, model_class: Any = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The modules of a model without memory or weights ("meta"), from its config alone."""
     model_class = auto_class(config) if model_class is None else model_class
     make = getattr(model_class, "from_config", None) or model_class._from_config
