@@ -66,13 +66,14 @@ class SecondTensor(Tensor):
         """Between two of these devices the index changes, of which torch knows nothing."""
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
-        device = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "memory_format"})[0]
+        names = {name: value for name, value in kwargs.items() if name not in ("copy", "memory_format")}
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **names)
+        if device is not None and device.type == NAME and self.index != (device.index or 0):
+            moved = _Moved.apply(self, device.index or 0)
+            return moved if dtype is None else moved.to(dtype)
         moved = super().to(*args, **kwargs)
-        if moved.device == self.device and moved.dtype == self.dtype and not kwargs.get("copy"):
-            return self  # which may be a parameter
-        if device is None or device.type != NAME or moved.index == (device.index or 0):
-            return moved
-        return _Moved.apply(moved, device.index or 0)
+        same = moved.device == self.device and moved.dtype == self.dtype and not kwargs.get("copy")
+        return self if same else moved  # it may be a parameter
 
     def untyped_storage(self) -> Any:
         """Whoever saves asks it which tensors share their memory."""
@@ -220,11 +221,12 @@ class _MadeThere(TorchFunctionMode):
     which a wrapper does not see."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         device = kwargs.get("device")
         if function in _device_constructors() and device is not None and torch.device(device).type == NAME:
             args = tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, SecondTensor) else leaf, args)
-            return function(*args, **kwargs | {"device": "cpu"}).to(device)
+            learns = kwargs.pop("requires_grad", False)
+            return function(*args, **kwargs | {"device": "cpu"}).to(device).requires_grad_(learns)
         return function(*args, **kwargs)
 
 

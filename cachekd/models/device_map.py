@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -21,14 +20,6 @@ from cachekd.models.placement import Place, layers_of, longest_prefix
 AUTO = "auto"
 _FREE = 0.9  # of what is free, unless the user says how much; a batch needs the rest
 _SHOWN = 3
-
-
-def skeleton_of(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The modules of a model without memory ("meta"), in the dtype that it will have."""
-    make = getattr(model_class, "from_config", None) or model_class._from_config
-    with torch.device("meta"):
-        model: nn.Module = make(copy.deepcopy(config), dtype=dtype)
-    return model
 
 
 def placed(
