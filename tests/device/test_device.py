@@ -238,7 +238,7 @@ def test_memory_that_runs_out_in_a_dump_leaves_what_is_finished(device, tmp_path
     finally:
         if held:
             memory.__exit__(None, None, None)
-    assert "smaller --batch-size: what is finished stays" in str(caught.value)
+    assert "--batch-tokens 120: what is finished stays" in str(caught.value)
     finished, *_ = sorted((tmp_path / "c" / "shards").iterdir())
     before = finished.stat().st_mtime_ns
     assert dump(config).finished
