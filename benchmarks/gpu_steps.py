@@ -21,7 +21,7 @@ from cachekd.models.device import free_memory, peak_memory, reset_peak, synchron
 from cachekd.models.loading import _empty_tower
 from cachekd.train.arguments import CHECKPOINTING
 from cachekd.train.data import TrainingSamples
-from cachekd.train.student import recompute_frozen_layers
+from cachekd.train.teacher import recompute_frozen_layers
 
 STEPS = 6  # the first counts FLOPs, the second warms up
 STEP_WEIGHTS = {
@@ -88,21 +88,28 @@ def step(
         lab.student,
         TrainingSamples(lab.samples, lab.files["student"].encoder, cache),
         lab.folder / "out",
-        batch=lab.sizes.step_batch,
+        batch=lab.sizes.peak_batch if recomputed else lab.sizes.step_batch,
         settings=settings,
         callbacks=[Timed(clock)] if watch is None else watch,
         teacher=teacher,
         live=live,
         weights=STEP_WEIGHTS[name],
     )
+    computed = set[torch.dtype]()
+    layer = lab.student.model.language_model.layers[0].mlp
+    watched = layer.register_forward_hook(lambda _module, _inputs, output: computed.add(output.dtype))
     try:
         trainer.train()
+        if computed != {lab.dtype}:
+            raise RuntimeError(f"the student computed in {computed}, not in {lab.dtype}")
         found = {} if watch is not None else _timed(lab, clock)
         return found | {"wait_share": trainer.data_wait.total.share}
     finally:
+        watched.remove()
         clock.before_update()
-        vars(lab.student).pop("forward", None)  # accelerate's, around the model's own
-        vars(lab.student).pop("_original_forward", None)
+        # Accelerate's, around the model's own forward; and that it was there, or the next has no autocast.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(lab.student).pop(name, None)
         lab.student.zero_grad()
 
 

@@ -32,7 +32,7 @@ from cachekd.models import ModelFiles, SwitchedTeacher, load_config, load_model
 from cachekd.models.device import reset_peak
 from cachekd.train.arguments import CHECKPOINTING
 from cachekd.train.batch import Example
-from cachekd.train.student import recompute_frozen_layers
+from cachekd.train.teacher import recompute_frozen_layers
 
 VOCAB, BATCH, LENGTH = 4096, 4, 192
 TOWER = Tower(layers=4, width=256, image=64)

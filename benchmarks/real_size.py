@@ -75,7 +75,8 @@ class Sizes:
     Attributes:
         question, answer: words of each sample; the template adds four tokens, one of them the answer's end.
         samples: of the data set.
-        dump_batch, step_batch: samples per forward of the dump, per training step.
+        dump_batch, step_batch: samples per forward of the dump, per training step whose time counts.
+        peak_batch: samples per training step whose memory counts.
         matmul: rows of the square matrices whose product tells the card's rate.
         rows: answer tokens at which single operations are timed.
     """
@@ -89,6 +90,7 @@ class Sizes:
     samples: int
     dump_batch: int
     step_batch: int
+    peak_batch: int
     matmul: int
     rows: int
 
@@ -103,7 +105,8 @@ SIZES = {
         answer=119,
         samples=512,
         dump_batch=16,
-        step_batch=4,
+        step_batch=8,
+        peak_batch=4,
         matmul=8192,
         rows=480,
     ),
@@ -117,6 +120,7 @@ SIZES = {
         samples=64,
         dump_batch=2,
         step_batch=2,
+        peak_batch=1,
         matmul=64,
         rows=24,
     ),

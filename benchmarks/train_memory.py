@@ -43,7 +43,7 @@ from cachekd.data import Encoded, predicting_positions
 from cachekd.models import LiveTeacher, ModelFiles, SwitchedTeacher, load_model
 from cachekd.train.arguments import CHECKPOINTING
 from cachekd.train.batch import Example
-from cachekd.train.student import recompute_frozen_layers
+from cachekd.train.teacher import recompute_frozen_layers
 
 VARIANTS = ("naive", "live", "cached", "cached, recomputed layers")
 TEACHER = Tower(layers=4, width=64), Text(layers=4, width=128)

@@ -7,38 +7,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import TrainerCallback, set_seed
 
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
-from cachekd.check.match import check_quantization
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, about
-from cachekd.losses.terms import labels
 from cachekd.models import (
-    LiveTeacher,
     ModelFiles,
-    SwitchBridge,
-    SwitchedTeacher,
-    dtype_of,
-    plan_bridge,
-    vocabulary_of,
 )
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
 from cachekd.train.rounding import check_rounding
-from cachekd.train.student import (
-    check_peft_settings,
-    load_student,
-    recompute_frozen_layers,
-    require_adapters,
-    require_at_hand,
+from cachekd.train.student import check_peft_settings, load_student, require_adapters
+from cachekd.train.teacher import (
+    live_teacher,
+    load_teacher,
+    reading_teacher,
+    say_how_it_is_quantised,
+    switch_bridge,
 )
 from cachekd.train.terms import LossTerms
 from cachekd.train.trainer import SwitchKDTrainer
@@ -95,21 +87,6 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
         require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
     return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
-
-
-def say_how_it_is_quantised(
-    config: TrainConfig, teacher: ModelFiles, cache: LogitCache | None, device: torch.device
-) -> None:
-    """Log it where the teacher that runs is quantised otherwise than the cache's.
-
-    Raises:
-        CachekdError: `check_quantization` refuses that; or the teacher cannot be quantised so.
-    """
-    ours = teacher.quantization(config.teacher_quantization, dtype_of(config.dtype, device))
-    if cache is not None:
-        theirs, accept = cache.manifest.teacher.quantization, config.teacher_mismatch == "accept"
-        if (said := check_quantization(theirs, ours, str(cache.path), accept=accept)) is not None:
-            log.warning("%s", said)
 
 
 def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:
@@ -246,60 +223,3 @@ def load_trainer(
         # Some look for their modules in the model.
         trainer.get_optimizer_cls_and_kwargs(opened.arguments, student)
     return trainer
-
-
-def load_teacher(config: TrainConfig, files: ModelFiles, device: torch.device) -> SwitchedTeacher:
-    """P_T, L_T and the head; the vision encoder too, if the teacher is live."""
-    weights = files.load(
-        dtype=dtype_of(config.dtype, device),
-        device=device,
-        tower=config.live_teacher,
-        **config.teacher_load_settings,
-    )
-    if not config.gradient_checkpointing:
-        require_at_hand(weights)
-    teacher = SwitchedTeacher(weights)
-    if config.gradient_checkpointing:
-        recompute_frozen_layers(teacher.model)  # after its eval mode, which would end that
-    return teacher
-
-
-def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None:
-    """The bridge between V_S and P_T, where one is asked for; what it is goes into the log.
-
-    Raises:
-        CachekdError: it is not needed, or not sound for this pair.
-    """
-    if config.switch_bridge is None or models.teacher is None:
-        return None
-    plan = plan_bridge(models.teacher.config, models.student.config)
-    bridge = SwitchBridge(plan, config.seed)
-    log.warning(
-        "%s runs through a trained bridge, which is beyond the paper: %s, %s parameters",
-        labels(config.switched),
-        plan,
-        f"{bridge.summary()['parameters']:,}",
-    )
-    return bridge
-
-
-def live_teacher(config: TrainConfig, files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
-    """Put the teacher in the cache's place."""
-    return LiveTeacher(
-        teacher,
-        vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer),
-        window=config.window or 128,
-        min_k=config.min_k or 2,
-    )
-
-
-def reading_teacher(config: TrainConfig, bridge: SwitchBridge | None, models: RunModels) -> ModelFiles | None:
-    """The teacher, where it reads samples by itself: a live one that prepares images in another way than the
-    student, or one behind a bridge whose images have another number of places in its text. None where it
-    reads what the student reads."""
-    student, teacher = models
-    if teacher is None:
-        return None
-    other_text = bridge is not None and bridge.plan.other_text
-    other_images = config.live_teacher and teacher.image_processing != student.image_processing
-    return teacher.within(student.limits) if other_text or other_images else None

@@ -6,67 +6,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.config import TrainConfig
 from cachekd.config.fields import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.models import ModelFiles, check_adapters, language_model, modules_outside, train_only
+from cachekd.models import ModelFiles, check_adapters, modules_outside, train_only
 from cachekd.models.memory import memory_that_ran_out
-from cachekd.models.placement import is_offloaded
 from cachekd.models.quantization import in_checkpoint, quantization_config
-
-
-def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
-    """Gradient checkpointing for the frozen teacher's language model, which the switched path runs through.
-
-    transformers' own switch does nothing in eval mode, and train mode would turn dropout on. So the layers
-    alone are marked as training, not what is in them.
-
-    Returns:
-        the number of layers.
-    """
-    # A layer that was fetched is let go at its end, which a recomputation that stops early does not reach.
-    recompute = partial(_checkpoint_to_the_end if is_offloaded(teacher) else checkpoint, use_reentrant=False)
-    layers = [
-        module
-        for module in language_model(teacher).modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    ]
-    for layer in layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = recompute
-        layer.training = True
-    return len(layers)
-
-
-def _checkpoint_to_the_end(*args: Any, **kwargs: Any) -> Any:
-    with set_checkpoint_early_stop(False):
-        return checkpoint(*args, **kwargs)
-
-
-def require_at_hand(teacher: PreTrainedModel) -> None:
-    """Refuse layers that are fetched for their turn where they are not recomputed: for the backward all would
-    stay in memory.
-
-    Raises:
-        CachekdError: there are some.
-    """
-    if is_offloaded(teacher):
-        raise CachekdError(
-            "a teacher with layers off its device needs gradient checkpointing: without it every layer "
-            "that was fetched in the forward stays in memory until the backward",
-            where="settings 'teacher_device_map' and 'gradient_checkpointing'",
-            fix="--gradient-checkpointing",
-        )
 
 
 def load_student(config: TrainConfig, files: ModelFiles, device: torch.device) -> nn.Module:

@@ -47,7 +47,7 @@ from cachekd.models.families import family_of, projectors_in_tower, vision_tower
 from cachekd.models.loading import keep_statistics
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
-from cachekd.train.student import recompute_frozen_layers
+from cachekd.train.teacher import recompute_frozen_layers
 
 FEATURES = {
     "split fp32": "V, then P, then L, against the whole forward",

@@ -19,7 +19,7 @@ from cachekd.errors import CachekdError
 from cachekd.models import SwitchedTeacher, capture_vision, default_device, hidden_and_logits_at, load_model
 from cachekd.models.families import vision_tower
 from cachekd.models.placement import is_dispatched, is_offloaded, layers_of
-from cachekd.train.student import recompute_frozen_layers
+from cachekd.train.teacher import recompute_frozen_layers
 
 CPU = torch.device("cpu")
 
@@ -97,8 +97,9 @@ def test_layers_off_a_gpu_give_its_bits_and_its_gradient(tmp_path):
     with torch.inference_mode():
         expected, found = (hidden_and_logits_at(m, batch.tensors, batch.positions) for m in (whole, split))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    on_disk = map_file(tmp_path, {"": 0} | dict.fromkeys(layers_of(whole), "disk"))
-    teachers = (loaded(path, device, tower=False), loaded(path, device, tower=False, device_map=on_disk))
+    towerless = loaded(path, device, tower=False)
+    on_disk = map_file(tmp_path, {"": 0} | dict.fromkeys(layers_of(towerless), "disk"))
+    teachers = towerless, loaded(path, device, tower=False, device_map=on_disk)
     expected, found = (switched_gradient(model, "qwen2_vl", batch) for model in teachers)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert all(weight.is_meta for layer in layers_of(teachers[1]).values() for weight in layer.parameters())

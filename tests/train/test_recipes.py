@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from caches import dump_cache
+from caches import SMALL, dump_cache
 from runs import losses
 from tiny import save_vlm, tiny_processor
 
-from cachekd.config import TrainConfig
+from cachekd.cache import Manifest
+from cachekd.config import DumpConfig, TrainConfig
+from cachekd.dump import dump
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 RECIPES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text().split("## Recipes")[1].split("\n## ")[0], re.S)
+DUMPS = [recipe for recipe in RECIPES if "student" not in yaml.safe_load(recipe)]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,12 @@ def paths(tmp_path_factory, student_path, data_path) -> dict[str, str]:
 
 
 def test_they_are_there():
-    assert len(RECIPES) == 2
+    assert (len(RECIPES), len(DUMPS)) == (3, 1)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda text: yaml.safe_load(text)["out"])
+@pytest.mark.parametrize(
+    "recipe", [one for one in RECIPES if one not in DUMPS], ids=lambda text: yaml.safe_load(text)["out"]
+)
 def test_a_recipe_runs(tmp_path, paths, recipe):
     wanted = yaml.safe_load(recipe)
     if "teacher_quantization" in wanted:
@@ -55,3 +60,11 @@ def test_a_recipe_runs(tmp_path, paths, recipe):
     found = losses(config.out)
     assert len(found) == 4
     assert all(value > 0 for row in found for value in row)
+
+
+@pytest.mark.parametrize("recipe", DUMPS, ids=lambda text: yaml.safe_load(text)["out"])
+def test_a_dump_runs(tmp_path, paths, recipe):
+    places = {"teacher": paths["teacher"], "data": paths["data"], "out": tmp_path / "cache"}
+    assert dump(DumpConfig(**SMALL | yaml.safe_load(recipe) | places)).finished
+    found, whole = (Manifest.load(cache) for cache in (places["out"], paths["cache"]))
+    assert found.shards == whole.shards
