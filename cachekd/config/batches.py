@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.base import Config
-from cachekd.config.fields import require_room_for_each
+from cachekd.config.fields import LATER, require_room_for_each
 
 SAMPLES = 16  # of a batch, where nothing is said
 
@@ -15,7 +15,7 @@ SAMPLES = 16  # of a batch, where nothing is said
 class BatchOptions(Config):
     """How many samples, or tokens, an optimizer step has."""
 
-    batch_tokens: int | None = Field(
+    batch_tokens: Annotated[int | None, LATER] = Field(
         None,
         ge=1,
         description="padded tokens per device and step, at most: so many samples of similar length",

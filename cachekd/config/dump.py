@@ -76,7 +76,7 @@ class DumpConfig(LoadOptions, DataOptions):
     float32_head: Annotated[bool, LATER] = Field(
         False,
         description="apply the head to the final hidden states in float32, where the teacher is in half "
-        "precision: finer logits, for a second run of the head",
+        "precision: finer logits, for a second run of the head; off by default",
     )
     rank: int = Field(0, ge=0, description="of this process among those that share the work")
     world_size: int = Field(1, ge=1, description="processes that share the work")

@@ -20,7 +20,6 @@ from typing import Any
 
 from cachekd.atomic import commit, commit_first
 from cachekd.config import TrainConfig
-from cachekd.config.base import defaults_of
 from cachekd.errors import CachekdError, is_full_disk, what_failed
 from cachekd.lock import alone, require_new_folder
 from cachekd.paths import ADAPTER_FOLDER, RUN_FILE
@@ -260,8 +259,7 @@ def _read(noted: Path, names: Iterable[str]) -> dict[str, Any]:
         CachekdError: it cannot be read, or lacks one of the names.
     """
     try:
-        # A setting that came later was not there to be said.
-        found = defaults_of(TrainConfig) | dict(json.loads(noted.read_text()))
+        found: dict[str, Any] = dict(json.loads(noted.read_text()))
         if lacking := sorted(set(names) - found.keys()):
             raise ValueError(f"it lacks {', '.join(lacking)}")
     except (OSError, ValueError, TypeError) as error:

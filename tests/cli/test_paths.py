@@ -106,12 +106,9 @@ def test_a_user_that_is_none_is_named():
 
 # Settings and options of text that are no paths. A new one has to be named here, or be a `PathOrName`.
 OTHER_SETTINGS = {"map", "key", "image_field", "tail", "name"}
-OTHER_SETTINGS |= {
-    "lora",
-    "quantization",
-    "teacher_quantization",
-    "student_quantization",
-}  # others'
+OTHER_SETTINGS |= {"lora", "quantization", "teacher_quantization", "student_quantization"}  # others'
+OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "student_")}
+OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
 
