@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekd.config import DataOptions
+from cachekd.config.base import read_config
+from cachekd.config.loading import LoadOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd_cli.console import (
@@ -67,6 +69,12 @@ def verify_command(
         typer.Option(help="Ask this teacher again (with --data)."),
     ] = None,
     binding: Binding = None,
+    device_map: Annotated[
+        PathOrName | None, typer.Option(help="Where the teacher's layers lie, as in a dump.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="The most that its weights take, by device, as in a dump.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=1, help="How many samples the teacher is asked again.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     repair: Annotated[
@@ -88,18 +96,22 @@ def verify_command(
     quiet_libraries()
     if (teacher is None) != (data is None):
         raise CachekdError("--teacher and --data go together", fix="pass both, or none")
-    if binding is not None and teacher is None:
+    for_teacher = {"--binding": binding, "--device-map": device_map, "--max-memory": max_memory}
+    if teacher is None and (said := [name for name, value in for_teacher.items() if value is not None]):
+        names = " and ".join(said)
         raise CachekdError(
-            "--binding is for asking the teacher again",
+            f"{names} {'is' if len(said) == 1 else 'are'} for asking the teacher again",
             expected="--teacher and --data beside it",
-            fix="leave --binding out",
+            fix=f"leave {names} out",
         )
     require_manifest(cache)
+    placed = {"device_map": device_map, "max_memory": max_memory}
+    loading = read_config(None, LoadOptions, placed)
     verified = Verified(cache, check_files(cache))
     if repair and verified.found:
         verified = run_repair(verified)
     if teacher is not None and data is not None and not verified.found:
-        verified = replace(verified, live=ask_again(cache, teacher, data, binding, sample, seed))
+        verified = replace(verified, live=ask_again(cache, teacher, data, binding, loading, sample, seed))
     print_result(as_json, verified, print_verified, as_dict)
     if not verified.ok:
         raise typer.Exit(1)
@@ -132,9 +144,15 @@ def run_repair(verified: Verified) -> Verified:
 
 
 def ask_again(
-    cache: Path, teacher: str, data: DataOptions, binding: Path | None, count: int, seed: int
+    cache: Path,
+    teacher: str,
+    data: DataOptions,
+    binding: Path | None,
+    loading: LoadOptions,
+    count: int,
+    seed: int,
 ) -> Recheck:
-    """Run some samples again behind a progress bar."""
+    """Run some samples again behind a progress bar, by the teacher quantised as it was."""
     from cachekd.check.bind import open_bound
     from cachekd.check.data import as_dumped
     from cachekd.data import open_samples
@@ -153,7 +171,7 @@ def ask_again(
         manifest.codec,
         manifest.teacher.dtype,
         float32_head=all(source.float32_head for source in manifest.sources),
-        quantization=None if quantised is None else quantised.setting,
+        **loading.model_copy(update={"quantization": quantised and quantised.setting}).load_settings,
     )
     with counting_samples("ask again", min(count, len(opened))) as advance:
         return recheck(opened, model, samples, count, seed=seed, progress=advance)

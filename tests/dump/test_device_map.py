@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from caches import files_of
 from placements import just_enough, layers_on_disk
 from tiny import evaluated
+from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.dump import run as dump_run
+from cachekd.errors import CachekdError
 from cachekd.evaluate import run as eval_run
 from cachekd.models import load_model
 from cachekd.models.placement import is_offloaded, layers_of
+from cachekd_cli.main import app
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +70,21 @@ def test_an_evaluation_with_layers_on_the_disk_has_the_same_scores(
     found = evaluated(**settings, device_map="auto", max_memory=tight)
     assert runners == [False, False, True, False]  # the student is smaller, and fits
     assert found == expected
+
+
+def test_a_teacher_with_layers_on_the_disk_is_asked_again(
+    tmp_path, cache_path, teacher_path, data_path, tight
+):
+    def verify(*options: object):
+        return CliRunner().invoke(app, ["verify", str(cache_path), *map(str, options)])
+
+    again = ("--teacher", teacher_path, "--data", data_path, "--sample", 4)
+    whole, split = verify(*again, "--json"), verify(*again, "--max-memory", tight, "--json")
+    assert json.loads(whole.stdout)["ok"]
+    assert split.stdout == whole.stdout
+    alone = verify("--device-map", "auto", "--max-memory", tight).exception
+    assert isinstance(alone, CachekdError)
+    assert "--device-map and --max-memory are for asking the teacher again" in str(alone)
+    wrong = verify(*again, "--max-memory", "much").exception
+    assert isinstance(wrong, CachekdError)
+    assert "0=20GB,cpu=60GB" in str(wrong)
