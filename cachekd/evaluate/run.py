@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.batches import limits_said
@@ -71,6 +72,7 @@ def evaluate(
         asked=questions,
         dtype=str(interviewer.dtype).removeprefix("torch."),
         teacher=None if teacher is None else _score(str(config.teacher), teacher, keys, None),
+        teacher_quantization=interviewer.quantization,
         models=[_score(path, found, keys, whose) for path, found in zip(config.models, models, strict=True)],
         prior=None if prior is None else _prior_score(config, prior, asked),
         prior_left_out=left_out,
@@ -99,6 +101,13 @@ class Interviewer:
         self.bad = BadSamples()
         self.device = default_device()
         self.dtype = dtype_of(config.dtype, self.device)
+
+    @property
+    def quantization(self) -> QuantizationInfo | None:
+        """Of the teacher that is asked."""
+        if self.config.teacher is None:
+            return None
+        return self.files[self.config.teacher].quantization(self.config.quantization, self.dtype)
 
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.data.left_out import LeftOutSamples
 
 RESAMPLES = 2000
@@ -176,6 +177,7 @@ class Evaluation(BaseModel):
         dtype: that the models ran in.
         at: when, in UTC, where a run keeps it.
         teacher: its row, if it was asked too.
+        teacher_quantization: how its weights were quantised then; None: they were not.
         models: a row each.
         prior: for each question the most frequent answer to the same question in other data.
         prior_left_out: records of these data in which nothing is asked and answered.
@@ -188,6 +190,7 @@ class Evaluation(BaseModel):
     dtype: str
     at: str = ""
     teacher: Score | None = None
+    teacher_quantization: QuantizationInfo | None = None
     models: list[Score]
     prior: Score | None = None
     prior_left_out: int = 0

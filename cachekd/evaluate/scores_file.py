@@ -113,5 +113,9 @@ def _completed(new: Evaluation, earlier: Evaluation) -> Evaluation:
     teacher = earlier.teacher
     if teacher is not None and ours.agrees_with not in (None, teacher.name):
         teacher = None  # the row of another than the agreement is with
-    prior = {"prior": earlier.prior, "prior_left_out": earlier.prior_left_out} if new.prior is None else {}
-    return new.model_copy(update={"models": [ours], "teacher": new.teacher or teacher, **prior})
+    kept: dict[str, object] = {"models": [ours]}
+    if new.prior is None:
+        kept |= {"prior": earlier.prior, "prior_left_out": earlier.prior_left_out}
+    if new.teacher is None:
+        kept |= {"teacher": teacher, "teacher_quantization": teacher and earlier.teacher_quantization}
+    return new.model_copy(update=kept)

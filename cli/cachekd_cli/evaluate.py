@@ -96,8 +96,9 @@ def short_names(result: Evaluation) -> dict[str, str]:
     models = [score.name for score in result.models]
     short = dict(zip(models, shortest(list(map(Path, models))), strict=True))
     short |= {f"{name}, blind": f"{own}, blind" for name, own in short.items()}
+    teacher = "teacher" if result.teacher_quantization is None else "teacher, quantised"
     return {
-        name: "teacher" if name.startswith("teacher ") else short.get(name, name) for name, _ in result.rows
+        name: teacher if name.startswith("teacher ") else short.get(name, name) for name, _ in result.rows
     }
 
 

@@ -22,6 +22,7 @@ from cachekd.dump.recheck import recheck, tolerance_of
 from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.train.run import train
+from cachekd_cli.evaluate import short_names
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -178,5 +179,8 @@ def test_the_teacher_alone_is_quantised_in_an_evaluation(teacher_path, student_p
     assert plain.models[0].kl == pytest.approx(0, abs=1e-6)
     assert 1e-6 < found.models[0].kl < 0.1
     assert [one.correct for one in found.models] == [one.correct for one in plain.models]
+    assert plain.teacher_quantization is None
+    assert found.teacher_quantization.settings["bnb_4bit_quant_type"] == "nf4"
+    assert short_names(found)[f"teacher {teacher_path}"] == "teacher, quantised"
     with pytest.raises(CachekdError, match="no teacher to quantise"):
         evaluated([str(student_path)], data_path, quantization="4bit")

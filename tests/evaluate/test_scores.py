@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachekd.cache.quantization import QuantizationInfo
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, QuestionSet, Score, read_scores, save_in_runs
@@ -125,7 +126,9 @@ def test_a_record_survives_those_of_other_questions_and_keeps_what_only_it_knows
     run = run_folder(tmp_path / "run")
     agreement = {"top1_agreement": 0.5, "kl": 0.1, "agrees_with": "t"}
     whole = score(str(run), "1100", **agreement, blind=score(str(run), "0100"))
-    save_in_runs(Evaluation(asked=asked(), dtype="float32", teacher=score("t", "1111"), models=[whole]))
+    nf4 = QuantizationInfo(backend="bitsandbytes", version="0.50.2", settings={"load_in_4bit": True})
+    teacher = {"teacher": score("t", "1111"), "teacher_quantization": nf4}
+    save_in_runs(Evaluation(asked=asked(), dtype="float32", **teacher, models=[whole]))
     save_in_runs(Evaluation(asked=asked("b" * 64), dtype="float32", models=[score(str(run), "0000")]))
     save_in_runs(
         Evaluation(
@@ -134,7 +137,8 @@ def test_a_record_survives_those_of_other_questions_and_keeps_what_only_it_knows
     )
     records = {record.asked.fingerprint[0]: record for record in read_scores(run)}
     assert records["b"].models[0].correct == "0000"
-    assert records["a"].teacher.name == "t"
+    assert records["b"].teacher_quantization is None
+    assert (records["a"].teacher.name, records["a"].teacher_quantization) == ("t", nf4)
     [mine] = records["a"].models
     assert (mine.kl, mine.agrees_with, mine.blind.correct) == (0.1, "t", "0100")
     assert {d.against for d in records["a"].differences} == {"teacher t", f"{run}, blind"}
@@ -148,6 +152,7 @@ def test_nothing_is_kept_beside_other_answers_or_arithmetic(tmp_path, correct, d
     save_in_runs(Evaluation(asked=asked(), dtype=dtype, models=[score(str(run), correct)]))
     [record] = read_scores(run)
     assert (record.teacher, record.models[0].kl, record.models[0].blind) == (None, None, None)
+    assert record.teacher_quantization is None
 
 
 def test_agreement_with_one_teacher_does_not_stand_beside_another(tmp_path):
