@@ -120,7 +120,7 @@ SIZES = {
         samples=64,
         dump_batch=2,
         step_batch=2,
-        peak_batch=1,
+        peak_batch=2,
         matmul=64,
         rows=24,
     ),

@@ -18,7 +18,8 @@ class BatchOptions(Config):
     batch_tokens: Annotated[int | None, LATER] = Field(
         None,
         ge=1,
-        description="padded tokens per device and step, at most: so many samples of similar length",
+        description="padded tokens per device and step, at most, as lengths are reckoned: samples of "
+        "similar length",
     )
     batch_size: int | None = Field(
         SAMPLES,

@@ -94,7 +94,8 @@ class TrainLoadOptions(Config):
     student_dtype: Annotated[Literal["float32", "bfloat16"], LATER] = Field(
         "float32",
         description="of the student's weights and gradients; bfloat16 takes half of the memory, and each "
-        "step is rounded at random, so that small ones are not lost. Adapters are in float32 in any case",
+        "step is rounded at random, so that small ones are not lost. Adapters are in float32 in any case, "
+        "but not what `lora` trains whole (modules_to_save, bias)",
     )
     teacher_attn_implementation: Attention = None
     student_attn_implementation: Attention = None

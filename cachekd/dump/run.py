@@ -179,6 +179,7 @@ def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
     files = teacher_files(config.teacher, config)
     require_vocabulary(config, files)
     files.require_attention(config.attn_implementation)
+    files.require_device_map(config.load_settings["device_map"])
     teacher = load_teacher(
         files,
         samples,

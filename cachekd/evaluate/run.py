@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from cachekd.cache import LogitCache
 from cachekd.cache.quantization import QuantizationInfo
 from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
@@ -29,6 +30,7 @@ from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluate.scores import Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.models.device import free_memory
+from cachekd.models.device_map import AUTO
 from cachekd.models.loading import LoadSettings
 
 Found = dict[str, Answers]  # by a sample's key
@@ -53,7 +55,7 @@ def evaluate(
             require_single_questions(samples)
         cache, missing = open_cache(config, samples, next(iter(files.values())))
         interviewer.bad.add([missing])
-        reference = CachedReference(cache, interviewer.device)
+        interviewer.cache, reference = cache, CachedReference(cache, interviewer.device)
     for model in files.values():
         try_encoder(config, samples, model.encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
@@ -101,10 +103,13 @@ class Interviewer:
         self.bad = BadSamples()
         self.device = default_device()
         self.dtype = dtype_of(config.dtype, self.device)
+        self.cache: LogitCache | None = None
 
     @property
     def quantization(self) -> QuantizationInfo | None:
-        """Of the teacher that is asked."""
+        """Of the teacher that models are compared with."""
+        if self.cache is not None:
+            return self.cache.manifest.teacher.quantization
         if self.config.teacher is None:
             return None
         return self.files[self.config.teacher].quantization(self.config.quantization, self.dtype)
@@ -112,6 +117,8 @@ class Interviewer:
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""
         as_saved = self.config.load_settings | {"quantization": None}
+        if as_saved["device_map"] != AUTO:
+            as_saved["device_map"] = None  # a file names the teacher's modules
         runner = self._runner(path, as_saved, reference=reference)
         return self._run(runner, path, blind=self.config.blind)
 

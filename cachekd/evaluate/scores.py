@@ -177,7 +177,8 @@ class Evaluation(BaseModel):
         dtype: that the models ran in.
         at: when, in UTC, where a run keeps it.
         teacher: its row, if it was asked too.
-        teacher_quantization: how its weights were quantised then; None: they were not.
+        teacher_quantization: how the teacher's weights were quantised that models are compared with, asked or
+            cached; None: they were not.
         models: a row each.
         prior: for each question the most frequent answer to the same question in other data.
         prior_left_out: records of these data in which nothing is asked and answered.

@@ -107,15 +107,17 @@ def _completed(new: Evaluation, earlier: Evaluation) -> Evaluation:
     if (new.dtype, ours.correct) != (earlier.dtype, theirs.correct):
         return new  # these were another model's, or other arithmetic's
     update: dict[str, object] = {} if ours.blind else {"blind": theirs.blind}
+    asked_again = ours.kl is not None or new.teacher is not None
     if ours.kl is None:
         update |= {name: getattr(theirs, name) for name in ("top1_agreement", "kl", "agrees_with")}
     ours = ours.model_copy(update=update)
-    teacher = earlier.teacher
-    if teacher is not None and ours.agrees_with not in (None, teacher.name):
-        teacher = None  # the row of another than the agreement is with
     kept: dict[str, object] = {"models": [ours]}
     if new.prior is None:
         kept |= {"prior": earlier.prior, "prior_left_out": earlier.prior_left_out}
-    if new.teacher is None:
-        kept |= {"teacher": teacher, "teacher_quantization": teacher and earlier.teacher_quantization}
+    same = not asked_again or new.teacher_quantization == earlier.teacher_quantization
+    if new.teacher is None and earlier.teacher is not None and same:
+        # Unless it is the row of another than the agreement is with.
+        kept["teacher"] = earlier.teacher if ours.agrees_with in (None, earlier.teacher.name) else None
+    if not asked_again:
+        kept["teacher_quantization"] = earlier.teacher_quantization
     return new.model_copy(update=kept)

@@ -28,6 +28,7 @@ def placed(
     device_map: str,
     max_memory: Mapping[str, int] | None,
     *,
+    whole: nn.Module,
     quantised: bool,
 ) -> dict[str, Any]:
     """Decide where each module lies, before any weights are read.
@@ -37,6 +38,7 @@ def placed(
         home: where what is no layer lies, unless a file says otherwise.
         device_map: "auto", or a file that maps names of modules to devices ("" to all others).
         max_memory: bytes by device, for "auto"; of others 90 % of what is free.
+        whole: the model with its vision encoder, whose modules a file may name too; likewise without memory.
         quantised: whether its weights will be; these cannot be fetched for their turn, and transformers alone
             knows their size.
 
@@ -64,20 +66,30 @@ def placed(
             name: layers.get(longest_prefix(name, layers) or "", _key(home)) for name in _tensors(skeleton)
         }
     else:
-        where = _by_file(skeleton, Path(device_map))
+        said = by_file(whole, Path(device_map))
+        where = {name: said[name] for name in _tensors(skeleton)}
     return {"device_map": _joined(skeleton, where)}
 
 
 def cannot_lie_there(path: str, found: str) -> CachekdError:
-    """What to tell of quantised layers that would be fetched, or of weights on the disk that no safetensors
-    file holds as they are."""
+    """What to tell of weights on the disk that no safetensors file holds as they are."""
     return CachekdError(
         "the model's layers cannot lie where the device map or the memory puts them",
         where=path,
-        expected="on the disk: weights that are in safetensors files there, as they are; quantised ones: "
-        "nowhere but on the devices that compute",
+        expected="on the disk: weights that are in safetensors files there, as they are",
         found=found,
-        fix="more --max-memory, so that they stay in memory; or model.save_pretrained(NEW_FOLDER)",
+        fix="more memory for them, so that they stay in it; or model.save_pretrained(NEW_FOLDER)",
+    )
+
+
+def quantised_elsewhere(path: str) -> CachekdError:
+    """What to tell of quantised layers that would be fetched."""
+    return CachekdError(
+        "a quantised model can be spread over GPUs alone",
+        where=path,
+        expected="every layer on a device that computes",
+        found="layers off it, by the device map or for lack of memory",
+        fix="leave the device map out, or more memory on the GPUs, or the quantisation out",
     )
 
 
@@ -119,7 +131,8 @@ def _by_memory(skeleton: nn.Module, home: Place, asked: Mapping[Place, int]) -> 
 def _room(home: Place, asked: Mapping[Place, int]) -> dict[Place, int]:
     """Bytes that there are for weights, by device; of several processes each keeps to its own GPU."""
     room = {key: int(_FREE * size) for key, size in get_max_memory().items()} | dict(asked)
-    alone = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1
+    here = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "SLURM_NTASKS"
+    alone = int(os.environ.get(here, 1)) == 1
     for key in [key for key in room if key not in ("cpu", home) and not alone]:
         del room[key]
     if home not in room:
@@ -131,8 +144,18 @@ def _room(home: Place, asked: Mapping[Place, int]) -> dict[Place, int]:
     return room
 
 
-def _by_file(skeleton: nn.Module, path: Path) -> dict[str, Place]:
-    """Each tensor's device, as a file has it."""
+def by_file(skeleton: nn.Module, path: Path) -> dict[str, Place]:
+    """Each tensor's device, as a file has it.
+
+    Raises:
+        CachekdError: as `placed` has it.
+    """
+    if not path.exists():
+        raise CachekdError(
+            "there is no such device map",
+            where=str(path),
+            expected=f"{AUTO}, or a YAML or JSON file of modules and devices, such as '': cpu",
+        )
     said = {str(name): _key(value) for name, value in YamlFile.read(path).values.items()}
     modules, layers = {name for name, _ in skeleton.named_modules()}, layers_of(skeleton)
     tensors = _tensors(skeleton)

@@ -19,12 +19,14 @@ from transformers.utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.attention import require_attention
-from cachekd.models.device_map import cannot_lie_there, placed, unpacked_as_a_whole
+from cachekd.models.device_map import cannot_lie_there, placed, quantised_elsewhere, unpacked_as_a_whole
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower_name
+from cachekd.models.memory import memory_that_ran_out
 from cachekd.models.placement import is_offloaded, quietly, settle
 from cachekd.models.quantization import (
     Setting,
     in_checkpoint,
+    not_quantised,
     quantization_config,
     require_plain,
     with_gradients,
@@ -226,7 +228,8 @@ def _load(
         config._attn_implementation = attn_implementation
     if device_map is not None and not is_gguf(path):
         empty = empty_model(config, model_class, dtype)
-        settings |= placed(empty, device, device_map, max_memory, quantised=quantised)
+        whole = empty_model(config)
+        settings |= placed(empty, device, device_map, max_memory, whole=whole, quantised=quantised)
     if is_gguf(path):
         if device_map is not None:
             raise unpacked_as_a_whole(path)
@@ -254,9 +257,15 @@ def _load(
     except ValueError as error:  # of a map that the weights' files or the quantisation do not go with
         if device_map is None:
             raise
-        raise cannot_lie_there(path, first_line(error)) from None
+        raise (
+            quantised_elsewhere(path) if quantised else cannot_lie_there(path, first_line(error))
+        ) from None
+    except RuntimeError as error:  # transformers', whatever the backend raised
+        if quantization is None or memory_that_ran_out(error) is not None:
+            raise
+        raise not_quantised(path, quantization) from None
     if is_offloaded(model) and quantised:
-        raise cannot_lie_there(path, "quantised layers off the devices that compute")
+        raise quantised_elsewhere(path)
     settle(model)
     lies = quantised or device_map is not None
     return with_gradients(model if lies else model.to(device)).eval()

@@ -16,6 +16,7 @@ from cachekd.data import Limits, SampleEncoder
 from cachekd.data.limits import NO_LIMITS
 from cachekd.data.processor import Processor
 from cachekd.models.attention import require_attention
+from cachekd.models.device_map import AUTO, by_file
 from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.fingerprint import (
     config_fingerprint,
@@ -127,6 +128,15 @@ class ModelFiles:
     def require_attention(self, implementation: str | None) -> None:
         """See `cachekd.models.attention.require_attention`."""
         require_attention(auto_class(self.config), self.config, implementation)
+
+    def require_device_map(self, device_map: str | None) -> None:
+        """Refuse a file that does not say where each of the model's modules lies. No weights are read.
+
+        Raises:
+            CachekdError: as `cachekd.models.device_map.placed` has it.
+        """
+        if device_map not in (None, AUTO):
+            by_file(empty_model(self.config), Path(device_map))
 
     def quantization(self, setting: Setting | None, dtype: torch.dtype) -> QuantizationInfo | None:
         """How the weights are quantised once they are loaded so; None: they are not. None is read for it.

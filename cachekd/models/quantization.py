@@ -91,6 +91,18 @@ def quantization_config(
     return config
 
 
+def not_quantised(path: str, setting: Setting) -> CachekdError:
+    """What to tell of a backend that fails while it quantises the weights."""
+    given = PRESETS[setting] if isinstance(setting, str) else setting
+    return CachekdError(
+        f"{_method(given)} cannot quantise the model with these settings",
+        where=path,
+        expected=f"such as {BACKENDS[_method(given)].example}",
+        found=_shown(given),
+        fix="mend the setting, or leave the quantisation out",
+    )
+
+
 def describe(
     setting: Setting | None, config: Any, model: PreTrainedModel, dtype: torch.dtype
 ) -> QuantizationInfo | None:

@@ -32,6 +32,8 @@ from cachekd.pipeline.plan import PlannedStep
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.held_out import require_same_teacher
 from cachekd.train.open import check_attention, checked_arguments, require_steps, teacher_rows
+from cachekd.train.student import require_adapters
+from cachekd.train.teacher import say_how_it_is_quantised
 
 
 def check_steps(steps: list[PlannedStep]) -> None:
@@ -83,6 +85,7 @@ def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
     teacher = made.model(config.teacher)
     require_vocabulary(config, teacher)
     teacher.require_attention(config.attn_implementation)
+    teacher.require_device_map(config.load_settings["device_map"])
     teacher.quantization(config.quantization, dtype_of(config.dtype, default_device()))
 
 
@@ -93,16 +96,19 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
     teacher = made.model(str(config.teacher)) if config.runs_teacher else None
     models, samples = RunModels(made.model(config.student), teacher), _here(config)
     check_attention(config, models)
+    require_adapters(config, models.student)
     if samples is not None:
         require_steps(len(samples), arguments)
     cache = _check_cache(config, models, samples, made)
     if teacher is not None:
+        teacher.require_device_map(config.teacher_load_settings["device_map"])
+        say_how_it_is_quantised(config, teacher, cache, arguments.device)
         require(teacher_rows(config, models.student, teacher, samples, cache))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
             eval_cache = _check_cache(held_out, models, _here(held_out), made)
             if cache is not None and eval_cache is not None:
-                require_same_teacher(cache, eval_cache)
+                require_same_teacher(cache, eval_cache, accept=config.teacher_mismatch == "accept")
 
 
 def _check_cache(

@@ -187,6 +187,8 @@ class SwitchKDTrainingArguments(TrainingArguments):
             yield "train_sampling_strategy", "random: batches of batch_tokens are of similar length already"
         if self.batch_tokens is not None and self.dataloader_drop_last:
             yield "dataloader_drop_last", "false: of batch_tokens no batch is cut short"
+        if self.batch_tokens is not None and getattr(self.accelerator_config, "split_batches", False):
+            yield "accelerator_config.split_batches", "false: batches of batch_tokens are each process's own"
         if self.max_steps == 0 or self.max_steps < -1:
             yield "max_steps", "at least 1"
         if self.save_strategy == "best":

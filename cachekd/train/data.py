@@ -43,6 +43,7 @@ class TrainingSamples(Dataset):
     ) -> None:
         self.samples, self.encoder, self.cache = samples, encoder, cache
         self.teacher_encoder, self.on_error = teacher_encoder, on_error
+        self._lengths: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,8 +59,10 @@ class TrainingSamples(Dataset):
         return sum(key not in self.cache and key not in but for key in self.samples.keys)
 
     def lengths(self) -> list[int]:
-        """About how many tokens each sample has, without reading more than a few images."""
-        return rough_lengths(self.samples, self.encoder)
+        """About how many tokens each sample has, without reading more than a few images; found once."""
+        if self._lengths is None:
+            self._lengths = rough_lengths(self.samples, self.encoder)
+        return self._lengths
 
     def __getitem__(self, index: int) -> Example | Fault:
         """One example; a `Fault` where it is left out.

@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _OF_THE_TEACHER = (
     "teacher's weights",
     "teacher's configuration",
+    "teacher's quantisation",
     "image processing",
     "setting window",
     "setting min_k",
@@ -90,7 +91,7 @@ def open_held_out(
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
         eval_cache, student, missing = checked = checked_cache(held_out, models, samples, cache)
         if cache is not None and eval_cache is not None:
-            require_same_teacher(cache, eval_cache)
+            require_same_teacher(cache, eval_cache, accept=config.teacher_mismatch == "accept")
     samples = checked.used(samples)
     terms = config.eval_terms
     if not has_pictures(samples, eval_cache):
@@ -117,16 +118,21 @@ def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> Non
         )
 
 
-def require_same_teacher(cache: LogitCache, eval_cache: LogitCache) -> None:
+def require_same_teacher(cache: LogitCache, eval_cache: LogitCache, *, accept: bool) -> None:
     """Refuse a cache of held-out data whose terms cannot be compared with those of training.
+
+    Args:
+        accept: other quantisation is no reason to.
 
     Raises:
         CachekdError: it is of another teacher, or of other settings of Kneedle.
     """
-    ours, theirs = (dependencies(found.manifest) for found in (cache, eval_cache))
+    known = (dependencies(found.manifest) for found in (cache, eval_cache))
+    names = [name for name in _OF_THE_TEACHER if not (accept and name == "teacher's quantisation")]
+    ours, theirs = ({name: found.get(name) for name in names} for found in known)
     require_same(
-        {name: ours[name] for name in _OF_THE_TEACHER},
-        {name: theirs[name] for name in _OF_THE_TEACHER},
+        ours,
+        theirs,
         f"the training data's cache, {cache.path}, beside that of the held-out data,",
         str(eval_cache.path),
     )

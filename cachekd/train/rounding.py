@@ -46,7 +46,9 @@ def check_rounding(config: TrainConfig, arguments: TrainingArguments) -> None:
             found=config.dtype,
             fix="--dtype bfloat16, or leave --student-dtype out",
         )
-    if config.lora is None and (name := OptimizerNames(arguments.optim).value) not in BY_PARAMETER:
+    lora = config.lora or {}
+    weights_too = config.lora is None or lora.get("modules_to_save") or lora.get("bias", "none") != "none"
+    if weights_too and (name := OptimizerNames(arguments.optim).value) not in BY_PARAMETER:
         raise CachekdError(
             "this optimizer cannot step one parameter at a time, as weights in bfloat16 need it",
             where="settings 'student_dtype' and 'training.optim'",
@@ -95,6 +97,13 @@ def rounds_at_random(optimizer: torch.optim.Optimizer, seed: int, step: Callable
     if issubclass(kind, _RoundsAtRandom) or all(p.dtype != torch.bfloat16 for p in parameters):
         return
     optimizer.__class__ = type(kind.__name__, (_RoundsAtRandom, kind), {"noise": (seed, step)})
+    eight_bit: Any = optimizer
+    if hasattr(eight_bit, "check_overrides"):
+        # bitsandbytes notes in the first step which weights are to have other moments, by their places in a
+        # group, and steps below have one weight in it: so it notes now, and finds them by the weights.
+        eight_bit.check_overrides()
+        eight_bit.mng.index2config.clear()
+        eight_bit.initialized = True
 
 
 class _RoundsAtRandom(torch.optim.Optimizer):

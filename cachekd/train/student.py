@@ -104,10 +104,11 @@ def with_adapters(
         trainable: the parts that may have adapters.
     """
     adapters = lora_config(within(student, settings, trainable))
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model
 
     if getattr(student, "is_quantized", False):
-        student = prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
+        # As peft's prepare_model_for_kbit_training does, but that would have the others in float32.
+        student.requires_grad_(False)
     try:
         return get_peft_model(student, adapters)
     except (TypeError, ValueError) as error:
@@ -162,7 +163,7 @@ def _knobs(config: TrainConfig) -> list[str]:
     if not config.gradient_checkpointing:
         knobs.append("--gradient-checkpointing (a third slower)")
     twice = config.gradient_accumulation * 2
-    if config.batch_tokens is not None:
+    if config.batch_tokens is not None and config.batch_tokens > 1:
         knobs.append(f"--batch-tokens {config.batch_tokens // 2} --gradient-accumulation {twice} (a new run)")
     elif config.most_samples > 1:
         half = config.most_samples // 2
@@ -171,11 +172,12 @@ def _knobs(config: TrainConfig) -> list[str]:
         knobs.append("a cache instead of --live-teacher")
     if config.teacher is not None and config.switches and config.teacher_quantization is None:
         knobs.append("--teacher-quantization 4bit")
-    if config.runs_teacher and config.teacher_load_settings["device_map"] is None:
+    whole = config.teacher_quantization is None and config.teacher_load_settings["device_map"] is None
+    if config.runs_teacher and whole:
         knobs.append("--teacher-device-map auto --teacher-max-memory 0=4GB (layers are fetched: slower)")
     if len(config.trainable) > 1:
         knobs.append(_fewer_parts(config))
-    if config.student_dtype == "float32":
+    if config.student_dtype == "float32" and config.dtype != "float16":
         knobs.append("--student-dtype bfloat16")
     if config.lora is None:
         knobs.append(

@@ -40,6 +40,7 @@ def say_how_it_is_quantised(
     Raises:
         CachekdError: `check_quantization` refuses that; or the teacher cannot be quantised so.
     """
+    teacher.require_device_map(config.teacher_load_settings["device_map"])
     ours = teacher.quantization(config.teacher_quantization, dtype_of(config.dtype, device))
     if cache is not None:
         theirs, accept = cache.manifest.teacher.quantization, config.teacher_mismatch == "accept"

@@ -40,9 +40,9 @@ def run_command(
 
     config = read_pipeline(pipeline)
     plan_steps(config)  # a mistake in the file is said before torch is loaded
+    quiet_libraries()  # before anything imports bitsandbytes, which speaks
     from cachekd.pipeline import look, run_pipeline
 
-    quiet_libraries()
     go_on = "the same command goes on from here; what is finished stays"
     with stopping_in_order(lambda stop: f"{str(stop) or 'stopped'}: {go_on}"):
         states = look(config) if status else run_pipeline(config, runners(quiet=as_json), announce)

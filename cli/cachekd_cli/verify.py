@@ -107,6 +107,10 @@ def verify_command(
     require_manifest(cache)
     placed = {"device_map": device_map, "max_memory": max_memory}
     loading = read_config(None, LoadOptions, placed)
+    if teacher is not None:
+        from cachekd.models import ModelFiles
+
+        ModelFiles(teacher).require_device_map(device_map)
     verified = Verified(cache, check_files(cache))
     if repair and verified.found:
         verified = run_repair(verified)
@@ -164,6 +168,11 @@ def ask_again(
     samples = open_samples(options)
     files, manifest = teacher_files(teacher, options), opened.manifest
     quantised = manifest.teacher.quantization
+    kernels = {source.attn_implementation for source in manifest.sources}
+    as_it_was = {
+        "quantization": quantised and quantised.setting,
+        "attn_implementation": kernels.pop() if len(kernels) == 1 else None,
+    }
     model = load_teacher(
         files,
         samples,
@@ -171,7 +180,7 @@ def ask_again(
         manifest.codec,
         manifest.teacher.dtype,
         float32_head=all(source.float32_head for source in manifest.sources),
-        **loading.model_copy(update={"quantization": quantised and quantised.setting}).load_settings,
+        **loading.model_copy(update=as_it_was).load_settings,
     )
     with counting_samples("ask again", min(count, len(opened))) as advance:
         return recheck(opened, model, samples, count, seed=seed, progress=advance)
