@@ -71,6 +71,11 @@ def test_an_evaluation_with_layers_on_the_disk_has_the_same_scores(
     assert runners == [False, False, True, False]  # the student is smaller, and fits
     assert found == expected
 
+    # A file names the teacher's layers, of which the student has fewer.
+    teacher = load_model(str(teacher_path), dtype=torch.float32, device=torch.device("cpu"))
+    assert evaluated(**settings, device_map=layers_on_disk(tmp_path, teacher)) == expected
+    assert runners[4:] == [True, False]
+
 
 def test_a_teacher_with_layers_on_the_disk_is_asked_again(
     tmp_path, cache_path, teacher_path, data_path, tight

@@ -21,6 +21,7 @@ from cachekd.dump.plan import command_of
 from cachekd.dump.recheck import recheck, tolerance_of
 from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
+from cachekd.train.open import make_trainer
 from cachekd.train.run import train
 from cachekd_cli.evaluate import short_names
 
@@ -169,7 +170,53 @@ def test_a_student_that_is_saved_quantised_needs_adapters(settings, student_path
     assert str(folder) in caught.value.where
 
 
+def test_what_is_not_packed_of_a_quantised_student_is_in_its_dtype(settings):
+    lora = {"r": 2, "target_modules": "all-linear"}
+    config = TrainConfig(
+        **settings,
+        teacher_quantization="4bit",
+        student_quantization="4bit",
+        student_dtype="bfloat16",
+        dtype="bfloat16",
+        lora=lora,
+    )
+    student = make_trainer(config, settings["out"]).vlm
+    frozen = {p.dtype for p in student.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16, torch.uint8}
+    assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_held_out_data_of_a_teacher_that_was_quantised_otherwise(settings, data_path, cache_path):
+    held_out = {"eval_data": str(data_path), "teacher_quantization": "4bit"}
+    with pytest.raises(CachekdError, match="teacher's quantisation"):
+        train(TrainConfig(**settings, **held_out, eval_cache=str(cache_path)))
+    accepted = {"teacher_mismatch": "accept", "eval_cache": str(cache_path)}
+    assert train(TrainConfig(**settings, **held_out, **accepted)).steps == 3
+
+
+@pytest.mark.parametrize("stage", ["dump", "eval"])
+def test_a_value_that_the_backend_fails_at_is_named(stage, tmp_path, teacher_path, data_path):
+    setting = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp5"}
+    run = {
+        "dump": lambda: dumped(teacher_path, data_path, tmp_path / "c", quantization=setting),
+        "eval": lambda: evaluated(
+            [str(teacher_path)], data_path, teacher=str(teacher_path), quantization=setting
+        ),
+    }[stage]
+    with pytest.raises(CachekdError, match="cannot quantise the model with these settings") as caught:
+        run()
+    assert "bnb_4bit_quant_type: fp5" in caught.value.found
+    assert not (tmp_path / "c").exists()
+
+
 # ---- evaluation
+
+
+def test_scores_by_the_cache_of_a_quantised_teacher_say_so(quantised, cache_path, student_path, data_path):
+    settings = {"models": [str(student_path)], "data": data_path, "history": "full"}
+    by_cache = evaluated(**settings, cache=str(quantised)).teacher_quantization
+    assert by_cache == Manifest.load(quantised).teacher.quantization
+    assert evaluated(**settings, cache=str(cache_path)).teacher_quantization is None
 
 
 def test_the_teacher_alone_is_quantised_in_an_evaluation(teacher_path, student_path, data_path):

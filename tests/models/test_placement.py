@@ -16,7 +16,14 @@ from torch import Tensor
 from cachekd.data import collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
-from cachekd.models import SwitchedTeacher, capture_vision, default_device, hidden_and_logits_at, load_model
+from cachekd.models import (
+    SwitchedTeacher,
+    capture_vision,
+    default_device,
+    device_map,
+    hidden_and_logits_at,
+    load_model,
+)
 from cachekd.models.families import vision_tower
 from cachekd.models.placement import is_dispatched, is_offloaded, layers_of
 from cachekd.train.teacher import recompute_frozen_layers
@@ -80,6 +87,33 @@ def test_the_switched_path_through_layers_on_the_disk_has_the_same_gradient(fami
     assert all(weight.is_meta for layer in layers_of(split).values() for weight in layer.parameters())
 
 
+def test_one_file_goes_for_a_dump_and_for_the_teacher_of_a_training(tmp_path):
+    """Which has no vision encoder."""
+    path = save(tmp_path / "teacher", "qwen2_vl")
+    both = layers_on_disk(tmp_path, loaded(path))
+    assert is_offloaded(loaded(path, device_map=both))
+    switched = loaded(path, tower=False, device_map=both)
+    assert all(is_offloaded(layer) for layer in layers_of(switched).values())
+
+
+@pytest.mark.parametrize(
+    ("processes", "alone"),
+    [
+        ({}, True),
+        ({"LOCAL_WORLD_SIZE": "1"}, True),
+        ({"LOCAL_WORLD_SIZE": "2"}, False),
+        ({"SLURM_LOCALID": "1", "SLURM_NTASKS": "2"}, False),
+    ],
+)
+def test_of_several_processes_each_keeps_to_its_own_gpu(monkeypatch, processes, alone):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in processes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(device_map, "get_max_memory", lambda: {0: 100, 1: 100, "cpu": 1000})
+    assert device_map._room(1, {}) == ({0: 90} if alone else {}) | {1: 90, "cpu": 900}
+
+
 @pytest.mark.gpu
 def test_layers_off_a_gpu_give_its_bits_and_its_gradient(tmp_path):
     """Of three places: layers that stay, that come from the CPU's memory, and from the disk."""
@@ -140,7 +174,7 @@ def test_a_map_that_cannot_be(tmp_path, teacher_path, places, problem, named):
 
 
 def test_a_file_that_is_no_map(tmp_path, teacher_path):
-    assert "cannot be read" in refusal(teacher_path, device_map=str(tmp_path / "none.yaml"))
+    assert "there is no such device map" in refusal(teacher_path, device_map=str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("- cpu\n")
     assert "list.yaml" in refusal(teacher_path, device_map=str(tmp_path / "list.yaml"))
     whole = map_file(tmp_path, {"": "cpu"})

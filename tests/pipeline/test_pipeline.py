@@ -486,6 +486,8 @@ def test_a_step_that_failed_after_its_output_was_whole_is_done(short, tmp_path):
         (3, {"training": {"optm": "adamw_torch"}}, "cannot be set", "step 'dft': setting 'training.optm'"),
         (3, {"lora": {"rr": 4}}, "peft refuses", "step 'dft': setting 'lora'"),
         (3, {"student_quantization": {"load_in_4bit": True}}, "quantised weights", "step 'dft': setting"),
+        (3, {"teacher_device_map": "nope.yaml"}, "no such device map", "step 'dft': nope.yaml"),
+        (0, {"device_map": "nope.yaml"}, "no such device map", "step 'cache': nope.yaml"),
         (3, {"student": "nope"}, "no such step or model", "step 'dft': nope"),
         (3, {"student": "models/nope"}, "no model can be loaded", "step 'dft': models/nope"),
         (3, {"cache": "nope"}, "not a cache", "step 'dft': nope"),

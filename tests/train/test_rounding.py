@@ -72,6 +72,25 @@ def test_what_is_exact_or_not_finite_stays():
 # ---- the optimizers
 
 
+@pytest.mark.parametrize("places", ["first", "second"])
+def test_what_is_to_have_moments_in_32_bits_has_them(places):
+    """The Trainer says so of embeddings; bitsandbytes finds them by their place in a group."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    found = {}
+    for dtype in (torch.float32, BF16):
+        embedding, other, more = (nn.Parameter(torch.ones(128, 64, dtype=dtype)) for _ in range(3))
+        module = nn.Module()
+        module.weight = embedding
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        manager.register_module_override(module, "weight", {"optim_bits": 32})
+        order = [embedding, other, more] if places == "first" else [other, embedding, more]
+        optimizer = bitsandbytes.optim.AdamW8bit(order, lr=1e-3)
+        rounds_at_random(optimizer, 0, lambda: 1)
+        stepped(optimizer, order, 1)
+        found[dtype] = [optimizer.state[p]["state1"].dtype for p in (embedding, other, more)]
+    assert found[BF16] == found[torch.float32] == [torch.float32, torch.uint8, torch.uint8]
+
+
 def an_optimizer(name: str, parameters: list[nn.Parameter], lr: float, tmp_path) -> torch.optim.Optimizer:
     """As the Trainer makes it."""
     arguments = TrainingArguments(str(tmp_path), optim=name, learning_rate=lr, use_cpu=True, report_to=[])
@@ -247,6 +266,7 @@ def test_weights_and_gradients_take_half_of_the_memory(in_bfloat16):
         ({"dtype": "float32"}, "--dtype bfloat16"),
         ({"dtype": "float16"}, "--dtype bfloat16"),
         ({"training": {"optim": "adagrad"}}, "one of adafactor"),
+        ({"training": {"optim": "adagrad"}, "lora": {"r": 2, "bias": "all"}}, "one of adafactor"),
         ({"training": {"fsdp": True}}, "mixed precision of their own"),
     ],
 )
