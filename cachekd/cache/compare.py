@@ -10,6 +10,7 @@ from cachekd.cache.manifest import Header, Manifest, ShardInfo
 from cachekd.cache.source import Source
 from cachekd.errors import CachekdError
 
+_VERSION = "version of "
 ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
 
 
@@ -37,7 +38,7 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
     if source is None:
         return found
     if teacher.quantization is not None:
-        found[f"version of {teacher.quantization.backend}"] = teacher.quantization.version
+        found[f"{_VERSION}{teacher.quantization.backend}"] = teacher.quantization.version
     # Not of finished caches: images that another version reads otherwise are told by their content hashes.
     found["reading of images"] = prints.image_reading
     if source.geometry is not None:
@@ -55,7 +56,7 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}
-    return found | {f"version of {name}": version for name, version in source.versions.items()}
+    return found | {f"{_VERSION}{name}": version for name, version in source.versions.items()}
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str) -> None:
@@ -70,15 +71,24 @@ def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     names = [name for name in names if name != ENCODING or None not in (old.get(name), new.get(name))]
+    versions = [
+        name for name in names if name.startswith(_VERSION) and None in (old.get(name), new.get(name))
+    ]
+    if len(versions) < len(names):  # a backend that one of them did without is no second difference
+        names = [name for name in names if name not in versions]
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:6])})" if names[1:] else ""
         raise CachekdError(
             f"{what} was made with a different {names[0]}{others}",
             where=where,
-            expected="; ".join(f"{name} {old.get(name)}" for name in names[:6]),
-            found="; ".join(f"{name} {new.get(name)}" for name in names[:6]),
+            expected="; ".join(f"{name} {_told(old.get(name))}" for name in names[:6]),
+            found="; ".join(f"{name} {_told(new.get(name))}" for name in names[:6]),
             fix="give it what it was made with, or dump into a new folder",
         )
+
+
+def _told(value: Any) -> Any:
+    return "none" if value is None else value
 
 
 def identity(manifest: Manifest) -> str:

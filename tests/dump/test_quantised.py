@@ -56,8 +56,10 @@ def test_a_dump_goes_on_with_its_own_quantisation_alone(teacher_path, data_path,
     whole = dumped(teacher_path, data_path, tmp_path / "whole", **half)
     dumped(teacher_path, data_path, out, **half, world_size=2, rank=0)
     for other in (None, "8bit", FP4):
-        with pytest.raises(CachekdError, match="made with a different teacher's quantisation"):
+        with pytest.raises(CachekdError, match="made with a different teacher's quantisation") as caught:
             dumped(teacher_path, data_path, out, shard_samples=4, quantization=other)
+        assert "more" not in caught.value.problem
+        assert (caught.value.found == "teacher's quantisation none") is (other is None)
     dumped(teacher_path, data_path, out, shard_samples=4, quantization=FP4 | {"bnb_4bit_quant_type": "nf4"})
     assert (out / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
 
