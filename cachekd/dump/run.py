@@ -6,6 +6,7 @@ work. What is on the disk, and in which order: `cachekd.cache.build`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ from cachekd.dump.shards import make_shards
 from cachekd.dump.teacher import Teacher
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 from cachekd.models.loading import LoadSettings
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int | None, int, int], None]
 """Phase ("pilot", "dump"), its samples in all if known; samples and answer tokens since the last call."""
@@ -136,6 +139,16 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         new_tokens += tokens
         progress("dump", total, samples, tokens)
 
+    planned = planned_limits(build.plan.source.geometry)
+    limits = limits_said(config.batch_size, config.batch_tokens) or planned
+    if earlier is not None and limits != planned:
+        log.warning(
+            "the dump goes on with %s, not its plan's %s: what is written is as good, "
+            "but not byte for byte what those give",
+            limits,
+            planned,
+        )
+
     advance(0, 0)
     make_shards(
         build,
@@ -143,8 +156,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
         samples,
         teacher,
         encoder,
-        limits=limits_said(config.batch_size, config.batch_tokens)
-        or planned_limits(build.plan.source.geometry),
+        limits=limits,
         halves=config.on_oom == "halve",
         workers=config.workers,
         on_error=config.on_error,

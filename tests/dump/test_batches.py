@@ -174,6 +174,18 @@ def test_a_dump_that_goes_on_has_the_same_batches_and_bytes(tmp_path, teacher_pa
     assert max(cells(card.batches)) <= 16 * SEEN // 4
 
 
+def test_other_batches_than_the_plans_are_said(tmp_path, teacher_path, unequal_data, caplog):
+    config = settings(teacher_path, unequal_data, tmp_path / "c", batch_size=16, shard_samples=40)
+    for changed in ({}, {"batch_size": 8}, {"batch_size": None, "batch_tokens": 500}):
+        dump(config)
+        forget_shards(tmp_path / "c", 1)
+        caplog.clear()
+        dump(config.model_copy(update=changed))
+        said = [message for message in caplog.messages if "goes on with" in message]
+        assert len(said) == bool(changed)
+        assert all("not its plan's at most 16 samples per forward" in message for message in said)
+
+
 def test_a_plan_of_before_goes_on_in_its_number_of_samples(tmp_path, teacher_path, unequal_data, card):
     dump(settings(teacher_path, unequal_data, tmp_path / "c", batch_size=16, shard_samples=40))
     before = files_of(tmp_path / "c")
