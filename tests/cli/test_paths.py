@@ -110,17 +110,8 @@ OTHER_SETTINGS |= {"lora", "quantization", "teacher_quantization", "student_quan
 OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "student_")}
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
-OTHER_OPTIONS = {
-    "max_memory",
-    "tail",
-    "match",
-    "filter_",
-    "license",
-    "revision",
-    "shards",
-    "name",
-    "sample_key",
-}
+OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
+OTHER_OPTIONS |= {"max_memory"}
 
 
 def has(kind: Any, annotation: Any) -> bool:
