@@ -16,6 +16,7 @@ from cachekd.data.left_out import first_good, may_be_left_out
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of, tokenizer_difference
+from cachekd.models.device_map import AUTO
 
 
 class AnswerPrior:
@@ -65,13 +66,22 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
     """Each model's files, by its path; the limits are those of all.
 
     Raises:
-        CachekdError: a model cannot be found, or their tokenizers differ; or there is no teacher to quantise.
+        CachekdError: a model cannot be found, or their tokenizers differ; or there is no teacher to quantise
+            or place.
     """
     if config.quantization is not None and config.teacher is None:
         raise CachekdError(
             "there is no teacher to quantise: every other model is asked as it is saved",
             where="setting 'quantization'",
             fix="--teacher names the model that is to be quantised; it has a row of its own",
+        )
+    device_map = config.load_settings["device_map"]
+    if device_map not in (None, AUTO) and config.teacher is None:
+        raise CachekdError(
+            "there is no teacher whose layers the device map could place: a file holds for no other model",
+            where="setting 'device_map'",
+            found=device_map,
+            fix="--device-map auto, which holds for every model; or --teacher",
         )
     models = {path: ModelFiles(path) for path in ([config.teacher] if config.teacher else []) + config.models}
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
@@ -82,6 +92,7 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
     limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
     models = {path: model.within(limits) for path, model in models.items()}
     if config.teacher is not None:
+        models[config.teacher].require_device_map(device_map)
         models[config.teacher].quantization(config.quantization, dtype_of(config.dtype, default_device()))
     first, *others = models.values()
     for other in others:

@@ -75,6 +75,9 @@ def test_an_evaluation_with_layers_on_the_disk_has_the_same_scores(
     teacher = load_model(str(teacher_path), dtype=torch.float32, device=torch.device("cpu"))
     assert evaluated(**settings, device_map=layers_on_disk(tmp_path, teacher)) == expected
     assert runners[4:] == [True, False]
+    alone = {"models": [student_path], "data": str(data_path), "device_map": "map.yaml"}
+    with pytest.raises(CachekdError, match="there is no teacher whose layers the device map could place"):
+        evaluated(**alone)
 
 
 def test_a_teacher_with_layers_on_the_disk_is_asked_again(
