@@ -53,6 +53,11 @@ class CachekdError(Exception):
         return rebuild, (self.problem,)
 
 
+def megabytes(size: int) -> str:
+    """Say bytes in a message."""
+    return f"{size / 1e6:,.1f} MB"
+
+
 def within(place: str, error: CachekdError, then: str | None = None) -> CachekdError:
     """Return an error that also says what it is a part of, and what else to do about it."""
     return CachekdError(

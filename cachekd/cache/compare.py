@@ -10,7 +10,6 @@ from cachekd.cache.manifest import Header, Manifest, ShardInfo
 from cachekd.cache.source import Source
 from cachekd.errors import CachekdError
 
-_VERSION = "version of "
 ENCODING = "encoding of a probe text"  # not known of caches from before there was such a fingerprint
 
 
@@ -33,12 +32,11 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
         ENCODING: prints.encoding,
         **{f"setting {name}": value for name, value in codec.model_dump().items()},
     }
-    if teacher.quantization is not None:
-        found["teacher's quantisation"] = str(teacher.quantization)
+    if (quantised := teacher.quantization) is not None:
+        by = "" if source is None else f", version {quantised.version}"
+        found["teacher's quantisation"] = f"{quantised}{by}"
     if source is None:
         return found
-    if teacher.quantization is not None:
-        found[f"{_VERSION}{teacher.quantization.backend}"] = teacher.quantization.version
     # Not of finished caches: images that another version reads otherwise are told by their content hashes.
     found["reading of images"] = prints.image_reading
     if source.geometry is not None:
@@ -56,7 +54,7 @@ def dependencies(header: Header, source: Source | None = None) -> dict[str, Any]
     found["data set"] = source.data.sha256
     found["content of the data set"] = source.data.content_sha256
     found |= {**{f"data set's {name}": data[name] for name in data}}
-    return found | {f"{_VERSION}{name}": version for name, version in source.versions.items()}
+    return found | {f"version of {name}": version for name, version in source.versions.items()}
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str) -> None:
@@ -71,11 +69,6 @@ def require_same(old: dict[str, Any], new: dict[str, Any], what: str, where: str
     """
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     names = [name for name in names if name != ENCODING or None not in (old.get(name), new.get(name))]
-    versions = [
-        name for name in names if name.startswith(_VERSION) and None in (old.get(name), new.get(name))
-    ]
-    if len(versions) < len(names):  # a backend that one of them did without is no second difference
-        names = [name for name in names if name not in versions]
     if names:
         others = f" (and {len(names) - 1} more: {', '.join(names[1:6])})" if names[1:] else ""
         raise CachekdError(

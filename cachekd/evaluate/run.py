@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from cachekd.cache import LogitCache
 from cachekd.cache.quantization import QuantizationInfo
 from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
@@ -50,18 +49,21 @@ def evaluate(
     samples, files = open_samples(config), open_models(config)
     interviewer = Interviewer(config, samples, files, progress)
     reference: Reference | None = None
+    quantised: QuantizationInfo | None = None  # of the teacher that models are compared with
     if config.cache is not None:
         if config.history == "none":
             require_single_questions(samples)
         cache, missing = open_cache(config, samples, next(iter(files.values())))
         interviewer.bad.add([missing])
-        interviewer.cache, reference = cache, CachedReference(cache, interviewer.device)
+        quantised = cache.manifest.teacher.quantization
+        reference = CachedReference(cache, interviewer.device)
     for model in files.values():
         try_encoder(config, samples, model.encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
 
     teacher: Found | None = None
     if config.teacher is not None:
+        quantised = files[config.teacher].quantization(config.quantization, interviewer.dtype)
         teacher, reference = interviewer.ask_teacher(config.teacher)
     models = [interviewer.ask(path, reference) for path in config.models]
 
@@ -74,7 +76,7 @@ def evaluate(
         asked=questions,
         dtype=str(interviewer.dtype).removeprefix("torch."),
         teacher=None if teacher is None else _score(str(config.teacher), teacher, keys, None),
-        teacher_quantization=interviewer.quantization,
+        teacher_quantization=quantised,
         models=[_score(path, found, keys, whose) for path, found in zip(config.models, models, strict=True)],
         prior=None if prior is None else _prior_score(config, prior, asked),
         prior_left_out=left_out,
@@ -103,16 +105,6 @@ class Interviewer:
         self.bad = BadSamples()
         self.device = default_device()
         self.dtype = dtype_of(config.dtype, self.device)
-        self.cache: LogitCache | None = None
-
-    @property
-    def quantization(self) -> QuantizationInfo | None:
-        """Of the teacher that models are compared with."""
-        if self.cache is not None:
-            return self.cache.manifest.teacher.quantization
-        if self.config.teacher is None:
-            return None
-        return self.files[self.config.teacher].quantization(self.config.quantization, self.dtype)
 
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""

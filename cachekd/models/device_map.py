@@ -13,7 +13,7 @@ from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_dev
 from torch import Tensor, nn
 
 from cachekd.config.base import YamlFile
-from cachekd.errors import CachekdError, did_you_mean
+from cachekd.errors import CachekdError, did_you_mean, megabytes
 from cachekd.models.device import accelerator
 from cachekd.models.placement import Place, layers_of, longest_prefix
 
@@ -112,9 +112,9 @@ def _by_memory(skeleton: nn.Module, home: Place, asked: Mapping[Place, int]) -> 
         raise CachekdError(
             "there is too little memory, even with all other layers elsewhere",
             where=f"the device that computes, {told_place(home)}",
-            expected=f"{_megabytes(fixed)} for embeddings, head and all else that is no layer, and "
-            f"{_megabytes(largest)} for one layer at a time",
-            found=f"{_megabytes(max(0, room[home]))}",
+            expected=f"{megabytes(fixed)} for embeddings, head and all else that is no layer, and "
+            f"{megabytes(largest)} for one layer at a time",
+            found=f"{megabytes(max(0, room[home]))}",
             fix=f"--max-memory {home}=... if more is free, a smaller dtype, or a smaller model",
         )
     if fixed + sum(sizes.values()) + (largest if len(room) > 1 else 0) <= room[home]:
@@ -254,7 +254,3 @@ def _examples(skeleton: nn.Module) -> list[str]:
 def _bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]  # tied ones once
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

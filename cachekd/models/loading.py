@@ -226,14 +226,13 @@ def _load(
     config = copy.deepcopy(config)  # it becomes the model's, which may be trained and saved
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
-    if device_map is not None and not is_gguf(path):
-        empty = empty_model(config, model_class, dtype)
-        whole = empty_model(config)
-        settings |= placed(empty, device, device_map, max_memory, whole=whole, quantised=quantised)
     if is_gguf(path):
         if device_map is not None:
             raise unpacked_as_a_whole(path)
         return _load_gguf(model_class, path, config, dtype, quantization).to(device).eval()
+    if device_map is not None:
+        empty, whole = empty_model(config, model_class, dtype), empty_model(config)
+        settings |= placed(empty, device, device_map, max_memory, whole=whole, quantised=quantised)
     weights_files(path)  # with a message of its own where a folder has none
     try:
         with quietly():

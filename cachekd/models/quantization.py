@@ -60,7 +60,7 @@ def quantization_config(
     Raises:
         CachekdError: no such backend, it is not installed, or it has no such setting.
     """
-    given = PRESETS[setting] if isinstance(setting, str) else setting
+    given = _mapping(setting)
     settings = dict(given)
     method = _method(settings)
     if method not in BACKENDS:
@@ -93,7 +93,7 @@ def quantization_config(
 
 def not_quantised(path: str, setting: Setting) -> CachekdError:
     """What to tell of a backend that fails while it quantises the weights."""
-    given = PRESETS[setting] if isinstance(setting, str) else setting
+    given = _mapping(setting)
     return CachekdError(
         f"{_method(given)} cannot quantise the model with these settings",
         where=path,
@@ -185,6 +185,11 @@ def backend_of(model: PreTrainedModel) -> str:
     stored = in_checkpoint(model.config)
     quantised = "no quantisation" if stored is None else f"quantised by {_method(stored)}"
     return f"{quantised}, attention {model.config._attn_implementation}, on {model.device}"
+
+
+def _mapping(setting: Setting) -> Mapping[str, Any]:
+    """What a preset stands for; a mapping as it is."""
+    return PRESETS[setting] if isinstance(setting, str) else setting
 
 
 def _method(settings: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, about
-from cachekd.models import (
-    ModelFiles,
-)
+from cachekd.models import ModelFiles
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
@@ -34,8 +31,6 @@ from cachekd.train.teacher import (
 )
 from cachekd.train.terms import LossTerms
 from cachekd.train.trainer import SwitchKDTrainer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +78,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     check_attention(config, models)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
+        models.teacher.require_device_map(config.teacher_load_settings["device_map"])
         say_how_it_is_quantised(config, models.teacher, cache, arguments.device)
         require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)

@@ -18,7 +18,7 @@ from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data.processor import Processor
-from cachekd.errors import CachekdError, is_failed_write
+from cachekd.errors import CachekdError, is_failed_write, megabytes
 from cachekd.lock import LOCK_FILE
 from cachekd.models import SwitchBridge, empty_model, plan_bridge, train_only
 from cachekd.train.student import with_adapters
@@ -107,12 +107,12 @@ def require_room(size: RunSize, out: Path) -> None:
     there = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file() and path.name != LOCK_FILE)
     if size.total <= free + there:
         return
-    already = f", and {_megabytes(there)} are this run's" if there else ""
+    already = f", and {megabytes(there)} are this run's" if there else ""
     raise CachekdError(
         "the disk is too small for what the run saves",
         where=str(place),
-        expected=f"{_megabytes(size.total)}: {told(size)}",
-        found=f"{_megabytes(free)} are free{already}",
+        expected=f"{megabytes(size.total)}: {told(size)}",
+        found=f"{megabytes(free)} are free{already}",
         fix=_how_to_fit(size),
     )
 
@@ -128,14 +128,10 @@ def _how_to_fit(size: RunSize) -> str:
 
 def told(size: RunSize) -> str:
     """Say of what the total is made."""
-    student = f"the student with {_megabytes(size.student)}"
+    student = f"the student with {megabytes(size.student)}"
     if not size.checkpoints:
         return f"{student}, and no checkpoints"
-    return f"{student}, and up to {size.checkpoints} checkpoints at a time with {_megabytes(size.checkpoint)}"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+    return f"{student}, and up to {size.checkpoints} checkpoints at a time with {megabytes(size.checkpoint)}"
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
@@ -27,7 +26,7 @@ from cachekd.models import (
     plan_bridge,
     vocabulary_of,
 )
-from cachekd.models.placement import is_offloaded
+from cachekd.models.placement import is_offloaded, layers_of
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ def say_how_it_is_quantised(
     Raises:
         CachekdError: `check_quantization` refuses that; or the teacher cannot be quantised so.
     """
-    teacher.require_device_map(config.teacher_load_settings["device_map"])
     ours = teacher.quantization(config.teacher_quantization, dtype_of(config.dtype, device))
     if cache is not None:
         theirs, accept = cache.manifest.teacher.quantization, config.teacher_mismatch == "accept"
@@ -75,11 +73,7 @@ def recompute_frozen_layers(teacher: PreTrainedModel) -> int:
     """
     # A layer that was fetched is let go at its end, which a recomputation that stops early does not reach.
     recompute = partial(_checkpoint_to_the_end if is_offloaded(teacher) else checkpoint, use_reentrant=False)
-    layers = [
-        module
-        for module in language_model(teacher).modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers: Any = layers_of(language_model(teacher)).values()
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = recompute

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from cachekd.config import TrainConfig
+from cachekd.errors import megabytes
 from cachekd.paths import is_address
 from cachekd_cli.console import (
     counting_bytes,
@@ -240,9 +241,6 @@ def print_summary(summary: TrainSummary) -> None:
 def print_estimate(estimate: TrainEstimate) -> None:
     """Print settings, parameters, memory by part, disk and time, before anything long starts."""
     from cachekd.train.size import told
-
-    def megabytes(size: int) -> str:
-        return f"{size / 1e6:,.1f} MB"
 
     settings, (samples, tokens) = estimate.settings, estimate.longest_batch
     counted, what = ("batch_size", "samples")
