@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from clock import Clock, Timed
 from gpu_lab import Found, Lab
-from small_vlm import MIN_K, WINDOW, Naive, lean_trainer
+from small_vlm import Naive, lean_trainer
 from torch.profiler import profile
 from transformers import TrainerCallback
 
@@ -67,7 +67,7 @@ def step(
     """
     on_gpu, half = lab.device.type != "cpu", lab.dtype == torch.bfloat16
     teacher = SwitchedTeacher(lab.teacher) if name in ("live", "cached") else None
-    live = LiveTeacher(teacher, lab.sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None
+    live = LiveTeacher(teacher, lab.sizes.vocab) if teacher and name == "live" else None
     cache = LogitCache(lab.config.out) if name.startswith("cached") else None
     clock = Clock(lab.device)
     settings = {

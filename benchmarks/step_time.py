@@ -157,7 +157,7 @@ def run_ours(name: str, folder: Path, options: argparse.Namespace, clock: Clock)
             "logging_steps": options.steps + 1,
         },
         teacher=teacher,
-        live=LiveTeacher(teacher, sizes.vocab, WINDOW, MIN_K) if teacher and name == "live" else None,
+        live=LiveTeacher(teacher, sizes.vocab) if teacher and name == "live" else None,
         weights={"align": 0.0 if name == "ce_only" else 1.0, "vsd": 1.0 if teacher else 0.0},
         callbacks=[Timed(clock)],
     )

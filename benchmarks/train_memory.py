@@ -76,7 +76,7 @@ def lean(variant: str, folder: Path, options: argparse.Namespace) -> float:
         settings={"use_cpu": True, CHECKPOINTING: recomputed},
         weights={"align": 1.0, "vsd": 1.0},
         teacher=teacher,
-        live=LiveTeacher(teacher, options.vocab, WINDOW, MIN_K) if live else None,
+        live=LiveTeacher(teacher, options.vocab) if live else None,
     )
     trainer.train()
     return float(trainer.state.log_history[0]["loss"])

@@ -15,7 +15,7 @@ from cachekd.cache.sparse_logits import TokenTargets
 from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
 from cachekd.cache.tail.sketch import SketchTail, TailSketch
 from cachekd.errors import CachekdError
-from cachekd.losses.kneedle import widest
+from cachekd.losses.kneedle import kneedle_k, widest
 
 BLOCK = 2**24  # logprobs that are rebuilt at a time: 64 MB
 _NOWHERE = 2**31 - 1  # an id that no token has
@@ -177,24 +177,40 @@ class CachedTargets:
         return self._each(lambda values: values[rows], self.tail.select(rows))
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's own selection, exactly as at the dump.
-
-        Kneedle on a truncated list would find another knee, so the one that was found on the full logits is
-        stored, and only the window that it was found in will do.
+        """The teacher's own selection. In the dump's window it is exactly that of the dump, whose knee is
+        stored, as on a truncated list Kneedle would find another one. In a smaller window Kneedle looks at
+        the kept logprobs, as they are stored.
 
         Raises:
-            CachekdError: another window, or a larger min_k than was kept.
+            CachekdError: a larger window; or a smaller one, or a larger min_k, than every token has logprobs
+                for. That last not on a GPU, where a look at them would wait for all that was queued before.
         """
-        if min(window, self.vocab_size) != min(self.window, self.vocab_size) or min_k > self.min_k:
+        own, asked = (min(each, self.vocab_size) for each in (self.window, window))
+        needed = asked if asked < own else min_k if min_k > self.min_k else 0
+        kept = int(self.k.min()) if needed and len(self) and self.k.device.type == "cpu" else needed
+        if asked > own or kept < needed:
             raise CachekdError(
                 "the cache was made with other Kneedle settings",
-                expected=f"window {self.window} and min_k up to {self.min_k}",
+                expected=f"window {self.window} and min_k up to {self.min_k}, or less than {kept} of both",
                 found=f"window {window} and min_k {min_k}",
                 fix="use the cache's settings, or dump again with --window and --min-k",
             )
-        k = torch.minimum(self.knee.clamp(min=min_k), self.k)
+        knee = kneedle_k(self.logprobs[:, :asked]) if asked < own else self.knee
+        k = torch.minimum(knee.clamp(min=min_k), self.k)
         width = widest(k, self.ids.shape[1])
         return self.ids[:, :width].clamp(max=self.vocab_size - 1), self.logprobs[:, :width], k
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k most probable ids [N, k] int64 and their logprobs [N, k] float32: the kept ones, as stored;
+        of a token that has fewer of them, those of its rebuilt distribution."""
+        ids, logprobs = (
+            torch.nn.functional.pad(kept[:, :k], (0, max(0, k - kept.shape[1])))
+            for kept in (self.ids, self.logprobs)
+        )
+        lacking = (self.k < k).nonzero()[:, 0]
+        if len(lacking):
+            logprobs[lacking], ids[lacking] = self.select(lacking).everywhere().topk(k, dim=-1)
+        return ids, logprobs
 
     def gather(self, ids: Tensor) -> Tensor:
         """Logprobs [N, k] float32 at `ids` [N, k] int64: kept ones as stored, others from the tail.

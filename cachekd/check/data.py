@@ -65,30 +65,45 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     if not config.distils or config.cache is None:
         return None
     cache = open_bound(config.cache, config.binding)
-    require_kneedle(config, cache.manifest.codec, str(cache.path))
+    require_kneedle(config, cache.manifest.codec, str(cache.path), cache)
     return cache
 
 
-def require_kneedle(config: TrainConfig, cached: CodecSettings | DumpConfig, where: str) -> None:
-    """Refuse settings of Kneedle that are not those of the cache.
+def require_kneedle(
+    config: TrainConfig, cached: CodecSettings | DumpConfig, where: str, cache: LogitCache | None = None
+) -> None:
+    """Refuse settings of Kneedle with which a cache cannot say what the teacher's largest logits are.
+
+    They are those of each DBiLD that is on, where the teacher leads: a student's own logits have no limits.
 
     Args:
         cached: the cache's settings, or those that it will have.
         where: the cache.
+        cache: it, where it is there: its tokens may have more logprobs than the settings alone promise.
 
     Raises:
-        CachekdError: one is another.
+        CachekdError: a window is larger than the cache's; or it is smaller, or the least k larger, than every
+            token has logprobs for.
     """
-    for name in ("window", "min_k"):
-        ours, theirs = getattr(config, name), getattr(cached, name)
-        if ours not in (None, theirs):
-            raise CachekdError(
-                "the cache was made with another Kneedle setting",
-                where=f"setting {name!r}",
-                expected=f"{theirs}, as in {where}",
-                found=ours,
-                fix=f"leave {name!r} out: a cache has its own",
-            )
+    for term, loss in config.dbilds.items():
+        said = loss.arguments(dict(config)) if loss.teacher_leads else {}
+        for name in ("window", "min_k"):
+            ours, theirs = said.get(name), getattr(cached, name)
+            if ours in (None, theirs) or (name == "min_k" and ours < theirs):
+                continue
+            kept = min(cached.min_k, cached.top_k)
+            larger = name == "window" and ours > theirs
+            if not larger and cache is not None and ours > kept:
+                kept = min(cache.histogram()["k"], default=kept)
+            if larger or ours > kept:
+                raise CachekdError(
+                    "the cache was made with another Kneedle setting",
+                    where=f"setting {name if getattr(loss, name) is None else f'{term}.{name}'!r}",
+                    expected=f"{theirs}, as in {where}, or up to {kept}: so many logprobs every token has",
+                    found=ours,
+                    fix=f"leave {name!r} out: a cache has its own; or dump with --min-k {ours}"
+                    + f" --window {ours}" * larger,
+                )
 
 
 def length_settings(config: TrainConfig, dumped: DataInfo | DataOptions | None) -> dict[str, Any]:

@@ -44,7 +44,9 @@ class Config(BaseModel):
     def later(cls) -> dict[str, Any]:
         """Return the defaults of the settings marked `LATER`. Earlier versions noted none of them, and did
         what the default says."""
-        return {name: field.default for name, field in cls.model_fields.items() if LATER in field.metadata}
+        fields = cls.model_fields.items()
+        names = {name for name, field in fields if LATER in field.metadata}
+        return {name: value for name, value in defaults_of(cls).items() if name in names}
 
     @classmethod
     def comparable(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -117,13 +119,13 @@ class Mistake:
             model: the setting is one of it.
             where: in it; by default as the error has it.
         """
-        where = error["loc"] if where is None else where
+        unknown = error["type"] == "extra_forbidden"
+        where, known = _place(model, error["loc"] if where is None else where, unknown=unknown)
         name = ".".join(map(str, where))
         value = NOTHING if error["type"] == "missing" else error.get("input")
-        if error["type"] != "extra_forbidden":
+        if not unknown:
             text = error["msg"].removeprefix("Value error, ")
             return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
-        known = known_at(model, where)
         return cls(f"unknown setting {name!r}{_hint(str(where[-1]), known)}", place, value, known)
 
 
@@ -153,26 +155,39 @@ def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:
     return CachekdError(f"{len(mistakes)} settings are wrong:{''.join(lines)}", expected=known, fix=fix)
 
 
-def known_at(model: type[BaseModel], where: tuple[str | int, ...]) -> tuple[str, ...]:
-    """Return the names of all settings that could stand at a place, which may be within another setting.
+def _place(
+    model: type[BaseModel], where: tuple[str | int, ...], *, unknown: bool
+) -> tuple[tuple[str | int, ...], tuple[str, ...]]:
+    """Read where pydantic found an error.
 
     Args:
-        where: names, as in pydantic's errors.
+        where: names, places in lists, and tags: of what may be of several kinds, which it was taken for.
+        unknown: the last of it is the name of no setting.
+
+    Returns:
+        it without tags; and the names of all settings that could stand there, which may be within another.
     """
-    for part in where[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = None if field is None else _model_in(field.annotation)
-        if inner is None:
-            return ()
-        model = inner
-    return tuple(model.model_fields)
+    names: list[str | int] = []
+    here = [model]  # of which one says what may stand here; none says that of a plain mapping
+    for number, part in enumerate(where, 1):
+        last = number == len(where)
+        if last and unknown:
+            return (*names, part), tuple(here[0].model_fields) if here else ()
+        field = here[0].model_fields.get(str(part)) if here else None
+        if field is None and here and isinstance(part, str):
+            tagged = [one for one in here if any(part == f.default for f in one.model_fields.values())]
+            here = tagged or here
+            continue
+        names.append(part)
+        here = here if isinstance(part, int) else [] if field is None else _models_in(field.annotation)
+    return tuple(names), ()
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """Find the model of a setting that is made of settings."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Find the models of a setting that is made of settings."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
 
 
 def _hint(name: str, known: tuple[str, ...]) -> str:

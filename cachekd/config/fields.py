@@ -71,14 +71,20 @@ def _each_once(value: tuple[StudentPart, ...]) -> tuple[StudentPart, ...]:
     return tuple(part for part in PARTS if part in value)
 
 
+def from_text(value: Any) -> Any:
+    """A mapping that is written as a text, as on the command line; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return found if isinstance(found, dict) else value
+
+
 def _preset_or_mapping(value: Any) -> Any:
     """A mapping may be a text, as on the command line."""
-    found = value
-    if isinstance(value, str):
-        try:
-            found = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found = None
+    found = from_text(value)
     if value is None or value in QUANTIZATIONS or isinstance(found, dict):
         return found
     presets = ", ".join(map(repr, QUANTIZATIONS))

@@ -9,14 +9,16 @@ docs/pipelines.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cachekd.config.batches import BatchOptions
 from cachekd.config.data import DataOptions, NamedData
-from cachekd.config.fields import PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
+from cachekd.config.fields import LATER, PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
 from cachekd.config.loading import TrainLoadOptions
+from cachekd.config.losses import LOSSES, DBiLD, Loss, TermLoss
+from cachekd.config.weights import Schedule, Weight, highest, written
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term, labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -31,6 +33,7 @@ STAGES: dict[Stage, dict[str, Any]] = {
 }
 
 
+_NAMES = ", ".join(LOSSES)
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
@@ -49,6 +52,7 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
         "gradient_checkpointing",
         "teacher_device_map",
         "teacher_max_memory",
+        "log_term_gradients",
     }
 
     student: ModelName
@@ -76,9 +80,14 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
         "share of right tokens alone are computed on them",
     )
     window: int | None = Field(
-        None, ge=2, description="Kneedle's, for live_teacher: 128 by default; a cache has its own"
+        None,
+        ge=2,
+        description="the most ids that Kneedle considers, of each dbild that does not say it; by default the "
+        "cache's, and 128 for live_teacher",
     )
-    min_k: int | None = Field(None, ge=2, description="least k, likewise; 2 by default")
+    min_k: int | None = Field(
+        None, ge=2, description="least k, likewise; by default the cache's, and 2 for live_teacher"
+    )
     stage: Stage | None = Field(
         None,
         description="presets of trainable, lambda_align and lambda_vsd: dpt (projector; L_Align), sft "
@@ -87,13 +96,23 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
     trainable: Parts = Field(
         PARTS, description="the student's parts that train; the others stay as they are, bit by bit"
     )
-    lambda_align: float = Field(1.0, ge=0, description="weight of L_Align")
-    lambda_vsd: float = Field(1.0, ge=0, description="weight of L_VSD, the switched path")
+    align: Annotated[TermLoss, LATER] = Field(
+        DBiLD(),
+        description=f"the loss of L_Align: {_NAMES}; or a mapping with settings of its own, "
+        "{loss: dbild, direction: teacher}",
+    )
+    vsd: Annotated[TermLoss, LATER] = Field(DBiLD(), description="the loss of L_VSD, likewise")
+    lambda_align: Weight = Field(
+        1.0,
+        description="weight of L_Align; or a schedule over the steps, "
+        "{schedule: linear, start: 0, end: 1, after: 0, over: 0.5}, or cosine",
+    )
+    lambda_vsd: Weight = Field(1.0, description="weight of L_VSD, the switched path; or a schedule")
     vsd_every: int = Field(
         1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
     )
     switch_bridge: SwitchBridge = None
-    temperature: float = Field(3.0, gt=0, description="of DBiLD")
+    temperature: float = Field(3.0, gt=0, description="of each loss that has one and does not say its own")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     learning_rate: float = Field(2e-5, gt=0, description="AdamW's peak, cosine to zero")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
@@ -102,6 +121,11 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
     seed: int = Field(0, ge=0, description="of data order and dropout")
     dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
     logging_steps: int = Field(10, ge=1, description="steps between log entries")
+    log_term_gradients: bool = Field(
+        False,
+        description="log the size of each term's gradient at V_S, P_S and L_S with every entry, and warn of "
+        "a term that does next to nothing",
+    )
     workers: int | None = Field(
         None,
         ge=0,
@@ -171,7 +195,7 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
                 where=f"settings 'trainable' and {' and '.join(map(repr, weights))}",
                 expected="vision_encoder among the parts that train",
                 found=f"trainable {', '.join(self.trainable)}; "
-                + ", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+                + ", ".join(f"{name} {written(weight)}" for name, weight in weights.items()),
                 fix=f"--trainable vision_encoder,{','.join(self.trainable)} to train it too, or "
                 + options_off(self.switched),
             )
@@ -183,6 +207,20 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
                 found="lambda_vsd 0",
                 fix="leave --switch-bridge out, or set --lambda-vsd 1",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_min_k_is_within_its_window(self) -> Self:
+        for name, loss in self.dbilds.items():
+            arguments = loss.arguments(dict(self))
+            window, min_k = arguments.get("window"), arguments.get("min_k")
+            if window is not None and min_k is not None and min_k > window:
+                raise CachekdError(
+                    f"the least k of {TERMS[name].label} is more than its window",
+                    where=f"settings 'window', 'min_k' and {name!r}",
+                    expected=f"min_k of at most {window}",
+                    found=min_k,
+                )
         return self
 
     def require_inputs(self) -> None:
@@ -239,16 +277,27 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
         return self.eval_cache is not None or self.live_teacher
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float | Schedule]:
         """The weight of each term in `TERMS`, its `lambda_<name>`; that of L_CE is 1."""
         return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
 
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """The loss of each term that is on and needs a teacher."""
+        return {name: getattr(self, name) for name in self.taught}
+
+    @property
+    def dbilds(self) -> dict[str, DBiLD]:
+        """Those of them that are DBiLD: Kneedle's settings are theirs alone."""
+        return {name: loss for name, loss in self.losses.items() if isinstance(loss, DBiLD)}
+
     def _on(self, which: Callable[[Term], bool] = lambda term: True) -> tuple[str, ...]:
-        return tuple(name for name, weight in self.weights.items() if weight > 0 and which(TERMS[name]))
+        on = (name for name, weight in self.weights.items() if highest(weight) > 0)
+        return tuple(name for name in on if which(TERMS[name]))
 
     @property
     def terms(self) -> tuple[str, ...]:
-        """The terms that are on, by their names in `TERMS`."""
+        """The terms that are on, by their names in `TERMS`: whose weight is ever above 0."""
         return self._on()
 
     @property

@@ -61,15 +61,12 @@ class LiveTargets:
         states: [N, d], what the teacher's head reads.
         logits_of: the head, [n, d] to [n, V].
         vocab_size: logits beyond it belong to no token.
-        window, min_k: Kneedle's settings, which a cache has from its dump.
     """
 
     token_ids: Tensor
     states: Tensor
     logits_of: Callable[[Tensor], Tensor]
     vocab_size: int
-    window: int
-    min_k: int
 
     def __len__(self) -> int:
         return len(self.token_ids)

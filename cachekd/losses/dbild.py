@@ -9,30 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachekd.errors import CachekdError
+from cachekd.losses.basics import FLOOR, Reduction, full_precision, reduce, require_fit, require_temperature
 from cachekd.losses.kneedle import leading_window
 
 if TYPE_CHECKING:
     from cachekd.losses.targets import TeacherTargets
 
 
-Reduction = Literal["mean", "sum", "none"]
-
-
-def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
-    """Reduce losses [N] of tokens: "none", "sum", or "mean" (0 over no tokens, where torch's is NaN)."""
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if reduction == "mean":
-        return loss.sum() / max(1, len(loss))
-    raise CachekdError("unknown reduction", expected="mean, sum or none", found=reduction)
-
-
 Direction = Literal["both", "teacher", "student"]
 
-# Stands for -inf where a number is needed: e**FLOOR is 0 at any temperature up to 1e3.
-FLOOR = -1e5
 _MASKED = -1e30
 
 
@@ -41,8 +26,8 @@ def dbild_loss(
     targets: TeacherTargets,
     *,
     temperature: float = 3.0,
-    window: int = 128,
-    min_k: int = 2,
+    window: int | None = None,
+    min_k: int | None = None,
     direction: Direction = "both",
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -55,17 +40,22 @@ def dbild_loss(
         student_logits: [N, V] float, unnormalised; computed in float32 whatever the autocast.
         targets: the teacher at the same N tokens, live or cached, over the same V ids.
         temperature: tau, divides the differences.
-        window: the most ids that Kneedle considers.
-        min_k: the least k.
+        window: the most ids that Kneedle considers; by default the targets': a cache has the one that it was
+            made with, and a live teacher 128.
+        min_k: the least k; by default the targets' (2 of a live teacher), or `window` if that is less.
         direction: which halves to add up.
         reduction: "none" gives [N]; "mean" over no tokens is 0.
 
     Raises:
         CachekdError: shapes that do not match, or a setting out of range.
     """
-    _check(student_logits, targets, temperature, window, min_k, direction)
+    window = targets.window if window is None else window
+    min_k = min(targets.min_k, window) if min_k is None else min_k
+    require_fit(student_logits, targets)
+    require_temperature(temperature)
+    _check(window, min_k, direction)
     with torch.autocast(student_logits.device.type, enabled=False):
-        logits = student_logits if student_logits.dtype == torch.float64 else student_logits.float()
+        logits = full_precision(student_logits)
         halves = []  # of each, the leader's ids, the teacher's logprobs there, and k
         if direction in ("both", "teacher"):
             halves.append(targets.leading(window, min_k))
@@ -133,27 +123,7 @@ def _log_right_of_all(z: Tensor, valid: Tensor) -> Tensor:
     return (-z).masked_fill(~valid, _MASKED) + F.pad(before, (1, 0), value=_MASKED)
 
 
-def require_fit(logits: Tensor, targets: TeacherTargets) -> None:
-    """Refuse logits of other tokens, or of another vocabulary.
-
-    Raises:
-        CachekdError: their shape is not [N, V].
-    """
-    if logits.shape != (len(targets), targets.vocab_size):
-        raise CachekdError(
-            "the student's logits do not match the teacher's targets",
-            expected=f"[{len(targets)}, {targets.vocab_size}]: tokens, vocabulary",
-            found=list(logits.shape),
-            fix="slice a padded vocabulary: student_logits[:, : targets.vocab_size]",
-        )
-
-
-def _check(
-    logits: Tensor, targets: TeacherTargets, temperature: float, window: int, min_k: int, direction: str
-) -> None:
-    require_fit(logits, targets)
-    if not temperature > 0:
-        raise CachekdError("the temperature must be positive", found=temperature)
+def _check(window: int, min_k: int, direction: str) -> None:
     if not 2 <= min_k <= window:
         raise CachekdError("min_k must be at least 2 and at most the window", found=f"{min_k=}, {window=}")
     if direction not in ("both", "teacher", "student"):

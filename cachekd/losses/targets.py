@@ -26,6 +26,16 @@ class TeacherTargets(Protocol):
         """The ids that `gather` takes: 0 to vocab_size - 1."""
         ...
 
+    @property
+    def window(self) -> int:
+        """Kneedle's, where a loss does not say its own."""
+        ...
+
+    @property
+    def min_k(self) -> int:
+        """The least k, likewise."""
+        ...
+
     def __len__(self) -> int:
         """Return the number N of answer tokens."""
         ...
@@ -43,8 +53,21 @@ class TeacherTargets(Protocol):
         """
         ...
 
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """Select the teacher's k most probable ids.
+
+        Returns:
+            ids [N, k] int64 and logprobs [N, k] float32, in descending order.
+        """
+        ...
+
     def gather(self, ids: Tensor) -> Tensor:
         """Return the teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf where it says never."""
+        ...
+
+    def everywhere(self) -> Tensor:
+        """Return the teacher's logprobs [N, V] float32 at every id. Those of a cache need not be quite
+        normalised. Ask for a few tokens at a time (`select`): nothing is kept."""
         ...
 
     def select(self, rows: Tensor) -> Self:
@@ -64,6 +87,8 @@ class DenseTargets:
         token_ids: [N] int64, the answer tokens; the argmax of `logits` where they are not given.
     """
 
+    window, min_k = 128, 2
+
     def __init__(self, logits: Tensor, token_ids: Tensor | None = None) -> None:
         logits = logits.detach()
         self.logprobs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
@@ -80,9 +105,18 @@ class DenseTargets:
         """See `TeacherTargets.leading`."""
         return leading_window(self.logprobs, window, min_k)
 
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """See `TeacherTargets.topk`."""
+        logprobs, ids = self.logprobs.topk(k, dim=-1)
+        return ids, logprobs
+
     def gather(self, ids: Tensor) -> Tensor:
         """See `TeacherTargets.gather`."""
         return self.logprobs.gather(-1, ids)
+
+    def everywhere(self) -> Tensor:
+        """See `TeacherTargets.everywhere`."""
+        return self.logprobs
 
     def select(self, rows: Tensor) -> DenseTargets:
         """See `TeacherTargets.select`."""

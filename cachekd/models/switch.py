@@ -62,13 +62,10 @@ class LiveTeacher:
     Attributes:
         switch: the teacher, loaded with its vision encoder.
         vocab_size: tokens that the tokenizer can name; logits beyond them mean nothing.
-        window, min_k: Kneedle's settings.
     """
 
     switch: SwitchedTeacher
     vocab_size: int
-    window: int
-    min_k: int
 
     @torch.no_grad()
     def targets(self, inputs: Mapping[str, Tensor], positions: Tensor, token_ids: Tensor) -> LiveTargets:
@@ -81,4 +78,4 @@ class LiveTeacher:
         """
         head = self.switch.head(inputs, positions)
         states = head.states(lambda: logits_at(self.switch.model, inputs, positions)).to(positions.device)
-        return LiveTargets(token_ids, states, head.logits, self.vocab_size, self.window, self.min_k)
+        return LiveTargets(token_ids, states, head.logits, self.vocab_size)

@@ -108,7 +108,7 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
         with about("eval_cache"):
             eval_cache = _check_cache(held_out, models, _here(held_out), made)
             if cache is not None and eval_cache is not None:
-                require_same_teacher(cache, eval_cache, accept=config.teacher_mismatch == "accept")
+                require_same_teacher(config, cache, eval_cache)
 
 
 def _check_cache(

@@ -10,6 +10,7 @@ from typing import Any
 
 from cachekd.config import TrainConfig
 from cachekd.config.base import defaults_of
+from cachekd.config.weights import Schedule
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, read_scores
 from cachekd.losses.terms import TERMS
@@ -121,16 +122,21 @@ def term_shares(run: Run) -> dict[str, Any]:
     config = run.saved["config"]
     names = [name for name in TERMS if any(name in entry for entry in run.steps)]
     weights = {name: config.get(f"lambda_{name}", 1.0) for name in names}  # that of L_CE is no setting
+
+    def weighted(name: str, entry: dict[str, float]) -> float:
+        return float(entry.get(f"lambda_{name}", weights[name])) * entry[name]  # a schedule's is in the log
+
     # Where the switched path runs in some steps only, others lack L_VSD.
     whole = [entry for entry in run.steps if all(name in entry for name in names)]
     ends = [whole[0], whole[-1]] if whole else []
-    totals = [sum(weights[name] * entry[name] for name in names) for entry in ends]
+    totals = [sum(weighted(name, entry) for name in names) for entry in ends]
     terms = []
     for name in names:
-        values = [weights[name] * entry[name] for entry in ends]
+        values = [weighted(name, entry) for entry in ends]
         shares = [value / total if total else 0.0 for value, total in zip(values, totals, strict=True)]
         ends_of_term = list(zip(values, shares, strict=True))
-        terms.append({"label": TERMS[name].label, "weight": weights[name], "ends": ends_of_term})
+        weight = str(Schedule(**weights[name])) if isinstance(weights[name], dict) else weights[name]
+        terms.append({"label": TERMS[name].label, "weight": weight, "ends": ends_of_term})
     return {"steps": [int(entry["step"]) for entry in ends], "terms": terms}
 
 

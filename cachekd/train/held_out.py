@@ -45,9 +45,8 @@ _OF_THE_TEACHER = (
     "teacher's configuration",
     "teacher's quantisation",
     "image processing",
-    "setting window",
-    "setting min_k",
 )
+_OF_KNEEDLE = ("setting window", "setting min_k")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def open_held_out(
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
         eval_cache, student, missing = checked = checked_cache(held_out, models, samples, cache)
         if cache is not None and eval_cache is not None:
-            require_same_teacher(cache, eval_cache, accept=config.teacher_mismatch == "accept")
+            require_same_teacher(config, cache, eval_cache)
     samples = checked.used(samples)
     terms = config.eval_terms
     if not has_pictures(samples, eval_cache):
@@ -118,17 +117,17 @@ def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> Non
         )
 
 
-def require_same_teacher(cache: LogitCache, eval_cache: LogitCache, *, accept: bool) -> None:
+def require_same_teacher(config: TrainConfig, cache: LogitCache, eval_cache: LogitCache) -> None:
     """Refuse a cache of held-out data whose terms cannot be compared with those of training.
 
-    Args:
-        accept: other quantisation is no reason to.
-
     Raises:
-        CachekdError: it is of another teacher, or of other settings of Kneedle.
+        CachekdError: it is of another teacher, unless that is only quantised otherwise and this is accepted;
+            or of other settings of Kneedle, where a term asks for them.
     """
     known = (dependencies(found.manifest) for found in (cache, eval_cache))
+    accept = config.teacher_mismatch == "accept"
     names = [name for name in _OF_THE_TEACHER if not (accept and name == "teacher's quantisation")]
+    names += _OF_KNEEDLE if config.dbilds else ()
     ours, theirs = ({name: found.get(name) for name in names} for found in known)
     require_same(
         ours,
@@ -214,9 +213,9 @@ class Validation:
             prefix: of the names.
 
         Returns:
-            `eval_loss`, the weighted sum of the terms; each term, the mean per answer token (of a taught one:
-            of those that the teacher covers); `eval_token_accuracy`, the share of answer tokens whose
-            argmax is right; `eval_runtime` in seconds.
+            `eval_loss`, the sum of the terms with the weights of the run's last step; each term, the mean per
+            answer token (of a taught one: of those that the teacher covers); `eval_token_accuracy`, the share
+            of answer tokens whose argmax is right; `eval_runtime` in seconds.
 
         Raises:
             CachekdError: no answer token is left to be evaluated; what is wrong with a sample.
@@ -233,7 +232,9 @@ class Validation:
                 found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
-        loss = sum(trainer.terms.weights[name] * mean for name, mean in means.items())
+        # A schedule's last ones at every evaluation, as these are compared with each other.
+        weights = trainer.terms.weights_at(1, 2)
+        loss = sum(weights[name] * mean for name, mean in means.items())
         if not math.isfinite(loss) and trainer.is_world_process_zero():
             terms = ", ".join(f"{name} {mean:g}" for name, mean in means.items())
             log.warning("step %s: eval_loss is not finite: %s", f"{trainer.state.global_step:,}", terms)

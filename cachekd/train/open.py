@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainerCallback, set_seed
@@ -16,6 +17,7 @@ from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, about
+from cachekd.losses import loss_function
 from cachekd.models import ModelFiles
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
@@ -29,7 +31,7 @@ from cachekd.train.teacher import (
     say_how_it_is_quantised,
     switch_bridge,
 )
-from cachekd.train.terms import LossTerms
+from cachekd.train.terms import LossTerms, TermLoss
 from cachekd.train.trainer import SwitchKDTrainer
 
 
@@ -168,6 +170,14 @@ def make_trainer(
     return load_trainer(config, open_run(config, checkpoints, phase), callbacks, phase)
 
 
+def losses_of(config: TrainConfig) -> dict[str, TermLoss]:
+    """The loss of each taught term that is on, with its settings, as a sum over answer tokens."""
+    return {
+        name: partial(loss_function(loss.loss), reduction="sum", **loss.arguments(dict(config)))
+        for name, loss in config.losses.items()
+    }
+
+
 def load_trainer(
     config: TrainConfig,
     opened: OpenRun,
@@ -188,18 +198,18 @@ def load_trainer(
     if models.teacher is not None:
         phase("loading the teacher")
         teacher = load_teacher(config, models.teacher, opened.arguments.device)
-        live = live_teacher(config, models.teacher, teacher) if config.live_teacher else None
+        live = live_teacher(models.teacher, teacher) if config.live_teacher else None
     phase("loading the student")
     set_seed(config.seed)  # adapters begin at random
     student = load_student(config, models.student, opened.arguments.device)
     terms = LossTerms(
         student,
         config.weights,
+        losses_of(config),
         teacher=teacher,
         live=live,
         bridge=bridge,
         vsd_every=config.vsd_every,
-        temperature=config.temperature,
         logit_chunk=config.logit_chunk,
     )
     theirs = None if reader is None else reader.encoder

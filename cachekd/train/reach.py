@@ -64,7 +64,7 @@ def prove_gradients(trainer: SwitchKDTrainer) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     terms = trainer.terms
-    names = [*terms.own, *terms.switched]
+    names = terms.names
     batch = trainer._on_device(batch_of([_example(trainer)], trainer.feed.pad_token_id))
     modes = [(module, module.training) for module in terms.student.modules()]
     terms.student.train()
@@ -84,7 +84,7 @@ def prove_gradients(trainer: SwitchKDTrainer) -> None:
 def _example(trainer: SwitchKDTrainer) -> Example:
     """A sample with whatever the terms need, a picture and the teacher's targets; else the first one."""
     terms, data = trainer.terms, trainer.train_dataset
-    taught = terms.live is None and any(TERMS[name].taught for name in (*terms.own, *terms.switched))
+    taught = terms.live is None and any(TERMS[name].taught for name in terms.names)
 
     def serves(found: Example) -> bool:
         has_picture = not terms.switched or "pixel_values" in found.encoded.inputs
@@ -122,7 +122,7 @@ class _Probe(LossTerms):
 def _forward(trainer: SwitchKDTrainer, terms: LossTerms, batch: Batch) -> dict[str, Tensor]:
     """The terms' means over the batch's answer tokens; those that there are."""
     with trainer.compute_loss_context_manager():
-        found = terms(terms.student, batch, step=0)
+        found = terms(terms.student, batch)
     return {name: term / max(1, found.tokens) for name, term in found.terms.items()}
 
 

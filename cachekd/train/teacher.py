@@ -121,14 +121,9 @@ def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None
     return bridge
 
 
-def live_teacher(config: TrainConfig, files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
+def live_teacher(files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
     """Put the teacher in the cache's place."""
-    return LiveTeacher(
-        teacher,
-        vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer),
-        window=config.window or 128,
-        min_k=config.min_k or 2,
-    )
+    return LiveTeacher(teacher, vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer))
 
 
 def reading_teacher(config: TrainConfig, bridge: SwitchBridge | None, models: RunModels) -> ModelFiles | None:

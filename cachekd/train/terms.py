@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,10 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from cachekd.cache import CachedTargets
+from cachekd.config.weights import Schedule, highest, weight_at
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
-from cachekd.losses import chunk_tokens, summed_over_chunks
+from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
 from cachekd.losses.chunked import LiveTargets
+from cachekd.losses.targets import TeacherTargets
 from cachekd.losses.terms import TERMS, labels, options_off
 from cachekd.models import (
     DeferredHead,
@@ -30,6 +34,7 @@ from cachekd.models import (
 from cachekd.train.batch import Batch
 
 Targets = CachedTargets | LiveTargets
+TermLoss = Callable[[Tensor, TeacherTargets], Tensor]
 
 _RIGHT = "right"  # beside the terms, while chunks are summed
 
@@ -76,15 +81,16 @@ class LossTerms:
 
     Args:
         student: the model to train; a VLM, or one in peft's wrapper.
-        weights: of the terms, by the names in `TERMS`; one that is not named is off, but L_CE, whose weight
-            is then 1. A term whose weight is 0 is not computed.
+        weights: of the terms, by the names in `TERMS`, each a number or a schedule; one that is not named is
+            off, but L_CE, whose weight is then 1. In a step where a term's weight is 0 it is not computed.
+        losses: of the taught terms, by their names: each the sum over n answer tokens, from [n, V] logits and
+            the teacher at these. DBiLD where none is named.
         teacher: the switched path; None where no term is of it.
         live: takes the place of cached targets.
         bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
             under the same gradient clip), and is saved in checkpoints, but is no part of it.
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
             step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
-        temperature: of DBiLD.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
 
     Raises:
@@ -99,20 +105,21 @@ class LossTerms:
     def __init__(
         self,
         student: nn.Module,
-        weights: Mapping[str, float],
+        weights: Mapping[str, float | Schedule],
+        losses: Mapping[str, TermLoss] = MappingProxyType({}),
         *,
         teacher: SwitchedTeacher | None = None,
         live: LiveTeacher | None = None,
         bridge: SwitchBridge | None = None,
         vsd_every: int = 1,
-        temperature: float = 3.0,
         logit_chunk: int | None = None,
     ) -> None:
         self.student, self.teacher, self.live, self.bridge = student, teacher, live, bridge
-        self.weights = dict.fromkeys(TERMS, 0.0) | {"ce": 1.0} | dict(weights)
-        self.vsd_every, self.temperature, self._asked_chunk = vsd_every, temperature, logit_chunk
+        self.weights: dict[str, float | Schedule] = {**dict.fromkeys(TERMS, 0.0), "ce": 1.0, **weights}
+        self.losses = dict.fromkeys(TERMS, partial(dbild_loss, reduction="sum")) | dict(losses)
+        self.vsd_every, self._asked_chunk = vsd_every, logit_chunk
         self.own, self.switched = (
-            [name for name, term in TERMS.items() if term.path == path and self.weights[name] > 0]
+            [name for name, term in TERMS.items() if term.path == path and highest(self.weights[name]) > 0]
             for path in ("own", "switched")
         )
         if self.switched and teacher is None:
@@ -157,9 +164,20 @@ class LossTerms:
                 fix=f"leave it out, or train without the switched path: {options_off(self.switched)}",
             )
 
-    def switches_at(self, step: int) -> bool:
-        """Whether the switched path runs in this optimizer step, if a term is of it."""
-        return step % self.vsd_every == 0
+    @property
+    def names(self) -> list[str]:
+        """The terms that are on: whose weight is ever above 0."""
+        return [*self.own, *self.switched]
+
+    def weights_at(self, step: int, steps: int) -> dict[str, float]:
+        """Each term's weight in optimizer step `step` of `steps`, the first of which is 0."""
+        return {name: weight_at(weight, step, steps) for name, weight in self.weights.items()}
+
+    def names_at(self, step: int, steps: int) -> list[str]:
+        """The terms that are computed in that step."""
+        weights = self.weights_at(step, steps)
+        path = self.names if step % self.vsd_every == 0 else self.own
+        return [name for name in path if weights[name] > 0]
 
     def _prove(self, inputs: ModelInputs) -> None:
         """Prove the split once, on the first sample with an image."""
@@ -167,37 +185,46 @@ class LossTerms:
             prove_split(self.vlm, inputs.tensors, inputs.positions)
             self._proven = True
 
-    def __call__(self, model: nn.Module, batch: Batch, *, step: int, evaluating: bool = False) -> BatchTerms:
-        """The terms that are on, each summed over answer tokens: taught ones over those with targets.
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        names: Collection[str] | None = None,
+        *,
+        evaluating: bool = False,
+    ) -> BatchTerms:
+        """Terms of one batch, each summed over answer tokens: taught ones over those with targets.
 
         Args:
             model: the student in its wrappers.
-            step: of the optimizer.
-            evaluating: the switched path runs and a live teacher is asked, whatever the step is; no gradient
-                is wanted, and the answer tokens whose argmax is right are counted.
+            names: of the terms; None: those that are on.
+            evaluating: a live teacher is asked, whatever the terms are; no gradient is wanted, and the answer
+                tokens whose argmax is right are counted.
         """
         inputs, positions = batch.student.tensors, batch.student.positions
         token_ids = batch.student.token_ids
-        switched = self.switched if evaluating or self.switches_at(step) else []
-        taught = evaluating or any(TERMS[name].taught for name in (*self.own, *switched))
+        own, switched = (
+            [name for name in path if names is None or name in names] for path in (self.own, self.switched)
+        )
+        taught = evaluating or any(TERMS[name].taught for name in (*own, *switched))
         targets = self.targets_of(batch) if taught or self.live is None else None
         with capture_vision(self.vlm) as vision:
             states = self.head.states(
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
         if targets is None or batch.covered is None:
-            terms = self._own_path(states, token_ids, targets, counts_right=evaluating)
+            terms = self._own_path(own, states, token_ids, targets, counts_right=evaluating)
         else:
             terms = {}
             for some, known in ((batch.covered, targets), (~batch.covered, None)):
-                found = self._own_path(states[some], token_ids[some], known, counts_right=evaluating)
+                found = self._own_path(own, states[some], token_ids[some], known, counts_right=evaluating)
                 terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
         right = terms.pop(_RIGHT, None)
         # Without an image z_W is z_T: no difference, and no gradient.
         if self.teacher is not None and targets is not None and switched and "pixel_values" in inputs:
             self._prove(batch.student)
             output = self._vision_output(vision.output, with_gradient=not evaluating)
-            terms |= self._switched_path(self.teacher, output, batch, targets)
+            terms |= self._switched_path(self.teacher, switched, output, batch, targets)
         return BatchTerms(terms, right, len(token_ids), 0 if targets is None else len(targets))
 
     def targets_of(self, batch: Batch) -> Targets | None:
@@ -210,11 +237,17 @@ class LossTerms:
         return self.live.targets(seen.tensors, seen.positions, batch.student.token_ids)
 
     def _own_path(
-        self, states: Tensor, token_ids: Tensor, targets: Targets | None, *, counts_right: bool
+        self,
+        names: list[str],
+        states: Tensor,
+        token_ids: Tensor,
+        targets: Targets | None,
+        *,
+        counts_right: bool,
     ) -> dict[str, Tensor]:
         """L_CE and, with targets, the taught terms; and how many answer tokens are the likeliest, if that is
         asked."""
-        on = [name for name in self.own if targets is not None or not TERMS[name].taught]
+        on = [name for name in names if targets is not None or not TERMS[name].taught]
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
             logits = self.head.logits(some)
@@ -228,7 +261,12 @@ class LossTerms:
             return summed_over_chunks(loss, states, self.chunk)
 
     def _switched_path(
-        self, teacher: SwitchedTeacher, output: ModelOutput, batch: Batch, targets: Targets
+        self,
+        teacher: SwitchedTeacher,
+        names: list[str],
+        output: ModelOutput,
+        batch: Batch,
+        targets: Targets,
     ) -> dict[str, Tensor]:
         """The terms of what the student's vision encoder says, `output`, in the teacher."""
         inputs = batch.student
@@ -242,7 +280,7 @@ class LossTerms:
         states = states if batch.covered is None else states[batch.covered]
 
         def loss(some: Tensor, rows: Tensor) -> dict[str, Tensor]:
-            return self._terms(self.switched, head.logits(some), targets.token_ids[rows], targets, rows)
+            return self._terms(names, head.logits(some), targets.token_ids[rows], targets, rows)
 
         return summed_over_chunks(loss, states, self.chunk)
 
@@ -258,12 +296,14 @@ class LossTerms:
         """
         # Each loss computes in full precision, and a live teacher's head in a dtype of its own.
         with torch.autocast(logits.device.type, enabled=False):
-            found = {n: TERMS[n].loss(logits, token_ids) for n in names if not TERMS[n].taught}
-            if targets is not None and len(found) < len(names):
+            found = {}
+            if "ce" in names:
+                found["ce"] = cross_entropy_loss(logits, token_ids, reduction="sum")
+            taught = [name for name in names if TERMS[name].taught]
+            if targets is not None and taught:
                 # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
                 logits, some = logits[:, : targets.vocab_size], targets.select(rows)
-                how = {"window": targets.window, "min_k": targets.min_k, "temperature": self.temperature}
-                found |= {n: TERMS[n].loss(logits, some, **how) for n in names if TERMS[n].taught}
+                found |= {name: self.losses[name](logits, some) for name in taught}
         return found
 
     def _vision_output(self, output: ModelOutput | None, *, with_gradient: bool) -> ModelOutput:

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from cachekd.config.weights import Schedule
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
@@ -109,7 +110,8 @@ class SwitchKDTrainer(Trainer):
         """Sum over this batch's answer tokens, divided by the step's number of them."""
         found = self.terms_of(model, inputs)
         self._sums.add(found)
-        weighted = (self.terms.weights[name] * term for name, term in found.terms.items())
+        weights = self.terms.weights_at(*self._now())
+        weighted = (weights[name] * term for name, term in found.terms.items())
         loss = sum(weighted, torch.zeros_like(found.terms["ce"]))
         terms = {name: term.detach() for name, term in found.terms.items()}
         self._step.append(Computed(loss.detach(), terms, inputs))
@@ -120,13 +122,18 @@ class SwitchKDTrainer(Trainer):
         return (loss, found.terms) if return_outputs else loss
 
     def terms_of(self, model: nn.Module, batch: Batch, *, evaluating: bool = False) -> BatchTerms:
-        """The terms of one batch that are on, each summed over answer tokens, and over how many.
+        """The terms of one batch that this step has, each summed over answer tokens, and over how many.
 
         Args:
-            evaluating: the switched path runs, whatever step it is, no gradient is wanted, and the answer
-                tokens whose argmax is right are counted.
+            evaluating: all that are on are computed, whatever step it is, no gradient is wanted, and the
+                answer tokens whose argmax is right are counted.
         """
-        return self.terms(model, self._on_device(batch), step=self.state.global_step, evaluating=evaluating)
+        names = None if evaluating else self.terms.names_at(*self._now())
+        return self.terms(model, self._on_device(batch), names, evaluating=evaluating)
+
+    def _now(self) -> tuple[int, int]:
+        """Which optimizer step it is, from 0 on, and of how many."""
+        return self.state.global_step, self.state.max_steps
 
     def _on_device(self, batch: Batch) -> Batch:
         """Where the student is; accelerate has moved the batches of its own loaders there before."""
@@ -152,13 +159,23 @@ class SwitchKDTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add each term's mean per answer token since the last entry, and the share of the time since then in
-        which the steps waited for data (`DataWait`), over all processes."""
+        """Add each term's mean per answer token since the last entry, the weight in the step before of a term
+        that has a schedule, and the share of the time since then in which the steps waited for data
+        (`DataWait`), over all processes."""
         if "loss" in logs:
             wait = torch.tensor(self.data_wait.since_last(), dtype=torch.float64, device=self.args.device)
             waited = Waited(*self.accelerator.reduce(wait).tolist())
-            logs = logs | self._sums.means(self.accelerator) | {"data_wait": waited.share}
+            logs = logs | self._sums.means(self.accelerator) | self._scheduled() | {"data_wait": waited.share}
         super().log(logs, start_time)
+
+    def _scheduled(self) -> dict[str, float]:
+        """The weights, in the optimizer's last step, of the terms that have a schedule."""
+        weights = self.terms.weights_at(max(0, self.state.global_step - 1), self.state.max_steps)
+        return {
+            f"lambda_{name}": weight
+            for name, weight in weights.items()
+            if isinstance(self.terms.weights[name], Schedule)
+        }
 
     # ---- the step
 
@@ -183,7 +200,7 @@ class SwitchKDTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
         loss = super().training_step(*args, **kwargs)
-        switches = self.terms.switches_at(self.state.global_step)
+        switches = not set(self.terms.switched).isdisjoint(self.terms.names_at(*self._now()))
         if self.bridge is not None and switches and self.accelerator.sync_gradients:
             mean_gradients(self.bridge, self.accelerator)
         return loss

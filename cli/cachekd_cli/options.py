@@ -16,6 +16,7 @@ from typer.models import ArgumentInfo, ParameterInfo
 
 from cachekd.config import Config, DataOptions, read_config
 from cachekd.config.base import option_name
+from cachekd.config.losses import Loss
 from cachekd.errors import CachekdError
 from cachekd.paths import expanded, takes_path
 
@@ -197,8 +198,8 @@ def _typer_type(kind: Any) -> Any:
     shape = get_origin(kind) or kind
     if shape in (list, tuple):
         return list[str]
-    # Other data are said by their name.
-    return str if shape is Literal or issubclass(shape, str | ByteSize | DataOptions) else None
+    # Other data are said by their name, and so is a loss.
+    return str if shape is Literal or issubclass(shape, str | ByteSize | DataOptions | Loss) else None
 
 
 def _types(annotation: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from cachekd.config import TrainConfig
+from cachekd.config.weights import Schedule
 from cachekd.errors import megabytes
 from cachekd.paths import is_address
 from cachekd_cli.console import (
@@ -194,13 +195,17 @@ def print_settings(config: TrainConfig) -> None:
     """Print what is about to run, presets resolved; settings at their defaults are left out."""
     from cachekd.losses.terms import TERMS
 
-    weights = {name: "" if name == "ce" else f"{weight:g} " for name, weight in config.weights.items()}
-    shown = {"switch_bridge", "stage", "trainable", *(f"lambda_{name}" for name in weights)}
+    weights = {
+        name: "" if name == "ce" else f"({weight}) " if isinstance(weight, Schedule) else f"{weight:g} "
+        for name, weight in config.weights.items()
+    }
+    shown = {"switch_bridge", "stage", "trainable", *TERMS, *(f"lambda_{name}" for name in weights)}
     said = config.model_dump()
     values = {
         "stage": config.stage,
         "trainable": ", ".join(config.trainable),
         "loss": " + ".join(f"{weights[name]}{TERMS[name].label}" for name in config.terms),
+        **{f"loss of {TERMS[name].label}": str(loss) for name, loss in config.losses.items()},
         "switch_bridge": config.switch_bridge and f"{config.switch_bridge}, beyond the paper",
     }
     values |= {

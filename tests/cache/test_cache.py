@@ -260,7 +260,8 @@ def test_cached_dbild_is_live_dbild_when_nothing_is_left_out(tmp_path):
 
 def test_other_kneedle_settings_and_ids_are_refused():
     targets = CachedTargets.from_sparse(sample(1)[1], vocab_size=VOCAB, window=64, min_k=2)
-    for window, min_k in ((32, 2), (64, 3)):
+    fewest = int(targets.k.min())
+    for window, min_k in ((96, 2), (fewest + 1, 2), (64, max(3, fewest + 1))):
         with pytest.raises(CachekdError, match="other Kneedle settings"):
             targets.leading(window, min_k)
     for bad in (VOCAB, -1):

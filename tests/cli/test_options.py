@@ -24,6 +24,7 @@ from cachekd.config import (
     TrainConfig,
     read_config,
 )
+from cachekd.config.losses import Loss
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
 from cachekd_cli.options import takes
@@ -61,6 +62,8 @@ def shown_default(field: Any) -> str | None:
     value = field.default
     if value is PydanticUndefined or value in (None, (), []) or value is False:
         return None
+    if isinstance(value, Loss):  # by its name
+        value = value.loss
     return "on" if value is True else ",".join(value) if isinstance(value, tuple) else as_yaml(value)
 
 
@@ -214,6 +217,10 @@ VALUES: dict[str, Any] = {
     "switch_bridge": "linear",
     "warmup": 0.25,
     "keep_checkpoints": True,
+    "log_term_gradients": True,
+    "align": "{loss: dbild, direction: teacher}",
+    "vsd": "reverse_kl",
+    "lambda_vsd": "{schedule: linear, start: 0, end: 1}",
     "gradient_checkpointing": True,
     "history": "full",
     "blind": False,

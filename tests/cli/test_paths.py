@@ -108,6 +108,7 @@ def test_a_user_that_is_none_is_named():
 OTHER_SETTINGS = {"map", "key", "image_field", "tail", "name"}
 OTHER_SETTINGS |= {"lora", "quantization", "teacher_quantization", "student_quantization"}  # others'
 OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "student_")}
+OTHER_SETTINGS |= {"align", "vsd", "loss"}  # names of losses
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}

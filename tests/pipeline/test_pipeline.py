@@ -550,7 +550,7 @@ def test_a_cache_that_is_there_is_checked_as_training_does_before_the_first_step
     given, live = {"cache": str(cache_path)}, {"cache": None, "live_teacher": True}
     for change, message in (
         (given | {"teacher": str(student_path)}, "with a different teacher.s configuration"),
-        (given | {"window": 7}, "another Kneedle setting"),
+        (given | {"window": 777}, "another Kneedle setting"),
         (live | {"teacher": str(other)}, "teacher and student have different chat templates"),
     ):
         step = {"step": "train", "name": "dft", "stage": "dft", **change}

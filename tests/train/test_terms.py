@@ -18,6 +18,7 @@ from transformers import trainer as transformers_trainer
 
 import cachekd_cli.train as command
 from cachekd.config import TrainConfig
+from cachekd.config.losses import ForwardKL, TermLoss
 from cachekd.errors import CachekdError
 from cachekd.losses import forward_kl_loss
 from cachekd.losses.terms import TERMS, Term
@@ -36,23 +37,21 @@ def settings(settings) -> dict:
     return settings | {"epochs": 1}
 
 
-def forward_kl(logits, targets, *, temperature, **_kneedle):
-    return forward_kl_loss(logits, targets, temperature=temperature, reduction="sum")
-
-
-KL = Term("L_KL", "forward KL over the whole vocabulary", forward_kl)
+KL = Term("L_KL", "forward KL over the whole vocabulary")
 
 
 class WithKL(TrainConfig):
+    kl: TermLoss = Field(ForwardKL(), description="the loss of L_KL")
     lambda_kl: float = Field(0.0, ge=0, description="weight of L_KL")
 
 
 # ---- terms
 
 
-def test_every_term_has_a_weight_among_the_settings_and_every_weight_a_term():
+def test_every_term_has_a_weight_and_a_loss_among_the_settings_and_every_weight_a_term():
     weights = {name for name in TrainConfig.model_fields if name.startswith("lambda_")}
     assert weights == {f"lambda_{name}" for name in TERMS} - {"lambda_ce"}
+    assert {name for name, term in TERMS.items() if term.taught} <= TrainConfig.model_fields.keys()
     assert TrainConfig.model_construct(lambda_align=0.5, lambda_vsd=0.0).terms == ("ce", "align")
 
 
@@ -105,7 +104,7 @@ def test_its_weight_is_what_turns_it_on(settings, tmp_path, monkeypatch):
 
 def test_a_term_of_the_switched_path_reaches_the_vision_encoder_only(settings, tmp_path, monkeypatch):
     """And makes the run load a teacher, though L_VSD is off."""
-    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", forward_kl, path="switched"))
+    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", path="switched"))
     config = WithKL(**settings, lambda_align=0, lambda_vsd=0, lambda_kl=1)
     assert config.runs_teacher
     assert config.switches
@@ -219,7 +218,7 @@ def test_the_trainer_calls_each_of_them_in_a_run_that_is_cut_and_gone_on_with(se
 
 def test_messages_name_the_terms_that_are_on(settings, monkeypatch):
     """Not L_VSD, whatever is switched."""
-    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", forward_kl, path="switched"))
+    monkeypatch.setitem(TERMS, "kl", Term("L_KL", "", path="switched"))
     on = settings | {"lambda_align": 0, "lambda_vsd": 0, "lambda_kl": 1}
     with pytest.raises(CachekdError, match="L_KL would have no gradient") as caught:
         WithKL(**on, trainable="projector")

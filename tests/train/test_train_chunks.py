@@ -83,7 +83,7 @@ def test_the_default_chunk_is_a_share_of_memory():
 
 def test_live_targets_are_dense_targets_of_a_few_tokens():
     states, head, ids, _ = random_problem()
-    targets = LiveTargets(ids, states, lambda some: some @ head.T, VOCAB, 32, 2)
+    targets = LiveTargets(ids, states, lambda some: some @ head.T, VOCAB)
     rows = torch.tensor([4, 0, 22])
     expected = DenseTargets((states @ head.T)[:, :VOCAB], ids).select(rows)
     torch.testing.assert_close(targets.select(rows).logprobs, expected.logprobs)
