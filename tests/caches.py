@@ -56,6 +56,14 @@ def dump_cache(out: Path, teacher: Path, data: Path, **settings: Any) -> Path:
     return out
 
 
+def cached(settings: dict, folder: Path, **how: Any) -> Path:
+    """The cache of a run's teacher and data, made once in a folder as `cachekd dump` writes it."""
+    out = folder / "-".join(["cache", *map(str, how.values())])
+    if not out.exists():
+        dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=out, **how))
+    return out
+
+
 def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
     """A cache with those samples of `path` whose key is in `keys`."""
     cache = LogitCache(path)

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import ROOT
+from caches import ROOT, cached
 from launch import output_of
-from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from tiny import save_vlm, tiny_processor
 from transformers import CLIPImageProcessor
 
 from cachekd.cache import LogitCache
-from cachekd.config import DumpConfig, TrainConfig
+from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, open_samples, predicting_positions
-from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
@@ -45,39 +44,10 @@ def drift(steps: list[dict[str, float]], reference: list[dict[str, float]]) -> d
     }
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A teacher and a student, data, and settings that they share."""
-    folder = tmp_path_factory.mktemp("live")
-    processor = tiny_processor()
-    teacher = tiny_vlm(processor, text_width=48, seed=1)
-    teacher.lm_head.weight.data *= 100  # an opinion: random weights have next to none
-    teacher.save_pretrained(folder / "teacher")
-    processor.save_pretrained(folder / "teacher")
-    settings = {
-        "teacher": str(folder / "teacher"),
-        "student": str(save_vlm(folder / "student", tiny_processor(), seed=2, vocab_size=448)),
-        "data": str(write_llava_json(folder / "data", 16)),
-        "batch_size": 4,
-        "epochs": 5,
-        "logging_steps": 1,
-        "save_steps": 0,
-    }
-    return settings, folder
-
-
-def cached(settings: dict, folder: Path, tail: str) -> Path:
-    """A cache as `cachekd dump` writes it."""
-    out = folder / f"cache-{tail}"
-    if not out.exists():
-        dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=out, tail=tail))
-    return out
-
-
 def test_an_exact_cache_equals_the_live_teacher(pair, tmp_path):
     settings, folder = pair
     live = first_steps(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path / "live")
-    cache = cached(settings, folder, "exact")
+    cache = cached(settings, folder, tail="exact")
     steps = first_steps(TrainConfig(**settings, cache=cache, out=tmp_path / "x"), tmp_path / "cached")
     assert len(steps) == 20
     assert max(drift(steps, live).values()) < 1e-3
@@ -132,11 +102,32 @@ def test_a_live_teacher_and_a_cache_exclude_each_other(pair, tmp_path):
         make_trainer(config, tmp_path)
 
 
-def test_a_window_other_than_the_caches_is_refused(pair, tmp_path):
+@pytest.mark.parametrize("window", [64, 256])
+def test_a_window_other_than_the_caches_is_refused(pair, tmp_path, window):
     settings, folder = pair
-    cache = cached(settings, folder, "exact")
+    cache = cached(settings, folder, tail="exact")
     with pytest.raises(CachekdError, match="another Kneedle setting"):
-        make_trainer(TrainConfig(**settings, cache=cache, window=64, out=tmp_path / "x"), tmp_path)
+        make_trainer(TrainConfig(**settings, cache=cache, window=window, out=tmp_path / "x"), tmp_path)
+
+
+def test_a_smaller_window_goes_where_every_token_has_its_logprobs(pair, tmp_path):
+    """And is then that of a live teacher; of a term whose loss is no DBiLD nothing is asked."""
+    settings, folder = pair
+    settings = settings | {"epochs": 1, "align": {"loss": "dbild", "min_k": 2}, "vsd": "reverse_kl"}
+    cache = cached(settings, folder, tail="exact", min_k=24)
+    live = first_steps(
+        TrainConfig(**settings, live_teacher=True, window=24, out=tmp_path / "x"), tmp_path / "live"
+    )
+    steps = first_steps(TrainConfig(**settings, cache=cache, window=24, out=tmp_path / "x"), tmp_path / "t")
+    assert max(drift(steps, live).values()) < 1e-3
+    wider = first_steps(TrainConfig(**settings, cache=cache, out=tmp_path / "x"), tmp_path / "w")
+    assert drift(wider[:1], live[:1])["align"] > 0.01
+    with pytest.raises(CachekdError, match="another Kneedle setting") as caught:
+        make_trainer(TrainConfig(**settings, cache=cache, window=25, out=tmp_path / "x"), tmp_path)
+    assert "up to 24" in caught.value.expected
+    for free in ("bild", {"loss": "dbild", "direction": "student"}):
+        free_of_it = TrainConfig(**settings | {"align": free}, cache=cache, window=25, out=tmp_path / "x")
+        make_trainer(free_of_it, tmp_path)
 
 
 @pytest.mark.slow
@@ -155,7 +146,7 @@ def test_the_demo_pair_cached_and_live(tmp_path):
     live = first_steps(TrainConfig(**settings, live_teacher=True, out=tmp_path / "x"), tmp_path / "live")
     drifts = {}
     for tail in ("exact", "bytes=64"):
-        cache = cached(settings, tmp_path, tail)
+        cache = cached(settings, tmp_path, tail=tail)
         steps = first_steps(TrainConfig(**settings, cache=cache, out=tmp_path / "x"), tmp_path / f"t-{tail}")
         drifts[tail] = drift(steps, live)
         size = LogitCache(cache).manifest.size / LogitCache(cache).manifest.tokens
