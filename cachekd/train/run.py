@@ -101,6 +101,7 @@ def train(
         checkpoint = folder.last_checkpoint()
         resumed_from = 0 if checkpoint is None else step_of(checkpoint)
         trainer.args.eval_on_start &= checkpoint is None  # when the run began
+        trainer.cost.begin()
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         stopper.raise_if_stopped(trainer.state)
@@ -210,6 +211,7 @@ def save_run(
             "k_histogram": None if data.cache is None else data.cache.histogram(),
             "seconds": summary.seconds,
             "steps": summary.steps,
+            "cost": trainer.cost.cost(summary.steps).model_dump(mode="json"),
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
