@@ -1,0 +1,1 @@
+"""Which variant of a pipeline is better, and how sure that is."""
