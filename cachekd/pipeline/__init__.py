@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekd.pipeline.config import PipelineConfig, read_pipeline
 from cachekd.pipeline.plan import PlannedStep, plan_steps
+from cachekd.pipeline.vary import Group, Point, Sweep, expand
 
 if TYPE_CHECKING:
     from cachekd.pipeline.run import look, run_pipeline
@@ -11,9 +12,13 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "Group",
     "PipelineConfig",
     "PlannedStep",
+    "Point",
     "StepState",
+    "Sweep",
+    "expand",
     "look",
     "plan_steps",
     "read_pipeline",

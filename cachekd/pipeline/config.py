@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import re
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, create_model, field_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+)
 
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
 from cachekd.errors import did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
+from cachekd.pipeline.axes import DEFAULTS, axes_of, mistakes_in
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -86,7 +98,7 @@ class ReportStep(_Report):
     step: Literal["report"]
 
 
-_STEPS: dict[str, type[Config]] = {
+_STEPS: dict[str, type[Step]] = {
     "dump": DumpStep,
     "train": TrainStep,
     "eval": EvalStep,
@@ -113,6 +125,27 @@ class Defaults(_DataDefaults):
     train: TrainDefaults | None = Field(None, description="any other setting of all train steps")
 
 
+def _first_so_many(value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if not 1 <= value <= _MOST_SEEDS:
+        raise ValueError(f"from 1 to {_MOST_SEEDS:,} seeds")
+    return list(range(value))
+
+
+_MOST_SEEDS = 1_000
+Seeds = Annotated[
+    Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None,
+    BeforeValidator(_first_so_many, json_schema_input_type=int | list[int] | None),
+]
+_Variants = Annotated[dict[str, dict[str, dict[str, Any]]], Tag("variants")]
+_Values = Annotated[list[Any], Tag("values")]
+Axes = dict[
+    str,
+    Annotated[_Variants | _Values, Discriminator(lambda v: "values" if isinstance(v, list) else "variants")],
+]
+
+
 class PipelineConfig(Config):
     """`pipeline.yaml`."""
 
@@ -121,6 +154,21 @@ class PipelineConfig(Config):
     steps: list[Annotated[DumpStep | TrainStep | EvalStep | ReportStep, Field(discriminator="step")]] = Field(
         min_length=1, description="in this order"
     )
+    seeds: Seeds = Field(
+        None,
+        description="every train step with each of these seeds; a number, such as 5: 0 to 4. `{seed}` in a "
+        "text setting is replaced",
+    )
+    vary: Axes = Field(
+        {},
+        description="axes, of which every combination is run: named variants, {axis: {name: {step: {setting: "
+        "value}}}}, or the values of one setting, {step.setting: [value, ...]}",
+    )
+    baseline: str | None = Field(
+        None,
+        description="the value of an axis that the others are compared with; by default the first's first",
+    )
+    _file: YamlFile | None = PrivateAttr(None)
 
     @field_validator("steps")
     @classmethod
@@ -130,6 +178,51 @@ class PipelineConfig(Config):
         if twice:
             raise ValueError(f"two steps are called {twice[0]!r}")
         return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_the_only_seeds(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        if value is None:
+            return None
+        if len(set(value)) < len(value):
+            raise ValueError("a seed is named twice")
+        steps = info.data.get("steps", [])
+        owners = {f"step {step.name!r}": step for step in steps if step.step == "train"}
+        owners["`defaults.train`"] = getattr(info.data.get("defaults"), "train", None)
+        for who, settings in owners.items():
+            if settings is not None and "seed" in settings.model_fields_set:
+                raise ValueError(f"{who} has a seed of its own: leave one of the two out")
+        if clash := {f"seed-{seed}" for seed in value} & {step.name for step in steps}:
+            raise ValueError(f"step {clash.pop()!r} is called as the folder of a seed")
+        return value
+
+    @field_validator("vary")
+    @classmethod
+    def _vary_what_there_is(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        steps = info.data.get("steps")
+        if steps is None:  # what is wrong with them is said first
+            return value
+        models: dict[str, Any] = dict(_STEPS)
+        takes = {step.name: partial(models[step.step], name=step.name, step=step.step) for step in steps}
+        seeded = info.data.get("seeds") is not None
+        mistakes = list(mistakes_in(value, {**takes, DEFAULTS: Defaults}, seeded=seeded))
+        if mistakes:
+            raise ValidationError.from_exception_data("vary", mistakes)
+        return value
+
+    @field_validator("baseline")
+    @classmethod
+    def _is_a_value(cls, value: str | None, info: ValidationInfo) -> str | None:
+        axes = axes_of(info.data.get("vary", {}))
+        known = [one.name for axis in axes for one in axis.values]
+        if value is not None and "vary" in info.data and value not in known:
+            near = did_you_mean(nearest(value, known))
+            raise ValueError(f"no axis has such a value{'' if near is None else f' ({near})'}")
+        return value
+
+    def place(self, *where: str | int) -> str:
+        """Say where in the file a setting stands, for a message."""
+        return ".".join(map(str, where)) if self._file is None else self._file.place(where)
 
 
 def read_pipeline(path: Path) -> PipelineConfig:
@@ -141,9 +234,11 @@ def read_pipeline(path: Path) -> PipelineConfig:
     """
     file = YamlFile.read(path)
     try:
-        return PipelineConfig(**file.values)
+        pipeline = PipelineConfig(**file.values)
     except ValidationError as error:
         raise refusal([_mistake(each, file) for each in error.errors()]) from None
+    pipeline._file = file
+    return pipeline
 
 
 def _mistake(error: Any, file: YamlFile) -> Mistake:
@@ -156,6 +251,12 @@ def _mistake(error: Any, file: YamlFile) -> Mistake:
         place += f", step {where[1] + 1 if name is None else repr(name)}"
         if len(where) > 3:
             model, where = _STEPS[where[2]], where[3:]
+    if where[0] == "vary":
+        where = (*where[:2], *(part for part in where[2:] if part not in ("variants", "values")))
+    if where[0] == "vary" and error["type"] == "extra_forbidden":  # known settings are those of its step
+        target, *setting = str(where[1]).split(".") if len(where) == 2 else where[3:]
+        kinds = {step["name"]: step["step"] for step in file.values["steps"]}
+        return Mistake.of(error, place, _STEPS.get(kinds.get(target, ""), Defaults), tuple(setting))
     if error["type"] == "union_tag_not_found":
         return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class PlannedStep:
         models: model folders or hub names that it reads and no step makes.
         data: that it reads, by the setting that names them.
         files: others that it reads and no step makes: a cache's manifest, a binding.
+        continues: the train step above whose student this one goes on with.
     """
 
     name: str
@@ -64,6 +65,7 @@ class PlannedStep:
     models: tuple[str, ...]
     data: dict[str, DataOptions]
     files: tuple[Path, ...]
+    continues: str | None = None
 
     @property
     def out(self) -> Path:
@@ -75,20 +77,18 @@ class PlannedStep:
         """Whether the file is there that is written last. Whether all are: `damage_of`."""
         return (self.out / KINDS[self.kind].last_file).exists()
 
-    @property
-    def continues(self) -> str | None:
-        """The train step above whose student this one goes on with."""
-        student = getattr(self.config, "student", None)
-        return next((name for name in self.upstream if str(self.out.parent / name) == student), None)
 
-
-def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
+def plan_steps(pipeline: PipelineConfig, folders: Mapping[str, Path] | None = None) -> list[PlannedStep]:
     """Every step with its whole settings, checked before any of them runs.
+
+    Args:
+        folders: where each step's folder stands; by default the pipeline's `out`. What varies in it is not
+            looked at: `cachekd.pipeline.vary`.
 
     Raises:
         CachekdError: settings are missing, or do not go with others; their steps are named.
     """
-    above = _Above(pipeline.out, _said(pipeline.defaults, Defaults))
+    above = _Above(pipeline, folders)
     steps: list[PlannedStep] = []
     mistakes: list[Mistake] = []
     for step in pipeline.steps:
@@ -96,7 +96,7 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
         try:
             with about(step.name, what="step"):
                 values = _values(step.step, _said(step, kind.config), above)
-                out = pipeline.out / step.name
+                out = above.folders[step.name]
                 out = out / REPORT_FILE if step.step == "report" else out
                 config = kind.config(**values | {"out": out})
                 steps.append(_planned(step.name, step.step, config, above))
@@ -111,13 +111,24 @@ def plan_steps(pipeline: PipelineConfig) -> list[PlannedStep]:
     return steps
 
 
-@dataclass
+def settings_said(pipeline: PipelineConfig) -> dict[str, dict[str, Any]]:
+    """The settings of each step that the file says, there or in `defaults`, before they are checked."""
+    above = _Above(pipeline)
+    found = {}
+    for step in pipeline.steps:
+        found[step.name] = _values(step.step, _said(step, KINDS[step.step].config), above)
+        above.names[step.step].append(step.name)
+    return found
+
+
 class _Above:
     """What the steps so far, by kind, and the file's defaults offer to the next."""
 
-    out: Path
-    defaults: dict[str, Any]
-    names: dict[str, list[str]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    def __init__(self, pipeline: PipelineConfig, folders: Mapping[str, Path] | None = None) -> None:
+        where = dict(folders or {})
+        self.folders = {step.name: where.get(step.name, pipeline.out) / step.name for step in pipeline.steps}
+        self.defaults = _said(pipeline.defaults, Defaults)
+        self.names: dict[str, list[str]] = {kind: [] for kind in KINDS}
 
     def shared(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: self.defaults[name] for name in names if self.defaults.get(name) is not None}
@@ -126,7 +137,7 @@ class _Above:
         """Find the folder of the step, or of each, that is named; another value is a path or a hub's name."""
         if isinstance(value, list):
             return [self.folder(each, kind) for each in value]
-        return str(self.out / value) if value in self.names[kind] else value
+        return str(self.folders[value]) if value in self.names[kind] else value
 
 
 def _said(model: Config, config: type[Config]) -> dict[str, Any]:
@@ -182,7 +193,7 @@ def _require_student(said: dict[str, Any], above: _Above) -> None:
 def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
     if kind == "train":
         config = _with_its_inputs(config, above)
-    made = {str(above.out / other): other for names in above.names.values() for other in names}
+    made = {str(above.folders[other]): other for names in above.names.values() for other in names}
     models, caches, runs = (_paths(config, *names) for names in (("teacher", *_MODELS), _CACHES, _RUNS))
     taken = [made[path] for path in (*models, *caches, *runs) if path in made]
     if kind == "report":
@@ -198,6 +209,7 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=data | {key: one.inheriting_from(config) for key, one in others.items() if one is not None},
         files=(*manifests, *map(Path, _paths(config, "binding"))),
+        continues=made.get(getattr(config, "student", None) or ""),
     )
 
 
@@ -213,7 +225,7 @@ def _with_its_inputs(config: TrainConfig, above: _Above) -> TrainConfig:
     Raises:
         CachekdError: there is none.
     """
-    dumped = [str(above.out / dump) for dump in above.names["dump"]]
+    dumped = [str(above.folders[dump]) for dump in above.names["dump"]]
     update: dict[str, Any] = {}
     if not config.distils:
         update |= {"cache": None, "eval_cache": None}
