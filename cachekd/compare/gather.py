@@ -77,7 +77,7 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
         pipeline=str(sweep.pipeline.out),
         axes={axis.name: [value.name for value in axis.values] for axis in sweep.axes},
         baseline=sweep.pipeline.baseline,
-        seeds=list(sweep.pipeline.seeds or [None]),
+        seeds=[*(sweep.pipeline.seeds or [None])],
     )
     for planned in sweep.points:
         student, evals = _asked(planned)

@@ -13,7 +13,6 @@ from cachekd.compare import words
 from cachekd.compare.gather import Gathered
 from cachekd.compare.plots import color_of, cost_plot, curves
 from cachekd.compare.tables import COSTS, METRICS, Comparison, Section
-from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.report.pages import page_environment
 
 PAGE, JSON, TABLE = FILES = ("comparison.html", "comparison.json", "comparison.csv")
@@ -90,7 +89,7 @@ def _shown(section: Section, comparison: Comparison) -> dict[str, Any]:
     """A section with what the template needs of it."""
     plots = [*curves(section, comparison.axes, comparison.metric)]
     against_cost = cost_plot(section, comparison.axes, comparison.metric)
-    kinds = list(section.types)[:MAX_TYPES]
+    kinds = words.shown_types(section)
     return {
         "section": section,
         "sentences": [words.sentence(one, comparison.unit) for one in section.differences],

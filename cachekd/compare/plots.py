@@ -78,7 +78,9 @@ def cost_plot(section: Section, axes: dict[str, list[str]], metric: str) -> Pane
     with matplotlib.rc_context(STYLE):
         figure, axes_ = panel(2.8)
         for index, (name, line) in enumerate(lines.items()):
-            _errorbar(axes_, index, name, [(row.cost["flops"].mean, row.metrics[metric]) for row in line], metric)
+            _errorbar(
+                axes_, index, name, [(row.cost["flops"].mean, row.metrics[metric]) for row in line], metric
+            )
         axes_.set(xlabel="floating point operations of the training", ylabel=_unit(metric))
         if max(flops) / min(flops) > _LOG_FROM:
             axes_.set(xscale="log")

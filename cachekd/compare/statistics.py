@@ -1,8 +1,8 @@
 """What seeds say: means and their errors, and paired differences with an interval. Pure functions.
 
-A seed changes how a student begins, in what order it reads, and whatever else is random in its training. Two
-variants with the same seed share all that, so their difference varies less from seed to seed than either does:
-differences are taken seed by seed, and it is their spread that counts.
+A seed decides in what order a student reads, how new weights begin, and what else is random in its training.
+Two variants with the same seed share all that, so their difference varies less from seed to seed than each of
+them does: differences are taken seed by seed, and it is their spread that counts.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Paired(NamedTuple):
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     """The paired t interval (Student 1908) of the mean of `ours[i] - theirs[i]`.
 
-    It holds where differences are about normal. It says between which bounds the mean over all seeds is likely
-    to be, with this data, this teacher and this test set.
+    It is right where differences are about normal. It says between which bounds the mean over all seeds is
+    likely to be, with this data, this teacher and this test set.
 
     Args:
         ours, theirs: [n] scores with the same n seeds, in the same order; n at least 1.

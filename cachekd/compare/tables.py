@@ -348,4 +348,6 @@ def _over_samples(ours: _Scored, theirs: _Scored, metric: str) -> tuple[float | 
     right = np.stack([score.right for score in scores if score is not None])
     [found] = paired_intervals(right, [(0, 1)], ours.evaluation.asked.per_sample)
     scale = METRICS[metric].scale
-    return (None, None) if found.low is None or found.high is None else (scale * found.low, scale * found.high)
+    return (
+        (None, None) if found.low is None or found.high is None else (scale * found.low, scale * found.high)
+    )

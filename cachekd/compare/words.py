@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cachekd.compare.tables import METRICS, Comparison, Difference, Section
 from cachekd.compare.statistics import Mean
+from cachekd.compare.tables import METRICS, Comparison, Difference, Section
+from cachekd.evaluate.scores import MAX_TYPES
 
 COST_UNITS = {"steps": "steps", "seconds": "seconds", "flops": "TFLOPs", "peak_bytes": "peak MB"}
 
@@ -24,9 +25,9 @@ def sentence(one: Difference, unit: str) -> str:
         digits = _digits(unit, (one.high - one.low) / 2)
         bounds = f"{_signed(one.low, digits)} to {_signed(one.high, digits)}"
         found = f"{_signed(one.difference, digits)} {unit} {_towards(one)} {one.against}"
-        chance = "" if one.seen else "no difference seen: "
+        seen = "" if one.seen else ": no difference seen"
         return (
-            f"{one.label}: {chance}{found} with one seed ({bounds} over the test's samples; another seed may "
+            f"{one.label}: {found} with one seed{seen} ({bounds} over the test's samples; another seed may "
             "say otherwise)"
         )
     half = (one.high - one.low) / 2
@@ -67,6 +68,11 @@ def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
+def shown_types(section: Section) -> list[str]:
+    """The most frequent question types, those that tables show."""
+    return list(section.types)[:MAX_TYPES]
+
+
 def notes(comparison: Comparison) -> list[str]:
     """What the figures mean and do not mean, in sentences."""
     return [*_of_intervals(comparison), *_of_questions(comparison.sections)]
@@ -77,8 +83,8 @@ def _of_intervals(comparison: Comparison) -> Iterator[str]:
     over_seeds = [one for one in found if one.over == "seeds" and one.low is not None]
     if over_seeds:
         yield (
-            "After ± in a sentence stands half the width of a 95 % interval: a paired t interval over seeds, of "
-            "two variants with the same seeds. After ± in a table of means stands the standard error. No "
+            "After ± in a sentence stands half the width of a 95 % interval: a paired t interval over seeds, "
+            "of two variants with the same seeds. After ± in a table of means stands the standard error. No "
             "difference is seen where the interval holds 0. It says what other seeds would do, on these test "
             "questions and with this teacher; not what other questions would."
         )
@@ -92,8 +98,8 @@ def _of_intervals(comparison: Comparison) -> Iterator[str]:
     if many > 1:
         types = f", {len(of_types):,} of them by question type" if of_types else ""
         yield (
-            f"{many:,} differences have an interval here{types}. Of twenty such intervals one misses by chance: "
-            f"where nothing differs at all, about {max(1, round(many / 20)):,} of these would still show a "
+            f"{many:,} differences have an interval here{types}. Of twenty such intervals one misses by "
+            f"chance: where nothing differs at all, about {max(1, round(many / 20)):,} of these would still show a "
             "difference. A single one that stands out among many is a reason to look again with other seeds."
         )
 

@@ -44,8 +44,6 @@ class Cost(BaseModel):
             process of several. None where the system cannot tell this run from what was before.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     steps: int
     seconds: float
     sessions: Literal["all", "last"] = "all"
