@@ -77,7 +77,7 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
         pipeline=str(sweep.pipeline.out),
         axes={axis.name: [value.name for value in axis.values] for axis in sweep.axes},
         baseline=sweep.pipeline.baseline,
-        seeds=[*(sweep.pipeline.seeds or [None])],
+        seeds=[None] if sweep.pipeline.seeds is None else [*sweep.pipeline.seeds],
     )
     for planned in sweep.points:
         student, evals = _asked(planned)

@@ -99,8 +99,8 @@ def _of_intervals(comparison: Comparison) -> Iterator[str]:
         types = f", {len(of_types):,} of them by question type" if of_types else ""
         yield (
             f"{many:,} differences have an interval here{types}. Of twenty such intervals one misses by "
-            f"chance: where nothing differs at all, about {max(1, round(many / 20)):,} of these would still show a "
-            "difference. A single one that stands out among many is a reason to look again with other seeds."
+            f"chance: where nothing differs at all, about {max(1, round(many / 20)):,} of these would still "
+            "show a difference. One that stands out alone among many is a reason to try other seeds."
         )
 
 
