@@ -35,6 +35,10 @@ _NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # the
 _LEASE, _GRACE = 60.0, 5.0  # seconds
 
 
+class Held(CachekdError):
+    """Another process holds the folder."""
+
+
 @contextmanager
 def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     """Hold a folder for as long as the block runs. One that is made for it goes again if it stays empty.
@@ -44,7 +48,8 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
         patience: seconds to wait for another process.
 
     Raises:
-        CachekdError: another process holds it: which, and since when; or the folder cannot be written.
+        Held: another process holds it: which, and since when.
+        CachekdError: the folder cannot be written.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     note = folder / LOCK_FILE
@@ -53,7 +58,7 @@ def alone(folder: Path, doing: str, *, patience: float = 0.0) -> Iterator[None]:
     except Timeout:
         if not note.exists():  # filelock waits as well where no file can be made, as in /proc
             require_room_for(folder)
-        raise CachekdError(
+        raise Held(
             f"another process {doing} this folder",
             where=str(folder),
             found=_holder(note),

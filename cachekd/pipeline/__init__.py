@@ -7,8 +7,8 @@ from cachekd.pipeline.plan import PlannedStep, plan_steps
 from cachekd.pipeline.vary import Group, Point, Sweep, expand
 
 if TYPE_CHECKING:
-    from cachekd.pipeline.run import look, run_pipeline
     from cachekd.pipeline.state import StepState
+    from cachekd.pipeline.sweep import look, run_pipeline
 
 
 __all__ = [
@@ -30,6 +30,6 @@ def __getattr__(name: str) -> Any:
     """What needs torch, on first use: a mistake in the file is said before."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cachekd.pipeline import run
+    from cachekd.pipeline import sweep
 
-    return getattr(run, name)
+    return getattr(sweep, name)

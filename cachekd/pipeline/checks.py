@@ -47,7 +47,7 @@ def check_steps(steps: list[PlannedStep]) -> None:
     """
     made = _ToBeMade(steps)
     for step in steps:
-        with about(step.name, what="step"):
+        with about(step.name, what=step.what):
             _CHECKS[step.kind](step.config, made)
             for setting, data in step.data.items():
                 with about(setting) if setting != "data" else nullcontext():

@@ -56,6 +56,7 @@ class PlannedStep:
         data: that it reads, by the setting that names them.
         files: others that it reads and no step makes: a cache's manifest, a binding.
         continues: the train step above whose student this one goes on with.
+        group: the label of the group that does it, where the pipeline varies.
     """
 
     name: str
@@ -66,6 +67,12 @@ class PlannedStep:
     data: dict[str, DataOptions]
     files: tuple[Path, ...]
     continues: str | None = None
+    group: str = ""
+
+    @property
+    def what(self) -> str:
+        """What it is, for a message that names it."""
+        return f"{self.group}: step" if self.group else "step"
 
     @property
     def out(self) -> Path:

@@ -1,4 +1,4 @@
-"""Run a pipeline: whatever is not done, in order; nothing that is there is overwritten."""
+"""Run the steps of one group: whatever is not done, in order; nothing that is there is overwritten."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +13,10 @@ from cachekd.cache.tail.sketch import forget_sketches
 from cachekd.errors import CachekdError, within
 from cachekd.lock import LEASE_FILE, LOCK_FILE, alone, entries, holds_something
 from cachekd.models.device import free_memory
-from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.plan import KINDS, PlannedStep, plan_steps
+from cachekd.pipeline.plan import KINDS, PlannedStep
 from cachekd.pipeline.state import Attempt, PipelineState, StepState, files_of, states_of
+from cachekd.pipeline.vary import Group
+from cachekd.train.inputs import Known
 
 DOING = "runs the pipeline of"
 GO_ON = "run the same command again: finished steps stay as they are"
@@ -32,64 +32,42 @@ class Begun(NamedTuple):
     moved_to: Path | None
 
 
-def look(pipeline: PipelineConfig) -> list[StepState]:
-    """The state of every step; nothing is written.
-
-    Raises:
-        CachekdError: a step's settings do not go together, or what it reads is not there.
-    """
-    states = states_of(plan_steps(pipeline), PipelineState.read(pipeline.out))
-    if not _under_way(pipeline.out):
-        return states
-    return [replace(s, state="running") if s.state == "interrupted" else s for s in states]
-
-
-def run_pipeline(
-    pipeline: PipelineConfig,
+def run_group(
+    group: Group,
+    above: Callable[[], list[StepState]],
+    known: dict[str, Known],
     runners: Mapping[str, Runner],
-    watch: Callable[[Begun], None] = lambda begun: None,
+    watch: Callable[[Begun], None],
 ) -> list[StepState]:
-    """Do every step that is not done; those that changed, and all that takes their output, are done again.
+    """Do every step of a group that is not done; those that changed, and all that takes their output, are
+    done again.
 
     An output that a changed step leaves behind is moved to `<step>.old-1`, `-2`, ..., and stays there.
 
     Args:
+        above: looks at the steps of the groups whose output these take.
+        known: contents that were found before.
         runners: for dump, train, eval and report, what does a step with its settings.
         watch: called before each step that runs.
 
     Raises:
-        CachekdError: bad input, found before any step begins; another process runs this pipeline; a step
-            failed. Its name is said, and what is finished stays.
+        Held: another process runs this group.
+        CachekdError: a step failed, or what is finished is damaged. Its name is said, and what is finished
+            stays.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CachekdError(
-            "a pipeline runs in one process",
-            found=f"WORLD_SIZE {os.environ['WORLD_SIZE']}",
-            fix="start `cachekd run` alone, or the steps' own commands with accelerate launch",
-        )
-    steps = plan_steps(pipeline)
-    before = PipelineState.read(pipeline.out)
-    found = states_of(steps, before)  # what is missing is missed now, not in ten hours
-    _require_whole(found)
-    for step in steps:
-        if step.name not in before.steps:
-            _require_no_other(step)
-    if waiting := [state.step for state in found if state.state != "done"]:
-        from cachekd.pipeline.checks import check_steps
-
-        check_steps(waiting)
-    with alone(pipeline.out, DOING, patience=_PATIENCE):
-        state = PipelineState.read(pipeline.out)
-        state.known = before.known
-        for index, step in enumerate(steps):
-            found = states_of(steps, state)
-            _require_whole(found)
-            _require_upstream(step, found)
+    with alone(group.out, DOING, patience=_PATIENCE):
+        state = PipelineState.read(group.out)
+        state.known = known
+        for index, step in enumerate(group.steps):
+            others = above()
+            found = states_of(group.steps, state, others)
+            require_whole(found)
+            _require_upstream(step, [*others, *found])
             if found[index].state != "done":
                 _do(step, found[index], state, runners[step.kind], watch)
             elif state.steps[step.name].state != "done":  # by a process that died before it could say so
                 _note(state, step, {"state": "done", "error": None, "files": files_of(step)})
-        return states_of(steps, state)
+        return states_of(group.steps, state, above())
 
 
 def _do(
@@ -98,7 +76,7 @@ def _do(
     moved = None
     if now.state not in ("interrupted", "failed"):  # which are gone on with
         if now.state == "waiting":
-            _require_no_other(step)
+            require_no_other(step)
         moved = _move_aside(step.out)
         state.steps[step.name] = Attempt(id=secrets.token_hex(8), facts=now.facts)
     _note(state, step, {"state": "begun", "error": None})
@@ -111,7 +89,7 @@ def _do(
         noted = {"state": "done", "files": files_of(step)}
     except CachekdError as error:
         noted = {"state": "failed", "error": error.problem}
-        raise within(f"step {step.name!r}", error, _then(error)) from error
+        raise within(f"{step.what} {step.name!r}", error, _then(error)) from error
     except Exception as error:
         noted = {"state": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
@@ -146,8 +124,8 @@ def _move_aside(path: Path) -> Path | None:
     return aside
 
 
-def _under_way(folder: Path) -> bool:
-    """Whether some process runs this pipeline."""
+def under_way(folder: Path) -> bool:
+    """Whether some process runs what is in this folder."""
     if not any((folder / name).exists() for name in (LOCK_FILE, LEASE_FILE)):
         return False
     try:
@@ -161,10 +139,10 @@ def _under_way(folder: Path) -> bool:
 
 
 def _refuse(step: PlannedStep, problem: str, *, fix: str, **said: str) -> None:
-    raise CachekdError(problem, where=f"step {step.name!r}: {step.out}", fix=fix, **said)
+    raise CachekdError(problem, where=f"{step.what} {step.name!r}: {step.out}", fix=fix, **said)
 
 
-def _require_whole(states: list[StepState]) -> None:
+def require_whole(states: list[StepState]) -> None:
     """A finished step lacks files: to put one back takes minutes, to dump again days; which of the two is
     not for us to choose."""
     for now in states:
@@ -176,7 +154,7 @@ def _require_whole(states: list[StepState]) -> None:
             _refuse(now.step, problem, found=now.why, fix=f"{mend}; {anew}")
 
 
-def _require_no_other(step: PlannedStep) -> None:
+def require_no_other(step: PlannedStep) -> None:
     """Refuse to move or to write over what a pipeline did not make."""
     if holds_something(step.out):
         _refuse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,7 @@ class StepState:
         why: for a step that changed, failed or is damaged.
         seconds: that it took; 0 if it was not begun.
         facts: what its output depends on now.
+        making: the id of the last making of its output; None if it was never begun.
     """
 
     step: PlannedStep
@@ -95,6 +97,7 @@ class StepState:
     why: str
     seconds: float
     facts: Facts
+    making: str | None = None
 
     @property
     def name(self) -> str:
@@ -111,33 +114,40 @@ class StepState:
         return {**step, **now, "continues": self.step.continues}
 
 
-def states_of(steps: list[PlannedStep], state: PipelineState) -> list[StepState]:
+def states_of(
+    steps: list[PlannedStep], state: PipelineState, above: Iterable[StepState] = ()
+) -> list[StepState]:
     """Compare every step with how it was last begun.
+
+    Args:
+        above: those of other groups whose output the steps take.
 
     Raises:
         CachekdError: something that a step reads is not there; the step is named.
     """
-    found: dict[str, StepState] = {}
+    found = {other.name: other for other in above}
     for step in steps:
-        with about(step.name, what="step"):
-            facts = {"settings": step.config.deciding(), "inputs": _inputs(step, state)}
+        with about(step.name, what=step.what):
+            inputs = _inputs(step, state.known) | {
+                f"step {name}": found[name].making for name in step.upstream
+            }
+            facts = {"settings": step.config.deciding(), "inputs": inputs}
         last = state.steps.get(step.name)
         redone = [name for name in step.upstream if found[name].state not in ("done", "damaged")]
-        seconds = 0.0 if last is None else last.seconds
-        found[step.name] = StepState(step, *_judge(step, facts, last, redone), seconds, facts)
-    return list(found.values())
+        judged = _judge(step, facts, last, redone)
+        seconds, making = (0.0, None) if last is None else (last.seconds, last.id)
+        found[step.name] = StepState(step, *judged, seconds, facts, making)
+    return [found[step.name] for step in steps]
 
 
-def _inputs(step: PlannedStep, state: PipelineState) -> dict[str, str | None]:
-    """What is read, by its content, and which making of each step above is taken."""
+def _inputs(step: PlannedStep, known: dict[str, Known]) -> dict[str, str | None]:
+    """What is read and no step makes, by its content."""
     inputs: dict[str, str | None] = {f"files of {name}": model_content(name) for name in step.models}
     for setting, data in step.data.items():
         name = data.data if setting == "data" else f"{setting} {data.data}"
-        inputs[f"content of {name}"] = data_content(data, state.known)
+        inputs[f"content of {name}"] = data_content(data, known)
     for path in filter(Path.is_file, step.files):
         inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for name in step.upstream:
-        inputs[f"step {name}"] = state.steps[name].id if name in state.steps else None
     return inputs
 
 

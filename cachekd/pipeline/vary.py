@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,7 @@ def _point(variant: _Variant, axes: list[Axis], seed: int | None, groups: dict[s
     labels = {name: _label(reaching[name].values(), seeds[name]) for name in variant.plan}
     with about(variant.label, what="variant") if variant.values else nullcontext():
         plan = plan_steps(said, {name: said.out / label for name, label in labels.items()})
+    plan = [replace(step, group=labels[step.name]) for step in plan]
     fresh = {label for label in labels.values() if label not in groups}
     # The fewer values reach it, the further above it is.
     for step in sorted(plan, key=lambda step: (len(reaching[step.name]), seeds[step.name] is not None)):
