@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from io import StringIO
+from pathlib import Path
 from statistics import mean
 
 import pandas as pd
@@ -179,3 +180,29 @@ def test_metrics_of_the_option_are_those_that_there_are():
 
 
 # ---- from training to the table
+
+
+def test_a_real_sweep_from_training_to_the_table(tmp_path, teacher_path, student_path, data_path):
+    """Nothing in between: what `run` leaves is what `compare` reads."""
+    vary = {"method": {"ce": {"student": {"lambda_align": 0}}, "align": {}}}
+    models = (str(teacher_path), str(student_path))
+    path = write_pipeline(tmp_path, str(data_path), models, vary=vary, seeds=2)
+    said = path.read_text().replace("lambda_vsd: 0", "lambda_vsd: 0\n  learning_rate: 0.01\n  batch_size: 6")
+    path.write_text(said.replace("step: eval", "step: eval\n  blind: false"))
+    for command in ("run", "compare"):
+        result = CliRunner().invoke(app, [command, str(path), "--json"])
+        assert result.exit_code == 0, result.exception
+    found = Comparison.model_validate_json(result.stdout)
+    [section] = found.sections
+    assert [row.label for row in section.rows] == ["ce", "align"]
+    assert [row.seeds for row in section.rows] == [[0, 1], [0, 1]]
+    [ce, align] = section.rows
+    assert 0 < ce.cost["flops"].mean
+    assert ce.cost["steps"].mean == align.cost["steps"].mean == 2
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    for row in table.itertuples():
+        scores = json.loads((Path(row.run).parent / "test" / "scores.json").read_text())
+        assert row.exact_match == pytest.approx(scores["models"][0]["exact_match"])
+    [one] = section.differences
+    by_seed = table.pivot(index="seed", columns="method", values="exact_match")
+    assert one.difference == pytest.approx(100 * (by_seed["align"] - by_seed["ce"]).mean())
