@@ -62,7 +62,9 @@ def score(name: str, right: int, **others) -> Score:
     )
 
 
-def finish(point, right: int, *, fingerprint="a" * 64, cost: Cost | None = None, **others) -> None:
+def finish(
+    point, right: int, *, teacher: int = 392, fingerprint="a" * 64, cost: Cost | None = None, **others
+) -> None:
     """Write what a point's steps leave, as far as a comparison reads it."""
     student, test = point.steps["student"], point.steps["test"]
     student.out.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def finish(point, right: int, *, fingerprint="a" * 64, cost: Cost | None = None,
     found = Evaluation(
         asked=asked,
         dtype="float32",
-        teacher=score("teacher", 392),
+        teacher=score("teacher", teacher),
         models=[score(str(student.out), right, **others)],
         prior=score("data", 160),
     )

@@ -81,12 +81,13 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
     )
     for planned in sweep.points:
         student, evals = _asked(planned)
-        undone = {step.name: states[step.out] for step in (student, *evals) if not _is_done(states, step)}
-        found.left_out.extend(
-            LeftOut(planned.name, f"step {name}, {state.text}") for name, state in undone.items()
-        )
-        done = [step for step in evals if step.name not in undone]
-        if student.name not in undone and done:
+        undone = [step for step in (student, *evals) if states[step.out].state != "done"]
+        if student in undone:
+            undone = [student]  # whose scores are out of date with it
+        for step in undone:
+            found.left_out.append(LeftOut(planned.name, f"step {step.name}, {states[step.out].text}"))
+        done = [step for step in evals if step not in undone]
+        if student not in undone and done:
             found.points.append(_point(planned, student, done))
     if not found.points:
         raise CachekdError(
@@ -96,10 +97,6 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
             fix="`cachekd run` the pipeline; what is finished can be compared while the rest goes on",
         )
     return found
-
-
-def _is_done(states: Mapping[Path, StepState], step: PlannedStep) -> bool:
-    return states[step.out].state == "done"
 
 
 def _asked(planned: Planned) -> tuple[PlannedStep, list[PlannedStep]]:

@@ -11,7 +11,7 @@ from typing import Any
 from cachekd.atomic import require_place, write_file
 from cachekd.compare import words
 from cachekd.compare.gather import Gathered
-from cachekd.compare.plots import color_of, cost_plot, curves
+from cachekd.compare.plots import cost_plot, curves
 from cachekd.compare.tables import COSTS, METRICS, Comparison, Section
 from cachekd.report.pages import page_environment
 
@@ -79,8 +79,6 @@ def page(comparison: Comparison) -> str:
         sections=[_shown(section, comparison) for section in comparison.sections],
         words=words,
         metrics=METRICS,
-        costs=COSTS,
-        color_of=color_of,
         notes=words.notes(comparison),
     )
 
@@ -93,10 +91,8 @@ def _shown(section: Section, comparison: Comparison) -> dict[str, Any]:
     return {
         "section": section,
         "sentences": [words.sentence(one, comparison.unit) for one in section.differences],
-        "metrics": [name for name in METRICS if any(name in row.metrics for row in section.rows)],
-        "costs": [name for name in COSTS if any(name in row.cost for row in section.rows)],
+        "tables": {"means": words.table_of_means(section), "types": words.table_of_types(section)},
         "plots": plots + ([] if against_cost is None else [against_cost]),
-        "types": kinds,
         "rarer": len(section.types) - len(kinds),
         "by_type": [one for one in section.by_type if one.type in kinds],
     }

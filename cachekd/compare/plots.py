@@ -81,7 +81,7 @@ def cost_plot(section: Section, axes: dict[str, list[str]], metric: str) -> Pane
             _errorbar(
                 axes_, index, name, [(row.cost["flops"].mean, row.metrics[metric]) for row in line], metric
             )
-        axes_.set(xlabel="floating point operations of the training", ylabel=_unit(metric))
+        axes_.set(xlabel="FLOPs of the whole training", ylabel=_unit(metric))
         if max(flops) / min(flops) > _LOG_FROM:
             axes_.set(xscale="log")
         axes_.grid(axis="y")

@@ -37,6 +37,7 @@ METRICS = {
     "top1_agreement": Metric("agrees with teacher", "points", 100),
     "kl": Metric("KL", "nats", 1),
 }
+REFERENCES = ("teacher", "prior")  # what students are measured by: rows of an evaluation
 COSTS = ("steps", "seconds", "flops", "peak_bytes")
 
 
@@ -52,6 +53,7 @@ class Row(_Model):
         seeds: whose scores these are.
         metrics: by the names in `METRICS`, those that there are: shares, and nats.
         by_type: exact match by question type.
+        references: exact match of `REFERENCES`, on the same questions.
         cost: by the names in `COSTS`, those that are known: optimizer steps, seconds, floating point
             operations, bytes.
     """
@@ -60,6 +62,7 @@ class Row(_Model):
     seeds: list[int | None]
     metrics: dict[str, Mean]
     by_type: dict[str, Mean]
+    references: dict[str, Mean]
     cost: dict[str, Mean]
 
     @property
@@ -104,6 +107,13 @@ class Difference(_Model):
         return None if self.low is None or self.high is None else not self.low <= 0 <= self.high
 
 
+class Reference(_Model):
+    """A row of `REFERENCES` that is the same at all points: shares of right answers."""
+
+    exact_match: float
+    by_type: dict[str, float]
+
+
 class Section(_Model):
     """Scores on one set of questions.
 
@@ -113,8 +123,9 @@ class Section(_Model):
         fingerprint: of the questions.
         questions, samples: how many.
         types: how many questions of each type, the most frequent first.
-        teacher, prior: exact match of the teacher, and of the most frequent answers in other data; means
-            where the points' differ.
+        references: the teacher, and the most frequent answers in other data; without what differs from point
+            to point, as a teacher does that is an axis: rows have that.
+        teachers: that the students' agreement is with.
         differences: from the baseline, all questions.
         by_type: the same for each type.
     """
@@ -125,8 +136,8 @@ class Section(_Model):
     questions: int
     samples: int
     types: dict[str, int]
-    teacher: float | None
-    prior: float | None
+    references: dict[str, Reference]
+    teachers: list[str]
     rows: list[Row]
     differences: list[Difference]
     by_type: list[Difference]
@@ -237,6 +248,11 @@ class _Scored(NamedTuple):
             return None if self.score.blind is None else self.score.blind.exact_match
         return getattr(self.score, metric)
 
+    def reference(self, name: str) -> float | None:
+        """Exact match of one of `REFERENCES`; None where it was not asked."""
+        found = getattr(self.evaluation, name)
+        return None if found is None else found.exact_match
+
 
 def _section(
     step: str, scored: list[_Scored], axis: str | None, baseline: str | None, metric: str, of_seeds: int
@@ -261,17 +277,19 @@ def _section(
         questions=asked.questions,
         samples=len(asked.per_sample),
         types=types,
-        teacher=_mean_share([one.evaluation.teacher for one in scored]),
-        prior=_mean_share([one.evaluation.prior for one in scored]),
+        references={name: same for name in REFERENCES if (same := _same_everywhere(scored, name))},
+        teachers=sorted({one.score.agrees_with for one in scored if one.score.agrees_with is not None}),
         rows=[_row(group) for group in variants.values()],
         differences=[one for one in found if one.type is None],
         by_type=[one for one in found if one.type is not None],
     )
 
 
-def _mean_share(scores: Sequence[Score | None]) -> float | None:
-    there = [score.exact_match for score in scores if score is not None]
-    return mean_of(there).mean if there else None
+def _same_everywhere(scored: Sequence[_Scored], name: str) -> Reference | None:
+    found = [getattr(one.evaluation, name) for one in scored]
+    if found[0] is None or any(one is None or one.correct != found[0].correct for one in found):
+        return None
+    return Reference(exact_match=found[0].exact_match, by_type=found[0].by_type)
 
 
 def _row(group: list[_Scored]) -> Row:
@@ -282,6 +300,7 @@ def _row(group: list[_Scored]) -> Row:
         seeds=[one.point.seed for one in group],
         metrics=_means({name: [one.value(name) for one in group] for name in METRICS}),
         by_type=_means({kind: [one.score.by_type.get(kind) for one in group] for kind in types}),
+        references=_means({name: [one.reference(name) for one in group] for name in REFERENCES}),
         cost=_means({name: [getattr(cost, name, None) for cost in costs] for name in COSTS}),
     )
 
@@ -308,7 +327,9 @@ def _pairs(
 def _difference(
     ours: list[_Scored], theirs: list[_Scored], against: str, metric: str, kind: str | None, of_seeds: int
 ) -> Difference | None:
-    """None where the scores lack the metric."""
+    """None where the scores lack the metric, or are about different teachers."""
+    if metric in ("top1_agreement", "kl") and len({one.score.agrees_with for one in (*ours, *theirs)}) > 1:
+        return None
     values = [[_share(one, metric, kind) for one in side] for side in (ours, theirs)]
     if any(value is None for side in values for value in side):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cachekd.compare.statistics import Mean
-from cachekd.compare.tables import METRICS, Comparison, Difference, Section
+from cachekd.compare.tables import COSTS, METRICS, REFERENCES, Comparison, Difference, Section
 from cachekd.evaluate.scores import MAX_TYPES
 
 COST_UNITS = {"steps": "steps", "seconds": "seconds", "flops": "TFLOPs", "peak_bytes": "peak MB"}
@@ -68,6 +68,45 @@ def _signed(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
+def table_of_means(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: a row for every variant, and for what students are measured by; a column, where that
+    differs from variant to variant."""
+    metrics = [name for name in METRICS if any(name in row.metrics for row in section.rows)]
+    costs = [name for name in COSTS if any(name in row.cost for row in section.rows)]
+    differing = [
+        name
+        for name in REFERENCES
+        if name not in section.references and any(name in row.references for row in section.rows)
+    ]
+    labels = [METRICS[name].label + (", nats" if METRICS[name].unit == "nats" else "") for name in metrics]
+    columns = ["variant", "seeds", *labels, *differing, *(COST_UNITS[name] for name in costs)]
+    rows = [
+        [
+            row.label,
+            str(len(row.seeds)),
+            *(metric_text(name, row.metrics.get(name)) for name in metrics),
+            *(share_text(row.references.get(name)) for name in differing),
+            *(cost_text(name, row.cost.get(name)) for name in costs),
+        ]
+        for row in section.rows
+    ]
+    empty = [""] * (len(columns) - 3)
+    rows += [[name, "", _percent(one.exact_match), *empty] for name, one in section.references.items()]
+    return columns, rows
+
+
+def table_of_types(section: Section) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of exact match by question type, the most frequent types."""
+    kinds = shown_types(section)
+    columns = ["variant", *(f"{kind} ({section.types[kind]:,})" for kind in kinds)]
+    rows = [[row.label, *(share_text(row.by_type.get(kind)) for kind in kinds)] for row in section.rows]
+    rows += [
+        [name, *(_percent(one.by_type.get(kind)) for kind in kinds)]
+        for name, one in section.references.items()
+    ]
+    return columns, rows
+
+
 def shown_types(section: Section) -> list[str]:
     """The most frequent question types, those that tables show."""
     return list(section.types)[:MAX_TYPES]
@@ -112,9 +151,18 @@ def _of_questions(sections: list[Section]) -> Iterator[str]:
                 f"Step {step} asked {len(sets)} different sets of questions. Each has tables of its own, and "
                 "nothing is compared between them."
             )
+    if any(len(section.teachers) > 1 for section in sections):
+        yield (
+            "Agreement and KL are with each student's own teacher: between students of different teachers "
+            "they are not compared."
+        )
 
 
 # ---- numbers
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"
 
 
 def share_text(mean: Mean | None) -> str:

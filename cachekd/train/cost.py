@@ -129,13 +129,14 @@ class CostMeter:
         # Steps of which nothing is known had as many tokens as the others.
         share = steps / max(1, steps - (spent.first_step or 0)) * self._processes
         flops = share * (spent.switched.estimate + spent.plain.estimate)
+        uncounted = self._uncounted or (None if flops else "no step was done that could be counted")
         return Cost(
             steps=steps,
             seconds=spent.seconds,
             sessions=spent.sessions,
             tokens=round(share * (spent.switched.tokens + spent.plain.tokens)),
-            flops=None if self._uncounted else flops,
-            uncounted=self._uncounted,
+            flops=None if uncounted else flops,
+            uncounted=uncounted,
             peak_bytes=spent.peak_bytes,
         )
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from cachekd.compare.tables import Comparison, Section
     from cachekd.pipeline.vary import Sweep
 
-_MOST = 6  # variants beside each other that a terminal has room for
-
 
 class Metric(StrEnum):
     """What differences are of: names in `cachekd.compare.tables.METRICS`, which takes long to import."""
@@ -107,34 +105,9 @@ def print_comparison(comparison: Comparison, paths: list[Path]) -> None:
 def print_section(section: Section, comparison: Comparison) -> None:
     """Print what there is on one set of questions."""
     from cachekd.compare import words
-    from cachekd.compare.tables import COSTS, METRICS
 
-    metrics = [name for name in METRICS if any(name in row.metrics for row in section.rows)]
-    costs = [name for name in COSTS if any(name in row.cost for row in section.rows)]
-    columns = ["variant", "seeds", *(METRICS[name].label for name in metrics)]
-    rows = [
-        (
-            row.label,
-            len(row.seeds),
-            *(words.metric_text(name, row.metrics.get(name)) for name in metrics),
-            *(words.cost_text(name, row.cost.get(name)) for name in costs),
-        )
-        for row in section.rows
-    ]
-    for name, share in (("teacher", section.teacher), ("prior", section.prior)):
-        if share is not None:
-            rows.append((name, "", f"{100 * share:.2f} %"))
-    title = (
-        f"{section.step}: {section.questions:,} questions about {section.samples:,} samples of {section.data}"
-    )
-    console.print(table(title, [*columns, *(words.COST_UNITS[name] for name in costs)], rows))
-    if len(section.rows) <= _MOST:
-        kinds = [(kind, section.types[kind]) for kind in words.shown_types(section)]
-        rows = [
-            (kind, f"{count:,}", *(words.share_text(row.by_type.get(kind)) for row in section.rows))
-            for kind, count in kinds
-        ]
-        columns = ["question", "count", *(row.label for row in section.rows)]
-        console.print(table("exact match by question type", columns, rows))
+    title = f"{section.step}: {section.questions:,} questions about {section.samples:,} samples of "
+    console.print(table(title + section.data, *words.table_of_means(section)))
+    console.print(table("exact match by question type", *words.table_of_types(section)))
     for one in section.differences:
         say(words.sentence(one, comparison.unit))

@@ -54,6 +54,7 @@ def test_the_page_says_what_the_scores_say(gathered):
     told = [f"{100 * mean(RIGHT['ce', 'limit=250']) / 400:.2f} ± {error:.2f} %", "37.50 ± 0.00 %"]
     told += ["90.00 ± 0.00 %", "0.2500 ± 0.0000"]
     assert found.row("ce, limit=250") == ["ce, limit=250", "3", *told, "10", "2.0", "250", "2"]
+    assert found.row("variant")[1:4] == ["seeds", "exact match", "exact match, blind"]
     assert found.row("teacher")[2] == "98.00 %"
     assert found.row("prior")[2] == "40.00 %"
     assert "differences have an interval here" in found.text
@@ -197,7 +198,7 @@ def test_a_real_sweep_from_training_to_the_table(tmp_path, teacher_path, student
     assert [row.label for row in section.rows] == ["ce", "align"]
     assert [row.seeds for row in section.rows] == [[0, 1], [0, 1]]
     [ce, align] = section.rows
-    assert 0 < ce.cost["flops"].mean
+    assert ce.cost["flops"].mean > 0
     assert ce.cost["steps"].mean == align.cost["steps"].mean == 2
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     for row in table.itertuples():
