@@ -1,6 +1,6 @@
 """Which variant of a pipeline is better, and how sure that is."""
 
-from cachekd.compare.gather import Gathered, gather
+from cachekd.compare.points import Gathered, gather
 from cachekd.compare.pages import write_comparison
 from cachekd.compare.tables import Comparison, compare
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cachekd.atomic import require_place, write_file
 from cachekd.compare import words
-from cachekd.compare.gather import Gathered
+from cachekd.compare.points import Gathered
 from cachekd.compare.plots import cost_plot, curves
 from cachekd.compare.tables import COSTS, METRICS, Comparison, Section
 from cachekd.report.pages import page_environment

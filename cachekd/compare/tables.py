@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from cachekd.compare.gather import Gathered, Point
+from cachekd.compare.points import Gathered, Point
 from cachekd.compare.statistics import Mean, mean_of, paired_difference
 from cachekd.errors import CachekdError, did_you_mean, nearest
 from cachekd.evaluate import Evaluation, Score

@@ -218,7 +218,7 @@ def test_a_value_that_is_none(make):
     sweep = make()
     gathered = gather(sweep, filled(sweep))
     with pytest.raises(CachekdError, match="no axis has such a value") as caught:
-        compare(gathered, baseline="aling")
+        compare(gathered, baseline="alig")
     assert caught.value.fix == "did you mean align?"
 
 

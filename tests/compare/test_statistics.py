@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
+from caches import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,6 +73,19 @@ def test_of_twenty_intervals_one_misses():
         found = paired_difference(ours.tolist(), theirs.tolist())
         within += abs(found.mean.mean - 0.3) <= found.half_width
     assert within / 4000 == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / 4000))
+
+
+def test_the_documentations_widths_are_those_of_the_intervals():
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    seeds, widths = (
+        re.search(rf"^\| {row} \| (.*) \|$", text, re.M)[1].split(" | ") for row in ("seeds", "half width")
+    )
+    for count, width in zip(map(int, seeds), map(float, widths), strict=True):
+        values = np.random.default_rng(count).normal(size=count).tolist()
+        found = paired_difference(values, [0.0] * count)
+        assert found.half_width / np.std(values, ddof=1) == pytest.approx(width, abs=0.005)
+    widest = {count: quantile_of_t(0.975, count - 1) / math.sqrt(count) for count in (6, 7)}
+    assert widest[7] < 1 < widest[6]  # "seven seeds or more"
 
 
 def test_what_both_have_of_a_seed_is_no_noise():
