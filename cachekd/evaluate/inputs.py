@@ -62,8 +62,11 @@ Progress = Callable[[str, int, int, int], None]
 """The model that is asked, or "prior"; the samples in all; samples and questions since the last call."""
 
 
-def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
+def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFiles) -> dict[str, ModelFiles]:
     """Each model's files, by its path; the limits are those of all.
+
+    Args:
+        files: opens a model's; another one may have them open.
 
     Raises:
         CachekdError: a model cannot be found, or their tokenizers differ; or there is no teacher to quantise
@@ -83,7 +86,7 @@ def open_models(config: EvalConfig) -> dict[str, ModelFiles]:
             found=device_map,
             fix="--device-map auto, which holds for every model; or --teacher",
         )
-    models = {path: ModelFiles(path) for path in ([config.teacher] if config.teacher else []) + config.models}
+    models = {path: files(path) for path in ([config.teacher] if config.teacher else []) + config.models}
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
     configs = [model.config for model in models.values()]

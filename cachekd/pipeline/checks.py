@@ -65,11 +65,12 @@ class _ToBeMade:
     def __init__(self, steps: list[PlannedStep]) -> None:
         self.students = {str(step.out): step.config.student for step in steps if step.kind == "train"}
         self.dumps = {str(step.out): step.config for step in steps if step.kind == "dump"}
-        self._open = cache(ModelFiles)  # each once
+        self.files = cache(ModelFiles)  # each once
+        self._samples: dict[str, Samples] = {}
 
     def model(self, name: str) -> ModelFiles:
         """The files, which are there, of a model or of the one that it begins from; it can read samples."""
-        files = self._open(self.source(name))
+        files = self.files(self.source(name))
         _ = files.encoder
         return files
 
@@ -78,6 +79,15 @@ class _ToBeMade:
         while name in self.students:
             name = self.students[name]
         return name
+
+    def here(self, data: DataOptions) -> Samples | None:
+        """Data on this disk, opened once; others are not fetched for a check."""
+        if not data.is_local:
+            return None
+        said = data.model_dump_json(include=set(DataOptions.model_fields))
+        if said not in self._samples:
+            self._samples[said] = open_samples(data)
+        return self._samples[said]
 
 
 def _check_dump(config: DumpConfig, made: _ToBeMade) -> None:
@@ -94,7 +104,7 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
     if config.binding is not None:
         Binding.read(config.binding)
     teacher = made.model(str(config.teacher)) if config.runs_teacher else None
-    models, samples = RunModels(made.model(config.student), teacher), _here(config)
+    models, samples = RunModels(made.model(config.student), teacher), made.here(config)
     check_attention(config, models)
     require_adapters(config, models.student)
     if samples is not None:
@@ -106,7 +116,7 @@ def _check_train(config: TrainConfig, made: _ToBeMade) -> None:
         require(teacher_rows(config, models.student, teacher, samples, cache))
     if (held_out := config.on_held_out()) is not None and held_out.cache is not None:
         with about("eval_cache"):
-            eval_cache = _check_cache(held_out, models, _here(held_out), made)
+            eval_cache = _check_cache(held_out, models, made.here(held_out), made)
             if cache is not None and eval_cache is not None:
                 require_same_teacher(cache, eval_cache, accept=config.teacher_mismatch == "accept")
 
@@ -131,7 +141,7 @@ def _check_cache(
         _require_same_teacher(config, dump, made)
         _require_same_quantization(config, dump, made)
         if config.binding is None:
-            _check_coverage(config, samples, dump)
+            _check_coverage(config, samples, dump, made)
     elif config.cache is not None and not is_address(config.cache):
         return checked_cache(config, models, samples).cache
     return None
@@ -169,7 +179,7 @@ def _require_same_quantization(config: TrainConfig, dump: DumpConfig, made: _ToB
     check_quantization(theirs, ours, str(config.cache), accept=config.teacher_mismatch == "accept")
 
 
-def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig) -> None:
+def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConfig, made: _ToBeMade) -> None:
     """Will a train step find its samples in a cache that is still to be made?"""
     ours = {"on_error": config.on_error, "too_long": length_settings(config, dump)["too_long"]}
     for name in ours if config.missing != "skip" else ():
@@ -185,7 +195,7 @@ def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConf
             )
     others = {name: (getattr(dump, name), getattr(config, name)) for name in DECIDING}
     others = {name: (theirs, mine) for name, (theirs, mine) in others.items() if theirs != mine}
-    dumped = _here(dump) if config.missing == "error" and samples is not None and others else None
+    dumped = made.here(dump) if config.missing == "error" and samples is not None and others else None
     if samples is None or dumped is None:
         return
     there = set(dumped.keys)
@@ -206,10 +216,10 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
     teacher = config.teacher and made.source(config.teacher)
     models = list(dict.fromkeys(map(made.source, config.models)))
     config = config.model_copy(update={"teacher": teacher, "models": models})
-    opened = next(iter(open_models(config).values()))
+    opened = next(iter(open_models(config, made.files).values()))
     if config.cache is None:
         return
-    samples = _here(config)
+    samples = made.here(config)
     if (dump := made.dumps.get(config.cache)) is not None:
         require([vocabulary_row(made.model(dump.teacher), opened)])
     elif not is_address(config.cache):
@@ -232,8 +242,3 @@ _CHECKS: dict[str, Callable[[Any, _ToBeMade], None]] = {
     "eval": _check_eval,
     "report": _check_report,
 }
-
-
-def _here(data: DataOptions) -> Samples | None:
-    """Data on this disk, opened; others are not fetched for a check."""
-    return open_samples(data) if data.is_local else None

@@ -14,6 +14,7 @@ from cachekd.lock import Held, holds_something
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.forecast import left
 from cachekd.pipeline.run import (
+    GO_ON,
     Begun,
     Runner,
     require_no_other,
@@ -26,6 +27,10 @@ from cachekd.pipeline.vary import Group, Sweep, expand
 from cachekd.train.inputs import Known
 
 _LOOK_AGAIN = 1.0  # seconds, while another process holds a group
+
+
+class SomeFailed(CachekdError):
+    """Runs failed, and all that does not need them is done."""
 
 
 def look(pipeline: PipelineConfig) -> list[StepState]:
@@ -112,22 +117,22 @@ def run_sweep(
         labels: of the groups that are to be done, with all that they need; by default all.
 
     Raises:
-        CachekdError: bad input, found before any step begins; a step failed. Where the pipeline varies, all
-            that does not need it is done first, and every failure is named.
+        SomeFailed: the pipeline varies, and steps failed: every one is named.
+        CachekdError: bad input, found before any step begins; or the only run failed.
     """
     board = Board(sweep)
     states = ready(board, labels)
-    todo = [label for label, found in states.items() if not _is_over(sweep.groups[label], found)]
+    todo = [label for label, found in states.items() if not is_over(sweep.groups[label], found)]
     failed: dict[str, str] = {}
     for number, label in enumerate(todo, 1):
         group = sweep.groups[label]
-        if lacking := not_begun(group, failed):
+        if lacking := not_begun(sweep, group, failed):
             failed[label] = lacking
-            tell(f"{label}: {lacking}")
+            tell(f"{group.title}: {lacking}")
             continue
         if sweep.varies:
             still = left(sweep, states, todo[number - 1 :])
-            tell(f"run {number:,} of {len(todo):,}: {label or 'what all share'}, {still.text()}")
+            tell(f"run {number:,} of {len(todo):,}: {group.title}, {still.text()}")
         try:
             states[label] = _run_when_free(board, group, runners, watch, tell)
         except CachekdError as error:
@@ -141,7 +146,7 @@ def run_sweep(
             failed[label] = f"{type(error).__name__}: {error}"
             tell("".join(traceback.format_exception(error)))
     if failed:
-        raise failure(failed, len(todo))
+        raise failure(sweep, failed, len(todo))
 
 
 def ready(board: Board, labels: Collection[str] | None = None) -> dict[str, list[StepState]]:
@@ -176,7 +181,7 @@ def _noted(group: Group) -> dict[str, Attempt]:
     return PipelineState.read(group.out).steps
 
 
-def _is_over(group: Group, states: list[StepState]) -> bool:
+def is_over(group: Group, states: list[StepState]) -> bool:
     """Whether all is done, and noted: a process may have died before it could say so."""
     noted = _noted(group)
     return all(one.state == "done" and noted[one.name].state == "done" for one in states)
@@ -203,16 +208,16 @@ def _run_when_free(
             time.sleep(_LOOK_AGAIN)
 
 
-def not_begun(group: Group, failed: Mapping[str, str]) -> str | None:
+def not_begun(sweep: Sweep, group: Group, failed: Mapping[str, str]) -> str | None:
     """Why a group cannot be begun, if what it needs failed."""
     lacking = sorted(group.needs & failed.keys())
-    return f"not begun, as it needs {lacking[0] or 'what all share'}, which failed" if lacking else None
+    return f"not begun: it needs {sweep.groups[lacking[0]].title}, which failed" if lacking else None
 
 
-def failure(failed: Mapping[str, str], runs: int) -> CachekdError:
+def failure(sweep: Sweep, failed: Mapping[str, str], runs: int) -> SomeFailed:
     """One error for all that failed."""
-    lines = [f"\n  {label or 'what all share'}: {why.splitlines()[0]}" for label, why in failed.items()]
-    return CachekdError(
-        f"{len(failed):,} of {runs:,} runs are not done:{''.join(lines)}",
-        fix="mend that, and run the same command again: finished steps stay as they are",
+    lines = [f"\n  {sweep.groups[label].title}: {why}" for label, why in failed.items()]
+    return SomeFailed(
+        f"{len(failed):,} of {runs:,} runs {'is' if len(failed) == 1 else 'are'} not done:{''.join(lines)}",
+        fix=f"mend that, and {GO_ON}",
     )

@@ -45,6 +45,11 @@ class Group:
     steps: list[PlannedStep] = field(default_factory=list)
     needs: set[str] = field(default_factory=set)
 
+    @property
+    def title(self) -> str:
+        """What it is called in a message."""
+        return self.label or "what all runs share"
+
 
 @dataclass(frozen=True)
 class Point:

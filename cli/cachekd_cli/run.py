@@ -11,8 +11,10 @@ import typer
 
 from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
+from cachekd_cli.jobs import run_jobs
 from cachekd_cli.options import AsJson
 from cachekd_cli.signals import stopping_in_order
+from cachekd_cli.sweep import points_for_scripts, print_points
 
 if TYPE_CHECKING:
     from cachekd.config import TrainConfig
@@ -26,9 +28,29 @@ def run_command(
     status: Annotated[
         bool, typer.Option("--status", help="Show what is done and what would run, and stop.")
     ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Of a file that varies, the runs with such a value (ce), values (ce,limit=250) or seed "
+            "(seed-3, */seed-3); *, ? and [..] match several. Again for more.",
+        ),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="One process' share on a cluster: every N-th run from the I-th on, I from 0. What several "
+            "of them need is done by the first, and the others wait.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes at a time, among which GPUs and cores are shared out.")
+    ] = 1,
+    group: Annotated[str | None, typer.Option(hidden=True)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the steps of a file: dump, train in stages, eval, report.
+    """Run the steps of a file: dump, train in stages, eval, report; and all its variations and seeds.
 
     Example: cachekd run examples/easy_vqa/pipeline.yaml
 
@@ -36,18 +58,39 @@ def run_command(
     changed in the file or on the disk, together with every step that takes its output. The output that was
     there before is moved to NAME.old-1. What the file may say: docs/pipelines.md.
     """
-    from cachekd.pipeline import plan_steps, read_pipeline
+    from cachekd.pipeline import expand, read_pipeline
+    from cachekd.pipeline.select import choose, labels_of, require_varying
 
-    config = read_pipeline(pipeline)
-    plan_steps(config)  # a mistake in the file is said before torch is loaded
+    whole = expand(read_pipeline(pipeline))  # a mistake in the file is said before torch is loaded
+    if only or variant is not None or jobs > 1:
+        require_varying(whole)
+    points = choose(whole, only or [], variant)
+    labels = labels_of(points) if group is None else {group}
+    several = whole.varies and group is None
     quiet_libraries()  # before anything imports bitsandbytes, which speaks
-    from cachekd.pipeline import look, run_pipeline
+    from cachekd.pipeline.sweep import Board, SomeFailed, run_sweep
+
+    def show() -> None:
+        states = Board(whole).look(labels)
+        if not several:
+            flat = [one for found in states.values() for one in found]
+            words = partial(print_states, title=f"pipeline {whole.pipeline.out}")
+            print_result(as_json, flat, words, lambda states: [state.to_dict() for state in states])
+        else:
+            words = partial(print_points, whole, points)
+            print_result(as_json, states, words, partial(points_for_scripts, whole, points))
 
     go_on = "the same command goes on from here; what is finished stays"
     with stopping_in_order(lambda stop: f"{str(stop) or 'stopped'}: {go_on}"):
-        states = look(config) if status else run_pipeline(config, runners(quiet=as_json), announce)
-    words = partial(print_states, title=f"pipeline {config.out}")
-    print_result(as_json, states, words, lambda states: [state.to_dict() for state in states])
+        try:
+            if jobs > 1 and not status:
+                run_jobs(whole, pipeline, jobs, announce_run, labels)
+            elif not status:
+                run_sweep(whole, runners(quiet=as_json or several), announce, announce_run, labels)
+        except SomeFailed:
+            show()
+            raise
+        show()
 
 
 def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
@@ -80,6 +123,11 @@ def announce(begun: Begun) -> None:
         told.append(f"the old output is now {begun.moved_to}")
     for line in told:
         say(line, errors, style="dim")
+
+
+def announce_run(line: str) -> None:
+    """Say how far a pipeline is that varies."""
+    say(line, errors, style="bold")
 
 
 def print_states(states: list[StepState], title: str) -> None:
