@@ -10,12 +10,12 @@ from typing import Any
 
 from cachekd.atomic import require_place, write_file
 from cachekd.compare import words
-from cachekd.compare.points import Gathered
 from cachekd.compare.plots import cost_plot, curves
+from cachekd.compare.points import Gathered
 from cachekd.compare.tables import COSTS, METRICS, Comparison, Section
 from cachekd.report.pages import page_environment
 
-PAGE, JSON, TABLE = FILES = ("comparison.html", "comparison.json", "comparison.csv")
+FILES = ("comparison.html", "comparison.json", "comparison.csv")
 
 
 def require_places(folder: Path) -> None:
