@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ABOVE = {"models", "check", "dump", "train", "evaluate", "report", "hub", "export", "pipeline", "cli"}
+ABOVE = {"models", "check", "dump", "train", "evaluate", "report", "hub", "export", "pipeline"}
+ABOVE |= {"compare", "cli"}
 
 
 @pytest.fixture(scope="module")

@@ -61,14 +61,18 @@ def free_memory() -> None:
         torch.get_device_module(found).empty_cache()
 
 
-def reset_peak() -> None:
-    """Have `peak_memory` begin anew, where the system can."""
+def reset_peak() -> bool:
+    """Have `peak_memory` begin anew, where the system can; returns whether it could."""
     module = _with_a_peak()
     if module is not None:
         for index in range(module.device_count()):
             module.reset_peak_memory_stats(index)
-    elif _RESET_PEAK.exists():
+        return True
+    try:
         _RESET_PEAK.write_text("5")
+    except OSError:  # another system than Linux, or one that does not let us
+        return False
+    return True
 
 
 def peak_memory() -> int:

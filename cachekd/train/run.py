@@ -20,6 +20,7 @@ from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
+from cachekd.train.cost import Cost
 from cachekd.train.data import TrainingSamples
 from cachekd.train.folder import RunFolder, claimed
 from cachekd.train.held_out import saved_evaluation
@@ -41,6 +42,7 @@ class TrainSummary:
         steps: of the optimizer, those of earlier sessions included.
         seconds: of this session.
         terms: the last value of each, per answer token.
+        cost: of all sessions.
         resumed_from: the step that this session went on from; 0 for a new run.
         uncovered: samples that the cache lacks, trained by L_CE alone.
         data_wait: share of this session's time in which the steps waited for data (`DataWait`).
@@ -56,6 +58,7 @@ class TrainSummary:
     steps: int
     seconds: float
     terms: dict[str, float]
+    cost: Cost
     resumed_from: int = 0
     uncovered: int = 0
     data_wait: float = 0.0
@@ -101,6 +104,7 @@ def train(
         checkpoint = folder.last_checkpoint()
         resumed_from = 0 if checkpoint is None else step_of(checkpoint)
         trainer.args.eval_on_start &= checkpoint is None  # when the run began
+        trainer.cost.begin()
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         stopper.raise_if_stopped(trainer.state)
@@ -121,6 +125,7 @@ def summarised(
         trainer.state.global_step,
         seconds,
         last_terms(trainer.state),
+        trainer.cost.cost(trainer.state.global_step),
         resumed_from,
         trainer.train_dataset.uncovered(but=bad),
         trainer.data_wait.total.share,
@@ -210,6 +215,7 @@ def save_run(
             "k_histogram": None if data.cache is None else data.cache.histogram(),
             "seconds": summary.seconds,
             "steps": summary.steps,
+            "cost": summary.cost.model_dump(mode="json"),
             "resumed_from": summary.resumed_from,
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},

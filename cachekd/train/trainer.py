@@ -24,6 +24,7 @@ from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.batch import Batch, batch_of
 from cachekd.train.callbacks import DataWait, LastStep, Waited
 from cachekd.train.checkpoints import KeepBest, best_checkpoint, note_settings, saving_checkpoint
+from cachekd.train.cost import CostMeter
 from cachekd.train.data import Feed
 from cachekd.train.held_out import Validation
 from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
@@ -96,6 +97,7 @@ class SwitchKDTrainer(Trainer):
         self._sums = TermSums(self.args.device)
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
+        self.cost = CostMeter(processes=args.world_size, uncounted=self._uncounted())
         self._reader: ReadsOn | None = None
 
     # ---- the loss
@@ -199,11 +201,19 @@ class SwitchKDTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
-        loss = super().training_step(*args, **kwargs)
+        tokens = args[1]["input_ids"].numel()
         switches = not set(self.terms.switched).isdisjoint(self.terms.names_at(*self._now()))
+        with self.cost.batch(tokens, self.state.global_step, switched=switches):
+            loss = super().training_step(*args, **kwargs)
         if self.bridge is not None and switches and self.accelerator.sync_gradients:
             mean_gradients(self.bridge, self.accelerator)
         return loss
+
+    def _uncounted(self) -> str | None:
+        """Why floating point operations cannot be counted, if so."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "weights are sharded"
+        return "the student is compiled" if self.args.torch_compile else None
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Overridden, as the Trainer clips the parameters of the student alone: one norm is of the bridge's
@@ -265,6 +275,7 @@ class SwitchKDTrainer(Trainer):
                 save_processor(self.encoder, checkpoint)
             if self.settings is not None:
                 note_settings(self.settings, checkpoint)
+            self.cost.save(checkpoint)
             if bad:
                 self.feed.bad.save(checkpoint)
             if self.bridge is not None:
@@ -278,6 +289,7 @@ class SwitchKDTrainer(Trainer):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
             self.feed.bad.load(Path(checkpoint))
+            self.cost.load(Path(checkpoint))
             if self.bridge is not None:
                 self.bridge.load(Path(checkpoint))
         try:

@@ -174,7 +174,7 @@ def print_values(title: str, values: Mapping[str, Any]) -> None:
     console.print(table(title, ("", "value"), ((n, v) for n, v in values.items() if v is not None)))
 
 
-def if_any(count: int | None, text: str = "{:,}") -> str | None:
+def if_any(count: float | None, text: str = "{:,}") -> str | None:
     """Write a count that is of interest where it is not 0; None where it is, or is unknown."""
     return text.format(count) if count else None
 

@@ -12,7 +12,21 @@ import typer
 
 import cachekd
 from cachekd.errors import BadSample, CachekdError
-from cachekd_cli import check, convert, demo, derive, dump, evaluate, inspect, peek, run, share, train, verify
+from cachekd_cli import (
+    check,
+    compare,
+    convert,
+    demo,
+    derive,
+    dump,
+    evaluate,
+    inspect,
+    peek,
+    run,
+    share,
+    train,
+    verify,
+)
 from cachekd_cli.console import errors, print_error, say
 from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
@@ -36,6 +50,7 @@ PANELS: dict[str, dict[str, Callable[..., Any]]] = {
         "eval": evaluate.eval_command,
         "report": evaluate.report_command,
         "run": run.run_command,
+        "compare": compare.compare_command,
         "demo": demo.demo_command,
     },
     "Look into a cache": {

@@ -230,6 +230,8 @@ def print_summary(summary: TrainSummary) -> None:
         "resumed from step": if_any(summary.resumed_from),
         "samples by L_CE alone": if_any(summary.uncovered),
         "wall time": f"{summary.seconds:.1f} s",
+        "floating point operations": if_any(summary.cost.flops and summary.cost.flops / 1e12, "{:,.4g} T"),
+        "peak memory": None if summary.cost.peak_bytes is None else megabytes(summary.cost.peak_bytes),
         "waited for data": f"{summary.data_wait:.1%}",
         **{f"last {name}": f"{value:.4f}" for name, value in summary.terms.items()},
         "best step, whose student this is": if_any(summary.best_step),

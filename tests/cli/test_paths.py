@@ -112,7 +112,7 @@ OTHER_SETTINGS |= {"align", "vsd", "loss"}  # names of losses
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
-OTHER_OPTIONS |= {"max_memory"}
+OTHER_OPTIONS |= {"max_memory", "baseline"}
 
 
 def has(kind: Any, annotation: Any) -> bool:

@@ -1,0 +1,7 @@
+"""Which variant of a pipeline is better, and how sure that is."""
+
+from cachekd.compare.pages import write_comparison
+from cachekd.compare.points import Gathered, gather
+from cachekd.compare.tables import Comparison, compare
+
+__all__ = ["Comparison", "Gathered", "compare", "gather", "write_comparison"]
