@@ -123,7 +123,7 @@ def _name_or_mapping(value: Any) -> Any:
     if isinstance(found, Loss):
         return found
     name = found.get("loss") if isinstance(found, dict) else found
-    if name in LOSSES:
+    if isinstance(name, str) and name in LOSSES:
         return {"loss": name} if found is name else found
     if name is None:
         raise ValueError(

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cachekd.cache.overview import Bar
 from cachekd.cache.summary import CacheSummary
+from cachekd.config.fields import PARTS
 from cachekd.losses.terms import TERMS
 from cachekd.report.runs import RUN_COLORS, Run
 
@@ -186,8 +187,14 @@ def loss_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def optimizer_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Gradient norm and learning rate over the steps."""
-    return _panels(_OPTIMIZER, runs)
+    """Gradient norm and learning rate over the steps; and of each term, where a run logged it."""
+    about = "the gradient of the term's mean per answer token, without its weight"
+    terms = [
+        _Curve(f"{term.label} at the {part.replace('_', ' ')}", about, "L2 norm", f"gradient_{name}_{part}")
+        for name, term in TERMS.items()
+        for part in PARTS
+    ]
+    return _panels([*_OPTIMIZER, *terms], runs)
 
 
 def _panels(curves: list[_Curve], runs: Sequence[Run]) -> list[Panel]:

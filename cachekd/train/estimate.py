@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from cachekd.config import TrainConfig
+from cachekd.config.weights import highest
 from cachekd.models.device import peak_memory, reset_peak, synchronize
 from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.batch import Batch, Example, batch_of
@@ -168,11 +169,12 @@ def _evaluations(args: TrainingArguments, steps: int) -> int:
 
 
 def _quiet(config: TrainConfig) -> TrainConfig:
-    """Turn checkpoints, reports and uploads off."""
+    """Turn checkpoints, reports and uploads off; and every term on, whatever its schedule begins with."""
     quiet = {"save_strategy": "no", "report_to": [], "push_to_hub": False}
     if config.eval_data is not None:  # of an evaluation a few batches are measured
         quiet |= {"load_best_model_at_end": False, "eval_on_start": False, "eval_strategy": "steps"}
-    return config.model_copy(update={"save_steps": 0, "training": config.training | quiet})
+    weights = {f"lambda_{name}": highest(config.weights[name]) for name in config.taught}
+    return config.model_copy(update={"save_steps": 0, "training": config.training | quiet} | weights)
 
 
 def _longest(trainer: SwitchKDTrainer) -> Batch:

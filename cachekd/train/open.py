@@ -225,6 +225,7 @@ def load_trainer(
             callbacks=callbacks,
             validation=validation,
             settings=config.deciding(),
+            log_term_gradients=config.log_term_gradients,
         )
         # Some look for their modules in the model.
         trainer.get_optimizer_cls_and_kwargs(opened.arguments, student)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from cachekd.config import TrainConfig
+from cachekd.config.fields import PARTS
 from cachekd.data import Limits
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.losses.terms import TERMS
@@ -28,6 +29,7 @@ from cachekd.train.inputs import inputs_of
 from cachekd.train.open import OpenRun, load_trainer, open_run
 from cachekd.train.size import RunSize, require_room, run_size
 from cachekd.train.student import memory_advice, save_merged
+from cachekd.train.term_gradients import gradient_name
 from cachekd.train.trainer import SwitchKDTrainer
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class TrainSummary:
         best_step: whose student was saved, where it is the best one (`load_best_model_at_end`); None: the
             last one was.
         eval_missing, eval_bad: held-out samples that were left out, likewise.
+        gradients: with `log_term_gradients`, the last logged size of each term's gradient, by term and part.
     """
 
     out: Path
@@ -68,6 +71,7 @@ class TrainSummary:
     best_step: int | None = None
     eval_missing: LeftOutSamples = field(default_factory=LeftOutSamples)
     eval_bad: LeftOutSamples = field(default_factory=LeftOutSamples)
+    gradients: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def train(
@@ -131,6 +135,7 @@ def summarised(
         trainer.data_wait.total.share,
         opened.missing,
         LeftOutSamples.of(bad),
+        gradients=last_gradients(trainer.state),
         **of_held_out(opened, trainer),
     )
 
@@ -138,6 +143,16 @@ def summarised(
 def last_terms(state: TrainerState) -> dict[str, float]:
     """The last logged value of each."""
     return {name: entry[name] for entry in state.log_history for name in TERMS if name in entry}
+
+
+def last_gradients(state: TrainerState) -> dict[str, dict[str, float]]:
+    """The last logged size of each term's gradient, by term and part."""
+    last = {name: value for entry in state.log_history for name, value in entry.items()}
+    found: dict[str, dict[str, float]] = {
+        term: {part: last[key] for part in PARTS if (key := gradient_name(term, part)) in last}
+        for term in TERMS
+    }
+    return {term: of for term, of in found.items() if of}
 
 
 def say_what_would_be_faster(trainer: SwitchKDTrainer, summary: TrainSummary) -> None:

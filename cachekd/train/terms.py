@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -32,48 +31,12 @@ from cachekd.models import (
     reach_by_text,
 )
 from cachekd.train.batch import Batch
+from cachekd.train.sums import BatchTerms
 
 Targets = CachedTargets | LiveTargets
 TermLoss = Callable[[Tensor, TeacherTargets], Tensor]
 
 _RIGHT = "right"  # beside the terms, while chunks are summed
-
-
-class BatchTerms(NamedTuple):
-    """The terms of one batch, and over how many answer tokens each is.
-
-    Attributes:
-        terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
-        right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
-        tokens: answer tokens.
-        distilled: those of them that have the teacher's targets.
-    """
-
-    terms: dict[str, Tensor]
-    right: Tensor | None
-    tokens: int
-    distilled: int
-
-
-class TermSums:
-    """What was computed since the last look, on the device: a look at each batch would wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=device)  # and of how many tokens
-
-    def add(self, found: BatchTerms) -> None:
-        """Add one batch more."""
-        for row, (name, term) in enumerate(TERMS.items()):
-            if name in found.terms:
-                self._sums[row, 0] += found.terms[name].detach()
-                self._sums[row, 1] += found.distilled if term.taught else found.tokens
-
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Each term's mean per answer token since the last look, over all processes, each of which has to
-        look; without those of which nothing was computed."""
-        rows = accelerator.reduce(self._sums).tolist()
-        self._sums.zero_()
-        return {name: total / tokens for name, (total, tokens) in zip(TERMS, rows, strict=True) if tokens}
 
 
 class LossTerms:
@@ -172,6 +135,12 @@ class LossTerms:
     def weights_at(self, step: int, steps: int) -> dict[str, float]:
         """Each term's weight in optimizer step `step` of `steps`, the first of which is 0."""
         return {name: weight_at(weight, step, steps) for name, weight in self.weights.items()}
+
+    def scheduled_at(self, step: int, steps: int) -> dict[str, float]:
+        """The weights in that step of the terms that have a schedule, by the names of the settings."""
+        weights = self.weights_at(step, steps)
+        names = [name for name, weight in self.weights.items() if isinstance(weight, Schedule)]
+        return {f"lambda_{name}": weights[name] for name in names}
 
     def names_at(self, step: int, steps: int) -> list[str]:
         """The terms that are computed in that step."""

@@ -14,7 +14,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from cachekd.config.weights import Schedule
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
@@ -31,7 +30,9 @@ from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weigh
 from cachekd.train.order import ReadsOn, order_of, token_loader
 from cachekd.train.reach import ProveGradients
 from cachekd.train.rounding import rounds_at_random
-from cachekd.train.terms import BatchTerms, LossTerms, TermSums
+from cachekd.train.sums import BatchTerms, TermSums
+from cachekd.train.term_gradients import TermGradients, require_whole_gradients
+from cachekd.train.terms import LossTerms
 
 
 class SwitchKDTrainer(Trainer):
@@ -50,6 +51,8 @@ class SwitchKDTrainer(Trainer):
         callbacks: the Trainer's.
         validation: on held-out data, when the Trainer evaluates; there, the switched path always runs.
         settings: of the run, noted in each checkpoint; None: nothing is.
+        log_term_gradients: each entry of the log has the size of each term's gradient (`TermGradients`); of
+            several processes the first one's.
 
     Raises:
         CachekdError: a term of the switched path is on but V_S is frozen (it would have no gradient), or
@@ -71,6 +74,7 @@ class SwitchKDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         validation: Validation | None = None,
         settings: dict[str, Any] | None = None,
+        log_term_gradients: bool = False,
     ) -> None:
         if args.torch_compile:
             terms.require_uncompiled()
@@ -95,6 +99,11 @@ class SwitchKDTrainer(Trainer):
         first = self._on_device(batch_of([self.feed.first], pad_token_id))
         terms.prepare(first.student, self.accelerator.autocast)
         self._sums = TermSums(self.args.device)
+        self.gradients: TermGradients | None = None
+        if log_term_gradients:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            require_whole_gradients(sharded=sharded, compiled=args.torch_compile)
+            self.gradients = TermGradients(terms) if self.is_world_process_zero() else None
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self.cost = CostMeter(processes=args.world_size, uncounted=self._uncounted())
@@ -113,6 +122,8 @@ class SwitchKDTrainer(Trainer):
         found = self.terms_of(model, inputs)
         self._sums.add(found)
         weights = self.terms.weights_at(*self._now())
+        if self.gradients is not None:
+            self.gradients.measure(found, weights)
         weighted = (weights[name] * term for name, term in found.terms.items())
         loss = sum(weighted, torch.zeros_like(found.terms["ce"]))
         terms = {name: term.detach() for name, term in found.terms.items()}
@@ -167,17 +178,10 @@ class SwitchKDTrainer(Trainer):
         if "loss" in logs:
             wait = torch.tensor(self.data_wait.since_last(), dtype=torch.float64, device=self.args.device)
             waited = Waited(*self.accelerator.reduce(wait).tolist())
-            logs = logs | self._sums.means(self.accelerator) | self._scheduled() | {"data_wait": waited.share}
+            logs = logs | self._sums.means(self.accelerator) | {"data_wait": waited.share}
+            logs |= self.terms.scheduled_at(max(0, self.state.global_step - 1), self.state.max_steps)
+            logs |= {} if self.gradients is None else self.gradients.logged()
         super().log(logs, start_time)
-
-    def _scheduled(self) -> dict[str, float]:
-        """The weights, in the optimizer's last step, of the terms that have a schedule."""
-        weights = self.terms.weights_at(max(0, self.state.global_step - 1), self.state.max_steps)
-        return {
-            f"lambda_{name}": weight
-            for name, weight in weights.items()
-            if isinstance(self.terms.weights[name], Schedule)
-        }
 
     # ---- the step
 
@@ -297,6 +301,8 @@ class SwitchKDTrainer(Trainer):
         finally:
             if self._reader is not None:
                 self._reader.stop()
+            if self.gradients is not None:
+                self.gradients.end()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Overridden, as a disk that is full must leave no half of a checkpoint, whichever file was the last

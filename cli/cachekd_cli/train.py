@@ -234,6 +234,11 @@ def print_summary(summary: TrainSummary) -> None:
         "peak memory": None if summary.cost.peak_bytes is None else megabytes(summary.cost.peak_bytes),
         "waited for data": f"{summary.data_wait:.1%}",
         **{f"last {name}": f"{value:.4f}" for name, value in summary.terms.items()},
+        **{
+            f"last gradient of {term} at {part}": f"{size:.4g}"
+            for term, of in summary.gradients.items()
+            for part, size in of.items()
+        },
         "best step, whose student this is": if_any(summary.best_step),
         **{name: f"{value:.4f}" for name, value in evaluation_of(summary.evaluation)},
     }

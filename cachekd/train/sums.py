@@ -1,0 +1,48 @@
+"""The terms of one batch, and their means since the last entry of the log."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cachekd.losses.terms import TERMS
+
+
+class BatchTerms(NamedTuple):
+    """The terms of one batch, and over how many answer tokens each is.
+
+    Attributes:
+        terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
+        right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
+        tokens: answer tokens.
+        distilled: those of them that have the teacher's targets.
+    """
+
+    terms: dict[str, Tensor]
+    right: Tensor | None
+    tokens: int
+    distilled: int
+
+
+class TermSums:
+    """What was computed since the last look, on the device: a look at each batch would wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(TERMS), 2, dtype=torch.float64, device=device)  # and of how many tokens
+
+    def add(self, found: BatchTerms) -> None:
+        """Add one batch more."""
+        for row, (name, term) in enumerate(TERMS.items()):
+            if name in found.terms:
+                self._sums[row, 0] += found.terms[name].detach()
+                self._sums[row, 1] += found.distilled if term.taught else found.tokens
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term's mean per answer token since the last look, over all processes, each of which has to
+        look; without those of which nothing was computed."""
+        rows = accelerator.reduce(self._sums).tolist()
+        self._sums.zero_()
+        return {name: total / tokens for name, (total, tokens) in zip(TERMS, rows, strict=True) if tokens}
