@@ -109,9 +109,10 @@ OTHER_SETTINGS = {"map", "key", "image_field", "tail", "name"}
 OTHER_SETTINGS |= {"lora", "quantization", "teacher_quantization", "student_quantization"}  # others'
 OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "student_")}
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
+OTHER_SETTINGS |= {"vary", "baseline"}  # paths that vary are their steps' settings: see tests/pipeline
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
-OTHER_OPTIONS |= {"max_memory"}
+OTHER_OPTIONS |= {"max_memory", "only", "variant", "group"}
 
 
 def has(kind: Any, annotation: Any) -> bool:
