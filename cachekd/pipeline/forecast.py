@@ -63,11 +63,11 @@ def left(sweep: Sweep, states: States, labels: Iterable[str]) -> Left:
 
 def _guess(group: Group, state: StepState, finished: list[tuple[Group, StepState]]) -> float | None:
     """Seconds, as the mean of those of the same kind; of the same name, if there are any; of those the ones
-    with most values of the axes in common. What an interrupted step has done already is not known."""
+    whose values of the axes differ least. What an interrupted step has done already is not known."""
     alike = [(other, done) for other, done in finished if done.step.kind == state.step.kind]
     alike = [(other, done) for other, done in alike if done.name == state.name] or alike
     if not alike:
         return None
-    common = [len(group.variant.items() & other.variant.items()) for other, _ in alike]
-    nearest = [done.seconds for (_, done), count in zip(alike, common, strict=True) if count == max(common)]
+    apart = [len(group.variant.items() ^ other.variant.items()) for other, _ in alike]
+    nearest = [done.seconds for (_, done), far in zip(alike, apart, strict=True) if far == min(apart)]
     return sum(nearest) / len(nearest)

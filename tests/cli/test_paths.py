@@ -110,9 +110,10 @@ OTHER_SETTINGS |= {"lora", "quantization", "teacher_quantization", "student_quan
 OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "student_")}
 OTHER_SETTINGS |= {"align", "vsd", "loss"}  # names of losses
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
+OTHER_SETTINGS |= {"vary", "baseline"}  # paths that vary are their steps' settings: see tests/pipeline
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
-OTHER_OPTIONS |= {"max_memory", "baseline"}
+OTHER_OPTIONS |= {"max_memory", "baseline", "only", "variant", "group"}
 
 
 def has(kind: Any, annotation: Any) -> bool:

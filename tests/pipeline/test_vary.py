@@ -140,6 +140,13 @@ def test_values_in_defaults_train_are_merged_with_the_files():
     assert (config.epochs, config.batch_size) == (50, 7)
 
 
+def test_a_path_that_varies_is_expanded_as_any_other(monkeypatch):
+    monkeypatch.setenv("MODELS", "/m")
+    sweep = expanded(vary={"defaults.teacher": ["$MODELS/a", "$MODELS/b"]})
+    assert [point.steps["cache"].config.teacher for point in sweep.points] == ["/m/a", "/m/b"]
+    assert sweep.groups.keys() == {"teacher=a", "teacher=b"}
+
+
 def test_a_seed_in_a_text_is_replaced():
     said = pipeline(seeds=[3, 4])
     said["steps"][0]["data"] = "d/train-{seed}.json"
