@@ -88,8 +88,9 @@ def _curves(section: Section, comparison: Comparison) -> Iterator[Panel]:
     metric = METRICS[comparison.metric]
     for axis in numeric_axes(comparison.axes):
         curve, label = curve_of(section.rows, axis, comparison.metric), axis.rpartition(".")[2]
-        drawn = _draw(curve, list(curve), label, _unit(comparison.metric))
-        yield Panel(f"{metric.label} over {axis}", "mean over seeds, bars: standard error", drawn)
+        if curve:
+            drawn = _draw(curve, list(curve), label, _unit(comparison.metric))
+            yield Panel(f"{metric.label} over {axis}", "mean over seeds, bars: standard error", drawn)
         if along := differences_along(section.differences, axis):
             drawn = _draw(along, list(curve), label, comparison.unit, zero=True)
             title = f"difference from {comparison.baseline} over {axis}"

@@ -34,7 +34,7 @@ def compare(gathered: Gathered, *, baseline: str | None = None, metric: str = "e
         metric: a name in `METRICS`.
 
     Raises:
-        CachekdError: there is no such value.
+        CachekdError: there is no such value, or no scores with this metric.
     """
     axis, value = _baseline(gathered, baseline or gathered.baseline)
     asked: dict[tuple[str, str], list[tuple[Point, Evaluation]]] = {}
@@ -45,6 +45,13 @@ def compare(gathered: Gathered, *, baseline: str | None = None, metric: str = "e
         _section(step, [_Scored.of(*one) for one in found], axis, value, metric, len(gathered.seeds))
         for (step, _), found in asked.items()
     ]
+    if not any(metric in row.metrics for section in sections for row in section.rows):
+        raise CachekdError(
+            f"no evaluation has {METRICS[metric].label}",
+            where="--metric",
+            found=metric,
+            fix="blind needs `blind: true` in the eval step; agreement and KL need `teacher` or `cache` there",
+        )
     return Comparison(
         pipeline=gathered.pipeline,
         axes=gathered.axes,
