@@ -50,7 +50,7 @@ def compare(gathered: Gathered, *, baseline: str | None = None, metric: str = "e
             f"no evaluation has {METRICS[metric].label}",
             where="--metric",
             found=metric,
-            fix="blind needs `blind: true` in the eval step; agreement and KL need `teacher` or `cache` there",
+            fix="in the eval step blind needs `blind: true`; agreement and KL need `teacher` or `cache`",
         )
     return Comparison(
         pipeline=gathered.pipeline,
