@@ -2,6 +2,7 @@
 
 from cachekd.compare.pages import write_comparison
 from cachekd.compare.points import Gathered, gather
-from cachekd.compare.tables import Comparison, compare
+from cachekd.compare.results import Comparison
+from cachekd.compare.tables import compare
 
 __all__ = ["Comparison", "Gathered", "compare", "gather", "write_comparison"]

@@ -10,9 +10,9 @@ from typing import Any
 
 from cachekd.atomic import require_place, write_file
 from cachekd.compare import words
-from cachekd.compare.plots import cost_plot, curves
+from cachekd.compare.plots import panels
 from cachekd.compare.points import Gathered
-from cachekd.compare.tables import COSTS, METRICS, Comparison, Section
+from cachekd.compare.results import COSTS, METRICS, Comparison, Section
 from cachekd.report.pages import page_environment
 
 FILES = ("comparison.html", "comparison.json", "comparison.csv")
@@ -85,14 +85,12 @@ def page(comparison: Comparison) -> str:
 
 def _shown(section: Section, comparison: Comparison) -> dict[str, Any]:
     """A section with what the template needs of it."""
-    plots = [*curves(section, comparison.axes, comparison.metric)]
-    against_cost = cost_plot(section, comparison.axes, comparison.metric)
     kinds = words.shown_types(section)
     return {
         "section": section,
         "sentences": [words.sentence(one, comparison.unit) for one in section.differences],
         "tables": {"means": words.table_of_means(section), "types": words.table_of_types(section)},
-        "plots": plots + ([] if against_cost is None else [against_cost]),
+        "plots": panels(section, comparison),
         "rarer": len(section.types) - len(kinds),
         "by_type": [one for one in section.by_type if one.type in kinds],
     }

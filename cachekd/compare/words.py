@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cachekd.compare.results import COSTS, METRICS, REFERENCES, Comparison, Difference, Section
 from cachekd.compare.statistics import Mean
-from cachekd.compare.tables import COSTS, METRICS, REFERENCES, Comparison, Difference, Section
 from cachekd.evaluate.scores import MAX_TYPES
 
 COST_UNITS = {"steps": "steps", "seconds": "seconds", "flops": "TFLOPs", "peak_bytes": "peak MB"}

@@ -14,12 +14,12 @@ from cachekd_cli.console import console, errors, print_result, quiet_libraries, 
 from cachekd_cli.options import AsJson
 
 if TYPE_CHECKING:
-    from cachekd.compare.tables import Comparison, Section
+    from cachekd.compare.results import Comparison, Section
     from cachekd.pipeline.vary import Sweep
 
 
 class Metric(StrEnum):
-    """What differences are of: names in `cachekd.compare.tables.METRICS`, which takes long to import."""
+    """What differences are of: names in `cachekd.compare.results.METRICS`, which takes long to import."""
 
     exact_match = "exact_match"
     blind = "blind"

@@ -143,6 +143,13 @@ def test_a_metric_that_some_lack_is_in_no_mean(make):
     assert [one.variant["student.limit"] for one in found.sections[0].differences] == ["limit=1000"]
 
 
+def test_a_metric_that_none_has_is_refused(make):
+    sweep = make()
+    with pytest.raises(CachekdError, match="no evaluation has KL") as caught:
+        compare(gather(sweep, filled(sweep)), metric="kl")
+    assert "`teacher` or `cache`" in caught.value.fix
+
+
 # ---- cost
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cachekd.compare import Comparison, compare, gather, write_comparison
 from cachekd.compare.pages import FILES, csv_table, page
-from cachekd.compare.plots import lines_of, number_in
+from cachekd.compare.plots import curve_of, differences_along, number_in
 from cachekd.errors import CachekdError
 from cachekd.train.cost import Cost
 from cachekd_cli.main import app
@@ -73,11 +73,23 @@ def test_learning_curves_have_a_line_for_each_method(gathered):
     drawn = found.plot("exact match over student.limit")
     assert [label for label in ("ce", "align") if f">{label}</text>" in drawn] == ["ce", "align"]
     assert re.findall(r">(250|1,000|1000)</text>", drawn)
-    lines = lines_of(comparison.sections[0].rows, "student.limit")
-    assert {name: [x for x, _ in line] for name, line in lines.items()} == {
-        "ce": [250.0, 1000.0],
-        "align": [250.0, 1000.0],
-    }
+    [section] = comparison.sections
+    curve = curve_of(section.rows, "student.limit", "exact_match")
+    assert list(curve) == ["ce", "align"]
+    assert [spot.x for spot in curve["ce"]] == [250, 1000]
+    [first, _] = curve["align"]
+    share = next(row for row in section.rows if row.label == "align, limit=250").metrics["exact_match"]
+    assert first.y == pytest.approx(100 * share.mean)
+    assert first.up == first.down == pytest.approx(100 * share.standard_error)
+    along = differences_along(section.differences, "student.limit")
+    assert list(along) == ["align"]
+    for spot, one in zip(along["align"], section.differences, strict=True):
+        assert (spot.y, spot.y - spot.down, spot.y + spot.up) == pytest.approx(
+            (one.difference, one.low, one.high)
+        )
+    difference = found.plot("difference from ce over student.limit")
+    assert "var(--run-2)" in difference  # its colour in the other plot
+    assert "var(--run-1)" not in difference
     assert found.plot("exact match against cost").count("var(--run-2)") > 0
 
 
@@ -174,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_read(tmp_pat
 
 
 def test_metrics_of_the_option_are_those_that_there_are():
-    from cachekd.compare.tables import METRICS
+    from cachekd.compare.results import METRICS
     from cachekd_cli.compare import Metric
 
     assert [metric.value for metric in Metric] == list(METRICS)

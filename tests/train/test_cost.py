@@ -89,6 +89,16 @@ def test_a_steps_operations_equal_those_of_a_count_by_hand(settings, tmp_path, m
     assert trainer.cost.cost(1).flops == expected
 
 
+def test_what_checkpointing_computes_again_is_counted(settings, tmp_path):
+    found = {}
+    for again in (False, True):
+        trainer = make_trainer(TrainConfig(**settings, gradient_checkpointing=again), tmp_path)
+        batch = trainer.feed.collate([trainer.train_dataset[index] for index in range(4)])
+        trainer.training_step(trainer.model, batch, int(batch.student.supervised.sum()))
+        found[again] = trainer.cost.cost(1).flops
+    assert 1.1 * found[False] < found[True] < 1.5 * found[False]  # a forward more; backward is two
+
+
 def test_a_run_says_what_it_cost_and_costs_more_with_the_switch(settings, tmp_path):
     settings |= {"epochs": 3}
     found = {}
