@@ -1,10 +1,16 @@
-"""Time and peak memory of DBiLD's O(k) form against the pairwise form, forward and backward.
+"""Time and peak memory of DBiLD's O(k) form against the pairwise form; and of every loss, cached and live.
 
     python benchmarks/dbild.py
     python benchmarks/dbild.py --device cuda --tokens 4000 --json
+    python benchmarks/dbild.py --losses --tokens 128      # of all losses, at a real vocabulary
 
 Both do the same job (k ids per token, reverse KL); their values are compared before anything is timed. Memory
-is the peak of what tensors hold beyond the inputs: by the profiler on a CPU, by the allocator on a GPU.
+is the peak of what tensors hold beyond the inputs: by the profiler on a CPU, by the allocator on a GPU. All
+times are of forward and backward.
+
+With `--losses` the teacher is a head on random states of SmolLM2's width and vocabulary; its cache is made of
+these states as by a dump, with a tail sketch. A live teacher's logits are there already; what its head costs
+is not counted.
 """
 
 from __future__ import annotations
@@ -13,6 +19,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,10 +28,16 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from cachekd.cache import CachedTargets
+from cachekd.cache.roundtrip import roundtrip
+from cachekd.config.losses import LOSSES
+from cachekd.losses import loss_function
 from cachekd.losses.dbild import pairwise_reverse_kl
+from cachekd.losses.targets import DenseTargets
 
 SIZES = (8, 16, 32, 64, 128, 256)
 TEMPERATURE = 3.0
+WIDTH, VOCABULARY = 576, 49_152  # SmolLM2-135M's
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -93,6 +107,51 @@ def measure(k: int, tokens: int, repeats: int, device: str) -> dict[str, float]:
     return row
 
 
+def teacher_at(tokens: int, device: str) -> tuple[CachedTargets, Tensor]:
+    """The cached targets of some answer tokens, and the teacher's logits [N, V] there."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    widths = (
+        torch.arange(1, WIDTH + 1) ** -0.75
+    )  # a few directions hold most of the variance, as in real ones
+    states = 2 * torch.randn(max(2048, tokens), WIDTH, generator=generator) * widths
+    targets, _ = roundtrip(
+        states[:tokens], head, torch.zeros(tokens, dtype=torch.long), tail="bytes=64", calibration=states
+    )
+    return targets.to(device), (states[:tokens] @ head.T).to(device)
+
+
+def measure_losses(tokens: int, repeats: int, device: str) -> list[dict[str, Any]]:
+    """One row for each loss of the table: milliseconds for each token."""
+    cached, logits = teacher_at(tokens, device)
+    student = (logits + torch.randn(logits.shape, device=logits.device)).requires_grad_()
+    ways: dict[str, Callable[[Tensor], Any]] = {"cached": lambda _logits: cached, "live": DenseTargets}
+    rows = []
+    for name, kind in LOSSES.items():
+        how = kind(loss=name).arguments({"temperature": TEMPERATURE})
+        of_teacher = partial(loss_function(name), reduction="none", **how)
+        row: dict[str, Any] = {"loss": name}
+        for way, targets_of in ways.items():
+            loss = partial(_with_targets, of_teacher, targets_of)
+            row[f"{way}_ms"] = milliseconds(loss, student, logits, repeats) / tokens
+        rows.append(row)
+    return rows
+
+
+def _with_targets(
+    loss: Callable[..., Tensor], targets_of: Callable[[Tensor], Any], student: Tensor, teacher: Tensor
+) -> Tensor:
+    return loss(student, targets_of(teacher))
+
+
+def print_losses(rows: list[dict[str, Any]], title: str) -> None:
+    """For people."""
+    table = Table("loss", "cached, ms a token", "live, ms a token", title=title)
+    for row in rows:
+        table.add_row(row["loss"], f"{row['cached_ms']:.2f}", f"{row['live_ms']:.2f}")
+    Console().print(table)
+
+
 def print_table(rows: list[dict[str, float]], title: str) -> None:
     """For people."""
     table = Table("k", "pairwise ms", "ours ms", "faster", "pairwise MB", "ours MB", "smaller", title=title)
@@ -117,14 +176,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--losses", action="store_true", help="of every loss, at a vocabulary of 49,152")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    title = f"{options.tokens} tokens, {options.device}, {options.threads} thread(s)"
+    if options.losses:
+        rows = measure_losses(options.tokens, options.repeats, options.device)
+        print(json.dumps(rows)) if options.json else print_losses(rows, title)
+        return
     rows = [measure(k, options.tokens, options.repeats, options.device) for k in SIZES]
     if options.json:
         print(json.dumps(rows))
     else:
-        print_table(rows, f"{options.tokens} tokens, {options.device}, {options.threads} thread(s)")
+        print_table(rows, title)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Loss `x` is `x_loss` in `cachekd/losses/x.py`, which takes its settings by their
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,7 +19,13 @@ OF_THE_RUN = "by default the run's"
 
 class Loss(Config):
     """The settings of a loss. One that is None is the run's own of that name, where it has one; else the
-    function's default."""
+    function's default.
+
+    Attributes:
+        everywhere: whether the loss asks for the teacher's whole distribution.
+    """
+
+    everywhere: ClassVar[bool] = False
 
     loss: str
 
@@ -79,6 +85,7 @@ class BiLD(Loss):
 class ForwardKL(Loss):
     """KL(p_T || p_S) over the whole vocabulary (Hinton et al., arXiv 1503.02531)."""
 
+    everywhere = True
     loss: Literal["forward_kl"] = "forward_kl"
     temperature: Temperature = None
 
@@ -86,6 +93,7 @@ class ForwardKL(Loss):
 class ReverseKL(Loss):
     """KL(p_S || p_T) over the whole vocabulary (MiniLLM, arXiv 2306.08543)."""
 
+    everywhere = True
     loss: Literal["reverse_kl"] = "reverse_kl"
     temperature: Temperature = None
 
@@ -93,6 +101,7 @@ class ReverseKL(Loss):
 class JSD(Loss):
     """The generalised Jensen-Shannon divergence over the whole vocabulary (GKD, arXiv 2306.13649)."""
 
+    everywhere = True
     loss: Literal["jsd"] = "jsd"
     beta: float = Field(0.5, gt=0, lt=1, description="the teacher's share of the mixture")
     temperature: Temperature = None
@@ -109,6 +118,7 @@ class TopKL(Loss):
 class MSE(Loss):
     """The mean squared difference of centred logits over the whole vocabulary (arXiv 1312.6184)."""
 
+    everywhere = True
     loss: Literal["mse"] = "mse"
 
 

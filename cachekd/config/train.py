@@ -8,7 +8,6 @@ docs/pipelines.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -17,10 +16,11 @@ from cachekd.config.batches import BatchOptions
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import LATER, PARTS, SAVE_STEPS, CacheName, Dtype, ModelName, Parts, SwitchBridge
 from cachekd.config.loading import TrainLoadOptions
-from cachekd.config.losses import LOSSES, DBiLD, Loss, TermLoss
-from cachekd.config.weights import Schedule, Weight, highest, written
+from cachekd.config.losses import LOSSES, DBiLD, TermLoss
+from cachekd.config.terms import Terms
+from cachekd.config.weights import Weight, written
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS, Term, labels, options_off
+from cachekd.losses.terms import labels, options_off
 from cachekd.paths import LocalPath, PathOrName, expanded
 
 Stage = Literal["dpt", "sft", "dft"]
@@ -37,7 +37,7 @@ _NAMES = ", ".join(LOSSES)
 _TRAINERS_PATHS = ("accelerator_config", "deepspeed", "fsdp_config")  # each a file, or what would be in it
 
 
-class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
+class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     """Stage two.
 
     Raises:
@@ -209,20 +209,6 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
             )
         return self
 
-    @model_validator(mode="after")
-    def _each_min_k_is_within_its_window(self) -> Self:
-        for name, loss in self.dbilds.items():
-            arguments = loss.arguments(dict(self))
-            window, min_k = arguments.get("window"), arguments.get("min_k")
-            if window is not None and min_k is not None and min_k > window:
-                raise CachekdError(
-                    f"the least k of {TERMS[name].label} is more than its window",
-                    where=f"settings 'window', 'min_k' and {name!r}",
-                    expected=f"min_k of at most {window}",
-                    found=min_k,
-                )
-        return self
-
     def require_inputs(self) -> None:
         """Refuse terms without what they are computed from.
 
@@ -277,53 +263,9 @@ class TrainConfig(TrainLoadOptions, BatchOptions, DataOptions):
         return self.eval_cache is not None or self.live_teacher
 
     @property
-    def weights(self) -> dict[str, float | Schedule]:
-        """The weight of each term in `TERMS`, its `lambda_<name>`; that of L_CE is 1."""
-        return {name: 1.0 if name == "ce" else getattr(self, f"lambda_{name}") for name in TERMS}
-
-    @property
-    def losses(self) -> dict[str, Loss]:
-        """The loss of each term that is on and needs a teacher."""
-        return {name: getattr(self, name) for name in self.taught}
-
-    @property
-    def dbilds(self) -> dict[str, DBiLD]:
-        """Those of them that are DBiLD: Kneedle's settings are theirs alone."""
-        return {name: loss for name, loss in self.losses.items() if isinstance(loss, DBiLD)}
-
-    def _on(self, which: Callable[[Term], bool] = lambda term: True) -> tuple[str, ...]:
-        on = (name for name, weight in self.weights.items() if highest(weight) > 0)
-        return tuple(name for name in on if which(TERMS[name]))
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """The terms that are on, by their names in `TERMS`: whose weight is ever above 0."""
-        return self._on()
-
-    @property
     def eval_terms(self) -> tuple[str, ...]:
         """The terms that are computed on held-out data, as far as settings tell."""
         return self._on(lambda term: self.eval_is_taught or not term.taught)
-
-    @property
-    def taught(self) -> tuple[str, ...]:
-        """The terms that are on and need a teacher; without one this is plain cross-entropy training."""
-        return self._on(lambda term: term.taught)
-
-    @property
-    def switched(self) -> tuple[str, ...]:
-        """The terms of the switched path that are on."""
-        return self._on(lambda term: term.path == "switched")
-
-    @property
-    def distils(self) -> bool:
-        """Whether any term that needs a teacher is on."""
-        return bool(self.taught)
-
-    @property
-    def switches(self) -> bool:
-        """Whether a term of the switched path is on."""
-        return bool(self.switched)
 
     @property
     def runs_teacher(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, about
 from cachekd.losses import loss_function
+from cachekd.losses.terms import labels
 from cachekd.models import ModelFiles
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
@@ -33,6 +35,8 @@ from cachekd.train.teacher import (
 )
 from cachekd.train.terms import LossTerms, TermLoss
 from cachekd.train.trainer import SwitchKDTrainer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
     cache, student, missing = checked = checked_cache(config, models, samples)
     models, samples = models._replace(student=student), checked.used(samples)
     require_steps(len(samples), arguments)
+    say_what_is_spread_evenly(config, cache)
     check_attention(config, models)
     if models.teacher is not None:
         phase("comparing the teacher with the student and the cache")
@@ -85,6 +90,17 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
         require(teacher_rows(config, student, models.teacher, samples, cache))
     held_out = open_held_out(config, models, cache, phase)
     return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
+
+
+def say_what_is_spread_evenly(config: TrainConfig, cache: LogitCache | None) -> None:
+    """Log it where a loss asks for the teacher's whole distribution, and the cache has no sketch of it."""
+    whole = [name for name, loss in config.losses.items() if loss.everywhere]
+    if whole and cache is not None and not cache.manifest.sketches:
+        log.warning(
+            "%s: the loss asks for the teacher's whole distribution, and the cache has no tail sketch: what "
+            "it does not keep counts as spread evenly",
+            labels(whole),
+        )
 
 
 def checked_arguments(config: TrainConfig, checkpoints: Path) -> SwitchKDTrainingArguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from cachekd.models.parts import parameters_by_part
 from cachekd.train.sums import BatchTerms
 from cachekd.train.terms import LossTerms
 
+if TYPE_CHECKING:
+    from cachekd.train.trainer import SwitchKDTrainer
+
 log = logging.getLogger(__name__)
 
 LITTLE = 0.01  # of the largest weighted gradient: a term below it does next to nothing
@@ -23,23 +27,6 @@ ENTRIES = 5  # of the log, in which it has to stay there to be told of before th
 def gradient_name(term: str, part: str) -> str:
     """Name it as the log has it, such as gradient_align_vision_encoder."""
     return f"gradient_{term}_{part}"
-
-
-def require_whole_gradients(*, sharded: bool, compiled: bool) -> None:
-    """Refuse what has no gradient of a single term.
-
-    Raises:
-        CachekdError: weights are sharded, so that no process has a whole gradient; or the student is
-            compiled.
-    """
-    if sharded or compiled:
-        raise CachekdError(
-            "the gradient of a single term is not known here",
-            where="setting 'log_term_gradients'",
-            expected="a student that is whole in every process, and not compiled",
-            found="FSDP or DeepSpeed" if sharded else "torch_compile",
-            fix="leave log_term_gradients out",
-        )
 
 
 class TermGradients:
@@ -59,6 +46,25 @@ class TermGradients:
         self._weights: dict[str, float] = {}
         self._shares: dict[str, list[float]] = {name: [] for name in terms.names}  # a number for each entry
         self._told: set[str] = set()
+
+    @classmethod
+    def of(cls, trainer: SwitchKDTrainer) -> TermGradients | None:
+        """Measure in the first process; None in the others.
+
+        Raises:
+            CachekdError: weights are sharded, so that no process has a whole gradient; or the student is
+                compiled.
+        """
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if sharded or trainer.args.torch_compile:
+            raise CachekdError(
+                "the gradient of a single term is not known here",
+                where="setting 'log_term_gradients'",
+                expected="a student that is whole in every process, and not compiled",
+                found="FSDP or DeepSpeed" if sharded else "torch_compile",
+                fix="leave log_term_gradients out",
+            )
+        return cls(trainer.terms) if trainer.is_world_process_zero() else None
 
     def measure(self, found: BatchTerms, weights: Mapping[str, float]) -> None:
         """Look at those terms of a batch that were not measured since the last entry.

@@ -31,7 +31,7 @@ from cachekd.train.order import ReadsOn, order_of, token_loader
 from cachekd.train.reach import ProveGradients
 from cachekd.train.rounding import rounds_at_random
 from cachekd.train.sums import BatchTerms, TermSums
-from cachekd.train.term_gradients import TermGradients, require_whole_gradients
+from cachekd.train.term_gradients import TermGradients
 from cachekd.train.terms import LossTerms
 
 
@@ -99,11 +99,7 @@ class SwitchKDTrainer(Trainer):
         first = self._on_device(batch_of([self.feed.first], pad_token_id))
         terms.prepare(first.student, self.accelerator.autocast)
         self._sums = TermSums(self.args.device)
-        self.gradients: TermGradients | None = None
-        if log_term_gradients:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            require_whole_gradients(sharded=sharded, compiled=args.torch_compile)
-            self.gradients = TermGradients(terms) if self.is_world_process_zero() else None
+        self.gradients = TermGradients.of(self) if log_term_gradients else None
         self._step: list[Computed] = []  # the batches since the optimizer's last step
         self.data_wait = DataWait()
         self.cost = CostMeter(processes=args.world_size, uncounted=self._uncounted())

@@ -152,3 +152,29 @@ def test_the_default_is_what_it_was(settings, tmp_path):
     logits = trainer.terms.head.logits(states)[:, : targets.vocab_size]
     how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "direction": "both"}
     assert loss_function("dbild")(logits, targets, reduction="sum", **how).item() == runs[0][1]
+
+
+def test_a_cache_without_a_sketch_is_told_of_where_a_loss_asks_for_all(pair, tmp_path, caplog):
+    shared, folder = pair
+    plain = shared | {"epochs": 1, "cache": str(cached(shared, folder, tail="none"))}
+    trainer_of(plain, tmp_path, align="topk_kl", vsd="dbild")
+    assert "spread evenly" not in caplog.text
+    trainer = trainer_of(plain, tmp_path, align="topk_kl", vsd="mse")
+    assert "L_VSD: the loss asks for the teacher's whole distribution" in caplog.text
+    terms = trainer.terms_of(trainer.model, batch_in(trainer)).terms
+    assert all(term.isfinite() for term in terms.values())
+
+
+def test_the_likeliest_ids_are_the_kept_ones_where_there_are_enough(settings, tmp_path):
+    """Else those of the rebuilt distribution."""
+    targets = batch_in(trainer_of(settings, tmp_path)).targets
+    fewest, most = int(targets.k.min()), int(targets.k.max())
+    assert fewest < most
+    ids, logprobs = targets.topk(fewest)
+    assert torch.equal(ids, targets.ids[:, :fewest])
+    assert torch.equal(logprobs, targets.logprobs[:, :fewest])
+    ids, logprobs = targets.topk(most)
+    torch.testing.assert_close(logprobs, targets.everywhere().topk(most, dim=-1).values, atol=0.02, rtol=0)
+    torch.testing.assert_close(targets.gather(ids), logprobs, atol=0.02, rtol=0)
+    whole = targets.k == most
+    assert torch.equal(ids[whole], targets.ids[whole])
