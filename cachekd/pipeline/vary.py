@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from cachekd.config import refusal
 from cachekd.config.base import Mistake
-from cachekd.errors import about
+from cachekd.errors import CachekdError, about
 from cachekd.pipeline.axes import DEFAULTS, Axis, Value, axes_of, put
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import PlannedStep, plan_steps, settings_said
 
+_Settings = dict[str, dict[str, Any]]  # by step
 _SEED = "{seed}"
+_MOST_POINTS = 10_000
+_LONGEST = 200  # bytes; a folder's name has 255 at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Group:
         out: that folder.
         variant: of each axis that reaches it, the value's name.
         seed: of its runs; None where no step depends on one.
-        steps: in order.
+        steps: by name, in order.
         needs: labels of the groups whose output its steps take.
     """
 
@@ -42,7 +47,7 @@ class Group:
     out: Path
     variant: dict[str, str]
     seed: int | None
-    steps: list[PlannedStep] = field(default_factory=list)
+    steps: dict[str, PlannedStep] = field(default_factory=dict)
     needs: set[str] = field(default_factory=set)
 
     @property
@@ -107,12 +112,30 @@ def expand(pipeline: PipelineConfig) -> Sweep:
             named; or an axis changes nothing.
     """
     axes = axes_of(pipeline.vary)
+    _require_a_few(pipeline, axes)
     variants = [_Variant(pipeline, values) for values in itertools.product(*(axis.values for axis in axes))]
     _require_change(pipeline, axes, variants)
     groups: dict[str, Group] = {}
     seeds: Sequence[int | None] = pipeline.seeds or [None]
     points = [_point(variant, axes, seed, groups) for seed in seeds for variant in variants]
-    return Sweep(pipeline, axes, groups, points)
+    return Sweep(pipeline, axes, _in_order(pipeline, groups), points)
+
+
+def _in_order(pipeline: PipelineConfig, groups: dict[str, Group]) -> dict[str, Group]:
+    """The groups as the points have them, each after those that it needs; their steps as in the file."""
+    ordered: dict[str, Group] = {}
+
+    def add(label: str) -> None:
+        if label not in ordered:
+            for need in sorted(groups[label].needs, key=list(groups).index):
+                add(need)
+            ordered[label] = groups[label]
+
+    for label, group in groups.items():
+        add(label)
+        names = [step.name for step in pipeline.steps if step.name in group.steps]
+        ordered[label] = replace(group, steps={name: group.steps[name] for name in names})
+    return ordered
 
 
 class _Variant:
@@ -127,14 +150,12 @@ class _Variant:
 
     def __init__(self, pipeline: PipelineConfig, values: tuple[Value, ...]) -> None:
         self.values = values
-        self.said = pipeline
-        if values:
-            said = pipeline.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
-            self.said = PipelineConfig(**_with(said, values))
+        file = pipeline.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
+        self.said = PipelineConfig(**_with(deepcopy(file), values)) if values else pipeline
         with about(self.label, what="variant") if values else nullcontext():
             self.plan = {step.name: step for step in plan_steps(self.said)}
         settings = settings_said(self.said)
-        own = {value.name: self._reached_by(value, settings) for value in values}
+        own = {value.name: self._reached_by(value, settings, file) for value in values}
         self.reaching: dict[str, list[Value]] = {}
         self.seeded: set[str] = set()
         for name, step in self.plan.items():
@@ -156,14 +177,19 @@ class _Variant:
         """What is done, wherever it is written."""
         return json.dumps([step.config.deciding() for step in self.plan.values()], sort_keys=True)
 
-    def _reached_by(self, value: Value, settings: dict[str, dict[str, Any]]) -> set[str]:
-        """The steps of which it sets something that they use. Of `defaults` that is what they would not have
-        without it."""
-        without = self.said.model_dump(exclude_unset=True)
-        for path in value.settings:
-            if path[0] == DEFAULTS:
-                _remove(without, path)
-        others = settings_said(PipelineConfig(**without))
+    def _reached_by(
+        self, value: Value, settings: dict[str, dict[str, Any]], file: dict[str, Any]
+    ) -> set[str]:
+        """The steps of which it sets something that they use. Of `defaults` that is what makes them another
+        step than they are without it, or than the file says."""
+        others = []
+        defaults: dict[str, Any]
+        for defaults in (file.get(DEFAULTS, {}), {}):
+            said = self.said.model_dump(exclude_unset=True)
+            for path in value.settings:
+                if path[0] == DEFAULTS:
+                    _set_as_in(said, {DEFAULTS: defaults}, path)
+            others.append(settings_said(PipelineConfig(**said)))
         reached = set()
         for name, step in self.plan.items():
             # A cache or a teacher that no term needs is left out of the plan.
@@ -173,8 +199,8 @@ class _Variant:
                 if said is not None and getattr(step.config, setting) is None
             }
             own = value.of_each().get(name, {}).keys() - unused
-            used, other = (_but(unused, one[name]) for one in (settings, others))
-            if own or used != other:
+            used = _but(unused, settings[name])
+            if own or any(used != _but(unused, other[name]) for other in others):
                 reached.add(name)
         return reached
 
@@ -190,14 +216,12 @@ def _point(variant: _Variant, axes: list[Axis], seed: int | None, groups: dict[s
     with about(variant.label, what="variant") if variant.values else nullcontext():
         plan = plan_steps(said, {name: said.out / label for name, label in labels.items()})
     plan = [replace(step, group=labels[step.name]) for step in plan]
-    fresh = {label for label in labels.values() if label not in groups}
-    # The fewer values reach it, the further above it is.
-    for step in sorted(plan, key=lambda step: (len(reaching[step.name]), seeds[step.name] is not None)):
+    for step in plan:
         name, label = step.name, labels[step.name]
-        if label in fresh:
-            group = groups.setdefault(label, Group(label, said.out / label, reaching[name], seeds[name]))
-            group.steps.append(step)
-            group.needs.update(labels[above] for above in step.upstream if labels[above] != label)
+        group = groups.setdefault(label, Group(label, said.out / label, reaching[name], seeds[name]))
+        if group.steps.setdefault(name, step).config.model_dump() != step.config.model_dump():
+            raise AssertionError(f"{step.what} {name!r} has other settings at {variant.label}")
+        group.needs.update(labels[above] for above in step.upstream if labels[above] != label)
     all_values = {value.axis: value.name for value in variant.values}
     return Point(all_values, seed, {step.name: step for step in plan}, labels)
 
@@ -238,14 +262,39 @@ def _replaced(value: Any, seed: int) -> Any:
     return value
 
 
-def _remove(values: dict[str, Any], path: tuple[str, ...]) -> None:
+def _set_as_in(said: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Set a value to what another file says there, or to nothing."""
     for name in path[:-1]:
-        values = values[name]
-    values.pop(path[-1], None)
+        said, other = said[name], other.get(name) or {}
+    if path[-1] in other:
+        said[path[-1]] = other[path[-1]]
+    else:
+        said.pop(path[-1], None)
 
 
 def _but(names: set[str], settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in names}
+
+
+def _require_a_few(pipeline: PipelineConfig, axes: list[Axis]) -> None:
+    """Refuse more points than anybody means, and folders whose names no disk takes."""
+    points = math.prod(len(axis.values) for axis in axes) * len(pipeline.seeds or [None])
+    if points > _MOST_POINTS:
+        raise CachekdError(
+            "the file asks for more runs than one pipeline has",
+            where=pipeline.place("vary"),
+            expected=f"at most {_MOST_POINTS:,}",
+            found=f"{points:,}: every value of every axis with every other, and every seed",
+        )
+    longest = sum(1 + max(len(value.name) for value in axis.values) for axis in axes)
+    if longest > _LONGEST:
+        raise CachekdError(
+            "the values' names are too long for the name of a folder",
+            where=pipeline.place("vary"),
+            expected=f"at most {_LONGEST} characters, one of each axis together",
+            found=f"{longest}",
+            fix="name them yourself: AXIS: {NAME: {STEP: {SETTING: VALUE}}}",
+        )
 
 
 def _require_change(pipeline: PipelineConfig, axes: list[Axis], variants: list[_Variant]) -> None:
