@@ -8,24 +8,20 @@ values alone, and a value or a seed that comes later leaves what is finished whe
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cachekd.config import refusal
 from cachekd.config.base import Mistake
 from cachekd.errors import CachekdError, about
-from cachekd.pipeline.axes import DEFAULTS, Axis, Value, axes_of, put
+from cachekd.pipeline.axes import Axis, axes_of
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.plan import PlannedStep, plan_steps, settings_said
+from cachekd.pipeline.plan import PlannedStep, plan_steps
+from cachekd.pipeline.variant import Variant, label_of
 
-_Settings = dict[str, dict[str, Any]]  # by step
-_SEED = "{seed}"
 _MOST_POINTS = 10_000
 _LONGEST = 200  # bytes; a folder's name has 255 at most
 
@@ -80,7 +76,7 @@ class Point:
     @property
     def name(self) -> str:
         """Its values and its seed, such as "ce,limit=250/seed-3"."""
-        return _label(self.variant.values(), self.seed)
+        return label_of(self.variant.values(), self.seed)
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def expand(pipeline: PipelineConfig) -> Sweep:
     """
     axes = axes_of(pipeline.vary)
     _require_a_few(pipeline, axes)
-    variants = [_Variant(pipeline, values) for values in itertools.product(*(axis.values for axis in axes))]
+    variants = [Variant(pipeline, values) for values in itertools.product(*(axis.values for axis in axes))]
     _require_change(pipeline, axes, variants)
     groups: dict[str, Group] = {}
     seeds: Sequence[int | None] = pipeline.seeds or [None]
@@ -138,81 +134,14 @@ def _in_order(pipeline: PipelineConfig, groups: dict[str, Group]) -> dict[str, G
     return ordered
 
 
-class _Variant:
-    """The file with one value of every axis.
-
-    Attributes:
-        said: what the file would say.
-        plan: its steps, as if it stood alone.
-        reaching: by step, the values that reach it, by themselves or through what it takes.
-        seeded: the steps that depend on the seed.
-    """
-
-    def __init__(self, pipeline: PipelineConfig, values: tuple[Value, ...]) -> None:
-        self.values = values
-        file = pipeline.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
-        self.said = PipelineConfig(**_with(deepcopy(file), values)) if values else pipeline
-        with about(self.label, what="variant") if values else nullcontext():
-            self.plan = {step.name: step for step in plan_steps(self.said)}
-        settings = settings_said(self.said)
-        own = {value.name: self._reached_by(value, settings, file) for value in values}
-        self.reaching: dict[str, list[Value]] = {}
-        self.seeded: set[str] = set()
-        for name, step in self.plan.items():
-            through = {value.name for above in step.upstream for value in self.reaching[above]}
-            self.reaching[name] = [one for one in values if one.name in through or name in own[one.name]]
-            if (
-                step.kind == "train"
-                or _SEED in str(settings[name])
-                or self.seeded.intersection(step.upstream)
-            ):
-                self.seeded.add(name)
-
-    @property
-    def label(self) -> str:
-        return _label((value.name for value in self.values), None)
-
-    @property
-    def signature(self) -> str:
-        """What is done, wherever it is written."""
-        return json.dumps([step.config.deciding() for step in self.plan.values()], sort_keys=True)
-
-    def _reached_by(
-        self, value: Value, settings: dict[str, dict[str, Any]], file: dict[str, Any]
-    ) -> set[str]:
-        """The steps of which it sets something that they use. Of `defaults` that is what makes them another
-        step than they are without it, or than the file says."""
-        others = []
-        defaults: dict[str, Any]
-        for defaults in (file.get(DEFAULTS, {}), {}):
-            said = self.said.model_dump(exclude_unset=True)
-            for path in value.settings:
-                if path[0] == DEFAULTS:
-                    _set_as_in(said, {DEFAULTS: defaults}, path)
-            others.append(settings_said(PipelineConfig(**said)))
-        reached = set()
-        for name, step in self.plan.items():
-            # A cache or a teacher that no term needs is left out of the plan.
-            unused = {
-                setting
-                for setting, said in settings[name].items()
-                if said is not None and getattr(step.config, setting) is None
-            }
-            own = value.of_each().get(name, {}).keys() - unused
-            used = _but(unused, settings[name])
-            if own or any(used != _but(unused, other[name]) for other in others):
-                reached.add(name)
-        return reached
-
-
-def _point(variant: _Variant, axes: list[Axis], seed: int | None, groups: dict[str, Group]) -> Point:
+def _point(variant: Variant, axes: list[Axis], seed: int | None, groups: dict[str, Group]) -> Point:
     """A point's steps, each in its group's folder; groups that are not there yet are made."""
-    said = variant.said if seed is None else PipelineConfig(**_with_seed(variant, seed))
+    said = variant.with_seed(seed)
     seeds = {name: seed if name in variant.seeded else None for name in variant.plan}
     reaching = {
         name: {value.axis: value.name for value in values} for name, values in variant.reaching.items()
     }
-    labels = {name: _label(reaching[name].values(), seeds[name]) for name in variant.plan}
+    labels = {name: label_of(reaching[name].values(), seeds[name]) for name in variant.plan}
     with about(variant.label, what="variant") if variant.values else nullcontext():
         plan = plan_steps(said, {name: said.out / label for name, label in labels.items()})
     plan = [replace(step, group=labels[step.name]) for step in plan]
@@ -224,56 +153,6 @@ def _point(variant: _Variant, axes: list[Axis], seed: int | None, groups: dict[s
         group.needs.update(labels[above] for above in step.upstream if labels[above] != label)
     all_values = {value.axis: value.name for value in variant.values}
     return Point(all_values, seed, {step.name: step for step in plan}, labels)
-
-
-def _label(values: Iterable[str], seed: int | None) -> str:
-    parts = [",".join(values), "" if seed is None else f"seed-{seed}"]
-    return "/".join(part for part in parts if part)
-
-
-def _with(said: dict[str, Any], values: Iterable[Value]) -> dict[str, Any]:
-    """What a file says, with what the values set of it."""
-    steps = {step["name"]: step for step in said["steps"]}
-    for value in values:
-        for path, setting in value.settings.items():
-            if path[0] == DEFAULTS:
-                put(said, path, setting)
-            else:
-                put(steps[path[0]], path[1:], setting)
-    return said
-
-
-def _with_seed(variant: _Variant, seed: int) -> dict[str, Any]:
-    said = variant.said.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
-    for step in said["steps"]:
-        if step["step"] == "train":
-            step["seed"] = seed
-    return said | {part: _replaced(said[part], seed) for part in ("defaults", "steps") if part in said}
-
-
-def _replaced(value: Any, seed: int) -> Any:
-    """A value with every `{seed}` in its texts replaced."""
-    if isinstance(value, dict):
-        return {name: _replaced(one, seed) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replaced(one, seed) for one in value]
-    if isinstance(value, str | Path):
-        return type(value)(str(value).replace(_SEED, str(seed)))
-    return value
-
-
-def _set_as_in(said: dict[str, Any], other: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Set a value to what another file says there, or to nothing."""
-    for name in path[:-1]:
-        said, other = said[name], other.get(name) or {}
-    if path[-1] in other:
-        said[path[-1]] = other[path[-1]]
-    else:
-        said.pop(path[-1], None)
-
-
-def _but(names: set[str], settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in names}
 
 
 def _require_a_few(pipeline: PipelineConfig, axes: list[Axis]) -> None:
@@ -297,7 +176,7 @@ def _require_a_few(pipeline: PipelineConfig, axes: list[Axis]) -> None:
         )
 
 
-def _require_change(pipeline: PipelineConfig, axes: list[Axis], variants: list[_Variant]) -> None:
+def _require_change(pipeline: PipelineConfig, axes: list[Axis], variants: list[Variant]) -> None:
     """Refuse values that reach no step, and two of an axis that are the same everywhere.
 
     Raises:
