@@ -58,16 +58,16 @@ def run_group(
     with alone(group.out, DOING, patience=_PATIENCE):
         state = PipelineState.read(group.out)
         state.known = known
-        for index, step in enumerate(group.steps):
+        for index, step in enumerate(group.steps.values()):
             others = above()
-            found = states_of(group.steps, state, others)
+            found = states_of(group.steps.values(), state, others)
             require_whole(found)
             _require_upstream(step, [*others, *found])
             if found[index].state != "done":
                 _do(step, found[index], state, runners[step.kind], watch)
             elif state.steps[step.name].state != "done":  # by a process that died before it could say so
                 _note(state, step, {"state": "done", "error": None, "files": files_of(step)})
-        return states_of(group.steps, state, above())
+        return states_of(group.steps.values(), state, above())
 
 
 def _do(

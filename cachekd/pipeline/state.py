@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,7 +115,7 @@ class StepState:
 
 
 def states_of(
-    steps: list[PlannedStep], state: PipelineState, above: Iterable[StepState] = ()
+    steps: Collection[PlannedStep], state: PipelineState, above: Iterable[StepState] = ()
 ) -> list[StepState]:
     """Compare every step with how it was last begun.
 

@@ -77,7 +77,7 @@ class Board:
         state = PipelineState.read(group.out)
         self.known.update({name: one for name, one in state.known.items() if name not in self.known})
         state.known = self.known
-        return states_of(group.steps, state, self.above(group))
+        return states_of(group.steps.values(), state, self.above(group))
 
     def above(self, group: Group) -> list[StepState]:
         """Those of the steps of other groups that it may take the output of."""
@@ -126,7 +126,7 @@ def run_sweep(
     failed: dict[str, str] = {}
     for number, label in enumerate(todo, 1):
         group = sweep.groups[label]
-        if lacking := not_begun(sweep, group, failed):
+        if lacking := not_begun(board, group):
             failed[label] = lacking
             tell(f"{group.title}: {lacking}")
             continue
@@ -208,10 +208,13 @@ def _run_when_free(
             time.sleep(_LOOK_AGAIN)
 
 
-def not_begun(sweep: Sweep, group: Group, failed: Mapping[str, str]) -> str | None:
-    """Why a group cannot be begun, if what it needs failed."""
-    lacking = sorted(group.needs & failed.keys())
-    return f"not begun: it needs {sweep.groups[lacking[0]].title}, which failed" if lacking else None
+def not_begun(board: Board, group: Group) -> str | None:
+    """Why a group cannot be begun, if what its steps take was not made when its turn came."""
+    taken = {name for step in group.steps.values() for name in step.upstream}
+    for above in board.above(group):
+        if above.name in taken and above.state != "done":
+            return f"not begun: it needs {above.step.what} {above.name!r}, which is not done"
+    return None
 
 
 def failure(sweep: Sweep, failed: Mapping[str, str], runs: int) -> SomeFailed:

@@ -8,21 +8,22 @@ values alone, and a value or a seed that comes later leaves what is finished whe
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from cachekd.config import refusal
 from cachekd.config.base import Mistake
-from cachekd.errors import about
-from cachekd.pipeline.axes import DEFAULTS, Axis, Value, axes_of, put
+from cachekd.errors import CachekdError, about
+from cachekd.pipeline.axes import Axis, axes_of
 from cachekd.pipeline.config import PipelineConfig
-from cachekd.pipeline.plan import PlannedStep, plan_steps, settings_said
+from cachekd.pipeline.plan import PlannedStep, plan_steps
+from cachekd.pipeline.variant import Variant, label_of
 
-_SEED = "{seed}"
+_MOST_POINTS = 10_000
+_LONGEST = 200  # bytes; a folder's name has 255 at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Group:
         out: that folder.
         variant: of each axis that reaches it, the value's name.
         seed: of its runs; None where no step depends on one.
-        steps: in order.
+        steps: by name, in order.
         needs: labels of the groups whose output its steps take.
     """
 
@@ -42,7 +43,7 @@ class Group:
     out: Path
     variant: dict[str, str]
     seed: int | None
-    steps: list[PlannedStep] = field(default_factory=list)
+    steps: dict[str, PlannedStep] = field(default_factory=dict)
     needs: set[str] = field(default_factory=set)
 
     @property
@@ -75,7 +76,7 @@ class Point:
     @property
     def name(self) -> str:
         """Its values and its seed, such as "ce,limit=250/seed-3"."""
-        return _label(self.variant.values(), self.seed)
+        return label_of(self.variant.values(), self.seed)
 
 
 @dataclass(frozen=True)
@@ -107,148 +108,75 @@ def expand(pipeline: PipelineConfig) -> Sweep:
             named; or an axis changes nothing.
     """
     axes = axes_of(pipeline.vary)
-    variants = [_Variant(pipeline, values) for values in itertools.product(*(axis.values for axis in axes))]
+    _require_a_few(pipeline, axes)
+    variants = [Variant(pipeline, values) for values in itertools.product(*(axis.values for axis in axes))]
     _require_change(pipeline, axes, variants)
     groups: dict[str, Group] = {}
     seeds: Sequence[int | None] = pipeline.seeds or [None]
     points = [_point(variant, axes, seed, groups) for seed in seeds for variant in variants]
-    return Sweep(pipeline, axes, groups, points)
+    return Sweep(pipeline, axes, _in_order(pipeline, groups), points)
 
 
-class _Variant:
-    """The file with one value of every axis.
+def _in_order(pipeline: PipelineConfig, groups: dict[str, Group]) -> dict[str, Group]:
+    """The groups as the points have them, each after those that it needs; their steps as in the file."""
+    ordered: dict[str, Group] = {}
 
-    Attributes:
-        said: what the file would say.
-        plan: its steps, as if it stood alone.
-        reaching: by step, the values that reach it, by themselves or through what it takes.
-        seeded: the steps that depend on the seed.
-    """
+    def add(label: str) -> None:
+        if label not in ordered:
+            for need in sorted(groups[label].needs, key=list(groups).index):
+                add(need)
+            ordered[label] = groups[label]
 
-    def __init__(self, pipeline: PipelineConfig, values: tuple[Value, ...]) -> None:
-        self.values = values
-        self.said = pipeline
-        if values:
-            said = pipeline.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
-            self.said = PipelineConfig(**_with(said, values))
-        with about(self.label, what="variant") if values else nullcontext():
-            self.plan = {step.name: step for step in plan_steps(self.said)}
-        settings = settings_said(self.said)
-        own = {value.name: self._reached_by(value, settings) for value in values}
-        self.reaching: dict[str, list[Value]] = {}
-        self.seeded: set[str] = set()
-        for name, step in self.plan.items():
-            through = {value.name for above in step.upstream for value in self.reaching[above]}
-            self.reaching[name] = [one for one in values if one.name in through or name in own[one.name]]
-            if (
-                step.kind == "train"
-                or _SEED in str(settings[name])
-                or self.seeded.intersection(step.upstream)
-            ):
-                self.seeded.add(name)
-
-    @property
-    def label(self) -> str:
-        return _label((value.name for value in self.values), None)
-
-    @property
-    def signature(self) -> str:
-        """What is done, wherever it is written."""
-        return json.dumps([step.config.deciding() for step in self.plan.values()], sort_keys=True)
-
-    def _reached_by(self, value: Value, settings: dict[str, dict[str, Any]]) -> set[str]:
-        """The steps of which it sets something that they use. Of `defaults` that is what they would not have
-        without it."""
-        without = self.said.model_dump(exclude_unset=True)
-        for path in value.settings:
-            if path[0] == DEFAULTS:
-                _remove(without, path)
-        others = settings_said(PipelineConfig(**without))
-        reached = set()
-        for name, step in self.plan.items():
-            # A cache or a teacher that no term needs is left out of the plan.
-            unused = {
-                setting
-                for setting, said in settings[name].items()
-                if said is not None and getattr(step.config, setting) is None
-            }
-            own = value.of_each().get(name, {}).keys() - unused
-            used, other = (_but(unused, one[name]) for one in (settings, others))
-            if own or used != other:
-                reached.add(name)
-        return reached
+    for label, group in groups.items():
+        add(label)
+        names = [step.name for step in pipeline.steps if step.name in group.steps]
+        ordered[label] = replace(group, steps={name: group.steps[name] for name in names})
+    return ordered
 
 
-def _point(variant: _Variant, axes: list[Axis], seed: int | None, groups: dict[str, Group]) -> Point:
+def _point(variant: Variant, axes: list[Axis], seed: int | None, groups: dict[str, Group]) -> Point:
     """A point's steps, each in its group's folder; groups that are not there yet are made."""
-    said = variant.said if seed is None else PipelineConfig(**_with_seed(variant, seed))
+    said = variant.with_seed(seed)
     seeds = {name: seed if name in variant.seeded else None for name in variant.plan}
     reaching = {
         name: {value.axis: value.name for value in values} for name, values in variant.reaching.items()
     }
-    labels = {name: _label(reaching[name].values(), seeds[name]) for name in variant.plan}
+    labels = {name: label_of(reaching[name].values(), seeds[name]) for name in variant.plan}
     with about(variant.label, what="variant") if variant.values else nullcontext():
         plan = plan_steps(said, {name: said.out / label for name, label in labels.items()})
     plan = [replace(step, group=labels[step.name]) for step in plan]
-    fresh = {label for label in labels.values() if label not in groups}
-    # The fewer values reach it, the further above it is.
-    for step in sorted(plan, key=lambda step: (len(reaching[step.name]), seeds[step.name] is not None)):
+    for step in plan:
         name, label = step.name, labels[step.name]
-        if label in fresh:
-            group = groups.setdefault(label, Group(label, said.out / label, reaching[name], seeds[name]))
-            group.steps.append(step)
-            group.needs.update(labels[above] for above in step.upstream if labels[above] != label)
+        group = groups.setdefault(label, Group(label, said.out / label, reaching[name], seeds[name]))
+        if group.steps.setdefault(name, step).config.model_dump() != step.config.model_dump():
+            raise AssertionError(f"{step.what} {name!r} has other settings at {variant.label}")
+        group.needs.update(labels[above] for above in step.upstream if labels[above] != label)
     all_values = {value.axis: value.name for value in variant.values}
     return Point(all_values, seed, {step.name: step for step in plan}, labels)
 
 
-def _label(values: Iterable[str], seed: int | None) -> str:
-    parts = [",".join(values), "" if seed is None else f"seed-{seed}"]
-    return "/".join(part for part in parts if part)
+def _require_a_few(pipeline: PipelineConfig, axes: list[Axis]) -> None:
+    """Refuse more points than anybody means, and folders whose names no disk takes."""
+    points = math.prod(len(axis.values) for axis in axes) * len(pipeline.seeds or [None])
+    if points > _MOST_POINTS:
+        raise CachekdError(
+            "the file asks for more runs than one pipeline has",
+            where=pipeline.place("vary"),
+            expected=f"at most {_MOST_POINTS:,}",
+            found=f"{points:,}: every value of every axis with every other, and every seed",
+        )
+    longest = sum(1 + max(len(value.name) for value in axis.values) for axis in axes)
+    if longest > _LONGEST:
+        raise CachekdError(
+            "the values' names are too long for the name of a folder",
+            where=pipeline.place("vary"),
+            expected=f"at most {_LONGEST} characters, one of each axis together",
+            found=f"{longest}",
+            fix="name them yourself: AXIS: {NAME: {STEP: {SETTING: VALUE}}}",
+        )
 
 
-def _with(said: dict[str, Any], values: Iterable[Value]) -> dict[str, Any]:
-    """What a file says, with what the values set of it."""
-    steps = {step["name"]: step for step in said["steps"]}
-    for value in values:
-        for path, setting in value.settings.items():
-            if path[0] == DEFAULTS:
-                put(said, path, setting)
-            else:
-                put(steps[path[0]], path[1:], setting)
-    return said
-
-
-def _with_seed(variant: _Variant, seed: int) -> dict[str, Any]:
-    said = variant.said.model_dump(exclude_unset=True, exclude={"vary", "seeds", "baseline"})
-    for step in said["steps"]:
-        if step["step"] == "train":
-            step["seed"] = seed
-    return said | {part: _replaced(said[part], seed) for part in ("defaults", "steps") if part in said}
-
-
-def _replaced(value: Any, seed: int) -> Any:
-    """A value with every `{seed}` in its texts replaced."""
-    if isinstance(value, dict):
-        return {name: _replaced(one, seed) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_replaced(one, seed) for one in value]
-    if isinstance(value, str | Path):
-        return type(value)(str(value).replace(_SEED, str(seed)))
-    return value
-
-
-def _remove(values: dict[str, Any], path: tuple[str, ...]) -> None:
-    for name in path[:-1]:
-        values = values[name]
-    values.pop(path[-1], None)
-
-
-def _but(names: set[str], settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in names}
-
-
-def _require_change(pipeline: PipelineConfig, axes: list[Axis], variants: list[_Variant]) -> None:
+def _require_change(pipeline: PipelineConfig, axes: list[Axis], variants: list[Variant]) -> None:
     """Refuse values that reach no step, and two of an axis that are the same everywhere.
 
     Raises:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cachekd.errors import CachekdError
 from cachekd_cli.signals import Terminated
 
 if TYPE_CHECKING:
     from cachekd.pipeline import Group, StepState, Sweep
+    from cachekd.pipeline.sweep import Board
 
 OUTPUT_FILE = "run.log"  # in a group's folder
 _LOOK_AGAIN = 0.2  # seconds
@@ -37,60 +39,97 @@ def run_jobs(
     GPUs are shared out by turns, and cores in equal parts, unless OMP_NUM_THREADS is set.
 
     Raises:
-        CachekdError: bad input, found before any step begins; or groups failed, of which all are named.
+        SomeFailed: groups failed, of which all are named.
+        CachekdError: bad input, found before any step begins.
         KeyboardInterrupt: it was stopped, and so were the processes.
     """
-    from cachekd.pipeline.forecast import left
-    from cachekd.pipeline.sweep import Board, failure, is_over, not_begun, ready
+    from cachekd.pipeline.sweep import Board, failure, is_over, ready
 
     board = Board(sweep)
     states = ready(board, labels)
     waiting = [label for label, found in states.items() if not is_over(sweep.groups[label], found)]
-    runs, begun = len(waiting), 0
-    running: list[_Job] = []
-    failed: dict[str, str] = {}
-    gpus = visible_gpus()
-
-    def begin(label: str) -> None:
-        nonlocal begun
-        begun += 1
-        slot = min(set(range(jobs)) - {job.slot for job in running})
-        group = sweep.groups[label]
-        still = left(sweep, states, [*waiting, label, *(job.label for job in running)])
-        output = group.out / OUTPUT_FILE
-        running.append(_Job(label, _started(group, file, output, slot, jobs, gpus), slot, time.monotonic()))
-        tell(f"run {begun:,} of {runs:,}: {group.title}, {still.text(jobs)}; its output: {output}")
-
-    def end(job: _Job) -> None:
-        running.remove(job)
-        group = sweep.groups[job.label]
-        states[job.label] = board.of(group)
-        if job.process.returncode == 0:
-            tell(f"{group.title} is done, after {time.monotonic() - job.began:,.0f} s")
-            return
-        failed[job.label] = _why(job, states[job.label])
-        tell(f"{group.title} failed: {failed[job.label]}; its output: {group.out / OUTPUT_FILE}")
-
+    runs = len(waiting)
+    crew = _Crew(board, states, waiting, file, jobs, tell)
     try:
-        while waiting or running:
-            for label in list(waiting):
-                group = sweep.groups[label]
-                if lacking := not_begun(sweep, group, failed):
-                    failed[label] = lacking
-                    waiting.remove(label)
-                    tell(f"{group.title}: {lacking}")
-                elif len(running) < jobs and group.needs.isdisjoint([*waiting, *(j.label for j in running)]):
-                    waiting.remove(label)
-                    begin(label)
-            for job in [job for job in running if job.process.poll() is not None]:
-                end(job)
+        while crew.waiting or crew.running:
+            crew.look()
             time.sleep(_LOOK_AGAIN)
     except BaseException as stop:
         by_hand = isinstance(stop, KeyboardInterrupt) and not isinstance(stop, Terminated)
-        _stop(running, signal.SIGINT if by_hand else signal.SIGTERM)
+        _stop(crew.running, signal.SIGINT if by_hand else signal.SIGTERM)
         raise
-    if failed:
-        raise failure(sweep, failed, runs)
+    if crew.failed:
+        raise failure(sweep, crew.failed, runs)
+
+
+class _Crew:
+    """The processes, and what they are still to do.
+
+    Attributes:
+        waiting: labels of the groups that are not begun.
+        running: processes.
+        failed: by label, why.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        states: dict[str, list[StepState]],
+        waiting: list[str],
+        file: Path,
+        jobs: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.board, self.states, self.waiting = board, states, waiting
+        self.file, self.jobs, self.tell = file, jobs, tell
+        self.running: list[_Job] = []
+        self.failed: dict[str, str] = {}
+        self.runs, self.gpus = len(waiting), visible_gpus()
+
+    def look(self) -> None:
+        """See which processes have ended, and begin others in their place."""
+        for job in [job for job in self.running if job.process.poll() is not None]:
+            self._end(job)
+        for label in list(self.waiting):
+            unfinished = {*self.waiting, *(job.label for job in self.running)}
+            group = self.board.sweep.groups[label]
+            if len(self.running) < self.jobs and group.needs.isdisjoint(unfinished):
+                self._begin(group)
+
+    def _begin(self, group: Group) -> None:
+        from cachekd.pipeline.forecast import left
+        from cachekd.pipeline.sweep import not_begun
+
+        still = left(self.board.sweep, self.states, [*self.waiting, *(job.label for job in self.running)])
+        number = self.runs - len(self.waiting) + 1
+        self.waiting.remove(group.label)
+        if lacking := not_begun(self.board, group):
+            self._fail(group, lacking)
+            return
+        slot = min(set(range(self.jobs)) - {job.slot for job in self.running})
+        output = group.out / OUTPUT_FILE
+        process = _started(group, self.file, output, share_of(slot, self.jobs, self.gpus))
+        self.running.append(_Job(group.label, process, slot, time.monotonic()))
+        self.tell(
+            f"run {number:,} of {self.runs:,}: {group.title}, {still.text(self.jobs)}; its output: {output}"
+        )
+
+    def _end(self, job: _Job) -> None:
+        self.running.remove(job)
+        group = self.board.sweep.groups[job.label]
+        try:
+            self.states[job.label] = self.board.of(group)
+        except CachekdError as error:  # what it reads has gone meanwhile
+            self._fail(group, f"{error.where}: {error.problem}")
+            return
+        if job.process.returncode == 0:
+            self.tell(f"{group.title} is done, after {time.monotonic() - job.began:,.0f} s")
+        else:
+            self._fail(group, _why(job, self.states[job.label]))
+
+    def _fail(self, group: Group, why: str) -> None:
+        self.failed[group.label] = why
+        self.tell(f"{group.title} failed: {why}; its output: {group.out / OUTPUT_FILE}")
 
 
 def visible_gpus() -> list[str]:
@@ -112,9 +151,7 @@ def share_of(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
     return share | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {})
 
 
-def _started(
-    group: Group, file: Path, output: Path, slot: int, jobs: int, gpus: list[str]
-) -> subprocess.Popen[bytes]:
+def _started(group: Group, file: Path, output: Path, share: dict[str, str]) -> subprocess.Popen[bytes]:
     from cachekd.atomic import make_folder
 
     make_folder(output.parent)
@@ -125,7 +162,7 @@ def _started(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | share_of(slot, jobs, gpus),
+            env=os.environ | share,
             start_new_session=True,  # the terminal's Ctrl-C comes once, from here
         )
 

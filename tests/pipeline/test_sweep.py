@@ -175,7 +175,7 @@ def test_what_needs_a_run_that_failed_is_not_begun_and_said(values, tmp_path, er
     lines = caught.value.problem.splitlines()
     assert lines[0] == "3 of 5 runs are not done:"
     assert str(error) in lines[1]
-    needs = "not begun: it needs what all runs share, which failed"
+    needs = "not begun: it needs step 'cache', which is not done"
     assert lines[2:] == [f"  seed-0: {needs}", f"  seed-1: {needs}"]
     assert states(sweep)["ce/seed-1/student"] == "done"  # which takes no cache
     assert ("Traceback" in "\n".join(told)) == isinstance(error, ZeroDivisionError)

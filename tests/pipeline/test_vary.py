@@ -52,8 +52,8 @@ def test_a_file_that_varies_in_nothing_is_one_point_as_planned():
     sweep = expand(config)
     [point], [group] = sweep.points, sweep.groups.values()
     assert (sweep.varies, point.name, group.label, group.out) == (False, "", "", Path("runs/p"))
-    assert group.steps == plan_steps(config)
-    assert list(point.steps.values()) == group.steps
+    assert list(group.steps.values()) == plan_steps(config)
+    assert point.steps == group.steps
 
 
 def test_each_step_is_in_the_folder_of_the_values_that_reach_it():
@@ -86,7 +86,7 @@ def test_each_step_is_in_the_folder_of_the_values_that_reach_it():
     assert (student.cache, student.teacher) == ("runs/p/cache", None)
     assert scores.models == [f"runs/p/{own}/student"]
     assert sweep.groups[own].needs == {""}
-    assert [step.name for step in sweep.groups[own].steps] == ["student", "scores"]
+    assert list(sweep.groups[own].steps) == ["student", "scores"]
 
 
 def test_a_dump_is_done_once_for_each_teacher_and_a_run_without_one_for_all():
@@ -175,6 +175,44 @@ def test_a_later_value_axis_or_seed_leaves_every_folder_where_it_is():
         assert wider[f"{values},as-before/{seed}"] == steps
 
 
+def test_a_file_as_it_stands_shares_the_dumps_folder_and_comes_with_it():
+    """Whatever place it has among the values: no value reaches its steps."""
+    ce, plain = {"student": CE}, {}
+    for method in ({"ce": ce, "full": plain}, {"full": plain, "ce": ce}):
+        sweep = expanded(
+            vary={"method": method, "teacher": {"t": {"defaults": {"teacher": "m/t"}}, "same": {}}}
+        )
+        assert {label: list(group.steps) for label, group in sweep.groups.items()} == {
+            "": ["cache", "student", "scores"],
+            "t": ["cache", "student", "scores"],
+            "ce": ["student", "scores"],
+            "ce,t": ["scores"],
+        }
+        assert sweep.groups["ce"].needs == set()
+        assert sweep.groups["ce,t"].needs == {"ce"}
+
+
+def test_null_in_defaults_is_a_value():
+    said = pipeline(vary={"size": {"all": {"defaults": {"limit": None}}, "some": {}}})
+    said["defaults"]["limit"] = 100
+    sweep = expanded(**said)
+    assert {label: group.steps["student"].config.limit for label, group in sweep.groups.items()} == {
+        "": 100,
+        "all": None,
+    }
+
+
+def test_no_one_means_a_million_runs_or_folders_without_an_end():
+    values = [round(1 + index / 100, 2) for index in range(100)]
+    axes = {f"student.{name}": values for name in ("epochs", "temperature", "learning_rate")}
+    with pytest.raises(CachekdError, match="more runs") as caught:
+        expanded(vary=axes)
+    assert caught.value.found.startswith("1,000,000: ")
+    long = {f"a{number}": {f"{number}" * 50: {"student": {name: 2}}} for number, name in enumerate(VALUES)}
+    with pytest.raises(CachekdError, match="too long"):
+        expanded(vary=long)
+
+
 # ---- against settings that a test works out by itself
 
 
@@ -205,8 +243,9 @@ def said_files(draw: st.DrawFn) -> dict[str, Any]:
             (target, name), values = paths[0], VALUES[paths[0][1]]
             axes[f"{target}.{name}"] = draw(st.lists(st.sampled_from(values), min_size=1, unique=True))
             continue
+        empty = draw(st.integers(0, 3))
         axes[f"axis{number}"] = {
-            f"v{number}-{index}": {} if index == 0 else _variant(draw, paths)
+            f"v{number}-{index}": {} if index == empty else _variant(draw, paths)
             for index in range(draw(st.integers(2, 3)))
         }
     said = pipeline(vary=axes)
@@ -284,14 +323,13 @@ def test_every_point_has_the_settings_that_the_file_says(said):
     for label, group in sweep.groups.items():
         assert group.needs <= before
         before.add(label)
-        for step in group.steps:
+        for step in group.steps.values():
             assert owners.setdefault(step.out, label) == label
             assert step.out.parent == group.out
     for point in sweep.points:
         for name, step in point.steps.items():
             assert owners[step.out] == point.groups[name]
-            assert next(one for one in sweep.groups[point.groups[name]].steps if one.name == name) == step
-            assert {point.groups[above] for above in step.upstream} <= before
+            assert sweep.groups[point.groups[name]].steps[name] == step
     assert {step.out for point in sweep.points for step in point.steps.values()} == owners.keys()
 
 
