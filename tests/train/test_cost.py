@@ -73,6 +73,30 @@ def test_attention_on_a_cpu_is_counted():
     assert meter.cost(1).flops == 7 * one_product
 
 
+def test_attention_whose_keys_have_fewer_heads_is_counted():
+    """torch's own formula fails there."""
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    meter = CostMeter()
+    with meter.batch(1, 0, switched=False):
+        nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    cost = meter.cost(1)
+    assert (cost.flops, cost.uncounted) == (7 * 2 * (2 * 4) * 7 * 7 * 8, None)
+
+
+def test_a_formula_that_fails_stops_no_run(monkeypatch):
+    def fails(*args, **kwargs):
+        raise AssertionError("sdpa_flop_count: query/key/value shapes are incompatible")
+
+    monkeypatch.setattr("cachekd.train.flops._forward", fails)
+    q = torch.randn(1, 1, 3, 8, requires_grad=True)
+    meter = CostMeter()
+    with meter.batch(1, 0, switched=False):
+        nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    cost = meter.cost(1)
+    assert cost.flops is None
+    assert "_scaled_dot_product_flash_attention_for_cpu" in cost.uncounted
+
+
 @pytest.mark.parametrize("method", [{}, {"lambda_vsd": 0.0}, {"lambda_vsd": 0.0, "lambda_align": 0.0}])
 def test_a_steps_operations_equal_those_of_a_count_by_hand(settings, tmp_path, method):
     trainer = make_trainer(TrainConfig(**settings | method), tmp_path)
