@@ -15,7 +15,7 @@ from cachekd.models.device import peak_memory, reset_peak
 from cachekd.train.flops import FlopCounter
 
 COST_FILE = "cachekd_cost.json"  # in a checkpoint: what the steps up to it cost
-COUNTED = 2  # batches whose operations are counted, of those with the switched path and of those without
+COUNTED = 2  # batches of a kind whose operations are counted
 
 
 class Cost(BaseModel):
@@ -31,7 +31,7 @@ class Cost(BaseModel):
         flops: floating point operations of all training: student forward and backward, what gradient
             checkpointing computes again, the switched path, a live teacher. Only products of matrices are
             counted (`FlopCounter`: linear layers, attention, convolutions), in the first `COUNTED` batches
-            with the switched path and the first without; that is scaled by tokens. So it is exact where all
+            with the same terms of the loss; that is scaled by tokens. So it is exact where all
             batches have the same shape. Attention's part grows faster than the tokens, and pictures count as
             if all batches had the same share of them: where lengths and pictures are mixed it is an estimate.
             Neither the optimizer, nor held-out data, nor the dump's own forward is in it.
@@ -71,8 +71,7 @@ class _Spent(BaseModel):
     peak_bytes: int | None = None
     sessions: Literal["all", "last"] = "all"
     first_step: int | None = None  # that is in it
-    switched: _Work = _Work()
-    plain: _Work = _Work()
+    kinds: dict[str, _Work] = {}
 
 
 class CostMeter:
@@ -95,17 +94,17 @@ class CostMeter:
         self._started = time.perf_counter()
 
     @contextmanager
-    def batch(self, tokens: int, step: int, *, switched: bool) -> Iterator[None]:
+    def batch(self, tokens: int, step: int, kind: str) -> Iterator[None]:
         """Within, forward and backward of one batch run.
 
         Args:
             tokens: of the student, padding included.
             step: of the optimizer, the first is 0.
-            switched: whether the switched path runs.
+            kind: what is computed; batches of one kind take as much a token.
         """
         if self._spent.first_step is None:
             self._spent.first_step = step
-        work = self._spent.switched if switched else self._spent.plain
+        work = self._spent.kinds.setdefault(kind, _Work())
         if self._uncounted is None and work.batches < COUNTED and tokens:
             with FlopCounter() as counter:
                 yield
@@ -127,13 +126,13 @@ class CostMeter:
         spent = self._now()
         # Steps of which nothing is known had as many tokens as the others.
         share = steps / max(1, steps - (spent.first_step or 0)) * self._processes
-        flops = share * (spent.switched.estimate + spent.plain.estimate)
+        flops = share * sum(work.estimate for work in spent.kinds.values())
         uncounted = self._uncounted or (None if flops else "no step was done that could be counted")
         return Cost(
             steps=steps,
             seconds=spent.seconds,
             sessions=spent.sessions,
-            tokens=round(share * (spent.switched.tokens + spent.plain.tokens)),
+            tokens=round(share * sum(work.tokens for work in spent.kinds.values())),
             flops=None if uncounted else flops,
             uncounted=uncounted,
             peak_bytes=spent.peak_bytes,

@@ -186,7 +186,7 @@ class SwitchKDTrainer(Trainer):
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
         step, tokens = self.state.global_step, args[1]["input_ids"].numel()
         switches = self.terms.switches_at(step)
-        with self.cost.batch(tokens, step, switched=switches):
+        with self.cost.batch(tokens, step, "switched" if switches else "own"):
             loss = super().training_step(*args, **kwargs)
         if self.bridge is not None and switches and self.accelerator.sync_gradients:
             mean_gradients(self.bridge, self.accelerator)
