@@ -9,34 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
-_ATTENTION = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-
-
-def counter() -> FlopCounterMode:
-    """Counts floating-point operations, attention of every kernel among them, with fewer heads for keys too.
-
-    A causal mask makes no difference: all positions count.
-    """
-    mapping: dict[Any, Callable[..., int]] = {}
-    for name in _ATTENTION:
-        forward = getattr(torch.ops.aten, f"_scaled_dot_product_{name}", None)
-        backward = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_backward", None)
-        if forward is not None and backward is not None:
-            mapping |= {forward: _attention, backward: _attention_backward}
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def _attention(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    batch, heads, rows, width = query
-    return 4 * batch * heads * rows * key[2] * width  # scores, and what they take of the values
-
-
-def _attention_backward(_gradient: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
-    batch, heads, rows, width = query
-    return 10 * batch * heads * rows * key[2] * width  # five products: the scores are made again
+from cachekd.train.flops import FlopCounter
 
 
 class Ticks:
@@ -80,19 +55,19 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.flops, self.cpu = 0, list[float]()
         self._ticks = Ticks(device)
-        self._counter: FlopCounterMode | None = None
+        self._counter: FlopCounter | None = None
         self._cpu_at: float | None = None
 
     def begin(self) -> None:
         """Before the first step."""
-        self._counter = counter()
+        self._counter = FlopCounter()
         self._counter.__enter__()
 
     def before_update(self) -> None:
         """After the first backward."""
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self.flops, self._counter = self._counter.get_total_flops(), None
+            self.flops, self._counter = self._counter.flops, None
 
     def end(self) -> None:
         """After a step."""

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from clock import counter, seconds_of
+from clock import seconds_of
 from real_size import SIZES, files_of, processor_of, random_model, write_data
 from small_vlm import WINDOW
 
@@ -30,6 +30,7 @@ from cachekd.losses import dbild_loss, forward_kl_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import hidden_and_logits_at
 from cachekd.models.device import default_dtype, free_memory, peak_memory, reset_peak, synchronize
+from cachekd.train.flops import FlopCounter
 
 Found = dict[str, Any]
 # Of dense bfloat16 products, FLOP/s, as the makers say; the first name that a card's has in it counts.
@@ -134,9 +135,9 @@ def forward(lab: Lab) -> Found:
         hidden_and_logits_at(lab.teacher, inputs.tensors, inputs.positions)
 
     run()
-    with counter() as counted:
+    with FlopCounter() as counted:
         run()
-    lab.batch_flops = counted.get_total_flops()
+    lab.batch_flops = counted.flops
     reset_peak()
     seconds = seconds_of(run, lab.device)
     tokens = batch * lab.length

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cachekd.compare.results import LeftOut
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation
 from cachekd.evaluate.scores_file import read_evaluation
@@ -34,14 +35,6 @@ class Point:
     run: Path
     cost: Cost | None
     evaluations: dict[str, Evaluation]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A point that is not, or not wholly, in the tables, and why."""
-
-    name: str
-    why: str
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,9 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
         if student in undone:
             undone = [student]  # whose scores are out of date with it
         for step in undone:
-            found.left_out.append(LeftOut(planned.name, f"step {step.name}, {states[step.out].text}"))
+            found.left_out.append(
+                LeftOut(point=planned.name, why=f"step {step.name}, {states[step.out].text}")
+            )
         done = [step for step in evals if step not in undone]
         if student not in undone and done:
             found.points.append(_point(planned, student, done))
@@ -93,7 +88,7 @@ def gather(sweep: Sweep, states: Mapping[Path, StepState]) -> Gathered:
         raise CachekdError(
             "there is nothing to compare yet",
             where=found.pipeline,
-            found="; ".join(f"{one.name}: {one.why}" for one in found.left_out[:3]),
+            found="; ".join(f"{one.point}: {one.why}" for one in found.left_out[:3]),
             fix="`cachekd run` the pipeline; what is finished can be compared while the rest goes on",
         )
     return found

@@ -14,7 +14,6 @@ from cachekd.compare.results import (
     REFERENCES,
     Comparison,
     Difference,
-    LeftOut,
     Reference,
     Row,
     Section,
@@ -61,7 +60,7 @@ def compare(gathered: Gathered, *, baseline: str | None = None, metric: str = "e
         unit=METRICS[metric].unit,
         seeds=gathered.seeds,
         sections=sections,
-        left_out=[LeftOut(point=one.name, why=one.why) for one in gathered.left_out],
+        left_out=gathered.left_out,
     )
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import BaseModel, ValidationError
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cachekd.atomic import commit
 from cachekd.models.device import peak_memory, reset_peak
+from cachekd.train.flops import FlopCounter
 
 COST_FILE = "cachekd_cost.json"  # in a checkpoint: what the steps up to it cost
-COUNTED = 2  # batches whose operations are counted, of those with the switched path and of those without
+COUNTED = 2  # batches of a kind whose operations are counted
 
 
 class Cost(BaseModel):
@@ -31,13 +29,12 @@ class Cost(BaseModel):
             trained before and left no note of its own; its steps are missing in the seconds and the memory.
         tokens: that the student read, padding and image tokens included, of all processes.
         flops: floating point operations of all training: student forward and backward, what gradient
-            checkpointing computes again, the switched path, a live teacher. A product of matrices of m x k
-            and k x n has 2 m n k. Only products (linear layers, attention, convolutions) are counted, as
-            `torch.utils.flop_counter` does it, in the first `COUNTED` batches with and without the switched
-            path; that is scaled by tokens. So it is exact where all batches have the same shape. Attention's
-            part grows faster than the tokens, and pictures count as if all batches had the same share of
-            them; where lengths and pictures are mixed, it is good to some percent. Neither the optimizer, nor
-            held-out data, nor the dump's own forward is in it.
+            checkpointing computes again, the switched path, a live teacher. Only products of matrices are
+            counted (`FlopCounter`: linear layers, attention, convolutions), in the first `COUNTED` batches
+            with the same terms of the loss; that is scaled by tokens. So it is exact where all
+            batches have the same shape. Attention's part grows faster than the tokens, and pictures count as
+            if all batches had the same share of them: where lengths and pictures are mixed it is an estimate.
+            Neither the optimizer, nor held-out data, nor the dump's own forward is in it.
         uncounted: why `flops` is None, where it is.
         peak_bytes: the most memory at a time, models included: of the accelerator, or without one the
             process' resident set (which has in it what the process kept of earlier work); of the first
@@ -74,8 +71,7 @@ class _Spent(BaseModel):
     peak_bytes: int | None = None
     sessions: Literal["all", "last"] = "all"
     first_step: int | None = None  # that is in it
-    switched: _Work = _Work()
-    plain: _Work = _Work()
+    kinds: dict[str, _Work] = {}
 
 
 class CostMeter:
@@ -98,21 +94,23 @@ class CostMeter:
         self._started = time.perf_counter()
 
     @contextmanager
-    def batch(self, tokens: int, step: int, *, switched: bool) -> Iterator[None]:
+    def batch(self, tokens: int, step: int, kind: str) -> Iterator[None]:
         """Within, forward and backward of one batch run.
 
         Args:
             tokens: of the student, padding included.
             step: of the optimizer, the first is 0.
-            switched: whether the switched path runs.
+            kind: what is computed; batches of one kind take as much a token.
         """
         if self._spent.first_step is None:
             self._spent.first_step = step
-        work = self._spent.switched if switched else self._spent.plain
+        work = self._spent.kinds.setdefault(kind, _Work())
         if self._uncounted is None and work.batches < COUNTED and tokens:
-            with _Counter() as counter:
+            with FlopCounter() as counter:
                 yield
             work.flops += counter.flops
+            if counter.failed is not None:
+                self._uncounted = f"{counter.failed} could not be counted"
             work.counted += tokens
             work.batches += 1
         else:
@@ -128,13 +126,13 @@ class CostMeter:
         spent = self._now()
         # Steps of which nothing is known had as many tokens as the others.
         share = steps / max(1, steps - (spent.first_step or 0)) * self._processes
-        flops = share * (spent.switched.estimate + spent.plain.estimate)
+        flops = share * sum(work.estimate for work in spent.kinds.values())
         uncounted = self._uncounted or (None if flops else "no step was done that could be counted")
         return Cost(
             steps=steps,
             seconds=spent.seconds,
             sessions=spent.sessions,
-            tokens=round(share * (spent.switched.tokens + spent.plain.tokens)),
+            tokens=round(share * sum(work.tokens for work in spent.kinds.values())),
             flops=None if uncounted else flops,
             uncounted=uncounted,
             peak_bytes=spent.peak_bytes,
@@ -157,41 +155,3 @@ class CostMeter:
             self._spent = _Spent.model_validate_json((checkpoint / COST_FILE).read_bytes())
         except (OSError, ValidationError):  # of an earlier version; a cost is no reason to stop a run
             self._spent = _Spent(sessions="last")
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """torch's, by operation, and of attention on a CPU, for which torch 2.13 has none."""
-    aten = torch.ops.aten
-
-    def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(
-        grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
-    ) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=attention).flop_registry
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up the operations of what runs within. `FlopCounterMode` itself takes some apart (silu's backward)
-    and so rounds otherwise: a run that is counted has to be the run that is not."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-        self._formulas = _formulas()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = self._formulas.get(getattr(func, "overloadpacket", func))
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out

@@ -201,10 +201,10 @@ class SwitchKDTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
-        tokens = args[1]["input_ids"].numel()
-        switches = not set(self.terms.switched).isdisjoint(self.terms.names_at(*self._now()))
-        with self.cost.batch(tokens, self.state.global_step, switched=switches):
+        tokens, names = args[1]["input_ids"].numel(), self.terms.names_at(*self._now())
+        with self.cost.batch(tokens, self.state.global_step, "+".join(names)):
             loss = super().training_step(*args, **kwargs)
+        switches = not set(self.terms.switched).isdisjoint(names)
         if self.bridge is not None and switches and self.accelerator.sync_gradients:
             mean_gradients(self.bridge, self.accelerator)
         return loss

@@ -58,7 +58,7 @@ def test_a_layers_operations_are_those_of_the_textbook():
     layer, meter = nn.Linear(6, 5, bias=False), CostMeter()
     for step in range(3):
         x = torch.randn(4, 6, requires_grad=True)
-        with meter.batch(4, step, switched=True):
+        with meter.batch(4, step, "all"):
             layer(x).sum().backward()
     assert meter.cost(3).flops == 3 * 3 * 2 * 4 * 6 * 5
     assert meter.cost(3).tokens == 12
@@ -67,10 +67,34 @@ def test_a_layers_operations_are_those_of_the_textbook():
 def test_attention_on_a_cpu_is_counted():
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (7, 11, 11))
     meter = CostMeter()
-    with meter.batch(1, 0, switched=False):
+    with meter.batch(1, 0, "all"):
         nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
     one_product = 2 * (2 * 3) * 7 * 11 * 8
     assert meter.cost(1).flops == 7 * one_product
+
+
+def test_attention_whose_keys_have_fewer_heads_is_counted():
+    """torch's own formula fails there."""
+    q, k, v = (torch.randn(2, heads, 7, 8, requires_grad=True) for heads in (4, 2, 2))
+    meter = CostMeter()
+    with meter.batch(1, 0, "all"):
+        nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    cost = meter.cost(1)
+    assert (cost.flops, cost.uncounted) == (7 * 2 * (2 * 4) * 7 * 7 * 8, None)
+
+
+def test_a_formula_that_fails_stops_no_run(monkeypatch):
+    def fails(*args, **kwargs):
+        raise AssertionError("sdpa_flop_count: query/key/value shapes are incompatible")
+
+    monkeypatch.setattr("cachekd.train.flops._forward", fails)
+    q = torch.randn(1, 1, 3, 8, requires_grad=True)
+    meter = CostMeter()
+    with meter.batch(1, 0, "all"):
+        nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    cost = meter.cost(1)
+    assert cost.flops is None
+    assert "_scaled_dot_product_flash_attention_for_cpu" in cost.uncounted
 
 
 @pytest.mark.parametrize("method", [{}, {"lambda_vsd": 0.0}, {"lambda_vsd": 0.0, "lambda_align": 0.0}])
@@ -131,7 +155,7 @@ def test_counting_changes_nothing(settings, tmp_path, monkeypatch):
 
 def test_a_failed_batch_leaves_no_counter_behind():
     meter = CostMeter()
-    with pytest.raises(ZeroDivisionError), meter.batch(4, 0, switched=False):
+    with pytest.raises(ZeroDivisionError), meter.batch(4, 0, "all"):
         raise ZeroDivisionError
     assert not _len_torch_dispatch_stack()
     assert meter.cost(1).tokens == 0
@@ -182,7 +206,7 @@ def test_a_run_without_a_cost_is_read(settings):
 
 def test_what_cannot_be_counted_is_none_and_says_why():
     meter = CostMeter(uncounted="weights are sharded")
-    with meter.batch(4, 0, switched=False):
+    with meter.batch(4, 0, "all"):
         assert not _len_torch_dispatch_stack()
         nn.Linear(2, 2)(torch.zeros(1, 2))
     cost = meter.cost(1)
