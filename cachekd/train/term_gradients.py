@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,10 @@ class TermGradients:
                 fix="leave log_term_gradients out",
             )
         return cls(trainer.terms) if trainer.is_world_process_zero() else None
+
+    def measures(self, names: Iterable[str]) -> bool:
+        """Whether a batch with these terms is looked at, which takes more backwards."""
+        return not self._due.isdisjoint(names)
 
     def measure(self, found: BatchTerms, weights: Mapping[str, float]) -> None:
         """Look at those terms of a batch that were not measured since the last entry.

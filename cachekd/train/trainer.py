@@ -202,7 +202,9 @@ class SwitchKDTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's; in an optimizer step's last batch the bridge's gradients become those of all."""
         tokens, names = args[1]["input_ids"].numel(), self.terms.names_at(*self._now())
-        with self.cost.batch(tokens, self.state.global_step, "+".join(names)):
+        measured = self.gradients is not None and self.gradients.measures(names)
+        kind = "+".join(names) + " measured" * measured
+        with self.cost.batch(tokens, self.state.global_step, kind):
             loss = super().training_step(*args, **kwargs)
         switches = not set(self.terms.switched).isdisjoint(names)
         if self.bridge is not None and switches and self.accelerator.sync_gradients:

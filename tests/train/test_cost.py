@@ -143,6 +143,17 @@ def test_a_run_says_what_it_cost_and_costs_more_with_the_switch(settings, tmp_pa
     assert switched > 1.3 * ce
 
 
+def test_what_is_measured_once_is_not_scaled_up(settings, tmp_path):
+    """The one batch whose terms' gradients are logged takes more backwards; the others do not."""
+    settings |= {"epochs": 3, "logging_steps": 100}
+    found = {}
+    for measures in (False, True):
+        out = tmp_path / f"run-{measures}"
+        train(TrainConfig(**settings | {"log_term_gradients": measures, "out": out}))
+        found[measures] = cost_of(out).flops
+    assert found[False] * 1.01 < found[True] < found[False] * (1 + 3 / 9)
+
+
 def test_counting_changes_nothing(settings, tmp_path, monkeypatch):
     train(TrainConfig(**settings))
     monkeypatch.setattr("cachekd.train.cost.COUNTED", 0)
