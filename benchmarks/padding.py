@@ -1,6 +1,6 @@
 """How much of a batch is padding: samples in random order, grouped by length, and by padded tokens.
 
-    python benchmarks/padding.py --student runs/demo/student --data runs/demo/train
+    python benchmarks/padding.py --student examples/easy_vqa/student --data runs/demo/train
 
 Every sample is read and encoded, so that the shares are of true lengths; `train_sampling_strategy:
 group_by_length` and `batch_tokens` (here those of a batch of the longest sample) work with rough ones.

@@ -115,18 +115,6 @@ def test_the_gpu_benchmark_leaves_out_what_there_is_no_time_for_and_goes_on_afte
     assert "AttributeError" in said.err
 
 
-def test_methods_of_the_seeds_benchmark_are_settings(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from demo_seeds import EXAMPLE, METHODS
-
-    from cachekd.config import TrainConfig, read_config
-
-    common = {"student": "s", "teacher": "t", "data": "d", "cache": "c", "out": "o"}
-    for name, changed in METHODS.items():
-        config = read_config(EXAMPLE / "recipe.yaml", TrainConfig, {**common, **changed})
-        assert config.vsd_every == (int(name[-1]) if name.startswith("vsd_every") else 1)
-
-
 @pytest.mark.slow
 def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
     printed = output_of(BENCHMARKS / "train_memory.py", "--vocab", "20000", "--json")

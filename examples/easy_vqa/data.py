@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -28,11 +29,11 @@ def questions_by_image(split: Split) -> dict[int, list[tuple[str, str]]]:
     return grouped
 
 
-def conversation(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """(question, answer) pairs as one LLaVA conversation; the image stands in the first question."""
+def conversation(pairs: list[tuple[str, str]], *, picture: bool = True) -> list[dict[str, str]]:
+    """(question, answer) pairs as one LLaVA conversation; a picture stands in the first question."""
     turns = []
     for index, (question, answer) in enumerate(pairs):
-        turns.append({"from": "human", "value": question if index else f"<image>\n{question}"})
+        turns.append({"from": "human", "value": question if index or not picture else f"<image>\n{question}"})
         turns.append({"from": "gpt", "value": answer})
     return turns
 
@@ -50,3 +51,13 @@ def write_tar(split: Split, path: Path, *, images: int, turns: int | None = None
             png = Path(paths[image]).read_bytes()
             tar.write({"__key__": key, "png": png, "json": {"conversations": conversation(pairs)}})
     return count
+
+
+def write_questions(path: Path) -> int:
+    """Write all training questions without pictures, for `--prior-data`; returns their number."""
+    records = [
+        {"id": str(image), "conversations": conversation(pairs, picture=False)}
+        for image, pairs in questions_by_image("train").items()
+    ]
+    path.write_text(json.dumps(records))
+    return sum(len(record["conversations"]) // 2 for record in records)

@@ -37,6 +37,7 @@ from cachekd.pipeline import look, plan_steps, read_pipeline, run_pipeline
 from cachekd.pipeline.run import LOCK_FILE
 from cachekd.pipeline.state import STATE_FILE
 from cachekd.train import inputs
+from cachekd_cli.demo import IMAGES
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 
@@ -268,7 +269,8 @@ def test_the_demos_pipeline_is_the_demo(monkeypatch):
     recipe = YamlFile.read(Path("examples/easy_vqa/recipe.yaml")).values
     for name in ("ce", "switch-kd"):
         assert {setting: getattr(steps[name], setting) for setting in recipe} == recipe
-    assert steps["ce"].student == steps["switch-kd"].student == "runs/easy-vqa/student"
+    assert steps["ce"].student == steps["switch-kd"].student == "examples/easy_vqa/student"
+    assert steps["ce"].limit == steps["cache"].limit == IMAGES
     assert (steps["ce"].distils, steps["switch-kd"].lambda_vsd) == (False, 1.0)
 
 

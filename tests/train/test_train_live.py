@@ -136,7 +136,7 @@ def test_the_demo_pair_cached_and_live(tmp_path):
     output_of(EXAMPLE / "prepare.py", "--out", tmp_path, "--images", 160, "--test-images", 10)
     settings = {
         "teacher": str(EXAMPLE / "teacher"),
-        "student": str(tmp_path / "student"),
+        "student": str(EXAMPLE / "student"),
         "data": str(tmp_path / "train"),
         "batch_size": 8,
         "epochs": 1,

@@ -1,0 +1,81 @@
+"""The demo's starting student, and the script that makes it."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from caches import ROOT
+
+from cachekd.models import load_model, load_processor
+
+EXAMPLE = ROOT / "examples" / "easy_vqa"
+SIZES = ("--pictures=64", "--tower-steps=2", "--language-steps=5", "--projector-steps=2")
+
+
+@pytest.fixture
+def train_base(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    import train_base
+
+    random.seed(0)
+    return train_base
+
+
+def test_the_same_command_makes_the_same_student(tmp_path, train_base, monkeypatch):
+    made = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["train_base.py", "--out", str(tmp_path / name), *SIZES])
+        train_base.main()
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert made[0] == made[1]
+    assert made[0]["config.json"] == (EXAMPLE / "student" / "config.json").read_bytes()
+    assert sum(path.stat().st_size for path in (EXAMPLE / "student").iterdir()) <= 2e6
+
+
+def test_questions_have_the_answers_that_the_description_gives(train_base):
+    kinds = set()
+    for _ in range(400):
+        negated, bare = random.random() < 0.5, random.random() < 0.3
+        shape, color = random.choice(train_base.SHAPES), random.choice(train_base.COLORS)
+        question, answer = train_base.question_about(shape, color, negated=negated and not bare, bare=bare)
+        words = question.removesuffix("?").split()
+        kinds.add((words[0], answer))
+        if answer in ("yes", "no"):
+            there = shape in words or color in words
+            assert answer == ("yes" if there != bool({"no", "not"} & set(words)) else "no"), question
+        else:
+            assert answer == {"shape": shape, "color": color}[words[-1]]
+    assert {("no", "yes"), ("no", "no"), ("a", "yes"), ("does", "no")} <= kinds
+
+
+def test_none_of_the_questions_is_one_of_the_data_set(train_base):
+    from data import questions_by_image
+
+    asked = {
+        q for split in ("train", "test") for pairs in questions_by_image(split).values() for q, _ in pairs
+    }
+    for _ in range(400):
+        shape, color = random.choice(train_base.SHAPES), random.choice(train_base.COLORS)
+        assert train_base.question_about(shape, color, negated=True, bare=False)[0] not in asked
+
+
+def test_the_committed_student_writes_captions(train_base):
+    """Of pictures that it has not seen."""
+    model = load_model(str(EXAMPLE / "student"), dtype=torch.float32, device=torch.device("cpu"))
+    processor = load_processor(str(EXAMPLE / "student"))
+    random.seed(12345)
+    pixels, shapes, colors = train_base.draw(60)
+    prompt = "<|user|>" + "<image>" * model.config.image_seq_length + "<|end|><|assistant|>"
+    ids = processor.tokenizer([prompt] * len(pixels), return_tensors="pt")["input_ids"]
+    written = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=16, do_sample=False)
+    texts = processor.tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    names = zip(shapes.tolist(), colors.tolist(), strict=True)
+    right = [
+        train_base.SHAPES[s] in text and train_base.COLORS[c] in text
+        for text, (s, c) in zip(texts, names, strict=True)
+    ]
+    assert sum(right) >= 50, texts
