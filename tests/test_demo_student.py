@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
+import tarfile
 from types import ModuleType
 
 import pytest
@@ -79,3 +81,14 @@ def test_the_committed_student_writes_captions(train_base):
         for text, (s, c) in zip(texts, names, strict=True)
     ]
     assert sum(right) >= 50, texts
+
+
+def test_most_conversations_begin_with_a_question_of_yes_or_no(tmp_path, train_base):
+    """In the data set's order next to none does, and after an answer that names the shape nobody looks."""
+    from data import write_tar
+
+    assert write_tar("train", tmp_path / "0.tar", images=100, turns=3) == 299
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        records = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
+    first = [record["conversations"][1]["value"] for record in records]
+    assert sum(answer in ("yes", "no") for answer in first) > 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -39,13 +40,22 @@ def conversation(pairs: list[tuple[str, str]], *, picture: bool = True) -> list[
 
 
 def write_tar(split: Split, path: Path, *, images: int, turns: int | None = None) -> int:
-    """Write the first `images` images with up to `turns` questions each; returns the number of questions."""
+    """Write the first `images` images with up to `turns` questions each, drawn at random.
+
+    In the data set's order an image is first asked for shape and colour, and these answers give later ones
+    away: of its first three questions, next to none with yes or no needs the image.
+
+    Returns:
+        the number of questions.
+    """
     paths, questions = image_paths(split), questions_by_image(split)
     count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with webdataset.TarWriter(str(path), mtime=0) as tar:
         for image in sorted(paths)[:images]:
-            pairs = questions[image][:turns]
+            pairs = questions[image]
+            if turns is not None:
+                pairs = random.Random(image).sample(pairs, min(turns, len(pairs)))
             count += len(pairs)
             key = f"{split}-{image:05d}"
             png = Path(paths[image]).read_bytes()
