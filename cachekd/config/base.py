@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
@@ -213,11 +213,13 @@ class YamlFile:
         path: of the file.
         values: the mapping.
         node: the same, with lines, as yaml has it.
+        base: another file, whose are those of the values that `node` lacks.
     """
 
     path: Path
     values: dict[str, Any]
     node: yaml.Node | None
+    base: YamlFile | None = None
 
     @classmethod
     def read(cls, path: Path) -> YamlFile:
@@ -240,6 +242,10 @@ class YamlFile:
             raise CachekdError("the config is not a list of `name: value` lines", where=str(path))
         return cls(path, values, node)
 
+    def over(self, base: YamlFile) -> YamlFile:
+        """Add another file's values, but for those of which this file has its own."""
+        return replace(self, values=base.values | self.values, base=base)
+
     def place(self, where: tuple[str | int, ...]) -> str:
         """Return file and line of a setting, or of the nearest one that it would stand in.
 
@@ -247,6 +253,8 @@ class YamlFile:
             where: names and places in lists, as in pydantic's errors; what is none of the file's is passed
                 over, such as the tag of a union.
         """
+        if self.base is not None and where and where[0] in self.base.values.keys() - _names(self.node):
+            return self.base.place(where)
         node, line = self.node, None
         for part in where:
             if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
@@ -258,6 +266,10 @@ class YamlFile:
                         node, line = value, key.start_mark.line + 1
                         break
         return str(self.path) if line is None else f"{self.path}, line {line}"
+
+
+def _names(node: yaml.Node | None) -> set[str]:
+    return {key.value for key, _ in node.value} if isinstance(node, yaml.MappingNode) else set()
 
 
 class _EachOnce(yaml.SafeLoader):

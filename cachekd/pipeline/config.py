@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -23,7 +24,7 @@ from pydantic import (
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
-from cachekd.errors import did_you_mean, nearest
+from cachekd.errors import CachekdError, did_you_mean, nearest
 from cachekd.paths import LocalPath, PathOrName
 from cachekd.pipeline.axes import DEFAULTS, axes_of, mistakes_in
 
@@ -146,9 +147,22 @@ Axes = dict[
 ]
 
 
+def _may_extend(schema: dict[str, Any]) -> None:
+    """A file that extends another may have its steps from there."""
+    schema["required"].remove("steps")
+    schema["anyOf"] = [{"required": ["steps"]}, {"required": ["extends"]}]
+
+
 class PipelineConfig(Config):
     """`pipeline.yaml`."""
 
+    model_config = ConfigDict(json_schema_extra=_may_extend)
+
+    extends: str | None = Field(
+        None,
+        description="another such file, by its path from this one's folder, all of whose settings count that "
+        "do not stand here; `out` does",
+    )
     out: LocalPath = Field(description="the pipeline's folder: a folder for every step, and the state")
     defaults: Defaults = Defaults()
     steps: list[Annotated[DumpStep | TrainStep | EvalStep | ReportStep, Field(discriminator="step")]] = Field(
@@ -232,13 +246,33 @@ def read_pipeline(path: Path) -> PipelineConfig:
         CachekdError: it cannot be read, or settings are missing, unknown or out of range; all are named, with
             step and line.
     """
-    file = YamlFile.read(path)
+    file = _read(path)
     try:
         pipeline = PipelineConfig(**file.values)
     except ValidationError as error:
         raise refusal([_mistake(each, file) for each in error.errors()]) from None
     pipeline._file = file
     return pipeline
+
+
+def _read(path: Path) -> YamlFile:
+    """A file, with what it has of the one that it extends.
+
+    Raises:
+        CachekdError: either cannot be read, they would share a folder, or the other extends one too.
+    """
+    file = YamlFile.read(path)
+    if (other := file.values.get("extends")) is None:
+        return file
+    base = YamlFile.read(path.parent / str(other))
+    problem = None
+    if "extends" in base.values:
+        problem = f"{base.path} extends another file itself: extend that one, or say it all here"
+    elif "out" not in file.values:
+        problem = f"it needs an `out` of its own: the one of {base.path} is that pipeline's"
+    if problem is not None:
+        raise CachekdError(problem, where=file.place(("extends",)))
+    return file.over(base)
 
 
 def _mistake(error: Any, file: YamlFile) -> Mistake:

@@ -472,3 +472,54 @@ def test_points_are_chosen_by_value_and_seed_and_shared_out():
     with pytest.raises(CachekdError, match="no run of this file") as caught:
         chosen("ce", "cee")
     assert caught.value.found == "cee"
+
+
+# ---- a file that extends another
+
+
+def written(folder: Path, **files: dict[str, Any]) -> Path:
+    for name, values in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    return folder / "ours.yaml"
+
+
+def test_a_file_has_what_it_does_not_say_from_the_one_that_it_extends(tmp_path):
+    theirs = pipeline(seeds=2, vary={"student.limit": [1, 2]})
+    ours = {"extends": "theirs.yaml", "out": "runs/ours", "vary": {"student.epochs": [3.0]}}
+    found = read_pipeline(written(tmp_path, theirs=theirs, ours=ours))
+    whole = theirs | ours
+    del whole["extends"]
+    assert found.model_dump(exclude={"extends"}) == PipelineConfig(**whole).model_dump(exclude={"extends"})
+
+
+def test_a_mistake_is_told_with_its_own_file(tmp_path):
+    theirs = pipeline(vary={"student.limit": [1, 2]})
+    theirs["steps"][1]["epoch"] = 3
+    ours = {"extends": "theirs.yaml", "out": "runs/ours", "vary": {"student.limits": [3]}}
+    with pytest.raises(CachekdError) as error:
+        read_pipeline(written(tmp_path, theirs=theirs, ours=ours))
+    line = (tmp_path / "theirs.yaml").read_text().splitlines().index("  epoch: 3") + 1
+    assert f"theirs.yaml, line {line}, step 'student'" in str(error.value)
+    del theirs["steps"][1]["epoch"]
+    with pytest.raises(CachekdError, match=r"ours.yaml, line 4"):
+        read_pipeline(written(tmp_path, theirs=theirs, ours=ours))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "problem"),
+    [
+        ({}, {}, "it needs an `out` of its own"),
+        ({"extends": "ours.yaml"}, {"out": "runs/ours"}, "extends another file itself"),
+        (None, {"out": "runs/ours"}, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path, theirs, ours, problem):
+    files = {} if theirs is None else {"theirs": pipeline(**theirs)}
+    with pytest.raises(CachekdError, match=problem):
+        read_pipeline(written(tmp_path, **files, ours={"extends": "theirs.yaml", **ours}))
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*/*.yaml")), ids=str)
+def test_every_example_is_a_pipeline_whose_settings_go_together(path):
+    if path.name != "recipe.yaml":
+        assert expand(read_pipeline(path)).points
