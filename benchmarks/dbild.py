@@ -123,8 +123,8 @@ def teacher_at(tokens: int, device: str) -> tuple[CachedTargets, Tensor]:
 
 
 def measure_losses(tokens: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row for each loss of the table: milliseconds for each token; and what is held at the peak beyond the
-    student's logits, its gradient included, in arrays as large as these."""
+    """One row for each loss of the table: milliseconds for each token; and what is held at the peak beyond
+    both models' logits, the gradient included, in arrays as large as these."""
     cached, logits = teacher_at(tokens, device)
     student = (logits + torch.randn(logits.shape, device=logits.device)).requires_grad_()
     ways: tuple[Callable[[Tensor], Any], ...] = (lambda _logits: cached, DenseTargets)
