@@ -38,6 +38,7 @@ from cachekd.losses.targets import DenseTargets
 SIZES = (8, 16, 32, 64, 128, 256)
 TEMPERATURE = 3.0
 WIDTH, VOCABULARY = 576, 49_152  # SmolLM2-135M's
+WAYS = ("cached", "live")
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -122,18 +123,20 @@ def teacher_at(tokens: int, device: str) -> tuple[CachedTargets, Tensor]:
 
 
 def measure_losses(tokens: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row for each loss of the table: milliseconds for each token."""
+    """One row for each loss of the table: milliseconds for each token; and what is held at the peak beyond
+    both models' logits, the gradient included, in arrays as large as these."""
     cached, logits = teacher_at(tokens, device)
     student = (logits + torch.randn(logits.shape, device=logits.device)).requires_grad_()
-    ways: dict[str, Callable[[Tensor], Any]] = {"cached": lambda _logits: cached, "live": DenseTargets}
+    ways: tuple[Callable[[Tensor], Any], ...] = (lambda _logits: cached, DenseTargets)
     rows = []
     for name, kind in LOSSES.items():
         how = kind(loss=name).arguments({"temperature": TEMPERATURE})
         of_teacher = partial(loss_function(name), reduction="none", **how)
         row: dict[str, Any] = {"loss": name}
-        for way, targets_of in ways.items():
+        for way, targets_of in zip(WAYS, ways, strict=True):
             loss = partial(_with_targets, of_teacher, targets_of)
             row[f"{way}_ms"] = milliseconds(loss, student, logits, repeats) / tokens
+            row[f"{way}_arrays"] = peak_megabytes(loss, student, logits) * 1e6 / (4 * logits.numel())
         rows.append(row)
     return rows
 
@@ -146,9 +149,12 @@ def _with_targets(
 
 def print_losses(rows: list[dict[str, Any]], title: str) -> None:
     """For people."""
-    table = Table("loss", "cached, ms a token", "live, ms a token", title=title)
+    table = Table(
+        "loss", *(f"{way}, {what}" for way in WAYS for what in ("ms a token", "arrays")), title=title
+    )
     for row in rows:
-        table.add_row(row["loss"], f"{row['cached_ms']:.2f}", f"{row['live_ms']:.2f}")
+        figures = (f"{row[f'{way}_{what}']:.2f}" for way in WAYS for what in ("ms", "arrays"))
+        table.add_row(row["loss"], *figures)
     Console().print(table)
 
 

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cachekd.losses.targets import DenseTargets
 
-# float32 bytes of the logits of one chunk. A loss holds about five arrays of that size at its peak.
+# float32 bytes of the logits of one chunk. A loss holds one (DBiLD) to eleven (JSD) more arrays of that size
+# at its peak: `python benchmarks/dbild.py --losses`.
 CHUNK_BYTES = 2**26
 
 Terms = dict[str, Tensor]

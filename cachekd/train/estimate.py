@@ -43,7 +43,7 @@ class TrainEstimate:
             the models were loaded (on a GPU its allocator, so next to nothing), and the rest: activations,
             logits and what is read.
         logits_bytes: of one array of logits, counted, not measured: V float32 of every answer token that is
-            looked at at a time. A loss holds about five such arrays; they are in the rest.
+            looked at at a time. A loss holds several such arrays; they are in the rest.
         peak_bytes: of the GPU's allocator; without a GPU, of the whole process. The larger one of the next
             two.
         random_peak_bytes: of the first steps, whose samples are as they come: a lower bound of a run's.

@@ -71,7 +71,7 @@ def test_it_goes_one_way_from_start_to_end(kind, start, end, after, share, steps
         ("{schedule: cosine, start: 0, end: 1, after: 0.6, over: 0.6}", "are more than all steps"),
         ("{schedule: cosin, start: 0, end: 1}", r"'lambda_vsd.schedule': input should be 'constant'"),
         ("{schedule: linear, start: 0, end: -1}", r"'lambda_vsd.end': .* greater than or equal to 0"),
-        ("{schedule: linear, strat: 0, start: 0, end: 1}", r"'lambda_vsd.strat' \(did you mean 'start'\?\)"),
+        ("{schedule: linear, star: 0, start: 0, end: 1}", r"'lambda_vsd.star' \(did you mean 'start'\?\)"),
         ("many", "'lambda_vsd': input should be a valid number"),
         ("-0.5", "'lambda_vsd': input should be greater than or equal to 0"),
     ],

@@ -26,7 +26,8 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     """2 x 3 samples a step against 6: the same samples in each step, so the same losses and weights.
 
     The switched path runs in every third of six steps, in both processes. Resumed in the middle of the second
-    epoch, both go on with its other half and with the third: the same steps again.
+    epoch, both go on with its other half and with the third: the same steps again. A weight has a schedule,
+    and the two look at each term's gradient, which changes nothing.
     """
     settings = {
         "student": str(student_path),
@@ -37,6 +38,7 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
         "learning_rate": 1e-3,
         "logging_steps": 1,
         "vsd_every": 3,
+        "lambda_align": {"schedule": "linear", "start": 1, "end": 0.5},
         "save_steps": 3,
         "keep_checkpoints": True,
         # As large as the steps are: Adam divides a gradient by its own size, and rounding with it.
@@ -44,7 +46,8 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     }
     train(TrainConfig(**settings, batch_size=6, out=tmp_path / "one"))
     recipe = tmp_path / "two.yaml"
-    recipe.write_text(json.dumps(settings | {"batch_size": 3, "workers": 1, "out": str(tmp_path / "two")}))
+    of_two = {"batch_size": 3, "workers": 1, "log_term_gradients": True, "out": str(tmp_path / "two")}
+    recipe.write_text(json.dumps(settings | of_two))
     done = train_in_two_processes(recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wall time") == 1  # the first process prints, the other is quiet
@@ -65,8 +68,11 @@ def test_two_processes_equal_one(tmp_path, student_path, teacher_path, data_path
     for two in (entries(whole), entries(resumed)):
         assert len(one) == len(two)
         for a, b in zip(one, two, strict=True):
-            assert a.keys() == b.keys()
-            for name in {"ce", "align", "vsd", "grad_norm"} & a.keys():
+            gradients = {name for name in b if name.startswith("gradient_")}
+            assert {"gradient_ce_projector", "gradient_align_language_model"} <= gradients
+            assert ("gradient_vsd_vision_encoder" in gradients) == ("vsd" in b)
+            assert a.keys() == b.keys() - gradients
+            for name in {"ce", "align", "vsd", "grad_norm", "lambda_align"} & a.keys():
                 assert b[name] == pytest.approx(a[name], rel=1e-4), name
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     start = load_file(Path(student_path) / "model.safetensors")
