@@ -351,6 +351,8 @@ def refused(tmp_path: Path, vary: dict[str, Any], **others: Any) -> tuple[str, l
     ("vary", "message", "line"),
     [
         ({"a": {"x": {"studnet": {"epochs": 2}}}}, r"no step 'studnet' (did you mean student?)", "studnet:"),
+        ({"a": {"x": {"studnet": {}, "student": {"epochs": 2}}}}, "no step 'studnet'", "studnet: {}"),
+        ({"a": {"seed-3": {"student": {"epochs": 2}}}}, "the folders of seeds", "seed-3:"),
         ({"a": {"x": {"student": {"windw": 2}}}}, "'windw' (did you mean 'window'?)", "windw: 2"),
         ({"a": {"x": {"defaults": {"train": {"windw": 2}}}}}, "(did you mean 'window'?)", "windw: 2"),
         ({"a": {"x": {"student": {"epochs": -1}}}}, "greater than 0", "epochs: -1"),
