@@ -178,8 +178,9 @@ def _of_settings(
     """Steps that there are not, settings that they have not, and values that those cannot have."""
     found: dict[tuple[Where, str], InitErrorDetails] = {}  # a list's setting once, not for each value
     for value in axis.values:
-        named = {} if value.listed else dict.fromkeys(said[value.name], {})  # of a step nothing may be set
-        for target, settings in (named | value.of_each()).items():
+        sets = value.of_each()
+        for target in sets if value.listed else said[value.name]:  # of which it may set nothing
+            settings = sets.get(target, {})
             for path, kind, problem, given in _refused(target, settings, steps):
                 is_unknown = kind in ("vary", "extra_forbidden")
                 where = value.where[:1] if is_unknown and value.listed else value.place(target, *path)
