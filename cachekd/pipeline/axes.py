@@ -142,7 +142,7 @@ def mistakes_in(
                     yield mistake(value.place(*path), "what a step is does not vary", value.settings[path])
                 elif seeded and path[-1] == "seed":
                     yield mistake(value.place(*path), "`seeds` sets it", value.settings[path])
-        yield from _of_settings(axis, steps)
+        yield from _of_settings(axis, vary[axis.name], steps)
 
 
 def mistake(where: Where, problem: str, value: Any, kind: str = "vary") -> InitErrorDetails:
@@ -162,6 +162,8 @@ def _of_name(value: Value, names: set[str], steps: Collection[str]) -> Iterator[
         problem = f"its name is to be made of letters, digits, -, . and _, {_MOST} at most"
     elif value.name in names:
         problem = "two values have this name, and would have one folder"
+    elif re.fullmatch(r"seed-\d+", value.name):
+        problem = "the folders of seeds are called so"
     elif value.name in steps:
         problem = "a step has this name too, and both would be folders"
     if problem is not None:
@@ -170,11 +172,15 @@ def _of_name(value: Value, names: set[str], steps: Collection[str]) -> Iterator[
     names.add(value.name)
 
 
-def _of_settings(axis: Axis, steps: Mapping[str, Callable[..., object]]) -> Iterator[InitErrorDetails]:
+def _of_settings(
+    axis: Axis, said: Any, steps: Mapping[str, Callable[..., object]]
+) -> Iterator[InitErrorDetails]:
     """Steps that there are not, settings that they have not, and values that those cannot have."""
     found: dict[tuple[Where, str], InitErrorDetails] = {}  # a list's setting once, not for each value
     for value in axis.values:
-        for target, settings in value.of_each().items():
+        sets = value.of_each()
+        for target in sets if value.listed else said[value.name]:  # of which it may set nothing
+            settings = sets.get(target, {})
             for path, kind, problem, given in _refused(target, settings, steps):
                 is_unknown = kind in ("vary", "extra_forbidden")
                 where = value.where[:1] if is_unknown and value.listed else value.place(target, *path)

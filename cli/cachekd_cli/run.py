@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachekd.errors import CachekdError
 from cachekd_cli import dump, evaluate, train
 from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
 from cachekd_cli.jobs import run_jobs
@@ -33,7 +34,7 @@ def run_command(
         typer.Option(
             metavar="PATTERN",
             help="Of a file that varies, the runs with such a value (ce), values (ce,limit=250) or seed "
-            "(seed-3, */seed-3); *, ? and [..] match several. Again for more.",
+            "(seed-3, */seed-3); * and ? match any letters. Again for more.",
         ),
     ] = None,
     variant: Annotated[
@@ -47,7 +48,7 @@ def run_command(
     jobs: Annotated[
         int, typer.Option(min=1, help="Processes at a time, among which GPUs and cores are shared out.")
     ] = 1,
-    group: Annotated[str | None, typer.Option(hidden=True)] = None,
+    group: Annotated[str | None, typer.Option(hidden=True, help="Of --jobs: the label of one group.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the steps of a file: dump, train in stages, eval, report; and all its variations and seeds.
@@ -65,6 +66,8 @@ def run_command(
     if only or variant is not None or jobs > 1:
         require_varying(whole)
     points = choose(whole, only or [], variant)
+    if group is not None and group not in whole.groups:
+        raise CachekdError("no step of this file is done there", where="--group", found=group)
     labels = labels_of(points) if group is None else {group}
     several = whole.varies and group is None
     quiet_libraries()  # before anything imports bitsandbytes, which speaks

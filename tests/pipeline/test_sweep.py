@@ -23,10 +23,11 @@ from typer.testing import CliRunner
 
 from cachekd.errors import CachekdError
 from cachekd.lock import LOCK_FILE
-from cachekd.pipeline import Sweep, expand, read_pipeline
+from cachekd.models import model_files
+from cachekd.pipeline import Sweep, checks, expand, read_pipeline
 from cachekd.pipeline.forecast import Left, left
 from cachekd.pipeline.select import choose, labels_of
-from cachekd.pipeline.sweep import Board, SomeFailed, run_sweep
+from cachekd.pipeline.sweep import Board, SomeFailed, ready, run_sweep
 from cachekd_cli.jobs import OUTPUT_FILE, share_of, visible_gpus
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
@@ -190,6 +191,24 @@ def test_what_the_last_point_would_be_refused_for_is_said_before_the_first_step(
     assert not Path(values["out"]).exists()
 
 
+def test_models_and_data_are_opened_once_for_the_checks_of_all_points(
+    values, tmp_path, data_path, monkeypatch
+):
+    grid(values, data_path)
+    sweep = read(values, tmp_path)
+    opened: list[str] = []
+
+    def counts(name: str, function: Any) -> Any:
+        return lambda *given: opened.append(name) or function(*given)
+
+    for module, name in ((model_files, "processor_of"), (checks, "open_samples")):
+        monkeypatch.setattr(module, name, counts(name, getattr(module, name)))
+    waiting = [one for found in ready(Board(sweep)).values() for one in found]
+    assert len(waiting) == 1 + 24 + 24
+    assert opened.count("processor_of") == 2  # teacher and student
+    assert opened.count("open_samples") == 3  # limits of 6 and 12, and none
+
+
 def test_a_group_that_another_process_runs_is_waited_for(values, tmp_path):
     sweep = read(values, tmp_path)
     out = Path(values["out"])
@@ -226,6 +245,8 @@ def test_the_command(values, tmp_path):
     assert "1 step is left: some " in CliRunner().invoke(app, [*command, "--status"]).stdout
     refused = CliRunner().invoke(app, [*command, "--only", "nope"])
     assert "no run of this file" in str(refused.exception)
+    refused = CliRunner().invoke(app, [*command, "--group", "nope"])
+    assert "no step of this file is done there" in str(refused.exception)
     del values["seeds"], values["vary"]
     read(values, tmp_path)
     for option in (["--only", "ce"], ["--variant", "0/2"], ["--jobs", "2"]):

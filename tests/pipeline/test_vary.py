@@ -351,11 +351,13 @@ def refused(tmp_path: Path, vary: dict[str, Any], **others: Any) -> tuple[str, l
     ("vary", "message", "line"),
     [
         ({"a": {"x": {"studnet": {"epochs": 2}}}}, r"no step 'studnet' (did you mean student?)", "studnet:"),
-        ({"a": {"x": {"student": {"epohcs": 2}}}}, "'epohcs' (did you mean 'epochs'?)", "epohcs: 2"),
-        ({"a": {"x": {"defaults": {"train": {"epohcs": 2}}}}}, "(did you mean 'epochs'?)", "epohcs: 2"),
+        ({"a": {"x": {"studnet": {}, "student": {"epochs": 2}}}}, "no step 'studnet'", "studnet: {}"),
+        ({"a": {"seed-3": {"student": {"epochs": 2}}}}, "the folders of seeds", "seed-3:"),
+        ({"a": {"x": {"student": {"windw": 2}}}}, "'windw' (did you mean 'window'?)", "windw: 2"),
+        ({"a": {"x": {"defaults": {"train": {"windw": 2}}}}}, "(did you mean 'window'?)", "windw: 2"),
         ({"a": {"x": {"student": {"epochs": -1}}}}, "greater than 0", "epochs: -1"),
         ({"a": {"x": {"student": {"name": "y"}}}}, "what a step is does not vary", "name: y"),
-        ({"student.epohcs": [1, 2]}, "'epohcs' (did you mean 'epochs'?)", "student.epohcs:"),
+        ({"student.windw": [1, 2]}, "'windw' (did you mean 'window'?)", "student.windw:"),
         ({"studnet.epochs": [1, 2]}, "no step 'studnet'", "studnet.epochs:"),
         ({"student.epochs": [1, -2]}, "greater than 0", "- -2"),
         ({"student.epochs": [1, 1]}, "two values have this name", "- 1"),
@@ -387,12 +389,12 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         tmp_path,
         {
             "a": {"x": {"studnet": {"epochs": 2}}, "cache": {"student": {"epochs": 0}}},
-            "student.limt": [1, 2],
+            "student.windw": [1, 2],
         },
         seeds=[1, 1],
     )
     assert text.startswith("5 settings are wrong:")
-    assert sorted(lines) == ["cache:", "epochs: 0", "seeds:", "student.limt:", "studnet:"]
+    assert sorted(lines) == ["cache:", "epochs: 0", "seeds:", "student.windw:", "studnet:"]
 
 
 @pytest.mark.parametrize(
