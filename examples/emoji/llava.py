@@ -18,7 +18,7 @@ from transformers import (
 
 IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 64, 16, 128
 TEMPLATE = Path(__file__).parents[1] / "easy_vqa" / "chat_template.jinja"
-SPREAD = 0.07  # of initial weights: some 1 / sqrt(width); the usual 0.02 is for wider models, and here learns slowly
+SPREAD = 0.07  # of initial weights, some 1 / sqrt(width): with the usual 0.02 so narrow a model learns late
 VOCAB_SIZE = 1024  # most names have several tokens
 MARKS = ["<image>", "<|system|>", "<|user|>", "<|assistant|>"]
 
