@@ -18,6 +18,7 @@ from transformers import (
 
 IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 64, 16, 128
 TEMPLATE = Path(__file__).parents[1] / "easy_vqa" / "chat_template.jinja"
+SPREAD = 0.07  # of initial weights, some 1 / sqrt(width): with the usual 0.02 so narrow a model learns late
 VOCAB_SIZE = 1024  # most names have several tokens
 MARKS = ["<image>", "<|system|>", "<|user|>", "<|assistant|>"]
 
@@ -75,11 +76,13 @@ def make_model(processor: LlavaProcessor, *, layers: int, text_width: int) -> Ll
             num_attention_heads=text_width // 48,
             num_key_value_heads=text_width // 48,
             max_position_embeddings=512,
+            initializer_range=SPREAD,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
         ),
+        initializer_range=SPREAD,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-1,

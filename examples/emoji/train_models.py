@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vendors", nargs="+", choices=VENDORS, default=["google", "twitter"])
     parser.add_argument("--packages", type=Path, default=FOLDER, help="where the npm packages are kept")
     parser.add_argument("--tower-steps", type=int, default=160)
-    parser.add_argument("--epochs", type=int, default=16, help="of answers")
+    parser.add_argument("--epochs", type=int, default=40, help="of answers")
     parser.add_argument("--student-tower-steps", type=int, default=50)
     parser.add_argument("--student-epochs", type=int, default=3, help="of answers")
     options = parser.parse_args(arguments)

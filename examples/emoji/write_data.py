@@ -33,14 +33,15 @@ FEATURES = Features(
 
 
 def split(pictures: list[Picture], test: str, *, images: int | None, seed: int) -> dict[str, list[Picture]]:
-    """The pictures of `train` (the first `images` in random order), `test` and `unseen`."""
+    """The pictures of `train` (the first `images` of them), `test` and `unseen`, each in random order."""
     parts: dict[str, list[Picture]] = {"train": [], "test": [], "unseen": []}
     for picture in pictures:
         if picture.vendor == test:
             parts["unseen" if picture.thing.unseen else "test"].append(picture)
         elif not picture.thing.unseen:
             parts["train"].append(picture)
-    random.Random(seed).shuffle(parts["train"])
+    for part in parts.values():
+        random.Random(seed).shuffle(part)
     parts["train"] = parts["train"][:images]
     return parts
 
