@@ -87,7 +87,7 @@ def test_most_conversations_begin_with_a_question_of_yes_or_no(tmp_path, train_b
     """In the data set's order next to none does, and after an answer that names the shape nobody looks."""
     from data import write_tar
 
-    assert write_tar("train", tmp_path / "0.tar", images=100, turns=3) == 299
+    assert write_tar("train", tmp_path / "0.tar", images=100, turns=3) == 300
     with tarfile.open(tmp_path / "0.tar") as tar:
         records = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
     first = [record["conversations"][1]["value"] for record in records]

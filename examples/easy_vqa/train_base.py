@@ -170,7 +170,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(TEACHER)
     model = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
     pictures = draw(options.pictures)
-    with torch.random.fork_rng():  # what the other stages draw does not depend on how long this one takes
+    with torch.random.fork_rng(devices=[]):  # what later stages draw does not depend on its length
         train_tower(model, *pictures, options.tower_steps)
     train_language(model, processor, options.language_steps)
     train_projector(model, processor, *pictures, options.projector_steps)
