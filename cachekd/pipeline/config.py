@@ -25,7 +25,7 @@ from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportCo
 from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
 from cachekd.errors import CachekdError, did_you_mean, nearest
-from cachekd.paths import LocalPath, PathOrName
+from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.pipeline.axes import DEFAULTS, axes_of, mistakes_in
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -158,7 +158,7 @@ class PipelineConfig(Config):
 
     model_config = ConfigDict(json_schema_extra=_may_extend)
 
-    extends: str | None = Field(
+    extends: LocalPath | None = Field(
         None,
         description="another such file, by its path from this one's folder, all of whose settings count that "
         "do not stand here; `out` does",
@@ -264,7 +264,7 @@ def _read(path: Path) -> YamlFile:
     file = YamlFile.read(path)
     if (other := file.values.get("extends")) is None:
         return file
-    base = YamlFile.read(path.parent / str(other))
+    base = YamlFile.read(path.parent / expanded(str(other)))
     problem = None
     if "extends" in base.values:
         problem = f"{base.path} extends another file itself: extend that one, or say it all here"
