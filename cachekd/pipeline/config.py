@@ -264,7 +264,10 @@ def _read(path: Path) -> YamlFile:
     file = YamlFile.read(path)
     if (other := file.values.get("extends")) is None:
         return file
-    base = YamlFile.read(path.parent / expanded(str(other)))
+    try:
+        base = YamlFile.read(path.parent / expanded(str(other)))
+    except ValueError as error:  # a variable that is not set
+        raise CachekdError(f"setting 'extends': {error}", where=file.place(("extends",))) from None
     problem = None
     if "extends" in base.values:
         problem = f"{base.path} extends another file itself: extend that one, or say it all here"

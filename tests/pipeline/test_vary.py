@@ -521,6 +521,11 @@ def test_what_cannot_be_extended_is_refused(tmp_path, theirs, ours, problem):
         read_pipeline(written(tmp_path, **files, ours={"extends": "theirs.yaml", **ours}))
 
 
+def test_a_variable_in_the_path_that_is_not_set_is_told(tmp_path):
+    with pytest.raises(CachekdError, match=r"setting 'extends'.*NOWHERE"):
+        read_pipeline(written(tmp_path, ours={"extends": "$NOWHERE/theirs.yaml", "out": "runs/ours"}))
+
+
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("*/*.yaml")), ids=str)
 def test_every_example_is_a_pipeline_whose_settings_go_together(path):
     if path.name != "recipe.yaml":
