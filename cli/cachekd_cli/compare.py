@@ -70,6 +70,9 @@ def compare_command(
     print_result(as_json, comparison, partial(print_comparison, paths=paths))
 
 
+_NAMED = 10  # of what is in no table
+
+
 def require_variations(sweep: Sweep) -> None:
     """Refuse a pipeline of single runs.
 
@@ -94,8 +97,12 @@ def print_comparison(comparison: Comparison, paths: list[Path]) -> None:
         print_section(section, comparison)
     if comparison.left_out:
         say("not in these tables:", style="bold")
-        for one in comparison.left_out:
+        # What went wrong comes first: of a comparison that still runs, most are just waiting.
+        named = sorted(comparison.left_out, key=lambda one: one.why.endswith(("waiting", "running")))
+        for one in named[:_NAMED]:
             say(f"  {one.point}: {one.why}")
+        if more := named[_NAMED:]:
+            say(f"  and {len(more):,} more, all of them in {paths[0].name}")
     for note in notes(comparison):
         say(note, style="dim")
     for path in paths:
