@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cachekd.config.losses import DBiLD
 from cachekd.errors import CachekdError
 from cachekd.pipeline import PipelineConfig, Sweep, expand, plan_steps, read_pipeline
 from cachekd.pipeline.axes import text_of
@@ -109,6 +110,37 @@ def test_a_dump_is_done_once_for_each_teacher_and_a_run_without_one_for_all():
         "large": set(),
         "ce,large": {"ce"},
     }
+
+
+def test_a_loss_and_its_settings_reach_no_run_whose_term_is_off():
+    methods = {
+        "ce": {"student": CE},
+        "align": {"student": {"lambda_vsd": 0}},
+        "vsd": {"student": {"lambda_align": 0}},
+    }
+    sweep = expanded(
+        vary={
+            "method": methods,
+            "student.align": ["jsd", {"loss": "mse"}],
+            "student.vsd_every": [1, 2],
+            "defaults.train.temperature": [1, 3],
+        }
+    )
+    found = {name: steps["student"] for name, steps in folders(sweep).items()}
+    assert len(found) == 24
+    assert {folder for name, folder in found.items() if name.startswith("ce,")} == {"ce"}
+    assert {folder for name, folder in found.items() if name.startswith("align,")} == {
+        "align,align=jsd,temperature=1",
+        "align,align=jsd,temperature=3",
+        "align,align=mse",  # which has no temperature
+    }
+    assert {folder for name, folder in found.items() if name.startswith("vsd,")} == {
+        f"vsd,vsd_every={every},temperature={temperature}" for every in (1, 2) for temperature in (1, 3)
+    }
+    ce = sweep.points[0].steps["student"].config
+    assert (ce.align, ce.temperature, ce.vsd_every) == (DBiLD(), 3.0, 1)
+    with pytest.raises(CachekdError, match="changes no step"):
+        expanded(vary={"method": {"ce": {"student": CE}}, "student.vsd": ["jsd", "mse"]})
 
 
 def test_what_a_value_of_defaults_does_not_reach_is_shared():
@@ -308,7 +340,8 @@ def test_every_point_has_the_settings_that_the_file_says(said):
     ]
     assert len(expected) == len(sweep.points)
     for alone, point in zip(expected, sweep.points, strict=True):
-        planned = {step.name: step for step in plan_steps(PipelineConfig(**alone))}
+        steps = plan_steps(PipelineConfig(**alone), without_idle=bool(said["vary"]))
+        planned = {step.name: step for step in steps}
         assert planned.keys() == point.steps.keys()
         for name, step in planned.items():
             # Another folder is all that differs, of the step and of those that it takes.
