@@ -245,8 +245,19 @@ def test_the_command(values, tmp_path):
     assert "1 step is left: some " in CliRunner().invoke(app, [*command, "--status"]).stdout
     refused = CliRunner().invoke(app, [*command, "--only", "nope"])
     assert "no run of this file" in str(refused.exception)
+    refused = CliRunner().invoke(app, [*command, "--only", "ce/seed0"])
+    assert refused.exception.fix == "did you mean ce/seed-0?"
     refused = CliRunner().invoke(app, [*command, "--group", "nope"])
     assert "no step of this file is done there" in str(refused.exception)
+    nothing = CliRunner().invoke(app, [*command, "--status", "--variant", "2/9"])
+    assert (nothing.exit_code, "none of the runs is in this share" in nothing.stdout) == (0, True)
+    assert "left as they are" not in nothing.stdout
+    values["vary"]["method"]["plain"] = values["vary"]["method"].pop("ce")
+    read(values, tmp_path)
+    shown = CliRunner().invoke(app, [*command, "--status"])
+    assert "no run of this file has these folders: ce/seed-0" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, [*command, "--status", "--json"]).stdout)
+    assert found["left_behind"] == ["ce/seed-0"]
     del values["seeds"], values["vary"]
     read(values, tmp_path)
     for option in (["--only", "ce"], ["--variant", "0/2"], ["--jobs", "2"]):
