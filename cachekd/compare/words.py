@@ -114,7 +114,15 @@ def shown_types(section: Section) -> list[str]:
 
 def notes(comparison: Comparison) -> list[str]:
     """What the figures mean and do not mean, in sentences."""
-    return [*_of_intervals(comparison), *_of_questions(comparison.sections)]
+    return [*_of_baseline(comparison), *_of_intervals(comparison), *_of_questions(comparison.sections)]
+
+
+def _of_baseline(comparison: Comparison) -> Iterator[str]:
+    """Why there is no difference at all."""
+    axis = comparison.axis
+    rows = [row for section in comparison.sections for row in section.rows]
+    if axis is not None and all(row.variant[axis] != comparison.baseline for row in rows):
+        yield f"Nothing is compared: no run with {comparison.baseline} is finished. It is the baseline."
 
 
 def _of_intervals(comparison: Comparison) -> Iterator[str]:

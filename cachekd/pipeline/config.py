@@ -272,10 +272,12 @@ def _read(path: Path) -> YamlFile:
     problem = None
     if "extends" in base.values:
         problem = f"{base.path} extends another file itself: extend that one, or say it all here"
-    elif "out" not in file.values:
+    elif Path(str(file.values.get("out", base.values.get("out")))) == Path(str(base.values.get("out"))):
         problem = f"it needs an `out` of its own: the one of {base.path} is that pipeline's"
     if problem is not None:
         raise CachekdError(problem, where=file.place(("extends",)))
+    if "vary" in file.values:  # the other's baseline is a value of its own axes
+        base.values.pop("baseline", None)
     return file.over(base)
 
 

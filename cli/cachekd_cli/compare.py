@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, some_of
 from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
 from cachekd_cli.options import AsJson
 
@@ -94,8 +94,11 @@ def print_comparison(comparison: Comparison, paths: list[Path]) -> None:
         print_section(section, comparison)
     if comparison.left_out:
         say("not in these tables:", style="bold")
+        reasons: dict[str, list[str]] = {}
         for one in comparison.left_out:
-            say(f"  {one.point}: {one.why}")
+            reasons.setdefault(one.why, []).append(one.point)
+        for why, points in reasons.items():
+            say(f"  {why}: {some_of(points)}")
     for note in notes(comparison):
         say(note, style="dim")
     for path in paths:

@@ -159,6 +159,16 @@ def test_another_metric(make):
     assert sentence(equal, "points") == "align, limit=250: the same as ce with each of 3 seeds"
 
 
+def test_that_the_baseline_is_not_finished_is_said(make):
+    sweep = make()
+    known = states(sweep, **{f"{one.name} student": "waiting" for one in sweep.points if "ce" in one.name})
+    filled(sweep)
+    found = compare(gather(sweep, known))
+    assert not found.sections[0].differences
+    assert notes(found)[0] == "Nothing is compared: no run with ce is finished. It is the baseline."
+    assert "Nothing is compared" not in "".join(notes(compare(gather(sweep, states(sweep)))))
+
+
 def test_a_metric_that_some_lack_is_in_no_mean(make):
     sweep = make()
     known = filled(sweep, top1_agreement=0.9, kl=0.1, agrees_with="t")

@@ -540,6 +540,14 @@ def test_a_file_has_what_it_does_not_say_from_the_one_that_it_extends(tmp_path):
     assert found.model_dump(exclude={"extends"}) == PipelineConfig(**whole).model_dump(exclude={"extends"})
 
 
+def test_a_file_with_axes_of_its_own_has_not_the_others_baseline(tmp_path):
+    theirs = pipeline(seeds=2, vary={"student.limit": [1, 2]}, baseline="limit=2")
+    ours = {"extends": "theirs.yaml", "out": "runs/ours"}
+    assert read_pipeline(written(tmp_path, theirs=theirs, ours=ours)).baseline == "limit=2"
+    ours["vary"] = {"student.epochs": [3.0]}
+    assert read_pipeline(written(tmp_path, theirs=theirs, ours=ours)).baseline is None
+
+
 def test_a_mistake_is_told_with_its_own_file(tmp_path):
     theirs = pipeline(vary={"student.limit": [1, 2]})
     theirs["steps"][1]["epoch"] = 3
@@ -557,6 +565,7 @@ def test_a_mistake_is_told_with_its_own_file(tmp_path):
     ("theirs", "ours", "problem"),
     [
         ({}, {}, "it needs an `out` of its own"),
+        ({}, {"out": "runs/p/"}, "it needs an `out` of its own"),
         ({"extends": "ours.yaml"}, {"out": "runs/ours"}, "extends another file itself"),
         (None, {"out": "runs/ours"}, "cannot be read"),
     ],
