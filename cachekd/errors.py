@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -116,6 +116,16 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(meant: object | None) -> str | None:
     """Advise what was probably meant; None if there is nothing."""
     return None if meant is None else f"did you mean {meant}?"
+
+
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """Write the first of many names, and how many there are beside.
+
+    >>> some_of(["ce", "align", "vsd"], 2)
+    'ce, align, and 1 more'
+    """
+    rest = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest])
 
 
 def missing_package(where: str, error: ImportError) -> CachekdError:

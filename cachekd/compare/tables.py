@@ -20,7 +20,7 @@ from cachekd.compare.results import (
     label_of,
 )
 from cachekd.compare.statistics import Mean, mean_of, paired_difference
-from cachekd.errors import CachekdError, did_you_mean, nearest
+from cachekd.errors import CachekdError, did_you_mean, nearest, some_of
 from cachekd.evaluate import Evaluation, Score
 from cachekd.evaluate.scores import paired_intervals
 
@@ -79,7 +79,7 @@ def _baseline(gathered: Gathered, value: str | None) -> tuple[str | None, str | 
     raise CachekdError(
         "no axis has such a value to compare with",
         where="--baseline",
-        expected=f"one of {', '.join(known)}",
+        expected=f"one of {some_of(known)}",
         found=value,
         fix=did_you_mean(nearest(value, known)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from cachekd.compare.results import COSTS, METRICS, REFERENCES, Comparison, Difference, Section
@@ -57,11 +58,10 @@ def _towards(one: Difference) -> str:
     return "over" if one.difference > 0 else "against"
 
 
-def _digits(unit: str, size: float) -> int:
-    """As many as the interval deserves."""
-    if unit == "nats":
-        return 4
-    return 1 if size >= 0.1 else 2
+def _digits(unit: str, size: float, least: int = 1) -> int:
+    """As many as the interval deserves: one that is not 0 is not written as 0."""
+    least = 4 if unit == "nats" else least
+    return max(least, -math.floor(math.log10(size))) if size > 1e-12 else least
 
 
 def _signed(value: float, digits: int) -> str:
@@ -114,7 +114,15 @@ def shown_types(section: Section) -> list[str]:
 
 def notes(comparison: Comparison) -> list[str]:
     """What the figures mean and do not mean, in sentences."""
-    return [*_of_intervals(comparison), *_of_questions(comparison.sections)]
+    return [*_of_baseline(comparison), *_of_intervals(comparison), *_of_questions(comparison.sections)]
+
+
+def _of_baseline(comparison: Comparison) -> Iterator[str]:
+    """Why there is no difference at all."""
+    axis = comparison.axis
+    rows = [row for section in comparison.sections for row in section.rows]
+    if axis is not None and all(row.variant[axis] != comparison.baseline for row in rows):
+        yield f"Nothing is compared: no run with {comparison.baseline} is finished. It is the baseline."
 
 
 def _of_intervals(comparison: Comparison) -> Iterator[str]:
@@ -190,13 +198,13 @@ def interval_text(one: Difference, unit: str) -> str:
     """The bounds of an interval."""
     if one.low is None or one.high is None:
         return "none"
-    digits = 4 if unit == "nats" else 2
+    digits = _digits(unit, (one.high - one.low) / 2, 2)
     return f"{_signed(one.low, digits)} to {_signed(one.high, digits)}"
 
 
 def difference_text(one: Difference, unit: str) -> str:
     """A difference, in the metric's unit."""
-    return _signed(one.difference, 4 if unit == "nats" else 2)
+    return _signed(one.difference, _digits(unit, abs(one.difference), 2))
 
 
 def seen_text(one: Difference) -> str:

@@ -89,8 +89,9 @@ def read_config(
                 "the command line" if file is None or (where[:1] and where[0] in given) else file.place(where)
             )
             mistakes.append(Mistake.of(each, place, model))
-            missing += [typed(where[0])] * (each["type"] == "missing")
-        raise refusal(mistakes, f"give {' and '.join(missing)}") from None
+            # Within a mapping an option of the command line is there, and says too little.
+            missing += [typed(where[0])] * (each["type"] == "missing" and len(where) == 1)
+        raise refusal(mistakes, f"give {' and '.join(missing)}" if missing else None) from None
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,21 @@ class Mistake:
         where, known = _place(model, error["loc"] if where is None else where, unknown=unknown)
         name = ".".join(map(str, where))
         value = NOTHING if error["type"] == "missing" else error.get("input")
+        if where[-1:] == ("[key]",):  # YAML reads 1, on and no as such
+            name = ".".join(map(str, where[:-2]))
+            return cls(f"setting {name!r}: a name is a text: write it in quotes", place, value)
         if not unknown:
-            text = error["msg"].removeprefix("Value error, ")
+            text = _TEXTS.get(error["type"], error["msg"]).removeprefix("Value error, ")
             return cls(f"setting {name!r}: {text[0].lower()}{text[1:]}", place, value)
         return cls(f"unknown setting {name!r}{_hint(str(where[-1]), known)}", place, value, known)
 
 
 NOTHING = object()
+# pydantic's words for what a file has are Python's.
+_TEXTS = {
+    "dict_type": "a mapping is needed, {NAME: VALUE}; one of nothing is {}",
+    "list_type": "a list is needed, [VALUE, VALUE]",
+}
 
 
 def refusal(mistakes: list[Mistake], fix: str | None = None) -> CachekdError:

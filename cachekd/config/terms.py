@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import model_validator
 
 from cachekd.config.base import Config
-from cachekd.config.losses import DBiLD, Loss
+from cachekd.config.losses import LOSSES, DBiLD, Loss
 from cachekd.config.weights import Schedule, highest
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, Term
@@ -78,3 +78,13 @@ class Terms(Config):
     def switches(self) -> bool:
         """Whether a term of the switched path is on."""
         return bool(self.switched)
+
+    @property
+    def idle(self) -> set[str]:
+        """The settings that no term that is on asks for: whatever they say, the student is the same."""
+        off = {name for name, term in TERMS.items() if term.taught and name not in self.taught}
+        of_losses = {name for kind in LOSSES.values() for name in kind.model_fields} & type(
+            self
+        ).model_fields.keys()
+        asked = {name for loss in self.losses.values() for name, value in loss if value is None}
+        return off | (of_losses - asked) | (set() if self.switches else {"vsd_every"})

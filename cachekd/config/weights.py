@@ -73,6 +73,19 @@ def written(weight: float | Schedule) -> str:
     return str(weight) if isinstance(weight, Schedule) else f"{weight:g}"
 
 
+def _number_or_mapping(value: Any) -> Any:
+    """What a weight may be; a mapping may be a text, as on the command line."""
+    found = from_text(value)
+    if not isinstance(found, dict | Schedule):
+        try:
+            float(found)
+        except (TypeError, ValueError):
+            raise ValueError(
+                "a weight is a number, or a schedule: {schedule: linear, start: 0, end: 1}"
+            ) from None
+    return found
+
+
 def _kind(value: Any) -> str:
     return "mapping" if isinstance(value, dict | Schedule) else "number"
 
@@ -80,5 +93,5 @@ def _kind(value: Any) -> str:
 Weight = Annotated[
     Annotated[Annotated[float, Field(ge=0)], Tag("number")] | Annotated[Schedule, Tag("mapping")],
     Discriminator(_kind),
-    BeforeValidator(from_text, json_schema_input_type=float | Schedule),
+    BeforeValidator(_number_or_mapping, json_schema_input_type=float | Schedule),
 ]

@@ -131,7 +131,7 @@ def mistakes_in(
         if not axis.values:
             yield mistake((axis.name,), "an axis needs at least one value", vary[axis.name])
         if isinstance(vary[axis.name], list) and not _is_a_setting(axis.name):
-            yield mistake((axis.name,), "a list is of one setting's values, STEP.SETTING: [..]", axis.name)
+            yield mistake((axis.name,), _no_setting(axis.name), axis.name)
             continue
         for value in axis.values:
             yield from _of_name(value, names, steps)
@@ -154,6 +154,13 @@ def _is_a_setting(name: str) -> bool:
     """Whether it is `step.setting`, `defaults.setting` or `defaults.train.setting`."""
     parts = name.split(".")
     return all(parts) and (len(parts) == 2 or (len(parts) == 3 and parts[:2] == [DEFAULTS, "train"]))
+
+
+def _no_setting(name: str) -> str:
+    """Why a list cannot be of that."""
+    problem = "a list is of one setting's values, STEP.SETTING: [..]"
+    step, setting, *within = name.split(".") if name.count(".") > 1 else (name, "")
+    return problem + (f"; what is within {step}.{setting} varies with all of it" if within else "")
 
 
 def _of_name(value: Value, names: set[str], steps: Collection[str]) -> Iterator[InitErrorDetails]:

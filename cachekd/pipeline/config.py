@@ -24,7 +24,7 @@ from pydantic import (
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, YamlFile
 from cachekd.config.fields import Dtype
-from cachekd.errors import CachekdError, did_you_mean, nearest
+from cachekd.errors import CachekdError, did_you_mean, nearest, some_of
 from cachekd.paths import LocalPath, PathOrName, expanded
 from cachekd.pipeline.axes import DEFAULTS, axes_of, mistakes_in
 
@@ -127,8 +127,10 @@ class Defaults(_DataDefaults):
 
 
 def _first_so_many(value: Any) -> Any:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if value is None or isinstance(value, list):
         return value
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError("how many, such as 5, or a list of them")
     if not 1 <= value <= _MOST_SEEDS:
         raise ValueError(f"from 1 to {_MOST_SEEDS:,} seeds")
     return list(range(value))
@@ -231,7 +233,9 @@ class PipelineConfig(Config):
         known = [one.name for axis in axes for one in axis.values]
         if value is not None and "vary" in info.data and value not in known:
             near = did_you_mean(nearest(value, known))
-            raise ValueError(f"no axis has such a value{'' if near is None else f' ({near})'}")
+            hint = "" if near is None else f" ({near})"
+            there = f"they have {some_of(known)}" if known else "nothing varies"
+            raise ValueError(f"no axis has such a value{hint}: {there}")
         return value
 
     def place(self, *where: str | int) -> str:
@@ -271,10 +275,12 @@ def _read(path: Path) -> YamlFile:
     problem = None
     if "extends" in base.values:
         problem = f"{base.path} extends another file itself: extend that one, or say it all here"
-    elif "out" not in file.values:
+    elif Path(str(file.values.get("out", base.values.get("out")))) == Path(str(base.values.get("out"))):
         problem = f"it needs an `out` of its own: the one of {base.path} is that pipeline's"
     if problem is not None:
         raise CachekdError(problem, where=file.place(("extends",)))
+    if "vary" in file.values:  # the other's baseline is a value of its own axes
+        base.values.pop("baseline", None)
     return file.over(base)
 
 

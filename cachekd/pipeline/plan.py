@@ -85,17 +85,21 @@ class PlannedStep:
         return (self.out / KINDS[self.kind].last_file).exists()
 
 
-def plan_steps(pipeline: PipelineConfig, folders: Mapping[str, Path] | None = None) -> list[PlannedStep]:
+def plan_steps(
+    pipeline: PipelineConfig, folders: Mapping[str, Path] | None = None, *, without_idle: bool = False
+) -> list[PlannedStep]:
     """Every step with its whole settings, checked before any of them runs.
 
     Args:
         folders: where each step's folder stands; by default the pipeline's `out`. What varies in it is not
             looked at: `cachekd.pipeline.vary`.
+        without_idle: settings that no term of a train step asks for are at their defaults, so that values of
+            an axis that differ in them alone are one student.
 
     Raises:
         CachekdError: settings are missing, or do not go with others; their steps are named.
     """
-    above = _Above(pipeline, folders)
+    above = _Above(pipeline, folders, without_idle=without_idle)
     steps: list[PlannedStep] = []
     mistakes: list[Mistake] = []
     for step in pipeline.steps:
@@ -131,7 +135,14 @@ def settings_said(pipeline: PipelineConfig) -> dict[str, dict[str, Any]]:
 class _Above:
     """What the steps so far, by kind, and the file's defaults offer to the next."""
 
-    def __init__(self, pipeline: PipelineConfig, folders: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: PipelineConfig,
+        folders: Mapping[str, Path] | None = None,
+        *,
+        without_idle: bool = False,
+    ) -> None:
+        self.without_idle = without_idle
         where = dict(folders or {})
         self.folders = {step.name: where.get(step.name, pipeline.out) / step.name for step in pipeline.steps}
         self.defaults = _said(pipeline.defaults, Defaults)
@@ -234,6 +245,8 @@ def _with_its_inputs(config: TrainConfig, above: _Above) -> TrainConfig:
     """
     dumped = [str(above.folders[dump]) for dump in above.names["dump"]]
     update: dict[str, Any] = {}
+    if above.without_idle:
+        update |= {name: TrainConfig.model_fields[name].get_default() for name in config.idle}
     if not config.distils:
         update |= {"cache": None, "eval_cache": None}
     elif not config.live_teacher and "cache" not in config.model_fields_set and dumped:

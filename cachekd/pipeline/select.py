@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, did_you_mean, nearest, some_of
 from cachekd.pipeline.vary import Point, Sweep
-
-_SHOWN = 8
 
 
 def require_varying(sweep: Sweep) -> None:
@@ -41,12 +39,12 @@ def choose(sweep: Sweep, only: Sequence[str] = (), part: str | None = None) -> l
         if not any(_matches(point, pattern) for point in sweep.points):
             names = [value.name for axis in sweep.axes for value in axis.values]
             names += [f"seed-{seed}" for seed in sweep.pipeline.seeds or []]
-            rest = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             raise CachekdError(
                 "no run of this file is called so",
                 where="--only",
-                expected=f"{', '.join(names[:_SHOWN])}{rest}; or of a run, {sweep.points[-1].name}",
+                expected=f"{some_of(names)}; or of a run, {sweep.points[-1].name}",
                 found=pattern,
+                fix=did_you_mean(nearest(pattern, [*names, *(point.name for point in sweep.points)])),
             )
     points = [point for point in sweep.points if not only or any(_matches(point, each) for each in only)]
     if part is None:

@@ -22,7 +22,7 @@ from cachekd.pipeline.run import (
     run_group,
     under_way,
 )
-from cachekd.pipeline.state import Attempt, PipelineState, StepState, states_of
+from cachekd.pipeline.state import STATE_FILE, Attempt, PipelineState, StepState, states_of
 from cachekd.pipeline.vary import Group, Sweep, expand
 from cachekd.train.inputs import Known
 
@@ -206,6 +206,13 @@ def _run_when_free(
                 tell(f"waits for {held.found}, which is at {group.out}")
             waits = True
             time.sleep(_LOOK_AGAIN)
+
+
+def left_behind(sweep: Sweep) -> list[str]:
+    """Folders of runs in the pipeline's that no run of the file has now, as after a value was renamed."""
+    out = sweep.pipeline.out
+    states = [*out.glob(f"*/{STATE_FILE}"), *out.glob(f"*/*/{STATE_FILE}")]
+    return sorted({path.parent.relative_to(out).as_posix() for path in states} - sweep.groups.keys())
 
 
 def not_begun(board: Board, group: Group) -> str | None:

@@ -34,7 +34,7 @@ class Variant:
         file = pipeline.model_dump(exclude_unset=True, exclude=_AXES)
         self.said = PipelineConfig(**_with(deepcopy(file), values)) if values else pipeline
         with about(self.label, what="variant") if values else nullcontext():
-            self.plan = {step.name: step for step in plan_steps(self.said)}
+            self.plan = {step.name: step for step in plan_steps(self.said, without_idle=bool(values))}
         settings = settings_said(self.said)
         own = {value.name: self._reached_by(value, settings, file) for value in values}
         self.reaching: dict[str, list[Value]] = {}
@@ -84,12 +84,13 @@ class Variant:
             others.append(settings_said(PipelineConfig(**said)))
         reached = set()
         for name, step in self.plan.items():
-            # A cache or a teacher that no term needs is left out of the plan.
+            # A cache or a teacher that no term needs is left out of the plan, as a loss of such a term is.
             unused = {
                 setting
                 for setting, said in settings[name].items()
                 if said is not None and getattr(step.config, setting) is None
             }
+            unused |= step.config.idle if step.kind == "train" else set()
             own = value.of_each().get(name, {}).keys() - unused
             used = _but(unused, settings[name])
             if own or any(used != _but(unused, other[name]) for other in others):

@@ -143,7 +143,8 @@ def _point(variant: Variant, axes: list[Axis], seed: int | None, groups: dict[st
     }
     labels = {name: label_of(reaching[name].values(), seeds[name]) for name in variant.plan}
     with about(variant.label, what="variant") if variant.values else nullcontext():
-        plan = plan_steps(said, {name: said.out / label for name, label in labels.items()})
+        folders = {name: said.out / label for name, label in labels.items()}
+        plan = plan_steps(said, folders, without_idle=bool(variant.values))
     plan = [replace(step, group=labels[step.name]) for step in plan]
     for step in plan:
         name, label = step.name, labels[step.name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, some_of
 from cachekd_cli.console import console, errors, print_result, quiet_libraries, say, table
 from cachekd_cli.options import AsJson
 
@@ -70,9 +70,6 @@ def compare_command(
     print_result(as_json, comparison, partial(print_comparison, paths=paths))
 
 
-_NAMED = 10  # of what is in no table
-
-
 def require_variations(sweep: Sweep) -> None:
     """Refuse a pipeline of single runs.
 
@@ -97,12 +94,11 @@ def print_comparison(comparison: Comparison, paths: list[Path]) -> None:
         print_section(section, comparison)
     if comparison.left_out:
         say("not in these tables:", style="bold")
-        # What went wrong comes first: of a comparison that still runs, most are just waiting.
-        named = sorted(comparison.left_out, key=lambda one: one.why.endswith(("waiting", "running")))
-        for one in named[:_NAMED]:
-            say(f"  {one.point}: {one.why}")
-        if more := named[_NAMED:]:
-            say(f"  and {len(more):,} more, all of them in {paths[0].name}")
+        reasons: dict[str, list[str]] = {}
+        for one in comparison.left_out:
+            reasons.setdefault(one.why, []).append(one.point)
+        for why, points in reasons.items():
+            say(f"  {why}: {some_of(points)}")
     for note in notes(comparison):
         say(note, style="dim")
     for path in paths:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, writing
 from cachekd_cli.signals import Terminated
 
 if TYPE_CHECKING:
@@ -108,7 +108,11 @@ class _Crew:
             return
         slot = min(set(range(self.jobs)) - {job.slot for job in self.running})
         output = group.out / OUTPUT_FILE
-        process = _started(group, self.file, output, share_of(slot, self.jobs, self.gpus))
+        try:
+            process = _started(group, self.file, output, share_of(slot, self.jobs, self.gpus))
+        except CachekdError as error:  # the others go on
+            self._fail(group, f"{error.problem}: {error.where}: {error.found}")
+            return
         self.running.append(_Job(group.label, process, slot, time.monotonic()))
         self.tell(
             f"run {number:,} of {self.runs:,}: {group.title}, {still.text(self.jobs)}; its output: {output}"
@@ -129,7 +133,8 @@ class _Crew:
 
     def _fail(self, group: Group, why: str) -> None:
         self.failed[group.label] = why
-        self.tell(f"{group.title} failed: {why}; its output: {group.out / OUTPUT_FILE}")
+        output = group.out / OUTPUT_FILE
+        self.tell(f"{group.title} failed: {why}" + (f"; its output: {output}" if output.exists() else ""))
 
 
 def visible_gpus() -> list[str]:
@@ -152,11 +157,16 @@ def share_of(slot: int, jobs: int, gpus: list[str]) -> dict[str, str]:
 
 
 def _started(group: Group, file: Path, output: Path, share: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a process that does a group.
+
+    Raises:
+        CachekdError: its folder or the file for its output cannot be made.
+    """
     from cachekd.atomic import make_folder
 
     make_folder(output.parent)
     command = [sys.executable, "-m", "cachekd_cli", "run", str(file), "--group", group.label]
-    with output.open("ab") as log:
+    with writing(output), output.open("ab") as log:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from cachekd.errors import some_of
 from cachekd_cli.console import console, say, table
 
 if TYPE_CHECKING:
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def print_points(sweep: Sweep, points: Sequence[Point], states: States) -> None:
-    """Print points by steps, what is wrong, and what is left."""
+    """Print points by steps, what is wrong, what an earlier file left, and what is left to do."""
+    from cachekd.pipeline.sweep import left_behind
+
     names = [step.name for step in sweep.pipeline.steps]
     rows = []
     for point in points:
@@ -25,11 +28,15 @@ def print_points(sweep: Sweep, points: Sequence[Point], states: States) -> None:
         for one in found:
             if one.why:
                 say(f"{one.step.what} {one.name!r}: {one.text}" if label else f"{one.name!r}: {one.text}")
-    say(left_text(_left(sweep, states)))
+    if others := left_behind(sweep):
+        say(f"left as they are, as no run of this file has these folders: {some_of(others)}")
+    say(left_text(_left(sweep, states)) if points else "none of the runs is in this share")
 
 
 def points_for_scripts(sweep: Sweep, points: Sequence[Point], states: States) -> dict[str, Any]:
     """What `--json` prints: the points with their steps, and what is left."""
+    from cachekd.pipeline.sweep import left_behind
+
     still = _left(sweep, states)
     return {
         "points": [
@@ -42,6 +49,7 @@ def points_for_scripts(sweep: Sweep, points: Sequence[Point], states: States) ->
             for point in points
         ],
         "left": {"steps": still.steps, "seconds": still.seconds, "unknown": still.unknown},
+        "left_behind": left_behind(sweep),
     }
 
 

@@ -13,7 +13,8 @@ import yaml
 from sweeps import QUESTIONS, RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 
 from cachekd.compare import Comparison, compare, gather
-from cachekd.compare.words import notes, sentence, table_of_means
+from cachekd.compare.results import Difference
+from cachekd.compare.words import difference_text, interval_text, notes, sentence, table_of_means
 from cachekd.errors import CachekdError
 from cachekd.evaluate.scores import paired_intervals
 from cachekd.pipeline import read_pipeline
@@ -60,6 +61,32 @@ def test_means_and_differences_are_those_of_the_scores(make):
         "teacher": 0.98,
         "prior": 0.4,
     }
+
+
+@pytest.mark.parametrize(
+    ("unit", "difference", "half", "said"),
+    [
+        ("nats", 0.0321, 0.0123, "+0.0321 ± 0.0123 nats"),
+        ("nats", 0.0000321, 0.0000123, "+0.00003 ± 0.00001 nats"),
+        ("points", 1.25, 0.25, "+1.2 ± 0.2 points"),
+        ("points", 0.012, 0.004, "+0.012 ± 0.004 points"),
+    ],
+)
+def test_what_is_not_0_is_not_written_as_0(unit, difference, half, said):
+    one = Difference(
+        variant={"method": "align"},
+        against="ce",
+        difference=difference,
+        standard_error=half / 2,
+        low=difference - half,
+        high=difference + half,
+        over="seeds",
+        seeds=[0, 1, 2],
+        of_seeds=3,
+    )
+    assert said in sentence(one, unit)
+    assert float(difference_text(one, unit)) != 0
+    assert all(float(bound) > 0 for bound in interval_text(one, unit).split(" to "))
 
 
 def test_the_words_say_what_the_intervals_say(make):
@@ -130,6 +157,16 @@ def test_another_metric(make):
     assert blind.sections[0].differences[0].difference == pytest.approx(100 * (2 + 3 + 2) / 3 / QUESTIONS)
     equal = compare(gathered, metric="top1_agreement").sections[0].differences[0]
     assert sentence(equal, "points") == "align, limit=250: the same as ce with each of 3 seeds"
+
+
+def test_that_the_baseline_is_not_finished_is_said(make):
+    sweep = make()
+    known = states(sweep, **{f"{one.name} student": "waiting" for one in sweep.points if "ce" in one.name})
+    filled(sweep)
+    found = compare(gather(sweep, known))
+    assert not found.sections[0].differences
+    assert notes(found)[0] == "Nothing is compared: no run with ce is finished. It is the baseline."
+    assert "Nothing is compared" not in "".join(notes(compare(gather(sweep, states(sweep)))))
 
 
 def test_a_metric_that_some_lack_is_in_no_mean(make):

@@ -156,20 +156,6 @@ def test_the_command_prints_and_writes(finished, tmp_path):
     assert all((tmp_path / "out" / name).is_file() for name in FILES)
 
 
-def test_of_many_points_that_are_not_done_those_that_failed_are_named_first(tmp_path, monkeypatch):
-    sweep = sweep_of(tmp_path)
-    first, *others = sweep.points
-    now = {f"{point.name} test": "waiting" for point in others} | {f"{others[-1].name} test": "failed"}
-    known = states(sweep, **now)
-    finish(first, 300)
-    monkeypatch.setattr("cachekd.pipeline.look", lambda pipeline: list(known.values()), raising=False)
-    result = CliRunner().invoke(app, ["compare", str(tmp_path / "pipeline.yaml")])
-    assert result.exit_code == 0, result.exception
-    told = result.stdout.partition("not in these tables:")[2].splitlines()[1:]
-    assert told[0] == f"  {others[-1].name}: step test, failed"
-    assert told[10] == "  and 1 more, all of them in comparison.html"
-
-
 def test_json_is_alone_on_stdout_and_a_baseline_can_be_named(finished, tmp_path):
     out = tmp_path / "elsewhere"
     result = CliRunner().invoke(

@@ -28,7 +28,7 @@ from cachekd.pipeline import Sweep, checks, expand, read_pipeline
 from cachekd.pipeline.forecast import Left, left
 from cachekd.pipeline.select import choose, labels_of
 from cachekd.pipeline.sweep import Board, SomeFailed, ready, run_sweep
-from cachekd_cli.jobs import OUTPUT_FILE, share_of, visible_gpus
+from cachekd_cli.jobs import OUTPUT_FILE, _Crew, share_of, visible_gpus
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
 
@@ -245,8 +245,19 @@ def test_the_command(values, tmp_path):
     assert "1 step is left: some " in CliRunner().invoke(app, [*command, "--status"]).stdout
     refused = CliRunner().invoke(app, [*command, "--only", "nope"])
     assert "no run of this file" in str(refused.exception)
+    refused = CliRunner().invoke(app, [*command, "--only", "ce/seed0"])
+    assert refused.exception.fix == "did you mean ce/seed-0?"
     refused = CliRunner().invoke(app, [*command, "--group", "nope"])
     assert "no step of this file is done there" in str(refused.exception)
+    nothing = CliRunner().invoke(app, [*command, "--status", "--variant", "2/9"])
+    assert (nothing.exit_code, "none of the runs is in this share" in nothing.stdout) == (0, True)
+    assert "left as they are" not in nothing.stdout
+    values["vary"]["method"]["plain"] = values["vary"]["method"].pop("ce")
+    read(values, tmp_path)
+    shown = CliRunner().invoke(app, [*command, "--status"])
+    assert "no run of this file has these folders: ce/seed-0" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, [*command, "--status", "--json"]).stdout)
+    assert found["left_behind"] == ["ce/seed-0"]
     del values["seeds"], values["vary"]
     read(values, tmp_path)
     for option in (["--only", "ce"], ["--variant", "0/2"], ["--jobs", "2"]):
@@ -363,6 +374,20 @@ def test_several_at_a_time_and_one_that_is_killed(values, tmp_path):
     assert {name: now[name] for name in before if "ce/seed-0" not in name} == {
         name: when for name, when in before.items() if "ce/seed-0" not in name
     }
+
+
+def test_a_file_in_the_way_of_one_process_stops_no_other(values, tmp_path):
+    sweep = read(values, tmp_path)
+    out = Path(values["out"])
+    (out / "ce/seed-1" / OUTPUT_FILE).mkdir(parents=True)
+    (out / "ce/seed-0").write_text("mine")
+    board = Board(sweep)
+    crew = _Crew(board, board.look(), ["ce/seed-0", "ce/seed-1"], tmp_path, 2, print)
+    crew.look()
+    assert not crew.waiting
+    assert not crew.running
+    assert "File exists" in crew.failed["ce/seed-0"]
+    assert "Is a directory" in crew.failed["ce/seed-1"]
 
 
 def children() -> list[tuple[int, str]]:

@@ -72,13 +72,21 @@ def test_it_goes_one_way_from_start_to_end(kind, start, end, after, share, steps
         ("{schedule: cosin, start: 0, end: 1}", r"'lambda_vsd.schedule': input should be 'constant'"),
         ("{schedule: linear, start: 0, end: -1}", r"'lambda_vsd.end': .* greater than or equal to 0"),
         ("{schedule: linear, star: 0, start: 0, end: 1}", r"'lambda_vsd.star' \(did you mean 'start'\?\)"),
-        ("many", "'lambda_vsd': input should be a valid number"),
+        ("many", r"'lambda_vsd': a weight is a number, or a schedule: \{schedule: linear"),
+        ("linear", r"'lambda_vsd': a weight is a number, or a schedule: \{schedule: linear"),
+        ([0, 1], r"'lambda_vsd': a weight is a number, or a schedule: \{schedule: linear"),
         ("-0.5", "'lambda_vsd': input should be greater than or equal to 0"),
     ],
 )
 def test_what_is_no_weight_is_a_mistake_of_its_own(settings, said, message):
     with pytest.raises(CachekdError, match=message):
         read_config(None, TrainConfig, settings | {"lambda_vsd": said})
+
+
+def test_what_a_schedule_lacks_is_not_the_option(settings):
+    with pytest.raises(CachekdError, match=r"'lambda_vsd.schedule': field required") as caught:
+        read_config(None, TrainConfig, settings | {"lambda_vsd": "{start: 0, end: 1}"})
+    assert caught.value.fix is None
 
 
 def test_a_weight_is_recorded_as_it_was_said(settings, tmp_path):
