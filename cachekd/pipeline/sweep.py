@@ -138,7 +138,8 @@ def run_sweep(
         except CachekdError as error:
             if not sweep.varies:
                 raise
-            failed[label] = f"{error.where}: {error.problem}"
+            where = str(error.where).removeprefix(f"{label}: ")  # which is said before it
+            failed[label] = f"{where}: {error.problem}"
             tell(f"{error}")
         except Exception as error:  # a fault of ours, or of a library: the others go on, and this is told
             if not sweep.varies:
