@@ -268,6 +268,8 @@ def test_scores_on_other_questions_are_never_compared(make):
 def test_a_value_that_is_none(make):
     sweep = make()
     gathered = gather(sweep, filled(sweep))
+    with pytest.raises(CachekdError, match="no axis has such a value"):
+        compare(gathered, baseline="")  # as of a variable of the shell that is not set
     with pytest.raises(CachekdError, match="no axis has such a value") as caught:
         compare(gathered, baseline="alig")
     assert caught.value.fix == "did you mean align?"
