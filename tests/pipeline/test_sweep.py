@@ -376,6 +376,14 @@ def test_several_at_a_time_and_one_that_is_killed(values, tmp_path):
     }
 
 
+def test_a_folder_that_cannot_be_made_is_said_once_and_before_the_first_step(values, tmp_path):
+    sweep = read(values, tmp_path)
+    Path(values["out"]).write_text("mine")
+    with pytest.raises(CachekdError, match="cannot be written") as caught:
+        run(sweep)
+    assert not isinstance(caught.value, SomeFailed)
+
+
 def test_a_file_in_the_way_of_one_process_stops_no_other(values, tmp_path):
     sweep = read(values, tmp_path)
     out = Path(values["out"])
