@@ -60,13 +60,34 @@ def open_cache(config: TrainConfig) -> LogitCache | None:
     """The cache, under the data's keys; None if none is used.
 
     Raises:
-        CachekdError: it cannot be read, or was made with other settings of Kneedle.
+        CachekdError: it cannot be read, was made with other settings of Kneedle, or has fewer ids than a
+            loss asks for.
     """
     if not config.distils or config.cache is None:
         return None
     cache = open_bound(config.cache, config.binding)
     require_kneedle(config, cache.manifest.codec, str(cache.path), cache)
+    require_ids(config, cache.manifest.teacher.vocab_size, str(cache.path))
     return cache
+
+
+def require_ids(config: TrainConfig, ids: int, where: str) -> None:
+    """Refuse losses that ask for more of the teacher's largest logits than it has ids.
+
+    Args:
+        where: the cache of so many ids.
+
+    Raises:
+        CachekdError: one does.
+    """
+    for term, loss in config.losses.items():
+        if (k := getattr(loss, "k", 0)) > ids:
+            raise CachekdError(
+                "the loss asks for more ids than the teacher has",
+                where=f"setting '{term}.k'",
+                expected=f"at most {ids:,}, as in {where}",
+                found=k,
+            )
 
 
 def require_kneedle(

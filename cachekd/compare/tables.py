@@ -35,7 +35,7 @@ def compare(gathered: Gathered, *, baseline: str | None = None, metric: str = "e
     Raises:
         CachekdError: there is no such value, or no scores with this metric.
     """
-    axis, value = _baseline(gathered, baseline or gathered.baseline)
+    axis, value = _baseline(gathered, gathered.baseline if baseline is None else baseline)
     asked: dict[tuple[str, str], list[tuple[Point, Evaluation]]] = {}
     for point in gathered.points:
         for step, evaluation in point.evaluations.items():

@@ -20,7 +20,7 @@ def sentence(one: Difference, unit: str) -> str:
     'align: +1.2 ± 0.4 points over ce, 5 seeds'
     """
     seeds = _seeds(one)
-    if one.low is None or one.high is None:
+    if one.low is None or one.high is None or one.low == one.high:  # no spread says nothing of a spread
         return _without_interval(one, unit, seeds)
     if one.over == "samples":
         digits = _digits(unit, (one.high - one.low) / 2)
@@ -42,10 +42,11 @@ def sentence(one: Difference, unit: str) -> str:
 def _without_interval(one: Difference, unit: str, seeds: str) -> str:
     digits = _digits(unit, abs(one.difference))
     found = f"{_signed(one.difference, digits)} {unit} {_towards(one)} {one.against}"
-    if len(one.seeds) == 1:
-        return f"{one.label}: {found} with one seed, of which there is no interval"
+    alone = len(one.seeds) == 1
     if abs(one.difference) < 1e-9:
-        return f"{one.label}: the same as {one.against} with each of {seeds}"
+        return f"{one.label}: the same as {one.against} with {'one seed' if alone else f'each of {seeds}'}"
+    if alone:
+        return f"{one.label}: {found} with one seed, of which there is no interval"
     return f"{one.label}: {found} with each of {seeds} alike, of which there is no interval"
 
 

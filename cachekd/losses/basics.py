@@ -82,5 +82,7 @@ def teacher_topk(targets: TeacherTargets, k: int) -> tuple[Tensor, Tensor]:
         CachekdError: there are fewer ids than that.
     """
     if not 1 <= k <= targets.vocab_size:
-        raise CachekdError("k is out of range", expected=f"1 to {targets.vocab_size}", found=k)
+        raise CachekdError(
+            "k is out of range", where="setting 'k' of a loss", expected=f"1 to {targets.vocab_size}", found=k
+        )
     return targets.topk(k)

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
+from cachekd.atomic import require_place
 from cachekd.errors import CachekdError
 from cachekd.lock import Held, holds_something
 from cachekd.pipeline.config import PipelineConfig
@@ -138,7 +139,8 @@ def run_sweep(
         except CachekdError as error:
             if not sweep.varies:
                 raise
-            failed[label] = f"{error.where}: {error.problem}"
+            where = str(error.where).removeprefix(f"{label}: ")  # which is said before it
+            failed[label] = f"{where}: {error.problem}"
             tell(f"{error}")
         except Exception as error:  # a fault of ours, or of a library: the others go on, and this is told
             if not sweep.varies:
@@ -153,8 +155,8 @@ def ready(board: Board, labels: Collection[str] | None = None) -> dict[str, list
     """The states of groups, when all that can be known before the first step begins is as it ought to be.
 
     Raises:
-        CachekdError: what is finished is damaged, a folder holds something else, or a step that is to run
-            would be refused.
+        CachekdError: what is finished is damaged, a folder holds something else or cannot be made, or a step
+            that is to run would be refused.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise CachekdError(
@@ -173,6 +175,7 @@ def ready(board: Board, labels: Collection[str] | None = None) -> dict[str, list
     if waiting:
         from cachekd.pipeline.checks import check_steps
 
+        require_place(board.sweep.pipeline.out / STATE_FILE)  # once, and not by every run
         check_steps(waiting)
     return states
 

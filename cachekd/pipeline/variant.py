@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Variant:
         self.values = values
         file = pipeline.model_dump(exclude_unset=True, exclude=_AXES)
         self.said = PipelineConfig(**_with(deepcopy(file), values)) if values else pipeline
-        with about(self.label, what="variant") if values else nullcontext():
+        with self.about():
             self.plan = {step.name: step for step in plan_steps(self.said, without_idle=bool(values))}
         settings = settings_said(self.said)
         own = {value.name: self._reached_by(value, settings, file) for value in values}
@@ -48,6 +48,10 @@ class Variant:
                 or self.seeded.intersection(step.upstream)
             ):
                 self.seeded.add(name)
+
+    def about(self) -> AbstractContextManager[None]:
+        """Name the variant in errors, where the file varies."""
+        return about(self.label, what="variant") if self.values else nullcontext()
 
     @property
     def label(self) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cachekd.config import refusal
 from cachekd.config.base import Mistake
-from cachekd.errors import CachekdError, about
+from cachekd.errors import CachekdError
 from cachekd.pipeline.axes import Axis, axes_of
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.plan import PlannedStep, plan_steps
@@ -142,7 +141,7 @@ def _point(variant: Variant, axes: list[Axis], seed: int | None, groups: dict[st
         name: {value.axis: value.name for value in values} for name, values in variant.reaching.items()
     }
     labels = {name: label_of(reaching[name].values(), seeds[name]) for name in variant.plan}
-    with about(variant.label, what="variant") if variant.values else nullcontext():
+    with variant.about():
         folders = {name: said.out / label for name, label in labels.items()}
         plan = plan_steps(said, folders, without_idle=bool(variant.values))
     plan = [replace(step, group=labels[step.name]) for step in plan]

@@ -160,10 +160,11 @@ def duration(seconds: float) -> str:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> Table:
-    """A table whose first columns, so many, are texts, and whose others are numbers."""
+    """A table whose first columns, so many, are texts, and whose others are numbers. On a narrow terminal a
+    long cell takes several lines: names that begin alike cannot be told apart without their ends."""
     result = Table(title=escape(title), title_justify="left")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index < texts else "right")
+        result.add_column(column, justify="left" if index < texts else "right", overflow="fold")
     for row in rows:
         result.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
     return result

@@ -89,6 +89,13 @@ def test_what_is_not_0_is_not_written_as_0(unit, difference, half, said):
     assert all(float(bound) > 0 for bound in interval_text(one, unit).split(" to "))
 
 
+def test_no_difference_with_one_seed_is_said_as_such(make):
+    sweep = make(seeds=[7])
+    found = compare(gather(sweep, filled(sweep, {key: {7: 200} for key in RIGHT})))
+    said = [sentence(one, "points") for one in found.sections[0].differences]
+    assert said[0] == "align, limit=250: the same as ce with one seed"
+
+
 def test_the_words_say_what_the_intervals_say(make):
     sweep = make()
     found = compare(gather(sweep, filled(sweep)))
@@ -261,6 +268,8 @@ def test_scores_on_other_questions_are_never_compared(make):
 def test_a_value_that_is_none(make):
     sweep = make()
     gathered = gather(sweep, filled(sweep))
+    with pytest.raises(CachekdError, match="no axis has such a value"):
+        compare(gathered, baseline="")  # as of a variable of the shell that is not set
     with pytest.raises(CachekdError, match="no axis has such a value") as caught:
         compare(gathered, baseline="alig")
     assert caught.value.fix == "did you mean align?"

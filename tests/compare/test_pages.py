@@ -11,14 +11,17 @@ from statistics import mean
 import pandas as pd
 import pytest
 from pages import Page
+from rich.console import Console
 from sweeps import RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 from typer.testing import CliRunner
 
 from cachekd.compare import Comparison, compare, gather, write_comparison
 from cachekd.compare.pages import FILES, csv_table, page
 from cachekd.compare.plots import curve_of, differences_along, number_in
+from cachekd.compare.words import table_of_means
 from cachekd.errors import CachekdError
 from cachekd.train.cost import Cost
+from cachekd_cli.console import table
 from cachekd_cli.main import app
 
 
@@ -154,6 +157,13 @@ def test_the_command_prints_and_writes(finished, tmp_path):
     assert "align, limit=1000: no difference seen from ce (+0.1 ± 6.2 points, 3 seeds)" in result.stdout
     assert "Of twenty such intervals" in result.stdout
     assert all((tmp_path / "out" / name).is_file() for name in FILES)
+
+
+def test_names_are_whole_on_a_narrow_terminal(gathered):
+    section = compare(gathered).sections[0]
+    shown = StringIO()
+    Console(file=shown, width=60).print(table("x", *table_of_means(section)))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown.getvalue()
 
 
 def test_json_is_alone_on_stdout_and_a_baseline_can_be_named(finished, tmp_path):

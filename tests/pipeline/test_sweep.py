@@ -146,8 +146,8 @@ def test_a_run_that_fails_stops_only_what_needs_it(values, tmp_path):
     told: list[str] = []
     with pytest.raises(SomeFailed) as caught:
         run_sweep(sweep, runners(quiet=True) | {"train": fails}, tell=told.append)
-    assert caught.value.problem.startswith("1 of 3 runs is not done:\n  ce/seed-0: ")
-    assert "ce/seed-0: step 'student': here: out of memory" in caught.value.problem
+    said = "1 of 3 runs is not done:\n  ce/seed-0: step 'student': here: out of memory"
+    assert caught.value.problem == said
     assert [line.split(",")[0] for line in told if line.startswith("run ")] == [
         "run 1 of 3: what all runs share",
         "run 2 of 3: ce/seed-0",
@@ -374,6 +374,14 @@ def test_several_at_a_time_and_one_that_is_killed(values, tmp_path):
     assert {name: now[name] for name in before if "ce/seed-0" not in name} == {
         name: when for name, when in before.items() if "ce/seed-0" not in name
     }
+
+
+def test_a_folder_that_cannot_be_made_is_said_once_and_before_the_first_step(values, tmp_path):
+    sweep = read(values, tmp_path)
+    Path(values["out"]).write_text("mine")
+    with pytest.raises(CachekdError, match="cannot be written") as caught:
+        run(sweep)
+    assert not isinstance(caught.value, SomeFailed)
 
 
 def test_a_file_in_the_way_of_one_process_stops_no_other(values, tmp_path):

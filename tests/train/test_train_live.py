@@ -110,6 +110,16 @@ def test_a_window_other_than_the_caches_is_refused(pair, tmp_path, window):
         make_trainer(TrainConfig(**settings, cache=cache, window=window, out=tmp_path / "x"), tmp_path)
 
 
+@pytest.mark.parametrize("loss", ["topk_kl", "bild"])
+def test_more_ids_than_the_teacher_has_are_refused_before_the_first_step(pair, tmp_path, loss):
+    settings, folder = pair
+    cache = cached(settings, folder, tail="exact")
+    said = settings | {"vsd": {"loss": loss, "k": 10**5}}
+    with pytest.raises(CachekdError, match="more ids than the teacher has") as caught:
+        make_trainer(TrainConfig(**said, cache=cache, out=tmp_path / "x"), tmp_path)
+    assert caught.value.where == "setting 'vsd.k'"
+
+
 def test_a_smaller_window_goes_where_every_token_has_its_logprobs(pair, tmp_path):
     """And is then that of a live teacher; of a term whose loss is no DBiLD nothing is asked."""
     settings, folder = pair
