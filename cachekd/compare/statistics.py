@@ -54,11 +54,6 @@ class Paired(NamedTuple):
     mean: Mean
     half_width: float | None
 
-    @property
-    def seen(self) -> bool | None:
-        """Whether zero is outside the interval; None where there is none."""
-        return None if self.half_width is None else abs(self.mean.mean) > self.half_width
-
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     """The paired t interval (Student 1908) of the mean of `ours[i] - theirs[i]`.

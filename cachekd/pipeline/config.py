@@ -1,12 +1,10 @@
-"""What a pipeline's file may say: steps with the settings of dump and train, and what they share."""
+"""A pipeline's file: its steps, what they share, and along which axes they vary."""
 
 from __future__ import annotations
 
-import re
-from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
@@ -17,113 +15,15 @@ from pydantic import (
     Tag,
     ValidationError,
     ValidationInfo,
-    create_model,
     field_validator,
 )
 
-from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
+from cachekd.config import Config, refusal
 from cachekd.config.base import Mistake, YamlFile
-from cachekd.config.fields import Dtype
-from cachekd.errors import CachekdError, did_you_mean, nearest, some_of
-from cachekd.paths import LocalPath, PathOrName, expanded
+from cachekd.errors import CachekdError, did_you_mean, nearest, some_of, within
+from cachekd.paths import LocalPath, expanded
 from cachekd.pipeline.axes import DEFAULTS, axes_of, mistakes_in
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-
-
-class Step(Config):
-    """What every step has."""
-
-    name: str = Field(description="its folder in the pipeline's, and what other steps call it")
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_folder(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
-            raise ValueError("a name is made of letters, digits, - and _")
-        return value
-
-
-def _said(model: type[Config], base: type[Config], *own: str) -> Any:
-    """The settings of `model`, none of them required, all but those that are `own` to the pipeline.
-
-    No checks between settings come along: those are for the whole, defaults included.
-    """
-    fields: dict[str, Any] = {}
-    for name, field in model.model_fields.items():
-        if name in own:
-            continue
-        field = copy(field)
-        if field.is_required():
-            field.default = None
-        fields[name] = (field.annotation, field)
-    return create_model(f"{model.__name__}Said", __base__=base, **fields)
-
-
-_Dump: Any = _said(DumpConfig, Step, "out", "rank", "world_size")
-_Train: Any = _said(TrainConfig, Step, "out")
-_TrainDefaults: Any = _said(TrainConfig, Config, "out", "teacher", "student", *DataOptions.model_fields)
-_DataDefaults: Any = _said(DataOptions, Config)
-_Eval: Any = _said(EvalConfig, Step, "out")
-_Report: Any = _said(ReportConfig, Step, "out")
-
-
-class DumpStep(_Dump):
-    """Stage one, `cachekd dump`."""
-
-    step: Literal["dump"]
-
-
-class TrainStep(_Train):
-    """Stage two, `cachekd train`."""
-
-    step: Literal["train"]
-    student: PathOrName | None = Field(
-        None,
-        description="a step, a model folder or hub name; by default the train step above, else `defaults`'",
-    )
-    cache: PathOrName | None = Field(None, description="a step or a folder; by default the dump step above")
-    eval_cache: PathOrName | None = Field(None, description="a dump step above, or a folder: of eval_data")
-
-
-class EvalStep(_Eval):
-    """`cachekd eval`."""
-
-    step: Literal["eval"]
-    cache: PathOrName | None = Field(None, description="a dump step, of these data, or a folder")
-
-
-class ReportStep(_Report):
-    """`cachekd report`."""
-
-    step: Literal["report"]
-
-
-_STEPS: dict[str, type[Step]] = {
-    "dump": DumpStep,
-    "train": TrainStep,
-    "eval": EvalStep,
-    "report": ReportStep,
-}
-
-
-class TrainDefaults(_TrainDefaults):
-    """Any settings of all train steps."""
-
-
-class Defaults(_DataDefaults):
-    """What steps share. A step's own setting, or its stage, comes before these.
-
-    Data and what is said of them are of dump and train steps. A step that names other data, as eval steps do,
-    shares how records are read and what is done with bad and long ones, not `image_root`, `limit` and
-    `shuffle_seed`.
-    """
-
-    teacher: PathOrName | None = Field(None, description="of dump, train and eval steps")
-    student: PathOrName | None = Field(None, description="of the first train step")
-    dtype: Dtype | None = Field(None, description="of dump and train steps")
-    workers: int | None = Field(None, ge=0, description="of dump and train steps")
-    train: TrainDefaults | None = Field(None, description="any other setting of all train steps")
+from cachekd.pipeline.steps import STEPS, Defaults, DumpStep, EvalStep, ReportStep, TrainStep
 
 
 def _first_so_many(value: Any) -> Any:
@@ -218,7 +118,7 @@ class PipelineConfig(Config):
         steps = info.data.get("steps")
         if steps is None:  # what is wrong with them is said first
             return value
-        models: dict[str, Any] = dict(_STEPS)
+        models: dict[str, Any] = dict(STEPS)
         takes = {step.name: partial(models[step.step], name=step.name, step=step.step) for step in steps}
         seeded = info.data.get("seeds") is not None
         mistakes = list(mistakes_in(value, {**takes, DEFAULTS: Defaults}, seeded=seeded))
@@ -268,17 +168,20 @@ def _read(path: Path) -> YamlFile:
     file = YamlFile.read(path)
     if (other := file.values.get("extends")) is None:
         return file
+    place = file.place(("extends",))
     try:
         base = YamlFile.read(path.parent / expanded(str(other)))
     except ValueError as error:  # a variable that is not set
-        raise CachekdError(f"setting 'extends': {error}", where=file.place(("extends",))) from None
+        raise CachekdError(f"setting 'extends': {error}", where=place) from None
+    except CachekdError as error:
+        raise within(place, error) from None
     problem = None
     if "extends" in base.values:
         problem = f"{base.path} extends another file itself: extend that one, or say it all here"
     elif Path(str(file.values.get("out", base.values.get("out")))) == Path(str(base.values.get("out"))):
         problem = f"it needs an `out` of its own: the one of {base.path} is that pipeline's"
     if problem is not None:
-        raise CachekdError(problem, where=file.place(("extends",)))
+        raise CachekdError(problem, where=place)
     if "vary" in file.values:  # the other's baseline is a value of its own axes
         base.values.pop("baseline", None)
     return file.over(base)
@@ -293,17 +196,17 @@ def _mistake(error: Any, file: YamlFile) -> Mistake:
         name = step.get("name") if isinstance(step, dict) else None
         place += f", step {where[1] + 1 if name is None else repr(name)}"
         if len(where) > 3:
-            model, where = _STEPS[where[2]], where[3:]
+            model, where = STEPS[where[2]], where[3:]
     if where[0] == "vary":
         where = (*where[:2], *(part for part in where[2:] if part not in ("variants", "values")))
     if where[0] == "vary" and error["type"] == "extra_forbidden":  # known settings are those of its step
         target, *setting = str(where[1]).split(".") if len(where) == 2 else where[3:]
         kinds = {step["name"]: step["step"] for step in file.values["steps"]}
-        return Mistake.of(error, place, _STEPS.get(kinds.get(target, ""), Defaults), tuple(setting))
+        return Mistake.of(error, place, STEPS.get(kinds.get(target, ""), Defaults), tuple(setting))
     if error["type"] == "union_tag_not_found":
         return Mistake("a step needs `step: dump`, `train`, `eval` or `report`", place, error["input"])
     if error["type"] == "union_tag_invalid":
-        near = did_you_mean(nearest(error["ctx"]["tag"], _STEPS))
+        near = did_you_mean(nearest(error["ctx"]["tag"], STEPS))
         hint = "" if near is None else f" ({near})"
         return Mistake(f"no such step{hint}: it is dump, train, eval or report", place, error["ctx"]["tag"])
     return Mistake.of(error, place, model, where)

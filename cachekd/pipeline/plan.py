@@ -15,7 +15,8 @@ from cachekd.config.data import WHICH_SAMPLES
 from cachekd.config.train import STAGES
 from cachekd.errors import CachekdError, about
 from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
-from cachekd.pipeline.config import Defaults, PipelineConfig
+from cachekd.pipeline.config import PipelineConfig
+from cachekd.pipeline.steps import Defaults
 
 
 class Kind(NamedTuple):

@@ -8,12 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from cachekd.cache.tail.setting import TAILS
-from cachekd.config import DataOptions, DumpConfig, EvalConfig, TrainConfig, read_config
+from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, read_config
 from cachekd.config.base import YamlFile
 from cachekd.config.fields import TAIL_FORMS
 from cachekd.errors import CachekdError
 from cachekd.pipeline import read_pipeline
-from cachekd.pipeline.config import ReportConfig
 
 
 def written(tmp_path: Path, text: str) -> Path:
