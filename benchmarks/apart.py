@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import runpy
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -36,10 +34,3 @@ def printed_by(function: Callable[Given, object], *arguments: Given.args, **name
     with redirect_stdout(io.StringIO()) as said:
         function(*arguments, **named)
     return said.getvalue()
-
-
-def run_script(path: Path, *arguments: str) -> None:
-    """As `python path arguments` does; in a process of its own, as it leaves its own modules behind."""
-    sys.argv = [str(path), *arguments]
-    sys.path.insert(0, str(path.parent))
-    runpy.run_path(str(path), run_name="__main__")

@@ -4,7 +4,7 @@ python benchmarks/real_mix.py --json
 
 A LLaVA-style JSON of 200,000 records over easy-VQA's pictures, with a BOM: 40 % of the ids come again, a
 tenth of the samples is text alone, a tenth has a turn with `loss: false`, ten pictures are broken, five
-answers are longer than the models' context. The demo's teacher and its untrained student.
+answers are longer than the models' context. The demo's teacher and the student that it starts from.
 Every command in a process of its own; `peak_mb` is its resident memory at the most, its workers' apart.
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from apart import apart, printed_by, resident, run_script
+from apart import apart, printed_by, resident
 
 from cachekd_cli.main import app
 
@@ -37,8 +37,6 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         expected = write_mix(folder, records)
-        demo = ("--out", str(folder / "demo"), "--images", "1", "--test-images", "1")
-        apart(printed_by, run_script, EXAMPLE / "prepare.py", *demo)
         rows = [apart(measure, name, command) for name, command in commands(folder, epochs, test).items()]
     found = {name: value for row in rows for name, value in row.pop("counts").items()}
     wrong = {name: (value, found.get(name)) for name, value in expected.items() if found.get(name) != value}
@@ -103,7 +101,7 @@ def write_mix(folder: Path, records: int) -> dict[str, int]:
 
 def commands(folder: Path, epochs: float, test: int) -> dict[str, list[str]]:
     """In order; each takes what those before it made."""
-    teacher, student = str(EXAMPLE / "teacher"), str(folder / "demo" / "student")
+    teacher, student = str(EXAMPLE / "teacher"), str(EXAMPLE / "student")
     data = [
         "--data",
         str(folder / "mix.json"),
