@@ -29,8 +29,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from data import COLORS, SHAPES  # isort: skip
-from models import IMAGE_SIZE, make_model  # isort: skip
-from training import IGNORE, augment, optimise, shuffled, train_tower  # isort: skip
+from models import make_model  # isort: skip
+from small_llava import IGNORE, IMAGE_SIZE, optimise  # isort: skip
+from training import augment, shuffled, train_tower  # isort: skip
 
 TEACHER = Path(__file__).parent / "teacher"
 DESCRIPTIONS = ("a {color} {shape}", "the {shape} is {color}", "the image contains a {color} {shape}")

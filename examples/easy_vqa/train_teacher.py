@@ -33,7 +33,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from data import COLORS, SHAPES, conversation, image_paths, questions_by_image  # isort: skip
 from models import make_model, make_processor  # isort: skip
-from training import IGNORE, augment, optimise, shuffled, train_tower  # isort: skip
+from small_llava import IGNORE, optimise  # isort: skip
+from training import augment, shuffled, train_tower  # isort: skip
 
 Pairs = list[tuple[str, str]]
 

@@ -1,10 +1,8 @@
-"""What `train_teacher.py` and `train_base.py` share: optimiser, batches, augmentation, the tower's stage."""
+"""What `train_teacher.py` and `train_base.py` share: batches, augmentation, the tower's stage."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from data import COLORS, SHAPES  # isort: skip
-from models import VISION_WIDTH  # isort: skip
-
-IGNORE = -100
+import models  # noqa: F401  # isort: skip  # which finds what the examples share
+from small_llava import IGNORE, VISION_WIDTH, optimise  # isort: skip
 
 
 def augment(pixels: Tensor, *, channels: bool) -> tuple[Tensor, Tensor]:
@@ -35,37 +32,6 @@ def augment(pixels: Tensor, *, channels: bool) -> tuple[Tensor, Tensor]:
     orders = torch.tensor([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
     order = orders[torch.randint(0, len(orders), (count,))][:, :, None, None].expand_as(pixels)
     return torch.where(exchanged[:, None, None, None], pixels.gather(1, order), pixels), exchanged
-
-
-def optimise(
-    modules: nn.Module,
-    batches: Iterator[Tensor],
-    loss_of: Callable[[Tensor], Tensor],
-    steps: int,
-    lr: float,
-    name: str,
-) -> None:
-    """AdamW under a cosine; prints the mean loss twenty times on the way."""
-    weights = [p for p in modules.parameters() if p.ndim > 1]
-    others = [p for p in modules.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    warmup = lambda step: min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)
-    started, total, every = time.time(), 0.0, max(1, steps // 20)
-    for step in range(1, steps + 1):
-        loss = loss_of(next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % every == 0:
-            print(
-                f"{name} {step}/{steps}  loss {total / every:.4f}  {time.time() - started:.0f} s", flush=True
-            )
-            total = 0.0
 
 
 def shuffled(count: int, batch_size: int) -> Iterator[Tensor]:

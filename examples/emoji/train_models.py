@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import random
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,12 +29,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from cachekd.errors import CachekdError
 
-from llava import IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH, make_model, make_processor  # isort: skip
+from llava import make_model, make_processor  # isort: skip
 from packages import FOLDER, VENDORS  # isort: skip
+from small_llava import IGNORE, IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH, optimise  # isort: skip
 from things import Picture, ask, read_pictures  # isort: skip
 
 Pairs = list[tuple[str, str]]
-IGNORE = -100
 SEATS = (IMAGE_SIZE // PATCH_SIZE) ** 2  # image tokens
 VIEWS = 8  # of each drawing, that the language model is shown
 SORT = "what sort is it?"
@@ -64,33 +62,6 @@ def augment(rgba: Tensor) -> Tensor:
     rgba = F.grid_sample(rgba, grid, align_corners=False)
     gain = torch.empty(count, 1, 1, 1).uniform_(0.8, 1.1) + torch.empty(count, 3, 1, 1).uniform_(-0.1, 0.1)
     return 2 * ((rgba[:, :3] * gain).clamp(0, 1) + 1 - rgba[:, 3:]) - 1
-
-
-def optimise(
-    modules: nn.Module,
-    batches: Iterator[Tensor],
-    loss_of: Callable[[Tensor], Tensor],
-    steps: int,
-    lr: float,
-    name: str,
-) -> None:
-    """AdamW under a cosine; prints the mean loss twenty times on the way."""
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = lambda step: min(1, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / steps))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup)
-    started, total, every = time.time(), 0.0, max(1, steps // 20)
-    for step in range(1, steps + 1):
-        loss = loss_of(next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        total += loss.item()
-        if step % every == 0:
-            seconds = time.time() - started
-            print(f"{name} {step}/{steps}  loss {total / every:.4f}  {seconds:.0f} s", flush=True)
-            total = 0.0
 
 
 def shuffled(count: int, size: int) -> Iterator[Tensor]:
@@ -153,7 +124,9 @@ def train_tower(tower: nn.Module, drawn: Tensor, labels: list[Tensor], steps: in
         ]
         return torch.stack(losses).sum()
 
-    optimise(nn.ModuleList([tower, heads]), shuffled(drawn.shape[1], 128), loss_of, steps, 1e-3, "tower")
+    optimise(
+        nn.ModuleList([tower, heads]), shuffled(drawn.shape[1], 128), loss_of, steps, 1e-3, "tower", warmup=20
+    )
 
 
 class Tokens:
@@ -216,7 +189,9 @@ def train_answers(
         return F.cross_entropy(model.lm_head(hidden), labels[answers])
 
     steps = epochs * len(pixels) // 64
-    optimise(nn.ModuleList([projector, language]), shuffled(len(pixels), 64), loss_of, steps, 2e-3, "answers")
+    optimise(
+        nn.ModuleList([projector, language]), shuffled(len(pixels), 64), loss_of, steps, 2e-3, "answers", 20
+    )
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
@@ -254,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     processor = make_processor(text for pairs in [*asked, sorts] for pair in pairs for text in pair)
 
     torch.manual_seed(0)
-    student = make_model(processor, layers=2, text_width=96)
+    student = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
     train_tower(student.model.vision_tower, drawn, [], options.student_tower_steps)
     say_sorts = lambda batch: [[sorts[i]] for i in batch]  # noqa: E731
     train_answers(student, processor, pixels, say_sorts, options.student_epochs)
@@ -262,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.manual_seed(0)
     draw = random.Random(0)
-    teacher = make_model(processor, layers=4, text_width=144)
+    teacher = make_model(processor, vision_layers=4, text_layers=4, text_width=144)
     train_tower(teacher.model.vision_tower, drawn, labels, options.tower_steps)
 
     def some(batch: list[int]) -> list[Pairs]:
