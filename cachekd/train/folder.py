@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cachekd.atomic import commit, commit_first
+from cachekd.atomic import commit, commit_first, remove_stale
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError, is_full_disk, what_failed
 from cachekd.lock import alone, require_new_folder
@@ -65,6 +65,7 @@ class RunFolder:
         started = self.path / STARTED_FILE
         self._is_new = not started.exists()
         if self._is_new:
+            self._remove_what_a_kill_left()
             require_new_folder(self.path, "run")
             return
         noted_by_all = self.settings.keys() - TrainConfig.later().keys()
@@ -82,6 +83,12 @@ class RunFolder:
                 fix="these are the trained student, as far as it was saved: use them, or move them away; to "
                 "train it again choose another --out, or remove the folder",
             )
+
+    def _remove_what_a_kill_left(self) -> None:
+        """Of a session killed before it had begun: the Trainer's folder, and the mark half made."""
+        with suppress(OSError):  # it is none, or holds something
+            self.checkpoints.rmdir()
+        remove_stale(self.path, STARTED_FILE)
 
     def _require_same_settings(self, earlier: dict[str, Any], noted: Path) -> None:
         before, now = map(TrainConfig.comparable, (earlier, self.settings))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
+from cachekd.atomic import _HERE
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.models import load_model
@@ -166,6 +167,15 @@ def test_a_folder_of_something_else_is_left_alone(settings):
     with pytest.raises(CachekdError, match="already holds something"):
         train(TrainConfig(**settings))
     assert (settings["out"] / "thesis.tex").exists()
+
+
+def test_a_run_killed_before_it_began_leaves_nothing_in_the_way(settings):
+    """The Trainer has made its folder, or the mark of the run was being written."""
+    (settings["out"] / "checkpoints").mkdir(parents=True)
+    half_made = settings["out"] / f".{STARTED_FILE}.tmp-{_HERE}-999999999-00000000"
+    half_made.write_text("{")
+    assert train(TrainConfig(**settings | {"epochs": 1})).resumed_from == 0
+    assert not half_made.exists()
 
 
 def test_a_run_cut_short_before_its_first_checkpoint_leaves_nothing(settings):
