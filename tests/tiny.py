@@ -44,7 +44,7 @@ CORPUS = [
 ]
 
 
-# A second tokenizer: other tokens of the same texts, another placeholder's id, another end of turn and template.
+# A second tokenizer, with another placeholder's id, another end of turn and another template.
 OTHER_CORPUS = ["the circle is red or green", "dogs and shapes, larger than that", "noise", "yesterday"]
 OTHER_SPECIAL = ["<s>", "<|assistant|>", "<|user|>", "<|system|>", "<|stop|>", "<pad>", "<image>"]
 OTHER_TEMPLATE = MARKED_TEMPLATE.replace("<|end|>", "<|stop|>").replace("|>{{ '\\n' }}", "|>")

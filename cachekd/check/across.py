@@ -79,8 +79,8 @@ class Across:
         shared = self.shared
         of_theirs, of_ours = (f"{shared.strings / max(1, n):.0%}" for n in (shared.teacher, shared.student))
         found = (
-            f"{shared.teacher:,} tokens in the teacher's, {shared.student:,} in the student's; "
-            f"{shared.strings:,} strings are in both, {of_theirs} of the teacher's and {of_ours} of the student's"
+            f"{shared.teacher:,} tokens in the teacher's, {shared.student:,} in the student's; {shared.strings:,} "
+            f"strings are in both, {of_theirs} of the teacher's and {of_ours} of the student's"
         )
         return Row(row.name, "note", found, _ALIGN)
 
@@ -89,15 +89,15 @@ class Across:
         name, found, tokens = "aligned answers", self.answers, max(1, self.answers.student_tokens)
         text = (
             f"{found.rows / tokens:.1%} of {found.student_tokens:,} answer tokens of the student's in "
-            f"{found.samples:,} sample(s), {found.one_to_one / tokens:.1%} one to one; of the places where both "
-            f"have read the same bytes, {found.rows / max(1, found.common):.1%} go on in one cell"
+            f"{found.samples:,} sample(s), {found.one_to_one / tokens:.1%} one to one; of the places where "
+            f"both have read the same bytes, {found.rows / max(1, found.common):.1%} go on in one cell"
         )
         if found.rows >= ENOUGH * tokens:
             return Row(name, "ok", text)
         lost = "; ".join(f"{reason} {count / tokens:.1%}" for reason, count in found.lost.most_common())
         fix = (
-            "nothing, if it is meant: where nothing is aligned L_CE alone teaches; or a student whose tokenizer "
-            "cuts such text more as the teacher's does"
+            "nothing, if it is meant: where nothing is aligned L_CE alone teaches; or a student whose "
+            "tokenizer cuts such text more as the teacher's does"
         )
         return Row(name, "note", f"{text}; not aligned: {lost}", fix)
 
@@ -112,12 +112,16 @@ class Across:
         return Row(name, "note", text + "; ".join([*named, *more]), "nothing, if that is meant")
 
 
-def as_note(row: Row) -> Row:
-    """What is refused where both sides must have the same tokens, as it is said of such a pair."""
+def as_note(row: Row, vocabulary: Row) -> Row:
+    """What is refused where both sides must have the same tokens, as it is said of such a pair.
+
+    Args:
+        vocabulary: the row of the tokenizers: where they are the same, the pair may be made alike.
+    """
     if row.state != "refused":
         return row
-    found = f"{row.problem}; the answers were found on both sides"
-    return Row(row.name, "note", found, f"{_ALIGN}; or {row.fix}")
+    fix = f"{_ALIGN}; or {row.fix}" if vocabulary.state == "ok" else _ALIGN
+    return Row(row.name, "note", f"{row.problem}; the answers are found on both sides", fix)
 
 
 def token_bytes_row(cache: LogitCache, teacher: ModelFiles) -> Row:
@@ -138,9 +142,7 @@ def token_bytes_row(cache: LogitCache, teacher: ModelFiles) -> Row:
     return Row.refused(name, error)
 
 
-def _texts(
-    teacher: ModelFiles, student: ModelFiles, samples: Samples
-) -> Iterator[tuple[Encoded, Encoded]]:
+def _texts(teacher: ModelFiles, student: ModelFiles, samples: Samples) -> Iterator[tuple[Encoded, Encoded]]:
     """Read the questions and answers of some samples; those that either side cannot read so are left out."""
     for index in islice(spread(len(samples)), ANSWERED_SAMPLES):
         try:

@@ -234,9 +234,9 @@ def check_pair(config: CheckConfig) -> PairReport:
     rows = [
         vocabulary if across is None else across.vocabulary_row(vocabulary),
         *_embedding_rows(limits, theirs, ours, pairs, across=across is not None),
-        as_note(template_row(theirs, ours)),
+        as_note(template_row(theirs, ours), vocabulary),
         end_of_turn_row(ours),
-        as_note(encoding_row(theirs, ours)),
+        as_note(encoding_row(theirs, ours), vocabulary),
         data_row(counts, opened.notes, takes_images=take_images),
         *bad_rows(bad[:_SHOWN], config.on_error),
         length_row(lengths, config),

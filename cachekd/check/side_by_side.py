@@ -1,4 +1,4 @@
-"""The answer tokens of a teacher and a student side by side: which rows are aligned, and why others are not."""
+"""Answer tokens of teacher and student side by side: which rows are aligned, and why others are not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import repeat, zip_longest
 from typing import Literal
 
 from cachekd.vocabulary import PLAIN, Alignment, Lead, VocabularyPair
-from cachekd.vocabulary.rows import Piece, Reader
+from cachekd.vocabulary.pieces import Piece, Reader
 
 State = Literal["aligned", "other cells", "teacher inside a token", "student inside a token"]
 Reason = Literal["blanks", "CJK", "digits", "inside words", "signs, as in code", "end of turn", "other bytes"]
@@ -55,9 +55,7 @@ class SideBySide:
         self.pair = pair
         self._teacher, self._student = Reader(pair.teacher), Reader(pair.student)
 
-    def places(
-        self, teacher_ids: Sequence[int], student_ids: Sequence[int], found: Alignment
-    ) -> list[Place]:
+    def places(self, teacher_ids: Sequence[int], student_ids: Sequence[int], found: Alignment) -> list[Place]:
         """All places of a sample's answers in the order of their bytes; each token is in one of them.
 
         Args:

@@ -17,7 +17,7 @@ from cachekd.errors import BadSample
 from cachekd.models import ModelFiles
 from cachekd.report.token_texts import TokenTexts, text_of
 from cachekd.vocabulary import TokenBytes, VocabularyPair
-from cachekd.vocabulary.rows import Reader
+from cachekd.vocabulary.pieces import Reader
 
 END_OF_TURN = "end of turn"
 

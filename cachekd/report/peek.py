@@ -156,8 +156,7 @@ def peek(
         images=None
         if sample is None
         else [ImageSize(width=image.width, height=image.height) for image in sample.images],
-        paired=student
-        and student.beside(key, targets.token_ids.tolist(), sample, cut=_may_be_cut(cache)),
+        paired=student and student.beside(key, targets.token_ids.tolist(), sample, cut=_may_be_cut(cache)),
     )
 
 

@@ -103,9 +103,7 @@ def peek_command(
     skip = data is not None and data.on_error == "skip"
     shown = top or (ALTERNATIVES if html is None else PAGE_ALTERNATIVES)
     beside = None if student is None else open_student(student, reader)
-    found, images = look(
-        opened, keys, seen, reader, shown, beside, with_images=html is not None, skip=skip
-    )
+    found, images = look(opened, keys, seen, reader, shown, beside, with_images=html is not None, skip=skip)
     if html is not None:
         from cachekd.report.pages import peek_page
 
@@ -157,8 +155,17 @@ def look(
         for key in keys:
             sample = None if data is None else read_sample(data, key, skip=skip)
             turns = None if data is None or sample is None else data.turns(sample)
-            options = {"sample": sample, "turns": turns, "alternatives": top, "student": student}
-            found.append(peek(cache, key, text_of=text_of, **options))
+            found.append(
+                peek(
+                    cache,
+                    key,
+                    text_of=text_of,
+                    sample=sample,
+                    turns=turns,
+                    alternatives=top,
+                    student=student,
+                )
+            )
             images.append([embedded(image) for image in sample.images] if sample and with_images else [])
             advance(1)
     return found, images
@@ -212,8 +219,8 @@ def print_paired(tokens: list[PeekedToken], paired: Paired) -> None:
     say(Text.assemble((counts, "dim"), (visible(paired.student), "bold"), (" are aligned", "dim")))
     if paired.differs is not None:
         say(f"none is: {paired.differs}", style="yellow")
-        for name, texts in (("teacher", tokens), ("student", paired.tokens)):
-            say(f"{name}: {' | '.join(shown(token.text) for token in texts)}")
+        say(f"teacher: {' | '.join(shown(token.text) for token in tokens)}")
+        say(f"student: {' | '.join(shown(token.text) for token in paired.tokens)}")
         return
     result = Table(box=None, padding=(0, 1), show_edge=False, header_style="dim")
     for name in ("teacher", "student", "", "cell"):
