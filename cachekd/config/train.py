@@ -280,8 +280,8 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
 
     @property
     def crosses(self) -> bool:
-        """Whether teacher and student may have different tokenizers. The switched path needs no bridge between
-        them: both its sides are in the teacher's vocabulary."""
+        """Whether teacher and student may have different tokenizers. The switched path minds none: both its
+        sides are in the teacher's vocabulary."""
         return not self.aligns or self.align_vocabulary != "none"
 
     @property

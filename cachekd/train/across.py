@@ -1,11 +1,11 @@
-"""Teacher and student with different tokenizers: whose vocabularies they are, and where answers are aligned."""
+"""Teacher and student with different tokenizers: both vocabularies, and where answers are aligned."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS, labels, options_off
+from cachekd.losses.terms import TERMS, labels
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import reads_otherwise
 from cachekd.paths import is_url
@@ -53,6 +53,14 @@ class AcrossTokenizers:
         if self.pair is None:
             return NOTHING
         return self.pair.aligned(teacher_ids.numpy(), student_ids.numpy(), cut=cut)
+
+    def summary(self, found: AlignedShare) -> dict[str, Any]:
+        """What a run's JSON says of it."""
+        if self.pair is None:
+            return {"vocabularies": None, "aligned": None}
+        sizes = {"teacher": len(self.pair.teacher), "student": len(self.pair.student)}
+        cells = {"cells": self.pair.cells.cells, "shared_strings": self.pair.cells.shared}
+        return {"vocabularies": sizes | cells, "aligned": asdict(found) | {"share": found.share}}
 
     @property
     def largest(self) -> int:
@@ -100,9 +108,7 @@ def sized(tokens: TokenBytes, ids: int) -> TokenBytes:
     return TokenBytes(contents, special, ending if ending is not None and ending < ids else None)
 
 
-def _teachers(
-    config: TrainConfig, models: RunModels, cache: LogitCache | None
-) -> tuple[TokenBytes, int]:
+def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> tuple[TokenBytes, int]:
     """What the teacher's token ids stand for, and how many of them have a logprob."""
     if cache is None:
         assert models.teacher is not None  # live
@@ -146,8 +152,8 @@ def say_how_vocabularies_meet(
     own = labels(name for name in config.taught if TERMS[name].path == "own")
     kind = "the strings that both have" if config.align_vocabulary == "exact" else "cells of tokens"
     log.warning(
-        "teacher and student have different tokenizers, of %s and %s tokens: each reads the samples by its own, "
-        "and %s compares them over %s %s, where both have read the same bytes (%s strings are in both)",
+        "teacher and student have different tokenizers, of %s and %s tokens: each reads the samples by its "
+        "own, and %s compares them over %s %s, where both have read the same bytes (%s strings are in both)",
         f"{len(pair.teacher):,}",
         f"{len(pair.student):,}",
         own,
@@ -157,7 +163,7 @@ def say_how_vocabularies_meet(
     )
     if cache is not None and not cache.manifest.sketches:
         log.warning(
-            "%s: the cache has no tail sketch, so what it does not keep counts as spread evenly, and the sums "
+            "%s: the cache has no tail sketch: what it does not keep counts as spread evenly, so that the sums "
             "over cells are not exact",
             own,
         )
@@ -225,8 +231,8 @@ def say_what_was_not_aligned(found: AlignedShare) -> None:
     named = list(found.differing.first.items())[:5]
     if named:
         log.warning(
-            "the answers of %s samples are other bytes for the teacher than for the student: they were trained "
-            "by L_CE, and nothing of them was aligned: %s",
+            "the answers of %s samples are other bytes for the teacher than for the student, so that nothing of "
+            "them was aligned: %s",
             f"{found.differing.samples:,}",
             "; ".join(f"{key!r}: {why}" for key, why in named),
         )

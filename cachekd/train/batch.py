@@ -61,7 +61,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """Of a batch across tokenizers, which of the student's answer tokens are compared with which of the teacher's.
+    """Across tokenizers, which answer tokens of a batch are compared with which: the student's, the teacher's.
 
     Attributes:
         rows: by lead, [n] int64 numbers of the teacher's answer tokens, among those that it has something to

@@ -250,8 +250,8 @@ class Validation:
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
     def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
-        """[2 T + 2] float64, over these batches: answer tokens whose argmax is right, answer tokens, the T terms,
-        and over how many answer tokens each of them is."""
+        """[2 T + 2] float64, over these batches: answer tokens whose argmax is right, answer tokens, the T
+        terms, and over how many answer tokens each of them is."""
         args = trainer.args
         sums = torch.zeros(2 * len(self.terms) + 2, dtype=torch.float64, device=args.device)
         for batch in batches:
