@@ -185,8 +185,8 @@ def checked_cache(
 ) -> CheckedCache:
     """Open a run's cache, and compare it with the settings, the data and who reads these as its teacher did.
 
-    Across tokenizers that is the teacher, where it runs. Else it is nobody, and what says that the samples are
-    those that the cache's teacher saw is their content.
+    Across tokenizers that is the teacher, where it runs. Else it is nobody, and that samples are those which
+    the cache's teacher saw is told by their content.
 
     Args:
         samples: None where the data are not opened; then they are not compared.

@@ -163,8 +163,8 @@ def say_how_vocabularies_meet(
     )
     if cache is not None and not cache.manifest.sketches:
         log.warning(
-            "%s: the cache has no tail sketch: what it does not keep counts as spread evenly, so that the sums "
-            "over cells are not exact",
+            "%s: the cache has no tail sketch: what it does not keep counts as spread evenly, and sums over "
+            "cells are not exact",
             own,
         )
 
@@ -208,10 +208,10 @@ class AlignmentNotes:
     def of_all(self) -> AlignedShare:
         """What all processes noted, each of which has to ask."""
         found: list[Any] = gather_object([(self._counts, self._differing)])
-        counts = [sum(each) for each in zip(self._before, *(counts for counts, _ in found), strict=True)]
-        differing = {key: why for _, some in found for key, why in some.items()}
-        self._differing = differing | self._differing
-        return AlignedShare(*counts, LeftOutSamples.of(self._differing))
+        each = zip(self._before, *(counts for counts, _ in found), strict=True)
+        tokens, aligned, one_to_one = map(sum, each)
+        self._differing = {key: why for _, some in found for key, why in some.items()} | self._differing
+        return AlignedShare(tokens, aligned, one_to_one, LeftOutSamples.of(self._differing))
 
     def save(self, found: AlignedShare, checkpoint: Path) -> None:
         """Write what all processes noted beside the state that a run goes on from."""
@@ -231,8 +231,8 @@ def say_what_was_not_aligned(found: AlignedShare) -> None:
     named = list(found.differing.first.items())[:5]
     if named:
         log.warning(
-            "the answers of %s samples are other bytes for the teacher than for the student, so that nothing of "
-            "them was aligned: %s",
+            "the answers of %s samples are other bytes for the teacher than for the student: nothing of them "
+            "was aligned: %s",
             f"{found.differing.samples:,}",
             "; ".join(f"{key!r}: {why}" for key, why in named),
         )
