@@ -29,8 +29,8 @@ class TrainingSamples(Dataset):
         samples: the data set.
         encoder: the student's.
         cache: None for plain cross-entropy and for a live teacher.
-        teacher_encoder: the teacher's own, where it has another tokenizer, a live one prepares images otherwise,
-            or an image has another number of places in its text.
+        teacher_encoder: the teacher's own, where it has another tokenizer, where a live one prepares images
+            otherwise, or where an image has another number of places in its text.
         on_error: whether a bad sample stops the run, or is left out of it.
         across: that teacher and student have different tokenizers; None: both read text alike.
     """
