@@ -116,6 +116,9 @@ class TrainingSamples(Dataset):
                 check_sample(self.cache, theirs, targets)
             else:  # nobody reads the text as the cache's teacher did
                 check_content(self.cache, encoded.key, encoded.content_hash)
+        if theirs is not None and self.teacher_encoder is not None:
+            tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
+            across.require_places(encoded, theirs, tokens)
         ids = None if targets is None else targets.token_ids
         if self.cache is None and theirs is not None:  # live
             ids = theirs.token_ids
