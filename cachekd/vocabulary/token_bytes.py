@@ -170,7 +170,7 @@ def _byte_level(piece: str) -> bytes:
 
 
 def _alphabet() -> dict[str, int]:
-    """GPT-2's: the bytes that Latin-1 can show are written so, the others with the characters from U+0100 on."""
+    """GPT-2's: a byte that Latin-1 can show is written so, the others as the characters from U+0100 on."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(others)}
