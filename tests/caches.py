@@ -32,10 +32,12 @@ from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
+from cachekd.vocabulary import TokenBytes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "cache" / "golden"
 GOLDEN_SKETCH = ROOT / "tests" / "cache" / "golden_sketch"
+GOLDEN_VOCABULARY = ROOT / "tests" / "cache" / "golden_vocabulary"
 VOCAB = 97
 SMALL = {"batch_size": 2, "shard_samples": 6, "calibration_tokens": 60}
 
@@ -155,6 +157,13 @@ def write_cache(path: Path, count: int = 4, **options) -> Path:
         for index in range(count):
             writer.add(*sample(index))
     return path
+
+
+def table_of(count: int = VOCAB + 2) -> TokenBytes:
+    """What ids stand for: names, every byte, runs of blanks, parts of characters, the same twice, nothing."""
+    odd = [b"<s>", b"<|im_end|>", b"", b" " * 300, "é".encode()[:1], "猫".encode(), b"\n\t", b" the", b" the"]
+    contents = [*odd, *(bytes([number % 256]) for number in range(count - len(odd)))]
+    return TokenBytes(tuple(contents[:count]), frozenset({0, 1}), 1)
 
 
 def model_states(tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -141,7 +141,7 @@ class Recheck:
     max_code_error: float
     code_bound: float
     mismatches: list[Mismatch]
-    vocabulary: str | None
+    vocabulary: str | None = None
 
     @property
     def ok(self) -> bool:

@@ -1,11 +1,11 @@
-"""Teacher and student with different tokenizers: whose vocabularies they are, and where answers are aligned."""
+"""Teacher and student with different tokenizers: both vocabularies, and where answers are aligned."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from cachekd.atomic import commit
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
+from cachekd.data import Encoded
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS, labels, options_off
+from cachekd.losses.terms import TERMS, WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import reads_otherwise
 from cachekd.paths import is_url
@@ -39,9 +40,12 @@ class AcrossTokenizers:
     Attributes:
         pair: the vocabularies, where the student's own logits are compared with the teacher's; None where
             only the switched path is, in the teacher's vocabulary.
+        same_places: an image has to have as many places in the teacher's text as in the student's, since the
+            switched path puts the student's visual features there.
     """
 
     pair: VocabularyPair | None = None
+    same_places: bool = False
 
     def aligned(self, teacher_ids: Tensor, student_ids: Tensor, *, cut: bool) -> Alignment:
         """Where both sides have read the same bytes of a sample's answers.
@@ -53,6 +57,37 @@ class AcrossTokenizers:
         if self.pair is None:
             return NOTHING
         return self.pair.aligned(teacher_ids.numpy(), student_ids.numpy(), cut=cut)
+
+    def summary(self, found: AlignedShare) -> dict[str, Any]:
+        """What a run's JSON says of it."""
+        if self.pair is None:
+            return {"vocabularies": None, "aligned": None}
+        sizes = {"teacher": len(self.pair.teacher), "student": len(self.pair.student)}
+        cells = {"cells": self.pair.cells.cells, "shared_strings": self.pair.cells.shared}
+        return {"vocabularies": sizes | cells, "aligned": asdict(found) | {"share": found.share}}
+
+    def require_places(self, ours: Encoded, theirs: Encoded, tokens: tuple[int | None, int | None]) -> None:
+        """Refuse a sample whose images have other places in the teacher's text, where that matters.
+
+        Args:
+            tokens: the student's placeholder of an image, and the teacher's.
+
+        Raises:
+            CachekdError: they have; the sample is named.
+        """
+        if not self.same_places or None in tokens:
+            return
+        pairs = zip((ours, theirs), tokens, strict=True)
+        found, expected = (int((side.inputs["input_ids"] == token).sum()) for side, token in pairs)
+        if found != expected:
+            raise CachekdError(
+                "the sample's images have another number of places in the teacher's text than the student's "
+                "vision encoder fills",
+                where=f"sample {ours.key!r}",
+                expected=f"{expected:,}, as the teacher's processor makes them",
+                found=f"{found:,}",
+                fix=f"give the student the teacher's preprocessor_config.json, or {WITHOUT_SWITCH}",
+            )
 
     @property
     def largest(self) -> int:
@@ -79,8 +114,9 @@ def across_tokenizers(
             )
         return None
     kind = config.align_vocabulary
+    same_places = config.switches and (config.switch_bridge is None or not models.bridge_plan().other_text)
     if not config.aligns or kind == "none":
-        return AcrossTokenizers()
+        return AcrossTokenizers(same_places=same_places)
     teacher, rows = _teachers(config, models, cache)
     student = models.student
     pair = VocabularyPair.of(
@@ -88,7 +124,7 @@ def across_tokenizers(
         sized(student.token_bytes, student.config.get_text_config().vocab_size),
         kind,
     )
-    return AcrossTokenizers(pair)
+    return AcrossTokenizers(pair, same_places)
 
 
 def sized(tokens: TokenBytes, ids: int) -> TokenBytes:
@@ -100,9 +136,7 @@ def sized(tokens: TokenBytes, ids: int) -> TokenBytes:
     return TokenBytes(contents, special, ending if ending is not None and ending < ids else None)
 
 
-def _teachers(
-    config: TrainConfig, models: RunModels, cache: LogitCache | None
-) -> tuple[TokenBytes, int]:
+def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> tuple[TokenBytes, int]:
     """What the teacher's token ids stand for, and how many of them have a logprob."""
     if cache is None:
         assert models.teacher is not None  # live
@@ -146,8 +180,8 @@ def say_how_vocabularies_meet(
     own = labels(name for name in config.taught if TERMS[name].path == "own")
     kind = "the strings that both have" if config.align_vocabulary == "exact" else "cells of tokens"
     log.warning(
-        "teacher and student have different tokenizers, of %s and %s tokens: each reads the samples by its own, "
-        "and %s compares them over %s %s, where both have read the same bytes (%s strings are in both)",
+        "teacher and student have different tokenizers, of %s and %s tokens: each reads the samples by its "
+        "own, and %s compares them over %s %s, where both have read the same bytes (%s strings are in both)",
         f"{len(pair.teacher):,}",
         f"{len(pair.student):,}",
         own,
@@ -157,8 +191,8 @@ def say_how_vocabularies_meet(
     )
     if cache is not None and not cache.manifest.sketches:
         log.warning(
-            "%s: the cache has no tail sketch, so what it does not keep counts as spread evenly, and the sums "
-            "over cells are not exact",
+            "%s: the cache has no tail sketch: what it does not keep counts as spread evenly, and sums over "
+            "cells are not exact",
             own,
         )
 
@@ -202,10 +236,10 @@ class AlignmentNotes:
     def of_all(self) -> AlignedShare:
         """What all processes noted, each of which has to ask."""
         found: list[Any] = gather_object([(self._counts, self._differing)])
-        counts = [sum(each) for each in zip(self._before, *(counts for counts, _ in found), strict=True)]
-        differing = {key: why for _, some in found for key, why in some.items()}
-        self._differing = differing | self._differing
-        return AlignedShare(*counts, LeftOutSamples.of(self._differing))
+        each = zip(self._before, *(counts for counts, _ in found), strict=True)
+        tokens, aligned, one_to_one = map(sum, each)
+        self._differing = {key: why for _, some in found for key, why in some.items()} | self._differing
+        return AlignedShare(tokens, aligned, one_to_one, LeftOutSamples.of(self._differing))
 
     def save(self, found: AlignedShare, checkpoint: Path) -> None:
         """Write what all processes noted beside the state that a run goes on from."""
@@ -225,8 +259,8 @@ def say_what_was_not_aligned(found: AlignedShare) -> None:
     named = list(found.differing.first.items())[:5]
     if named:
         log.warning(
-            "the answers of %s samples are other bytes for the teacher than for the student: they were trained "
-            "by L_CE, and nothing of them was aligned: %s",
+            "the answers of %s samples are other bytes for the teacher than for the student: nothing of them "
+            "was aligned: %s",
             f"{found.differing.samples:,}",
             "; ".join(f"{key!r}: {why}" for key, why in named),
         )

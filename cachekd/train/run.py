@@ -209,6 +209,7 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
+    across, aligned = trainer.terms.across, summary.aligned
     limits, held_out = data.encoder.limits, {}
     if trainer.validation is not None:
         held_out = {
@@ -241,7 +242,7 @@ def save_run(
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             **held_out,
-            "across_tokenizers": None if summary.aligned is None else told(trainer.terms.across, summary.aligned),
+            "across_tokenizers": None if across is None or aligned is None else across.summary(aligned),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,
