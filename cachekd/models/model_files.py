@@ -30,6 +30,7 @@ from cachekd.models.loading import LoadSettings, auto_class, empty_model, load_c
 from cachekd.models.processors import processor_of
 from cachekd.models.quantization import Setting, describe, in_checkpoint, require_plain
 from cachekd.models.weights import hash_files, model_content, weights_files
+from cachekd.vocabulary import TokenBytes
 
 
 class ModelFiles:
@@ -78,6 +79,15 @@ class ModelFiles:
             CachekdError: the processor has no usable chat template or tokenizer.
         """
         return SampleEncoder(self.processor, self.limits)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What the token ids stand for.
+
+        Raises:
+            CachekdError: the tokenizer does not say it.
+        """
+        return TokenBytes.of(self.processor.tokenizer, self.encoder.end_of_turn)
 
     @property
     def image_token_id(self) -> int | None:
