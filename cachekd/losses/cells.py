@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from cachekd.errors import CachekdError
 from cachekd.losses.chunked import LiveTargets
-from cachekd.losses.kneedle import widest
 from cachekd.losses.merge import Merge
 
 if TYPE_CHECKING:
@@ -152,9 +151,7 @@ class CellTargets:
         cells = cells.clamp(max=self.cells.count - 1)
         logprobs = self.logprobs.gather(-1, cells).masked_fill(~first, float("-inf"))
         logprobs, order = logprobs.sort(dim=-1, descending=True, stable=True)
-        k = logprobs.isfinite().sum(-1)
-        width = widest(k, ids.shape[1])
-        return cells.gather(-1, order)[:, :width], logprobs[:, :width], k
+        return cells.gather(-1, order), logprobs, logprobs.isfinite().sum(-1)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """See `TeacherTargets.topk`."""
