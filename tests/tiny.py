@@ -65,6 +65,7 @@ def tiny_processor(
     class_token: bool = True,
     corpus: list[str] | None = None,
     special: list[str] | None = None,
+    vocab_size: int = 320,
 ) -> LlavaProcessor:
     """A LlavaProcessor for 32 x 32 images with a byte-level BPE tokenizer of some 300 tokens."""
     bpe = Tokenizer(models.BPE())
@@ -72,7 +73,7 @@ def tiny_processor(
     bpe.decoder = decoders.ByteLevel()
     special = special or ["<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocab_size,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
