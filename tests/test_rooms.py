@@ -56,11 +56,13 @@ def test_no_import_runs_back_up(house):
 
 
 def test_the_format_and_the_losses_stand_below_the_models(rooms, house):
-    for room in ("cache", "losses", "config"):
+    for room in ("cache", "losses", "config", "vocabulary"):
         assert not rooms.reached(house.graph, room) & ABOVE, room
     for room in ("cache", "losses"):
         for path in (ROOT / "cachekd" / room).rglob("*.py"):
             assert not re.search(r"^\s*(from|import) transformers", path.read_text(), re.M), path
+    for path in (ROOT / "cachekd" / "vocabulary").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) (transformers|torch)", path.read_text(), re.M), path
 
 
 def test_contributing_has_a_row_for_every_room(house):

@@ -173,10 +173,11 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
     """What lies between the student's features and the teacher's projector."""
     if bridge is not None:
         return [_bridge_row(teacher, student)]
-    check = partial(check_switch, teacher.config, student.config)
+    own_text = teacher.reads_otherwise(student)
+    check = partial(check_switch, teacher.config, student.config, own_text=own_text)
     if teacher.image_token_id is None:
         return [Row.of("switch", check)]
-    differences = switch_differences(teacher.config, student.config)
+    differences = switch_differences(teacher.config, student.config, own_text=own_text)
     if not differences:
         width = getattr(student.config.vision_config, family_of(student.config).width)
         return [Row("switch", "ok", f"the same family, layer and grid; features of width {width:,}")]
@@ -194,7 +195,8 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
 
 def _bridge_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     try:
-        plan = plan_bridge(teacher.config, student.config)
+        own_text = teacher.reads_otherwise(student)
+        plan = plan_bridge(teacher.config, student.config, own_text=own_text)
     except CachekdError as error:
         return Row.refused("switch bridge", error)
     fix = "nothing, if it is meant; a student of the teacher's shape needs none"
