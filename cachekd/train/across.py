@@ -16,9 +16,10 @@ from cachekd.atomic import commit
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
+from cachekd.data import Encoded
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS, labels
+from cachekd.losses.terms import TERMS, WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import reads_otherwise
 from cachekd.paths import is_url
@@ -39,9 +40,12 @@ class AcrossTokenizers:
     Attributes:
         pair: the vocabularies, where the student's own logits are compared with the teacher's; None where
             only the switched path is, in the teacher's vocabulary.
+        same_places: an image has to have as many places in the teacher's text as in the student's, since the
+            switched path puts the student's visual features there.
     """
 
     pair: VocabularyPair | None = None
+    same_places: bool = False
 
     def aligned(self, teacher_ids: Tensor, student_ids: Tensor, *, cut: bool) -> Alignment:
         """Where both sides have read the same bytes of a sample's answers.
@@ -61,6 +65,29 @@ class AcrossTokenizers:
         sizes = {"teacher": len(self.pair.teacher), "student": len(self.pair.student)}
         cells = {"cells": self.pair.cells.cells, "shared_strings": self.pair.cells.shared}
         return {"vocabularies": sizes | cells, "aligned": asdict(found) | {"share": found.share}}
+
+    def require_places(self, ours: Encoded, theirs: Encoded, tokens: tuple[int | None, int | None]) -> None:
+        """Refuse a sample whose images have other places in the teacher's text, where that matters.
+
+        Args:
+            tokens: the student's placeholder of an image, and the teacher's.
+
+        Raises:
+            CachekdError: they have; the sample is named.
+        """
+        if not self.same_places or None in tokens:
+            return
+        pairs = zip((ours, theirs), tokens, strict=True)
+        found, expected = (int((side.inputs["input_ids"] == token).sum()) for side, token in pairs)
+        if found != expected:
+            raise CachekdError(
+                "the sample's images have another number of places in the teacher's text than the student's "
+                "vision encoder fills",
+                where=f"sample {ours.key!r}",
+                expected=f"{expected:,}, as the teacher's processor makes them",
+                found=f"{found:,}",
+                fix=f"give the student the teacher's preprocessor_config.json, or {WITHOUT_SWITCH}",
+            )
 
     @property
     def largest(self) -> int:
@@ -87,8 +114,9 @@ def across_tokenizers(
             )
         return None
     kind = config.align_vocabulary
+    same_places = config.switches and (config.switch_bridge is None or not models.bridge_plan().other_text)
     if not config.aligns or kind == "none":
-        return AcrossTokenizers()
+        return AcrossTokenizers(same_places=same_places)
     teacher, rows = _teachers(config, models, cache)
     student = models.student
     pair = VocabularyPair.of(
@@ -96,7 +124,7 @@ def across_tokenizers(
         sized(student.token_bytes, student.config.get_text_config().vocab_size),
         kind,
     )
-    return AcrossTokenizers(pair)
+    return AcrossTokenizers(pair, same_places)
 
 
 def sized(tokens: TokenBytes, ids: int) -> TokenBytes:

@@ -29,8 +29,8 @@ class TrainingSamples(Dataset):
         samples: the data set.
         encoder: the student's.
         cache: None for plain cross-entropy and for a live teacher.
-        teacher_encoder: the teacher's own, where it has another tokenizer, a live one prepares images otherwise,
-            or an image has another number of places in its text.
+        teacher_encoder: the teacher's own, where it has another tokenizer, where a live one prepares images
+            otherwise, or where an image has another number of places in its text.
         on_error: whether a bad sample stops the run, or is left out of it.
         across: that teacher and student have different tokenizers; None: both read text alike.
     """
@@ -116,6 +116,9 @@ class TrainingSamples(Dataset):
                 check_sample(self.cache, theirs, targets)
             else:  # nobody reads the text as the cache's teacher did
                 check_content(self.cache, encoded.key, encoded.content_hash)
+        if theirs is not None and self.teacher_encoder is not None:
+            tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
+            across.require_places(encoded, theirs, tokens)
         ids = None if targets is None else targets.token_ids
         if self.cache is None and theirs is not None:  # live
             ids = theirs.token_ids
