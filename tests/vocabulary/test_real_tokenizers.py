@@ -80,7 +80,7 @@ def test_strings_that_both_have(token_bytes, teacher, student):
     ]
     for ids, own, other in sides:
         left_out = {own.contents[number] for number in np.flatnonzero(ids == -1) if number not in own.special}
-        # What begins with a byte that the other has no token for; SmolLM2 lacks 23, most of which no text has.
+        # What begins with a byte that the other has no token for; SmolLM2 lacks 21, which few texts have.
         assert all(content[:1] not in other.contents for content in left_out)
     assert pair.cells.teacher[pair.teacher.end_of_turn] == pair.cells.student[pair.student.end_of_turn] != -1
 
