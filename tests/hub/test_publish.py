@@ -632,7 +632,7 @@ def test_the_commands(watched, skipping_cache, tmp_path):
     done = invoke("pull", "watched:///c", tmp_path / "out", "--shards", "1-2", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert (found["shards"], found["fetched"], found["kept"]) == (2, 4, 0)
+    assert (found["shards"], found["fetched"], found["kept"]) == (2, 5, 0)
     assert found["samples"] == len(LogitCache(tmp_path / "out"))
     done = invoke("pull", "watched:///c", tmp_path / "all")
     assert "3 shards" in done.stdout
