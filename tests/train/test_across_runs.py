@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from cachekd.cache import LogitCache
 from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.config import DumpConfig, TrainConfig
+from cachekd.data import open_samples
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles
@@ -95,9 +96,7 @@ def gradients_of_a_step(config: TrainConfig, folder: Path) -> tuple[dict, list[d
 def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder, tmp_path):
     """Against the sums of single samples, each divided by its own answer tokens: of the student, the aligned
     ones, the teacher's. Three samples have no targets, and so are in two of the three alone."""
-    cache = select_samples(Path(settings["cache"]), tmp_path / "some", LogitCache(settings["cache"]))
     keys = [key for key in LogitCache(settings["cache"]) if key not in ("s001", "s004", "s007")]
-    shutil.rmtree(tmp_path / "some")
     select_samples(Path(settings["cache"]), tmp_path / "some", keys)
     changed = {"cache": str(tmp_path / "some"), "missing": "ce-only", "epochs": 1, "max_grad_norm": 0.0}
     changed |= {"lambda_align": 0.7, "lambda_vsd": 0.3, "save_steps": 0}
@@ -112,10 +111,11 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
         own = len(example.encoded.token_ids), rows, len(example.for_teacher.token_ids)
         counts = {name: counts[name] + n for name, n in zip(TERMS, own, strict=True)}
     assert len(set(counts.values())) == 3
-    (
-        sums["ce"] / counts["ce"] + 0.7 * sums["align"] / counts["align"] + 0.3 * sums["vsd"] / counts["vsd"]
-    ).backward()
+    weights = {"ce": 1.0, "align": 0.7, "vsd": 0.3}
+    sum(weights[name] * sums[name] / counts[name] for name in TERMS).backward()
     expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+    some = LogitCache(tmp_path / "some")
+    logged = counts | {"vsd": sum(len(some[key]) for key in keys)}  # of each term, where it has a teacher
     for batch_size, accumulation in ((12, 1), (4, 3), (3, 4)):
         cut = {"batch_size": batch_size, "gradient_accumulation": accumulation, "logit_chunk": 7}
         gradients, log = gradients_of_a_step(config.model_copy(update=cut), tmp_path / str(batch_size))
@@ -123,19 +123,13 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
         (entry,) = (entry for entry in log if "ce" in entry)
-        taught = {
-            "align": counts["align"],
-            "ce": counts["ce"],
-            "vsd": sum(map(len, map(LogitCache(tmp_path / "some").__getitem__, keys))),
-        }
         for name in TERMS:
-            assert entry[name] == pytest.approx(float(sums[name]) / taught[name], rel=1e-4), name
+            assert entry[name] == pytest.approx(sums[name].item() / logged[name], rel=1e-4), name
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(settings, tmp_path):
-    """2 x 3 samples a step against 6, a live teacher's too; resumed in the middle, what was aligned is counted
-    once."""
+    """2 x 3 samples a step against 6. Resumed in the middle, what was aligned is counted once."""
     settings |= {"epochs": 3, "save_steps": 3, "keep_checkpoints": True, "training": {"optim": "sgd"}}
     train(TrainConfig(**settings | {"batch_size": 6, "out": tmp_path / "one"}))
     recipe = tmp_path / "two.yaml"
@@ -173,7 +167,7 @@ def with_nfkc(folder: Path, out: Path) -> Path:
 def test_a_sample_whose_bytes_differ_is_named_and_trains_by_the_other_terms(
     settings, folder, tmp_path, caplog
 ):
-    """In the log, the summary, the run's file and its report."""
+    """In the log, the summary, the run's file and its report; L_CE and L_VSD have it all the same."""
     data = write_data(tmp_path / "data", 6)
     records = json.loads(data.read_text())
     records[2]["conversations"][1]["value"] = "ﬁve dogs"
@@ -235,18 +229,12 @@ def test_a_sample_that_changed_since_the_dump_is_named(settings, tmp_path):
 @pytest.mark.parametrize("lambda_vsd", [0.0, 1.0])
 def test_each_side_is_cut_within_its_own_limits(settings, folder, tmp_path, lambda_vsd):
     """The aligned rows are those of what is left of both."""
-    said = {"too_long": "cut", "max_tokens": 58, "student": str(folder / "vicuna")}
-    cache = tmp_path / "cut"
-    dump(
-        DumpConfig(
-            teacher=settings["teacher"],
-            data=settings["data"],
-            out=cache,
-            tail="exact",
-            too_long="cut",
-            max_tokens=60,
-        )
-    )
+    lengths = ModelFiles(settings["teacher"]).encoder, ModelFiles(settings["student"]).encoder
+    samples = open_samples(settings["data"])
+    longest = [max(len(encoder(samples[index])) for index in range(12)) for encoder in lengths]
+    cache, as_dumped = tmp_path / "cut", {"too_long": "cut", "max_tokens": longest[0] - 6, "tail": "exact"}
+    dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=cache, **as_dumped))
+    said = {"too_long": "cut", "max_tokens": min(longest) - 8}
     config = TrainConfig(**settings | said | {"cache": str(cache), "lambda_vsd": lambda_vsd})
     trainer = make_trainer(config, tmp_path / "t")
     examples = [trainer.train_dataset[index] for index in range(12)]
@@ -300,10 +288,10 @@ def texts(tmp_path_factory) -> dict:
         "data": str(data),
         "cache": str(folder / "cache"),
         "lambda_vsd": 0.0,
-        "lambda_align": 5.0,
+        "lambda_align": 100.0,  # random models: L_CE has nothing to do with what this teacher says
         "batch_size": 5,
-        "epochs": 6,
-        "learning_rate": 5e-3,
+        "epochs": 10,
+        "learning_rate": 2e-3,
         "logging_steps": 1,
         "align_vocabulary": "cells",
     }
@@ -314,7 +302,7 @@ def test_texts_alone_need_no_teacher(texts, tmp_path):
     `--teacher`, or of the folder that it was made from."""
     train(TrainConfig(**texts, out=tmp_path / "run"))
     log = steps(tmp_path / "run")
-    assert log[-1]["align"] < 0.8 * log[0]["align"]
+    assert log[-1]["align"] < 0.7 * log[0]["align"]
     old = without_table(Path(texts["cache"]), tmp_path / "old")
     assert LogitCache(old).vocabulary is None
     train(TrainConfig(**texts | {"cache": str(old)}, out=tmp_path / "found"))
@@ -445,7 +433,7 @@ def test_held_out_data_are_evaluated_by_the_same_rows(settings, folder, tmp_path
         with torch.no_grad():
             for index in range(7):
                 batch = collate_with_targets([trainer.validation.data[index]], 0)
-                one = trainer.terms_of(trainer.model.eval(), batch)
+                one = trainer.terms_of(trainer.model.eval(), batch, evaluating=True)
                 sums = {name: sums[name] + float(one.terms[name]) for name in TERMS}
                 counts = {name: counts[name] + one.divisors[name] for name in TERMS}
         assert len(set(counts.values())) == 3
@@ -454,15 +442,16 @@ def test_held_out_data_are_evaluated_by_the_same_rows(settings, folder, tmp_path
         assert found["eval_loss"] == pytest.approx(sum(found[f"eval_{name}"] for name in TERMS), rel=1e-5)
 
 
-def test_a_held_out_cache_of_another_tokenizer_is_refused(settings, folder, tmp_path):
+def test_a_held_out_cache_of_another_text_is_refused(settings, folder, tmp_path):
+    """Of the very same weights: where no teacher runs, nobody else would notice."""
+    other = copied(folder / "teacher", tmp_path / "other")
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
     data = str(folder / "held-out" / "data.json")
-    held_out = {"data": data, "teacher": str(folder / "same")}
-    other = copied(folder / "same", tmp_path / "other")
-    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
-        shutil.copy(folder / "chatml" / name, other / name)
-    held_out["teacher"] = str(other)
+    held_out = {"data": data, "teacher": str(other)}
     settings |= {"eval_data": data, "eval_cache": str(cached(held_out, tmp_path, tail="none"))}
-    with pytest.raises(CachekdError, match="different tokenizer"):
+    settings |= {"lambda_vsd": 0.0, "teacher": None}
+    with pytest.raises(CachekdError, match="was made with a different chat template"):
         make_trainer(TrainConfig(**settings), tmp_path / "t")
 
 

@@ -170,7 +170,7 @@ def slow_align(teacher: TokenBytes, student: TokenBytes, logprobs, logits, their
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_align_over_shared_strings_is_the_slow_sum(settings, folder, tmp_path, student):
-    """Term, rows and divisors of a batch: of whole models, one row and one string after the other."""
+    """Term, gradient, rows and divisors of a batch: of whole models, one row and one string at a time."""
     said = {"student": str(folder / student), "align_vocabulary": "exact", "align": "forward_kl"}
     config = TrainConfig(**settings | said, temperature=TEMPERATURE, logit_chunk=5)
     trainer = make_trainer(config, tmp_path / "t")
@@ -192,6 +192,12 @@ def test_align_over_shared_strings_is_the_slow_sum(settings, folder, tmp_path, s
     torch.testing.assert_close(found.terms["align"].double(), expected, rtol=1e-4, atol=1e-5)
     taught = sum(len(trainer.train_dataset[index].targets) for index in range(6))
     assert found.divisors == {"ce": len(logits), "align": rows, "vsd": taught}
+    whole.zero_grad()
+    expected.backward()
+    found.terms["align"].backward(retain_graph=True)
+    for ours, theirs in zip(trainer.vlm.parameters(), whole.parameters(), strict=True):
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     loss = trainer.compute_loss(trainer.model, batch)
     divided = sum(term / found.divisors[name] for name, term in found.terms.items())
     torch.testing.assert_close(loss, divided)
