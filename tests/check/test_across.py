@@ -339,13 +339,13 @@ def read_before(tokens: list[bytes | None]) -> list[tuple[int, int, bool]]:
 # ---- a real pair
 
 KITCHEN = (
-    "The image shows a small kitchen with white cabinets and a wooden counter. On the left there is a stainless "
-    "steel refrigerator covered with colourful magnets, and next to it stands an old gas stove with a kettle. "
+    "The image shows a small kitchen with white cabinets and a wooden counter. On the left there is a "
+    "stainless steel refrigerator covered with colourful magnets, and next to it stands an old gas stove. "
     "Sunlight comes in through the window above the sink, where two potted plants are growing."
 )
 STREET = (
-    "A busy street in the evening: several people are waiting at a crosswalk while a yellow taxi drives past. "
-    "The shops behind them have bright neon signs, and their reflections can be seen on the wet pavement."
+    "A busy street in the evening: several people are waiting at a crosswalk while a yellow taxi drives "
+    "past. The shops behind them have bright neon signs, which are reflected on the wet pavement."
 )
 
 
