@@ -28,6 +28,7 @@ from cachekd.cache import (
     verify_files,
 )
 from cachekd.cache.container import read_arrays
+from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
@@ -64,6 +65,16 @@ def cached(settings: dict, folder: Path, **how: Any) -> Path:
     if not out.exists():
         dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=out, **how))
     return out
+
+
+def replace_vocabulary(path: Path, content: bytes) -> None:
+    """Another file of what ids stand for, with checksum and seal that fit."""
+    file = path / VOCABULARY_FILE
+    file.unlink()  # it may be linked
+    file.write_bytes(content)
+    info = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    reseal(path / "manifest.json", lambda values: values["vocabulary"].update(info))
+    shutil.rmtree(path / "dump", ignore_errors=True)
 
 
 def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
