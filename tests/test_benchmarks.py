@@ -8,6 +8,7 @@ import pytest
 import torch
 from caches import ROOT, model_states
 from launch import output_of
+from tiny import tiny_processor
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -153,3 +154,20 @@ def test_the_benchmark_of_many_shards_measures_all_commands():
     assert reading["reads_s"] > 0
     assert {row["command"] for row in commands} >= {"peek", "select --filter", "recompress", "export"}
     assert all(row["peak_mb"] > 100 for row in commands)
+
+
+def test_the_benchmark_of_tokenizers_counts_what_they_have_in_common(tmp_path):
+    """The demo's, and one that learned from other words: both directions, three kinds of text."""
+    demo = ROOT / "examples" / "easy_vqa" / "student" / "tokenizer.json"
+    other = tmp_path / "tokenizer.json"
+    tiny_processor().tokenizer.backend_tokenizer.save(str(other))
+    named = [f"demo={demo}", f"tiny={other}"]
+    there, back = json.loads(output_of(BENCHMARKS / "across_tokenizers.py", *named, "--json"))
+    assert (there["teacher"], there["student"], back["teacher"]) == ("demo", "tiny", "tiny")
+    assert there["shared"] == back["shared"] > 256
+    for row in (there, back):
+        assert row["table_mb"] > 0
+        for text in ("answers", "code", "cjk"):
+            assert row[text]["differ"] == 0
+            assert 0.5 < row[text]["one_to_one"] <= row[text]["common"] <= 1
+            assert 0.9 < row[text]["one_cell"] <= 1

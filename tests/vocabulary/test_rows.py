@@ -100,11 +100,8 @@ def test_of_an_answer_that_ends_early_what_is_there_is_aligned_as_in_the_whole(a
     one, other = ids_of(teacher, pair.teacher), ids_of(student, pair.student)[:shorter]
     found = pair.aligned(one, other, cut=True)
     assert found.differs is None
-    got = (
-        [(i, j) for i, j in zip(*map(np.ndarray.tolist, found.rows.get(PLAIN, ([], []))), strict=True)]
-        if found.rows
-        else []
-    )
+    none = np.empty(0, np.int64)
+    got = list(zip(*map(np.ndarray.tolist, found.rows.get(PLAIN, (none, none))), strict=True))
     assert got == [(i, j) for i, j in whole.get(PLAIN, []) if j < shorter]
 
 
