@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cachekd.check.across import Across, as_note, token_bytes_row
+from cachekd.check.across import Across, as_note, token_bytes_row, unknown_bytes_row
 from cachekd.check.bind import open_bound
 from cachekd.check.data_rows import (
     Counts,
@@ -40,7 +40,7 @@ from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded, Limits, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset
-from cachekd.errors import BadSample
+from cachekd.errors import BadSample, CachekdError
 from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models import (
     ModelFiles,
@@ -197,7 +197,7 @@ class PairReport:
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
-        across: what can be aligned; None where both sides have the same tokens.
+        across: what can be aligned; None where both sides have the same tokens, or it is not known.
     """
 
     rows: list[Row]
@@ -229,18 +229,25 @@ def check_pair(config: CheckConfig) -> PairReport:
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
     counts, lengths = counts_of(seen, opened), lengths_of(seen, limits)
-    across = Across.of(theirs, ours, near, pairs) if theirs.reads_otherwise(ours) else None
+    otherwise, across = theirs.reads_otherwise(ours), None
     vocabulary = vocabulary_row(theirs, ours)
+    answers = [] if otherwise else [answers_row(pairs)]
+    if otherwise:
+        try:
+            across = Across.of(theirs, ours, near, pairs)
+            vocabulary, answers = across.vocabulary_row(vocabulary), across.answers_rows()
+        except CachekdError as error:
+            vocabulary = unknown_bytes_row(error)
     rows = [
-        vocabulary if across is None else across.vocabulary_row(vocabulary),
-        *_embedding_rows(limits, theirs, ours, pairs, across=across is not None),
+        vocabulary,
+        *_embedding_rows(limits, theirs, ours, pairs, across=otherwise),
         as_note(template_row(theirs, ours), vocabulary),
         end_of_turn_row(ours),
         as_note(encoding_row(theirs, ours), vocabulary),
         data_row(counts, opened.notes, takes_images=take_images),
         *bad_rows(bad[:_SHOWN], config.on_error),
         length_row(lengths, config),
-        *([answers_row(pairs)] if across is None else [across.aligned_row(), across.bytes_row()]),
+        *answers,
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
     ]
@@ -250,7 +257,7 @@ def check_pair(config: CheckConfig) -> PairReport:
         rows.append(Row("switch", "note", "no vision encoder", WITHOUT_SWITCH))
     if config.cache is not None:
         cache = open_bound(config.cache)
-        rows += cache_rows(cache, opened, config, ours, theirs, pairs, across=across is not None)
+        rows += cache_rows(cache, opened, config, ours, theirs, pairs, across=otherwise)
         rows += [] if across is None else [token_bytes_row(cache, theirs)]
     if config.forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
@@ -259,7 +266,7 @@ def check_pair(config: CheckConfig) -> PairReport:
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    step = step_sizes(theirs, ours, pairs, across=across is not None)
+    step = step_sizes(theirs, ours, pairs, across=otherwise)
     return PairReport(rows, sizes, counts, lengths, step, shown, across)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from templates import shape_processor
 from tiny import checked, save_vlm, tiny_processor, write_llava_json
 from tiny_texts import save_lm, write_texts
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 from vocabularies import from_npm, smollm2, vocabulary
@@ -109,6 +109,20 @@ def test_each_side_needs_embeddings_of_its_own_tokens(tmp_path, teacher_path, da
     row = row_of(checked(teacher_path, short, data), "student's embedding rows")
     assert row.state == "refused"
     assert f"for {len(processor.tokenizer)} tokens: 1 have none" in row.text
+
+
+def test_a_tokenizer_that_does_not_say_its_bytes_is_a_row(tmp_path, teacher_path, data):
+    processor = shape_processor("gemma")
+    steps = [decoders.Replace(Regex("▁"), " "), decoders.ByteFallback(), decoders.Fuse()]
+    processor.tokenizer.backend_tokenizer.decoder = decoders.Sequence(steps)
+    student = save_vlm(tmp_path / "student", processor, vocab_size=len(processor.tokenizer))
+    report = checked(teacher_path, student, data)
+    assert not report.fits
+    assert report.across is None
+    row = row_of(report, "vocabulary")
+    assert (row.state, row.fix) == ("refused", "--lambda-align 0: L_VSD does not need it")
+    assert "Replace with a regular expression" in row.text
+    assert "answer tokens" not in {row.name for row in report.rows}
 
 
 def test_the_figures_are_in_the_json(teacher_path, students, data):
