@@ -25,7 +25,6 @@ from cachekd.models.fingerprint import (
     tokenizer_fingerprint,
 )
 
-
 # Across tokenizers: what a run may say instead of having one tokenizer.
 ALIGN = (
     "--align-vocabulary cells, which compares the two where both have read the same bytes, over classes of "

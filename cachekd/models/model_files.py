@@ -81,15 +81,6 @@ class ModelFiles:
         """
         return SampleEncoder(self.processor, self.limits)
 
-    @cached_property
-    def token_bytes(self) -> TokenBytes:
-        """What the token ids stand for.
-
-        Raises:
-            CachekdError: the tokenizer does not say it.
-        """
-        return TokenBytes.of(self.processor.tokenizer, self.encoder.end_of_turn)
-
     @property
     def image_token_id(self) -> int | None:
         """The placeholder's; None for a language model."""

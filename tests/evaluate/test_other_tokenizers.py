@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from caches import of_an_earlier_version
 from tiny import (
     ANSWERS,
     CORPUS,
@@ -264,6 +265,19 @@ def test_agreement_and_divergence_are_those_of_summed_probabilities(
     assert score.kl == pytest.approx(divergence / rows, rel=1e-4)
 
 
+def test_ids_without_an_embedding_are_in_no_cell(tmp_path, trained):
+    """A tokenizer may name more tokens than a model has rows for."""
+    processor = tiny_processor(corpus=[OTHER_WORDS] * 9)
+    rows = len(processor.tokenizer) - 5
+    student = save_vlm(tmp_path / "student", processor, vocab_size=rows, seed=4)
+    data = write_text(tmp_path / "data", ["red", "yes", "a large green dog."])
+    [score] = evaluated([student], data, teacher=str(trained)).models
+    assert score.kl > 0
+    [turned] = evaluated([trained], data, teacher=str(student)).models
+    assert turned.kl > 0
+    assert turned.over_cells.compared == score.over_cells.compared
+
+
 def test_batches_change_nothing(trained, other_path, data_path):
     one, many = (
         evaluated([other_path], data_path, teacher=str(trained), batch_size=size).models[0] for size in (1, 7)
@@ -342,6 +356,17 @@ def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, other_path):
     changed = write_text(tmp_path / "changed", ["red", "no"])
     with pytest.raises(CachekdError, match="the sample's text or image differs"):
         evaluated([other_path], changed, cache=cache)
+
+
+def test_of_an_older_cache_the_teachers_tokenizer_says_what_its_ids_are(tmp_path, trained, other_path):
+    data = write_text(tmp_path / "data", ["red", "yes", "a large green dog."])
+    cache = dumped(tmp_path / "cache", trained, data)
+    whole = evaluated([other_path], data, cache=cache).models
+    assert evaluated([other_path], data, cache=of_an_earlier_version(cache)).models == whole
+    nowhere = of_an_earlier_version(dumped(tmp_path / "nowhere", trained, data), name="models/gone")
+    with pytest.raises(CachekdError, match=r"does not say what its token ids stand for[\s\S]*--teacher"):
+        evaluated([other_path], data, cache=nowhere)
+    assert evaluated([trained], data, cache=nowhere).models[0].over_cells is None
 
 
 # ---- what is said of it
