@@ -139,7 +139,7 @@ def tiny_vlm(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=processor.tokenizer.convert_tokens_to_ids(processor.image_token),
         image_seq_length=(32 // patch_size) ** 2,
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if tower == "clip" else "full",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from cachekd.cache import LogitCache
+from cachekd.cache.vocabulary import difference
 from cachekd.check.rows import Row
 from cachekd.check.side_by_side import Aligned, SideBySide
 from cachekd.data import Encoded, Sample, Samples
@@ -79,8 +80,8 @@ class Across:
         shared = self.shared
         of_theirs, of_ours = (f"{shared.strings / max(1, n):.0%}" for n in (shared.teacher, shared.student))
         found = (
-            f"{shared.teacher:,} tokens in the teacher's, {shared.student:,} in the student's; {shared.strings:,} "
-            f"strings are in both, {of_theirs} of the teacher's and {of_ours} of the student's"
+            f"{shared.teacher:,} tokens in the teacher's, {shared.student:,} in the student's; "
+            f"{shared.strings:,} strings are in both, {of_theirs} of the one and {of_ours} of the other"
         )
         return Row(row.name, "note", found, _ALIGN)
 
@@ -126,17 +127,18 @@ def as_note(row: Row, vocabulary: Row) -> Row:
 
 def token_bytes_row(cache: LogitCache, teacher: ModelFiles) -> Row:
     """Whether the cache itself says what the teacher's tokens stand for."""
-    name, stored, theirs = "cache: token bytes", cache.vocabulary, teacher.token_bytes
+    name, stored = "cache: token bytes", cache.vocabulary
     if stored is None:
         found = "not in the cache, as it is an older one: training reads the teacher's tokenizer"
         return Row(name, "note", found, "nothing, where the teacher is at hand; else `cachekd dump` again")
-    if stored.fingerprint == theirs.fingerprint:
-        return Row(name, "ok", f"of {len(stored):,} tokens")
+    other = difference(stored, teacher.token_bytes)
+    if other is None:
+        return Row(name, "ok", f"of {len(stored):,} ids")
     error = CachekdError(
-        "the cache's tokens stand for other bytes than the teacher's",
+        "the cache's token ids stand for other bytes than the teacher's",
         where=f"{cache.path} and {teacher.path}",
-        expected=f"sha256 {stored.fingerprint}",
-        found=f"sha256 {theirs.fingerprint}",
+        expected=other.expected,
+        found=other.found,
         fix="run `cachekd dump` again",
     )
     return Row.refused(name, error)

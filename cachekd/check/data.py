@@ -183,10 +183,10 @@ class CheckedCache(NamedTuple):
 def checked_cache(
     config: TrainConfig, models: RunModels, samples: Samples | None, beside: LogitCache | None = None
 ) -> CheckedCache:
-    """Open a run's cache, and compare it with who reads the data as its teacher did, the settings and the data.
+    """Open a run's cache, and compare it with the settings, the data and who reads these as its teacher did.
 
-    Across tokenizers that is the teacher, where it runs. Else nobody does: what says that the samples are
-    those that it saw is their content.
+    Across tokenizers that is the teacher, where it runs. Else it is nobody, and that samples are those which
+    the cache's teacher saw is told by their content.
 
     Args:
         samples: None where the data are not opened; then they are not compared.

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from cachekd.cache import LogitCache
-from cachekd.check.match import check_cache, check_sample, check_teacher, cut_alike
+from cachekd.check.match import check_sample, check_samples, check_teacher, check_text, cut_alike
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, Samples, collate
 from cachekd.data.collate import ModelInputs
@@ -228,7 +228,8 @@ def cache_rows(
             check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
-        lacking = check_cache(cache, samples, encoder, data=data, missing="skip")
+        check_text(cache, encoder, "teacher's" if across else "student's")
+        lacking = check_samples(cache, samples, data=data, missing="skip")
         if lacking.others:
             raise lacking.error(cache, samples)
         if len(lacking):

@@ -279,9 +279,14 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         return bool(self._on(lambda term: term.taught and term.path == "own"))
 
     @property
+    def idle(self) -> set[str]:
+        """See `Terms.idle`."""
+        return super().idle | (set() if self.aligns else {"align_vocabulary"})
+
+    @property
     def crosses(self) -> bool:
-        """Whether teacher and student may have different tokenizers. The switched path needs no bridge between
-        them: both its sides are in the teacher's vocabulary."""
+        """Whether teacher and student may have different tokenizers. The switched path minds none: both its
+        sides are in the teacher's vocabulary."""
         return not self.aligns or self.align_vocabulary != "none"
 
     @property

@@ -108,8 +108,8 @@ def switch_differences(teacher: Any, student: Any, *, own_text: bool = False) ->
 
     Args:
         teacher, student: configs.
-        own_text: the teacher reads the sample's text by its own tokenizer, so that its placeholder of an image
-            may be another than the student's.
+        own_text: the teacher reads a sample's text by its own tokenizer: its placeholder of an image may be
+            another than the student's.
 
     Raises:
         CachekdError: the teacher is a language model.

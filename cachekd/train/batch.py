@@ -61,7 +61,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class AlignedRows:
-    """Of a batch across tokenizers, which of the student's answer tokens are compared with which of the teacher's.
+    """Across tokenizers, which answer tokens of the student's in a batch are compared with which.
 
     Attributes:
         rows: by lead, [n] int64 numbers of the teacher's answer tokens, among those that it has something to
@@ -206,8 +206,8 @@ def aligned_rows(examples: list[Example]) -> AlignedRows | None:
     parts: dict[Lead, list[tuple[Tensor, Tensor]]] = {}
     theirs = ours = tokens = 0
     for example, aligned in found:
-        for lead, rows in aligned.rows.items():
-            of_teacher, of_student = map(torch.as_tensor, rows)
+        for lead, pair in aligned.rows.items():
+            of_teacher, of_student = map(torch.as_tensor, pair)
             if not len(of_student):
                 continue
             parts.setdefault(lead, []).append((of_teacher + theirs, of_student + ours))

@@ -18,7 +18,8 @@ from cachekd.data import Encoded, SampleEncoder, Samples, rough_lengths
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
 from cachekd.data.loader import dead_worker
 from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.train.across import NOTHING, AcrossTokenizers, AlignmentNotes
+from cachekd.train.across import NOTHING, AcrossTokenizers
+from cachekd.train.alignment import AlignmentNotes
 from cachekd.train.batch import Batch, Example, Fault, collate_with_targets
 
 
@@ -29,8 +30,8 @@ class TrainingSamples(Dataset):
         samples: the data set.
         encoder: the student's.
         cache: None for plain cross-entropy and for a live teacher.
-        teacher_encoder: the teacher's own, where a live one prepares images in another way, where an image has
-            another number of places in its text, or where it reads text by another tokenizer.
+        teacher_encoder: the teacher's own, where it has another tokenizer, where a live one prepares images
+            otherwise, or where an image has another number of places in its text.
         on_error: whether a bad sample stops the run, or is left out of it.
         across: that teacher and student have different tokenizers; None: both read text alike.
     """
@@ -116,6 +117,9 @@ class TrainingSamples(Dataset):
                 check_sample(self.cache, theirs, targets)
             else:  # nobody reads the text as the cache's teacher did
                 check_content(self.cache, encoded.key, encoded.content_hash)
+        if theirs is not None and self.teacher_encoder is not None:
+            tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
+            across.require_places(encoded, theirs, tokens)
         ids = None if targets is None else targets.token_ids
         if self.cache is None and theirs is not None:  # live
             ids = theirs.token_ids

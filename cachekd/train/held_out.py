@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.cache import LogitCache
-from cachekd.cache.compare import dependencies, require_same
+from cachekd.cache.compare import ENCODING, dependencies, require_same
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
@@ -46,6 +46,7 @@ _OF_THE_TEACHER = (
     "teacher's quantisation",
     "image processing",
 )
+_OF_TEXT = ("tokenizer", "chat template", ENCODING)
 _OF_KNEEDLE = ("setting window", "setting min_k")
 
 
@@ -127,7 +128,7 @@ def require_same_teacher(config: TrainConfig, cache: LogitCache, eval_cache: Log
     known = (dependencies(found.manifest) for found in (cache, eval_cache))
     accept = config.teacher_mismatch == "accept"
     names = [name for name in _OF_THE_TEACHER if not (accept and name == "teacher's quantisation")]
-    names += _OF_KNEEDLE if config.dbilds else ()
+    names += (*_OF_TEXT, *(_OF_KNEEDLE if config.dbilds else ()))
     ours, theirs = ({name: found.get(name) for name in names} for found in known)
     require_same(
         ours,
@@ -250,8 +251,8 @@ class Validation:
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
     def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
-        """[2 T + 2] float64, over these batches: answer tokens whose argmax is right, answer tokens, the T terms,
-        and over how many answer tokens each of them is."""
+        """[2 T + 2] float64, over these batches: answer tokens whose argmax is right, answer tokens, the T
+        terms, and over how many answer tokens each of them is."""
         args = trainer.args
         sums = torch.zeros(2 * len(self.terms) + 2, dtype=torch.float64, device=args.device)
         for batch in batches:

@@ -19,7 +19,7 @@ from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
-from cachekd.train.across import AlignedShare, say_what_was_not_aligned
+from cachekd.train.alignment import AlignedShare, say_what_was_not_aligned
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
 from cachekd.train.cost import Cost
@@ -209,6 +209,7 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
+    across, aligned = trainer.terms.across, summary.aligned
     limits, held_out = data.encoder.limits, {}
     if trainer.validation is not None:
         held_out = {
@@ -241,7 +242,7 @@ def save_run(
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             **held_out,
-            "across_tokenizers": None if summary.aligned is None else told(trainer.terms.across, summary.aligned),
+            "across_tokenizers": None if across is None or aligned is None else across.summary(aligned),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -18,9 +18,9 @@ class BatchTerms(NamedTuple):
         terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
         right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
         tokens: the student's answer tokens.
-        counts: over how many answer tokens each term is, whether or not it is computed here: of taught ones over
-            those that have the teacher's targets; across tokenizers, over those that are aligned, or that are the
-            teacher's.
+        counts: over how many answer tokens each term is, whether or not it is computed here: a taught one
+            over those that have the teacher's targets; across tokenizers those are the aligned ones, or, of
+            the switched path, the teacher's own.
         divisors: what the loss divides each sum by, were this batch a whole optimizer step. Where both sides
             read text alike that is `tokens`, of taught terms too.
     """

@@ -128,9 +128,9 @@ def live_teacher(files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
 def reading_teacher(
     config: TrainConfig, bridge: SwitchBridge | None, models: RunModels, *, across: bool
 ) -> ModelFiles | None:
-    """The teacher, where it reads samples by itself: across tokenizers; a live one that prepares images in another
-    way than the student; or one behind a bridge whose images have another number of places in its text. None
-    where it reads what the student reads.
+    """The teacher, where it reads samples by itself: across tokenizers; a live one that prepares images in
+    another way than the student; or one behind a bridge whose images have another number of places in its
+    text. None where it reads what the student reads.
 
     Args:
         models: within their limits.

@@ -222,8 +222,8 @@ class LossTerms:
     def _parts(
         self, own: list[str], batch: Batch, targets: Targets | None
     ) -> list[tuple[Tensor | None, Targets | OverCells | None]]:
-        """The student's answer tokens in parts by what they are compared with: which they are (None: all), and
-        the teacher at them."""
+        """The student's answer tokens by what they are compared with: which they are (None: all), and the
+        teacher at them."""
         if self.across is None:
             if targets is None or batch.covered is None:
                 return [(None, targets)]

@@ -200,7 +200,7 @@ class SwitchKDTrainer(Trainer):
         """The batches of one optimizer step. How long they took to come is counted, and what they lack.
 
         Returns:
-            they, and what each sum is divided by: the answer tokens of all; across tokenizers [T] int64, those
+            they, and what sums are divided by: the answer tokens of all; across tokenizers [T] int64, those
             of each term in `TERMS`. Over all processes, if `average_tokens_across_devices` says so.
         """
         if self.bridge is not None:

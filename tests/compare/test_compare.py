@@ -376,7 +376,7 @@ def test_kl_over_cells_is_compared_within_one_tokenizer(make):
     assert [one.variant["student.limit"] for one in found.sections[0].differences] == ["limit=1000"]
     [said] = [note for note in notes(found) if "over cells" in note]
     assert said.startswith(
-        "Agreement and KL of align, limit=250; ce, limit=1000; align, limit=1000 are over cells"
+        "Agreement and KL of ce, limit=1000; align, limit=250; align, limit=1000 are over cells"
     )
     assert len(compare(gathered).sections[0].differences) == 2  # exact match is each model's own
     rows = list(csv.DictReader(io.StringIO(csv_table(gathered))))
