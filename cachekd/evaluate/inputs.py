@@ -21,7 +21,7 @@ from cachekd.models.fingerprint import tokenizer_fingerprint
 
 NO_VOCABULARY = (
     "--teacher in place of --cache asks the teacher itself; or dump the data again; or leave out the models "
-    "that have another tokenizer"
+    "that have another tokenizer or chat template"
 )
 
 
