@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from cachekd.check.across import Across, as_note, token_bytes_row
+from cachekd.check.bind import open_bound
 from cachekd.check.data_rows import (
     Counts,
     Lengths,
@@ -35,7 +37,7 @@ from cachekd.check.rows import (
 )
 from cachekd.config import CheckConfig, DataOptions, TrainConfig
 from cachekd.config.fields import StudentPart
-from cachekd.data import Encoded, Samples, open_samples, survey
+from cachekd.data import Encoded, Limits, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset
 from cachekd.errors import BadSample
@@ -150,20 +152,35 @@ class StepSizes:
     recomputed: StepMemory
 
 
-def step_sizes(teacher: ModelFiles, student: ModelFiles, samples: Sequence[Encoded]) -> StepSizes | None:
+def step_sizes(
+    teacher: ModelFiles,
+    student: ModelFiles,
+    samples: Sequence[tuple[Encoded, Encoded]],
+    *,
+    across: bool = False,
+) -> StepSizes | None:
     """Reckon a step of the default batch size on this machine; see `step_memory`.
 
     Args:
-        samples: as the student reads them; the longest counts.
+        samples: as teacher and student read them; the longest of the student's counts.
+        across: the switched path reads what the teacher does.
     """
-    longest, batch_size = max(samples, key=len), TrainConfig.model_fields["batch_size"].default
+    batch_size = TrainConfig.model_fields["batch_size"].default
     dtype = default_dtype(default_device())
     half = None if dtype == torch.float32 else dtype
-    found = step_memory(student.config, teacher.config, longest, batch_size=batch_size, half=half)
+    theirs, ours = max(samples, key=lambda pair: len(pair[1]))
+    found = step_memory(
+        student.config,
+        teacher.config,
+        ours,
+        batch_size=batch_size,
+        half=half,
+        as_teacher=theirs if across else None,
+    )
     if not found:
         return None
     name = None if half is None else str(half).removeprefix("torch.")
-    return StepSizes(batch_size, len(longest), name, found[False], found[True])
+    return StepSizes(batch_size, len(ours), name, found[False], found[True])
 
 
 _SHOWN = 16  # bad samples, a row each
@@ -180,6 +197,7 @@ class PairReport:
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
+        across: what can be aligned; None where both sides have the same tokens.
     """
 
     rows: list[Row]
@@ -188,6 +206,7 @@ class PairReport:
     lengths: Lengths | None = None
     step: StepSizes | None = None
     previews: list[tuple[str, list[Run]]] = field(default_factory=list)
+    across: Across | None = None
 
     @property
     def fits(self) -> bool:
@@ -210,16 +229,18 @@ def check_pair(config: CheckConfig) -> PairReport:
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
     counts, lengths = counts_of(seen, opened), lengths_of(seen, limits)
+    across = Across.of(theirs, ours, near, pairs) if theirs.reads_otherwise(ours) else None
+    vocabulary = vocabulary_row(theirs, ours)
     rows = [
-        vocabulary_row(theirs, ours),
-        embedding_rows_row(limits, theirs, pairs),
-        template_row(theirs, ours),
+        vocabulary if across is None else across.vocabulary_row(vocabulary),
+        *_embedding_rows(limits, theirs, ours, pairs, across=across is not None),
+        as_note(template_row(theirs, ours), vocabulary),
         end_of_turn_row(ours),
-        encoding_row(theirs, ours),
+        as_note(encoding_row(theirs, ours), vocabulary),
         data_row(counts, opened.notes, takes_images=take_images),
         *bad_rows(bad[:_SHOWN], config.on_error),
         length_row(lengths, config),
-        answers_row(pairs),
+        *([answers_row(pairs)] if across is None else [across.aligned_row(), across.bytes_row()]),
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
     ]
@@ -228,7 +249,9 @@ def check_pair(config: CheckConfig) -> PairReport:
     else:
         rows.append(Row("switch", "note", "no vision encoder", WITHOUT_SWITCH))
     if config.cache is not None:
-        rows += cache_rows(config.cache, opened, config, ours, theirs, pairs)
+        cache = open_bound(config.cache)
+        rows += cache_rows(cache, opened, config, ours, theirs, pairs, across=across is not None)
+        rows += [] if across is None else [token_bytes_row(cache, theirs)]
     if config.forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
         rows += [split_row("teacher", theirs, with_image[0]), split_row("student", ours, with_image[1])]
@@ -236,8 +259,26 @@ def check_pair(config: CheckConfig) -> PairReport:
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    step = step_sizes(theirs, ours, [encoded for _, encoded in pairs])
-    return PairReport(rows, sizes, counts, lengths, step, shown)
+    step = step_sizes(theirs, ours, pairs, across=across is not None)
+    return PairReport(rows, sizes, counts, lengths, step, shown, across)
+
+
+def _embedding_rows(
+    limits: Limits,
+    teacher: ModelFiles,
+    student: ModelFiles,
+    pairs: list[tuple[Encoded, Encoded]],
+    *,
+    across: bool,
+) -> list[Row]:
+    """Where both have the same tokens, one row for both models' embeddings; else each has its own tokens."""
+    theirs, ours = ([pair[side] for pair in pairs] for side in (0, 1))
+    if not across:
+        return [embedding_rows_row(limits, teacher, theirs)]
+    return [
+        embedding_rows_row(limits_of([side.config]), side, read, f"{whose} embedding rows")
+        for whose, side, read in (("teacher's", teacher, theirs), ("student's", student, ours))
+    ]
 
 
 def _is_costly(data: DataOptions) -> bool:

@@ -141,7 +141,7 @@ class Recheck:
     max_code_error: float
     code_bound: float
     mismatches: list[Mismatch]
-    vocabulary: str | None
+    vocabulary: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -208,7 +208,7 @@ def _wrong_vocabulary(cache: LogitCache, teacher: Teacher) -> str | None:
     if (said := cache.vocabulary) is None:
         return None
     try:
-        found = difference(teacher.token_bytes, said)
+        found = difference(teacher.files.token_bytes, said)
     except CachekdError:
         return None
     return None if found is None else f"{found.found}, the tokenizer says: {found.expected}"

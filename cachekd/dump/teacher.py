@@ -22,7 +22,6 @@ from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabu
 from cachekd.models.fitting import FittingBatches
 from cachekd.models.memory import OutOfMemory, failed_forward, require_embeddings, together_or_each
 from cachekd.models.placement import input_device, output_device
-from cachekd.vocabulary import TokenBytes
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +79,10 @@ class Teacher:
         """See `vocabulary_of`."""
         return vocabulary_of(self.model, self.files.processor.tokenizer)
 
-    @property
-    def token_bytes(self) -> TokenBytes:
-        """What its token ids stand for.
-
-        Raises:
-            CachekdError: its tokenizer does not say it.
-        """
-        return TokenBytes.of(self.files.processor.tokenizer, self.encoder.end_of_turn)
-
     def vocabulary(self) -> PackedVocabulary | None:
         """What its token ids stand for, as a file; None, with a warning, where that is not known."""
         try:
-            return pack_vocabulary(self.token_bytes, self.vocab_size)
+            return pack_vocabulary(self.files.token_bytes, self.vocab_size)
         except CachekdError as error:
             log.warning("the cache will not say what the teacher's token ids stand for: %s", error)
             return None

@@ -30,7 +30,7 @@ class Cells:
     Attributes:
         teacher: how its ids are merged; those in no cell make up one more, the last.
         student: how its ids are merged.
-        count: C, how many cells there are.
+        count: C, how many cells both have ids in; numbered as in the map, less those.
     """
 
     teacher: Merge
@@ -39,15 +39,19 @@ class Cells:
 
     @classmethod
     def of(cls, cells: CellMap) -> Cells:
-        """Lay out a map for merging, on the CPU."""
-        count = cells.cells
+        """Lay out a map for merging, on the CPU.
+
+        A cell that only one side has ids in compares nothing, and is none: of the other side it would say
+        that it is impossible. Only a map after a blank has such (`VocabularyPair.cells_after`).
+        """
         teacher, student = (torch.from_numpy(ids.astype("int64")) for ids in (cells.teacher, cells.student))
-        left_out = teacher < 0
-        return cls(
-            Merge.into(teacher.masked_fill(left_out, count), count + 1),
-            Merge.into(student.masked_fill(student < 0, count), count),
-            count,
-        )
+        both = torch.ones(cells.cells + 1, dtype=torch.bool)
+        for side in (teacher, student):
+            both &= torch.bincount(side + 1, minlength=cells.cells + 1) > 0
+        both[0] = False  # of the ids in no cell
+        count = int(both.sum())
+        number = torch.where(both, both.cumsum(0) - 1, count)
+        return cls(Merge.into(number[teacher + 1], count + 1), Merge.into(number[student + 1], count), count)
 
     def to(self, device: torch.device | str) -> Cells:
         """A copy on `device`."""
@@ -72,7 +76,8 @@ class Cells:
                 expected=f"[n, {len(self.student.cell)}]",
                 found=list(logits.shape),
             )
-        return _LogSumExp.apply(logits, self.student)  # type: ignore[no-any-return, no-untyped-call]
+        merged: Tensor = _LogSumExp.apply(logits, self.student)
+        return merged
 
     def of_teacher(self, targets: TeacherTargets) -> CellTargets:
         """Merge the whole distribution of a teacher at a few tokens.
@@ -172,7 +177,8 @@ class CellTargets:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """See `TeacherTargets.to`."""
-        base, logprobs = (each.to(device, non_blocking=non_blocking) for each in (self.base, self.logprobs))
+        base = self.base.to(device, non_blocking=non_blocking)
+        logprobs = self.logprobs.to(device, non_blocking=non_blocking)
         return type(self)(base, self.cells.to(device), logprobs)
 
 
@@ -222,6 +228,6 @@ class _LogSumExp(torch.autograd.Function):
         return merged
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
         return ctx.merge.gradient(*ctx.saved_tensors, above), None

@@ -217,14 +217,12 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
     teacher = config.teacher and made.source(config.teacher)
     models = list(dict.fromkeys(map(made.source, config.models)))
     config = config.model_copy(update={"teacher": teacher, "models": models})
-    opened = next(iter(open_models(config, made.files).values()))
+    opened = open_models(config, made.files)
     if config.cache is None:
         return
     samples = made.here(config)
-    if (dump := made.dumps.get(config.cache)) is not None:
-        require([vocabulary_row(made.model(dump.teacher), opened)])
-    elif not is_address(config.cache):
-        open_asked_cache(config, samples, opened)
+    if config.cache not in made.dumps and not is_address(config.cache):
+        open_asked_cache(config, samples, opened.values())
     if config.history == "none" and samples is not None:
         require_single_questions(samples)
 

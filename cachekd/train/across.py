@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from cachekd.atomic import commit
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.data import Encoded
-from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
 from cachekd.models.fingerprint import reads_otherwise
 from cachekd.paths import is_url
-from cachekd.train.batch import AlignedRows
+from cachekd.train.alignment import AlignedShare
 from cachekd.vocabulary import Alignment, TokenBytes
 from cachekd.vocabulary.pair import VocabularyPair
 
 log = logging.getLogger(__name__)
 
 NOTHING = Alignment(rows={}, common=0, one_to_one=0, differs=None)
-_FILE = "cachekd_alignment.json"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -75,11 +70,11 @@ class AcrossTokenizers:
         Raises:
             CachekdError: they have; the sample is named.
         """
-        if not self.same_places or None in tokens:
-            return
-        pairs = zip((ours, theirs), tokens, strict=True)
-        found, expected = (int((side.inputs["input_ids"] == token).sum()) for side, token in pairs)
-        if found != expected:
+        found, expected = (
+            0 if token is None else int((side.inputs["input_ids"] == token).sum().item())
+            for side, token in zip((ours, theirs), tokens, strict=True)
+        )
+        if self.same_places and found != expected:
             raise CachekdError(
                 "the sample's images have another number of places in the teacher's text than the student's "
                 "vision encoder fills",
@@ -119,21 +114,17 @@ def across_tokenizers(
         return AcrossTokenizers(same_places=same_places)
     teacher, rows = _teachers(config, models, cache)
     student = models.student
-    pair = VocabularyPair.of(
-        sized(teacher, rows),
-        sized(student.token_bytes, student.config.get_text_config().vocab_size),
-        kind,
-    )
-    return AcrossTokenizers(pair, same_places)
+    ours = cut_to(student.token_bytes, student.config.get_text_config().vocab_size)
+    return AcrossTokenizers(VocabularyPair.of(cut_to(teacher, rows), ours, kind), same_places)
 
 
-def sized(tokens: TokenBytes, ids: int) -> TokenBytes:
-    """A vocabulary of as many ids as a model has logits for: those beyond have none, and of further ones
-    nothing is known."""
-    contents = tokens.contents[:ids] + (b"",) * (ids - len(tokens))
+def cut_to(tokens: TokenBytes, ids: int) -> TokenBytes:
+    """Leave the ids out for which a model has no logits: a cell of such ids alone would have no mass."""
+    if len(tokens) <= ids:
+        return tokens
     special = frozenset(number for number in tokens.special if number < ids)
-    ending = tokens.end_of_turn
-    return TokenBytes(contents, special, ending if ending is not None and ending < ids else None)
+    ending = tokens.end_of_turn if tokens.end_of_turn in special else None
+    return TokenBytes(tokens.contents[:ids], special, ending)
 
 
 def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> tuple[TokenBytes, int]:
@@ -194,73 +185,4 @@ def say_how_vocabularies_meet(
             "%s: the cache has no tail sketch: what it does not keep counts as spread evenly, and sums over "
             "cells are not exact",
             own,
-        )
-
-
-@dataclass(frozen=True)
-class AlignedShare:
-    """How much of the answers was aligned, and which samples could not be.
-
-    Attributes:
-        tokens: the student's answer tokens of which there is a teacher, each time that they were trained on.
-        aligned: of these, compared with the teacher.
-        one_to_one: of these, those that are a token of the teacher's, too.
-        differing: samples whose answers are other bytes for the teacher: nothing of them is aligned.
-    """
-
-    tokens: int = 0
-    aligned: int = 0
-    one_to_one: int = 0
-    differing: LeftOutSamples = field(default_factory=LeftOutSamples)
-
-    @property
-    def share(self) -> float:
-        """Aligned rows of all answer tokens."""
-        return self.aligned / self.tokens if self.tokens else 0.0
-
-
-class AlignmentNotes:
-    """What the batches of this process said of how they were aligned."""
-
-    def __init__(self) -> None:
-        self._counts = [0, 0, 0]
-        self._before = [0, 0, 0]  # a checkpoint, of all processes
-        self._differing: dict[str, str] = {}
-
-    def note(self, found: AlignedRows) -> None:
-        """Take note of one batch."""
-        for place, count in enumerate((found.tokens, found.count, found.one_to_one)):
-            self._counts[place] += count
-        self._differing |= found.differing
-
-    def of_all(self) -> AlignedShare:
-        """What all processes noted, each of which has to ask."""
-        found: list[Any] = gather_object([(self._counts, self._differing)])
-        each = zip(self._before, *(counts for counts, _ in found), strict=True)
-        tokens, aligned, one_to_one = map(sum, each)
-        self._differing = {key: why for _, some in found for key, why in some.items()} | self._differing
-        return AlignedShare(tokens, aligned, one_to_one, LeftOutSamples.of(self._differing))
-
-    def save(self, found: AlignedShare, checkpoint: Path) -> None:
-        """Write what all processes noted beside the state that a run goes on from."""
-        counts = [found.tokens, found.aligned, found.one_to_one]
-        commit(checkpoint / _FILE, json.dumps([counts, self._differing]).encode())
-
-    def load(self, checkpoint: Path) -> None:
-        """Go on from what was noted before."""
-        file = checkpoint / _FILE
-        if file.exists():
-            self._before, differing = json.loads(file.read_text())
-            self._differing = {**differing, **self._differing}
-
-
-def say_what_was_not_aligned(found: AlignedShare) -> None:
-    """Log the samples whose answers differ, at the end of a run."""
-    named = list(found.differing.first.items())[:5]
-    if named:
-        log.warning(
-            "the answers of %s samples are other bytes for the teacher than for the student: nothing of them "
-            "was aligned: %s",
-            f"{found.differing.samples:,}",
-            "; ".join(f"{key!r}: {why}" for key, why in named),
         )

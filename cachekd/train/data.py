@@ -18,7 +18,8 @@ from cachekd.data import Encoded, SampleEncoder, Samples, rough_lengths
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
 from cachekd.data.loader import dead_worker
 from cachekd.errors import BadSample, CachekdError, without_frames
-from cachekd.train.across import NOTHING, AcrossTokenizers, AlignmentNotes
+from cachekd.train.across import NOTHING, AcrossTokenizers
+from cachekd.train.alignment import AlignmentNotes
 from cachekd.train.batch import Batch, Example, Fault, collate_with_targets
 
 

@@ -19,7 +19,7 @@ from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
-from cachekd.train.across import AlignedShare, say_what_was_not_aligned
+from cachekd.train.alignment import AlignedShare, say_what_was_not_aligned
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
 from cachekd.train.cost import Cost

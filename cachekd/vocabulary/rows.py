@@ -73,7 +73,7 @@ class Aligner:
                 pieces.pop()
         found, answer = _Found(), 1
         for theirs, ours in zip(teacher, student, strict=False):
-            differs = self._names_differ(theirs, ours) or found.add(theirs, ours, cut=cut)
+            differs = found.add(theirs, ours, cut=cut) or self._names_differ(theirs, ours)
             if differs is not None:
                 return Alignment({}, 0, 0, f"answer {answer}: {differs}")
             answer += theirs.name is not None and theirs.name == self._teacher.tokens.end_of_turn

@@ -23,6 +23,7 @@ _BYTE = re.compile(
     "<0x([0-9A-Fa-f]{2})>"
 )  # how SentencePiece writes a byte of a character that it does not know
 _SPACE = "▁"  # how it writes a blank, U+2581
+_PROBE = "Is this a red 'square'? No: it has 3 corners,\nsee (e.g.) page 12.\tЗа 5 €!"
 Reading = Callable[[str], str]
 
 
@@ -53,7 +54,8 @@ class TokenBytes:
             tokenizer: a fast one, with a `backend_tokenizer` of the library tokenizers.
 
         Raises:
-            CachekdError: it is a slow one, or its decoder is none of those that can be told token by token.
+            CachekdError: it is a slow one, or it cannot be told what its tokens stand for: its decoder is
+                none of these, or a text's tokens are decoded to something else.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         where = str(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__)
@@ -69,14 +71,28 @@ class TokenBytes:
         added = {token["id"]: token for token in state["added_tokens"]}
         special = {number for number, token in added.items() if token["special"]}
         special |= set() if end_of_turn is None else {end_of_turn}
-        of_piece, of_added = _readings(state, where)
+        of_piece, of_added = _readings(backend, state, where)
         contents = [b""] * (max([*vocabulary.values(), *special], default=-1) + 1)
         for piece, number in vocabulary.items():
             if number in special:
                 contents[number] = piece.encode()
             else:
                 contents[number] = (of_added if number in added else of_piece)(piece)
-        return cls(tuple(contents), frozenset(special), end_of_turn)
+        found = cls(tuple(contents), frozenset(special), end_of_turn)
+        found._require_as_decoded(backend, where)
+        return found
+
+    def _require_as_decoded(self, backend: Any, where: str) -> None:
+        """Have a text's tokens stand for what they are decoded to.
+
+        Raises:
+            CachekdError: they do not, so that the decoder was misread.
+        """
+        ids = backend.encode(_PROBE, add_special_tokens=False).ids
+        text = b"".join(self.contents[number] for number in ids if number not in self.special)
+        ours, decoded = text.decode(errors="replace"), str(backend.decode(ids, skip_special_tokens=True))
+        if ours.strip() != decoded.strip():
+            raise _untold(where, repr(decoded), repr(ours))
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -92,7 +108,9 @@ class TokenBytes:
         return found.hexdigest()
 
 
-def _readings(state: dict[str, Any], where: str) -> tuple[Callable[[str], bytes], Callable[[str], bytes]]:
+def _readings(
+    backend: Any, state: dict[str, Any], where: str
+) -> tuple[Callable[[str], bytes], Callable[[str], bytes]]:
     """What a piece of the model's stands for, and what an added token does.
 
     Args:
@@ -110,7 +128,7 @@ def _readings(state: dict[str, Any], where: str) -> tuple[Callable[[str], bytes]
     if any(step["type"] == "ByteLevel" for step in steps):
         return _byte_level, str.encode
     with_bytes = any(step["type"] == "ByteFallback" for step in steps) or state["model"].get("byte_fallback")
-    readings = [reading for step in steps if (reading := _reading(step, where)) is not None]
+    readings = [reading for step in steps if (reading := _reading(step, backend, where)) is not None]
 
     def read(piece: str) -> bytes:
         if with_bytes and (byte := _BYTE.fullmatch(piece)) is not None:
@@ -131,7 +149,7 @@ def _steps(part: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
     return [step for each in part[inside] for step in _steps(each, inside)]
 
 
-def _reading(step: dict[str, Any], where: str) -> Reading | None:
+def _reading(step: dict[str, Any], backend: Any, where: str) -> Reading | None:
     """What a step of a decoder does to a piece that stands behind another; None: nothing."""
     kind = step["type"]
     if kind in ("ByteFallback", "Fuse", "Strip"):  # Strip takes away a blank before the first word
@@ -142,17 +160,21 @@ def _reading(step: dict[str, Any], where: str) -> Reading | None:
     if kind == "Metaspace":
         space = step.get("replacement", _SPACE)
         return lambda piece: piece.replace(space, " ")
-    if kind == "WordPiece":
-        prefix = step["prefix"]
-        return lambda piece: piece.removeprefix(prefix) if piece.startswith(prefix) else f" {piece}"
+    if kind == "WordPiece":  # which also knows before what there is no blank
+        return lambda piece: str(backend.decoder.decode(["a", piece])[1:])
     if kind == "BPEDecoder":
         suffix = step["suffix"]
         return lambda piece: piece.replace(suffix, " ")
-    raise CachekdError(
+    expected = "a decoder of ByteLevel, ByteFallback, Replace, Metaspace, WordPiece or BPEDecoder"
+    raise _untold(where, expected, f"{kind} with a regular expression" if kind == "Replace" else str(kind))
+
+
+def _untold(where: str, expected: str, found: str) -> CachekdError:
+    return CachekdError(
         "it cannot be told which bytes the tokens of this tokenizer stand for",
         where=where,
-        expected="a decoder of ByteLevel, ByteFallback, Replace, Metaspace, WordPiece or BPEDecoder",
-        found=f"{kind} with a regular expression" if kind == "Replace" else str(kind),
+        expected=expected,
+        found=found,
     )
 
 

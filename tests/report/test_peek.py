@@ -173,19 +173,38 @@ def test_another_tokenizer_is_refused(tmp_path, cache):
         find_reader(cache, str(tmp_path / "nothing"))
 
 
-def test_a_tokenizer_alone_tells_no_answers_apart(tmp_path, cache, data):
+@pytest.fixture
+def older(tmp_path, cache) -> Path:
+    """The cache, as a version made it that did not store what the token ids stand for."""
+    path = copied(cache.path, tmp_path / "older")
+    reseal(path / "manifest.json", lambda values: values.pop("vocabulary"))
+    return path
+
+
+def test_a_tokenizer_alone_tells_no_answers_apart(tmp_path, older, data):
     tiny_processor().tokenizer.save_pretrained(tmp_path)
     for key, turns in (("s004", {None}), ("s005", {0})):  # of one answer there is nothing to tell apart
-        (sample,) = json.loads(run(cache.path, key, "--tokenizer", tmp_path, "--data", data, "--json").stdout)
+        (sample,) = json.loads(run(older, key, "--tokenizer", tmp_path, "--data", data, "--json").stdout)
         assert "".join(token["text"] for token in sample["tokens"]).endswith("<|end|>")
         assert {token["turn"] for token in sample["tokens"]} == turns
         assert sample["messages"][0]["role"] == "user"
 
 
-def test_where_the_teacher_is_not_ids_are_shown(tmp_path, cache):
+def test_where_the_teacher_is_not_the_cache_says_what_its_tokens_are(tmp_path, cache, data, looked):
     path = copied(cache.path, tmp_path / "cache")
     reseal(path / "manifest.json", lambda values: values["teacher"].update(name="elsewhere/teacher"))
-    result = run(path, "s004", "--json")
+    result = run(path, "s004", "--data", data, "--json")
+    (sample,) = json.loads(result.stdout)
+    (expected,) = (one for one in looked if one.key == "s004")
+    assert [(one["text"], one["turn"]) for one in sample["tokens"]] == [
+        (one.text, one.turn) for one in expected.tokens
+    ]
+    assert "is not here" not in result.stderr
+
+
+def test_of_an_older_cache_ids_are_shown(older):
+    reseal(older / "manifest.json", lambda values: values["teacher"].update(name="elsewhere/teacher"))
+    result = run(older, "s004", "--json")
     (sample,) = json.loads(result.stdout)
     assert all(token["text"] == f"#{token['id']}" for token in sample["tokens"])
     assert sample["messages"] is None
