@@ -10,6 +10,7 @@ import torch
 from caches import ROOT, model_states
 from launch import output_of
 from safetensors.torch import load_file
+from tiny import tiny_processor
 from tiny_texts import save_lm
 
 from cachekd.vocabulary import TokenBytes
@@ -238,3 +239,20 @@ def test_text_is_distilled_across_tokenizers_and_measured(texts, tmp_path, monke
     )
     assert (uld - ce).abs().max() < 2e-6  # gradients are summed in another order, in bfloat16
     assert (cells - ce).abs().max() > 1e-4
+
+
+def test_the_benchmark_of_tokenizers_counts_what_they_have_in_common(tmp_path):
+    """The demo's, and one that learned from other words: both directions, three kinds of text."""
+    demo = ROOT / "examples" / "easy_vqa" / "student" / "tokenizer.json"
+    other = tmp_path / "tokenizer.json"
+    tiny_processor().tokenizer.backend_tokenizer.save(str(other))
+    named = [f"demo={demo}", f"tiny={other}"]
+    there, back = json.loads(output_of(BENCHMARKS / "across_tokenizers.py", *named, "--json"))
+    assert (there["teacher"], there["student"], back["teacher"]) == ("demo", "tiny", "tiny")
+    assert there["shared"] == back["shared"] > 256
+    for row in (there, back):
+        assert row["table_mb"] > 0
+        for text in ("answers", "code", "cjk"):
+            assert row[text]["differ"] == 0
+            assert 0.5 < row[text]["one_to_one"] <= row[text]["common"] <= 1
+            assert 0.9 < row[text]["one_cell"] <= 1
