@@ -191,6 +191,9 @@ def test_two_blanks_of_one_length_are_not_the_same_bytes():
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", b" ", "<end>"])
     assert rows == {PLAIN: [(0, 0)]}
     assert found.one_to_one == 1
+    _, rows, found = aligned([b"red", b"\n\t", "<end>"], [b"red", b"\n ", "<end>"], also=(b"\n",))
+    assert rows == {PLAIN: [(0, 0), (1, 1)]}  # both begin with the line break
+    assert found.one_to_one == 1
 
 
 def test_other_names_match_their_like_alone():
@@ -233,6 +236,13 @@ def test_a_cut_answer_must_be_the_beginning_of_the_other():
     assert "differ" in found.differs
     _, _, found = aligned([b"yes", "<end>"], [b"yes it is"], cut=True)
     assert "differ" in found.differs
+
+
+def test_white_space_before_a_cut_is_the_beginning_of_that_of_the_other():
+    """What is there of the student's answer may be the first line break, or the second: it is the first."""
+    _, rows, found = aligned([b"\n", b"\n", b"red", "<end>"], [b"\n"], cut=True)
+    assert rows == {PLAIN: [(0, 0)]}
+    assert found.differs is None
 
 
 def test_cells_after_a_lead_are_those_of_the_rest():
