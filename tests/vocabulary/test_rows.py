@@ -178,6 +178,12 @@ def test_of_two_blanks_the_one_that_both_have_is_read_by_both():
     assert rows == {PLAIN: [(2, 1)]}
 
 
+def test_where_the_white_space_in_front_differs_nothing_is_common():
+    _, rows, found = aligned([b"\n", b" ", b"red", "<end>"], [b"\t", b" ", b"red", "<end>"])
+    assert rows == {PLAIN: [(1, 1), (2, 2), (3, 3)]}
+    assert found.common == 3
+
+
 def test_white_space_before_the_end_of_turn_may_differ():
     """The end of turn is a row only where both have read the same."""
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", "<end>"])
