@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,27 +22,70 @@ from transformers import (
 )
 
 IMAGE_SIZE, PATCH_SIZE, VISION_WIDTH = 64, 16, 128
-SPECIAL_TOKENS = ["<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 IGNORE = -100  # the label of a token that is not predicted
 
 
-def make_processor(texts: Iterable[str], *, vocab_size: int) -> LlavaProcessor:
-    """A LlavaProcessor whose byte-level BPE tokenizer, of at most `vocab_size`, learns from `texts`."""
+@dataclass(frozen=True)
+class Markup:
+    """How a chat is written, but for its texts.
+
+    Attributes:
+        template: the chat template's file.
+        special_tokens: the first is the padding, the last ends an answer; "<image>" is among them.
+        first: what stands before a conversation's first text.
+        user: before a later text of the user.
+        assistant: between a text of the user and an answer.
+        blank: what an answer begins with.
+    """
+
+    template: Path
+    special_tokens: tuple[str, ...]
+    first: str
+    user: str
+    assistant: str
+    blank: str
+
+    @property
+    def end(self) -> str:
+        """What ends an answer."""
+        return self.special_tokens[-1]
+
+
+MARKUP = Markup(
+    template=Path(__file__).parent / "easy_vqa" / "chat_template.jinja",
+    special_tokens=("<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    first="<|user|>",
+    user="<|user|>",
+    assistant="<|end|><|assistant|>",
+    blank="",
+)
+
+
+def make_processor(
+    texts: Iterable[str], *, vocab_size: int, markup: Markup = MARKUP, longest: int | None = None
+) -> LlavaProcessor:
+    """A LlavaProcessor whose byte-level BPE tokenizer learns from `texts`.
+
+    Args:
+        vocab_size: of the tokenizer, at most.
+        longest: bytes of a token, at most; None: any.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=list(markup.special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
+        max_token_length=longest,
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token="<pad>",
-        eos_token="<|end|>",
-        additional_special_tokens=SPECIAL_TOKENS[1:-1],
+        pad_token=markup.special_tokens[0],
+        eos_token=markup.end,
+        additional_special_tokens=list(markup.special_tokens[1:-1]),
     )
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE},
@@ -56,7 +100,7 @@ def make_processor(texts: Iterable[str], *, vocab_size: int) -> LlavaProcessor:
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # CLIP's class token, which "default" drops
         image_token="<image>",
-        chat_template=(Path(__file__).parent / "easy_vqa" / "chat_template.jinja").read_text(),
+        chat_template=markup.template.read_text(),
     )
 
 

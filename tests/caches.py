@@ -28,14 +28,18 @@ from cachekd.cache import (
     verify_files,
 )
 from cachekd.cache.container import read_arrays
+from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
+from cachekd.paths import MANIFEST_FILE
+from cachekd.vocabulary import TokenBytes
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "cache" / "golden"
 GOLDEN_SKETCH = ROOT / "tests" / "cache" / "golden_sketch"
+GOLDEN_VOCABULARY = ROOT / "tests" / "cache" / "golden_vocabulary"
 VOCAB = 97
 SMALL = {"batch_size": 2, "shard_samples": 6, "calibration_tokens": 60}
 
@@ -62,6 +66,16 @@ def cached(settings: dict, folder: Path, **how: Any) -> Path:
     if not out.exists():
         dump(DumpConfig(teacher=settings["teacher"], data=settings["data"], out=out, **how))
     return out
+
+
+def replace_vocabulary(path: Path, content: bytes) -> None:
+    """Another file of what ids stand for, with checksum and seal that fit."""
+    file = path / VOCABULARY_FILE
+    file.unlink()  # it may be linked
+    file.write_bytes(content)
+    info = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    reseal(path / "manifest.json", lambda values: values["vocabulary"].update(info))
+    shutil.rmtree(path / "dump", ignore_errors=True)
 
 
 def select_samples(path: Path, out: Path, keys: Container[str]) -> Manifest:
@@ -157,6 +171,13 @@ def write_cache(path: Path, count: int = 4, **options) -> Path:
     return path
 
 
+def table_of(count: int = VOCAB + 2) -> TokenBytes:
+    """What ids stand for: names, every byte, runs of blanks, parts of characters, the same twice, nothing."""
+    odd = [b"<s>", b"<|im_end|>", b"", b" " * 300, "é".encode()[:1], "猫".encode(), b"\n\t", b" the", b" the"]
+    contents = [*odd, *(bytes([number % 256]) for number in range(count - len(odd)))]
+    return TokenBytes(tuple(contents[:count]), frozenset({0, 1}), 1)
+
+
 def model_states(tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states with a falling spectrum and a mean, and a head: [N, d], [V, d]."""
     generator = torch.Generator().manual_seed(seed)
@@ -222,3 +243,14 @@ def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[st
     shutil.rmtree(path / "dump", ignore_errors=True)
     assert verify_files(path) == []
     return set(shard.keys)
+
+
+def of_an_earlier_version(path: Path | str, **teacher: Any) -> str:
+    """Make a cache one that does not say what its token ids stand for, of a teacher that these change."""
+    path = Path(path)
+    manifest = LogitCache(path).manifest
+    assert manifest.vocabulary is not None
+    (path / manifest.vocabulary.name).unlink()
+    older = {"vocabulary": None, "teacher": manifest.teacher.model_copy(update=teacher)}
+    (path / MANIFEST_FILE).write_bytes(manifest.model_copy(update=older).to_json())
+    return str(path)

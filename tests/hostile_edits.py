@@ -15,11 +15,13 @@ from cachekd.cache.array_rules import ArrayRule
 from cachekd.cache.shard_rules import RULES, SKETCH_RULES
 from cachekd.cache.tail.encoder import RULES as ENCODER_RULES
 from cachekd.cache.tail.sketch import RULES as TAIL_RULES
+from cachekd.cache.vocabulary import RULES as VOCABULARY_RULES
 
 Arrays = dict[str, np.ndarray]
 Edit = Callable[[Arrays], Any]
 SHARD = {**RULES, **SKETCH_RULES}
 SKETCH = {**TAIL_RULES, **ENCODER_RULES}
+VOCABULARY = dict(VOCABULARY_RULES)
 TYPES = ("uint8", "uint16", "uint32", "int16", "float32", "float64")
 
 
@@ -124,6 +126,17 @@ OF_THE_SKETCH: dict[str, Edit] = {
 }
 
 
+OF_THE_VOCABULARY: dict[str, Edit] = {
+    "a byte that moves to the next id": set_to(
+        "lengths", lambda a: np.concatenate([a[:-2], [a[-2] + 1, a[-1] - 1]]).astype(a.dtype)
+    ),
+    "an id that is longer": put("lengths", 0, 65_535),
+    "two ends of a turn": set_to("end_of_turn", lambda a: np.concatenate([a, a])),
+    "an end of a turn beyond the ids": put("end_of_turn", 0, 2**32 - 1),
+    "a name beyond the ids": put("special", -1, 2**32 - 1),
+}
+
+
 # ---- the manifest: a way to a value, and another value
 
 
@@ -140,7 +153,10 @@ def of_the_manifest(values: Any) -> dict[str, Callable[[Any], None]]:
     """Each number as text, with a fraction, as a truth value, less than nothing, and beyond range; each text
     as a number; each field left out; and what contradicts what."""
     edits: dict[str, Callable[[Any], None]] = {}
-    parts = {"": (), **{f"{name} ": (name,) for name in ("teacher", "fingerprints", "codec", "skipped")}}
+    parts = {
+        "": (),
+        **{f"{name} ": (name,) for name in ("teacher", "fingerprints", "codec", "vocabulary", "skipped")},
+    }
     parts |= {"data ": ("sources", 0, "data"), "geometry ": ("sources", 0, "geometry")}
     parts |= {"shard ": ("shards", 0), "sketch ": ("sketches", 0)}
     for part, way in parts.items():
@@ -205,6 +221,8 @@ CONTRADICTIONS: dict[str, Callable[[Any], None]] = {
     "one calibration token more": lambda v: v["sketches"][0].update(calibration_tokens=61),
     "a larger vocabulary": lambda v: v["teacher"].update(vocab_size=v["teacher"]["vocab_size"] + 1),
     "a smaller vocabulary": lambda v: v["teacher"].update(vocab_size=10),
+    "one token id more": lambda v: v["vocabulary"].update(tokens=v["vocabulary"]["tokens"] + 1),
+    "a vocabulary that is kept back": lambda v: v.pop("vocabulary"),
     "a smaller top_k": lambda v: v["codec"].update(top_k=3),
     "another step of the logprobs": lambda v: v["codec"].update(logprob_step=0.5),
     "no tail, with a sketch": lambda v: v["codec"].update(tail="none"),

@@ -59,6 +59,7 @@ def tiny_processor(
     patch_size: int = 8,
     class_token: bool = True,
     corpus: list[str] | None = None,
+    vocab_size: int = 320,
 ) -> LlavaProcessor:
     """A LlavaProcessor for 32 x 32 images with a byte-level BPE tokenizer of some 300 tokens."""
     bpe = Tokenizer(models.BPE())
@@ -66,7 +67,7 @@ def tiny_processor(
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=vocab_size,
         special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -124,7 +125,7 @@ def tiny_vlm(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_id=processor.tokenizer.convert_tokens_to_ids(processor.image_token),
         image_seq_length=(32 // patch_size) ** 2,
         vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default" if tower == "clip" else "full",

@@ -3,7 +3,7 @@
 On the disk, in this order, each file whole or not there (`cachekd.atomic`):
 
 1. dump/plan.json: what is to be done. The first process to write it decides for all.
-2. sketch.zarr.zip: the same.
+2. vocabulary.zarr.zip, whose checksum the plan has; sketch.zarr.zip: the first process decides for all.
 3. shards/00000.zarr.zip, then dump/00000.json, its record: a shard without a record does not exist. Every
    shard has one writer; writing it twice gives the same bytes.
 4. skipped.jsonl, then manifest.json, from the plan and the records alone, by every process that finds all
@@ -14,6 +14,7 @@ So a kill at any moment loses the shard that was being made, and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,32 @@ class CacheBuild(Generic[P]):
         where = "the dump in this folder"
         require_same(dependencies(found, found.source), dependencies(plan, plan.source), where, str(path))
         return cls(path, found)
+
+    def keep_vocabulary(self, content: bytes | None) -> None:
+        """Write the vocabulary that the plan has, unless it is there. Every process writes the same bytes.
+
+        Args:
+            content: of its file; None: it is not known.
+
+        Raises:
+            CachekdError: it is not there, and `content` is another.
+        """
+        info = self.plan.vocabulary
+        if info is None:
+            return
+        path = self.path / info.name
+        if path.is_file() and path.stat().st_size == info.bytes:
+            return
+        found = "none" if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
+        if content is None or not found.endswith(info.sha256):
+            raise CachekdError(
+                "the vocabulary is missing, and the tokenizer gives another one than when the dump began",
+                where=str(path),
+                expected=f"sha256 {info.sha256}",
+                found=found,
+                fix="restore it, or dump into a new folder",
+            )
+        commit(path, content)
 
     def encoder(self, fit: Callable[[], SketchEncoder] | None) -> SketchEncoder:
         """The tail sketch that all processes use: the one that is there, or a new one.
@@ -178,11 +205,14 @@ class CacheBuild(Generic[P]):
         sketch = self.sketch_info()
         if sketch is None and any(shard.sketch is not None for shard in shards):
             raise CachekdError("the tail sketch is missing", where=str(self.path / SKETCH_FILE))
+        if (table := self.plan.vocabulary) is not None and not (self.path / table.name).exists():
+            raise CachekdError("the vocabulary is missing", where=str(self.path / table.name))
         try:
             manifest = Manifest(
                 teacher=self.plan.teacher,
                 fingerprints=self.plan.fingerprints,
                 codec=self.plan.codec,
+                vocabulary=self.plan.vocabulary,
                 sources=[self.plan.source],
                 sketches=[] if sketch is None else [sketch],
                 fidelity=Fidelity.of_all(shard.fidelity for shard in shards),

@@ -88,9 +88,11 @@ def identity(manifest: Manifest) -> str:
     """sha256 over what a cache holds, by which a run knows it again.
 
     A shard that the teacher can make again (`cachekd verify --repair`) counts by its samples: on another
-    machine it may round otherwise, and its checksum is another then. All others count by their bytes.
+    machine it may round otherwise, and its checksum is another then. All others count by their bytes. What
+    token ids stand for follows from the tokenizer, and counts by that.
     """
-    values = manifest.model_dump(mode="json", exclude={"sha256", "lineage", "fidelity", "skipped", "shards"})
+    left_out = {"sha256", "vocabulary", "lineage", "fidelity", "skipped", "shards"}
+    values = manifest.model_dump(mode="json", exclude=left_out)
     shards = [_shard_identity(info) for info in manifest.shards]
     return hashlib.sha256(json.dumps([values, shards], sort_keys=True).encode()).hexdigest()
 

@@ -23,25 +23,29 @@ from cachekd.cache.manifest import (
     Manifest,
     ShardInfo,
     SketchInfo,
+    VocabularyInfo,
 )
 from cachekd.cache.plan import Skipped, SkippedSamples, read_skipped, skipped_info, write_skipped
 from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import cut_codes
 from cachekd.cache.source import Source
 from cachekd.cache.tail.encoder import SketchEncoder, sketch_info
+from cachekd.cache.vocabulary import difference, read_vocabulary
 from cachekd.errors import CachekdError
 from cachekd.lock import staged_folder
 from cachekd.paths import MANIFEST_FILE
 
 
 class DerivedCache:
-    """Collects shards, with the sources and tail sketches that they refer to. See `new_cache`."""
+    """Collects shards, with the sources and tail sketches that they refer to, and the vocabulary that all
+    have. See `new_cache`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.shards: list[ShardInfo] = []
         self._sources: list[Source] = []
         self._sketches: list[SketchInfo] = []
+        self._vocabulary: VocabularyInfo | None = None
 
     def add(self, cache: LogitCache, number: int, samples: Sequence[int] | None = None) -> None:
         """Add a shard of `cache`.
@@ -103,6 +107,32 @@ class DerivedCache:
         self._sketches.append(sketch.model_copy(update={"name": name}))
         return len(self._sketches) - 1
 
+    def link_vocabulary(self, cache: LogitCache) -> None:
+        """Add the vocabulary of `cache`, if it has one, unless there is one already.
+
+        Raises:
+            CachekdError: the one that is there says something else.
+        """
+        info, there = cache.manifest.vocabulary, self._vocabulary
+        if info is None or info == there:
+            return
+        if there is None:
+            link(cache.path / info.name, self.folder / info.name)
+            self._vocabulary = info
+            return
+        # Other bytes may say the same: another version of the compressor has written them.
+        found = difference(
+            read_vocabulary(self.folder / there.name, there), read_vocabulary(cache.path / info.name, info)
+        )
+        if found is not None:
+            raise CachekdError(
+                "what the token ids stand for differs between the caches, though their tokenizer is the same",
+                where=str(cache.path / info.name),
+                expected=f"what the caches before it say: {found.expected}",
+                found=found.found,
+                fix="`cachekd verify` of each, with --teacher and --data, says which one is wrong",
+            )
+
     def finish(
         self,
         operation: Literal["select", "merge", "recompress"],
@@ -124,6 +154,7 @@ class DerivedCache:
             teacher=parents[0].teacher,
             fingerprints=_fingerprints_of_all(parents),
             codec=codec or parents[0].codec,
+            vocabulary=self._vocabulary,
             sources=self._sources,
             sketches=self._sketches,
             fidelity=Fidelity.of_all(shard.fidelity for shard in self.shards),
@@ -141,6 +172,7 @@ class DerivedCache:
         source = cache.manifest.sources[info.source]
         if source not in self._sources:
             self._sources.append(source)
+        self.link_vocabulary(cache)
         self.shards.append(info.model_copy(update={**changes, "source": self._sources.index(source)}))
 
 

@@ -10,6 +10,7 @@ from cachekd.paths import MANIFEST_FILE, address_of, what_is_there
 
 SHARD_FOLDER = "shards"
 SKETCH_FILE = "sketch.zarr.zip"
+VOCABULARY_FILE = "vocabulary.zarr.zip"
 SKIPPED_FILE = "skipped.jsonl"
 DUMP_FOLDER = "dump"  # the plan, and a file for each finished shard
 PLAN_FILE = f"{DUMP_FOLDER}/plan.json"

@@ -19,6 +19,7 @@ from cachekd.config.fields import EXACT, KEPT, LATER
 from cachekd.errors import CachekdError
 
 FORMAT_VERSION = 1
+MOST_TOKENS = 2**21  # ids of a byte table; of the usual vocabularies the largest has 2**18
 
 
 def _whole(value: Any) -> Any:
@@ -77,6 +78,15 @@ class SketchInfo(Part):
     axes: Positive = Field(description="C, coordinates per token")
     step: float = Field(gt=0, allow_inf_nan=False, description="nats per step of the codes")
     calibration_tokens: Positive = Field(description="answer tokens that it was fitted on")
+    bytes: Positive
+    sha256: str
+
+
+class VocabularyInfo(Part):
+    """vocabulary.zarr.zip: the bytes that each of the teacher's token ids stands for."""
+
+    name: Literal["vocabulary.zarr.zip"] = "vocabulary.zarr.zip"
+    tokens: int = Field(gt=0, le=MOST_TOKENS, description="ids 0 to tokens - 1 are in it")
     bytes: Positive
     sha256: str
 
@@ -182,6 +192,17 @@ class Header(Sealed):
     teacher: TeacherInfo
     fingerprints: Fingerprints
     codec: CodecSettings
+    vocabulary: Annotated[VocabularyInfo | None, LATER] = Field(
+        None, description="null: what the ids stand for is not in the cache"
+    )
+
+    @model_validator(mode="after")
+    def _names_every_id(self) -> Self:
+        if self.vocabulary is not None and self.vocabulary.tokens < self.teacher.vocab_size:
+            raise ValueError(
+                f"vocabulary has {self.vocabulary.tokens:,} tokens of {self.teacher.vocab_size:,}"
+            )
+        return self
 
 
 class Manifest(Header):
@@ -242,13 +263,20 @@ class Manifest(Header):
         return sum(sketch.bytes for sketch in self.sketches)
 
     @property
+    def vocabulary_bytes(self) -> int:
+        """Bytes of the vocabulary's file; 0 where there is none."""
+        return 0 if self.vocabulary is None else self.vocabulary.bytes
+
+    @property
     def files(self) -> list[ListedFile]:
-        """All that a reader needs beside the manifest: shards, tail sketches, skipped.jsonl.
+        """All that a reader needs beside the manifest: shards, tail sketches, vocabulary, skipped.jsonl.
 
         A finished dump's plan and records are no part of it. Names cannot lead out of a folder.
         """
         found = [ListedFile(f"{SHARD_FOLDER}/{info.name}", info.bytes, info.sha256) for info in self.shards]
         found += [ListedFile(info.name, info.bytes, info.sha256) for info in self.sketches]
+        if (table := self.vocabulary) is not None:
+            found.append(ListedFile(table.name, table.bytes, table.sha256))
         if self.skipped is not None:
             found.append(ListedFile(SKIPPED_FILE, self.skipped.bytes, self.skipped.sha256))
         return found

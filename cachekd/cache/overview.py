@@ -44,8 +44,15 @@ def contents(manifest: Manifest) -> Rows:
         "bytes per token": bytes_per_token(manifest.size, manifest.sketch_bytes, manifest.tokens),
         "size": f"{manifest.size / 1e6:,.2f} MB in {shards:,} {'shard' if shards == 1 else 'shards'}",
         "tail sketch": f"{manifest.sketch_bytes / 1e6:,.2f} MB" if manifest.sketches else "none",
+        "vocabulary": vocabulary(manifest),
         "mean k": f"{manifest.entries / max(1, manifest.tokens):.1f}",
     }
+
+
+def vocabulary(manifest: Manifest) -> str:
+    """Say whether it holds what the token ids stand for."""
+    info = manifest.vocabulary
+    return "not in it" if info is None else f"{info.tokens:,} tokens, {info.bytes / 1e6:,.2f} MB"
 
 
 def headline(summary: CacheSummary) -> Rows:

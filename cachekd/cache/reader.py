@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from cachekd.cache.shard_rules import Counts
 from cachekd.cache.sparse_logits import TokenTargets
 from cachekd.cache.tail.sketch import TailSketch, read_sketch
 from cachekd.cache.targets import CachedTargets
+from cachekd.cache.vocabulary import read_vocabulary
 from cachekd.errors import CachekdError
+from cachekd.vocabulary import TokenBytes
 
 _KEPT_BYTES = 2**30  # decoded shards in memory; training shuffles over more at the price of re-reading
 _EXAMPLES = 100  # shards whose first keys show what keys look like
@@ -211,6 +214,17 @@ class LogitCache:
         """
         return listed_sketch(self.path, self.manifest, number if self.manifest.sketches else None)
 
+    @cached_property
+    def vocabulary(self) -> TokenBytes | None:
+        """What the teacher's token ids stand for; read when it is first asked for. None where the cache does
+        not say it.
+
+        Raises:
+            CachekdError: its file is damaged.
+        """
+        info = self.manifest.vocabulary
+        return None if info is None else read_vocabulary(self.path / info.name, info)
+
     def sample_hash(self, key: str) -> bytes:
         """The 16-byte content hash of the sample that the teacher saw."""
         number, position = self.place(key)
@@ -231,7 +245,9 @@ class LogitCache:
         return {name: dict(sorted(counter.items())) for name, counter in counts.items()}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_decoded": OrderedDict(), "_kept_bytes": 0}
+        state = {**self.__dict__, "_decoded": OrderedDict(), "_kept_bytes": 0}
+        state.pop("vocabulary", None)  # another process reads it, if it is asked for it
+        return state
 
     def place(self, key: str) -> tuple[int, int]:
         """Where a sample is: the number of its shard, and its position in that.

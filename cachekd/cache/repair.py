@@ -1,8 +1,9 @@
 """Delete what is broken, so that the same dump makes it again, byte for byte; nothing else is lost by it.
 
-A broken shard loses its record and its file, and then the manifest goes: what is left is a dump that is not
-finished. At whatever moment this is killed, both the same dump and another repair go on from there. What
-follows from sound files (manifest, skipped.jsonl, plan, records) is not deleted but written again.
+A broken shard loses its record and its file, a broken vocabulary its file, and then the manifest goes: what
+is left is a dump that is not finished. At whatever moment this is killed, both the same dump and another
+repair go on from there. What follows from sound files (manifest, skipped.jsonl, plan, records) is not deleted
+but written again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ from pathlib import Path
 
 from cachekd.atomic import commit, sync_folder
 from cachekd.cache.build import CacheBuild
-from cachekd.cache.layout import DUMP_FOLDER, PLAN_FILE, SHARD_FOLDER, SKETCH_FILE, SKIPPED_FILE
-from cachekd.cache.manifest import Manifest, ShardInfo
+from cachekd.cache.layout import (
+    DUMP_FOLDER,
+    PLAN_FILE,
+    SHARD_FOLDER,
+    SKETCH_FILE,
+    SKIPPED_FILE,
+    VOCABULARY_FILE,
+)
+from cachekd.cache.manifest import Header, Manifest, ShardInfo
 from cachekd.cache.plan import (
     DumpPlan,
     Skipped,
@@ -72,7 +80,8 @@ def repair(path: Path, findings: Sequence[Finding], require: Require) -> Repaire
 def _by_manifest(path: Path, manifest: Manifest, findings: Sequence[Finding], require: Require) -> Repaired:
     _refuse_what_stays_broken(path, manifest, findings)
     # Looked at once more: somebody may have put a file back meanwhile.
-    broken = _broken(path, [manifest.shards[f.shard] for f in findings if f.shard is not None])
+    shards = [manifest.shards[f.shard] for f in findings if f.shard is not None]
+    broken = _broken(path, shards) | _broken_vocabulary(path, manifest)
     plan = _require_dump(path, manifest, *next(iter(broken.items())), require) if broken else None
     done = []
     if not is_canonical(path / MANIFEST_FILE):
@@ -107,12 +116,15 @@ def _by_notes(path: Path, error: CachekdError, require: Require) -> Repaired:
     # Where samples were added one by one, a record may be lost, but hardly with its shard.
     files = (path / SHARD_FOLDER).glob("[0-9]*.zarr.zip")
     count = plan.shards if isinstance(plan, DumpPlan) else len(list(files))
-    sound = sum(note is not None for number, note in notes.items() if number < count)
+    sound = sum(note is not None for number, note in notes.items() if number < count) - len(broken)
+    broken |= _broken_vocabulary(path, plan)
     if sound == count and not broken:
         build.assemble(count)
         return Repaired([f"{MANIFEST_FILE}: written again from the dump's records"])
     if not isinstance(plan, DumpPlan):
-        raise _no_manifest(path, f"{sound - len(broken):,} of {count:,} shards have a sound record and file")
+        others = [f"{name} {problem}" for name, problem in _broken_vocabulary(path, plan).items()]
+        found = f"{sound:,} of {count:,} shards have a sound record and file"
+        raise _no_manifest(path, "; ".join([found, *others]))
     require(plan)
     if plan.codec.tail != "none":
         read_encoder(path / SKETCH_FILE)
@@ -121,19 +133,31 @@ def _by_notes(path: Path, error: CachekdError, require: Require) -> Repaired:
 
 
 def _broken(path: Path, shards: Sequence[ShardInfo]) -> dict[str, str]:
-    """Names of those whose bytes are not what was written, and what is wrong with them."""
-    found = {info.name: problem_of(path / SHARD_FOLDER / info.name, info) for info in shards}
+    """Those whose bytes are not what was written, by their paths in the cache, and what is wrong."""
+    names = {f"{SHARD_FOLDER}/{info.name}": info for info in shards}
+    found = {name: problem_of(path / name, info) for name, info in names.items()}
     return {name: problem for name, problem in found.items() if problem}
+
+
+def _broken_vocabulary(path: Path, header: Header) -> dict[str, str]:
+    """The same of the vocabulary, if there is one."""
+    info = header.vocabulary
+    problem = None if info is None else problem_of(path / info.name, info)
+    return {} if info is None or problem is None else {info.name: problem}
 
 
 def _remove(build: CacheBuild, broken: Mapping[str, str]) -> list[str]:
     """The manifest goes last: until then another repair finds what is left."""
     for name in broken:
-        build.remove_shard(int(name.partition(".")[0]))
+        if name == VOCABULARY_FILE:
+            (build.path / name).unlink(missing_ok=True)
+        else:
+            build.remove_shard(int(Path(name).name.partition(".")[0]))
     (build.path / MANIFEST_FILE).unlink(missing_ok=True)
     sync_folder(build.path)
     lines = [
-        f"{SHARD_FOLDER}/{name}: deleted, with its record: it {problem}" for name, problem in broken.items()
+        f"{name}: deleted{'' if name == VOCABULARY_FILE else ', with its record'}: it {problem}"
+        for name, problem in broken.items()
     ]
     return [*lines, f"{MANIFEST_FILE}: deleted: the dump writes it last"]
 
@@ -163,6 +187,8 @@ def _refuse_what_stays_broken(path: Path, manifest: Manifest, findings: Sequence
             problem = "the tail sketch cannot be made again: fitted anew it would not fit the shards"
         elif finding.shard is None and finding.path.parent.name == SHARD_FOLDER:
             problem = "the manifest does not fit a shard whose bytes are what was written"
+        elif finding.path.name == VOCABULARY_FILE and not _broken_vocabulary(path, manifest):
+            problem = "the manifest does not fit a vocabulary whose bytes are what was written"
         else:
             continue
         raise CachekdError(
@@ -173,22 +199,24 @@ def _refuse_what_stays_broken(path: Path, manifest: Manifest, findings: Sequence
 def _require_dump(path: Path, manifest: Manifest, name: str, problem: str, require: Require) -> DumpPlan:
     """Refuse to delete what no dump in this folder would make again.
 
+    Args:
+        name: of the first file that is broken.
+        problem: with it.
+
     Returns:
         the plan of that dump.
     """
     plan = plan_under(manifest, manifest.sources[0])
     if manifest.lineage or len(manifest.sources) > 1:
-        why = "this cache was made of others: no dump makes a shard of it again"
+        why = "this cache was made of others: no dump makes a file of it again"
     elif not isinstance(plan, DumpPlan):
-        why = "the samples of this cache were added one by one: no dump makes a shard of it again"
+        why = "the samples of this cache were added one by one: no dump makes a file of it again"
     elif not files_there(path):
         why = "this cache was fetched, or its dump/ is gone: no dump goes on in this folder"
     else:
         require(plan)
         return plan
-    raise CachekdError(
-        why, where=str(path / SHARD_FOLDER / name), found=problem, fix=_how_to_get_it(path, manifest)
-    )
+    raise CachekdError(why, where=str(path / name), found=problem, fix=_how_to_get_it(path, manifest))
 
 
 def _how_to_get_it(path: Path, manifest: Manifest) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 from cachekd.atomic import read_plain, require_plain
 from cachekd.cache.container import MOST_DECODED
 from cachekd.cache.layout import DUMP_FOLDER, FINISHED_NAME, PLAN_FILE, SHARD_FOLDER, SKIPPED_FILE, shard_name
-from cachekd.cache.manifest import ListedFile, Manifest, ShardInfo, SketchInfo
+from cachekd.cache.manifest import ListedFile, Manifest, ShardInfo, SketchInfo, VocabularyInfo
 from cachekd.cache.plan import DumpPlan, FinishedShard, SkippedSamples, plan_under, read_skipped
 from cachekd.cache.reader import listed_shard
 from cachekd.cache.sealed import MOST_JSON, is_canonical
 from cachekd.cache.shard import read_keys_and_counts, samples_sha256
 from cachekd.cache.tail.encoder import read_encoder
+from cachekd.cache.vocabulary import read_vocabulary
 from cachekd.errors import CachekdError
 from cachekd.paths import MANIFEST_FILE
 
@@ -116,6 +117,8 @@ def verify_files(path: str | Path, progress: Progress = lambda done: None) -> li
         findings.append(Finding(path / SKIPPED_FILE, f"is not what was written: {error.found}"))
     for sketch in manifest.sketches:
         findings += _of_sketch(path / sketch.name, sketch, manifest.teacher.vocab_size, progress)
+    if (table := manifest.vocabulary) is not None:
+        findings += _of_vocabulary(path / table.name, table, progress)
     places: dict[str, str] = {}
     for number in range(len(manifest.shards)):
         findings += _of_shard(path, manifest, number, places, progress)
@@ -153,6 +156,16 @@ def _of_sketch(file: Path, info: SketchInfo, vocab_size: int, progress: Progress
         yield Finding(file, f"has ids and calibration tokens {numbers}, the manifest says {said}")
 
 
+def _of_vocabulary(file: Path, info: VocabularyInfo, progress: Progress) -> Iterator[Finding]:
+    if problem := problem_of(file, info, progress):
+        yield Finding(file, problem)
+        return
+    try:
+        read_vocabulary(file, info)
+    except CachekdError as error:
+        yield Finding(file, f"{error.problem}: {error.found}")
+
+
 def _of_shard(
     path: Path, manifest: Manifest, number: int, places: dict[str, str], progress: Progress
 ) -> Iterator[Finding]:
@@ -182,7 +195,9 @@ def _of_shard(
 
 
 def problem_of(
-    file: Path, info: ShardInfo | SketchInfo | ListedFile, progress: Progress = lambda done: None
+    file: Path,
+    info: ShardInfo | SketchInfo | VocabularyInfo | ListedFile,
+    progress: Progress = lambda done: None,
 ) -> str | None:
     """What is wrong with a file's bytes; None if nothing is."""
     digest, size = hashlib.sha256(), 0

@@ -17,10 +17,12 @@ from cachekd.cache.sparse_logits import TailStates, TokenTargets
 from cachekd.cache.tail.encoder import OutputHead, SketchEncoder
 from cachekd.cache.tail.fit import fit_sketch
 from cachekd.cache.tail.setting import TailSetting
+from cachekd.cache.vocabulary import pack_vocabulary
 from cachekd.config.fields import CALIBRATION_TOKENS
 from cachekd.errors import CachekdError
 from cachekd.lock import alone, require_new_folder
 from cachekd.paths import MANIFEST_FILE
+from cachekd.vocabulary import TokenBytes
 
 
 class _Sample(NamedTuple):
@@ -45,12 +47,13 @@ class LogitCacheWriter:
         teacher, fingerprints, data, codec, versions: what the manifest says.
         head: the teacher's output head; a tail sketch needs it.
         encoder: a sketch that is fitted already; without one it is fitted here.
+        vocabulary: what the teacher's token ids stand for; None: the cache does not say it.
         shard_tokens: answer tokens per shard, about; some 7 MB at 110 bytes per token.
         calibration_tokens: answer tokens that the sketch is fitted on.
 
     Raises:
         CachekdError: the folder holds something already, or another process writes into it; or a tail sketch
-            is wanted and there is no head.
+            is wanted and there is no head, or the vocabulary has fewer ids than the teacher.
     """
 
     manifest: Manifest
@@ -67,6 +70,7 @@ class LogitCacheWriter:
         versions: dict[str, str],
         head: OutputHead | None = None,
         encoder: SketchEncoder | None = None,
+        vocabulary: TokenBytes | None = None,
         shard_tokens: int = 65_536,
         calibration_tokens: int = CALIBRATION_TOKENS,
     ) -> None:
@@ -79,16 +83,19 @@ class LogitCacheWriter:
         self._waiting_tokens = 0
         self._seen: dict[str, int] = {}
         self._made_folder = not self.path.exists()
+        table = None if vocabulary is None else pack_vocabulary(vocabulary, teacher.vocab_size)
         plan = Plan(
             teacher=teacher,
             fingerprints=fingerprints,
             codec=codec,
+            vocabulary=None if table is None else table.info,
             source=Source(data=data, versions=versions),
         )
         with ExitStack() as held:
             held.enter_context(alone(self.path, "writes a cache into"))
             require_new_folder(self.path, "cache")
             self._build = CacheBuild.start(self.path, plan)
+            self._build.keep_vocabulary(None if table is None else table.content)
             self._held = held.pop_all()  # until the cache is complete, or given up
         self._shards, self._shard = 0, None if self._tail.sketch else self._new_shard(0)
 

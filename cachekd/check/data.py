@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 from cachekd.cache import CodecSettings, LogitCache
 from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
-from cachekd.check.match import check_cache, check_text
+from cachekd.check.match import ALIGN, check_samples, check_text
 from cachekd.check.missing import dumped_data
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data import Samples
 from cachekd.data.map_function import require_map
 from cachekd.data.sample import Subset
 from cachekd.errors import CachekdError
-from cachekd.models import ModelFiles, limits_of
+from cachekd.models import BridgePlan, ModelFiles, limits_of, plan_bridge
+from cachekd.models.fingerprint import reads_otherwise
 
 # Which sample a record becomes, under which key, with which tokens; not how many of them.
 _LENGTHS = ("max_tokens", "too_long")
@@ -54,6 +55,25 @@ class RunModels(NamedTuple):
         return cls(
             ModelFiles(config.student), ModelFiles(str(config.teacher)) if config.runs_teacher else None
         )
+
+    def bridge_plan(self) -> BridgePlan:
+        """What a switch bridge brings to what; see `plan_bridge`. There has to be a teacher."""
+        assert self.teacher is not None
+        own_text = self.teacher.reads_otherwise(self.student)
+        return plan_bridge(self.teacher.config, self.student.config, own_text=own_text)
+
+    def within(self, *, across: bool, **said: Any) -> RunModels:
+        """Read samples within the models' limits: what both allow; across tokenizers each within its own, as
+        the tokens of one are none of the other's.
+
+        Args:
+            said: settings of `limits_of`.
+        """
+        there = [model for model in self if model is not None]
+        limits = limits_of([model.config for model in there], **said)
+        own = (limits_of([model.config], **said) if across else limits for model in there)
+        student, *teacher = (model.within(each) for model, each in zip(there, own, strict=True))
+        return RunModels(student, teacher[0] if teacher else None)
 
 
 def open_cache(config: TrainConfig) -> LogitCache | None:
@@ -142,13 +162,16 @@ class CheckedCache(NamedTuple):
 
     Attributes:
         cache: None if none is used.
-        student: within the limits of these data.
+        models: within their limits of these data.
         missing: samples that are left out because the cache lacks them, key to reason.
+        across: whether what teaches read its text by another tokenizer, chat template or encoding than the
+            student's.
     """
 
     cache: LogitCache | None
-    student: ModelFiles
+    models: RunModels
     missing: dict[str, str]
+    across: bool
 
     def used(self, samples: Samples) -> Samples:
         """Return those of the samples that are not left out."""
@@ -160,28 +183,43 @@ class CheckedCache(NamedTuple):
 def checked_cache(
     config: TrainConfig, models: RunModels, samples: Samples | None, beside: LogitCache | None = None
 ) -> CheckedCache:
-    """Open a run's cache, and compare it with the student, the settings and the data.
+    """Open a run's cache, and compare it with the settings, the data and who reads these as its teacher did.
+
+    Across tokenizers that is the teacher, where it runs. Else it is nobody, and that samples are those which
+    the cache's teacher saw is told by their content.
 
     Args:
         samples: None where the data are not opened; then they are not compared.
-        beside: another cache, which says what is done with long samples where this one does not.
+        beside: another cache, which says what is done with long samples where this one does not, and who
+            reads text as its teacher did.
 
     Raises:
-        CachekdError: it cannot be read, does not match the student's tokenizer, the template, the data or
-            Kneedle's settings; or the run would stop at samples that it lacks.
+        CachekdError: it cannot be read, does not match the tokenizer, the template, the data or Kneedle's
+            settings; or the run would stop at samples that it lacks.
     """
     cache = open_cache(config)
     known = beside if cache is None else cache
+    across = _across(config, models, known)
     said = length_settings(config, None if known is None else dumped_data(known))
-    student = models.student.within(
-        limits_of([model.config for model in models if model is not None], **said)
-    )
+    models = models.within(across=across, **said)
     missing: dict[str, str] = {}
-    if cache is not None and samples is None:
-        check_text(cache, student.encoder)
-    elif cache is not None and samples is not None:
+    if cache is not None:
+        if not across or not config.crosses:
+            check_text(cache, models.student.encoder, instead=f"; or {ALIGN}" if across else "")
+        elif models.teacher is not None:
+            check_text(cache, models.teacher.encoder, "teacher's")
+    if cache is not None and samples is not None:
         data = None if config.binding is not None else config
         choices = {"missing": config.missing, "on_error": config.on_error}
-        lacking = check_cache(cache, samples, student.encoder, data=data, **choices)
+        too_long = models.student.limits.too_long
+        lacking = check_samples(cache, samples, data=data, too_long=too_long, **choices)
         missing = lacking.reasons if config.missing == "skip" else {}
-    return CheckedCache(cache, student, missing)
+    return CheckedCache(cache, models, missing, across)
+
+
+def _across(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> bool:
+    """Whether what teaches, the cache's teacher or a live one, reads text otherwise than the student."""
+    if cache is not None:
+        return reads_otherwise(cache.manifest.fingerprints, models.student.fingerprints)
+    live = models.teacher if config.live_teacher else None
+    return live is not None and live.reads_otherwise(models.student)

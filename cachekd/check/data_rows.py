@@ -173,17 +173,25 @@ def _has_picture(samples: Samples, index: int) -> bool:
         return False
 
 
-def embedding_rows_row(limits: Limits, teacher: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:
-    """Tokens that one of the models has no embedding for are refused where a sample has one."""
-    name, rows, tokens = "embedding rows", limits.embedding_rows, len(teacher.processor.tokenizer)
+def embedding_rows_row(
+    limits: Limits, side: ModelFiles, read: list[Encoded], name: str = "embedding rows"
+) -> Row:
+    """Tokens that a model has no embedding for are refused where a sample has one.
+
+    Args:
+        limits: of the models whose embeddings they are.
+        side: whose tokens they are.
+        read: samples as it reads them.
+    """
+    rows, tokens = limits.embedding_rows, len(side.processor.tokenizer)
     if rows is None or tokens <= rows:
         return Row(name, "ok", f"one for each of the {tokens:,} tokens")
     found = f"{rows:,} in {limits.embedding_rows_of} for {tokens:,} tokens: {tokens - rows:,} have none"
-    for theirs, _ in pairs:
-        ids = theirs.inputs["input_ids"]
-        is_image = ids == (-1 if teacher.image_token_id is None else teacher.image_token_id)
+    for encoded in read:
+        ids = encoded.inputs["input_ids"]
+        is_image = ids == (-1 if side.image_token_id is None else side.image_token_id)
         try:
-            limits.require_rows(ids, is_image, teacher.processor.tokenizer, f"sample {theirs.key!r}")
+            limits.require_rows(ids, is_image, side.processor.tokenizer, f"sample {encoded.key!r}")
         except BadSample as error:
             return Row(name, "refused", f"{found}; {error.where}: {error.problem}", NO_ROW)
     return Row(name, "note", f"{found}; a sample with such a token is refused", NO_ROW)

@@ -65,7 +65,13 @@ class _Run:
 
 
 def step_memory(
-    student: Any, teacher: Any | None, sample: Encoded, *, batch_size: int, half: torch.dtype | None
+    student: Any,
+    teacher: Any | None,
+    sample: Encoded,
+    *,
+    batch_size: int,
+    half: torch.dtype | None,
+    as_teacher: Encoded | None = None,
 ) -> dict[bool, StepMemory]:
     """One step of a student that trains in whole, in float32.
 
@@ -73,24 +79,27 @@ def step_memory(
         student, teacher: configs; without a teacher nothing is switched.
         sample: as the student reads it; the batch has so many of it.
         half: the dtype of autocast and of the teacher; None: float32 throughout.
+        as_teacher: the sample as the switched path reads it; by default as the student does.
 
     Returns:
         by whether layers are recomputed (gradient checkpointing, in both models); empty where a family's
         modules look at values that do not exist here.
     """
-    batch = collate([sample] * batch_size, 0)
-    answers = batch_size * len(sample.token_ids)
+    read = (sample, as_teacher or sample)
+    batch, their_batch = (collate([one] * batch_size, 0) for one in read)
+    answers, their_answers = (batch_size * len(one.token_ids) for one in read)
     ours, theirs = empty_model(student), None if teacher is None else empty_model(teacher)
     weights = _elements(ours) * torch.float32.itemsize
     frozen = 0 if theirs is None else _elements(theirs, without_tower=True) * (half or torch.float32).itemsize
-    switched = theirs if "pixel_values" in batch else None
+    switched = theirs if "pixel_values" in their_batch else None
     try:
         return {
             recomputed: _step(
                 weights,
                 frozen,
                 _run(ours, batch, answers, half=half, recomputed=recomputed, frozen=False),
-                switched and _run(switched, batch, answers, half=half, recomputed=recomputed, frozen=True),
+                switched
+                and _run(switched, their_batch, their_answers, half=half, recomputed=recomputed, frozen=True),
             )
             for recomputed in (False, True)
         }

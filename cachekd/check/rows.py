@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from cachekd.cache import LogitCache
-from cachekd.check.bind import open_bound
-from cachekd.check.match import check_cache, check_sample, check_teacher, cut_alike
+from cachekd.check.match import check_sample, check_samples, check_teacher, check_text, cut_alike
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, Samples, collate
 from cachekd.data.collate import ModelInputs
@@ -173,10 +171,11 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
     """What lies between the student's features and the teacher's projector."""
     if bridge is not None:
         return [_bridge_row(teacher, student)]
-    check = partial(check_switch, teacher.config, student.config)
+    own_text = teacher.reads_otherwise(student)
+    check = partial(check_switch, teacher.config, student.config, own_text=own_text)
     if teacher.image_token_id is None:
         return [Row.of("switch", check)]
-    differences = switch_differences(teacher.config, student.config)
+    differences = switch_differences(teacher.config, student.config, own_text=own_text)
     if not differences:
         width = getattr(student.config.vision_config, family_of(student.config).width)
         return [Row("switch", "ok", f"the same family, layer and grid; features of width {width:,}")]
@@ -194,7 +193,8 @@ def switch_rows(teacher: ModelFiles, student: ModelFiles, bridge: str | None = N
 
 def _bridge_row(teacher: ModelFiles, student: ModelFiles) -> Row:
     try:
-        plan = plan_bridge(teacher.config, student.config)
+        own_text = teacher.reads_otherwise(student)
+        plan = plan_bridge(teacher.config, student.config, own_text=own_text)
     except CachekdError as error:
         return Row.refused("switch bridge", error)
     fix = "nothing, if it is meant; a student of the teacher's shape needs none"
@@ -202,16 +202,22 @@ def _bridge_row(teacher: ModelFiles, student: ModelFiles) -> Row:
 
 
 def cache_rows(
-    path: str | Path,
+    cache: LogitCache,
     samples: Samples,
     data: DataOptions,
     student: ModelFiles,
     teacher: ModelFiles,
     pairs: list[tuple[Encoded, Encoded]],
+    *,
+    across: bool = False,
 ) -> list[Row]:
-    """Compare a cache with data, student and teacher."""
-    cache = open_bound(path)
-    known = [ours for _, ours in pairs if ours.key in cache]
+    """Compare a cache with data, student and teacher.
+
+    Args:
+        across: teacher and student read text in other ways: the cache is of what the teacher reads.
+    """
+    encoder = teacher.encoder if across else student.encoder
+    known = [theirs if across else ours for theirs, ours in pairs if ours.key in cache]
     notes: list[Row] = []  # samples that are missing for a reason
 
     def same_samples() -> None:
@@ -222,7 +228,8 @@ def cache_rows(
             check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
-        lacking = check_cache(cache, samples, student.encoder, data=data, missing="skip")
+        check_text(cache, encoder, "teacher's" if across else "student's")
+        lacking = check_samples(cache, samples, data=data, missing="skip")
         if lacking.others:
             raise lacking.error(cache, samples)
         if len(lacking):

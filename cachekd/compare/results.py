@@ -120,6 +120,8 @@ class Section(_Model):
         references: the teacher, and the most frequent answers in other data; without what differs from point
             to point, as a teacher does that is an axis: rows have that.
         teachers: that the students' agreement is with.
+        over_cells: variants whose agreement and KL are over cells, at some of the answer tokens: these are
+            other tokens for the teacher.
         differences: from the baseline, all questions.
         by_type: the same for each type.
     """
@@ -132,6 +134,7 @@ class Section(_Model):
     types: dict[str, int]
     references: dict[str, Reference]
     teachers: list[str]
+    over_cells: list[str] = []
     rows: list[Row]
     differences: list[Difference]
     by_type: list[Difference]

@@ -133,6 +133,7 @@ def _section(
         types=types,
         references={name: same for name in REFERENCES if (same := _same_everywhere(scored, name))},
         teachers=sorted({one.score.agrees_with for one in scored if one.score.agrees_with is not None}),
+        over_cells=[label for label, group in variants.items() if any(one.score.over_cells for one in group)],
         rows=[_row(group) for group in variants.values()],
         differences=[one for one in found if one.type is None],
         by_type=[one for one in found if one.type is not None],
@@ -181,8 +182,8 @@ def _pairs(
 def _difference(
     ours: list[_Scored], theirs: list[_Scored], against: str, metric: str, kind: str | None, of_seeds: int
 ) -> Difference | None:
-    """None where the scores lack the metric, or are about different teachers."""
-    if metric in ("top1_agreement", "kl") and len({one.score.agrees_with for one in (*ours, *theirs)}) > 1:
+    """None where the scores lack the metric, or are about different teachers or over different cells."""
+    if metric in ("top1_agreement", "kl") and len({one.score.compared_by for one in (*ours, *theirs)}) > 1:
         return None
     values = [[_share(one, metric, kind) for one in side] for side in (ours, theirs)]
     if any(value is None for side in values for value in side):

@@ -165,6 +165,12 @@ def _of_questions(sections: list[Section]) -> Iterator[str]:
             "Agreement and KL are with each student's own teacher: between students of different teachers "
             "they are not compared."
         )
+    if over_cells := list(dict.fromkeys(label for section in sections for label in section.over_cells)):
+        yield (
+            f"Agreement and KL of {'; '.join(over_cells)} are over cells, at the places where student and "
+            "teacher have read the same bytes, as they have different tokenizers: with those of a student "
+            "with another tokenizer they are not compared."
+        )
 
 
 # ---- numbers

@@ -102,6 +102,12 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         "{loss: dbild, direction: teacher}",
     )
     vsd: Annotated[TermLoss, LATER] = Field(DBiLD(), description="the loss of L_VSD, likewise")
+    align_vocabulary: Annotated[Literal["none", "cells", "exact"], LATER] = Field(
+        "none",
+        description="L_Align of a teacher and a student with different tokenizers, where both have read the "
+        "same bytes: over cells, classes of the tokens of both; over exact, the strings that both have; none "
+        "refuses such a pair. Nothing where they have the same",
+    )
     lambda_align: Weight = Field(
         1.0,
         description="weight of L_Align; or a schedule over the steps, "
@@ -266,6 +272,22 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     def eval_terms(self) -> tuple[str, ...]:
         """The terms that are computed on held-out data, as far as settings tell."""
         return self._on(lambda term: self.eval_is_taught or not term.taught)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether a term compares the student's own logits with the teacher's."""
+        return bool(self._on(lambda term: term.taught and term.path == "own"))
+
+    @property
+    def idle(self) -> set[str]:
+        """See `Terms.idle`."""
+        return super().idle | (set() if self.aligns else {"align_vocabulary"})
+
+    @property
+    def crosses(self) -> bool:
+        """Whether teacher and student may have different tokenizers. The switched path minds none: both its
+        sides are in the teacher's vocabulary."""
+        return not self.aligns or self.align_vocabulary != "none"
 
     @property
     def runs_teacher(self) -> bool:

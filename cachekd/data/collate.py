@@ -85,6 +85,12 @@ class ModelInputs:
         """How many answer tokens each sample has."""
         return self.supervised.sum(1).tolist()
 
+    def with_pictures_of(self, other: ModelInputs) -> ModelInputs:
+        """Give the text the pictures of other inputs of the same samples: as many, with as many places."""
+        ours = {name: x for name, x in self.tensors.items() if name in PER_TOKEN}
+        theirs = {name: x for name, x in other.tensors.items() if name not in PER_TOKEN}
+        return ModelInputs(ours | theirs, self.supervised)
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> ModelInputs:
         """Each tensor as `move` returns it."""
         return ModelInputs({name: move(x) for name, x in self.tensors.items()}, move(self.supervised))

@@ -9,6 +9,7 @@ from math import ceil
 import torch
 
 from cachekd.cache import CodecSettings, TailSetting, TokenTargets
+from cachekd.cache.manifest import VocabularyInfo
 from cachekd.cache.shard import make_shard, pack_shard
 from cachekd.cache.tail.encoder import SketchEncoder
 from cachekd.cache.topk import default_top_p
@@ -29,6 +30,7 @@ class Estimate:
         tokens_error: one standard error of that.
         bytes_per_token: of the shards.
         shard_bytes, sketch_bytes: on the disk.
+        vocabulary: what the manifest will say of it; None: the cache has none.
         limits: of a batch, in words.
         forwards: of the teacher, in all.
         seconds: with this process alone.
@@ -41,6 +43,7 @@ class Estimate:
     bytes_per_token: float
     shard_bytes: int
     sketch_bytes: int
+    vocabulary: VocabularyInfo | None
     limits: str
     forwards: int
     seconds: float
@@ -50,7 +53,12 @@ class Estimate:
     @property
     def size(self) -> int:
         """Bytes of the cache."""
-        return self.shard_bytes + self.sketch_bytes
+        return self.shard_bytes + self.sketch_bytes + self.vocabulary_bytes
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Bytes of the vocabulary's file."""
+        return 0 if self.vocabulary is None else self.vocabulary.bytes
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,6 +73,7 @@ def estimate(
     samples: int,
     shard_samples: int | None = None,
     workers: int = 0,
+    vocabulary: VocabularyInfo | None = None,
 ) -> Estimate:
     """What a dump will cost.
 
@@ -73,6 +82,7 @@ def estimate(
         samples: of the data set.
         shard_samples: per shard; None for SHARD_TOKENS answer tokens.
         workers: processes that read samples.
+        vocabulary: the one that the cache will have; it is counted.
     """
     encoder = pilot.fit(teacher, codec) if TailSetting.parse(codec.tail).sketch else None
     counts = torch.tensor(pilot.tokens, dtype=torch.float64)
@@ -92,6 +102,7 @@ def estimate(
         bytes_per_token=shard_bytes / tokens,
         shard_bytes=round(shard_bytes),
         sketch_bytes=len(encoder.pack()) if encoder is not None else 0,
+        vocabulary=vocabulary,
         limits=str(planned_limits(pilot.geometry)),
         forwards=ceil(forwards),
         seconds=max(forwards * run, usable * read),  # they overlap

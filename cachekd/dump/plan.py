@@ -12,6 +12,7 @@ from typing import Any
 from cachekd.atomic import free_space
 from cachekd.cache import CodecSettings, DataInfo, DumpPlan, DumpSource, Geometry, TailSetting
 from cachekd.cache.compare import dependencies, require_same
+from cachekd.cache.manifest import VocabularyInfo
 from cachekd.cache.topk import default_top_p
 from cachekd.config import DataOptions, DumpConfig
 from cachekd.data import Samples
@@ -102,8 +103,18 @@ def pilot_of(
     return pilot
 
 
-def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: Pilot) -> Estimate:
-    """What the dump will cost, with the codec that a disk budget chooses."""
+def estimate_of(
+    config: DumpConfig,
+    samples: Samples,
+    teacher: Teacher,
+    pilot: Pilot,
+    vocabulary: VocabularyInfo | None = None,
+) -> Estimate:
+    """What the dump will cost, with the codec that a disk budget chooses.
+
+    Args:
+        vocabulary: the one that the cache will have.
+    """
     cost = partial(
         estimate,
         pilot,
@@ -111,6 +122,7 @@ def estimate_of(config: DumpConfig, samples: Samples, teacher: Teacher, pilot: P
         samples=len(samples),
         shard_samples=config.shard_samples,
         workers=config.workers,
+        vocabulary=vocabulary,
     )
     if config.disk_budget is None:
         return cost(teacher.codec)
@@ -126,7 +138,7 @@ def new_plan(
     fair = -(-found.samples // (config.world_size * group))  # every process gets a shard, if groups suffice
     shard = config.shard_samples or min(groups, fair) * group
     geometry = pilot.geometry.model_copy(update={"shard_samples": shard})
-    return _plan(config, samples, teacher, geometry, found.codec)
+    return _plan(config, samples, teacher, geometry, found.codec, found.vocabulary)
 
 
 def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: DumpPlan) -> DumpPlan:
@@ -138,7 +150,7 @@ def same_plan(config: DumpConfig, samples: Samples, teacher: Teacher, earlier: D
     require_same_shards(config, earlier)
     geometry = earlier.source.geometry.model_copy(update=_of_the_pilot(config))
     codec = teacher.codec if config.disk_budget is None else earlier.codec
-    plan = _plan(config, samples, teacher, geometry, codec)
+    plan = _plan(config, samples, teacher, geometry, codec, earlier.vocabulary)
     where = str(config.out)
     require_same(
         dependencies(earlier, earlier.source),
@@ -256,7 +268,12 @@ def _of_the_pilot(config: DumpConfig) -> dict[str, Any]:
 
 
 def _plan(
-    config: DumpConfig, samples: Samples, teacher: Teacher, geometry: Geometry, codec: CodecSettings
+    config: DumpConfig,
+    samples: Samples,
+    teacher: Teacher,
+    geometry: Geometry,
+    codec: CodecSettings,
+    vocabulary: VocabularyInfo | None,
 ) -> DumpPlan:
     data = DataInfo(
         path=config.data,
@@ -271,6 +288,7 @@ def _plan(
         teacher=teacher.info(),
         fingerprints=teacher.files.fingerprints,
         codec=codec,
+        vocabulary=vocabulary,
         source=DumpSource(
             data=data,
             geometry=geometry,

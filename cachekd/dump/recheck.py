@@ -18,6 +18,7 @@ from cachekd.cache.manifest import Header, TeacherInfo
 from cachekd.cache.recompress import cuts
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder
 from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
+from cachekd.cache.vocabulary import difference
 from cachekd.data import Encoded, Samples
 from cachekd.dump.teacher import Teacher
 from cachekd.errors import BadSample, CachekdError
@@ -127,6 +128,8 @@ class Recheck:
         max_code_error: of the sketch's codes, steps; 0 without a sketch.
         code_bound: of these.
         mismatches: samples beyond a bound, or that could not be compared.
+        vocabulary: what the cache says otherwise than the teacher's tokenizer of what a token id stands for;
+            None: nothing.
     """
 
     samples: int
@@ -138,6 +141,12 @@ class Recheck:
     max_code_error: float
     code_bound: float
     mismatches: list[Mismatch]
+    vocabulary: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is otherwise."""
+        return not self.mismatches and self.vocabulary is None
 
     def detection(self, share: float) -> float:
         """Compute how probably at least one bad sample would have been met, if `share` of all were bad.
@@ -190,7 +199,19 @@ def recheck(
         max_code_error=judge.max_code_error,
         code_bound=max((code_bound(encoder, tolerance) for encoder in encoders), default=1.0),
         mismatches=mismatches,
+        vocabulary=_wrong_vocabulary(cache, teacher),
     )
+
+
+def _wrong_vocabulary(cache: LogitCache, teacher: Teacher) -> str | None:
+    """Compare what the token ids stand for, where both the cache and the tokenizer say it."""
+    if (said := cache.vocabulary) is None:
+        return None
+    try:
+        found = difference(teacher.files.token_bytes, said)
+    except CachekdError:
+        return None
+    return None if found is None else f"{found.found}, the tokenizer says: {found.expected}"
 
 
 def _choose(cache: LogitCache, places: dict[str, int], count: int, seed: int) -> tuple[list[str], int]:

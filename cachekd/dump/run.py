@@ -66,6 +66,7 @@ class DumpSummary:
         skipped: samples that were left out.
         bytes: of the shards on disk; the tail sketch's own file is apart.
         sketch_bytes: of that file.
+        vocabulary_bytes: of the vocabulary's; 0 where there is none.
         fidelity: the cache against the live teacher at a sample of the tokens; None without a sketch.
         halved: shards in which memory ran out, so that their batches became smaller.
         mean_k: logprobs kept per token.
@@ -86,6 +87,7 @@ class DumpSummary:
     skipped: int
     bytes: int
     sketch_bytes: int
+    vocabulary_bytes: int
     fidelity: Fidelity | None
     halved: int
     mean_k: float
@@ -106,11 +108,12 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     require_room_for(config.out)
     earlier = find_plan(config.out)
     samples, teacher = open_inputs(config)
+    vocabulary = teacher.vocabulary()
     started, new_tokens = time.perf_counter(), 0
     pilot = None
     if earlier is None:
         pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
-        found = estimate_of(config, samples, teacher, pilot)
+        found = estimate_of(config, samples, teacher, pilot, vocabulary and vocabulary.info)
         refuse_small_disk(config.out, found.size, "the whole cache", may_shrink=True)
         plan = new_plan(config, samples, teacher, pilot, found)
     else:
@@ -120,6 +123,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
 
     build = CacheBuild.start(config.out, plan)
     require_same_shards(config, build.plan)  # it is that of whoever was first
+    build.keep_vocabulary(vocabulary and vocabulary.content)
     known = pilot.reusable(build.plan) if pilot is not None else {}
     teacher = teacher.keeping(build.plan.codec)
     encoder = None
@@ -176,8 +180,9 @@ def estimate_dump(config: DumpConfig, progress: Progress = no_progress) -> Estim
         CachekdError: bad input.
     """
     samples, teacher = open_inputs(config)
+    vocabulary = teacher.vocabulary()
     pilot = pilot_of(config, samples, teacher, None, partial(progress, "pilot", None))
-    return estimate_of(config, samples, teacher, pilot)
+    return estimate_of(config, samples, teacher, pilot, vocabulary and vocabulary.info)
 
 
 def open_inputs(config: DumpConfig) -> tuple[Samples, Teacher]:
@@ -276,6 +281,7 @@ def _summary(
         skipped=sum(len(record.skipped) for record in records.values()),
         bytes=sum(_shards(records, "bytes")),
         sketch_bytes=sketch.bytes if sketch is not None else 0,
+        vocabulary_bytes=0 if build.plan.vocabulary is None else build.plan.vocabulary.bytes,
         fidelity=Fidelity.of_all(one.shard.fidelity for one in records.values() if one.shard is not None),
         halved=sum(count > 0 for count in _shards(records, "halved")),
         mean_k=sum(_shards(records, "entries")) / max(1, tokens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from cachekd.cache import CodecSettings, OutputHead, TailSetting, TailStates, TeacherInfo, TokenTargets
 from cachekd.cache.quantization import QuantizationInfo
 from cachekd.cache.topk import select_and_normalise
+from cachekd.cache.vocabulary import PackedVocabulary, pack_vocabulary
 from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
@@ -20,6 +22,8 @@ from cachekd.models import ModelFiles, hidden_and_logits_at, output_head, vocabu
 from cachekd.models.fitting import FittingBatches
 from cachekd.models.memory import OutOfMemory, failed_forward, require_embeddings, together_or_each
 from cachekd.models.placement import input_device, output_device
+
+log = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -74,6 +78,14 @@ class Teacher:
     def vocab_size(self) -> int:
         """See `vocabulary_of`."""
         return vocabulary_of(self.model, self.files.processor.tokenizer)
+
+    def vocabulary(self) -> PackedVocabulary | None:
+        """What its token ids stand for, as a file; None, with a warning, where that is not known."""
+        try:
+            return pack_vocabulary(self.files.token_bytes, self.vocab_size)
+        except CachekdError as error:
+            log.warning("the cache will not say what the teacher's token ids stand for: %s", error)
+            return None
 
     def with_head(self, example: Encoded) -> Teacher:
         """Return the same teacher, its head measured on a sample.

@@ -3,7 +3,7 @@
 `cachekd.evaluate.run.evaluate` finds it out. What is here keeps, reads and compares it, and needs no model.
 """
 
-from cachekd.evaluate.scores import Difference, Evaluation, QuestionSet, Score, differences
+from cachekd.evaluate.scores import CellCoverage, Difference, Evaluation, QuestionSet, Score, differences
 from cachekd.evaluate.scores_file import (
     only_writer,
     read_scores,
@@ -13,6 +13,7 @@ from cachekd.evaluate.scores_file import (
 )
 
 __all__ = [
+    "CellCoverage",
     "Difference",
     "Evaluation",
     "QuestionSet",

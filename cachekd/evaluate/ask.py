@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from cachekd.config.data import OnError
 from cachekd.data import Samples, read_encoded
 from cachekd.data.left_out import BadSamples, DataHealth, may_be_left_out
 from cachekd.data.loader import prefetched
 from cachekd.errors import BadSample
+from cachekd.evaluate.comparison import Target
 from cachekd.evaluate.forward import Answered, Question, QuestionRunner
 from cachekd.evaluate.questions import AskedSample, QuestionEncoder
+from cachekd.evaluate.reference import KeptAnswer
 
 BATCHES_PER_SORT = 8  # questions are sorted by length within so many batches: then padding is rare
 MOST_WAITING = 2**28  # bytes of their inputs
@@ -31,18 +31,23 @@ class Answers:
         sample: with its questions, without their model inputs.
         right: for each, whether the answer is right.
         blind: the same without pictures; None where there are none, or nobody asks for it.
-        agreed, divergence: see `Answered`; summed over all questions.
+        compared, agreed, divergence: see `Answered`; summed over all questions.
         tokens: answer tokens of all questions.
-        states: for each question its answer tokens [n] and the kept states [n, d] there; empty if none are.
+        over_cells: whether any question is compared with the teacher over cells, or cannot be.
+        differs: of each question that cannot, its number and why.
+        kept: the answer to each question with its states; empty if none are kept.
     """
 
     sample: AskedSample
     right: list[bool]
     blind: list[bool] | None
+    compared: int
     agreed: int
     divergence: float
     tokens: int
-    states: list[tuple[Tensor, Tensor]]
+    over_cells: bool
+    differs: dict[int, str]
+    kept: list[KeptAnswer]
 
 
 def ask(
@@ -108,8 +113,8 @@ def ask(
 
 def _run(runner: QuestionRunner, group: Sequence[AskedSample]) -> list[Answers | BadSample]:
     """A group of samples; what is wrong with one is its value."""
-    targets = [
-        [None] * len(sample.encoded) if runner.reference is None else runner.reference.of(sample)
+    targets: list[list[Target | None]] = [
+        [None] * len(sample.encoded) if runner.comparison is None else [*runner.comparison.of(sample)]
         for sample in group
     ]
     questions = [
@@ -120,13 +125,16 @@ def _run(runner: QuestionRunner, group: Sequence[AskedSample]) -> list[Answers |
     seen = iter(runner.run(questions))
     blind = iter(runner.run([Question(encoded) for sample in group for encoded in sample.blind]))
     return [
-        _answers(sample, [next(seen) for _ in sample.encoded], [next(blind) for _ in sample.blind])
-        for sample in group
+        _answers(sample, parts, [next(seen) for _ in sample.encoded], [next(blind) for _ in sample.blind])
+        for sample, parts in zip(group, targets, strict=True)
     ]
 
 
 def _answers(
-    sample: AskedSample, seen: list[Answered | BadSample], blind: list[Answered | BadSample]
+    sample: AskedSample,
+    targets: list[Target | None],
+    seen: list[Answered | BadSample],
+    blind: list[Answered | BadSample],
 ) -> Answers | BadSample:
     good: list[list[Answered]] = [[], []]
     for side, some in zip(good, (seen, blind), strict=True):
@@ -140,10 +148,19 @@ def _answers(
         sample=sample.without_inputs(),
         right=right,
         blind=[one.right for one in good[1]] or None,
+        compared=sum(one.compared for one in good[0]),
         agreed=sum(one.agreed for one in good[0]),
         divergence=sum(one.divergence for one in good[0]),
         tokens=sum(map(len, tokens)),
-        states=[
-            (ids, one.states) for ids, one in zip(tokens, good[0], strict=True) if one.states is not None
+        over_cells=any(one is not None and one.over_cells for one in targets),
+        differs={
+            number: one.differs
+            for number, one in enumerate(targets)
+            if one is not None and one.differs is not None
+        },
+        kept=[
+            KeptAnswer(ids, one.states)
+            for ids, one in zip(tokens, good[0], strict=True)
+            if one.states is not None
         ],
     )

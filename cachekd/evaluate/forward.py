@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from cachekd.data import Encoded, SampleEncoder, collate
 from cachekd.data.batches import BatchLimits, tokens_like
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import BadSample, CachekdError
-from cachekd.evaluate.reference import Reference
-from cachekd.losses import forward_kl_loss
+from cachekd.evaluate.comparison import Compared, Comparison, Target
 from cachekd.models import hidden_and_logits_at, output_head, vocabulary_of
 from cachekd.models.fitting import FittingBatches
 from cachekd.models.memory import failed_forward, require_embeddings, together_or_each
@@ -31,12 +29,12 @@ class Question:
 
     Attributes:
         encoded: with its answer in place.
-        target: what the reference has of it; None: nothing is compared. Of questions that are run together
+        target: what the teacher has of it; None: nothing is compared. Of questions that are run together
             all have one, or none.
     """
 
     encoded: Encoded
-    target: Any = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,14 @@ class Answered:
     Attributes:
         right: whether greedy decoding would give the true answer, with its end: at each of its tokens the
             most probable one is the true one.
-        agreed: answer tokens where model and teacher prefer the same one.
-        divergence: KL(teacher || model) in nats, summed over the answer tokens.
+        compared: answer tokens at which model and teacher are compared.
+        agreed: those of them where both prefer the same.
+        divergence: KL(teacher || model) in nats, summed over them.
         states: [n, d] on the CPU, what the model's head reads at the answer tokens, if these are kept.
     """
 
     right: bool
+    compared: int = 0
     agreed: int = 0
     divergence: float = 0.0
     states: Tensor | None = None
@@ -63,7 +63,7 @@ class QuestionRunner:
     Args:
         model: in eval mode, on the device where it runs.
         encoder: the model's.
-        reference: the teacher, for the questions that have a target.
+        comparison: with the teacher, for the questions that have a target.
         keep_states: for the teacher itself, with whom others are compared.
         limits: of a batch; None: LIKE_QUESTIONS times the tokens of the first group's longest question.
 
@@ -77,11 +77,11 @@ class QuestionRunner:
         model: PreTrainedModel,
         encoder: SampleEncoder,
         *,
-        reference: Reference | None = None,
+        comparison: Comparison | None = None,
         keep_states: bool = False,
         limits: BatchLimits | None = None,
     ) -> None:
-        self.model, self.encoder, self.reference = model, encoder, reference
+        self.model, self.encoder, self.comparison = model, encoder, comparison
         self.keep_states, self._chooses = keep_states, limits is None
         self.batches = FittingBatches(limits or BatchLimits(samples=LIKE_QUESTIONS), halves=True)
         self.head: OutputHead | None = None
@@ -134,23 +134,17 @@ class QuestionRunner:
             self.head = output_head(self.model, hidden, logits, self.vocab_size, instead=instead)
         preferred = logits.argmax(-1)
         right = (preferred == batch.token_ids.to(preferred.device)).split(counts)
-        agreed, divergence = self._compared(questions, logits, preferred)
+        compared = [each.split(counts) for each in self._compared(questions, logits, preferred, counts)]
         states = hidden.cpu().split(counts) if self.keep_states else [None] * len(questions)
         return [
-            Answered(bool(one.all()), int(same.sum()), float(nats.sum()), kept)
-            for one, same, nats, kept in zip(
-                right, agreed.split(counts), divergence.split(counts), states, strict=True
-            )
+            Answered(bool(one.all()), int(there.sum()), int(same.sum()), float(nats.sum()), kept)
+            for one, there, same, nats, kept in zip(right, *compared, states, strict=True)
         ]
 
     def _compared(
-        self, questions: list[Question], logits: Tensor, preferred: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[N] bool, where model and teacher agree, and [N] float64, the divergence."""
-        if self.reference is None or questions[0].target is None:
-            nothing = torch.zeros(len(logits), device=logits.device, dtype=torch.float64)
-            return nothing.bool(), nothing
-        targets, theirs = self.reference.joined([one.target for one in questions])
-        targets, theirs = targets.to(logits.device), theirs.to(logits.device)
-        divergence = forward_kl_loss(logits[:, : targets.vocab_size], targets, reduction="none")
-        return preferred == theirs, divergence.double()
+        self, questions: list[Question], logits: Tensor, preferred: Tensor, counts: Sequence[int]
+    ) -> Compared:
+        targets = [one.target for one in questions if one.target is not None]
+        if self.comparison is None or not targets:
+            return Compared.nothing(logits)
+        return self.comparison(targets, logits, preferred, counts)

@@ -7,16 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cachekd.cache import LogitCache
 from cachekd.check.bind import open_bound
-from cachekd.check.match import check_tokenizer
 from cachekd.check.missing import missing_samples
+from cachekd.check.vocabulary import vocabulary_of_cache
 from cachekd.config import EvalConfig
 from cachekd.config.data import ROW_NUMBERS, OnError
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import first_good, may_be_left_out
 from cachekd.errors import BadSample, CachekdError
 from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
-from cachekd.models import ModelFiles, default_device, dtype_of, limits_of, tokenizer_difference
+from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 from cachekd.models.device_map import AUTO
+from cachekd.models.fingerprint import tokenizer_fingerprint
+
+NO_VOCABULARY = (
+    "--teacher in place of --cache asks the teacher itself; or dump the data again; or leave out the models "
+    "that have another tokenizer or chat template"
+)
 
 
 class AnswerPrior:
@@ -63,14 +69,14 @@ Progress = Callable[[str, int, int, int], None]
 
 
 def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFiles) -> dict[str, ModelFiles]:
-    """Each model's files, by its path; the limits are those of all.
+    """Each model's files, by its path. The limits are those of all that have its tokenizer: what others
+    cannot read is known when they are asked.
 
     Args:
         files: opens a model's; another one may have them open.
 
     Raises:
-        CachekdError: a model cannot be found, or their tokenizers differ; or there is no teacher to quantise
-            or place.
+        CachekdError: a model cannot be found; or there is no teacher to quantise or place.
     """
     if config.quantization is not None and config.teacher is None:
         raise CachekdError(
@@ -89,24 +95,17 @@ def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFi
     models = {path: files(path) for path in ([config.teacher] if config.teacher else []) + config.models}
     # A cut answer is an easier question: a longer sample is left out where a dump would cut it.
     too_long = "skip" if config.too_long == "cut" else config.too_long
-    configs = [model.config for model in models.values()]
-    for model in models.values():
+    alike: dict[str, list[str]] = defaultdict(list)  # by tokenizer: of others, rows and lengths are others
+    for path, model in models.items():
         model.require_attention(config.attn_implementation)
-    limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
-    models = {path: model.within(limits) for path, model in models.items()}
+        alike[tokenizer_fingerprint(model.processor.tokenizer)].append(path)
+    for paths in alike.values():
+        configs = [models[path].config for path in paths]
+        limits = limits_of(configs, max_tokens=config.max_tokens, too_long=too_long)
+        models |= {path: models[path].within(limits) for path in paths}
     if config.teacher is not None:
         models[config.teacher].require_device_map(device_map)
         models[config.teacher].quantization(config.quantization, dtype_of(config.dtype, default_device()))
-    first, *others = models.values()
-    for other in others:
-        ours, theirs = first.processor.tokenizer, other.processor.tokenizer
-        if (difference := tokenizer_difference(ours, theirs)) is not None:
-            raise CachekdError(
-                "the models have different tokenizers, and answers are compared by their tokens",
-                where=f"{ours.name_or_path} and {theirs.name_or_path}",
-                found=difference,
-                fix="evaluate them one by one",
-            )
     return models
 
 
@@ -121,21 +120,22 @@ def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) ->
 
 
 def open_cache(
-    config: EvalConfig, samples: Samples | None, model: ModelFiles
+    config: EvalConfig, samples: Samples | None, models: Iterable[ModelFiles]
 ) -> tuple[LogitCache, dict[str, str]]:
     """The teacher's logits of the data; and the samples that it lacks, key to why.
 
     Args:
         samples: None where the data are not opened; then none is looked for.
-        model: any of those that are asked.
+        models: that are asked.
 
     Raises:
-        CachekdError: it cannot be read, is of another tokenizer than the models', or lacks samples (all of
-            them, where `on_error` is "skip").
+        CachekdError: it cannot be read, or lacks samples (all of them, where `on_error` is "skip"); or a
+            model has another tokenizer, and nobody knows what the cache's tokens stand for.
     """
     cache = open_bound(str(config.cache))
-    fix = "evaluate without --cache, or dump the data with a teacher of this tokenizer"
-    check_tokenizer(cache, model.processor.tokenizer, "models'", fix)
+    models, theirs = list(models), cache.manifest.fingerprints.tokenizer
+    if any(tokenizer_fingerprint(model.processor.tokenizer) != theirs for model in models):
+        vocabulary_of_cache(cache, models, fix=NO_VOCABULARY)
     if samples is None:
         return cache, {}
     missing = missing_samples(cache, samples, config)

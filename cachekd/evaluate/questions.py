@@ -27,8 +27,9 @@ class AskedSample:
         encoded: each question with its answer in place, the only one that is supervised.
         blind: the same where every picture has its mean colour; empty where nobody asks for it.
         unasked_answers: supervised answers of the sample that no question asks for.
-        rows: [N] int64, which question each of the sample's answer tokens belongs to, -1: to none; None: all
-            answers are asked for, so they follow each other.
+        numbers: of each of the sample's supervised answers, the question that asks for it; -1: none does.
+        rows: [N] int64, the same of each of the sample's answer tokens; None: all answers are asked for, so
+            they follow each other.
         whole: whether each question has all that comes before its answer in the sample.
     """
 
@@ -39,6 +40,7 @@ class AskedSample:
     encoded: list[Encoded]
     blind: list[Encoded]
     unasked_answers: int
+    numbers: list[int]
     rows: Tensor | None
     whole: bool
 
@@ -75,8 +77,8 @@ class QuestionEncoder:
         Raises:
             CachekdError: one of them cannot be encoded.
         """
-        asked = questions_of(sample, self.history)
-        unasked = sum(map(is_supervised, sample.messages)) - len(asked)
+        asked, numbers = questions_of(sample, self.history), _numbers(sample)
+        unasked = len(numbers) - len(asked)
         encoded = self._encoded(asked)
         return AskedSample(
             key=sample.key,
@@ -86,7 +88,8 @@ class QuestionEncoder:
             encoded=encoded,
             blind=self._blind(sample, encoded) if self.blind and sample.images else [],
             unasked_answers=unasked,
-            rows=self._rows(sample) if self.rows and unasked else None,
+            numbers=numbers,
+            rows=torch.tensor(numbers)[self.encoder.turns(sample)] if self.rows and unasked else None,
             whole=self.history == "full" or _stand_alone(sample),
         )
 
@@ -110,12 +113,12 @@ class QuestionEncoder:
             blind.append(whole.with_pictures_of(first[pictures]))
         return blind
 
-    def _rows(self, sample: Sample) -> Tensor:
-        """Select those of the answers, in the sample's order, that are asked for."""
-        answers = [place for place, message in enumerate(sample.messages) if is_supervised(message)]
-        asked = {end: number for number, (_, end) in enumerate(sample.asked_at)}
-        numbers = torch.tensor([asked.get(place, -1) for place in answers])
-        return numbers[self.encoder.turns(sample)]
+
+def _numbers(sample: Sample) -> list[int]:
+    """Of each supervised answer, in the sample's order, which question asks for it, or -1."""
+    asked = {end: number for number, (_, end) in enumerate(sample.asked_at)}
+    answers = (place for place, message in enumerate(sample.messages) if is_supervised(message))
+    return [asked.get(place, -1) for place in answers]
 
 
 def questions_of(sample: Sample, history: History = "none") -> list[Sample]:

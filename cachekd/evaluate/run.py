@@ -19,17 +19,19 @@ from cachekd.cache.quantization import QuantizationInfo
 from cachekd.config import EvalConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.batches import limits_said
-from cachekd.data.left_out import BadSamples, LeftOutSamples
+from cachekd.data.left_out import NAMED, BadSamples, LeftOutSamples
 from cachekd.errors import CachekdError
 from cachekd.evaluate.ask import Answers, ask
+from cachekd.evaluate.comparison import Comparison
 from cachekd.evaluate.forward import QuestionRunner
 from cachekd.evaluate.inputs import AnswerPrior, Progress, open_cache, open_models, read_prior, try_encoder
 from cachekd.evaluate.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
 from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
-from cachekd.evaluate.scores import Evaluation, QuestionSet, Score
+from cachekd.evaluate.scores import CellCoverage, Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.models.device import free_memory
 from cachekd.models.device_map import AUTO
+from cachekd.models.fingerprint import tokenizer_fingerprint
 from cachekd.models.loading import LoadSettings
 
 Found = dict[str, Answers]  # by a sample's key
@@ -40,11 +42,12 @@ def evaluate(
 ) -> Evaluation:
     """Score models, and their agreement with a teacher, on every question of a data set.
 
-    Every model has its own processor and chat template. Answers are compared by their tokens, so all models
-    have one tokenizer. A sample that is bad for one of them is left out for all: they are asked the same.
+    Every model has its own processor, tokenizer and chat template, and reads the true answer in its own
+    tokens; `Comparison` says how two of them are compared. A sample that is bad for one of them is left out
+    for all: they are asked the same.
 
     Raises:
-        CachekdError: bad input, models whose tokenizers differ, or data of which nothing can be used.
+        CachekdError: bad input, or data of which nothing can be used.
     """
     samples, files = open_samples(config), open_models(config)
     interviewer = Interviewer(config, samples, files, progress)
@@ -53,10 +56,10 @@ def evaluate(
     if config.cache is not None:
         if config.history == "none":
             require_single_questions(samples)
-        cache, missing = open_cache(config, samples, next(iter(files.values())))
+        cache, missing = open_cache(config, samples, files.values())
         interviewer.bad.add([missing])
         quantised = cache.manifest.teacher.quantization
-        reference = CachedReference(cache, interviewer.device)
+        reference = CachedReference(cache, interviewer.device, [*files.values()])
     for model in files.values():
         try_encoder(config, samples, model.encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)
@@ -75,9 +78,12 @@ def evaluate(
     return Evaluation(
         asked=questions,
         dtype=str(interviewer.dtype).removeprefix("torch."),
-        teacher=None if teacher is None else _score(str(config.teacher), teacher, keys, None),
+        teacher=None if teacher is None else _score(str(config.teacher), teacher, keys),
         teacher_quantization=quantised,
-        models=[_score(path, found, keys, whose) for path, found in zip(config.models, models, strict=True)],
+        models=[
+            _score(path, found, keys, whose, files[path])
+            for path, found in zip(config.models, models, strict=True)
+        ],
         prior=None if prior is None else _prior_score(config, prior, asked),
         prior_left_out=left_out,
     ).compared()
@@ -111,7 +117,8 @@ class Interviewer:
         as_saved = self.config.load_settings | {"quantization": None}
         if as_saved["device_map"] != AUTO:
             as_saved["device_map"] = None  # a file names the teacher's modules
-        runner = self._runner(path, as_saved, reference=reference)
+        comparison = None if reference is None else Comparison(reference, self.files[path])
+        runner = self._runner(path, as_saved, comparison=comparison)
         return self._run(runner, path, blind=self.config.blind)
 
     def ask_teacher(self, path: str) -> tuple[Found, KeptStates | None]:
@@ -120,7 +127,8 @@ class Interviewer:
         found = self._run(runner, path, blind=False)
         if runner.head is None:
             return found, None
-        return found, KeptStates(path, runner.head, {key: one.states for key, one in found.items()})
+        kept = {key: one.kept for key, one in found.items()}
+        return found, KeptStates(self.files[path], runner.head, kept)
 
     def _runner(self, path: str, loading: LoadSettings, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
@@ -183,18 +191,49 @@ def question_set(config: EvalConfig, samples: Iterable[AskedSample], bad: BadSam
     )
 
 
-def _score(path: str, found: Found, keys: list[str], agrees_with: str | None) -> Score:
+def _score(
+    path: str,
+    found: Found,
+    keys: list[str],
+    agrees_with: str | None = None,
+    files: ModelFiles | None = None,
+) -> Score:
+    """A model's row.
+
+    Args:
+        agrees_with: the teacher that it was compared with.
+        files: of a model that was.
+    """
     answers = [found[key] for key in keys]
-    samples, tokens = [one.sample for one in answers], sum(one.tokens for one in answers)
+    samples, compared = [one.sample for one in answers], sum(one.compared for one in answers)
     score = _counted(path, samples, [right for one in answers for right in one.right])
     if agrees_with is not None:
         score.agrees_with = agrees_with
-        score.top1_agreement = sum(one.agreed for one in answers) / tokens
-        score.kl = max(0.0, sum(one.divergence for one in answers) / tokens)  # rounding may leave it below
+        if compared:
+            score.top1_agreement = sum(one.agreed for one in answers) / compared
+            divergence = sum(one.divergence for one in answers)
+            score.kl = max(0.0, divergence / compared)  # rounding may leave it below
+        if files is not None and any(one.over_cells for one in answers):
+            score.over_cells = _coverage(answers, compared, files)
     if any(one.blind is not None for one in answers):
         blind = [one.right if one.blind is None else one.blind for one in answers]
         score.blind = _counted(path, samples, [right for some in blind for right in some])
     return score
+
+
+def _coverage(answers: Sequence[Answers], compared: int, model: ModelFiles) -> CellCoverage:
+    differing = {
+        f"{one.sample.key}, question {number + 1}": why
+        for one in answers
+        for number, why in one.differs.items()
+    }
+    return CellCoverage(
+        tokenizer=tokenizer_fingerprint(model.processor.tokenizer),
+        compared=compared,
+        tokens=sum(one.tokens for one in answers),
+        differing=len(differing),
+        first=dict(islice(differing.items(), NAMED)),
+    )
 
 
 def _prior_score(config: EvalConfig, prior: AnswerPrior, samples: Sequence[AskedSample]) -> Score:

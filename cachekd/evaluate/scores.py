@@ -66,6 +66,29 @@ def paired_intervals(
 MAX_TYPES = 12  # of questions in a table: data sets have hundreds
 
 
+class CellCoverage(BaseModel):
+    """What the agreement and KL of a model are over whose answers are other tokens than the teacher's.
+
+    Attributes:
+        tokenizer: the model's, its fingerprint. Two models of other tokenizers have other cells.
+        compared: its answer tokens at which both have read the same bytes: over these the two are means.
+        tokens: its answer tokens in all.
+        differing: questions that are not among them, as the answer's bytes are others for the model.
+        first: of up to 100 of these, sample and number to why.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokenizer: str
+    compared: int
+    tokens: int
+    differing: int = 0
+    first: dict[str, str] = {}
+
+    def __str__(self) -> str:
+        return f"over cells, at {self.compared:,} of {self.tokens:,} answer tokens"
+
+
 class Score(BaseModel):
     """One row: a model, or what stands for one, on a set of questions.
 
@@ -76,6 +99,8 @@ class Score(BaseModel):
         top1_agreement: share of answer tokens where model and teacher prefer the same one.
         kl: KL(teacher || model) in nats, mean over the answer tokens.
         agrees_with: the teacher of these two.
+        over_cells: what these two are over, where the answers are other tokens for the teacher: they are of
+            cells then, and not to be compared with those of tokens.
         correct: a character for each question, in the set's order: 1 where the answer is right, else 0.
         blind: the same model where every picture is replaced by its mean colour.
     """
@@ -88,8 +113,15 @@ class Score(BaseModel):
     top1_agreement: float | None = None
     kl: float | None = None
     agrees_with: str | None = None
+    over_cells: CellCoverage | None = None
     correct: str
     blind: Score | None = None
+
+    @property
+    def compared_by(self) -> tuple[str | None, str | None]:
+        """Of two models that have this in common, agreement and KL may be compared: the teacher, and whose
+        cells they are over."""
+        return self.agrees_with, None if self.over_cells is None else self.over_cells.tokenizer
 
     @property
     def right(self) -> NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from cachekd.evaluate.scores import Evaluation
 from cachekd.lock import alone
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
 
+_OF_AGREEMENT = ("top1_agreement", "kl", "agrees_with", "over_cells")
 _PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 
 
@@ -107,9 +108,9 @@ def _completed(new: Evaluation, earlier: Evaluation) -> Evaluation:
     if (new.dtype, ours.correct) != (earlier.dtype, theirs.correct):
         return new  # these were another model's, or other arithmetic's
     update: dict[str, object] = {} if ours.blind else {"blind": theirs.blind}
-    asked_again = ours.kl is not None or new.teacher is not None
-    if ours.kl is None:
-        update |= {name: getattr(theirs, name) for name in ("top1_agreement", "kl", "agrees_with")}
+    asked_again = ours.agrees_with is not None or new.teacher is not None
+    if ours.agrees_with is None:
+        update |= {name: getattr(theirs, name) for name in _OF_AGREEMENT}
     ours = ours.model_copy(update=update)
     kept: dict[str, object] = {"models": [ours]}
     if new.prior is None:

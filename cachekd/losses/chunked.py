@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class LiveTargets:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def part(self, rows: Tensor) -> LiveTargets:
+        """Keep some tokens, by their indices [M] int64; still no logits exist."""
+        return replace(self, token_ids=self.token_ids[rows], states=self.states[rows])
 
     @torch.no_grad()
     def select(self, rows: Tensor) -> DenseTargets:

@@ -1,6 +1,6 @@
 """The V | P | L split of vision-language models, and the switch."""
 
-from cachekd.models.bridge import SwitchBridge, plan_bridge
+from cachekd.models.bridge import BridgePlan, SwitchBridge, plan_bridge
 from cachekd.models.compat import check_switch, check_tokenizers, limits_of, tokenizer_difference
 from cachekd.models.device import default_device, default_dtype, dtype_of
 from cachekd.models.families import language_model
@@ -28,6 +28,7 @@ from cachekd.models.switch import LiveTeacher, SwitchedTeacher
 from cachekd.models.weights import model_content
 
 __all__ = [
+    "BridgePlan",
     "DeferredHead",
     "LiveTeacher",
     "ModelFiles",

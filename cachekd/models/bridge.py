@@ -63,17 +63,18 @@ class BridgePlan:
         return text
 
 
-def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
+def plan_bridge(teacher: Any, student: Any, *, own_text: bool = False) -> BridgePlan:
     """What stands between a student's vision encoder and a teacher's projector, if a bridge can mend it.
 
     Args:
         teacher, student: configs.
+        own_text: the teacher reads the sample's text by its own tokenizer (`switch_differences`).
 
     Raises:
         CachekdError: there is nothing to mend; a bridge is not sound in this family; something else differs
             too, which no bridge mends.
     """
-    differences = switch_differences(teacher, student)
+    differences = switch_differences(teacher, student, own_text=own_text)
     same_tower = _tower(teacher) == _tower(student)
     if not differences and same_tower:
         raise _refused(
@@ -85,7 +86,7 @@ def plan_bridge(teacher: Any, student: Any) -> BridgePlan:
     tokens_stay = same_tower and all(difference.setting in bridged for difference in differences)
     if not tokens_stay and _is_one_square(teacher) and _is_one_square(student):
         bridged |= {*GRID, _STRATEGY}
-    check_switch(teacher, student, bridged=frozenset(bridged))
+    check_switch(teacher, student, bridged=frozenset(bridged), own_text=own_text)
     layer = getattr(teacher, "vision_feature_layer", None)
     if teacher.model_type not in (*_ONE_SQUARE, *_TILED) or isinstance(layer, list | tuple):
         raise _refused(

@@ -20,10 +20,13 @@ OTHER_TOWER = "use a student whose vision encoder has the teacher's width and gr
 _CONTEXT = ("max_position_embeddings", "max_seq_len")
 
 
-def check_tokenizers(teacher: Any, student: Any) -> None:
+def check_tokenizers(teacher: Any, student: Any, *, instead: str = "") -> None:
     """Refuse different tokenizers: their distributions are over different things.
 
     Padded vocabularies are no difference: the models' embeddings may have rows that no token uses.
+
+    Args:
+        instead: what else would help.
 
     Raises:
         CachekdError: the first tokens that differ.
@@ -35,7 +38,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
             where=f"{teacher.name_or_path} and {student.name_or_path}",
             expected="the same tokens with the same ids and the same splitting rules",
             found=difference,
-            fix="choose a student of the teacher's family, or give it the teacher's tokenizer",
+            fix=f"choose a student of the teacher's family, or give it the teacher's tokenizer{instead}",
         )
 
 
@@ -73,18 +76,21 @@ class SwitchDifference:
     student: Any
 
 
-def check_switch(teacher: Any, student: Any, *, bridged: frozenset[str] = frozenset()) -> None:
+def check_switch(
+    teacher: Any, student: Any, *, bridged: frozenset[str] = frozenset(), own_text: bool = False
+) -> None:
     """Refuse a student whose visual features the teacher's projector cannot take.
 
     Args:
         teacher: the teacher's config.
         student: the student's config.
         bridged: settings that may differ, as a bridge sees to them (`plan_bridge`).
+        own_text: as for `switch_differences`.
 
     Raises:
         CachekdError: another family, or one of the facts that the family says must agree differs.
     """
-    for difference in switch_differences(teacher, student):
+    for difference in switch_differences(teacher, student, own_text=own_text):
         if difference.setting in bridged:
             continue
         raise CachekdError(
@@ -97,18 +103,21 @@ def check_switch(teacher: Any, student: Any, *, bridged: frozenset[str] = frozen
         )
 
 
-def switch_differences(teacher: Any, student: Any) -> list[SwitchDifference]:
+def switch_differences(teacher: Any, student: Any, *, own_text: bool = False) -> list[SwitchDifference]:
     """Every fact that stands between the student's features and the teacher's projector.
 
     Args:
         teacher, student: configs.
+        own_text: the teacher reads a sample's text by its own tokenizer: its placeholder of an image may be
+            another than the student's.
 
     Raises:
         CachekdError: the teacher is a language model.
     """
     vision_tower_name(teacher)  # a language model has none
     family = family_of(teacher)
-    names = ("model_type", width_setting(teacher), *family.shared, "image_token_id")
+    placeholder = () if own_text else ("image_token_id",)
+    names = ("model_type", width_setting(teacher), *family.shared, *placeholder)
     found = [
         SwitchDifference(_meaning(name, family), name, _setting(teacher, name), _setting(student, name))
         for name in names

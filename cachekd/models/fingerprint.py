@@ -131,6 +131,14 @@ def reads_images_otherwise(stored: Fingerprints) -> bool:
     return stored.image_token != "" and stored.image_reading != READING
 
 
+def reads_otherwise(theirs: Fingerprints, ours: Fingerprints) -> bool:
+    """Whether the same text may become other tokens: tokenizer, chat template or encoding differ. An encoding
+    that is not known, as of a model that takes no text alone, is no difference."""
+    known = None not in (theirs.encoding, ours.encoding)
+    names = ("tokenizer", "chat_template", *(["encoding"] if known else []))
+    return any(getattr(theirs, name) != getattr(ours, name) for name in names)
+
+
 def config_fingerprint(config: Any) -> str:
     """The model's configuration; its dtype is apart."""
 

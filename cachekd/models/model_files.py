@@ -23,6 +23,7 @@ from cachekd.models.fingerprint import (
     encoding_fingerprint,
     image_processor_fingerprint,
     image_reading,
+    reads_otherwise,
     template_fingerprint,
     tokenizer_fingerprint,
 )
@@ -30,6 +31,7 @@ from cachekd.models.loading import LoadSettings, auto_class, empty_model, load_c
 from cachekd.models.processors import processor_of
 from cachekd.models.quantization import Setting, describe, in_checkpoint, require_plain
 from cachekd.models.weights import hash_files, model_content, weights_files
+from cachekd.vocabulary import TokenBytes
 
 
 class ModelFiles:
@@ -124,6 +126,19 @@ class ModelFiles:
             encoding=encoding_fingerprint(self.encoder),
             image_reading=image_reading(self.processor),
         )
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What each token id stands for.
+
+        Raises:
+            CachekdError: the tokenizer does not say it.
+        """
+        return TokenBytes.of(self.processor.tokenizer, self.encoder.end_of_turn)
+
+    def reads_otherwise(self, student: ModelFiles) -> bool:
+        """Whether a text may have other tokens for the student; see `cachekd.models.fingerprint`."""
+        return reads_otherwise(self.fingerprints, student.fingerprints)
 
     def require_attention(self, implementation: str | None) -> None:
         """See `cachekd.models.attention.require_attention`."""

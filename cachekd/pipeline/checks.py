@@ -15,9 +15,9 @@ from typing import Any
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
-from cachekd.check.match import check_quantization
+from cachekd.check.match import check_quantization, require_text_alike
 from cachekd.check.missing import DECIDING
-from cachekd.check.rows import encoding_row, require, template_row, vocabulary_row
+from cachekd.check.rows import require
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import require_there
@@ -136,7 +136,8 @@ def _check_cache(
     """
     if (dump := made.dumps.get(str(config.cache))) is not None:
         teacher = made.model(dump.teacher)
-        require(row(teacher, models.student) for row in (vocabulary_row, template_row, encoding_row))
+        if not config.crosses:
+            require_text_alike(teacher, models.student)
         require_kneedle(config, dump, str(config.cache))
         _require_same_teacher(config, dump, made)
         _require_same_quantization(config, dump, made)
@@ -216,14 +217,12 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
     teacher = config.teacher and made.source(config.teacher)
     models = list(dict.fromkeys(map(made.source, config.models)))
     config = config.model_copy(update={"teacher": teacher, "models": models})
-    opened = next(iter(open_models(config, made.files).values()))
+    opened = open_models(config, made.files)
     if config.cache is None:
         return
     samples = made.here(config)
-    if (dump := made.dumps.get(config.cache)) is not None:
-        require([vocabulary_row(made.model(dump.teacher), opened)])
-    elif not is_address(config.cache):
-        open_asked_cache(config, samples, opened)
+    if config.cache not in made.dumps and not is_address(config.cache):
+        open_asked_cache(config, samples, opened.values())
     if config.history == "none" and samples is not None:
         require_single_questions(samples)
 

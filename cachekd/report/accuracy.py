@@ -130,7 +130,12 @@ def _section(own: Evaluation, runs: Sequence[Run]) -> Section:
         rows=rows,
         differences=[each for each in compared if each.row == run.name],
         of_baselines=[each for each in compared if each.row != run.name],
-        notes=[*_what_rows_are(rows), *_of_the_data(own, run), *_of_baselines(runs, found, teacher)],
+        notes=[
+            *_what_rows_are(rows),
+            *_over_cells(rows),
+            *_of_the_data(own, run),
+            *_of_baselines(runs, found, teacher),
+        ],
     )
 
 
@@ -161,6 +166,18 @@ def _what_rows_are(rows: list[Row]) -> Iterator[str]:
         yield "Blind: the same model and questions, with every picture replaced by its mean colour."
     if "prior" in of:
         yield f"Prior: the most frequent answer to the same question, or else to its type, in {of['prior']}."
+
+
+def _over_cells(rows: list[Row]) -> Iterator[str]:
+    """Of which rows agreement and KL are of other things than of the rest."""
+    for row in rows:
+        if (cells := row.score.over_cells) is None or not row.agrees:
+            continue
+        left_out = f"; {cells.differing:,} answers have other bytes for it" if cells.differing else ""
+        yield (
+            f"{row.name} writes the answers in other tokens than its teacher. Its agreement and KL are "
+            f"{cells}{left_out}: they are not to be compared with those of a model with another tokenizer."
+        )
 
 
 def _of_the_data(own: Evaluation, run: Run) -> Iterator[str]:

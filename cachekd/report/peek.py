@@ -23,6 +23,7 @@ from cachekd.config.fields import ALTERNATIVES, Order
 from cachekd.data import SampleEncoder, Samples
 from cachekd.data.sample import Sample, is_supervised, message_text
 from cachekd.errors import CachekdError
+from cachekd.report.paired import Paired, PairedStudent
 
 Origin = Literal["kept", "sketch", "spread"]
 
@@ -81,6 +82,7 @@ class PeekedSample(Part):
     tokens: list[PeekedToken]
     messages: list[PeekedMessage] | None = Field(description="null without the data")
     images: list[ImageSize] | None = Field(description="null without the data")
+    paired: Paired | None = Field(None, description="null without --student")
 
 
 def choose(cache: LogitCache, limit: int, order: Order, there: Container[str]) -> list[str]:
@@ -119,6 +121,7 @@ def peek(
     sample: Sample | None = None,
     turns: list[int] | None = None,
     alternatives: int = ALTERNATIVES,
+    student: PairedStudent | None = None,
 ) -> PeekedSample:
     """One sample.
 
@@ -127,6 +130,7 @@ def peek(
         sample: with this key; its content is not checked here.
         turns: [N], the answer that each token is in.
         alternatives: how many per token, at most.
+        student: whose tokens are laid beside the cache's.
 
     Raises:
         CachekdError: no such key, its shard is damaged, or `turns` are not as many as its tokens.
@@ -152,7 +156,13 @@ def peek(
         images=None
         if sample is None
         else [ImageSize(width=image.width, height=image.height) for image in sample.images],
+        paired=student and student.beside(key, targets.token_ids.tolist(), sample, cut=_may_be_cut(cache)),
     )
+
+
+def _may_be_cut(cache: LogitCache) -> bool:
+    """Whether the ends of long answers may be missing."""
+    return "cut" in {source.data.too_long for source in cache.manifest.sources}
 
 
 def _message(message: dict[str, Any]) -> PeekedMessage:
@@ -260,9 +270,18 @@ class PeekedData:
         if sum(map(is_supervised, sample.messages)) == 1:
             return [0] * len(self.cache[sample.key])
         if self._processor is None:
-            return None
+            return self._by_their_ends(sample)
         found: list[int] = SampleEncoder(self._processor).turns(sample).tolist()
         return found[: len(self.cache[sample.key])]  # the dump may have cut it
+
+    def _by_their_ends(self, sample: Sample) -> list[int] | None:
+        """As `turns`, by the end-of-turn tokens, where the cache says which that is."""
+        vocabulary = self.cache.vocabulary
+        if vocabulary is None or vocabulary.end_of_turn is None:
+            return None
+        ends = self.cache[sample.key].token_ids == vocabulary.end_of_turn
+        found: list[int] = (ends.cumsum(0) - ends.long()).tolist()
+        return found if max(found, default=0) < sum(map(is_supervised, sample.messages)) else None
 
 
 def embedded(image: Image.Image) -> str:

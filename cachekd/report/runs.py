@@ -206,6 +206,10 @@ def _values(run: Run) -> dict[str, Any]:
     saved = run.saved
     found: dict[str, Any] = {name: saved[name] for name in _NAMED if saved[name]}
     found["training time"] = f"{saved['seconds']:,.1f} s"
+    across = (saved.get("across_tokenizers") or {}).get("aligned")  # of two tokenizers
+    if across:
+        found["aligned answer tokens"] = f"{across['share']:.1%}"
+        found["samples of which nothing was aligned"] = across["differing"]["samples"] or None
     found["best step on held-out data"] = run.best_step
     held_out = saved.get("evaluation", {})  # there may be no such data
     found["held-out loss"] = held_out.get("eval_loss")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sized
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -11,12 +12,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
-from cachekd.check.match import check_sample, cut_alike
+from cachekd.check.match import check_content, check_sample, cut_alike
 from cachekd.config.data import OnError
 from cachekd.data import Encoded, SampleEncoder, Samples, rough_lengths
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
 from cachekd.data.loader import dead_worker
 from cachekd.errors import BadSample, CachekdError, without_frames
+from cachekd.train.across import NOTHING, AcrossTokenizers
+from cachekd.train.alignment import AlignmentNotes
 from cachekd.train.batch import Batch, Example, Fault, collate_with_targets
 
 
@@ -27,9 +30,10 @@ class TrainingSamples(Dataset):
         samples: the data set.
         encoder: the student's.
         cache: None for plain cross-entropy and for a live teacher.
-        teacher_encoder: the teacher's own, where a live one prepares images in another way, or where an image
-            has another number of places in its text.
+        teacher_encoder: the teacher's own, where it has another tokenizer, where a live one prepares images
+            otherwise, or where an image has another number of places in its text.
         on_error: whether a bad sample stops the run, or is left out of it.
+        across: that teacher and student have different tokenizers; None: both read text alike.
     """
 
     def __init__(
@@ -40,9 +44,10 @@ class TrainingSamples(Dataset):
         teacher_encoder: SampleEncoder | None = None,
         *,
         on_error: OnError = "stop",
+        across: AcrossTokenizers | None = None,
     ) -> None:
         self.samples, self.encoder, self.cache = samples, encoder, cache
-        self.teacher_encoder, self.on_error = teacher_encoder, on_error
+        self.teacher_encoder, self.on_error, self.across = teacher_encoder, on_error, across
         self._lengths: list[int] | None = None
 
     def __len__(self) -> int:
@@ -85,6 +90,8 @@ class TrainingSamples(Dataset):
         theirs = None if self.teacher_encoder is None else self.teacher_encoder(sample)
         # `--missing` has decided before training whether a cache may lack samples.
         targets = None if self.cache is None or encoded.key not in self.cache else self.cache[encoded.key]
+        if self.across is not None:
+            return self._across(self.across, Example(encoded, targets, theirs))
         if self.encoder.limits.too_long == "cut":
             encoded, targets, theirs = _cut_alike(encoded, targets, theirs)
         if theirs is not None:
@@ -92,6 +99,32 @@ class TrainingSamples(Dataset):
         if self.cache is not None and targets is not None:
             check_sample(self.cache, encoded, targets)
         return Example(encoded, targets, theirs)
+
+    def _across(self, across: AcrossTokenizers, read: Example) -> Example:
+        """Check what the teacher read against the cache, and align its answers with the student's.
+
+        Raises:
+            CachekdError: the sample changed since the dump, or its images have other numbers of places.
+        """
+        encoded, targets, theirs = read.encoded, read.targets, read.for_teacher
+        cut = encoded.cut or (theirs is not None and theirs.cut)
+        if self.cache is not None and targets is not None:
+            if self.encoder.limits.too_long == "cut":
+                cut |= any(source.data.too_long == "cut" for source in self.cache.manifest.sources)
+                if theirs is not None:
+                    theirs, targets = cut_alike(theirs, targets)
+            if theirs is not None:
+                check_sample(self.cache, theirs, targets)
+            else:  # nobody reads the text as the cache's teacher did
+                check_content(self.cache, encoded.key, encoded.content_hash)
+        if theirs is not None and self.teacher_encoder is not None:
+            tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
+            across.require_places(encoded, theirs, tokens)
+        ids = None if targets is None else targets.token_ids
+        if self.cache is None and theirs is not None:  # live
+            ids = theirs.token_ids
+        aligned = NOTHING if ids is None else across.aligned(ids, encoded.token_ids, cut=cut)
+        return replace(read, targets=targets, for_teacher=theirs, aligned=aligned)
 
 
 def _cut_alike(
@@ -133,6 +166,7 @@ class Feed:
         first: the first sample that can be used.
         collate: samples to a batch, for a DataLoader.
         bad: samples that this process met and left out.
+        notes: how this process's batches were aligned, across tokenizers.
 
     Raises:
         CachekdError: no sample can be used.
@@ -141,7 +175,7 @@ class Feed:
     def __init__(self, data: Dataset, pad_token_id: int) -> None:
         self._data: Any = data
         self.pad_token_id = pad_token_id
-        self.bad = BadSamples()
+        self.bad, self.notes = BadSamples(), AlignmentNotes()
         samples = len(cast(Sized, data))
         place, self.first = first_good(samples, self._read)
         self._health = DataHealth(samples, self._read)
@@ -178,6 +212,8 @@ class Feed:
                 raise batch.error
             for key, wrong in batch.left_out.items():
                 self.bad.note(key, wrong)
+            if batch.aligned is not None:
+                self.notes.note(batch.aligned)
             if batch.keys:
                 self._health.good()
             else:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
 from cachekd.cache import LogitCache
-from cachekd.cache.compare import dependencies, require_same
+from cachekd.cache.compare import ENCODING, dependencies, require_same
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import has_pictures
 from cachekd.config import TrainConfig
@@ -28,8 +28,8 @@ from cachekd.data.left_out import LeftOutSamples
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError, about
 from cachekd.losses.terms import TERMS, labels
-from cachekd.models import ModelFiles
 from cachekd.models.split import in_eval_mode
+from cachekd.train.across import AcrossTokenizers
 from cachekd.train.arguments import ACCURACY, metric_of
 from cachekd.train.batch import Batch
 from cachekd.train.data import Feed, TrainingSamples
@@ -46,6 +46,7 @@ _OF_THE_TEACHER = (
     "teacher's quantisation",
     "image processing",
 )
+_OF_TEXT = ("tokenizer", "chat template", ENCODING)
 _OF_KNEEDLE = ("setting window", "setting min_k")
 
 
@@ -55,7 +56,7 @@ class HeldOut:
 
     Attributes:
         samples: to evaluate.
-        student: with the limits of these data.
+        models: with the limits of these data.
         cache: the teacher's of them.
         on_error: whether a bad sample stops the run, or is left out of evaluations.
         missing: that the cache lacks and that are left out of them.
@@ -63,7 +64,7 @@ class HeldOut:
     """
 
     samples: Samples
-    student: ModelFiles
+    models: RunModels
     cache: LogitCache | None
     on_error: OnError
     missing: LeftOutSamples
@@ -88,7 +89,7 @@ def open_held_out(
     with about("eval_data"):
         samples = open_samples(held_out)
     with about("eval_cache", "or leave eval_cache out: L_CE alone is then evaluated"):
-        eval_cache, student, missing = checked = checked_cache(held_out, models, samples, cache)
+        eval_cache, models, missing, _ = checked = checked_cache(held_out, models, samples, cache)
         if cache is not None and eval_cache is not None:
             require_same_teacher(config, cache, eval_cache)
     samples = checked.used(samples)
@@ -98,7 +99,7 @@ def open_held_out(
     metric_of(config, terms)
     say_what_is_not_computed(config, terms)
     left_out = LeftOutSamples.of(missing)
-    return HeldOut(samples, student, eval_cache, held_out.on_error, left_out, terms)
+    return HeldOut(samples, models, eval_cache, held_out.on_error, left_out, terms)
 
 
 def say_what_is_not_computed(config: TrainConfig, terms: tuple[str, ...]) -> None:
@@ -127,7 +128,7 @@ def require_same_teacher(config: TrainConfig, cache: LogitCache, eval_cache: Log
     known = (dependencies(found.manifest) for found in (cache, eval_cache))
     accept = config.teacher_mismatch == "accept"
     names = [name for name in _OF_THE_TEACHER if not (accept and name == "teacher's quantisation")]
-    names += _OF_KNEEDLE if config.dbilds else ()
+    names += (*_OF_TEXT, *(_OF_KNEEDLE if config.dbilds else ()))
     ours, theirs = ({name: found.get(name) for name in names} for found in known)
     require_same(
         ours,
@@ -158,17 +159,24 @@ class Validation:
         self._feed = Feed(data, pad_token_id)
 
     @classmethod
-    def of(cls, held_out: HeldOut, reader: ModelFiles | None) -> Validation:
+    def of(cls, held_out: HeldOut, across: AcrossTokenizers | None, *, teacher_reads: bool) -> Validation:
         """Evaluate what was opened.
 
         Args:
-            reader: the teacher, where it reads samples by itself (`reading_teacher`).
+            across: as for the data that the run trains on.
+            teacher_reads: the teacher reads samples by itself (`reading_teacher`).
         """
-        student, theirs = held_out.student, None
-        if reader is not None and any(TERMS[name].taught for name in held_out.terms):
-            theirs = reader.within(student.limits).encoder
-        on_error = held_out.on_error
-        data = TrainingSamples(held_out.samples, student.encoder, held_out.cache, theirs, on_error=on_error)
+        (student, teacher), theirs = held_out.models, None
+        if teacher_reads and teacher is not None and any(TERMS[name].taught for name in held_out.terms):
+            theirs = teacher.encoder
+        data = TrainingSamples(
+            held_out.samples,
+            student.encoder,
+            held_out.cache,
+            theirs,
+            on_error=held_out.on_error,
+            across=across,
+        )
         return cls(data, held_out.terms, student.encoder.pad_token_id)
 
     def read(self, args: TrainingArguments) -> None:
@@ -223,13 +231,14 @@ class Validation:
         started = time.perf_counter()
         with about("eval_data"), undisturbed(trainer):
             sums = self.sums(trainer, self.batches(trainer.args))
-        *totals, right, tokens, distilled = trainer.accelerator.reduce(sums).tolist()
-        divisors = [distilled if TERMS[name].taught else tokens for name in self.terms]
+        right, tokens, *rest = trainer.accelerator.reduce(sums).tolist()
+        totals, divisors = rest[: len(self.terms)], rest[len(self.terms) :]
         if not all(divisors):
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
-                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used"
+                + "; of the others nothing is aligned with the teacher's answers" * bool(tokens and trainer.terms.across),
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
         # A schedule's last ones at every evaluation, as these are compared with each other.
@@ -243,14 +252,15 @@ class Validation:
         return {f"{prefix}_{name}": value for name, value in found.items()}
 
     def sums(self, trainer: SwitchKDTrainer, batches: Iterable[Batch]) -> Tensor:
-        """[T + 3] float64, over these batches: of the T terms, of tokens whose argmax is right, the answer
-        tokens, and those of them that the teacher covers."""
+        """[2 T + 2] float64, over these batches: answer tokens whose argmax is right, answer tokens, the T
+        terms, and over how many answer tokens each of them is."""
         args = trainer.args
-        sums = torch.zeros(len(self.terms) + 3, dtype=torch.float64, device=args.device)
+        sums = torch.zeros(2 * len(self.terms) + 2, dtype=torch.float64, device=args.device)
         for batch in batches:
             found = trainer.terms_of(trainer.model, batch, evaluating=True)
             terms = [found.terms.get(name, 0.0) for name in self.terms]
-            row = (*terms, found.right, found.tokens, found.distilled)
+            counts = [found.counts[name] for name in self.terms]
+            row = (found.right, found.tokens, *terms, *counts)
             sums += torch.stack([torch.as_tensor(x).to(sums) for x in row])
             trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
         return sums

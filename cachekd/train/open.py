@@ -13,7 +13,8 @@ from transformers import TrainerCallback, set_seed
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
-from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, template_row, vocabulary_row
+from cachekd.check.match import require_text_alike
+from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, vocabulary_row
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
@@ -21,6 +22,8 @@ from cachekd.errors import CachekdError, about
 from cachekd.losses import loss_function
 from cachekd.losses.terms import labels
 from cachekd.models import ModelFiles
+from cachekd.models.fingerprint import reads_otherwise
+from cachekd.train.across import AcrossTokenizers, across_tokenizers, say_how_vocabularies_meet
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
 from cachekd.train.held_out import HeldOut, Validation, open_held_out
@@ -45,8 +48,9 @@ class OpenRun:
 
     Attributes:
         samples: to train on.
-        models: the student within the limits of these samples.
+        models: within the limits of these samples.
         missing: that the cache lacks and that are left out of them.
+        across: that teacher and student have different tokenizers; None: both read text alike.
         held_out: to evaluate while the student trains.
     """
 
@@ -55,6 +59,7 @@ class OpenRun:
     cache: LogitCache | None
     arguments: SwitchKDTrainingArguments
     missing: LeftOutSamples
+    across: AcrossTokenizers | None = None
     held_out: HeldOut | None = None
 
     @property
@@ -78,8 +83,8 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
         phase("opening the cache")
     models = RunModels.of(config)
     require_adapters(config, models.student)
-    cache, student, missing = checked = checked_cache(config, models, samples)
-    models, samples = models._replace(student=student), checked.used(samples)
+    cache, models, missing, across = checked = checked_cache(config, models, samples)
+    samples = checked.used(samples)
     require_steps(len(samples), arguments)
     say_what_is_spread_evenly(config, cache)
     check_attention(config, models)
@@ -87,9 +92,13 @@ def open_run(config: TrainConfig, checkpoints: Path, phase: Callable[[str], None
         phase("comparing the teacher with the student and the cache")
         models.teacher.require_device_map(config.teacher_load_settings["device_map"])
         say_how_it_is_quantised(config, models.teacher, cache, arguments.device)
-        require(teacher_rows(config, student, models.teacher, samples, cache))
+        require(teacher_rows(config, models.student, models.teacher, samples, cache))
+    if across:
+        phase("comparing both vocabularies")
+    tokenizers = across_tokenizers(config, models, cache, across=across)
+    say_how_vocabularies_meet(config, tokenizers, cache)
     held_out = open_held_out(config, models, cache, phase)
-    return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), held_out)
+    return OpenRun(samples, models, cache, arguments, LeftOutSamples.of(missing), tokenizers, held_out)
 
 
 def say_what_is_spread_evenly(config: TrainConfig, cache: LogitCache | None) -> None:
@@ -162,9 +171,10 @@ def teacher_rows(
     """
     if config.switches:
         yield from switch_rows(teacher, student, config.switch_bridge)
-    yield vocabulary_row(teacher, student)
-    if config.live_teacher:
-        yield template_row(teacher, student)
+    if cache is None and not config.crosses:
+        yield Row.of("text", partial(require_text_alike, teacher, student))
+    elif cache is not None and not reads_otherwise(cache.manifest.fingerprints, student.fingerprints):
+        yield vocabulary_row(teacher, student)  # else the teacher was compared with the cache
     if config.switches and samples is not None:
         yield pictures_row(config.data, samples, cache, config.switched)
     if cache is not None:
@@ -203,12 +213,12 @@ def load_trainer(
     """The models' weights, and the Trainer with all of it."""
     models = opened.models
     bridge = switch_bridge(config, models)
-    reader = reading_teacher(config, bridge, models)
+    reader = reading_teacher(config, bridge, models, across=opened.across is not None)
     validation = None
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
-            validation = Validation.of(opened.held_out, reader)
+            validation = Validation.of(opened.held_out, opened.across, teacher_reads=reader is not None)
             validation.read(opened.arguments)
     teacher, live = None, None
     if models.teacher is not None:
@@ -227,9 +237,16 @@ def load_trainer(
         bridge=bridge,
         vsd_every=config.vsd_every,
         logit_chunk=config.logit_chunk,
+        across=opened.across,
     )
-    theirs = None if reader is None else reader.encoder
-    data = TrainingSamples(opened.samples, opened.encoder, opened.cache, theirs, on_error=config.on_error)
+    data = TrainingSamples(
+        opened.samples,
+        opened.encoder,
+        opened.cache,
+        None if reader is None else reader.encoder,
+        on_error=config.on_error,
+        across=opened.across,
+    )
     phase("reading the first sample")
     with explained(config.training):
         trainer = SwitchKDTrainer(

@@ -85,10 +85,12 @@ def _example(trainer: SwitchKDTrainer) -> Example:
     """A sample with whatever the terms need, a picture and the teacher's targets; else the first one."""
     terms, data = trainer.terms, trainer.train_dataset
     taught = terms.live is None and any(TERMS[name].taught for name in terms.names)
+    aligns = terms.across is not None and any(TERMS[name].taught for name in terms.own)
 
     def serves(found: Example) -> bool:
         has_picture = not terms.switched or "pixel_values" in found.encoded.inputs
-        return has_picture and not (taught and found.targets is None)
+        is_aligned = not aligns or bool(found.aligned and found.aligned.rows)
+        return has_picture and is_aligned and not (taught and found.targets is None)
 
     first = trainer.feed.first
     if serves(first):
@@ -123,7 +125,7 @@ def _forward(trainer: SwitchKDTrainer, terms: LossTerms, batch: Batch) -> dict[s
     """The terms' means over the batch's answer tokens; those that there are."""
     with trainer.compute_loss_context_manager():
         found = terms(terms.student, batch)
-    return {name: term / max(1, found.tokens) for name, term in found.terms.items()}
+    return {name: term / max(1, found.divisors[name]) for name, term in found.terms.items()}
 
 
 class _Trial:

@@ -19,6 +19,7 @@ from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
 from cachekd.models.fingerprint import library_versions
 from cachekd.paths import ADAPTER_FOLDER
+from cachekd.train.alignment import AlignedShare, say_what_was_not_aligned
 from cachekd.train.callbacks import StopInOrder, advice, never
 from cachekd.train.checkpoints import step_of
 from cachekd.train.cost import Cost
@@ -54,6 +55,7 @@ class TrainSummary:
         best_step: whose student was saved, where it is the best one (`load_best_model_at_end`); None: the
             last one was.
         eval_missing, eval_bad: held-out samples that were left out, likewise.
+        aligned: across tokenizers, how much of the answers was; None where both sides read text alike.
         gradients: with `log_term_gradients`, the last logged size of each term's gradient, by term and part.
     """
 
@@ -71,6 +73,7 @@ class TrainSummary:
     best_step: int | None = None
     eval_missing: LeftOutSamples = field(default_factory=LeftOutSamples)
     eval_bad: LeftOutSamples = field(default_factory=LeftOutSamples)
+    aligned: AlignedShare | None = None
     gradients: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -115,6 +118,8 @@ def train(
         summary = summarised(config.out, opened, trainer, resumed_from, time.perf_counter() - started)
         with folder.finishing():
             save_run(folder, config, opened.models.student, trainer, summary)
+    if summary.aligned is not None and trainer.is_world_process_zero():
+        say_what_was_not_aligned(summary.aligned)
     say_what_would_be_faster(trainer, summary)
     return summary
 
@@ -135,6 +140,7 @@ def summarised(
         trainer.data_wait.total.share,
         opened.missing,
         LeftOutSamples.of(bad),
+        aligned=None if opened.across is None else trainer.feed.notes.of_all(),
         gradients=last_gradients(trainer.state),
         **of_held_out(opened, trainer),
     )
@@ -203,6 +209,7 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
+    across, aligned = trainer.terms.across, summary.aligned
     limits, held_out = data.encoder.limits, {}
     if trainer.validation is not None:
         held_out = {
@@ -235,6 +242,7 @@ def save_run(
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             **held_out,
+            "across_tokenizers": None if across is None or aligned is None else across.summary(aligned),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

@@ -20,7 +20,7 @@ from cachekd.config import TrainConfig
 from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError, is_failed_write, megabytes
 from cachekd.lock import LOCK_FILE
-from cachekd.models import SwitchBridge, empty_model, plan_bridge, train_only
+from cachekd.models import SwitchBridge, empty_model, train_only
 from cachekd.train.student import with_adapters
 
 # Bytes, each a little more than it is.
@@ -82,7 +82,7 @@ def run_size(
     trained = [weight for weight in adapted.parameters() if weight.requires_grad]
     bridge = 0
     if config.switch_bridge is not None and models.teacher is not None:
-        plan = plan_bridge(models.teacher.config, models.student.config)
+        plan = models.bridge_plan()
         parts = list(SwitchBridge(plan, config.seed).parameters())
         bridge, trained = sum(map(_bytes, parts)), [*trained, *parts]
     a_parameter = _state_of_a_parameter(args)

@@ -17,14 +17,19 @@ class BatchTerms(NamedTuple):
     Attributes:
         terms: by their names in `TERMS`, those that are on, each summed over answer tokens; scalars.
         right: int64 scalar, answer tokens whose argmax is right; None unless an evaluation asks.
-        tokens: answer tokens.
-        distilled: those of them that have the teacher's targets.
+        tokens: the student's answer tokens.
+        counts: over how many answer tokens each term is, whether or not it is computed here: a taught one
+            over those that have the teacher's targets; across tokenizers those are the aligned ones, or, of
+            the switched path, the teacher's own.
+        divisors: what the loss divides each sum by, were this batch a whole optimizer step. Where both sides
+            read text alike that is `tokens`, of taught terms too.
     """
 
     terms: dict[str, Tensor]
     right: Tensor | None
     tokens: int
-    distilled: int
+    counts: dict[str, int]
+    divisors: dict[str, int]
 
 
 class TermSums:
@@ -35,10 +40,10 @@ class TermSums:
 
     def add(self, found: BatchTerms) -> None:
         """Add one batch more."""
-        for row, (name, term) in enumerate(TERMS.items()):
+        for row, name in enumerate(TERMS):
             if name in found.terms:
                 self._sums[row, 0] += found.terms[name].detach()
-                self._sums[row, 1] += found.distilled if term.taught else found.tokens
+                self._sums[row, 1] += found.counts[name]
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """Each term's mean per answer token since the last look, over all processes, each of which has to

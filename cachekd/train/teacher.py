@@ -23,7 +23,6 @@ from cachekd.models import (
     SwitchedTeacher,
     dtype_of,
     language_model,
-    plan_bridge,
     vocabulary_of,
 )
 from cachekd.models.placement import is_offloaded, layers_of
@@ -110,7 +109,7 @@ def switch_bridge(config: TrainConfig, models: RunModels) -> SwitchBridge | None
     """
     if config.switch_bridge is None or models.teacher is None:
         return None
-    plan = plan_bridge(models.teacher.config, models.student.config)
+    plan = models.bridge_plan()
     bridge = SwitchBridge(plan, config.seed)
     log.warning(
         "%s runs through a trained bridge, which is beyond the paper: %s, %s parameters",
@@ -126,13 +125,19 @@ def live_teacher(files: ModelFiles, teacher: SwitchedTeacher) -> LiveTeacher:
     return LiveTeacher(teacher, vocab_size=vocabulary_of(teacher.model, files.processor.tokenizer))
 
 
-def reading_teacher(config: TrainConfig, bridge: SwitchBridge | None, models: RunModels) -> ModelFiles | None:
-    """The teacher, where it reads samples by itself: a live one that prepares images in another way than the
-    student, or one behind a bridge whose images have another number of places in its text. None where it
-    reads what the student reads."""
+def reading_teacher(
+    config: TrainConfig, bridge: SwitchBridge | None, models: RunModels, *, across: bool
+) -> ModelFiles | None:
+    """The teacher, where it reads samples by itself: across tokenizers; a live one that prepares images in
+    another way than the student; or one behind a bridge whose images have another number of places in its
+    text. None where it reads what the student reads.
+
+    Args:
+        models: within their limits.
+    """
     student, teacher = models
-    if teacher is None:
-        return None
+    if teacher is None or across:
+        return teacher
     other_text = bridge is not None and bridge.plan.other_text
     other_images = config.live_teacher and teacher.image_processing != student.image_processing
-    return teacher.within(student.limits) if other_text or other_images else None
+    return teacher if other_text or other_images else None

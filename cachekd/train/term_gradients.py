@@ -79,9 +79,9 @@ class TermGradients:
         """
         for name in sorted(self._due & found.terms.keys()):
             term = found.terms[name]
-            if found.tokens and term.requires_grad:
+            if (tokens := found.divisors[name]) and term.requires_grad:
                 self._due.remove(name)
-                self._sizes[name], self._weights[name] = self._of(term / found.tokens), weights[name]
+                self._sizes[name], self._weights[name] = self._of(term / tokens), weights[name]
 
     def _of(self, term: Tensor) -> dict[str, Tensor]:
         """The L2 norm of its gradient by part; of those parts that it reaches."""

@@ -18,6 +18,7 @@ from cachekd.config.weights import Schedule, highest, weight_at
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
+from cachekd.losses.cells import Cells, OverCells
 from cachekd.losses.chunked import LiveTargets
 from cachekd.losses.targets import TeacherTargets
 from cachekd.losses.terms import TERMS, labels, options_off
@@ -30,8 +31,10 @@ from cachekd.models import (
     prove_split,
     reach_by_text,
 )
+from cachekd.train.across import AcrossTokenizers
 from cachekd.train.batch import Batch
 from cachekd.train.sums import BatchTerms
+from cachekd.vocabulary import Lead
 
 Targets = CachedTargets | LiveTargets
 TermLoss = Callable[[Tensor, TeacherTargets], Tensor]
@@ -55,6 +58,7 @@ class LossTerms:
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
             step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
+        across: that teacher and student have different tokenizers; None: both read text alike.
 
     Raises:
         CachekdError: a term of the switched path is on, and there is no teacher to switch into.
@@ -76,7 +80,10 @@ class LossTerms:
         bridge: SwitchBridge | None = None,
         vsd_every: int = 1,
         logit_chunk: int | None = None,
+        across: AcrossTokenizers | None = None,
     ) -> None:
+        self.across = across
+        self._cells: dict[tuple[Lead, torch.device], Cells] = {}
         self.student, self.teacher, self.live, self.bridge = student, teacher, live, bridge
         self.weights: dict[str, float | Schedule] = {**dict.fromkeys(TERMS, 0.0), "ce": 1.0, **weights}
         self.losses = dict.fromkeys(TERMS, partial(dbild_loss, reduction="sum")) | dict(losses)
@@ -95,23 +102,28 @@ class LossTerms:
         reach_by_text(self.vlm)
         self._proven = False  # that the student's parts make up the student
 
-    def prepare(self, first: ModelInputs, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+    def prepare(self, first: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
         """Measure both heads and prove the split, before anything long starts.
 
         Args:
-            first: a sample, on the student's device.
+            first: of a sample, on the student's device.
             autocast: of the student's forward.
 
         Raises:
             CachekdError: the student's parts do not make up the student.
         """
         self.autocast = autocast
+        ours, ids = first.student, 0
         if self.teacher is not None:
-            self.teacher.head(first.tensors, first.positions)
-            if self.switched and "pixel_values" in first.tensors:
-                self._prove(first)
-        self.head = DeferredHead(self.vlm, first.tensors, first.positions)
-        self.chunk = self._asked_chunk or chunk_tokens(self.head.vocab_size)
+            theirs = ours if self.across is None or first.teacher is None else first.teacher
+            head = self.teacher.head(theirs.tensors, theirs.positions)
+            ids = 0 if self.across is None else head.vocab_size
+            if self.switched and "pixel_values" in ours.tensors:
+                self._prove(ours)
+        self.head = DeferredHead(self.vlm, ours.tensors, ours.positions)
+        if self.across is not None:
+            ids = max(ids, self.across.largest)
+        self.chunk = self._asked_chunk or chunk_tokens(max(ids, self.head.vocab_size))
 
     def require_uncompiled(self) -> None:
         """Refuse to have the student compiled where a term is of the switched path.
@@ -162,7 +174,8 @@ class LossTerms:
         *,
         evaluating: bool = False,
     ) -> BatchTerms:
-        """Terms of one batch, each summed over answer tokens: taught ones over those with targets.
+        """Terms of one batch, each summed over answer tokens: taught ones over those with targets, across
+        tokenizers over those that are aligned.
 
         Args:
             model: the student in its wrappers.
@@ -181,20 +194,56 @@ class LossTerms:
             states = self.head.states(
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
-        if targets is None or batch.covered is None:
-            terms = self._own_path(own, states, token_ids, targets, counts_right=evaluating)
-        else:
-            terms = {}
-            for some, known in ((batch.covered, targets), (~batch.covered, None)):
-                found = self._own_path(own, states[some], token_ids[some], known, counts_right=evaluating)
-                terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
+        terms: dict[str, Tensor] = {}
+        for rows, known in self._parts(own, batch, targets):
+            some = (states, token_ids) if rows is None else (states[rows], token_ids[rows])
+            found = self._own_path(own, *some, known, counts_right=evaluating)
+            terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
         right = terms.pop(_RIGHT, None)
         # Without an image z_W is z_T: no difference, and no gradient.
         if self.teacher is not None and targets is not None and switched and "pixel_values" in inputs:
             self._prove(batch.student)
             output = self._vision_output(vision.output, with_gradient=not evaluating)
             terms |= self._switched_path(self.teacher, switched, output, batch, targets)
-        return BatchTerms(terms, right, len(token_ids), 0 if targets is None else len(targets))
+        return self._counted(BatchTerms(terms, right, len(token_ids), {}, {}), batch, targets)
+
+    def _counted(self, found: BatchTerms, batch: Batch, targets: Targets | None) -> BatchTerms:
+        """Say over how many answer tokens each term is, and by how many it is divided."""
+        taught = 0 if targets is None else len(targets)
+        counts = {name: taught if term.taught else found.tokens for name, term in TERMS.items()}
+        if self.across is None:
+            return found._replace(counts=counts, divisors=dict.fromkeys(TERMS, found.tokens))
+        if batch.aligned is None:  # a stand-in
+            return found._replace(counts=counts, divisors=dict.fromkeys(TERMS, 0))
+        own = {name for name, term in TERMS.items() if term.taught and term.path == "own"}
+        aligned = 0 if targets is None else batch.aligned.count
+        return found._replace(counts=counts | dict.fromkeys(own, aligned), divisors=batch.aligned.divisors)
+
+    def _parts(
+        self, own: list[str], batch: Batch, targets: Targets | None
+    ) -> list[tuple[Tensor | None, Targets | OverCells | None]]:
+        """The student's answer tokens by what they are compared with: which they are (None: all), and the
+        teacher at them."""
+        if self.across is None:
+            if targets is None or batch.covered is None:
+                return [(None, targets)]
+            return [(batch.covered, targets), (~batch.covered, None)]
+        compares = any(TERMS[name].taught for name in own)
+        if targets is None or batch.aligned is None or not compares or not batch.aligned.rows:
+            return [(None, None)]
+        parts: list[tuple[Tensor | None, Targets | OverCells | None]] = []
+        for lead, (theirs, ours) in batch.aligned.rows.items():
+            some = targets.part(theirs) if isinstance(targets, LiveTargets) else targets.select(theirs)
+            parts.append((ours, OverCells(some, self._cells_after(lead, ours.device))))
+        return [*parts, (batch.aligned.rest, None)] if len(batch.aligned.rest) else parts
+
+    def _cells_after(self, lead: Lead, device: torch.device) -> Cells:
+        """Both vocabularies' cells on a device, laid out once."""
+        assert self.across is not None
+        assert self.across.pair is not None
+        if (lead, device) not in self._cells:
+            self._cells[lead, device] = Cells.of(self.across.pair.cells_after(lead)).to(device)
+        return self._cells[lead, device]
 
     def targets_of(self, batch: Batch) -> Targets | None:
         """The teacher at the batch's answer tokens, or at those that the cache covers; None at none."""
@@ -203,14 +252,14 @@ class LossTerms:
         if not batch.student.supervised.any():
             return None
         seen = batch.student if batch.teacher is None else batch.teacher
-        return self.live.targets(seen.tensors, seen.positions, batch.student.token_ids)
+        return self.live.targets(seen.tensors, seen.positions, seen.token_ids)
 
     def _own_path(
         self,
         names: list[str],
         states: Tensor,
         token_ids: Tensor,
-        targets: Targets | None,
+        targets: Targets | OverCells | None,
         *,
         counts_right: bool,
     ) -> dict[str, Tensor]:
@@ -238,11 +287,9 @@ class LossTerms:
         targets: Targets,
     ) -> dict[str, Tensor]:
         """The terms of what the student's vision encoder says, `output`, in the teacher."""
-        inputs = batch.student
+        inputs = self._switched_inputs(batch)
         if self.bridge is not None:
             output = self.bridge(output)
-            if batch.teacher is not None:  # its own number of places for an image
-                inputs = batch.teacher
         positions = inputs.positions
         head = teacher.head(inputs.tensors, positions)
         states = head.states(lambda: teacher.logits(output, inputs.tensors, positions)).to(positions.device)
@@ -253,8 +300,21 @@ class LossTerms:
 
         return summed_over_chunks(loss, states, self.chunk)
 
+    def _switched_inputs(self, batch: Batch) -> ModelInputs:
+        """The text that the teacher's language model reads around the student's visual features."""
+        if batch.teacher is None:
+            return batch.student
+        if self.bridge is not None and (self.across is None or self.bridge.plan.other_text):
+            return batch.teacher  # its own number of places for an image
+        return batch.student if self.across is None else batch.teacher.with_pictures_of(batch.student)
+
     def _terms(
-        self, names: list[str], logits: Tensor, token_ids: Tensor, targets: Targets | None, rows: Tensor
+        self,
+        names: list[str],
+        logits: Tensor,
+        token_ids: Tensor,
+        targets: Targets | OverCells | None,
+        rows: Tensor,
     ) -> dict[str, Tensor]:
         """Terms of one path, each summed over the answer tokens `rows` [n] int64.
 
@@ -270,8 +330,11 @@ class LossTerms:
                 found["ce"] = cross_entropy_loss(logits, token_ids, reduction="sum")
             taught = [name for name in names if TERMS[name].taught]
             if targets is not None and taught:
-                # Rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction.
-                logits, some = logits[:, : targets.vocab_size], targets.select(rows)
+                if isinstance(targets, OverCells):
+                    logits = targets.cells.of_student(logits)
+                else:  # rows that pad a vocabulary beyond the tokenizer's tokens are nobody's prediction
+                    logits = logits[:, : targets.vocab_size]
+                some = targets.select(rows)
                 found |= {name: self.losses[name](logits, some) for name in taught}
         return found
 

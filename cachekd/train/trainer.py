@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
+from cachekd.losses.terms import TERMS
 from cachekd.models import load_model, save_processor
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.train.arguments import SwitchKDTrainingArguments
@@ -40,7 +41,8 @@ class SwitchKDTrainer(Trainer):
     weighted sum of the terms in `cachekd.losses.terms.TERMS`.
 
     Each term is a sum over answer tokens, divided by the answer tokens of a whole optimizer step: neither
-    accumulation nor batch size nor the number of processes changes the gradient.
+    accumulation nor batch size nor the number of processes changes the gradient. Across tokenizers each term
+    has answer tokens of its own (`AlignedRows.divisors`).
 
     Args:
         terms: of the student to train.
@@ -97,7 +99,7 @@ class SwitchKDTrainer(Trainer):
                 raise no_sharding()
             self.bridge.to(self.args.device)
         first = self._on_device(batch_of([self.feed.first], pad_token_id))
-        terms.prepare(first.student, self.accelerator.autocast)
+        terms.prepare(first, self.accelerator.autocast)
         self._sums = TermSums(self.args.device)
         self.gradients = TermGradients.of(self) if log_term_gradients else None
         self._step: list[Computed] = []  # the batches since the optimizer's last step
@@ -114,18 +116,29 @@ class SwitchKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Sum over this batch's answer tokens, divided by the step's number of them."""
+        """Sum over this batch's answer tokens, divided by the step's number of them.
+
+        Args:
+            num_items_in_batch: of the step, as `get_batch_samples` has it.
+        """
         found = self.terms_of(model, inputs)
         self._sums.add(found)
         weights = self.terms.weights_at(*self._now())
         if self.gradients is not None:
             self.gradients.measure(found, weights)
-        weighted = (weights[name] * term for name, term in found.terms.items())
-        loss = sum(weighted, torch.zeros_like(found.terms["ce"]))
+        weighted = {name: weights[name] * term for name, term in found.terms.items()}
+        loss = sum(weighted.values(), torch.zeros_like(found.terms["ce"]))
         terms = {name: term.detach() for name, term in found.terms.items()}
         self._step.append(Computed(loss.detach(), terms, inputs))
-        tokens = torch.as_tensor(found.tokens if num_items_in_batch is None else num_items_in_batch)
-        loss = loss / tokens.clamp(min=1)  # where a whole step is left out, all is 0
+        if self.terms.across is None:
+            tokens = torch.as_tensor(found.tokens if num_items_in_batch is None else num_items_in_batch)
+            loss = loss / tokens.clamp(min=1)  # where a whole step is left out, all is 0
+        else:
+            tokens = torch.as_tensor(0 if num_items_in_batch is None else num_items_in_batch)
+            if not tokens.ndim:  # not of a step of ours
+                tokens = torch.tensor([found.divisors[name] for name in TERMS], device=loss.device)
+            divisors = dict(zip(TERMS, tokens.clamp(min=1).unbind(), strict=True))
+            loss = sum((x / divisors[name] for name, x in weighted.items()), torch.zeros_like(loss))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, found.terms) if return_outputs else loss
@@ -184,11 +197,23 @@ class SwitchKDTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The batches of one optimizer step. How long they took to come is counted, and what they lack."""
+        """The batches of one optimizer step. How long they took to come is counted, and what they lack.
+
+        Returns:
+            they, and what sums are divided by: the answer tokens of all; across tokenizers [T] int64, those
+            of each term in `TERMS`. Over all processes, if `average_tokens_across_devices` says so.
+        """
         if self.bridge is not None:
             self.bridge.zero_grad()  # the Trainer does it for the student alone
         batches = self.feed.batches(self.data_wait.timed(epoch_iterator))
-        return super().get_batch_samples(batches, num_batches, device)
+        found, tokens = super().get_batch_samples(batches, num_batches, device)
+        if self.terms.across is None or tokens is None:
+            return found, tokens
+        counts = [[0] * len(TERMS), *(list(each.aligned.divisors.values()) for each in found if each.aligned)]
+        tokens = torch.tensor(counts).sum(0).to(device)
+        if self.args.average_tokens_across_devices:
+            tokens = self.accelerator.reduce(tokens)
+        return found, tokens
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the Trainer's, with the bridge's parameters in it; it rounds bfloat16 weights at random."""
@@ -272,6 +297,7 @@ class SwitchKDTrainer(Trainer):
         if not _internal_call or output_dir is None:
             return
         bad, checkpoint = self.feed.all_bad(), Path(output_dir)
+        aligned = None if self.terms.across is None else self.feed.notes.of_all()
         if self.args.should_save:
             if self.encoder is not None:
                 save_processor(self.encoder, checkpoint)
@@ -280,6 +306,8 @@ class SwitchKDTrainer(Trainer):
             self.cost.save(checkpoint)
             if bad:
                 self.feed.bad.save(checkpoint)
+            if aligned is not None:
+                self.feed.notes.save(aligned, checkpoint)
             if self.bridge is not None:
                 self.bridge.save(checkpoint)
 
@@ -291,6 +319,7 @@ class SwitchKDTrainer(Trainer):
             checkpoint = get_last_checkpoint(self.args.output_dir)
         if checkpoint:
             self.feed.bad.load(Path(checkpoint))
+            self.feed.notes.load(Path(checkpoint))
             self.cost.load(Path(checkpoint))
             if self.bridge is not None:
                 self.bridge.load(Path(checkpoint))

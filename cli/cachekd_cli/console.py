@@ -180,11 +180,15 @@ def if_any(count: float | None, text: str = "{:,}") -> str | None:
     return text.format(count) if count else None
 
 
-def print_left_out(what: str, left_out: LeftOutSamples) -> None:
-    """Print how many samples were left out, and some of them with the reason; nothing where none was."""
+def print_left_out(what: str, left_out: LeftOutSamples, done: str = "left out") -> None:
+    """Print how many samples were left out, and some of them with the reason; nothing where none was.
+
+    Args:
+        done: or what else was done with them.
+    """
     if not left_out.samples:
         return
-    lines = [f"left out: {left_out.samples:,} {what}"]
+    lines = [f"{done}: {left_out.samples:,} {what}"]
     lines += [f"  {key}: {reason}" for key, reason in islice(left_out.first.items(), SHOWN)]
     say("\n".join(lines))
 

@@ -77,11 +77,17 @@ def print_tables(result: Evaluation) -> None:
     asked, names = result.asked, short_names(result)
     rows = [(names[name], score) for name, score in result.rows]
     totals = [
-        (name, _percent(s.exact_match), _percent(s.top1_agreement), "" if s.kl is None else f"{s.kl:.4f}")
+        (
+            name if s.over_cells is None else f"{name} (over cells)",
+            _percent(s.exact_match),
+            _percent(s.top1_agreement),
+            "" if s.kl is None else f"{s.kl:.4f}",
+        )
         for name, s in rows
     ]
     title = f"{asked.questions:,} questions about {len(asked.per_sample):,} samples of {asked.data}"
     console.print(table(title, ("model", "exact match", "agrees with teacher", "KL (nats)"), totals))
+    print_cells(rows)
     print_differences(result, names)
     print_types(result, rows)
     if asked.unasked_answers:
@@ -89,6 +95,23 @@ def print_tables(result: Evaluation) -> None:
     if result.prior_left_out:
         say(f"prior: {result.prior_left_out:,} records have no answer to a question")
     print_left_out("samples that cannot be used, or are too long", asked.left_out)
+
+
+def print_cells(rows: list[tuple[str, Score]]) -> None:
+    """Say of which rows agreement and KL are over cells, and at how many answer tokens."""
+    for name, score in rows:
+        if (cells := score.over_cells) is None:
+            continue
+        say(
+            f"{name}: agreement and KL are {cells}, as it writes them in other tokens than the teacher; they "
+            "are not to be compared with those of another tokenizer"
+        )
+        if cells.differing:
+            first = next(iter(cells.first.items()))
+            say(
+                f"{name}: {cells.differing:,} answers have other bytes than the teacher's, and are in exact "
+                f"match alone; the first is {first[0]}: {first[1]}"
+            )
 
 
 def short_names(result: Evaluation) -> dict[str, str]:

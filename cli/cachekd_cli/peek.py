@@ -31,6 +31,7 @@ from cachekd_cli.options import AsJson, Binding, CacheFolder, takes
 if TYPE_CHECKING:
     from cachekd.cache import LogitCache
     from cachekd.data import Sample
+    from cachekd.report.paired import Paired, PairedPlace, PairedStudent
     from cachekd.report.peek import Alternative, PeekedData, PeekedMessage, PeekedSample, PeekedToken
     from cachekd.report.token_texts import TokenReader
 
@@ -51,6 +52,10 @@ def peek_command(
     tokenizer: Annotated[
         PathOrName | None,
         typer.Option(help="Folder or hub name; default: the teacher's, if its folder is here."),
+    ] = None,
+    student: Annotated[
+        PathOrName | None,
+        typer.Option(help="A model whose answer tokens, and which of them are aligned, are shown beside."),
     ] = None,
     top: Annotated[
         int | None,
@@ -84,7 +89,7 @@ def peek_command(
     quiet_libraries()
     opened = open_bound(cache, binding)
     reader = find_reader(opened, tokenizer)
-    if tokenizer is None and reader.processor is None:
+    if tokenizer is None and reader.processor is None and reader.vocabulary is None:
         note = f"no tokenizer: {opened.manifest.teacher.name} is not here; ids are shown (--tokenizer PATH)"
         say(note, errors)
     seen = None if data is None else open_data(opened, data, reader, bound=binding is not None)
@@ -97,7 +102,8 @@ def peek_command(
             keys = choose(opened, samples or (1 if html is None else PAGE_SAMPLES), order, there)
     skip = data is not None and data.on_error == "skip"
     shown = top or (ALTERNATIVES if html is None else PAGE_ALTERNATIVES)
-    found, images = look(opened, keys, seen, reader, shown, with_images=html is not None, skip=skip)
+    beside = None if student is None else open_student(student, reader)
+    found, images = look(opened, keys, seen, reader, shown, beside, with_images=html is not None, skip=skip)
     if html is not None:
         from cachekd.report.pages import peek_page
 
@@ -117,12 +123,22 @@ def open_data(
     return PeekedData(cache, open_samples(as_dumped(data, cache, bound=bound)), reader.processor)
 
 
+def open_student(student: str, reader: TokenReader) -> PairedStudent:
+    """Open the tokenizer of a student, and find what its tokens and the teacher's have in common."""
+    from cachekd.models import ModelFiles
+    from cachekd.report.paired import PairedStudent
+
+    with errors.status("comparing the vocabularies"):
+        return PairedStudent(ModelFiles(student), reader.token_bytes)
+
+
 def look(
     cache: LogitCache,
     keys: list[str],
     data: PeekedData | None,
     reader: TokenReader,
     top: int,
+    student: PairedStudent | None = None,
     *,
     with_images: bool,
     skip: bool = False,
@@ -139,7 +155,17 @@ def look(
         for key in keys:
             sample = None if data is None else read_sample(data, key, skip=skip)
             turns = None if data is None or sample is None else data.turns(sample)
-            found.append(peek(cache, key, text_of=text_of, sample=sample, turns=turns, alternatives=top))
+            found.append(
+                peek(
+                    cache,
+                    key,
+                    text_of=text_of,
+                    sample=sample,
+                    turns=turns,
+                    alternatives=top,
+                    student=student,
+                )
+            )
             images.append([embedded(image) for image in sample.images] if sample and with_images else [])
             advance(1)
     return found, images
@@ -176,13 +202,49 @@ def print_sample(sample: PeekedSample) -> None:
         for message in sample.messages or []:
             print_message(message)
         console.print(token_table(sample.tokens))
+    else:
+        turn = 0
+        for message in sample.messages:
+            print_message(message)
+            if message.supervised:
+                console.print(token_table([token for token in sample.tokens if token.turn == turn]))
+                turn += 1
+    if sample.paired is not None:
+        print_paired(sample.tokens, sample.paired)
+
+
+def print_paired(tokens: list[PeekedToken], paired: Paired) -> None:
+    """Print a sample's answer tokens beside a student's, and which of them are aligned."""
+    counts = f"{paired.aligned:,} of {len(paired.tokens):,} answer tokens of "
+    say(Text.assemble((counts, "dim"), (visible(paired.student), "bold"), (" are aligned", "dim")))
+    if paired.differs is not None:
+        say(f"none is: {paired.differs}", style="yellow")
+        say(f"teacher: {' | '.join(spelled(token.text) for token in tokens)}")
+        say(f"student: {' | '.join(spelled(token.text) for token in paired.tokens)}")
         return
-    turn = 0
-    for message in sample.messages:
-        print_message(message)
-        if message.supervised:
-            console.print(token_table([token for token in sample.tokens if token.turn == turn]))
-            turn += 1
+    result = Table(box=None, padding=(0, 1), show_edge=False, header_style="dim")
+    for name in ("teacher", "student", "", "cell"):
+        result.add_column(name)
+    for place in paired.places:
+        style = "green" if place.state == "aligned" else "yellow"
+        texts = (
+            "" if number is None else spelled(side[number].text)
+            for number, side in ((place.teacher, tokens), (place.student, paired.tokens))
+        )
+        result.add_row(*(Text(text, style=style) for text in (*texts, place.state, cells_of(place))))
+    console.print(result)
+
+
+def cells_of(place: PairedPlace) -> str:
+    """Name the cell of an aligned place, or the two of one whose tokens are in different cells."""
+    if place.state == "aligned":
+        return spelled(place.teacher_cell or "")
+    if place.state == "other cells":
+        sides = (place.teacher, place.teacher_cell), (place.student, place.student_cell)
+        return " and ".join(
+            "none" if cell is None else spelled(cell) for number, cell in sides if number is not None
+        )
+    return ""
 
 
 def print_message(message: PeekedMessage) -> None:
@@ -226,6 +288,11 @@ def drawn(one: Alternative | PeekedToken, color: str) -> Bar:
 def shown(text: str) -> str:
     """Write a token's text; nothing but white space is shown by a sign."""
     return visible(text) if text.strip(" ") else "␣" * len(text)
+
+
+def spelled(text: str) -> str:
+    """Write the text of a token by itself: its leading space counts."""
+    return shown(text) if text[:1] != " " else f"␣{shown(text)[1:]}"
 
 
 def percent(logprob: float) -> str:

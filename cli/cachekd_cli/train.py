@@ -225,10 +225,12 @@ def how_to_go_on(stop: KeyboardInterrupt, out: Path) -> str:
 
 def print_summary(summary: TrainSummary) -> None:
     """Print how the run went, and what was left out."""
+    aligned = summary.aligned
     values = {
         "steps": f"{summary.steps:,}",
         "resumed from step": if_any(summary.resumed_from),
         "samples by L_CE alone": if_any(summary.uncovered),
+        "aligned answer tokens": aligned and f"{aligned.share:.1%} of {aligned.tokens:,}",
         "wall time": f"{summary.seconds:.1f} s",
         "floating point operations": if_any(summary.cost.flops and summary.cost.flops / 1e12, "{:,.4g} T"),
         "peak memory": None if summary.cost.peak_bytes is None else megabytes(summary.cost.peak_bytes),
@@ -245,6 +247,8 @@ def print_summary(summary: TrainSummary) -> None:
     print_values(f"student {summary.out}", values)
     print_left_out("samples that the cache lacks", summary.missing)
     print_left_out("samples that cannot be used", summary.bad)
+    if aligned is not None:
+        print_left_out("samples, whose answers differ in bytes", aligned.differing, "not aligned")
     print_left_out("held-out samples that their cache lacks", summary.eval_missing)
     print_left_out("held-out samples that cannot be used", summary.eval_bad)
     say(f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>")

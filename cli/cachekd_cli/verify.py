@@ -57,7 +57,7 @@ class Verified:
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
-        return not self.found and not (self.live and self.live.mismatches)
+        return not self.found and (self.live is None or self.live.ok)
 
 
 @takes(DataOptions)
@@ -130,7 +130,8 @@ def check_files(cache: Path) -> list[Finding]:
         manifest = Manifest.load(cache)
     except CachekdError as error:
         return [Finding(cache / MANIFEST_FILE, f"{error.problem}: {error.found}")]
-    with counting_bytes("verify", manifest.size + manifest.sketch_bytes) as (advance, _):
+    size = manifest.size + manifest.sketch_bytes + manifest.vocabulary_bytes
+    with counting_bytes("verify", size) as (advance, _):
         return verify_files(cache, advance)
 
 
@@ -257,6 +258,8 @@ def print_live(live: Recheck) -> None:
     for share in SHARES:
         values[f"if {share:.0%} were bad, seen with"] = f"{100 * live.detection(share):.1f} % probability"
     print_values("against the teacher", values)
+    if live.vocabulary is not None:
+        say_wrong("the vocabulary", live.vocabulary)
     for mismatch in live.mismatches[:SHOWN]:
         say_wrong(repr(mismatch.key), mismatch.problem)
 

@@ -1,9 +1,12 @@
 """Train the demo's starting student, reproducibly, on a CPU.
 
     python examples/easy_vqa/train_base.py --out examples/easy_vqa/student
+    python examples/easy_vqa/train_base.py --tokenizer pieces --out runs/easy-vqa/student-pieces
 
 As a small VLM is before it is fine-tuned: it knows words and captions, and was never asked about a picture.
 Nothing of easy-VQA is used but the teacher's tokenizer: no picture, question or answer, of neither split.
+With `--tokenizer pieces` the student has a tokenizer and a chat template of its own (`models.py`). Its vision
+tower is the same one, bit by bit, and its language model begins with the same weights.
 
 1. The vision tower learns to name what a caption names, in pictures that `draw` draws.
 2. The language model learns from chats about a description: it says it in other words, or answers questions
@@ -29,8 +32,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from data import COLORS, SHAPES  # isort: skip
-from models import make_model  # isort: skip
-from small_llava import IGNORE, IMAGE_SIZE, optimise  # isort: skip
+from models import PIECES, make_model, make_pieces_processor  # isort: skip
+from small_llava import IGNORE, IMAGE_SIZE, MARKUP, Markup, optimise  # isort: skip
 from training import augment, shuffled, train_tower  # isort: skip
 
 TEACHER = Path(__file__).parent / "teacher"
@@ -89,28 +92,31 @@ def question_about(shape: str, color: str, *, negated: bool, bare: bool) -> tupl
     return random.choice(wordings).format(thing=thing), "yes" if there != negated else "no"
 
 
-def chat(*, negated: bool, bare: bool) -> list[tuple[str, bool]]:
+def chat(markup: Markup, *, negated: bool, bare: bool) -> list[tuple[str, bool]]:
     """A description, said again in other words or asked about six times; of each piece, is it learned?"""
     shape, color = random.choice(SHAPES), random.choice(COLORS)
     told = " ".join(description(shape, color) for _ in range(random.randint(1, 3)))
-    pieces = [(f"<|user|>{told}", True)]
+    pieces = [(f"{markup.first}{told}", True)]
     if random.random() < 0.3:
-        return [*pieces, ("<|end|><|assistant|>", False), (f"{description(shape, color)}<|end|>", True)]
+        again = f"{markup.blank}{description(shape, color)}{markup.end}"
+        return [*pieces, (markup.assistant, False), (again, True)]
     for turn in range(6):
         question, answer = question_about(shape, color, negated=negated and random.random() < 0.5, bare=bare)
-        asked = f"<|user|>{question}" if turn else f"\n{question}"
-        pieces += [(f"{asked}<|end|><|assistant|>", False), (f"{answer}<|end|>", True)]
+        asked = f"{markup.user}{question}" if turn else f"\n{question}"
+        pieces += [(f"{asked}{markup.assistant}", False), (f"{markup.blank}{answer}{markup.end}", True)]
     return pieces
 
 
-def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int) -> None:
+def train_language(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, markup: Markup, steps: int
+) -> None:
     """Stage 2: the language model, on chats: bare questions, then whole ones, then negated ones too."""
     encode = cache(lambda text: processor.tokenizer(text)["input_ids"])
     done = itertools.count()
 
     def loss_of(batch: Tensor) -> Tensor:
         share = next(done) / steps
-        rows = [chat(negated=share >= 0.6, bare=share < 0.4) for _ in batch]
+        rows = [chat(markup, negated=share >= 0.6, bare=share < 0.4) for _ in batch]
         ids = padded([[token for text, _ in row for token in encode(text)] for row in rows], 0)
         said = [[token if told else IGNORE for text, told in row for token in encode(text)] for row in rows]
         labels = padded(said, IGNORE)[:, 1:]
@@ -130,6 +136,7 @@ def padded(rows: list[list[int]], fill: int) -> Tensor:
 def train_projector(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
+    markup: Markup,
     pixels: Tensor,
     shapes: Tensor,
     colors: Tensor,
@@ -137,12 +144,14 @@ def train_projector(
 ) -> None:
     """Stage 3: the projector, on captions of the same pictures."""
     tokenizer = processor.tokenizer
-    prompt = "<|user|>" + "<image>" * model.config.image_seq_length + "<|end|><|assistant|>"
+    images = "<image>" * model.config.image_seq_length
+    prompt = f"{markup.first.rstrip()}{images}{markup.assistant}"
     shown = tokenizer(prompt, return_tensors="pt")["input_ids"]
 
     def loss_of(batch: Tensor) -> Tensor:
         names = zip(shapes[batch].tolist(), colors[batch].tolist(), strict=True)
-        captions = [tokenizer(f"{description(SHAPES[s], COLORS[c])}<|end|>")["input_ids"] for s, c in names]
+        texts = (f"{markup.blank}{description(SHAPES[s], COLORS[c])}{markup.end}" for s, c in names)
+        captions = [tokenizer(text)["input_ids"] for text in texts]
         ids, labels = padded(captions, 0), padded(captions, IGNORE)
         images, _ = augment(pixels[batch], channels=False)
         output = model(input_ids=torch.cat([shown.expand(len(ids), -1), ids], 1), pixel_values=images)
@@ -158,6 +167,7 @@ def train_projector(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "student")
+    parser.add_argument("--tokenizer", choices=["teacher", "pieces"], default="teacher")
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--tower-steps", type=int, default=1500)
     parser.add_argument("--language-steps", type=int, default=1500)
@@ -168,13 +178,16 @@ def main() -> None:
     torch.manual_seed(0)
     random.seed(0)
 
-    processor = AutoProcessor.from_pretrained(TEACHER)
+    if options.tokenizer == "teacher":
+        processor, markup = AutoProcessor.from_pretrained(TEACHER), MARKUP
+    else:
+        processor, markup = make_pieces_processor(), PIECES
     model = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
     pictures = draw(options.pictures)
     with torch.random.fork_rng(devices=[]):  # what later stages draw does not depend on its length
         train_tower(model, *pictures, options.tower_steps)
-    train_language(model, processor, options.language_steps)
-    train_projector(model, processor, *pictures, options.projector_steps)
+    train_language(model, processor, markup, options.language_steps)
+    train_projector(model, processor, markup, *pictures, options.projector_steps)
     model.half().save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"saved {options.out}: {model.num_parameters():,} parameters")

@@ -25,7 +25,9 @@ from numcodecs.checksum32 import CRC32C
 from pcodec import ChunkConfig, standalone
 
 from cachekd.cache.container import pack_arrays, read_arrays
+from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.cache.shard import pack_codes, read_codes
+from cachekd.cache.vocabulary import VOCABULARY_FORMAT
 
 SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
 BLOWN_UP = 20  # times the decoded arrays: what reading takes at the most, in passing
@@ -49,6 +51,7 @@ def findings(folder):  # verify reports what is wrong; must not fall over it
 def use(folder, out, values):
     cache = LogitCache(folder)
     seen = hashlib.sha256()
+    seen.update(repr(cache.vocabulary).encode())
     for number in range(len(cache.manifest.shards)):
         cache.sketch(cache.manifest.shards[number].sketch)
         cache.shard_targets(number)
@@ -138,7 +141,7 @@ def replace_file(folder: Path, name: str, content: bytes, **counts: int) -> None
     (folder / name).write_bytes(content)
 
     def change(values: Any) -> None:
-        for info in (*values["shards"], *values["sketches"]):
+        for info in (*values["shards"], *values["sketches"], values["vocabulary"]):
             if name.endswith(info["name"]):
                 info |= {"bytes": len(content), "sha256": sha256(content).hexdigest(), **counts}
 
@@ -221,7 +224,7 @@ def sparse(name: str) -> Callable[[Path], None]:
 
 
 def _all_files(values: Any, name: str, size: int) -> None:
-    for info in (*values["shards"], *values["sketches"], values["skipped"]):
+    for info in (*values["shards"], *values["sketches"], values["vocabulary"], values["skipped"]):
         if name.endswith(info.get("name", "skipped.jsonl")):
             info["bytes"] = size
 
@@ -240,6 +243,24 @@ def in_shard(change: Callable[[Members], None]) -> Callable[[Path], None]:
 
 def in_sketch(change: Callable[[Members], None]) -> Callable[[Path], None]:
     return lambda folder: with_members(folder, change, "sketch.zarr.zip")
+
+
+def in_vocabulary(change: Callable[[Members], None]) -> Callable[[Path], None]:
+    return lambda folder: with_members(folder, change, VOCABULARY_FILE)
+
+
+def other_vocabulary(**counts: int) -> Callable[..., Callable[[Path], None]]:
+    """Other arrays, with counts in the manifest that fit."""
+
+    def with_arrays(**changed: np.ndarray) -> Callable[[Path], None]:
+        def change(folder: Path) -> None:
+            arrays = read_arrays(folder / VOCABULARY_FILE, list(hostile_edits.VOCABULARY), {})
+            content = pack_arrays({**arrays, **changed}, VOCABULARY_FORMAT)
+            replace_file(folder, VOCABULARY_FILE, content, **counts)
+
+        return change
+
+    return with_arrays
 
 
 def compressed(*names: str) -> Callable[[Path], None]:
@@ -301,7 +322,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "all claims agree": (huge_claims, "claim to hold"),
     "one row makes all long": (one_long_row, "(top_k)"),
     "a vocabulary without end": (
-        manifest(lambda values: values["teacher"].update(vocab_size=2**31 - 1)),
+        manifest(lambda v: [v["teacher"].update(vocab_size=2**31 - 1), v.pop("vocabulary")]),
         "has shape",
     ),
     "as many axes": (manifest(lambda values: values["sketches"][0].update(axes=2**50)), "has shape"),
@@ -358,6 +379,29 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "infinity in a sketch": (other_sketch("unit", np.inf), "not finite"),
     "a cap of zero": (other_sketch("softcap", np.zeros(1)), "softcap"),
     "many caps": (other_sketch("softcap", np.ones(7)), "softcap"),
+    # what ids stand for
+    "contents without end": (in_vocabulary(claim("contents", shape=[2**36])), "has shape"),
+    "names without end": (in_vocabulary(claim("special", shape=[2**36])), "claim to hold"),
+    "ids as zeros without end": (
+        other_vocabulary(tokens=2**21)(lengths=np.full(2**21, 65_535, "<u2")),
+        "lengths add up to 137,436,856,320",
+    ),
+    "more ids than there may be": (
+        manifest(lambda values: values["vocabulary"].update(tokens=2**21 + 1)),
+        "vocabulary.tokens",
+    ),
+    "fewer ids than the teacher has": (
+        manifest(lambda values: values["vocabulary"].update(tokens=7)),
+        "vocabulary has 7 tokens of",
+    ),
+    "a vocabulary of another name": (
+        manifest(lambda values: values["vocabulary"].update(name="../x.zarr.zip")),
+        "vocabulary.name",
+    ),
+    "a vocabulary that is a sketch": (
+        lambda folder: replace_file(folder, VOCABULARY_FILE, (folder / "sketch.zarr.zip").read_bytes()),
+        "cachekd-vocabulary",
+    ),
     # the manifest
     "NaN in the manifest": (text(json.dumps({"format_version": 1, "x": float("nan")}).encode()), "cannot be"),
     "a manifest without end": (sparse("manifest.json"), "at most"),
@@ -375,6 +419,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a device": (instead(SHARD, lambda at: at.symlink_to("/dev/zero")), "is missing"),
     "a pipe": (instead(SHARD, os.mkfifo), "is missing"),
     "a pipe as sketch": (instead("sketch.zarr.zip", os.mkfifo), "is missing"),
+    "a pipe as vocabulary": (instead(VOCABULARY_FILE, os.mkfifo), "is missing"),
+    "a file of ids without end": (sparse(VOCABULARY_FILE), "damaged"),
     "a pipe as manifest": (instead("manifest.json", os.mkfifo), "did not finish"),
     "a device as manifest": (instead("manifest.json", lambda at: at.symlink_to("/dev/zero")), "did not fin"),
     "a link to a secret": (instead("sketch.zarr.zip", lambda at: at.symlink_to("/etc/passwd")), "cut short"),
@@ -486,6 +532,8 @@ def all_edits(path: Path) -> dict[str, Callable[[Path], Any]]:
     shard = members_of(path / SHARD), read_arrays(path / SHARD, list(hostile_edits.SHARD), {})
     file = path / "sketch.zarr.zip"
     sketch = members_of(file), read_arrays(file, list(hostile_edits.SKETCH), {})
+    file = path / VOCABULARY_FILE
+    vocabulary = members_of(file), read_arrays(file, list(hostile_edits.VOCABULARY), {})
     values = json.loads((path / "manifest.json").read_bytes())
     found: dict[str, Callable[[Path], Any]] = {}
     of_shard = {**hostile_edits.by_the_table(hostile_edits.SHARD), **hostile_edits.OF_MORE_THAN_ONE}
@@ -494,6 +542,12 @@ def all_edits(path: Path) -> dict[str, Callable[[Path], Any]]:
     of_sketch = {**hostile_edits.by_the_table(hostile_edits.SKETCH), **hostile_edits.OF_THE_SKETCH}
     for name, edit in of_sketch.items():
         found[f"sketch: {name}"] = edited(sketch, "sketch.zarr.zip", edit)
+    of_vocabulary = {
+        **hostile_edits.by_the_table(hostile_edits.VOCABULARY),
+        **hostile_edits.OF_THE_VOCABULARY,
+    }
+    for name, edit in of_vocabulary.items():
+        found[f"vocabulary: {name}"] = edited(vocabulary, VOCABULARY_FILE, edit)
     fields = {**hostile_edits.of_the_manifest(values), **hostile_edits.CONTRADICTIONS}
     for name, change in fields.items():
         found[f"manifest: {name}"] = manifest(change)

@@ -290,7 +290,7 @@ def test_without_a_tail_what_is_not_kept_is_even(dumps, tmp_path):
     new = recompress(dumps["step=0.05-64"], tmp_path / "c", tail="none", top_k=16)
     assert new.sketches == []
     assert sorted(files_of(tmp_path / "c")) == sorted(
-        ["manifest.json", *(f"shards/{info.name}" for info in new.shards)]
+        ["manifest.json", "vocabulary.zarr.zip", *(f"shards/{info.name}" for info in new.shards)]
     )
     cut, expected = stored(tmp_path / "c"), stored(dumps["none-16"])
     for key, parts in expected.items():

@@ -44,6 +44,7 @@ def is_seen(path: Path, file: Path) -> bool:
 def read_every_shard(cache: LogitCache) -> None:
     for number in range(len(cache.manifest.shards)):
         cache.shard_targets(number)[0].everywhere()
+    assert cache.vocabulary is not None
 
 
 def test_a_sound_cache_has_nothing_wrong(cache):
@@ -51,6 +52,7 @@ def test_a_sound_cache_has_nothing_wrong(cache):
         "manifest.json",
         "skipped.jsonl",
         "sketch.zarr.zip",
+        "vocabulary.zarr.zip",
         "dump/plan.json",
         *(f"dump/0000{number}.json" for number in range(4)),
         *(f"shards/0000{number}.zarr.zip" for number in (0, 1, 3)),  # nothing of the third was usable
@@ -60,7 +62,7 @@ def test_a_sound_cache_has_nothing_wrong(cache):
     counted = []
     verify_files(cache, counted.append)
     manifest = Manifest.load(cache)
-    assert sum(counted) == manifest.size + manifest.sketch_bytes
+    assert sum(counted) == manifest.size + manifest.sketch_bytes + manifest.vocabulary_bytes
 
 
 def test_flips_in_every_file_are_seen(cache):
@@ -70,7 +72,7 @@ def test_flips_in_every_file_are_seen(cache):
         for position in (0, -2, generator.randrange(len(content))):
             flip(file, position, 1 << generator.randrange(8))
             assert is_seen(cache, file), (name, position)
-            if name.startswith(("shards", "sketch")):
+            if name.startswith(("shards", "sketch", "vocabulary")):
                 with pytest.raises(CachekdError, match="damaged"):
                     read_every_shard(LogitCache(cache))
             file.write_bytes(content)
@@ -114,6 +116,7 @@ def test_flips_in_a_binary_are_seen_by_a_reader(cache, places):
     """Evenly spread, in each."""
     opened, generator = LogitCache(cache), random.Random(0)
     reads = {"sketch.zarr.zip": lambda reader: reader.sketch(0)}
+    reads["vocabulary.zarr.zip"] = lambda reader: reader.vocabulary
     for number, info in enumerate(opened.manifest.shards):
         reads[f"shards/{info.name}"] = lambda reader, number=number: reader.shard_targets(number)
     for name, read in reads.items():
@@ -139,7 +142,7 @@ def test_missing_and_short_files_are_seen(cache):
                 verify_files(cache)
         else:
             assert is_seen(cache, file), name
-        if name.startswith(("shards", "sketch")):
+        if name.startswith(("shards", "sketch", "vocabulary")):
             with pytest.raises(CachekdError, match="is missing"):
                 LogitCache(cache)
         file.write_bytes(content)
@@ -189,6 +192,7 @@ def test_what_is_no_part_of_the_cache_is_a_note(cache):
         ),
         ("manifest.json", lambda v: v["shards"][0].update(bytes=1), "the manifest says 1"),
         ("manifest.json", lambda v: v["sketches"][0].update(axes=1), "axes and step"),
+        ("manifest.json", lambda v: v["vocabulary"].update(tokens=400), "lengths has shape"),
         ("manifest.json", lambda v: v["skipped"].update(samples=1), "expected 1 in"),
         ("manifest.json", lambda v: v["shards"].pop(1), "says something else than the manifest"),
         ("manifest.json", lambda v: v["sources"][0]["data"].update(samples=10**9), "says something else"),

@@ -21,6 +21,7 @@ from caches import (
     files_of,
     flip,
     repack,
+    replace_vocabulary,
     reseal,
     select_samples,
     times_of,
@@ -35,8 +36,10 @@ from cachekd.cache import repair as module
 from cachekd.cache.build import dump_status
 from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.derive import merge_caches
+from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.cache.recompress import cuts, recompress
 from cachekd.cache.repair import Repaired
+from cachekd.cache.vocabulary import pack_vocabulary
 from cachekd.config import DataOptions, TrainConfig
 from cachekd.data import open_samples
 from cachekd.dump.plan import require_same_code
@@ -45,6 +48,7 @@ from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.lock import alone
 from cachekd.train import train
+from cachekd.vocabulary import TokenBytes
 from cachekd_cli.main import app
 
 PARTS_OF_A_SHARD = (("shards", ".zarr.zip"), ("dump", ".json"))
@@ -396,6 +400,37 @@ def test_repair_of_a_sound_cache_does_nothing(cache):
     assert times_of(cache) == times
 
 
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_the_same_dump_makes_the_vocabulary_again(cache, teacher_path, broken_data, how, with_manifest):
+    whole, times = files_of(cache), times_of(cache)
+    if how == "flip":
+        flip(cache / VOCABULARY_FILE, 900)
+    elif how == "cut":
+        (cache / VOCABULARY_FILE).write_bytes(whole[VOCABULARY_FILE][:-5])
+    else:
+        (cache / VOCABULARY_FILE).unlink()
+    if not with_manifest:
+        flip(cache / "manifest.json", 400)
+    told, dump_again = repair(cache)
+    assert {line.split(":")[0] for line in told["repaired"]} == {VOCABULARY_FILE, "manifest.json"}
+    assert set(whole) - set(files_of(cache)) == {VOCABULARY_FILE, "manifest.json"}
+    dump_again()
+    assert files_of(cache) == whole
+    changed = {name for name, time in times_of(cache).items() if time != times[name]}
+    assert changed == {VOCABULARY_FILE, "manifest.json"}
+
+
+def test_no_vocabulary_is_deleted_of_a_cache_that_was_made_of_others(tmp_path, skipping_cache):
+    select_samples(skipping_cache, tmp_path / "s", {"s000"})
+    content = (tmp_path / "s" / VOCABULARY_FILE).read_bytes()
+    (tmp_path / "s" / VOCABULARY_FILE).unlink()
+    (tmp_path / "s" / VOCABULARY_FILE).write_bytes(content[:-1])
+    with pytest.raises(CachekdError, match="no dump makes a file of it again"):
+        verify(tmp_path / "s", "--repair")
+    assert (tmp_path / "s" / VOCABULARY_FILE).read_bytes() == content[:-1]
+
+
 # ---- ask again
 
 
@@ -676,3 +711,24 @@ def test_the_switched_paths_teacher_must_be_the_caches(
     assert not config.out.exists()
     moved = shutil.copytree(teacher_path, tmp_path / "moved")  # the same model in another folder
     assert train(config.model_copy(update={"teacher": str(moved)})).steps == 1
+
+
+def test_a_vocabulary_that_is_not_the_teachers_is_seen(plain, tmp_path, teacher_path, data_path):
+    """A table that is sound in itself, and not the teacher's."""
+    cache = copied(plain, tmp_path / "c")
+    assert ask(cache, teacher_path, data_path, 2).ok
+    table = LogitCache(cache).vocabulary
+    other = TokenBytes((*table.contents[:-1], b" gree"), table.special, table.end_of_turn)
+    replace_vocabulary(cache, pack_vocabulary(other, len(table)).content)
+    assert verify_files(cache) == []
+    found = ask(cache, teacher_path, data_path, 2)
+    assert (found.ok, found.mismatches) == (False, [])
+    last = len(table) - 1
+    assert found.vocabulary == (
+        f"id {last} is b' gree', the tokenizer says: id {last} is {table.contents[-1]!r}"
+    )
+    args = [str(cache), "--teacher", str(teacher_path), "--data", str(data_path), "--sample", "2"]
+    result = CliRunner().invoke(app, ["verify", *args])
+    assert result.exit_code == 1
+    assert "the vocabulary id" in result.output
+    assert json.loads(verify(*args).stdout)["ok"] is False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -173,19 +172,38 @@ def test_another_tokenizer_is_refused(tmp_path, cache):
         find_reader(cache, str(tmp_path / "nothing"))
 
 
-def test_a_tokenizer_alone_tells_no_answers_apart(tmp_path, cache, data):
+@pytest.fixture
+def older(tmp_path, cache) -> Path:
+    """The cache, as a version made it that did not store what the token ids stand for."""
+    path = copied(cache.path, tmp_path / "older")
+    reseal(path / "manifest.json", lambda values: values.pop("vocabulary"))
+    return path
+
+
+def test_a_tokenizer_alone_tells_no_answers_apart(tmp_path, older, data):
     tiny_processor().tokenizer.save_pretrained(tmp_path)
     for key, turns in (("s004", {None}), ("s005", {0})):  # of one answer there is nothing to tell apart
-        (sample,) = json.loads(run(cache.path, key, "--tokenizer", tmp_path, "--data", data, "--json").stdout)
+        (sample,) = json.loads(run(older, key, "--tokenizer", tmp_path, "--data", data, "--json").stdout)
         assert "".join(token["text"] for token in sample["tokens"]).endswith("<|end|>")
         assert {token["turn"] for token in sample["tokens"]} == turns
         assert sample["messages"][0]["role"] == "user"
 
 
-def test_where_the_teacher_is_not_ids_are_shown(tmp_path, cache):
+def test_where_the_teacher_is_not_the_cache_says_what_its_tokens_are(tmp_path, cache, data, looked):
     path = copied(cache.path, tmp_path / "cache")
     reseal(path / "manifest.json", lambda values: values["teacher"].update(name="elsewhere/teacher"))
-    result = run(path, "s004", "--json")
+    result = run(path, "s004", "--data", data, "--json")
+    (sample,) = json.loads(result.stdout)
+    (expected,) = (one for one in looked if one.key == "s004")
+    assert [(one["text"], one["turn"]) for one in sample["tokens"]] == [
+        (one.text, one.turn) for one in expected.tokens
+    ]
+    assert "is not here" not in result.stderr
+
+
+def test_of_an_older_cache_ids_are_shown(older):
+    reseal(older / "manifest.json", lambda values: values["teacher"].update(name="elsewhere/teacher"))
+    result = run(older, "s004", "--json")
     (sample,) = json.loads(result.stdout)
     assert all(token["text"] == f"#{token['id']}" for token in sample["tokens"])
     assert sample["messages"] is None
@@ -268,25 +286,6 @@ def test_a_large_image_is_made_smaller():
     source = embedded(noise_image(1, (2000, 1000)))
     assert source.startswith("data:image/jpeg;base64,")
     assert len(source) < 640 * 320
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium; CI sets CACHEKD_REQUIRE_CHROMIUM, so that there the tests cannot be left out."""
-    required = os.environ.get("CACHEKD_REQUIRE_CHROMIUM") == "1"
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not required:
-        pytest.importorskip("playwright", reason="playwright is not installed")
-        if program is None:
-            pytest.skip("chromium is not installed")
-    from playwright.sync_api import sync_playwright
-
-    quiet = ["background-networking", "component-update", "sync"]
-    arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=program, args=arguments)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

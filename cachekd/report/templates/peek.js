@@ -101,6 +101,7 @@ function showSample() {
   const parts = [element("h2", "", visible(sample.key)), facts(sample)];
   (sample.images || []).forEach((size, index) => parts.push(picture(sample.sources[index], size)));
   parts.push(conversation(sample));
+  if (sample.paired) parts.push(...paired(sample));
   at("sample").replaceChildren(...parts);
   showLeastExpected(sample);
 }
@@ -180,6 +181,40 @@ function tokens(list) {
     made.append(chip);
   });
   return made;
+}
+
+// The answer tokens beside a student's, a row for each place where one of either begins.
+function paired(sample) {
+  const beside = sample.paired, made = [element("h3", "", `beside ${visible(beside.student)}`)];
+  const counts = `${beside.aligned} of ${beside.tokens.length} answer tokens of the student's are aligned`;
+  made.push(element("p", "dim", beside.differs === null ? counts : `none is aligned: ${visible(beside.differs)}`));
+  if (beside.differs !== null) {
+    made.push(element("div", "pieces", beside.tokens.map((token) => spelled(token.text)).join(" | ")));
+    return made;
+  }
+  const table = element("table", "paired"), head = element("tr");
+  ["teacher", "student", "", "cell"].forEach((name) => head.append(element("th", "", name)));
+  table.append(head);
+  beside.places.forEach((place) => {
+    const row = element("tr", place.state === "aligned" ? "aligned" : "");
+    [[place.teacher, sample.tokens], [place.student, beside.tokens]].forEach(([number, side]) => {
+      const cell = element("td");
+      if (number !== null) cell.append(element("span", "piece", spelled(side[number].text)));
+      row.append(cell);
+    });
+    row.append(element("td", "", place.state), element("td", "", cells(place)));
+    table.append(row);
+  });
+  made.push(table);
+  return made;
+}
+
+// The cell of an aligned place, or the two of one whose tokens are in different cells.
+function cells(place) {
+  const named = [[place.teacher, place.teacher_cell], [place.student, place.student_cell]]
+    .filter(([number]) => number !== null).map(([, name]) => (name === null ? "none" : spelled(name)));
+  if (place.state === "aligned") return named[0];
+  return place.state === "other cells" ? named.join(" and ") : "";
 }
 
 function showToken(index) {
