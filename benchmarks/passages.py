@@ -1,6 +1,6 @@
 """Real English that lies on every machine with cachekd: paragraphs of docstrings of installed packages.
 
-A paragraph's beginning is the question, "Continue this text: ...", and the rest of it, to its end, the answer.
+A paragraph's beginning is the question, "Continue this text: ...", and the rest of it the answer.
 What is learned and what is held out come from different files.
 """
 

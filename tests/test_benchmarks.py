@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from caches import ROOT, model_states
 from launch import output_of
+from safetensors.torch import load_file
 from tiny import tiny_processor
+from tiny_texts import save_lm
+
+from cachekd.vocabulary import TokenBytes
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -60,6 +65,35 @@ def test_dbild_benchmark_prints_its_rows():
     assert [row["k"] for row in rows] == [8, 16, 32, 64, 128, 256]
     assert set(rows[0]) >= {"pairwise_ms", "ours_ms", "pairwise_mb", "ours_mb"}
     assert rows[-1]["ours_mb"] < rows[-1]["pairwise_mb"] / 10
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cells_prints_what_they_take():
+    arguments = ["--pairs", "300:400:150", "--tokens", "20", "--repeats", "1", "--json"]
+    rows = json.loads(output_of(BENCHMARKS / "cells.py", *arguments))
+    assert all(row["ms"] > 0 for row in rows)
+    ids, cells = ([row for row in rows if row["over"] == over] for over in ("ids", "cells"))
+    assert [row["way"] for row in ids] == [row["way"] for row in cells] == ["cached", "live"]
+    assert all(row["arrays"] > 1 for row in (*ids, *cells))
+
+
+def test_merging_brings_a_cache_nearer_to_the_live_teacher(rates):
+    """By KL always: merging outcomes never increases one."""
+    import cells
+
+    from cachekd.cache.roundtrip import roundtrip
+    from cachekd.losses.cells import Cells
+
+    states = small_states(rates)
+    laid = Cells.of(cells.map_like_a_real_one(300, 400, 100))
+    found = {}
+    for tail in ("none", "exact"):
+        cached, _ = roundtrip(states.teacher, states.head, states.token_ids, tail=tail, top_k=128)
+        found[tail] = [cells.worth(states, over, cached) for over in (None, laid)]
+        plain, merged = found[tail]
+        assert merged["kl"] < plain["kl"]
+    for exact, uniform in zip(found["exact"], found["none"], strict=True):
+        assert exact["cosine_far"] > 0.999 > uniform["cosine_far"]
 
 
 @pytest.mark.slow
@@ -154,6 +188,86 @@ def test_the_benchmark_of_many_shards_measures_all_commands():
     assert reading["reads_s"] > 0
     assert {row["command"] for row in commands} >= {"peek", "select --filter", "recompress", "export"}
     assert all(row["peak_mb"] > 100 for row in commands)
+
+
+# ---- distillation across tokenizers, on text
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import across_tokenizers_text
+
+    return across_tokenizers_text
+
+
+def test_uld_compares_sorted_probabilities(texts):
+    import uld
+
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (
+        torch.randn(3, 20, generator=generator),
+        torch.randn(3, 33, generator=generator).softmax(-1),
+    )
+    expected = 0.0
+    for logits, probabilities in zip(ours.softmax(-1).tolist(), theirs.tolist(), strict=True):
+        one, other = sorted(logits, reverse=True), sorted(probabilities, reverse=True)
+        expected += sum(abs(p - q) for p, q in zip(one, other, strict=False))
+    assert float(uld.uld_loss(ours, theirs.sort(-1, descending=True).values)) == pytest.approx(expected)
+
+
+def test_the_next_byte_is_what_its_tokens_begin_with(texts):
+    from heard_text import END, OTHER, Heard, by_next_byte, next_byte_kl
+
+    tokens = TokenBytes((b"<e>", b"ab", b"b", b"a", b"", b"<x>"), frozenset({0, 5}), 0)
+    p = torch.tensor([[0.1, 0.2, 0.3, 0.25, 0.05, 0.1]])
+    rows = by_next_byte(p.log(), tokens).exp()
+    expected = {ord("a"): 0.45, ord("b"): 0.3, END: 0.1, OTHER: 0.15}
+    assert {place: pytest.approx(float(rows[0, place])) for place in expected} == expected
+    assert float(rows.sum()) == pytest.approx(1)
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.15, 0.1]])
+    teacher, student = (
+        Heard(next_byte=[{0: by_next_byte(x.log(), tokens)[0], other: rows[0].log()}], truth=[b"b"])
+        for x, other in ((p, 1), (q, 2))
+    )
+    found = next_byte_kl(teacher, student)  # of the one place that both have
+    expected = 0.45 * math.log(0.45 / 0.35) + 0.15 * math.log(0.15 / 0.25)
+    assert found["next_byte_kl"] == pytest.approx(expected, rel=1e-4)
+    assert found["next_byte_top1"] == 0
+
+
+def test_passages_are_whole_paragraphs_of_files_of_their_own(texts, tmp_path):
+    import passages
+
+    assert passages.write_passages(tmp_path, ["networkx"], 20, 10) == (20, 10)
+    files = []
+    for name in ("train", "held_out"):
+        records = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        files.append({record["id"].split("#")[0] for record in records})
+        assert all(record["messages"][1]["content"].endswith(".") for record in records)
+    assert not files[0] & files[1]
+
+
+@pytest.mark.slow
+def test_text_is_distilled_across_tokenizers_and_measured(texts, tmp_path, monkeypatch, capsys):
+    """All of it, on models with random weights; without its own term ULD is `cachekd train` by L_CE."""
+    teacher = save_lm(tmp_path / "teacher", seed=1, rows=720, sharp=15.0, shape="mistral")
+    student = save_lm(tmp_path / "student", seed=2)
+    monkeypatch.setattr(texts.train_uld, "__kwdefaults__", {"weight": 0.0})
+    sizes = {"train": 8, "held_out": 3, "epochs": 2, "seeds": 1, "packages": "networkx"}
+    texts.main(tmp_path / "out", **sizes, teacher=teacher, student=student, as_json=True)
+    printed = capsys.readouterr().out
+    rows = {row["method"]: row for row in json.loads(printed[printed.index("[\n {") :])}
+    assert list(rows) == ["teacher", "before", "ce", "cells", "exact", "uld"]
+    assert rows["teacher"]["next_byte_kl"] == 0
+    assert rows["before"]["next_byte_kl"] > 0.1
+    runs = tmp_path / "out" / "pipeline"
+    ce, uld, cells = (
+        torch.cat([weight.flatten() for weight in load_file(path / "model.safetensors").values()])
+        for path in (runs / name / "seed-0" / "student" for name in ("ce", "uld", "cells"))
+    )
+    assert (uld - ce).abs().max() < 2e-6  # gradients are summed in another order, in bfloat16
+    assert (cells - ce).abs().max() > 1e-4
 
 
 def test_the_benchmark_of_tokenizers_counts_what_they_have_in_common(tmp_path):

@@ -6,13 +6,17 @@ import json
 import random
 import sys
 import tarfile
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from caches import ROOT
+from safetensors.torch import load_file
 
-from cachekd.models import load_model, load_processor
+from cachekd.data import sample_from_llava
+from cachekd.models import ModelFiles, load_model, load_processor
+from cachekd.models.fingerprint import reads_otherwise
 
 EXAMPLE = ROOT / "examples" / "easy_vqa"
 SIZES = ("--pictures=64", "--tower-steps=2", "--language-steps=5", "--projector-steps=2")
@@ -27,15 +31,46 @@ def train_base(monkeypatch) -> ModuleType:
     return train_base
 
 
-def test_the_same_command_makes_the_same_student(tmp_path, train_base, monkeypatch):
-    made = []
-    for name in ("a", "b"):
-        monkeypatch.setattr(sys, "argv", ["train_base.py", "--out", str(tmp_path / name), *SIZES])
-        train_base.main()
-        made.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
-    assert made[0] == made[1]
-    assert made[0]["config.json"] == (EXAMPLE / "student" / "config.json").read_bytes()
+def made(folder: Path, *options: str) -> dict[str, bytes]:
+    """The files of a student that a short training makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_base.py", "--out", str(folder), *SIZES, *options])
+        sys.modules["train_base"].main()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_makes_the_same_student(tmp_path, train_base):
+    files = made(tmp_path / "a")
+    assert files == made(tmp_path / "b")
+    assert files["config.json"] == (EXAMPLE / "student" / "config.json").read_bytes()
     assert sum(path.stat().st_size for path in (EXAMPLE / "student").iterdir()) <= 2e6
+
+
+def test_the_student_with_another_tokenizer_has_the_same_eyes(tmp_path, train_base):
+    """And it learns its chats as its chat template writes them."""
+    files = made(tmp_path / "pieces", "--tokenizer", "pieces")
+    assert files == made(tmp_path / "again", "--tokenizer", "pieces")
+    made(tmp_path / "teachers")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("pieces", "teachers"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {
+        name: tensor.shape for name, tensor in theirs.items()
+    }
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if "vision_tower" in name)
+    one, other = ModelFiles(tmp_path / "pieces"), ModelFiles(tmp_path / "teachers")
+    assert reads_otherwise(one.fingerprints, other.fingerprints)
+
+    from data import conversation
+
+    markup, tokenizer = train_base.PIECES, one.processor.tokenizer
+    pairs = [("is there a red shape?", "no"), ("what shape is present?", "rectangle")]
+    sample = sample_from_llava("k", conversation(pairs, picture=False), (), origin="test")
+    text = [markup.first, pairs[0][0], markup.assistant, markup.blank, pairs[0][1], markup.end]
+    text += [markup.user, pairs[1][0], markup.assistant, markup.blank, pairs[1][1], markup.end]
+    written = tokenizer("".join(text))["input_ids"]
+    encoded = one.encoder(sample)
+    assert encoded.inputs["input_ids"].tolist()[: len(written)] == written
+    answers = tokenizer.convert_ids_to_tokens(encoded.token_ids.tolist())
+    assert answers == ["Ġno", markup.end, "Ġre", "cta", "ngle", markup.end]
 
 
 def test_questions_have_the_answers_that_the_description_gives(train_base):

@@ -11,9 +11,11 @@ from tiny import conversation
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def save_lm(path: Path, *, seed: int, width: int = 32, rows: int = 360, sharp: float = 1.0) -> Path:
+def save_lm(
+    path: Path, *, seed: int, width: int = 32, rows: int = 360, sharp: float = 1.0, shape: str = "qwen3"
+) -> Path:
     """A Llama with random weights and a tokenizer without a pad token."""
-    tokenizer = shape_processor("qwen3").tokenizer
+    tokenizer = shape_processor(shape).tokenizer
     tokenizer.pad_token = None
     torch.manual_seed(seed)
     config = LlamaConfig(

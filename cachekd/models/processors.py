@@ -22,7 +22,7 @@ from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of
 from cachekd.models.loading import load_config
-from cachekd.models.weights import is_gguf, source
+from cachekd.models.weights import is_gguf, source, template_beside
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def processor_of(path: str, config: Any) -> Processor:
 def _load_tokenizer(path: str) -> Any:
     folder, options = source(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise CachekdError(
             "no tokenizer can be loaded",
@@ -111,6 +111,10 @@ def _load_tokenizer(path: str) -> Any:
             expected="tokenizer.json beside the model",
             found=first_line(error),
         ) from None
+    template = template_beside(path)
+    if template is not None and not tokenizer.chat_template:  # transformers looks into the GGUF file alone
+        tokenizer.chat_template = template.read_text()
+    return tokenizer
 
 
 def load_without_video(path: str, config_class: type) -> Any | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from pydantic import Field
 from transformers import AutoConfig, GgufConfig, PreTrainedModel
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from cachekd.atomic import write_file
 from cachekd.cache.sealed import Part, Sealed
@@ -162,6 +163,12 @@ def weights_files(path: str) -> list[Path]:
     return files
 
 
+def template_beside(path: str) -> Path | None:
+    """The chat template's file beside a GGUF file, which need not have one in it; None: there is none."""
+    file = Path(path).with_name(CHAT_TEMPLATE_FILE)
+    return file if is_gguf(path) and file.is_file() else None
+
+
 def model_content(name: str) -> str | None:
     """Which model this is: sha256 over the files that `from_pretrained` reads; None for a hub name.
 
@@ -175,7 +182,11 @@ def model_content(name: str) -> str | None:
         if is_hub_name(name):
             return None
         raise CachekdError("there is no such step or model", where=name, expected=expected)
-    files = [folder] if folder.is_file() else _read_by_transformers(folder)  # a file: .gguf
+    if folder.is_file():  # .gguf
+        template = template_beside(name)
+        files = [folder] if template is None else [folder, template]
+    else:
+        files = _read_by_transformers(folder)
     names = "\n".join(path.name for path in files)
     return hashlib.sha256(f"{names}\n{hash_files(files)}".encode()).hexdigest()
 

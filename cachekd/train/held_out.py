@@ -237,7 +237,8 @@ class Validation:
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
-                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used"
+                + "; of the others nothing is aligned with the teacher's answers" * bool(tokens and trainer.terms.across),
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
         # A schedule's last ones at every evaluation, as these are compared with each other.

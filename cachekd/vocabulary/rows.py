@@ -91,14 +91,14 @@ class Aligner:
         teacher, student = (_told(name) for name in names)
         return f"behind {_told(theirs.text[-_AROUND:])} the teacher reads {teacher} and the student {student}"
 
-    @staticmethod
-    def _more(teacher: list[Piece], student: list[Piece]) -> str:
+    def _more(self, teacher: list[Piece], student: list[Piece]) -> str:
         """Say what only one side has."""
-        side, pieces, others = ("teacher", teacher, student)
+        side, pieces, others = ("teacher", teacher, len(student))
         if len(student) > len(teacher):
-            side, pieces, others = ("student", student, teacher)
-        more = _told(pieces[len(others)].text[:_AROUND])
-        return f"the {side} reads more: {more} behind the other's last token"
+            side, pieces, others = ("student", student, len(teacher))
+        contents = getattr(self, f"_{side}").tokens.contents
+        more = b"".join(contents[number] for number in pieces[others].ids[:_AROUND].tolist())
+        return f"the {side} reads more: {_told(more)} behind the other's last token"
 
     def _in_one_cell(self, found: _Found) -> Alignment:
         """Keep the places where both sides' next tokens are in one cell."""

@@ -5,8 +5,8 @@
 
 As a small VLM is before it is fine-tuned: it knows words and captions, and was never asked about a picture.
 Nothing of easy-VQA is used but the teacher's tokenizer: no picture, question or answer, of neither split.
-With `--tokenizer pieces` the student has a tokenizer and a chat template of its own (`models.py`). Its vision tower
-is the same one, bit by bit, and its language model begins with the same weights.
+With `--tokenizer pieces` the student has a tokenizer and a chat template of its own (`models.py`). Its vision
+tower is the same one, bit by bit, and its language model begins with the same weights.
 
 1. The vision tower learns to name what a caption names, in pictures that `draw` draws.
 2. The language model learns from chats about a description: it says it in other words, or answers questions

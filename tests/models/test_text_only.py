@@ -23,6 +23,7 @@ from cachekd.errors import BadSample, CachekdError
 from cachekd.losses import cross_entropy_loss, dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
+from cachekd.models.weights import model_content
 from cachekd.paths import RUN_FILE
 from cachekd.report import write_report
 from cachekd.train import train
@@ -151,6 +152,48 @@ def test_a_gguf_file_that_is_none_is_named(tmp_path):
     with pytest.raises(CachekdError, match="no model can be loaded") as caught:
         load_processor(str(tmp_path / "x.gguf"))
     assert str(tmp_path / "x.gguf") in str(caught.value)
+
+
+def tiny_gguf(path: Path) -> Path:
+    """The metadata of a small Llama and a byte-level tokenizer without a chat template; no weights."""
+    from gguf import GGUFWriter, TokenType
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "ab"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (len(tokens) - 2))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_without_a_chat_template_takes_the_one_beside_it(tmp_path):
+    file = tiny_gguf(tmp_path / "x.gguf")
+    with pytest.raises(CachekdError, match="no chat template") as caught:
+        SampleEncoder(load_processor(str(file)))
+    assert caught.value.fix == "save one as chat_template.jinja beside the processor's files"
+    before = model_content(str(file))
+    template = "{%- for message in messages -%}{{ message['content'] }}</s>{%- endfor -%}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    encoder = SampleEncoder(load_processor(str(file)))
+    assert encoder.template == template
+    assert encoder.end_of_turn == 1
+    assert model_content(str(file)) != before
 
 
 # ---- a real one

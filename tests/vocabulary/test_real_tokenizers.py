@@ -80,8 +80,8 @@ def test_strings_that_both_have(token_bytes, teacher, student):
     ]
     for ids, own, other in sides:
         left_out = {own.contents[number] for number in np.flatnonzero(ids == -1) if number not in own.special}
-        # Bytes that no text has, such as 0xC0: SmolLM2 has no token for these.
-        assert all(len(content) == 1 and content not in other.contents for content in left_out)
+        # What begins with a byte that the other has no token for; SmolLM2 lacks 21, which few texts have.
+        assert all(content[:1] not in other.contents for content in left_out)
     assert pair.cells.teacher[pair.teacher.end_of_turn] == pair.cells.student[pair.student.end_of_turn] != -1
 
 
@@ -137,8 +137,8 @@ def test_the_first_token_by_ranks_is_the_tokenizers_own(tokenizers, token_bytes,
     texts = [text.decode() for text in strings if is_text(text)]
     agree = count = 0
     for text, encoded in zip(texts, real.encode_batch(texts, add_special_tokens=False), strict=True):
-        first = token_bytes(target).contents[encoded.ids[0]]
-        if text.encode().startswith(first):  # or else it was normalised
+        first = token_bytes(target).contents[encoded.ids[0]] if encoded.ids else b"no token"
+        if text.encode().startswith(first):  # or else it was normalised, or has bytes that are dropped
             count, agree = count + 1, agree + (merges.first(text.encode()) == first)
     assert count > 600
     assert agree / count >= 0.998

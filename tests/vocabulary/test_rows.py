@@ -219,9 +219,9 @@ def test_answers_that_differ_are_told_with_where_and_how():
 def test_a_turn_that_only_one_side_has_is_told_unless_a_side_was_cut():
     teacher, student = [b"yes", "<end>"], [b"yes", "<end>", b"no", "<end>"]
     _, rows, found = aligned(teacher, student)
-    assert (rows, found.differs) == ({}, "the student reads more: 'no' behind the other's last token")
+    assert (rows, found.differs) == ({}, "the student reads more: 'no<end>' behind the other's last token")
     _, rows, found = aligned(student, teacher)
-    assert found.differs == "the teacher reads more: 'no' behind the other's last token"
+    assert found.differs == "the teacher reads more: 'no<end>' behind the other's last token"
     _, rows, found = aligned(teacher, student, cut=True)
     assert rows == {PLAIN: [(0, 0), (1, 1)]}
 
