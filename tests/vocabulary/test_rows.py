@@ -255,25 +255,43 @@ def test_cells_after_a_lead_are_those_of_the_rest():
     teacher = vocabulary("<end>", b" red", b" ", b"red", b" r", b"  r", b"r", b"e", end=0)
     student = vocabulary("<end>", b"r", b"red", b"re", end=0)
     pair = VocabularyPair.of(teacher, student, "cells")
-    [r, red] = pair.cells.teacher[[6, 3]].tolist()
     led = pair.cells_after(Lead("teacher", b" "))
+    red, r = range(2)
     # "e" begins with no blank, "  r" goes on with one; a blank alone says nothing of what follows it.
     assert led.teacher.tolist() == [-1, red, -1, -1, r, -1, -1, -1]
-    assert led.student.tolist() == pair.cells.student.tolist()
-    assert led.cells == pair.cells.cells
+    assert led.student.tolist() == [-1, r, red, r]  # the teacher would go on with " r", then "e"
+    assert (led.cells, led.shared) == (2, 2)
     assert pair.cells_after(PLAIN) is pair.cells
     assert pair.cells_after(Lead("teacher", b" ")) is led
 
 
 def test_the_rest_of_a_token_goes_the_way_of_any_other_string():
-    """Through the other's encoding, and back: "redo" is the student's, and the teacher cuts it to "red"."""
-    teacher = vocabulary(b" redo", b" redone", b"red", b"re")
-    student = vocabulary(b"redo", b"re", b"red", b"o")
+    """Through the other's encoding, and back: the student cuts "redoes" to "redo", and the teacher cuts that,
+    behind its blank, to " red"."""
+    teacher = vocabulary(b" ", b"r", b"e", b"d", b" r", b" re", b" red", b" redoes", b"redo")
+    student = vocabulary(b"r", b"e", b"d", b"o", b"re", b"red", b"redo")
     led = VocabularyPair.of(teacher, student, "cells").cells_after(Lead("teacher", b" "))
-    red = int(led.student[2])
-    assert led.teacher.tolist() == [red, red, -1, -1]
+    r, re, red = range(3)
+    assert led.teacher.tolist() == [-1, -1, -1, -1, r, re, red, red, -1]
+    assert led.student.tolist() == [r, -1, -1, -1, re, red, red]
     exact = VocabularyPair.of(teacher, student, "exact").cells_after(Lead("teacher", b" "))
-    assert exact.teacher.tolist() == [-1, -1, -1, -1]
+    assert exact.teacher.tolist() == [-1, -1, -1, -1, r, re, red, -1, -1]
+    assert exact.student.tolist() == [r, -1, -1, -1, re, red, -1]
+
+
+def test_words_that_a_side_has_with_a_blank_alone_are_met_behind_it():
+    """As many tokenizers have " yes" and no "yes": the cells of the middle of a text would put these answers
+    together by what they begin with."""
+    words = [b"yes", b"yellow", b"red", b"rectangle"]
+    parts = [b"y", b"e", b"s", b"r", b" "]
+    teacher = vocabulary(*parts, *words)
+    student = vocabulary(*parts, *(b" " + word for word in words))
+    pair = VocabularyPair.of(teacher, student, "cells")
+    assert len({*pair.cells.teacher[-4:].tolist()}) == 2
+    for kind in ("cells", "exact"):
+        led = VocabularyPair.of(teacher, student, kind).cells_after(Lead("student", b" "))
+        assert len({*led.teacher[-4:].tolist()} - {-1}) == 4
+        assert led.teacher[-4:].tolist() == led.student[-4:].tolist()
 
 
 def test_exact_strings_alone():
