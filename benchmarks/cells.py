@@ -71,7 +71,7 @@ def map_like_a_real_one(teacher: int, student: int, cells: int) -> CellMap:
 def measure(sizes: list[int], how: Any) -> Iterator[dict[str, Any]]:
     """The rows of one pair: ids of the teacher and of the student, and cells."""
     of_teacher, of_student, _ = sizes
-    tokens = how.tokens or chunk_tokens(of_student)
+    tokens = how.tokens or chunk_tokens(max(of_teacher, of_student))
     cells = Cells.of(map_like_a_real_one(*sizes)).to(how.device)
     student = 3 * torch.randn(tokens, of_student, generator=torch.Generator().manual_seed(0))
     student = student.to(how.device).requires_grad_()
@@ -89,11 +89,13 @@ def measure(sizes: list[int], how: Any) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"teacher": of_teacher, "student": of_student, "over": over, "way": way}
             of_logits = partial(_with_targets, loss, targets_of)
             row["ms"] = per_token(partial(step, of_logits, student, logits)) / tokens
+            student.grad = None  # or what is held at first is counted as let go
             row["arrays"] = peak_megabytes(of_logits, student, logits) * 1e6 / (4 * student.numel())
             yield row
-    everywhere = DenseTargets(logits).everywhere()
+    everywhere = cached.everywhere()
     merged = cells.of_student(student).detach()
     parts: dict[str, Callable[[], object]] = {
+        "the cache's whole distribution": cached.everywhere,
         "the teacher's merge": partial(cells.teacher.log_sum_exp, everywhere),
         "the student's merge": partial(cells.student.log_sum_exp, student),
         "its gradient": partial(cells.student.gradient, student, merged, merged),
@@ -214,7 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", default=PAIRS, help="ids of the teacher : of the student : cells, ...")
-    parser.add_argument("--tokens", type=int, help="by default a chunk of the student's; with --worth all")
+    parser.add_argument("--tokens", type=int, help="by default a chunk of logits; with --worth all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

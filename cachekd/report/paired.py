@@ -16,7 +16,7 @@ from cachekd.data.sample import Sample
 from cachekd.errors import BadSample
 from cachekd.models import ModelFiles
 from cachekd.report.token_texts import TokenTexts, text_of
-from cachekd.vocabulary import TokenBytes, VocabularyPair
+from cachekd.vocabulary import Lead, TokenBytes, VocabularyPair
 from cachekd.vocabulary.pieces import Reader
 
 END_OF_TURN = "end of turn"
@@ -124,17 +124,24 @@ class PairedStudent:
             teacher=place.teacher,
             student=place.student,
             state=place.state,
-            teacher_cell=None if place.teacher is None else self._name(cells.teacher[theirs[place.teacher]]),
-            student_cell=None if place.student is None else self._name(cells.student[ours[place.student]]),
+            teacher_cell=None
+            if place.teacher is None
+            else self._name(cells.teacher[theirs[place.teacher]], place.lead),
+            student_cell=None
+            if place.student is None
+            else self._name(cells.student[ours[place.student]], place.lead),
         )
 
-    def _name(self, cell: int) -> str | None:
+    def _name(self, cell: int, lead: Lead) -> str | None:
         """What a cell is named by: the string that both have, with which all of its tokens begin."""
         if cell == -1:
             return None
-        members = np.flatnonzero(self._pair.cells.teacher == cell).tolist()
-        if self._pair.teacher.end_of_turn in members:
+        cells = self._pair.cells_after(lead)
+        whole = self._pair.student if lead.side == "teacher" else self._pair.teacher  # without a blank
+        ids = cells.student if lead.side == "teacher" else cells.teacher
+        members = np.flatnonzero(ids == cell).tolist()
+        if whole.end_of_turn in members:
             return END_OF_TURN
-        contents = self._pair.teacher.contents
+        contents = whole.contents
         token = min(members, key=lambda one: len(contents[one]))
         return text_of(contents[token], token)

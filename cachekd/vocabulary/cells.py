@@ -51,15 +51,29 @@ class CellFinder:
 
     Args:
         exact: as in `CellMap.build`.
+        led: a side whose next token still has to emit a blank that the other side has read, if any. What
+            follows the blank in its tokens are its strings there, and names are in no cell.
+        blank: the white space.
     """
 
-    def __init__(self, teacher: TokenBytes, student: TokenBytes, *, exact: bool) -> None:
+    def __init__(
+        self,
+        teacher: TokenBytes,
+        student: TokenBytes,
+        *,
+        exact: bool,
+        led: Side | None = None,
+        blank: bytes = b"",
+    ) -> None:
         self._exact = exact
         self._tokens: dict[Side, TokenBytes] = {"teacher": teacher, "student": student}
         self._merges: dict[Side, Merges] = {"teacher": Merges(teacher), "student": Merges(student)}
+        self._blanks: dict[Side, bytes] = {"teacher": b"", "student": b""}
+        if led is not None:
+            self._blanks[led] = blank
         self._found: dict[Side, dict[bytes, int]] = {"teacher": {}, "student": {}}
-        names = _names(teacher).keys() & _names(student).keys()
-        theirs = self._merges["student"].ids
+        names = _names(teacher).keys() & _names(student).keys() if led is None else set()
+        theirs = {self._behind_blank(text, "student") for text in self._merges["student"].ids} - {b""}
         self._names: dict[bytes | None, int] = {}
         self._shared: dict[bytes, int] = {}
         cells = 0
@@ -69,8 +83,8 @@ class CellFinder:
                 if name in names and name not in self._names:
                     self._names[name] = cells
                     cells += 1
-            elif content in theirs and content not in self._shared:
-                self._shared[content] = cells
+            elif (text := self._behind_blank(content, "teacher")) in theirs and text not in self._shared:
+                self._shared[text] = cells
                 cells += 1
 
     def map(self) -> CellMap:
@@ -78,21 +92,15 @@ class CellFinder:
         teacher, student = self.of_ids("teacher"), self.of_ids("student")
         return CellMap(teacher, student, len(self._shared) + len(self._names), len(self._shared))
 
-    def of_ids(self, side: Side, after: bytes = b"") -> NDArray[np.int32]:
-        """[V] int32: the cells of a vocabulary's ids.
-
-        Args:
-            after: bytes that a token has to begin with; what follows them is what counts, and names are in no
-                cell. By default there are none.
-        """
+    def of_ids(self, side: Side) -> NDArray[np.int32]:
+        """[V] int32: the cells of a vocabulary's ids."""
         tokens = self._tokens[side]
         cells = np.full(len(tokens), -1, np.int32)
         for number, content in enumerate(tokens.contents):
-            if number not in tokens.special and content.startswith(after):
-                cells[number] = self.of_text(content[len(after) :], side)
-        if not after:
-            for name, numbers in _names(tokens).items():
-                cells[numbers] = self._names.get(name, -1)
+            if number not in tokens.special and (text := self._behind_blank(content, side)):
+                cells[number] = self.of_text(text, side)
+        for name, numbers in _names(tokens).items():
+            cells[numbers] = self._names.get(name, -1)
         return cells
 
     def of_text(self, text: bytes, side: Side) -> int:
@@ -101,14 +109,24 @@ class CellFinder:
         while (cell := self._shared.get(text, self._found[side].get(text))) is None:
             known.append((side, text))
             side = OTHER[side]
-            first = None if self._exact else self._merges[side].first(text)
-            if first is None:
+            first = None if self._exact else self._first(text, side)
+            if not first:
                 cell = -1
                 break
             text = first
         for side, text in known:
             self._found[side][text] = cell
         return cell
+
+    def _first(self, text: bytes, side: Side) -> bytes | None:
+        """What the first token of a side's encoding stands for behind its blank, of blank and text."""
+        first = self._merges[side].first(self._blanks[side] + text)
+        return None if first is None else self._behind_blank(first, side)
+
+    def _behind_blank(self, content: bytes, side: Side) -> bytes:
+        """What of a token follows the blank that it has to begin with; b"" where it does not."""
+        blank = self._blanks[side]
+        return content[len(blank) :] if content.startswith(blank) else b""
 
 
 def _names(tokens: TokenBytes) -> dict[bytes | None, list[int]]:

@@ -22,7 +22,7 @@ from cachekd.vocabulary.rows import PLAIN, Aligner, Alignment, Lead
 from cachekd.vocabulary.token_bytes import TokenBytes
 
 Kind = Literal["cells", "exact"]
-_VERSION = 1  # of how cells are found: what was kept of another version is found anew
+_VERSION = 2  # of how cells are found: what was kept of another version is found anew
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,11 @@ class VocabularyPair:
     def cells_after(self, lead: Lead) -> CellMap:
         """The cells where one side's next token still has to emit a blank that the other side has read.
 
-        Of that side, the tokens that begin with the blank are in the cell of what follows it, the others in
-        none. The other side's are as ever. After `PLAIN` they are `cells`.
+        What follows the blank in that side's tokens are its strings there: cells are the strings that both
+        have then, and a token of the other side that is none of them goes where the first token of that
+        side's encoding goes, of the blank and it. So " yes" meets "yes", whether or not that side has "yes"
+        without a blank too. Its tokens that do not begin with the blank, and all names, are in no cell. These
+        cells are numbered by themselves. After `PLAIN` they are `cells`.
         """
         if lead.side is None:
             return self.cells
@@ -68,11 +71,10 @@ class VocabularyPair:
             path = _place(self.teacher, self.student, self.kind, lead)
             cells = _kept(path, len(self.teacher), len(self.student))
             if cells is None:
-                of_side = self._finder.of_ids(lead.side, lead.blank)
-                sides = (
-                    (of_side, self.cells.student) if lead.side == "teacher" else (self.cells.teacher, of_side)
-                )
-                cells = CellMap(*sides, self.cells.cells, self.cells.shared)
+                exact = self.kind == "exact"
+                cells = CellFinder(
+                    self.teacher, self.student, exact=exact, led=lead.side, blank=lead.blank
+                ).map()
                 _keep(path, cells)
             self._after[lead] = cells
         return self._after[lead]
@@ -97,10 +99,6 @@ class VocabularyPair:
             CachekdError: a vocabulary lacks one of the ids.
         """
         return self._aligner(teacher_ids, student_ids, cut=cut)
-
-    @cached_property
-    def _finder(self) -> CellFinder:
-        return CellFinder(self.teacher, self.student, exact=self.kind == "exact")
 
     @cached_property
     def _aligner(self) -> Aligner:

@@ -1,4 +1,4 @@
-"""Across tokenizers the switched path reads the teacher's text with the student's pictures, in each family."""
+"""The switched path reads the teacher's own text with the student's pictures, in every family."""
 
 from __future__ import annotations
 

@@ -178,6 +178,12 @@ def test_of_two_blanks_the_one_that_both_have_is_read_by_both():
     assert rows == {PLAIN: [(2, 1)]}
 
 
+def test_where_the_white_space_in_front_differs_nothing_is_common():
+    _, rows, found = aligned([b"\n", b" ", b"red", "<end>"], [b"\t", b" ", b"red", "<end>"])
+    assert rows == {PLAIN: [(1, 1), (2, 2), (3, 3)]}
+    assert found.common == 3
+
+
 def test_white_space_before_the_end_of_turn_may_differ():
     """The end of turn is a row only where both have read the same."""
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", "<end>"])
@@ -190,6 +196,9 @@ def test_white_space_before_the_end_of_turn_may_differ():
 def test_two_blanks_of_one_length_are_not_the_same_bytes():
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", b" ", "<end>"])
     assert rows == {PLAIN: [(0, 0)]}
+    assert found.one_to_one == 1
+    _, rows, found = aligned([b"red", b"\n\t", "<end>"], [b"red", b"\n ", "<end>"], also=(b"\n",))
+    assert rows == {PLAIN: [(0, 0), (1, 1)]}  # both begin with the line break
     assert found.one_to_one == 1
 
 
@@ -235,29 +244,54 @@ def test_a_cut_answer_must_be_the_beginning_of_the_other():
     assert "differ" in found.differs
 
 
+def test_white_space_before_a_cut_is_the_beginning_of_that_of_the_other():
+    """What is there of the student's answer may be the first line break, or the second: it is the first."""
+    _, rows, found = aligned([b"\n", b"\n", b"red", "<end>"], [b"\n"], cut=True)
+    assert rows == {PLAIN: [(0, 0)]}
+    assert found.differs is None
+
+
 def test_cells_after_a_lead_are_those_of_the_rest():
     teacher = vocabulary("<end>", b" red", b" ", b"red", b" r", b"  r", b"r", b"e", end=0)
     student = vocabulary("<end>", b"r", b"red", b"re", end=0)
     pair = VocabularyPair.of(teacher, student, "cells")
-    [r, red] = pair.cells.teacher[[6, 3]].tolist()
     led = pair.cells_after(Lead("teacher", b" "))
+    red, r = range(2)
     # "e" begins with no blank, "  r" goes on with one; a blank alone says nothing of what follows it.
     assert led.teacher.tolist() == [-1, red, -1, -1, r, -1, -1, -1]
-    assert led.student.tolist() == pair.cells.student.tolist()
-    assert led.cells == pair.cells.cells
+    assert led.student.tolist() == [-1, r, red, r]  # the teacher would go on with " r", then "e"
+    assert (led.cells, led.shared) == (2, 2)
     assert pair.cells_after(PLAIN) is pair.cells
     assert pair.cells_after(Lead("teacher", b" ")) is led
 
 
 def test_the_rest_of_a_token_goes_the_way_of_any_other_string():
-    """Through the other's encoding, and back: "redo" is the student's, and the teacher cuts it to "red"."""
-    teacher = vocabulary(b" redo", b" redone", b"red", b"re")
-    student = vocabulary(b"redo", b"re", b"red", b"o")
+    """Through the other's encoding, and back: the student cuts "redoes" to "redo", and the teacher cuts that,
+    behind its blank, to " red"."""
+    teacher = vocabulary(b" ", b"r", b"e", b"d", b" r", b" re", b" red", b" redoes", b"redo")
+    student = vocabulary(b"r", b"e", b"d", b"o", b"re", b"red", b"redo")
     led = VocabularyPair.of(teacher, student, "cells").cells_after(Lead("teacher", b" "))
-    red = int(led.student[2])
-    assert led.teacher.tolist() == [red, red, -1, -1]
+    r, re, red = range(3)
+    assert led.teacher.tolist() == [-1, -1, -1, -1, r, re, red, red, -1]
+    assert led.student.tolist() == [r, -1, -1, -1, re, red, red]
     exact = VocabularyPair.of(teacher, student, "exact").cells_after(Lead("teacher", b" "))
-    assert exact.teacher.tolist() == [-1, -1, -1, -1]
+    assert exact.teacher.tolist() == [-1, -1, -1, -1, r, re, red, -1, -1]
+    assert exact.student.tolist() == [r, -1, -1, -1, re, red, -1]
+
+
+def test_words_that_a_side_has_with_a_blank_alone_are_met_behind_it():
+    """As many tokenizers have " yes" and no "yes": the cells of the middle of a text would put these answers
+    together by what they begin with."""
+    words = [b"yes", b"yellow", b"red", b"rectangle"]
+    parts = [b"y", b"e", b"s", b"r", b" "]
+    teacher = vocabulary(*parts, *words)
+    student = vocabulary(*parts, *(b" " + word for word in words))
+    pair = VocabularyPair.of(teacher, student, "cells")
+    assert len({*pair.cells.teacher[-4:].tolist()}) == 2
+    for kind in ("cells", "exact"):
+        led = VocabularyPair.of(teacher, student, kind).cells_after(Lead("student", b" "))
+        assert len({*led.teacher[-4:].tolist()} - {-1}) == 4
+        assert led.teacher[-4:].tolist() == led.student[-4:].tolist()
 
 
 def test_exact_strings_alone():
