@@ -184,6 +184,12 @@ def test_characters_are_symbols_of_a_vocabulary_that_has_them_behind_its_merges(
     assert Merges(byte_level).first(b"t" + e[:1] + b"!") == b"t\xc3"
 
 
+def test_a_token_goes_where_its_encoding_begins_and_not_its_longest_prefix():
+    """The student merges "bb" before "ab": it writes "abb" as "a" and "bb"."""
+    teacher, student = vocabulary(b"a", b"b", b"ab", b"abb"), vocabulary(b"a", b"b", b"bb", b"ab")
+    assert CellMap.build(teacher, student).teacher.tolist() == [0, 1, 2, 0]
+
+
 def test_of_two_ids_with_the_same_bytes_the_lower_one_is_the_rank():
     assert Merges(vocabulary(b"a", b"b", b"c", b"ab", b"bc", b"ab")).first(b"abc") == b"ab"
 
