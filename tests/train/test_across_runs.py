@@ -116,7 +116,7 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
     expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     some = LogitCache(tmp_path / "some")
     logged = counts | {"vsd": sum(len(some[key]) for key in keys)}  # of each term, where it has a teacher
-    for batch_size, accumulation in ((12, 1), (4, 3), (3, 4)):
+    for batch_size, accumulation in ((12, 1), (4, 3), (1, 12)):
         cut = {"batch_size": batch_size, "gradient_accumulation": accumulation, "logit_chunk": 7}
         gradients, log = gradients_of_a_step(config.model_copy(update=cut), tmp_path / str(batch_size))
         assert gradients.keys() == expected.keys()
@@ -125,6 +125,11 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
         (entry,) = (entry for entry in log if "ce" in entry)
         for name in TERMS:
             assert entry[name] == pytest.approx(sums[name].item() / logged[name], rel=1e-4), name
+    of_taught = sum(
+        len(trainer.train_dataset[index].encoded.token_ids) for index in range(12) if index not in (1, 4, 7)
+    )
+    config = config.model_copy(update={"batch_size": 1, "gradient_accumulation": 12})
+    assert train(config).aligned.tokens == of_taught
 
 
 @pytest.mark.slow
