@@ -184,6 +184,7 @@ VALUES: dict[str, Any] = {
     "teacher_quantization": "8bit",
     "student_quantization": "4bit",
     "teacher_mismatch": "accept",
+    "align_vocabulary": "cells",
     "on_error": "skip",
     "on_oom": "halve",
     "too_long": "cut",
