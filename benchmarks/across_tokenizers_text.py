@@ -46,7 +46,7 @@ TEMPLATE = (
 )
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "warmup": 0.1,
     "dtype": "bfloat16",
     "lora": {"r": 8, "target_modules": "all-linear"},
@@ -64,8 +64,8 @@ FIGURES = {"nats_per_byte": 4, "top1": 4, "next_byte_kl": 4, "next_byte_top1": 4
 
 def main(
     out: Annotated[Path, typer.Option(help="A folder, new or of an earlier call.")],
-    train: Annotated[int, typer.Option(min=1, help="Passages that are learned.")] = 160,
-    held_out: Annotated[int, typer.Option(min=1, help="Passages that are measured on.")] = 48,
+    train: Annotated[int, typer.Option(min=1, help="Passages that are learned.")] = 96,
+    held_out: Annotated[int, typer.Option(min=1, help="Passages that are measured on.")] = 32,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     packages: Annotated[str, typer.Option(help="Whose docstrings.")] = ",".join(PACKAGES),
