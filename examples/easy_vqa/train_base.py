@@ -6,8 +6,8 @@
 As a small VLM is before it is fine-tuned: it knows words and captions, and was never asked about a picture.
 Nothing of easy-VQA is used but the teacher's tokenizer: no picture, question or answer, of neither split.
 With `--tokenizer pieces` that student gets a tokenizer and a chat template of its own (`models.py`). Its
-tower stays as it is, bit by bit. All else but the embeddings begins with its weights, and goes through stages 2
-and 3 again, in fewer steps.
+tower stays as it is, bit by bit. All else but the embeddings begins with its weights, and goes through
+stages 2 and 3 again, in fewer steps.
 
 1. The vision tower learns to name what a caption names, in pictures that `draw` draws.
 2. The language model learns from chats about a description: it says it in other words, or answers questions
