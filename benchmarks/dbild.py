@@ -63,15 +63,25 @@ def step(loss: Loss, student: Tensor, teacher: Tensor) -> None:
 
 def milliseconds(loss: Loss, student: Tensor, teacher: Tensor, repeats: int) -> float:
     """The fastest of `repeats` steps, after one to warm up."""
+    return fastest(partial(step, loss, student, teacher), repeats, student.device)
+
+
+def fastest(
+    work: Callable[[], object],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Milliseconds of the fastest of `repeats` times, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
-        if student.is_cuda:
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
-        step(loss, student, teacher)
-        if student.is_cuda:
+        started = clock()
+        work()
+        if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return 1000 * min(times[1:])
 
 
@@ -108,10 +118,10 @@ def measure(k: int, tokens: int, repeats: int, device: str) -> dict[str, float]:
     return row
 
 
-def teacher_at(tokens: int, device: str) -> tuple[CachedTargets, Tensor]:
+def teacher_at(tokens: int, device: str, vocabulary: int = VOCABULARY) -> tuple[CachedTargets, Tensor]:
     """The cached targets of some answer tokens, and the teacher's logits [N, V] there."""
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    head = torch.randn(vocabulary, WIDTH, generator=generator)
     widths = (
         torch.arange(1, WIDTH + 1) ** -0.75
     )  # a few directions hold most of the variance, as in real ones

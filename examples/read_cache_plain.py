@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr 
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Every array of a shard or of a sketch."""
+    """Every array of a shard, of a sketch or of the vocabulary."""
     with zarr.storage.ZipStore(path, mode="r") as store:
         return {name: array[...] for name, array in zarr.open_group(store, mode="r").arrays()}
 
@@ -76,11 +76,22 @@ def read_sample(folder: Path, key: str) -> tuple[Any, Any]:
     raise KeyError(key)
 
 
+def read_vocabulary(folder: Path) -> list[bytes] | None:
+    """The bytes that each token id stands for; None where the cache does not say it."""
+    info = json.loads((folder / "manifest.json").read_bytes()).get("vocabulary")
+    if info is None:
+        return None
+    arrays = read_arrays(folder / info["name"])
+    text, ends = arrays["contents"].tobytes(), np.cumsum(arrays["lengths"], dtype=int)
+    return [text[end - size : end] for end, size in zip(ends, arrays["lengths"].astype(int), strict=True)]
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     first_shard = json.loads((path / "manifest.json").read_bytes())["shards"][0]["name"]
     some_key = read_arrays(path / "shards" / first_shard)["sample_keys"].tobytes().decode().split("\n")[0]
     tokens, all_logprobs = read_sample(path, sys.argv[2] if len(sys.argv) > 2 else some_key)
+    names = read_vocabulary(path) or range(all_logprobs.shape[1])
     for token_id, values in zip(tokens, all_logprobs, strict=True):
         best = np.argsort(-values)[:5]
-        print(int(token_id), " ".join(f"{int(i)}:{values[i]:.3f}" for i in best))
+        print(names[token_id], " ".join(f"{names[i]}:{values[i]:.3f}" for i in best))

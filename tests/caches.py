@@ -33,6 +33,7 @@ from cachekd.cache.shard import pack_shard, read_shard
 from cachekd.cache.subset import select_chosen, with_keys
 from cachekd.config import DumpConfig
 from cachekd.dump import dump
+from cachekd.paths import MANIFEST_FILE
 from cachekd.vocabulary import TokenBytes
 
 ROOT = Path(__file__).parents[1]
@@ -242,3 +243,14 @@ def repack(path: Path, number: int, change: Any, step: float = 1 / 16) -> set[st
     shutil.rmtree(path / "dump", ignore_errors=True)
     assert verify_files(path) == []
     return set(shard.keys)
+
+
+def of_an_earlier_version(path: Path | str, **teacher: Any) -> str:
+    """Make a cache one that does not say what its token ids stand for, of a teacher that these change."""
+    path = Path(path)
+    manifest = LogitCache(path).manifest
+    assert manifest.vocabulary is not None
+    (path / manifest.vocabulary.name).unlink()
+    older = {"vocabulary": None, "teacher": manifest.teacher.model_copy(update=teacher)}
+    (path / MANIFEST_FILE).write_bytes(manifest.model_copy(update=older).to_json())
+    return str(path)

@@ -68,6 +68,35 @@ def test_dbild_benchmark_prints_its_rows():
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_cells_prints_what_they_take():
+    arguments = ["--pairs", "300:400:150", "--tokens", "20", "--repeats", "1", "--json"]
+    rows = json.loads(output_of(BENCHMARKS / "cells.py", *arguments))
+    assert all(row["ms"] > 0 for row in rows)
+    ids, cells = ([row for row in rows if row["over"] == over] for over in ("ids", "cells"))
+    assert [row["way"] for row in ids] == [row["way"] for row in cells] == ["cached", "live"]
+    assert all(row["arrays"] > 1 for row in (*ids, *cells))
+
+
+def test_merging_brings_a_cache_nearer_to_the_live_teacher(rates):
+    """By KL always: merging outcomes never increases one."""
+    import cells
+
+    from cachekd.cache.roundtrip import roundtrip
+    from cachekd.losses.cells import Cells
+
+    states = small_states(rates)
+    laid = Cells.of(cells.map_like_a_real_one(300, 400, 100))
+    found = {}
+    for tail in ("none", "exact"):
+        cached, _ = roundtrip(states.teacher, states.head, states.token_ids, tail=tail, top_k=128)
+        found[tail] = [cells.worth(states, over, cached) for over in (None, laid)]
+        plain, merged = found[tail]
+        assert merged["kl"] < plain["kl"]
+    for exact, uniform in zip(found["exact"], found["none"], strict=True):
+        assert exact["cosine_far"] > 0.999 > uniform["cosine_far"]
+
+
+@pytest.mark.slow
 def test_step_time_prints_its_rows():
     """All five do what they say: FLOPs are counted, not timed, so they can be compared."""
     printed = output_of(BENCHMARKS / "step_time.py", "--size", "tiny", "--steps", "1", "--json")

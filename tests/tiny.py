@@ -44,11 +44,6 @@ CORPUS = [
 ]
 
 
-# A second tokenizer, with another placeholder's id, another end of turn and another template.
-OTHER_CORPUS = ["the circle is red or green", "dogs and shapes, larger than that", "noise", "yesterday"]
-OTHER_SPECIAL = ["<s>", "<|assistant|>", "<|user|>", "<|system|>", "<|stop|>", "<pad>", "<image>"]
-OTHER_TEMPLATE = MARKED_TEMPLATE.replace("<|end|>", "<|stop|>").replace("|>{{ '\\n' }}", "|>")
-
 ANSWERED = [{"role": "user", "content": "<image>\nwhat?"}, {"role": "assistant", "content": "red"}]
 
 
@@ -64,14 +59,13 @@ def tiny_processor(
     patch_size: int = 8,
     class_token: bool = True,
     corpus: list[str] | None = None,
-    special: list[str] | None = None,
     vocab_size: int = 320,
 ) -> LlavaProcessor:
     """A LlavaProcessor for 32 x 32 images with a byte-level BPE tokenizer of some 300 tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = special or ["<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    special = ["<pad>", "<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
@@ -79,10 +73,8 @@ def tiny_processor(
         show_progress=False,
     )
     bpe.train_from_iterator(corpus or CORPUS, trainer)
-    eos_token = "<|end|>" if "<|end|>" in special else "<|stop|>"
-    others = [token for token in special if token not in ("<pad>", eos_token)]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<pad>", eos_token=eos_token, additional_special_tokens=others
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<|end|>", additional_special_tokens=special[1:5]
     )
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return LlavaProcessor(
@@ -94,12 +86,6 @@ def tiny_processor(
         image_token="<image>",
         chat_template=template,
     )
-
-
-def other_processor(**settings: Any) -> LlavaProcessor:
-    """As `tiny_processor`, with the second tokenizer and its own template."""
-    said = {"template": OTHER_TEMPLATE, "corpus": OTHER_CORPUS, "special": OTHER_SPECIAL}
-    return tiny_processor(**said | settings)
 
 
 def tiny_vlm(

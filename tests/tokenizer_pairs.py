@@ -12,8 +12,8 @@ from transformers import LlavaProcessor
 
 from cachekd.models import load_model
 
-# SentencePiece-like with a BOS, a template that writes the blank before an answer; byte-level, another template;
-# SentencePiece-like without a blank before the text; byte-level, a BOS of its own.
+# SentencePiece-like with a BOS, and a template that writes the blank before an answer; byte-level;
+# SentencePiece-like without a blank before the text; byte-level, with a BOS, and an answer behind a blank.
 STUDENTS = ("vicuna", "chatml", "gemma", "idefics")
 # The teacher's merges; the students have those of `tiny.CORPUS`.
 CORPUS = ["and a blue circle is there", "a large dog, and another", "twelve dogs are in there, or so it is"]
@@ -76,7 +76,7 @@ def save_student(folder: Path, name: str, eyes: Path | None = None, **settings: 
 
 
 def save_pair(folder: Path) -> Path:
-    """A teacher, a student of its tokenizer ("same"), and `STUDENTS`, all students with one vision encoder."""
+    """A teacher, a student of its tokenizer ("same"), and `STUDENTS`, all with one vision encoder."""
     save_teacher(folder / "teacher")
     same = save_vlm(folder / "same", processor(), seed=2)
     for name in STUDENTS:

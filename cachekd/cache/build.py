@@ -28,6 +28,7 @@ from cachekd.cache.layout import DUMP_FOLDER, FINISHED_NAME, PLAN_FILE, SHARD_FO
 from cachekd.cache.manifest import Fidelity, Manifest, SketchInfo
 from cachekd.cache.plan import DumpPlan, FinishedShard, Plan, read_plan, skipped_info, write_skipped
 from cachekd.cache.tail.encoder import SketchEncoder, read_encoder, sketch_info
+from cachekd.cache.vocabulary import PackedVocabulary
 from cachekd.errors import CachekdError
 from cachekd.lock import entries, require_new_folder
 from cachekd.paths import MANIFEST_FILE
@@ -88,31 +89,31 @@ class CacheBuild(Generic[P]):
         require_same(dependencies(found, found.source), dependencies(plan, plan.source), where, str(path))
         return cls(path, found)
 
-    def keep_vocabulary(self, content: bytes | None) -> None:
+    def keep_vocabulary(self, make: Callable[[], PackedVocabulary | None]) -> None:
         """Write the vocabulary that the plan has, unless it is there. Every process writes the same bytes.
 
         Args:
-            content: of its file; None: it is not known.
+            make: makes it; None where it is not known.
 
         Raises:
-            CachekdError: it is not there, and `content` is another.
+            CachekdError: it is not there, and what is made is another.
         """
         info = self.plan.vocabulary
         if info is None:
             return
         path = self.path / info.name
-        if path.is_file() and path.stat().st_size == info.bytes:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == info.sha256:
             return
-        found = "none" if content is None else f"sha256 {hashlib.sha256(content).hexdigest()}"
-        if content is None or not found.endswith(info.sha256):
+        made = make()
+        if made is None or made.info != info:
             raise CachekdError(
                 "the vocabulary is missing, and the tokenizer gives another one than when the dump began",
                 where=str(path),
                 expected=f"sha256 {info.sha256}",
-                found=found,
+                found="none" if made is None else f"sha256 {made.info.sha256}",
                 fix="restore it, or dump into a new folder",
             )
-        commit(path, content)
+        commit(path, made.content)
 
     def encoder(self, fit: Callable[[], SketchEncoder] | None) -> SketchEncoder:
         """The tail sketch that all processes use: the one that is there, or a new one.

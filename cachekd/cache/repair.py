@@ -207,11 +207,10 @@ def _require_dump(path: Path, manifest: Manifest, name: str, problem: str, requi
         the plan of that dump.
     """
     plan = plan_under(manifest, manifest.sources[0])
-    what = "its vocabulary" if name == VOCABULARY_FILE else "a shard of it"
     if manifest.lineage or len(manifest.sources) > 1:
-        why = f"this cache was made of others: no dump makes {what} again"
+        why = "this cache was made of others: no dump makes a file of it again"
     elif not isinstance(plan, DumpPlan):
-        why = f"the samples of this cache were added one by one: no dump makes {what} again"
+        why = "the samples of this cache were added one by one: no dump makes a file of it again"
     elif not files_there(path):
         why = "this cache was fetched, or its dump/ is gone: no dump goes on in this folder"
     else:

@@ -95,7 +95,7 @@ class LogitCacheWriter:
             held.enter_context(alone(self.path, "writes a cache into"))
             require_new_folder(self.path, "cache")
             self._build = CacheBuild.start(self.path, plan)
-            self._build.keep_vocabulary(None if table is None else table.content)
+            self._build.keep_vocabulary(lambda: table)
             self._held = held.pop_all()  # until the cache is complete, or given up
         self._shards, self._shard = 0, None if self._tail.sketch else self._new_shard(0)
 

@@ -4,7 +4,7 @@ can be aligned."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from cachekd.cache import LogitCache
@@ -15,6 +15,7 @@ from cachekd.data import Encoded, Sample, Samples
 from cachekd.data.sample import Preview
 from cachekd.data.spread import spread
 from cachekd.errors import BadSample, CachekdError
+from cachekd.losses.terms import options_off
 from cachekd.models import ModelFiles
 from cachekd.vocabulary import VocabularyPair
 
@@ -85,6 +86,10 @@ class Across:
         )
         return Row(row.name, "note", found, _ALIGN)
 
+    def answers_rows(self) -> list[Row]:
+        """What is aligned of the answers, and whether both sides have the same."""
+        return [self.aligned_row(), self.bytes_row()]
+
     def aligned_row(self) -> Row:
         """Which of the student's answer tokens a teacher with other tokens can teach."""
         name, found, tokens = "aligned answers", self.answers, max(1, self.answers.student_tokens)
@@ -111,6 +116,12 @@ class Across:
         more = [f"{len(differing) - _NAMED:,} more"] if len(differing) > _NAMED else []
         text = f"{len(differing):,} of {self.answers.samples:,} sample(s) differ, and train by L_CE alone: "
         return Row(name, "note", text + "; ".join([*named, *more]), "nothing, if that is meant")
+
+
+def unknown_bytes_row(error: CachekdError) -> Row:
+    """A tokenizer that does not say which bytes its tokens stand for: nothing can be aligned by it."""
+    row = Row.refused("vocabulary", error)
+    return replace(row, fix=f"{options_off(['align'])}: L_VSD does not need it")
 
 
 def as_note(row: Row, vocabulary: Row) -> Row:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Literal
 
-import torch
-
-from cachekd.check.across import Across, as_note, token_bytes_row
+from cachekd.check.across import Across, as_note, token_bytes_row, unknown_bytes_row
 from cachekd.check.bind import open_bound
 from cachekd.check.data_rows import (
     Counts,
@@ -24,7 +21,6 @@ from cachekd.check.data_rows import (
     lengths_of,
     pixels_row,
 )
-from cachekd.check.memory import StepMemory, step_memory
 from cachekd.check.rows import (
     Row,
     cache_rows,
@@ -35,20 +31,18 @@ from cachekd.check.rows import (
     template_row,
     vocabulary_row,
 )
-from cachekd.config import CheckConfig, DataOptions, TrainConfig
-from cachekd.config.fields import StudentPart
+from cachekd.check.sizes import Sizes, StepSizes, sizes_of, step_sizes
+from cachekd.config import CheckConfig, DataOptions
 from cachekd.data import Encoded, Limits, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
 from cachekd.data.sample import Subset
-from cachekd.errors import BadSample
+from cachekd.errors import BadSample, CachekdError
 from cachekd.losses.terms import WITHOUT_SWITCH
 from cachekd.models import (
     ModelFiles,
     default_device,
     default_dtype,
-    empty_model,
     limits_of,
-    parameters_by_part,
 )
 from cachekd.paths import is_url
 
@@ -89,100 +83,6 @@ def preview(encoded: Encoded, tokenizer: Any, image_token_id: int | None) -> lis
     return runs
 
 
-# float32 weights, their gradients and AdamW's two moments.
-_BYTES_TRAINED = 16
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters by part, and bytes in training; activations and logits come on top (`step_memory`).
-
-    Attributes:
-        teacher, student: part to number of parameters.
-        teacher_bytes: of P_T and L_T with its head; V_T is not loaded.
-        student_bytes: weights, gradients and AdamW's moments, all parts trained in float32.
-    """
-
-    teacher: dict[StudentPart, int]
-    student: dict[StudentPart, int]
-    teacher_bytes: int
-    student_bytes: int
-
-
-def sizes_of(teacher: Any, student: Any, *, teacher_dtype: torch.dtype) -> Sizes:
-    """Count parameters on models without memory; no weights are read.
-
-    Args:
-        teacher, student: configs.
-        teacher_dtype: of its frozen weights in training.
-    """
-    parts = {name: parameters_of(config) for name, config in (("teacher", teacher), ("student", student))}
-    frozen = sum(count for part, count in parts["teacher"].items() if part != "vision_encoder")
-    return Sizes(
-        teacher=parts["teacher"],
-        student=parts["student"],
-        teacher_bytes=frozen * teacher_dtype.itemsize,
-        student_bytes=sum(parts["student"].values()) * _BYTES_TRAINED,
-    )
-
-
-def parameters_of(config: Any) -> dict[StudentPart, int]:
-    """Part to number of parameters, from a model's config alone; shared weights are counted once."""
-    return {
-        part: sum(parameter.numel() for parameter in parameters.values())
-        for part, parameters in parameters_by_part(empty_model(config)).items()
-    }
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """A training step's memory, and of which step.
-
-    Attributes:
-        batch_size: samples, the default's number.
-        tokens: of each, those of the longest sample that was looked at.
-        half: the dtype of autocast and teacher; None: float32.
-        kept, recomputed: without and with gradient checkpointing.
-    """
-
-    batch_size: int
-    tokens: int
-    half: str | None
-    kept: StepMemory
-    recomputed: StepMemory
-
-
-def step_sizes(
-    teacher: ModelFiles,
-    student: ModelFiles,
-    samples: Sequence[tuple[Encoded, Encoded]],
-    *,
-    across: bool = False,
-) -> StepSizes | None:
-    """Reckon a step of the default batch size on this machine; see `step_memory`.
-
-    Args:
-        samples: as teacher and student read them; the longest of the student's counts.
-        across: the switched path reads what the teacher does.
-    """
-    batch_size = TrainConfig.model_fields["batch_size"].default
-    dtype = default_dtype(default_device())
-    half = None if dtype == torch.float32 else dtype
-    theirs, ours = max(samples, key=lambda pair: len(pair[1]))
-    found = step_memory(
-        student.config,
-        teacher.config,
-        ours,
-        batch_size=batch_size,
-        half=half,
-        as_teacher=theirs if across else None,
-    )
-    if not found:
-        return None
-    name = None if half is None else str(half).removeprefix("torch.")
-    return StepSizes(batch_size, len(ours), name, found[False], found[True])
-
-
 _SHOWN = 16  # bad samples, a row each
 FAR_SAMPLES = 256  # that are looked at where every record costs much
 
@@ -197,7 +97,7 @@ class PairReport:
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
-        across: what can be aligned; None where both sides have the same tokens.
+        across: what can be aligned; None where both sides have the same tokens, or it is not known.
     """
 
     rows: list[Row]
@@ -229,18 +129,25 @@ def check_pair(config: CheckConfig) -> PairReport:
     theirs_are_longer = sum(len(a) - len(b) for a, b in pairs) > 0
     seen = survey(near, (theirs if theirs_are_longer else ours).encoder)
     counts, lengths = counts_of(seen, opened), lengths_of(seen, limits)
-    across = Across.of(theirs, ours, near, pairs) if theirs.reads_otherwise(ours) else None
+    otherwise, across = theirs.reads_otherwise(ours), None
     vocabulary = vocabulary_row(theirs, ours)
+    answers = [] if otherwise else [answers_row(pairs)]
+    if otherwise:
+        try:
+            across = Across.of(theirs, ours, near, pairs)
+            vocabulary, answers = across.vocabulary_row(vocabulary), across.answers_rows()
+        except CachekdError as error:
+            vocabulary = unknown_bytes_row(error)
     rows = [
-        vocabulary if across is None else across.vocabulary_row(vocabulary),
-        *_embedding_rows(limits, theirs, ours, pairs, across=across is not None),
+        vocabulary,
+        *_embedding_rows(limits, theirs, ours, pairs, across=otherwise),
         as_note(template_row(theirs, ours), vocabulary),
         end_of_turn_row(ours),
         as_note(encoding_row(theirs, ours), vocabulary),
         data_row(counts, opened.notes, takes_images=take_images),
         *bad_rows(bad[:_SHOWN], config.on_error),
         length_row(lengths, config),
-        *([answers_row(pairs)] if across is None else [across.aligned_row(), across.bytes_row()]),
+        *answers,
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
     ]
@@ -250,7 +157,7 @@ def check_pair(config: CheckConfig) -> PairReport:
         rows.append(Row("switch", "note", "no vision encoder", WITHOUT_SWITCH))
     if config.cache is not None:
         cache = open_bound(config.cache)
-        rows += cache_rows(cache, opened, config, ours, theirs, pairs, across=across is not None)
+        rows += cache_rows(cache, opened, config, ours, theirs, pairs, across=otherwise)
         rows += [] if across is None else [token_bytes_row(cache, theirs)]
     if config.forward:
         with_image = next((pair for pair in pairs if "pixel_values" in pair[0].inputs), pairs[0])
@@ -259,7 +166,7 @@ def check_pair(config: CheckConfig) -> PairReport:
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    step = step_sizes(theirs, ours, pairs, across=across is not None)
+    step = step_sizes(theirs, ours, pairs, across=otherwise)
     return PairReport(rows, sizes, counts, lengths, step, shown, across)
 
 

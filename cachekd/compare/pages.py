@@ -42,7 +42,8 @@ def write_comparison(comparison: Comparison, gathered: Gathered, folder: Path) -
 
 def csv_table(gathered: Gathered) -> str:
     """A row for every point and set of questions: axes, seed, scores, cost, and a column for each question
-    type. Shares are from 0 to 1, `kl` is in nats. What is not known is empty."""
+    type. Shares are from 0 to 1, `kl` is in nats; `over_cells` are the answer tokens that both of the teacher
+    are means over, where they are over cells. What is not known is empty."""
     rows = list(_rows(gathered))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), restval="")
@@ -64,6 +65,7 @@ def _rows(gathered: Gathered) -> Iterator[dict[str, Any]]:
                 "questions": evaluation.asked.questions,
                 "fingerprint": evaluation.asked.fingerprint,
                 **{name: getattr(score, name) for name in METRICS if name != "blind"},
+                **({} if score.over_cells is None else {"over_cells": score.over_cells.compared}),
                 **{name: None if row is None else row.exact_match for name, row in rows.items()},
                 **{name: cost.get(name) for name in (*COSTS, "tokens")},
                 "run": str(point.run),

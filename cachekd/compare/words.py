@@ -167,7 +167,7 @@ def _of_questions(sections: list[Section]) -> Iterator[str]:
         )
     if over_cells := list(dict.fromkeys(label for section in sections for label in section.over_cells)):
         yield (
-            f"Agreement and KL of {', '.join(over_cells)} are over cells, at the places where student and "
+            f"Agreement and KL of {'; '.join(over_cells)} are over cells, at the places where student and "
             "teacher have read the same bytes, as they have different tokenizers: with those of a student "
             "with another tokenizer they are not compared."
         )

@@ -108,7 +108,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
     require_room_for(config.out)
     earlier = find_plan(config.out)
     samples, teacher = open_inputs(config)
-    vocabulary = teacher.vocabulary()
+    vocabulary = teacher.vocabulary() if earlier is None else None
     started, new_tokens = time.perf_counter(), 0
     pilot = None
     if earlier is None:
@@ -123,7 +123,7 @@ def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
 
     build = CacheBuild.start(config.out, plan)
     require_same_shards(config, build.plan)  # it is that of whoever was first
-    build.keep_vocabulary(vocabulary and vocabulary.content)
+    build.keep_vocabulary(lambda: vocabulary or teacher.vocabulary())
     known = pilot.reusable(build.plan) if pilot is not None else {}
     teacher = teacher.keeping(build.plan.codec)
     encoder = None

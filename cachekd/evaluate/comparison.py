@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from cachekd.check.vocabulary import cut_to
 from cachekd.evaluate.questions import AskedSample
 from cachekd.evaluate.reference import Reference
 from cachekd.losses import chunk_tokens, forward_kl_loss
@@ -86,7 +87,9 @@ class Comparison:
 
     @cached_property
     def _pair(self) -> VocabularyPair:
-        return VocabularyPair.of(self.reference.vocabulary, self._model.token_bytes, "cells")
+        rows = self._model.config.get_text_config().vocab_size
+        ours = cut_to(self._model.token_bytes, min(len(self._model.processor.tokenizer), rows))
+        return VocabularyPair.of(self.reference.vocabulary, ours, "cells")
 
     def of(self, sample: AskedSample) -> list[Target]:
         """What each of a sample's questions is compared with. A sample that the reference lacks is never

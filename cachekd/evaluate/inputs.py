@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from cachekd.cache import LogitCache
 from cachekd.check.bind import open_bound
 from cachekd.check.missing import missing_samples
+from cachekd.check.vocabulary import vocabulary_of_cache
 from cachekd.config import EvalConfig
 from cachekd.config.data import ROW_NUMBERS, OnError
 from cachekd.data import SampleEncoder, Samples, open_samples
@@ -17,7 +18,11 @@ from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 from cachekd.models.device_map import AUTO
 from cachekd.models.fingerprint import tokenizer_fingerprint
-from cachekd.vocabulary import TokenBytes
+
+NO_VOCABULARY = (
+    "--teacher in place of --cache asks the teacher itself; or dump the data again; or leave out the models "
+    "that have another tokenizer or chat template"
+)
 
 
 class AnswerPrior:
@@ -128,9 +133,9 @@ def open_cache(
             model has another tokenizer, and nobody knows what the cache's tokens stand for.
     """
     cache = open_bound(str(config.cache))
-    theirs = cache.manifest.fingerprints.tokenizer
+    models, theirs = list(models), cache.manifest.fingerprints.tokenizer
     if any(tokenizer_fingerprint(model.processor.tokenizer) != theirs for model in models):
-        vocabulary_of_cache(cache)
+        vocabulary_of_cache(cache, models, fix=NO_VOCABULARY)
     if samples is None:
         return cache, {}
     missing = missing_samples(cache, samples, config)
@@ -138,34 +143,6 @@ def open_cache(
         fix = "dump these data; or --on-error skip leaves out what it lacks, if it has others"
         raise missing.error(cache, samples, fix)
     return cache, missing.reasons
-
-
-def vocabulary_of_cache(cache: LogitCache) -> TokenBytes:
-    """What a cache's token ids stand for: as it says itself, or else as the teacher's tokenizer does, where
-    that can be had.
-
-    Raises:
-        CachekdError: it says nothing, and there is no such tokenizer.
-    """
-    if (stored := getattr(cache, "vocabulary", None)) is not None:
-        return stored
-    name, expected = cache.manifest.teacher.name, cache.manifest.fingerprints.tokenizer
-    try:
-        files = ModelFiles(name)
-        found = f"sha256 {tokenizer_fingerprint(files.processor.tokenizer)}"
-        if found == f"sha256 {expected}":
-            return files.token_bytes
-    except CachekdError as error:
-        found = f"{error.problem}: {error.found}"
-    raise CachekdError(
-        "nobody knows what the cache's tokens stand for: it is of an earlier version, and its teacher's "
-        "tokenizer is not there",
-        where=f"{cache.path}, of the teacher {name}",
-        expected=f"a tokenizer with sha256 {expected}",
-        found=found,
-        fix="--teacher in place of --cache; or dump these data again; or leave out the models that have "
-        "another tokenizer than the teacher",
-    )
 
 
 def read_prior(config: EvalConfig, progress: Progress) -> tuple[AnswerPrior, int]:

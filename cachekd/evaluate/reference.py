@@ -13,8 +13,9 @@ from torch import Tensor
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.cache.tail.encoder import OutputHead
 from cachekd.check.match import check_content
+from cachekd.check.vocabulary import cut_to, vocabulary_of_cache
 from cachekd.errors import CachekdError
-from cachekd.evaluate.inputs import vocabulary_of_cache
+from cachekd.evaluate.inputs import NO_VOCABULARY
 from cachekd.evaluate.questions import AskedSample
 from cachekd.losses.chunked import LiveTargets
 from cachekd.losses.targets import DenseTargets, TeacherTargets
@@ -42,7 +43,7 @@ class Reference(Protocol):
 
     @property
     def vocabulary(self) -> TokenBytes:
-        """What the teacher's token ids stand for."""
+        """What the teacher's token ids stand for, those that it has logits of."""
         ...
 
     def of_same_tokens(self, sample: AskedSample) -> list[Any] | None:
@@ -109,10 +110,10 @@ class KeptStates:
         """See `Reference.tokenizer`."""
         return tokenizer_fingerprint(self._teacher.processor.tokenizer)
 
-    @property
+    @cached_property
     def vocabulary(self) -> TokenBytes:
         """See `Reference.vocabulary`."""
-        return self._teacher.token_bytes
+        return cut_to(self._teacher.token_bytes, self._vocab_size)
 
     def of_same_tokens(self, sample: AskedSample) -> list[KeptAnswer] | None:
         """See `Reference.of_same_tokens`."""
@@ -133,8 +134,11 @@ class KeptStates:
     def at(self, parts: Sequence[KeptAnswer], rows: Tensor) -> LiveTargets:
         """See `Reference.at`."""
         token_ids, states = self._all(parts)
-        vocabulary = self._head.weight.shape[0]
-        return LiveTargets(token_ids[rows], states[rows], self._head.logits, vocabulary)
+        return LiveTargets(token_ids[rows], states[rows], self._head.logits, self._vocab_size)
+
+    @property
+    def _vocab_size(self) -> int:
+        return len(self._head.weight)
 
     def _all(self, parts: Sequence[KeptAnswer]) -> tuple[Tensor, Tensor]:
         device = self._head.weight.device
@@ -147,16 +151,21 @@ class CachedReference:
 
     The dump showed the teacher whole conversations. So its answers are those to our questions only where
     nothing is left out before them.
+
+    Args:
+        device: where targets are wanted.
+        models: that may know what the ids of an older cache stand for.
     """
 
-    def __init__(self, cache: LogitCache, device: torch.device) -> None:
+    def __init__(self, cache: LogitCache, device: torch.device, models: Sequence[ModelFiles] = ()) -> None:
         self.name, self.tokenizer = cache.manifest.teacher.name, cache.manifest.fingerprints.tokenizer
-        self._cache, self._device = cache, device
+        self._cache, self._device, self._models = cache, device, models
 
     @cached_property
     def vocabulary(self) -> TokenBytes:
         """See `Reference.vocabulary`."""
-        return vocabulary_of_cache(self._cache)
+        table = vocabulary_of_cache(self._cache, self._models, fix=NO_VOCABULARY)
+        return cut_to(table, self._cache.manifest.teacher.vocab_size)
 
     def of_same_tokens(self, sample: AskedSample) -> list[CachedTargets] | None:
         """See `Reference.of_same_tokens`."""

@@ -59,7 +59,7 @@ def evaluate(
         cache, missing = open_cache(config, samples, files.values())
         interviewer.bad.add([missing])
         quantised = cache.manifest.teacher.quantization
-        reference = CachedReference(cache, interviewer.device)
+        reference = CachedReference(cache, interviewer.device, [*files.values()])
     for model in files.values():
         try_encoder(config, samples, model.encoder)
     prior, left_out = (None, 0) if config.prior_data is None else read_prior(config, progress)

@@ -63,7 +63,7 @@ def push_cache(
     timeout: float = STORE_TIMEOUT,
     progress: Progress = untold,
 ) -> Pushed:
-    """Upload a cache: shards, tail sketches, the list of what was left out, a card, then the manifest.
+    """Upload a cache: shards, tail sketches, vocabulary, what was left out, a card, then the manifest.
 
     The same call goes on after an interruption. What is there with the same content is not sent again.
 

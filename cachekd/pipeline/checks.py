@@ -17,7 +17,7 @@ from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
 from cachekd.check.match import check_quantization, require_text_alike
 from cachekd.check.missing import DECIDING
-from cachekd.check.rows import require, vocabulary_row
+from cachekd.check.rows import require
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import require_there

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels
+from cachekd.check.vocabulary import cut_to, vocabulary_of_cache
 from cachekd.config import TrainConfig
 from cachekd.data import Encoded
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
-from cachekd.models.fingerprint import reads_otherwise
-from cachekd.paths import is_url
 from cachekd.train.alignment import AlignedShare
 from cachekd.vocabulary import Alignment, TokenBytes
 from cachekd.vocabulary.pair import VocabularyPair
@@ -118,45 +115,15 @@ def across_tokenizers(
     return AcrossTokenizers(VocabularyPair.of(cut_to(teacher, rows), ours, kind), same_places)
 
 
-def cut_to(tokens: TokenBytes, ids: int) -> TokenBytes:
-    """Leave the ids out for which a model has no logits: a cell of such ids alone would have no mass."""
-    if len(tokens) <= ids:
-        return tokens
-    special = frozenset(number for number in tokens.special if number < ids)
-    ending = tokens.end_of_turn if tokens.end_of_turn in special else None
-    return TokenBytes(tokens.contents[:ids], special, ending)
-
-
 def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> tuple[TokenBytes, int]:
     """What the teacher's token ids stand for, and how many of them have a logprob."""
     if cache is None:
         assert models.teacher is not None  # live
         rows = models.teacher.config.get_text_config().vocab_size
         return models.teacher.token_bytes, min(len(models.teacher.processor.tokenizer), rows)
-    rows = cache.manifest.teacher.vocab_size
-    if cache.vocabulary is not None:
-        return cache.vocabulary, rows
-    for files in _who_may_say(config, models, cache):
-        if not reads_otherwise(cache.manifest.fingerprints, files.fingerprints):
-            return files.token_bytes, rows
-    raise CachekdError(
-        "the cache does not say what its token ids stand for, and the teacher's tokenizer is not at hand",
-        where=str(cache.path),
-        expected="a cache with the teacher's token bytes, which `cachekd dump` writes now, or its tokenizer",
-        found=f"a cache of {cache.manifest.teacher.name} without them",
-        fix="--teacher with the model folder or hub name: of it the tokenizer alone is read; or dump again",
-    )
-
-
-def _who_may_say(config: TrainConfig, models: RunModels, cache: LogitCache) -> Iterator[ModelFiles]:
-    """Models whose tokenizer may be the cache's."""
-    if models.teacher is not None:
-        yield models.teacher
-    elif config.teacher is not None:
-        yield ModelFiles(config.teacher)
-    name = cache.manifest.teacher.name
-    if not is_url(name) and Path(name).is_dir():
-        yield ModelFiles(name)
+    others = [] if config.teacher is None else [models.teacher or ModelFiles(config.teacher)]
+    fix = "--teacher with the model folder or hub name: of it the tokenizer alone is read; or dump again"
+    return vocabulary_of_cache(cache, others, fix=fix), cache.manifest.teacher.vocab_size
 
 
 def say_how_vocabularies_meet(

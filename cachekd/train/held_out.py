@@ -234,10 +234,12 @@ class Validation:
         right, tokens, *rest = trainer.accelerator.reduce(sums).tolist()
         totals, divisors = rest[: len(self.terms)], rest[len(self.terms) :]
         if not all(divisors):
+            across = trainer.terms.across is not None and tokens
+            none_is_aligned = ", and of the others no answer is aligned with the teacher's" if across else ""
             raise CachekdError(
                 "no answer token of the held-out data is left to be evaluated",
                 where=f"setting 'eval_data', {len(self.data):,} samples",
-                found=f"{len(self._feed.bad.reasons):,} of them cannot be used",
+                found=f"{len(self._feed.bad.reasons):,} of them cannot be used{none_is_aligned}",
             )
         means = {name: t / n for name, t, n in zip(self.terms, totals, divisors, strict=True)}
         # A schedule's last ones at every evaluation, as these are compared with each other.

@@ -40,7 +40,7 @@ class Alignment:
             are predicted after the same bytes, and are in one cell.
         common: places where both sides predict a token after the same bytes; the rows are those among them
             where these two tokens are in one cell.
-        one_to_one: common places where both tokens have the same bytes.
+        one_to_one: rows where both tokens have the same bytes.
         differs: why nothing is aligned, in words: the answers' bytes differ; `rows` is empty then.
     """
 
@@ -108,7 +108,7 @@ class Aligner:
             cells = self._cells_after(lead)
             there = cells.teacher[of_teacher]
             kept = (there == cells.student[of_student]) & (there != -1)
-            common, one_to_one = common + len(kept), one_to_one + int((equal & (there != -1)).sum())
+            common, one_to_one = common + len(kept), one_to_one + int((equal & kept).sum())
             if kept.any():
                 rows[lead] = teacher[kept], student[kept]
         return Alignment(rows, common, one_to_one, None)
@@ -128,6 +128,10 @@ class _Found:
             how the pieces' texts differ; None: they do not, beyond white space around them.
         """
         first, second = _after_blanks(teacher.text, student.text)
+        if cut and (teacher.is_blank or student.is_blank) and _begins(teacher.text, student.text):
+            first = second = (
+                0  # white space of an answer whose rest was cut off: it is read from its beginning
+            )
         theirs, ours = teacher.text[first:], student.text[second:]
         same = _same(theirs, ours)
         is_end = (teacher.name is None and same == len(theirs)) or (
@@ -175,6 +179,11 @@ def _after_blanks(teacher: bytes, student: bytes) -> tuple[int, int]:
     while not blanks[0].endswith(blanks[1][len(blanks[1]) - shared :]):
         shared -= 1
     return len(blanks[0]) - shared, len(blanks[1]) - shared
+
+
+def _begins(one: bytes, other: bytes) -> bool:
+    """Whether either text is the beginning of the other."""
+    return one.startswith(other) or other.startswith(one)
 
 
 def _same(one: bytes, other: bytes) -> int:

@@ -219,8 +219,8 @@ def print_paired(tokens: list[PeekedToken], paired: Paired) -> None:
     say(Text.assemble((counts, "dim"), (visible(paired.student), "bold"), (" are aligned", "dim")))
     if paired.differs is not None:
         say(f"none is: {paired.differs}", style="yellow")
-        say(f"teacher: {' | '.join(shown(token.text) for token in tokens)}")
-        say(f"student: {' | '.join(shown(token.text) for token in paired.tokens)}")
+        say(f"teacher: {' | '.join(spelled(token.text) for token in tokens)}")
+        say(f"student: {' | '.join(spelled(token.text) for token in paired.tokens)}")
         return
     result = Table(box=None, padding=(0, 1), show_edge=False, header_style="dim")
     for name in ("teacher", "student", "", "cell"):
@@ -228,7 +228,7 @@ def print_paired(tokens: list[PeekedToken], paired: Paired) -> None:
     for place in paired.places:
         style = "green" if place.state == "aligned" else "yellow"
         texts = (
-            "" if number is None else shown(side[number].text)
+            "" if number is None else spelled(side[number].text)
             for number, side in ((place.teacher, tokens), (place.student, paired.tokens))
         )
         result.add_row(*(Text(text, style=style) for text in (*texts, place.state, cells_of(place))))
@@ -238,11 +238,11 @@ def print_paired(tokens: list[PeekedToken], paired: Paired) -> None:
 def cells_of(place: PairedPlace) -> str:
     """Name the cell of an aligned place, or the two of one whose tokens are in different cells."""
     if place.state == "aligned":
-        return shown(place.teacher_cell or "")
+        return spelled(place.teacher_cell or "")
     if place.state == "other cells":
         sides = (place.teacher, place.teacher_cell), (place.student, place.student_cell)
         return " and ".join(
-            "none" if cell is None else shown(cell) for number, cell in sides if number is not None
+            "none" if cell is None else spelled(cell) for number, cell in sides if number is not None
         )
     return ""
 
@@ -288,6 +288,11 @@ def drawn(one: Alternative | PeekedToken, color: str) -> Bar:
 def shown(text: str) -> str:
     """Write a token's text; nothing but white space is shown by a sign."""
     return visible(text) if text.strip(" ") else "␣" * len(text)
+
+
+def spelled(text: str) -> str:
+    """Write the text of a token by itself: its leading space counts."""
+    return shown(text) if text[:1] != " " else f"␣{shown(text)[1:]}"
 
 
 def percent(logprob: float) -> str:

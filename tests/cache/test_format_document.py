@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from caches import GOLDEN, GOLDEN_SKETCH, ROOT, files_of
+from caches import GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY, ROOT, files_of
 from schema_files import schema, valid
 from tiny import conversation, tar_members, write_llava_json
 from typer.testing import CliRunner
@@ -45,6 +45,8 @@ for number, folder in enumerate(map(Path, sys.argv[4:])):
         for key in plain.read_arrays(shard)["sample_keys"].tobytes().decode().split("\\n"):
             tokens, rows = plain.read_sample(folder, key)
             found[f"{number} tokens {key}"], found[f"{number} rows {key}"] = tokens, rows
+    for token, content in enumerate(plain.read_vocabulary(folder) or []):
+        found[f"{number} bytes {token}"] = np.frombuffer(content, "u1")
 np.savez(sys.argv[1], **found)
 """
 
@@ -60,12 +62,18 @@ def derived(tmp_path_factory, skipping_cache) -> Path:
 
 
 def test_a_reader_without_cachekd_rebuilds_every_logprob(tmp_path, cache_path, derived):
-    paths, ours = [GOLDEN, GOLDEN_SKETCH, cache_path, derived], ":".join([str(ROOT), str(ROOT / "cli")])
+    paths = [GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY, cache_path, derived]
+    ours = ":".join([str(ROOT), str(ROOT / "cli")])
     command = [sys.executable, "-c", READ_ALL, str(tmp_path / "rows.npz"), ours, str(ROOT / "examples")]
     subprocess.run([*command, *map(str, paths)], check=True)
     caches = [LogitCache(path) for path in paths]
     with np.load(tmp_path / "rows.npz") as found:
-        assert len(found.files) == 2 * sum(map(len, caches))
+        tables = [[] if cache.vocabulary is None else cache.vocabulary.contents for cache in caches]
+        assert [len(table) > 0 for table in tables] == [False, False, True, True, True]
+        assert len(found.files) == 2 * sum(map(len, caches)) + sum(map(len, tables))
+        for number, table in enumerate(tables):
+            for token, content in enumerate(table):
+                assert found[f"{number} bytes {token}"].tobytes() == content
         for number, cache in enumerate(caches):
             for key in cache:
                 targets = cache[key]
@@ -93,7 +101,11 @@ def documented_arrays(heading: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("heading", "file"),
-    [("A shard's arrays", "shards/00000.zarr.zip"), ("**With a sketch**", "sketch.zarr.zip")],
+    [
+        ("A shard's arrays", "shards/00000.zarr.zip"),
+        ("**With a sketch**", "sketch.zarr.zip"),
+        ("**The vocabulary**", "vocabulary.zarr.zip"),
+    ],
 )
 def test_the_documented_arrays_are_those_in_the_files(heading, file, skipping_cache):
     documented = documented_arrays(heading)
@@ -132,7 +144,7 @@ def test_the_seal_is_as_documented(skipping_cache):
 
 
 def test_real_files_fit_their_schemas(skipping_cache, cache_path, derived):
-    for path in (skipping_cache, cache_path, derived, GOLDEN, GOLDEN_SKETCH):
+    for path in (skipping_cache, cache_path, derived, GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY):
         jsonschema.validate(json.loads((path / "manifest.json").read_bytes()), schema("manifest"))
     assert len(Manifest.load(derived).lineage) == 1
     files = files_of(skipping_cache)
@@ -153,6 +165,8 @@ def test_the_schema_refuses_what_the_reader_refuses(skipping_cache):
         (("format_version",), 2),
         (("teacher", "vocab_size"), 0),
         (("codec", "top_k"), "many"),
+        (("vocabulary", "tokens"), 2**21 + 1),
+        (("vocabulary", "name"), "x.zarr.zip"),
         (("shards", 0, "name"), "../x.zarr.zip"),
         (("shards", 0, "tokens"), -1),
         (("shards",), []),

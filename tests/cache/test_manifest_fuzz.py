@@ -43,6 +43,7 @@ TEXTS = st.text(max_size=8) | st.sampled_from(
         "/etc/passwd",
         "00000.zarr.zip",
         "sketch.zarr.zip",
+        "vocabulary.zarr.zip",
         "step=0",
         "x" * 999,
     ]
@@ -109,7 +110,7 @@ def packed(values: Any, with_seal: bool) -> bytes:
 
 ODD = (
     *("vocab_size", "samples", "tokens", "bytes", "axes", "step", "logprob_step", "window", "min_k", "top_k"),
-    *("span", "sketch", "source", "name", "shard_samples"),
+    *("span", "sketch", "source", "name", "shard_samples", "vocabulary"),
 )
 CHANGES = st.lists(
     st.tuples(st.integers(0, 10**6), st.sampled_from(["replace", "remove", "add", "swap"]), VALUES),
@@ -128,6 +129,7 @@ def use(path: Path) -> None:
             targets.everywhere()
             targets.leading(targets.window, targets.min_k)
             cache.sample_hash(key)
+        _ = cache.vocabulary
     except CachekdError:
         pass
     for read in (dump_status, verify_files, strays):

@@ -190,7 +190,7 @@ def test_what_no_dump_makes_again_is_not_deleted(tmp_path, damage):
     for folder in (path, tmp_path / "s"):
         damage(folder / FILE)
         before = files_of(folder)
-        with pytest.raises(CachekdError, match="no dump makes its vocabulary again"):
+        with pytest.raises(CachekdError, match="no dump makes a file of it again"):
             repair(folder, verify_files(folder), lambda plan: None)
         assert files_of(folder) == before
     (path / "manifest.json").unlink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +15,11 @@ import yaml
 from sweeps import QUESTIONS, RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 
 from cachekd.compare import Comparison, compare, gather
+from cachekd.compare.pages import csv_table
 from cachekd.compare.results import Difference
 from cachekd.compare.words import difference_text, interval_text, notes, sentence, table_of_means
 from cachekd.errors import CachekdError
+from cachekd.evaluate import CellCoverage
 from cachekd.evaluate.scores import paired_intervals
 from cachekd.pipeline import read_pipeline
 from cachekd.pipeline.vary import Sweep, expand
@@ -355,3 +359,25 @@ def test_a_teacher_that_is_an_axis_stands_beside_its_students(make):
     assert len(section.differences) == 1
     assert compare(gathered, metric="kl").sections[0].differences == []
     assert any("own teacher" in note for note in notes(found))
+
+
+def test_kl_over_cells_is_compared_within_one_tokenizer(make):
+    """Of students with other tokenizers there is no difference, though they have one teacher."""
+    sweep = make()
+    known = states(sweep)
+    tokenizers = {"limit=250": {"ce": None, "align": "b"}, "limit=1000": {"ce": "b", "align": "b"}}
+    for point in sweep.points:
+        method, limit = point.variant.values()
+        of = tokenizers[limit][method]
+        cells = None if of is None else CellCoverage(tokenizer=of, compared=90 + point.seed, tokens=100)
+        finish(point, 200, kl=0.1 + point.seed, top1_agreement=0.5, agrees_with="t", over_cells=cells)
+    gathered = gather(sweep, known)
+    found = compare(gathered, metric="kl")
+    assert [one.variant["student.limit"] for one in found.sections[0].differences] == ["limit=1000"]
+    [said] = [note for note in notes(found) if "over cells" in note]
+    assert said.startswith(
+        "Agreement and KL of ce, limit=1000; align, limit=250; align, limit=1000 are over cells"
+    )
+    assert len(compare(gathered).sections[0].differences) == 2  # exact match is each model's own
+    rows = list(csv.DictReader(io.StringIO(csv_table(gathered))))
+    assert {row["over_cells"] for row in rows} == {"", "90", "91", "92"}

@@ -15,6 +15,7 @@ from runs import CutShort, losses
 from safetensors.torch import load_file
 from tiny import evaluated, save_vlm, tiny_processor, write_llava_json
 from tiny_families import build
+from tokenizer_pairs import save_student
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -127,6 +128,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "live, by workers": {"cache": None, "live_teacher": True, "workers": 2},
     "evaluated": {"eval_data": "data", "eval_cache": "cache", "training": {"load_best_model_at_end": True}},
     "bridged": {"switch_bridge": "linear"},
+    "two tokenizers": {"align_vocabulary": "cells", "logit_chunk": 5},
+    "two tokenizers, live, by workers": {"cache": None, "live_teacher": True, "workers": 2}
+    | {"align_vocabulary": "cells"},
 }
 
 
@@ -148,6 +152,8 @@ def test_a_training(device, settings, tmp_path, name):
         changed["student"] = str(
             save_vlm(tmp_path / "student", student, vision_width=48, patch_size=16, seed=2)
         )
+    if name.startswith("two tokenizers"):
+        changed["student"] = str(save_student(tmp_path / "student", "vicuna"))
     config = TrainConfig(**settings | changed)
     train(config)
     with on_cpu():
@@ -177,8 +183,12 @@ def test_a_run_that_is_cut_short_goes_on(device, settings, tmp_path):
     device.assert_close(losses(cut.out), losses(whole.out))
 
 
-def test_a_step_rarely_waits_for_the_device(device, settings, capsys):
+@pytest.mark.parametrize("tokenizers", [1, 2])
+def test_a_step_rarely_waits_for_the_device(device, settings, tmp_path, capsys, tokenizers):
     """For numbers and lengths that transformers asks for in each forward, not per token or term."""
+    if tokenizers == 2:
+        settings["student"] = str(save_student(tmp_path / "student", "vicuna"))
+        settings["align_vocabulary"] = "cells"
     trainer = make_trainer(TrainConfig(**settings), settings["out"])
     trainer.create_optimizer()
     batches = list(trainer.get_train_dataloader())
@@ -198,6 +208,21 @@ def test_an_evaluation(device, student_path, teacher_path, data):
     for one, other in zip(ours, cpus, strict=True):
         assert one.exact_match == other.exact_match
         device.assert_close((one.kl, one.top1_agreement), (other.kl, other.top1_agreement))
+
+
+def test_an_evaluation_across_tokenizers(device, tmp_path, teacher_path, data):
+    """Live and by a cache: what is compared over cells lies where the models do."""
+    other = save_student(tmp_path, "chatml")
+    cache = tmp_path / "cache"
+    dump(DumpConfig(teacher=str(teacher_path), data=str(data), out=cache, tail="exact", dtype="float32"))
+    for by in ({"teacher": str(teacher_path)}, {"cache": str(cache)}):
+        settings = {"history": "full", "dtype": "float32", "blind": False} | by
+        [ours] = evaluated([other], data, **settings).models
+        with on_cpu():
+            [cpus] = evaluated([other], data, **settings).models
+        assert ours.over_cells == cpus.over_cells
+        assert ours.over_cells.compared > 0
+        device.assert_close((ours.kl, ours.top1_agreement), (cpus.kl, cpus.top1_agreement))
 
 
 # ---- what goes wrong

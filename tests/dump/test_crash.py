@@ -83,6 +83,7 @@ def whole(tmp_path_factory, settings) -> dict[str, bytes]:
     finish({**settings, "out": out})
     files = files_of(out)
     assert sum(name.startswith("shards/") for name in files) == 8
+    assert {"sketch.zarr.zip", "vocabulary.zarr.zip"} <= set(files)
     return files
 
 

@@ -45,7 +45,7 @@ def test_an_estimate_is_within_ten_percent_and_writes_nothing(tmp_path, teacher_
     assert found.tokens == pytest.approx(summary.tokens, rel=0.1)
     assert abs(found.tokens - summary.tokens) < 4 * found.tokens_error
     assert found.shard_bytes == pytest.approx(summary.bytes, rel=0.1)
-    assert found.sketch_bytes == summary.sketch_bytes
+    assert (found.sketch_bytes, found.vocabulary_bytes) == (summary.sketch_bytes, summary.vocabulary_bytes)
     assert found.seconds > 0
     assert found.peak_memory > 2**27  # torch alone takes more
 
@@ -64,7 +64,7 @@ def test_a_disk_budget_is_kept_and_used(tmp_path, teacher_path, many, default_si
     budget = int(share * default_size)
     summary = dump(config.model_copy(update={"disk_budget": budget}))
     codec = LogitCache(tmp_path / "c").manifest.codec
-    size = summary.bytes + summary.sketch_bytes
+    size = summary.bytes + summary.sketch_bytes + summary.vocabulary_bytes
     assert size <= budget * 1.03
     if codec.tail not in ("exact", ALL_THAT_BYTES_BUY):  # without a sketch only k is left to choose, in steps
         assert size >= (0.9 if codec.tail != "none" else 0.7) * budget, codec
@@ -128,4 +128,5 @@ def test_an_estimate_of_real_data_is_within_ten_percent(tmp_path):
         assert found.tokens == pytest.approx(summary.tokens, rel=0.1)
         assert found.shard_bytes == pytest.approx(summary.bytes, rel=0.1)
         if changes:
-            assert summary.bytes + summary.sketch_bytes <= 125_000 * 1.03
+            size = summary.bytes + summary.sketch_bytes + summary.vocabulary_bytes
+            assert size <= 125_000 * 1.03

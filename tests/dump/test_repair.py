@@ -426,7 +426,7 @@ def test_no_vocabulary_is_deleted_of_a_cache_that_was_made_of_others(tmp_path, s
     content = (tmp_path / "s" / VOCABULARY_FILE).read_bytes()
     (tmp_path / "s" / VOCABULARY_FILE).unlink()
     (tmp_path / "s" / VOCABULARY_FILE).write_bytes(content[:-1])
-    with pytest.raises(CachekdError, match="no dump makes its vocabulary again"):
+    with pytest.raises(CachekdError, match="no dump makes a file of it again"):
         verify(tmp_path / "s", "--repair")
     assert (tmp_path / "s" / VOCABULARY_FILE).read_bytes() == content[:-1]
 

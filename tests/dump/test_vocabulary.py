@@ -12,6 +12,7 @@ from caches import (
     copied,
     dump_cache,
     files_of,
+    flip,
     reseal,
     times_of,
 )
@@ -114,6 +115,10 @@ def test_a_tokenizer_that_does_not_say_it_stops_no_dump(tmp_path, untold, data_p
 def test_what_was_lost_before_the_end_is_written_again(cache, teacher_path, data_path):
     """As after a kill between the plan and this file."""
     whole = files_of(cache)
+    (cache / "manifest.json").unlink()
+    flip(cache / FILE, 900)  # what a disk has lost in silence is written again as well
+    assert dump(config(teacher_path, data_path, cache)).new_tokens == 0
+    assert files_of(cache) == whole
     for name in ("manifest.json", FILE):
         (cache / name).unlink()
     before = times_of(cache)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import shutil
 
 import pytest
+import tokenizer_pairs
 import torch
+from caches import of_an_earlier_version
 from tiny import (
     ANSWERS,
     CORPUS,
@@ -17,6 +21,7 @@ from tiny import (
     tiny_processor,
     write_llava_json,
 )
+from tokenizer_pairs import STUDENTS, save_pair
 from tokenizers import normalizers
 from typer.testing import CliRunner
 
@@ -172,71 +177,106 @@ def test_a_copy_of_the_student_with_other_ids_is_as_far_from_the_teacher(
     assert (plain.over_cells, cells.over_cells.compared) == (None, cells.over_cells.tokens)
 
 
-ALPHABET = {}
+ALPHABET = {}  # GPT-2's, a character for each byte
 _shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
 for _byte in range(256):
     ALPHABET[chr(_byte) if _byte in _shown else chr(256 + _byte - sum(b < _byte for b in _shown))] = _byte
 
 
-def contents_of(tokenizer):
-    """By id: the bytes of text, or the name of a special token."""
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
-    return [
-        piece if token in special else bytes(ALPHABET[character] for character in piece)
-        for token, piece in enumerate(pieces)
-    ]
+class Side:
+    """A model's logprobs at the answer tokens of a question, and what its tokens stand for."""
 
-
-def cell_of(content, side, vocabularies, tokenizers):
-    """A shared string; or where the first token of the other tokenizer's encoding of it goes."""
-    while isinstance(content, bytes) and content not in vocabularies[1 - side]:
-        side = 1 - side
-        text = content.decode(errors="ignore")
-        ids = tokenizers[side](text, add_special_tokens=False)["input_ids"]
-        content = contents_of(tokenizers[side])[ids[0]]
-    return content
-
-
-def slow_reference(teacher, student, question):
-    """Agreement, KL, the student's tokens that have them, and all of these, of one question; by loops."""
-    sides = []
-    for path in (teacher, student):
+    def __init__(self, path, question):
         model = load_model(str(path), dtype=torch.float32, device=CPU)
         encoder = SampleEncoder(load_processor(str(path)))
         batch = collate([encoder(question)], encoder.pad_token_id)
         supervised = batch.pop("supervised")
         with torch.no_grad():
             logits = model(**batch).logits[predicting_positions(supervised)]
-        tokenizer = encoder.processor.tokenizer
-        logprobs = logits[:, : len(tokenizer)].double().log_softmax(-1)
-        sides.append((tokenizer, contents_of(tokenizer), batch["input_ids"][supervised].tolist(), logprobs))
-    tokenizers, contents, ids, logprobs = zip(*sides, strict=True)
-    cells = [[cell_of(one, side, contents, tokenizers) for one in contents[side]] for side in (0, 1)]
-    names = sorted({*cells[0]} & {*cells[1]}, key=repr)
-    read = [
-        [b"".join(contents[side][token] for token in ids[side][:place]) for place in range(len(ids[side]))]
-        for side in (0, 1)
-    ]
+        self.tokenizer, self.end = encoder.processor.tokenizer, encoder.end_of_turn
+        self.logprobs = logits[:, : len(self.tokenizer)].double().log_softmax(-1)
+        self.spaced = "\N{LOWER ONE EIGHTH BLOCK}a" in self.tokenizer.get_vocab()  # as SentencePiece has it
+        added = self.tokenizer.added_tokens_decoder
+        self.special = {token for token, one in added.items() if one.special}
+        self.contents = [self.content(token) for token in range(len(self.tokenizer))]
+        self.ids = batch["input_ids"][supervised].tolist()
+        self.texts = [b"" if token == self.end else self.contents[token] for token in self.ids]
+        self.blank = self.texts[0][:1] == b" "
+
+    def content(self, token):
+        """Bytes of text, or the name of a special token."""
+        piece = self.tokenizer.convert_ids_to_tokens(token)
+        if token in self.special:
+            return "end" if token == self.end else piece
+        if not self.spaced:
+            return bytes(ALPHABET[character] for character in piece)
+        if piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    def first(self, content):
+        """The first token that the tokenizer makes of some bytes, without what it does to a text before."""
+        text = content.decode()
+        characters = dict(zip(ALPHABET.values(), ALPHABET, strict=True))
+        written = (
+            text.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+            if self.spaced
+            else "".join(characters[byte] for byte in content)
+        )
+        return self.contents[self.tokenizer.backend_tokenizer.model.tokenize(written)[0].id]
+
+    def cell(self, content, other):
+        """A string or name that both sides have; or where the first token goes that the other has for it."""
+        here, there = self, other
+        while isinstance(content, bytes) and content and content not in there.contents:
+            content, here, there = there.first(content), there, here
+        return content
+
+    def masses(self, row, other, lead):
+        """The probability of each cell; where a blank is still to come, of what follows it in a token."""
+        mass = {}
+        for content, logprob in zip(self.contents, self.logprobs[row].tolist(), strict=True):
+            if lead:
+                content = content[1:] if isinstance(content, bytes) and content[:1] == b" " else b""
+            cell = self.cell(content, other)
+            mass[cell] = mass.get(cell, 0.0) + math.exp(logprob)
+        return mass
+
+
+def slow_reference(teacher, student, question):
+    """Agreement, KL, the student's tokens that have them, and all of these, of one question; by loops."""
+    one, other = Side(teacher, question), Side(student, question)
+    # Where one side's answer begins with a blank that the other's template wrote, it has read one byte more.
+    leads = [one.blank and not other.blank, other.blank and not one.blank]
     agreed, divergence, rows = 0, 0.0, 0
-    for theirs, before in enumerate(read[0]):
-        if before not in read[1]:
+    for theirs, mine in itertools.product(range(len(one.ids)), range(len(other.ids))):
+        read = [b"".join(side.texts[:place]) for side, place in ((one, theirs), (other, mine))]
+        begins = theirs == mine == 0
+        still = any(lead and not text for lead, text in zip(leads, read, strict=True))  # to write the blank
+        if not begins and (still or read[0][leads[0] :] != read[1][leads[1] :]):
             continue
-        mine = read[1].index(before)
-        if cells[0][ids[0][theirs]] != cells[1][ids[1][mine]]:
+        first = [begins and lead for lead in leads]
+        nexts = [side.contents[side.ids[place]] for side, place in ((one, theirs), (other, mine))]
+        nexts = [content[1:] if lead else content for content, lead in zip(nexts, first, strict=True)]
+        if one.cell(nexts[0], other) != other.cell(nexts[1], one) or b"" in nexts:
             continue
-        masses = []
-        for side, row in ((0, theirs), (1, mine)):
-            mass = dict.fromkeys(names, 0.0)
-            for token, cell in enumerate(cells[side]):
-                if cell in mass:
-                    mass[cell] += float(logprobs[side][row, token].exp())
-            masses.append({name: value / sum(mass.values()) for name, value in mass.items()})
-        p, q = masses
-        divergence += sum(p[name] * (torch.tensor(p[name]).log() - torch.tensor(q[name]).log()) for name in p)
+        p, q = one.masses(theirs, other, first[0]), other.masses(mine, one, first[1])
+        names = (p.keys() & q.keys()) - {b""}  # what both can say
+        p, q = ({name: mass[name] / sum(mass[n] for n in names) for name in names} for mass in (p, q))
+        divergence += sum(p[name] * math.log(p[name] / q[name]) for name in names if p[name] > 0)
         agreed += max(p, key=p.get) == max(q, key=q.get)
         rows += 1
-    return agreed, float(divergence), rows, len(ids[1])
+    return agreed, divergence, rows, len(other.ids)
+
+
+def totals_of(teacher, student, data):
+    samples = open_samples(data)
+    found = [
+        slow_reference(teacher, student, question)
+        for index in range(len(samples))
+        for question in questions_of(samples[index])
+    ]
+    return (sum(each) for each in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("finer", [False, True])
@@ -248,20 +288,63 @@ def test_agreement_and_divergence_are_those_of_summed_probabilities(
     if finer:
         finer_path = save_vlm(tmp_path / "finer", tiny_processor(corpus=[OTHER_WORDS] * 9), seed=4)
         student = learned(tmp_path / "run", finer_path, data_path)
-    found = evaluated([student], data, teacher=str(trained), batch_size=3)
-    samples = open_samples(data)
-    totals = [
-        slow_reference(trained, student, question)
-        for index in range(len(samples))
-        for question in questions_of(samples[index])
-    ]
-    agreed, divergence, rows, tokens = (sum(each) for each in zip(*totals, strict=True))
-    [score] = found.models
+    [score] = evaluated([student], data, teacher=str(trained), batch_size=3).models
+    agreed, divergence, rows, tokens = totals_of(trained, student, data)
     assert (0 < rows < tokens) if finer else (0 < rows <= tokens)
     assert (score.over_cells.compared, score.over_cells.tokens) == (rows, tokens)
     assert score.top1_agreement == pytest.approx(agreed / rows)
     assert 0 < agreed < rows
     assert score.kl == pytest.approx(divergence / rows, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Answers with two turns, among others."""
+    folder = save_pair(tmp_path_factory.mktemp("shapes"))
+    tokenizer_pairs.write_data(folder / "data", 6)
+    return folder
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_any_shape_of_tokenizer_and_template(shapes, tmp_path, name, swapped):
+    """Bytes for what they lack, blanks of the template, other ends; on the teacher's side too."""
+    teacher, student = shapes / "teacher", shapes / name
+    if swapped:
+        teacher, student = student, teacher
+    data = tokenizer_pairs.write_data(tmp_path, 3)
+    [live] = evaluated([student], data, teacher=str(teacher)).models
+    agreed, divergence, rows, tokens = totals_of(teacher, student, data)
+    assert (live.over_cells.compared, live.over_cells.tokens) == (rows, tokens)
+    assert live.over_cells.differing == 0
+    assert live.top1_agreement == pytest.approx(agreed / rows)
+    assert live.kl == pytest.approx(divergence / rows, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_cache_of_any_shape_of_tokenizer_says_what_the_teacher_would(shapes, tmp_path, name):
+    """Its answers are told apart in the teacher's own tokens."""
+    data = str(shapes / "data" / "data.json")
+    cache = dumped(tmp_path / "cache", shapes / name, data)
+    live = evaluated([shapes / "teacher"], data, teacher=str(shapes / name), history="full").models[0]
+    cached = evaluated([shapes / "teacher"], data, cache=cache, history="full").models[0]
+    assert cached.over_cells == live.over_cells
+    assert cached.over_cells.differing == 0
+    assert cached.top1_agreement == pytest.approx(live.top1_agreement, abs=0.02)
+    assert cached.kl == pytest.approx(live.kl, rel=1e-2)
+
+
+def test_ids_without_an_embedding_are_in_no_cell(tmp_path, trained):
+    """A tokenizer may name more tokens than a model has rows for."""
+    processor = tiny_processor(corpus=[OTHER_WORDS] * 9)
+    rows = len(processor.tokenizer) - 5
+    student = save_vlm(tmp_path / "student", processor, vocab_size=rows, seed=4)
+    data = write_text(tmp_path / "data", ["red", "yes", "a large green dog."])
+    [score] = evaluated([student], data, teacher=str(trained)).models
+    assert score.kl > 0
+    [turned] = evaluated([trained], data, teacher=str(student)).models
+    assert turned.kl > 0
+    assert turned.over_cells.compared == score.over_cells.compared
 
 
 def test_batches_change_nothing(trained, other_path, data_path):
@@ -342,6 +425,17 @@ def test_a_cache_of_other_data_is_refused(tmp_path, teacher_path, other_path):
     changed = write_text(tmp_path / "changed", ["red", "no"])
     with pytest.raises(CachekdError, match="the sample's text or image differs"):
         evaluated([other_path], changed, cache=cache)
+
+
+def test_of_an_older_cache_the_teachers_tokenizer_says_what_its_ids_are(tmp_path, trained, other_path):
+    data = write_text(tmp_path / "data", ["red", "yes", "a large green dog."])
+    cache = dumped(tmp_path / "cache", trained, data)
+    whole = evaluated([other_path], data, cache=cache).models
+    assert evaluated([other_path], data, cache=of_an_earlier_version(cache)).models == whole
+    nowhere = of_an_earlier_version(dumped(tmp_path / "nowhere", trained, data), name="models/gone")
+    with pytest.raises(CachekdError, match=r"does not say what its token ids stand for[\s\S]*--teacher"):
+        evaluated([other_path], data, cache=nowhere)
+    assert evaluated([trained], data, cache=nowhere).models[0].over_cells is None
 
 
 # ---- what is said of it

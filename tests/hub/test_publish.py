@@ -119,15 +119,15 @@ def test_to_the_hub_and_back(hub, skipping_cache, tmp_path):
     pushed = push_cache(skipping_cache, REPO, license="mit", progress=seen.append)
     size = sum(file.bytes for file in Manifest.load(skipping_cache).files)
     assert sum(seen) == 3 * size - Manifest.load(skipping_cache).skipped.bytes
-    assert (pushed.uploaded, pushed.skipped, pushed.kept_card) == (7, 0, False)
+    assert (pushed.uploaded, pushed.skipped, pushed.kept_card) == (8, 0, False)
     assert without_card(hub.repos[REPO].tree()) == published(skipping_cache)  # and not the dump's records
     pulled = pull_cache(REPO, tmp_path / "out")
     assert files_of(tmp_path / "out") == published(skipping_cache)
-    assert (pulled.fetched, pulled.kept, pulled.bytes) == (5, 0, size)
+    assert (pulled.fetched, pulled.kept, pulled.bytes) == (6, 0, size)
     assert verify_files(tmp_path / "out") == []
     assert_same_samples(tmp_path / "out", skipping_cache)
     again = pull_cache(f"hf://datasets/{REPO}", tmp_path / "out")
-    assert (again.fetched, again.kept) == (0, 5)
+    assert (again.fetched, again.kept) == (0, 6)
 
 
 def test_on_the_hub_the_manifest_comes_last(hub, skipping_cache):
@@ -148,14 +148,14 @@ def test_an_upload_that_was_cut_short_goes_on(hub, skipping_cache, tmp_path):
     hub.uploads_left = None
     push_cache(skipping_cache, REPO)
     assert without_card(hub.repos[REPO].tree()) == published(skipping_cache)
-    assert len(hub.uploaded) == len(set(hub.uploaded)) == 4  # three shards and a sketch, once each
+    assert len(hub.uploaded) == len(set(hub.uploaded)) == 5  # three shards, sketch and vocabulary, once each
 
 
 def test_what_is_there_is_not_sent_again(hub, skipping_cache):
     push_cache(skipping_cache, REPO, license="mit")
     history = list(hub.repos[REPO].branches["main"])
     again = push_cache(skipping_cache, REPO, license="mit")
-    assert (again.uploaded, again.skipped, again.bytes, again.kept_card) == (0, 7, 0, False)
+    assert (again.uploaded, again.skipped, again.bytes, again.kept_card) == (0, 8, 0, False)
     assert hub.repos[REPO].branches["main"] == history
     hub.repos[REPO].commit({"README.md": b"---\nlicense: mit\n---\nMine.\n"})
     assert push_cache(skipping_cache, REPO, license="mit").kept_card
@@ -206,7 +206,7 @@ def test_revisions(hub, skipping_cache, tmp_path):
     assert without_card(hub.repos[REPO].tree("v1")) == published(skipping_cache)
     sha = hub.repos[REPO].branches["v1"][-1][0]
     for place, address in enumerate((f"{REPO}@v1", f"hf://datasets/{REPO}@{sha}")):
-        assert pull_cache(address, tmp_path / str(place)).fetched == 5
+        assert pull_cache(address, tmp_path / str(place)).fetched == 6
     with pytest.raises(CachekdError, match="no such revision"):
         pull_cache(REPO, tmp_path / "out", revision="v2")
     with pytest.raises(CachekdError, match="two revisions"):
@@ -277,7 +277,7 @@ def test_anything_over_plain_http(hub, skipping_cache, tmp_path):
 def test_any_file_system_of_fsspec(watched, skipping_cache, tmp_path, scheme):
     address = f"{scheme}://{tmp_path}/remote/cache"
     first, again = push_cache(skipping_cache, address), push_cache(skipping_cache, address)
-    assert (first.uploaded, again.uploaded, again.skipped) == (7, 0, 7)
+    assert (first.uploaded, again.uploaded, again.skipped) == (8, 0, 8)
     fs, root = fsspec.core.url_to_fs(address)
     there = {name.removeprefix(f"{root}/"): fs.cat_file(name) for name in fs.find(root)}
     assert without_card(there) == published(skipping_cache)
@@ -290,7 +290,7 @@ def test_any_file_system_of_fsspec(watched, skipping_cache, tmp_path, scheme):
 
 
 def test_wherever_it_is_cut_a_reader_sees_nothing_or_a_cache(watched, skipping_cache):
-    writes = 1 + 2 * 6 + 1  # the claim; each file is put, then named; the manifest
+    writes = 1 + 2 * 7 + 1  # the claim; each file is put, then named; the manifest
     for left in range(writes + 1):
         WatchedFileSystem.writes_left = left
         try:
@@ -350,7 +350,9 @@ def _long(path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_wrong, _short, _long, Path.unlink])
-@pytest.mark.parametrize("name", ["shards/00003.zarr.zip", "sketch.zarr.zip", "skipped.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["shards/00003.zarr.zip", "sketch.zarr.zip", "vocabulary.zarr.zip", "skipped.jsonl"]
+)
 def test_what_is_not_as_listed_never_gets_its_name(remote, tmp_path, name, spoil):
     good = (remote / name).read_bytes()
     spoil(remote / name)
@@ -363,7 +365,7 @@ def test_what_is_not_as_listed_never_gets_its_name(remote, tmp_path, name, spoil
     assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) < 1_000_000
     (remote / name).write_bytes(good)
     pulled = pull_cache(f"file://{remote}", out)
-    assert pulled.fetched + pulled.kept == 5
+    assert pulled.fetched + pulled.kept == 6
     assert verify_files(out) == []
 
 
@@ -623,14 +625,14 @@ def test_the_commands(watched, skipping_cache, tmp_path):
 
     done = invoke("push", skipping_cache, "watched:///c", "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["uploaded"] == 7
+    assert json.loads(done.stdout)["uploaded"] == 8
     done = invoke("push", skipping_cache, "watched:///d")
     assert "licence is unknown" in done.stdout
-    assert "7 files uploaded" in done.stdout
+    assert "8 files uploaded" in done.stdout
     done = invoke("pull", "watched:///c", tmp_path / "out", "--shards", "1-2", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert (found["shards"], found["fetched"], found["kept"]) == (2, 4, 0)
+    assert (found["shards"], found["fetched"], found["kept"]) == (2, 5, 0)
     assert found["samples"] == len(LogitCache(tmp_path / "out"))
     done = invoke("pull", "watched:///c", tmp_path / "all")
     assert "3 shards" in done.stdout

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError
-from cachekd.evaluate import Evaluation, QuestionSet, Score, save_in_runs
+from cachekd.evaluate import CellCoverage, Evaluation, QuestionSet, Score, save_in_runs
 from cachekd.evaluate.run import evaluate
 from cachekd.evaluate.scores import paired_intervals
 from cachekd.paths import REPORT_FILE, RUN_FILE
@@ -206,6 +206,24 @@ def test_another_teachers_agreement_is_not_shown(runs):
     page = page_of(kd, ce)
     assert page.row("ce")[2:] == ["", ""]
     assert "another teacher, models/another" in page.text
+
+
+def test_agreement_over_cells_is_told_from_that_of_tokens(runs):
+    kd, ce = runs
+    cells = CellCoverage(
+        tokenizer="b", compared=1900, tokens=2000, differing=3, first={"s1, question 1": "x"}
+    )
+    for path in (ce / "evaluations").iterdir():
+        found = Evaluation.model_validate_json(path.read_text())
+        own = found.models[0].model_copy(update={"over_cells": cells})
+        path.write_text(found.model_copy(update={"models": [own]}).model_dump_json())
+    page = page_of(kd, ce)
+    assert page.row("ce (over cells)")[2:] == ["75.00 %", "0.2500"]
+    assert page.row("kd")[2:] == ["75.00 %", "0.2500"]
+    said = (
+        "agreement and KL are over cells, at 1,900 of 2,000 answer tokens; 3 answers have other bytes for it"
+    )
+    assert page.text.count(said) == 1
 
 
 def test_what_was_not_evaluated_is_said(trained, runs, tmp_path):

@@ -178,6 +178,12 @@ def test_of_two_blanks_the_one_that_both_have_is_read_by_both():
     assert rows == {PLAIN: [(2, 1)]}
 
 
+def test_where_the_white_space_in_front_differs_nothing_is_common():
+    _, rows, found = aligned([b"\n", b" ", b"red", "<end>"], [b"\t", b" ", b"red", "<end>"])
+    assert rows == {PLAIN: [(1, 1), (2, 2), (3, 3)]}
+    assert found.common == 3
+
+
 def test_white_space_before_the_end_of_turn_may_differ():
     """The end of turn is a row only where both have read the same."""
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", "<end>"])
@@ -190,6 +196,9 @@ def test_white_space_before_the_end_of_turn_may_differ():
 def test_two_blanks_of_one_length_are_not_the_same_bytes():
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", b" ", "<end>"])
     assert rows == {PLAIN: [(0, 0)]}
+    assert found.one_to_one == 1
+    _, rows, found = aligned([b"red", b"\n\t", "<end>"], [b"red", b"\n ", "<end>"], also=(b"\n",))
+    assert rows == {PLAIN: [(0, 0), (1, 1)]}  # both begin with the line break
     assert found.one_to_one == 1
 
 
@@ -233,6 +242,13 @@ def test_a_cut_answer_must_be_the_beginning_of_the_other():
     assert "differ" in found.differs
     _, _, found = aligned([b"yes", "<end>"], [b"yes it is"], cut=True)
     assert "differ" in found.differs
+
+
+def test_white_space_before_a_cut_is_the_beginning_of_that_of_the_other():
+    """What is there of the student's answer may be the first line break, or the second: it is the first."""
+    _, rows, found = aligned([b"\n", b"\n", b"red", "<end>"], [b"\n"], cut=True)
+    assert rows == {PLAIN: [(0, 0)]}
+    assert found.differs is None
 
 
 def test_cells_after_a_lead_are_those_of_the_rest():
