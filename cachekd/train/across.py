@@ -50,9 +50,13 @@ class AcrossTokenizers:
             return NOTHING
         return self.pair.aligned(teacher_ids.numpy(), student_ids.numpy(), cut=cut)
 
-    def summary(self, found: AlignedShare) -> dict[str, Any]:
-        """What a run's JSON says of it."""
-        if self.pair is None:
+    def summary(self, found: AlignedShare | None) -> dict[str, Any]:
+        """What a run's JSON says of it.
+
+        Args:
+            found: None where nothing was to be aligned.
+        """
+        if self.pair is None or found is None:
             return {"vocabularies": None, "aligned": None}
         sizes = {"teacher": len(self.pair.teacher), "student": len(self.pair.student)}
         cells = {"cells": self.pair.cells.cells, "shared_strings": self.pair.cells.shared}

@@ -213,7 +213,8 @@ def aligned_rows(examples: list[Example]) -> AlignedRows | None:
             parts.setdefault(lead, []).append((of_teacher + theirs, of_student + ours))
         taught = 0 if cached and example.targets is None else example.taught
         theirs, ours = theirs + taught, ours + len(example.encoded.token_ids)
-        tokens += len(example.encoded.token_ids) if taught else 0
+        compared = aligned.common > 0 or aligned.differs is not None  # else the cache lacks the sample
+        tokens += len(example.encoded.token_ids) if compared else 0
     rows = {lead: _joined(pairs) for lead, pairs in parts.items()}
     is_rest = torch.ones(ours, dtype=torch.bool)
     for _, some in rows.values():

@@ -63,6 +63,11 @@ class OpenRun:
     held_out: HeldOut | None = None
 
     @property
+    def aligns(self) -> bool:
+        """Whether answers are aligned: across tokenizers, the student's own logits are compared."""
+        return self.across is not None and self.across.pair is not None
+
+    @property
     def encoder(self) -> SampleEncoder:
         """What makes the student's inputs of samples."""
         return self.models.student.encoder

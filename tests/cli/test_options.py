@@ -214,7 +214,6 @@ VALUES: dict[str, Any] = {
     "eval_cache": "vc",
     "eval_data": "v",
     "stage": "dpt",
-    "align_vocabulary": "cells",
     "trainable": "projector,vision_encoder",
     "switch_bridge": "linear",
     "warmup": 0.25,
