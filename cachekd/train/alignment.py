@@ -76,14 +76,14 @@ class AlignmentNotes:
             self._differing = {**differing, **self._differing}
 
 
-def say_what_was_not_aligned(which: str, differing: LeftOutSamples | None) -> None:
+def say_what_was_not_aligned(which: str, differing: LeftOutSamples) -> None:
     """Log the samples whose answers differ, at the end of a run.
 
     Args:
         which: samples these are.
-        differing: None where nothing was to be aligned.
+        differing: whose answers are other bytes for the teacher.
     """
-    if differing is not None and differing.samples:
+    if differing.samples:
         log.warning(
             "the answers of %s %s are other bytes for the teacher than for the student: nothing of them was "
             "aligned: %s",

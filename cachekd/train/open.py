@@ -13,8 +13,8 @@ from transformers import TrainerCallback, set_seed
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
-from cachekd.check.match import require_text_alike
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, vocabulary_row
+from cachekd.check.text import require_text_alike
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples

@@ -123,7 +123,8 @@ def train(
         with folder.finishing():
             save_run(folder, config, opened.models.student, trainer, summary)
     if trainer.is_world_process_zero():
-        say_what_was_not_aligned("samples", summary.aligned and summary.aligned.differing)
+        if summary.aligned is not None:
+            say_what_was_not_aligned("samples", summary.aligned.differing)
         say_what_was_not_aligned("held-out samples", summary.eval_differing)
     say_what_would_be_faster(trainer, summary)
     return summary
