@@ -13,7 +13,7 @@ from devices import on_cpu
 from family_samples import TALL, WIDE, encoder_of, every_family
 from runs import CutShort, losses
 from safetensors.torch import load_file
-from tiny import evaluated, other_processor, save_vlm, tiny_processor, write_llava_json
+from tiny import evaluated, save_vlm, tiny_processor, write_llava_json
 from tiny_families import build
 from tokenizer_pairs import save_student
 from torch import Tensor
@@ -212,7 +212,7 @@ def test_an_evaluation(device, student_path, teacher_path, data):
 
 def test_an_evaluation_across_tokenizers(device, tmp_path, teacher_path, data):
     """Live and by a cache: what is compared over cells lies where the models do."""
-    other = save_vlm(tmp_path / "other", other_processor(), seed=4)
+    other = save_student(tmp_path, "chatml")
     cache = tmp_path / "cache"
     dump(DumpConfig(teacher=str(teacher_path), data=str(data), out=cache, tail="exact", dtype="float32"))
     for by in ({"teacher": str(teacher_path)}, {"cache": str(cache)}):
