@@ -335,6 +335,9 @@ def test_texts_alone_need_no_teacher(texts, tmp_path):
     with pytest.raises(CachekdError, match="does not say what its token ids stand for") as caught:
         train(TrainConfig(**texts | {"cache": str(old)}, out=tmp_path / "gone"))
     assert str(caught.value.fix).startswith("--teacher")
+    with pytest.raises(CachekdError, match="does not say what its token ids stand for") as caught:
+        train(TrainConfig(**texts | {"cache": str(old)}, teacher=texts["student"], out=tmp_path / "other"))
+    assert f"{texts['student']}: another tokenizer" in str(caught.value.found)
     teacher = str(Path(texts["cache"]).parent / "teacher")
     train(TrainConfig(**texts | {"cache": str(old)}, teacher=teacher, out=tmp_path / "named"))
     assert [entry["align"] for entry in steps(tmp_path / "named")] == [entry["align"] for entry in log]
