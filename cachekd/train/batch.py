@@ -179,7 +179,7 @@ def batch_of(examples: list[Example], pad_token_id: int) -> Batch:
     covered, aligned = None, aligned_rows(examples)
     if theirs and aligned is not None:
         # The student's may be none of the teacher's ids. Any of these will do: what is padded is masked.
-        pad_token_id = int(theirs[0].token_ids[-1])
+        pad_token_id = int(theirs[0].inputs["input_ids"][-1])
     teacher = _inputs(theirs, pad_token_id) if theirs else None
     reads = student if aligned is None else teacher
     if targets and len(targets) < len(examples) and reads is not None:
@@ -213,8 +213,8 @@ def aligned_rows(examples: list[Example]) -> AlignedRows | None:
             parts.setdefault(lead, []).append((of_teacher + theirs, of_student + ours))
         taught = 0 if cached and example.targets is None else example.taught
         theirs, ours = theirs + taught, ours + len(example.encoded.token_ids)
-        compared = aligned.common > 0 or aligned.differs is not None  # else the cache lacks the sample
-        tokens += len(example.encoded.token_ids) if compared else 0
+        if aligned.common or aligned.differs is not None:  # else there is no teacher of it
+            tokens += len(example.encoded.token_ids)
     rows = {lead: _joined(pairs) for lead, pairs in parts.items()}
     is_rest = torch.ones(ours, dtype=torch.bool)
     for _, some in rows.values():

@@ -26,7 +26,8 @@ from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import Limits, open_samples
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
-from cachekd.models import ModelFiles
+from cachekd.losses import dbild_loss
+from cachekd.models import ModelFiles, capture_vision
 from cachekd.paths import BRIDGE_FILE, RUN_FILE
 from cachekd.report import write_report
 from cachekd.train import train
@@ -113,15 +114,12 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
         own = len(example.encoded.token_ids), rows, len(example.for_teacher.token_ids)
         counts = {name: counts[name] + n for name, n in zip(TERMS, own, strict=True)}
     assert len(set(counts.values())) == 3
-    alone = collate_with_targets([trainer.train_dataset[1]], 0)
-    assert alone.targets is None
-    assert alone.aligned.tokens == 0  # in a batch of its own, too, it is none of those that could be aligned
     weights = {"ce": 1.0, "align": 0.7, "vsd": 0.3}
     sum(weights[name] * sums[name] / counts[name] for name in TERMS).backward()
     expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     some = LogitCache(tmp_path / "some")
     logged = counts | {"vsd": sum(len(some[key]) for key in keys)}  # of each term, where it has a teacher
-    for batch_size, accumulation in ((12, 1), (4, 3), (3, 4)):
+    for batch_size, accumulation in ((12, 1), (4, 3), (1, 12)):
         cut = {"batch_size": batch_size, "gradient_accumulation": accumulation, "logit_chunk": 7}
         gradients, log = gradients_of_a_step(config.model_copy(update=cut), tmp_path / str(batch_size))
         assert gradients.keys() == expected.keys()
@@ -130,6 +128,11 @@ def test_a_step_is_the_sum_of_each_terms_mean_however_it_is_cut(settings, folder
         (entry,) = (entry for entry in log if "ce" in entry)
         for name in TERMS:
             assert entry[name] == pytest.approx(sums[name].item() / logged[name], rel=1e-4), name
+    of_taught = sum(
+        len(trainer.train_dataset[index].encoded.token_ids) for index in range(12) if index not in (1, 4, 7)
+    )
+    config = config.model_copy(update={"batch_size": 1, "gradient_accumulation": 12})
+    assert train(config).aligned.tokens == of_taught
 
 
 @pytest.mark.slow
@@ -486,16 +489,27 @@ def test_a_held_out_cache_of_another_text_is_refused(settings, folder, tmp_path)
 # ---- the switched path
 
 
-def test_a_bridge_brings_the_students_grid_into_the_teachers_own_text(settings, tmp_path, folder):
-    """2 x 2 patches of width 48 to 4 x 4 of 32: an image has other places on both sides."""
+@pytest.mark.parametrize("patch_size", [16, 8], ids=["other grid", "other width"])
+def test_a_bridge_leads_into_the_teachers_own_text(settings, tmp_path, patch_size):
+    """From width 48 to 32; and from 2 x 2 patches to 4 x 4, with which an image has other places there."""
     shape = shape_processor("chatml")
-    shape.patch_size = 16
-    student = save_student(tmp_path / "student", "chatml", vision_width=48, patch_size=16)
+    shape.patch_size = patch_size
+    student = save_student(tmp_path / "student", "chatml", vision_width=48, patch_size=patch_size)
     shape.save_pretrained(student)
     settings |= {"student": str(student), "switch_bridge": "linear"}
     trainer = make_trainer(TrainConfig(**settings), tmp_path / "t")
+    assert trainer.bridge.plan.other_text == (patch_size == 16)
     batch = collate_with_targets([trainer.train_dataset[index] for index in range(3)], 0)
-    assert set(trainer.terms_of(trainer.model, batch).terms) == set(TERMS)
+    found = trainer.terms_of(trainer.model, batch)
+    with capture_vision(trainer.vlm) as vision:
+        trainer.vlm(**batch.student.tensors)
+    inputs = batch.teacher
+    logits = trainer.teacher.logits(trainer.bridge(vision.output), inputs.tensors, inputs.positions)
+    targets = batch.targets
+    how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}
+    torch.testing.assert_close(
+        found.terms["vsd"], dbild_loss(logits[:, : targets.vocab_size], targets, **how)
+    )
     train(TrainConfig(**settings))
     assert (settings["out"] / BRIDGE_FILE).exists()
     with pytest.raises(CachekdError, match="cannot be switched"):

@@ -10,6 +10,7 @@ from tokenizer_pairs import STUDENTS, save_pair, write_data
 from cachekd.config import TrainConfig
 from cachekd.losses import cross_entropy_loss
 from cachekd.models import load_model, logits_at
+from cachekd.train.across import cut_to
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
 from cachekd.vocabulary import TokenBytes
@@ -201,3 +202,12 @@ def test_align_over_shared_strings_is_the_slow_sum(settings, folder, tmp_path, s
     loss = trainer.compute_loss(trainer.model, batch)
     divided = sum(term / found.divisors[name] for name, term in found.terms.items())
     torch.testing.assert_close(loss, divided)
+
+
+def test_ids_that_a_model_has_no_logits_for_are_in_no_vocabulary():
+    """A tokenizer may have more tokens than the model rows; the end of a turn may be among them."""
+    tokens = TokenBytes((b"<end>", b"a", b"b", b"<x>", b"c"), frozenset({0, 3}), 3)
+    assert cut_to(tokens, 5) is tokens
+    assert cut_to(tokens, 9) is tokens
+    assert cut_to(tokens, 4) == TokenBytes((b"<end>", b"a", b"b", b"<x>"), frozenset({0, 3}), 3)
+    assert cut_to(tokens, 3) == TokenBytes((b"<end>", b"a", b"b"), frozenset({0}), None)
