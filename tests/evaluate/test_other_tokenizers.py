@@ -216,28 +216,47 @@ class Side:
 
     def first(self, content):
         """The first token that the tokenizer makes of some bytes, without what it does to a text before."""
-        text = content.decode()
-        characters = dict(zip(ALPHABET.values(), ALPHABET, strict=True))
-        written = (
-            text.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
-            if self.spaced
-            else "".join(characters[byte] for byte in content)
-        )
+        if self.spaced:
+            written = content.decode(errors="ignore").replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+        else:
+            characters = dict(zip(ALPHABET.values(), ALPHABET, strict=True))
+            written = "".join(characters[byte] for byte in content)
         return self.contents[self.tokenizer.backend_tokenizer.model.tokenize(written)[0].id]
+
+
+class View:
+    """What a side's tokens stand for at a place.
+
+    Args:
+        side: a `Side`.
+        leads: whether a blank is still to come there on one side; and whether on this one, so that what
+            follows it in a token counts. Then names are nothing that both can say.
+    """
+
+    def __init__(self, side, leads, led):
+        self.side, self.led = side, led
+        self.contents = [
+            b"" if leads and isinstance(content, str) else self.behind(content) for content in side.contents
+        ]
+        self.known = set(self.contents)
+
+    def behind(self, content):
+        return content if not self.led else content[1:] if content[:1] == b" " else b""
+
+    def first(self, content):
+        return self.behind(self.side.first(b" " * self.led + content))
 
     def cell(self, content, other):
         """A string or name that both sides have; or where the first token goes that the other has for it."""
         here, there = self, other
-        while isinstance(content, bytes) and content and content not in there.contents:
+        while content and isinstance(content, bytes) and content not in there.known:
             content, here, there = there.first(content), there, here
         return content
 
-    def masses(self, row, other, lead):
-        """The probability of each cell; where a blank is still to come, of what follows it in a token."""
+    def masses(self, row, other):
+        """The probability of each cell."""
         mass = {}
-        for content, logprob in zip(self.contents, self.logprobs[row].tolist(), strict=True):
-            if lead:
-                content = content[1:] if isinstance(content, bytes) and content[:1] == b" " else b""
+        for content, logprob in zip(self.contents, self.side.logprobs[row].tolist(), strict=True):
             cell = self.cell(content, other)
             mass[cell] = mass.get(cell, 0.0) + math.exp(logprob)
         return mass
@@ -255,12 +274,12 @@ def slow_reference(teacher, student, question):
         still = any(lead and not text for lead, text in zip(leads, read, strict=True))  # to write the blank
         if not begins and (still or read[0][leads[0] :] != read[1][leads[1] :]):
             continue
-        first = [begins and lead for lead in leads]
-        nexts = [side.contents[side.ids[place]] for side, place in ((one, theirs), (other, mine))]
-        nexts = [content[1:] if lead else content for content, lead in zip(nexts, first, strict=True)]
-        if one.cell(nexts[0], other) != other.cell(nexts[1], one) or b"" in nexts:
+        led = [begins and lead for lead in leads]
+        a, b = (View(side, any(led), own) for side, own in zip((one, other), led, strict=True))
+        cells = a.cell(a.contents[one.ids[theirs]], b), b.cell(b.contents[other.ids[mine]], a)
+        if cells[0] != cells[1] or not cells[0]:
             continue
-        p, q = one.masses(theirs, other, first[0]), other.masses(mine, one, first[1])
+        p, q = a.masses(theirs, b), b.masses(mine, a)
         names = (p.keys() & q.keys()) - {b""}  # what both can say
         p, q = ({name: mass[name] / sum(mass[n] for n in names) for name in names} for mass in (p, q))
         divergence += sum(p[name] * math.log(p[name] / q[name]) for name in names if p[name] > 0)
