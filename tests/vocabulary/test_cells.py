@@ -24,9 +24,14 @@ TEXTS = st.one_of(PIECES.map(b"".join), BYTES)
 NAMES = st.sampled_from(["<end>", "<stop>", "<pad>"])
 
 
+# So many strings of two letters that merges get in each other's way.
+DENSE = st.text("ab", min_size=1, max_size=4).map(str.encode)
+
+
 @st.composite
 def vocabularies(draw):
-    contents = draw(st.lists(st.one_of(TEXTS, NAMES), min_size=1, max_size=30))
+    texts = draw(st.sampled_from([TEXTS, DENSE]))
+    contents = draw(st.lists(st.one_of(texts, texts, texts, NAMES), min_size=1, max_size=30))
     names = [number for number, content in enumerate(contents) if isinstance(content, str)]
     end = draw(st.sampled_from([None, *names]))
     return vocabulary(*contents, end=end)
@@ -170,13 +175,23 @@ def test_a_byte_that_has_two_tokens_has_one_cell():
 def test_characters_are_symbols_of_a_vocabulary_that_has_them_behind_its_merges():
     """SentencePiece puts characters last; by rank alone é would be the last thing that is put together."""
     e = "é".encode()
-    student = vocabulary(*(bytes([byte]) for byte in range(256)), b"tt", b"t" + e, b"t", e)
-    assert Merges(student).first(b"t" + e + b"!") == b"t" + e
-    assert Merges(student).first(b"tt" + e + b"!") == b"tt"
+    student = vocabulary(*(bytes([byte]) for byte in range(256)), b"t" + e, b"tt", b"t", e)
+    assert Merges(student).first(b"tt" + e + b"!") == b"t"  # and then "té", which comes before "tt"
+    assert Merges(student).first(b"tt" + e[:1] + b"!") == b"tt"
     # A byte-level vocabulary makes them by merges: what comes first in its table comes first.
     byte_level = vocabulary(*(bytes([byte]) for byte in range(256)), b"t\xc3", b"t" + e, e)
     assert Merges(byte_level).first(b"t" + e + b"!") == b"t" + e
     assert Merges(byte_level).first(b"t" + e[:1] + b"!") == b"t\xc3"
+
+
+def test_a_token_goes_where_its_encoding_begins_and_not_its_longest_prefix():
+    """The student merges "bb" before "ab": it writes "abb" as "a" and "bb"."""
+    teacher, student = vocabulary(b"a", b"b", b"ab", b"abb"), vocabulary(b"a", b"b", b"bb", b"ab")
+    assert CellMap.build(teacher, student).teacher.tolist() == [0, 1, 2, 0]
+
+
+def test_of_two_ids_with_the_same_bytes_the_lower_one_is_the_rank():
+    assert Merges(vocabulary(b"a", b"b", b"c", b"ab", b"bc", b"ab")).first(b"abc") == b"ab"
 
 
 def test_a_long_chain_ends():

@@ -231,6 +231,8 @@ def test_a_turn_that_only_one_side_has_is_told_unless_a_side_was_cut():
     assert (rows, found.differs) == ({}, "the student reads more: 'no<end>' behind the other's last token")
     _, rows, found = aligned(student, teacher)
     assert found.differs == "the teacher reads more: 'no<end>' behind the other's last token"
+    _, rows, found = aligned([*teacher, "<end>"], teacher)  # an empty answer is one, too
+    assert (rows, found.differs) == ({}, "the teacher reads more: '<end>' behind the other's last token")
     _, rows, found = aligned(teacher, student, cut=True)
     assert rows == {PLAIN: [(0, 0), (1, 1)]}
 
