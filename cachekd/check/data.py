@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from cachekd.cache import CodecSettings, LogitCache
 from cachekd.cache.source import DataInfo
 from cachekd.check.bind import open_bound
-from cachekd.check.match import ALIGN, check_samples, check_text
+from cachekd.check.match import check_samples
 from cachekd.check.missing import dumped_data
+from cachekd.check.text import ALIGN, check_text
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data import Samples
 from cachekd.data.map_function import require_map
@@ -205,9 +206,9 @@ def checked_cache(
     missing: dict[str, str] = {}
     if cache is not None:
         if not across or not config.crosses:
-            check_text(cache, models.student.encoder, instead=f"; or {ALIGN}" if across else "")
+            check_text(cache, models.student, instead=f"; or {ALIGN}" if across else "")
         elif models.teacher is not None:
-            check_text(cache, models.teacher.encoder, "teacher's")
+            check_text(cache, models.teacher, "teacher's")
     if cache is not None and samples is not None:
         data = None if config.binding is not None else config
         choices = {"missing": config.missing, "on_error": config.on_error}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 
@@ -12,55 +11,12 @@ from cachekd.cache.compare import require_same
 from cachekd.cache.quantization import QuantizationInfo
 from cachekd.check.missing import MissingSamples, missing_samples
 from cachekd.config import DataOptions
-from cachekd.data import Encoded, SampleEncoder, Samples
+from cachekd.data import Encoded, Samples
 from cachekd.data.images import READING
 from cachekd.errors import CachekdError
 from cachekd.losses.terms import TERMS, options_off
-from cachekd.models import ModelFiles, check_tokenizers
-from cachekd.models.fingerprint import (
-    encoding_fingerprint,
-    reads_images_otherwise,
-    reads_otherwise,
-    template_fingerprint,
-    tokenizer_fingerprint,
-)
-
-# Across tokenizers: what a run may say instead of having one tokenizer.
-ALIGN = (
-    "--align-vocabulary cells, which compares the two where both have read the same bytes, over classes of "
-    "tokens"
-)
-
-
-def check_cache(
-    cache: LogitCache,
-    samples: Samples,
-    encoder: SampleEncoder,
-    *,
-    data: DataOptions | None,
-    missing: str = "error",
-    on_error: str = "stop",
-) -> MissingSamples:
-    """Refuse a cache of another tokenizer, chat template, way to encode or data set.
-
-    Args:
-        encoder: of whoever reads the text as the cache's teacher did: the student's; across tokenizers the
-            teacher's.
-        data: how the samples were opened; None where their keys are not the dump's (a binding).
-        missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
-            none of the data is refused whatever it is.
-        on_error: what is done with bad ones, likewise.
-
-    Returns:
-        the samples that it lacks.
-
-    Raises:
-        CachekdError: what differs, and how.
-    """
-    check_text(cache, encoder)
-    return check_samples(
-        cache, samples, data=data, missing=missing, on_error=on_error, too_long=encoder.limits.too_long
-    )
+from cachekd.models import ModelFiles
+from cachekd.models.fingerprint import reads_images_otherwise
 
 
 def check_samples(
@@ -72,10 +28,19 @@ def check_samples(
     on_error: str = "stop",
     too_long: str = "error",
 ) -> MissingSamples:
-    """Refuse a cache of another data set; see `check_cache`.
+    """Refuse a cache of another data set.
 
     Args:
-        too_long: what is done with long samples, as `TrainConfig` has it.
+        data: how the samples were opened; None where their keys are not the dump's (a binding).
+        missing: what is done with samples that the cache lacks, as `TrainConfig` has it. A cache that has
+            none of the data is refused whatever it is.
+        on_error, too_long: what is done with bad ones, and with long ones, likewise.
+
+    Returns:
+        the samples that it lacks.
+
+    Raises:
+        CachekdError: what differs, and how.
     """
     lacking = missing_samples(cache, samples, data)
     if lacking and missing != "error" and len(lacking) == len(samples):
@@ -90,110 +55,6 @@ def check_samples(
         )
     lacking.require_allowed(cache, samples, missing=missing, on_error=on_error, too_long=too_long)
     return lacking
-
-
-def check_text(
-    cache: LogitCache, encoder: SampleEncoder, whose: str = "student's", instead: str = ""
-) -> None:
-    """Refuse a cache of another tokenizer, chat template or way to encode; no data are needed for it.
-
-    Args:
-        whose: the encoder is.
-        instead: what else would help, behind a semicolon.
-
-    Raises:
-        CachekdError: what differs, and how.
-    """
-    tokenizer, theirs = encoder.processor.tokenizer, cache.manifest.fingerprints.chat_template
-    check_tokenizer(cache, tokenizer, whose, _fix("tokenizer", whose, instead))
-    ours = template_fingerprint(encoder.template)
-    if theirs != ours:
-        fix = _fix("chat template", whose, instead)
-        raise _of_another(cache, tokenizer, "chat template", theirs, ours, whose, fix)
-    _check_encoding(cache, encoder, whose, instead)
-
-
-def require_text_alike(teacher: ModelFiles, student: ModelFiles) -> None:
-    """Refuse a pair that is not across tokenizers: the same text has to have the same tokens on both sides.
-
-    Raises:
-        CachekdError: what differs, and how.
-    """
-    instead = f"; or {ALIGN}"
-    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer, instead=instead)
-    theirs, ours = teacher.fingerprints, student.fingerprints
-    if not reads_otherwise(theirs, ours):
-        return
-    template = theirs.chat_template != ours.chat_template
-    raise CachekdError(
-        "teacher and student have different chat templates"
-        if template
-        else "teacher and student encode a probe text in different ways",
-        where=f"{teacher.path} and {student.path}",
-        expected=f"sha256 {theirs.chat_template if template else theirs.encoding}",
-        found=f"sha256 {ours.chat_template if template else ours.encoding}",
-        fix="save the teacher's chat_template.jinja beside the student's processor" + instead
-        if template
-        else f"the same kind of processor for both{instead}",
-    )
-
-
-def check_tokenizer(
-    cache: LogitCache, tokenizer: Any, whose: str = "student's", fix: str | None = None
-) -> None:
-    """Refuse a cache of another tokenizer.
-
-    Args:
-        whose: the tokenizer is.
-        fix: what to do about it; by default what helps a student.
-
-    Raises:
-        CachekdError: it is of another.
-    """
-    theirs, ours = cache.manifest.fingerprints.tokenizer, tokenizer_fingerprint(tokenizer)
-    if theirs != ours:
-        raise _of_another(cache, tokenizer, "tokenizer", theirs, ours, whose, fix)
-
-
-def _of_another(
-    cache: LogitCache,
-    tokenizer: Any,
-    name: str,
-    theirs: str,
-    ours: str,
-    whose: str = "student's",
-    fix: str | None = None,
-) -> CachekdError:
-    return CachekdError(
-        f"the cache was made with a different {name} than the {whose}",
-        where=f"{cache.path} and {tokenizer.name_or_path}",
-        expected=f"sha256 {theirs}",
-        found=f"sha256 {ours}",
-        fix=fix or _fix(name, whose),
-    )
-
-
-def _fix(name: str, whose: str, instead: str = "") -> str:
-    """What helps against a cache of another tokenizer or template."""
-    if whose == "student's":
-        return f"give the student the teacher's {name}, or run `cachekd dump` again{instead}"
-    return f"name the cache's own teacher, or run `cachekd dump` again{instead}"
-
-
-def _check_encoding(cache: LogitCache, encoder: SampleEncoder, whose: str, instead: str) -> None:
-    theirs = cache.manifest.fingerprints.encoding
-    if theirs is None:  # an older cache, or a template that takes no text without images
-        return
-    ours = encoding_fingerprint(encoder)
-    if ours != theirs:
-        raise CachekdError(
-            f"the cache was made with a different encoding of text than the {whose}",
-            where=f"{cache.path} and {encoder.processor.tokenizer.name_or_path}",
-            expected=f"sha256 {theirs} over the token ids of a probe text",
-            found="it cannot be encoded" if ours is None else f"sha256 {ours}",
-            fix=f"the teacher's inputs had other tokens than the {whose}, such as a BOS token more or less: "
-            + _fix("processor", whose, instead),
-        )
 
 
 def check_teacher(cache: LogitCache, teacher: ModelFiles) -> None:

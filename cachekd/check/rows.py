@@ -8,7 +8,8 @@ from functools import partial
 from typing import Literal
 
 from cachekd.cache import LogitCache
-from cachekd.check.match import check_sample, check_samples, check_teacher, check_text, cut_alike
+from cachekd.check.match import check_sample, check_samples, check_teacher, cut_alike
+from cachekd.check.text import check_text
 from cachekd.config import DataOptions
 from cachekd.data import Encoded, Samples, collate
 from cachekd.data.collate import ModelInputs
@@ -216,7 +217,6 @@ def cache_rows(
     Args:
         across: teacher and student read text in other ways: the cache is of what the teacher reads.
     """
-    encoder = teacher.encoder if across else student.encoder
     known = [theirs if across else ours for theirs, ours in pairs if ours.key in cache]
     notes: list[Row] = []  # samples that are missing for a reason
 
@@ -228,7 +228,10 @@ def cache_rows(
             check_sample(cache, ours, theirs)
 
     def same_inputs() -> None:
-        check_text(cache, encoder, "teacher's" if across else "student's")
+        if across:
+            check_text(cache, teacher, "teacher's")
+        else:
+            check_text(cache, student)
         lacking = check_samples(cache, samples, data=data, missing="skip")
         if lacking.others:
             raise lacking.error(cache, samples)

@@ -14,7 +14,8 @@ from cachekd.vocabulary import TokenBytes
 
 
 def vocabulary_of_cache(cache: LogitCache, others: Iterable[ModelFiles] = (), *, fix: str) -> TokenBytes:
-    """As the cache says itself; or, of an older one, as a model says that reads text as its teacher did.
+    """As the cache says itself; or, of an older one, as a model says that reads text as its teacher did. Ids
+    that the cache has no logprobs of are left out.
 
     Args:
         others: models that may, beside the teacher where the dump found it.
@@ -23,18 +24,21 @@ def vocabulary_of_cache(cache: LogitCache, others: Iterable[ModelFiles] = (), *,
     Raises:
         CachekdError: the cache says nothing, and none of the models reads text so.
     """
-    if (stored := cache.vocabulary) is not None:
-        return stored
-    teacher = cache.manifest.teacher.name
-    here = [ModelFiles(teacher)] if not is_url(teacher) and Path(teacher).is_dir() else []
-    for files in (*others, *here):
+    teacher, stored = cache.manifest.teacher, cache.vocabulary
+    if stored is not None:
+        return cut_to(stored, teacher.vocab_size)
+    is_here = not is_url(teacher.name) and Path(teacher.name).is_dir()
+    asked = [*others, *([ModelFiles(teacher.name)] if is_here else [])]
+    for files in asked:
         if not reads_otherwise(cache.manifest.fingerprints, files.fingerprints):
-            return files.token_bytes
+            return cut_to(files.token_bytes, teacher.vocab_size)
+    names = ", ".join(dict.fromkeys(files.path for files in asked))
+    otherwise = f"; {names}: another tokenizer, chat template or encoding than the teacher's" if names else ""
     raise CachekdError(
         "the cache does not say what its token ids stand for, and the teacher's tokenizer is not at hand",
         where=str(cache.path),
         expected="a cache with the teacher's token bytes, which `cachekd dump` writes now, or its tokenizer",
-        found=f"a cache of {teacher} without them",
+        found=f"a cache of {teacher.name} without them{otherwise}",
         fix=fix,
     )
 

@@ -165,7 +165,8 @@ class Comparison:
         if lead not in self._cells:
             self._cells[lead] = Cells.of(self._pair.cells_after(lead)).to(device)
         cells = self._cells[lead]
-        for some in torch.arange(len(rows)).split(chunk_tokens(logits.shape[1])):
+        ids = max(logits.shape[1], len(self._pair.teacher))  # of the larger vocabulary
+        for some in torch.arange(len(rows)).split(chunk_tokens(ids)):
             teacher = cells.of_teacher(base.select(some.to(base.token_ids.device)).to(device))
             model = cells.of_student(logits[rows[some.to(device)]])
             at = rows[some.to(device)]

@@ -164,8 +164,7 @@ class CachedReference:
     @cached_property
     def vocabulary(self) -> TokenBytes:
         """See `Reference.vocabulary`."""
-        table = vocabulary_of_cache(self._cache, self._models, fix=NO_VOCABULARY)
-        return cut_to(table, self._cache.manifest.teacher.vocab_size)
+        return vocabulary_of_cache(self._cache, self._models, fix=NO_VOCABULARY)
 
     def of_same_tokens(self, sample: AskedSample) -> list[CachedTargets] | None:
         """See `Reference.of_same_tokens`."""

@@ -15,9 +15,10 @@ from typing import Any
 from cachekd.cache import LogitCache
 from cachekd.check.bind import Binding
 from cachekd.check.data import RunModels, checked_cache, length_settings, require_kneedle
-from cachekd.check.match import check_quantization, require_text_alike
+from cachekd.check.match import check_quantization
 from cachekd.check.missing import DECIDING
 from cachekd.check.rows import require
+from cachekd.check.text import require_text_alike
 from cachekd.config import DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig
 from cachekd.data import Samples, open_samples
 from cachekd.data.open import require_there

@@ -50,9 +50,13 @@ class AcrossTokenizers:
             return NOTHING
         return self.pair.aligned(teacher_ids.numpy(), student_ids.numpy(), cut=cut)
 
-    def summary(self, found: AlignedShare) -> dict[str, Any]:
-        """What a run's JSON says of it."""
-        if self.pair is None:
+    def summary(self, found: AlignedShare | None) -> dict[str, Any]:
+        """What a run's JSON says of it.
+
+        Args:
+            found: None where nothing was to be aligned.
+        """
+        if self.pair is None or found is None:
             return {"vocabularies": None, "aligned": None}
         sizes = {"teacher": len(self.pair.teacher), "student": len(self.pair.student)}
         cells = {"cells": self.pair.cells.cells, "shared_strings": self.pair.cells.shared}
@@ -109,21 +113,20 @@ def across_tokenizers(
     same_places = config.switches and (config.switch_bridge is None or not models.bridge_plan().other_text)
     if not config.aligns or kind == "none":
         return AcrossTokenizers(same_places=same_places)
-    teacher, rows = _teachers(config, models, cache)
     student = models.student
     ours = cut_to(student.token_bytes, student.config.get_text_config().vocab_size)
-    return AcrossTokenizers(VocabularyPair.of(cut_to(teacher, rows), ours, kind), same_places)
+    return AcrossTokenizers(VocabularyPair.of(_teachers(config, models, cache), ours, kind), same_places)
 
 
-def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> tuple[TokenBytes, int]:
-    """What the teacher's token ids stand for, and how many of them have a logprob."""
+def _teachers(config: TrainConfig, models: RunModels, cache: LogitCache | None) -> TokenBytes:
+    """What the teacher's token ids stand for, those that have a logprob."""
     if cache is None:
         assert models.teacher is not None  # live
         rows = models.teacher.config.get_text_config().vocab_size
-        return models.teacher.token_bytes, min(len(models.teacher.processor.tokenizer), rows)
+        return cut_to(models.teacher.token_bytes, min(len(models.teacher.processor.tokenizer), rows))
     others = [] if config.teacher is None else [models.teacher or ModelFiles(config.teacher)]
     fix = "--teacher with the model folder or hub name: of it the tokenizer alone is read; or dump again"
-    return vocabulary_of_cache(cache, others, fix=fix), cache.manifest.teacher.vocab_size
+    return vocabulary_of_cache(cache, others, fix=fix)
 
 
 def say_how_vocabularies_meet(

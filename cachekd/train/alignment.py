@@ -76,13 +76,18 @@ class AlignmentNotes:
             self._differing = {**differing, **self._differing}
 
 
-def say_what_was_not_aligned(found: AlignedShare) -> None:
-    """Log the samples whose answers differ, at the end of a run."""
-    named = list(found.differing.first.items())[:5]
-    if named:
+def say_what_was_not_aligned(which: str, differing: LeftOutSamples) -> None:
+    """Log the samples whose answers differ, at the end of a run.
+
+    Args:
+        which: samples these are.
+        differing: whose answers are other bytes for the teacher.
+    """
+    if differing.samples:
         log.warning(
-            "the answers of %s samples are other bytes for the teacher than for the student: nothing of them "
-            "was aligned: %s",
-            f"{found.differing.samples:,}",
-            "; ".join(f"{key!r}: {why}" for key, why in named),
+            "the answers of %s %s are other bytes for the teacher than for the student: nothing of them was "
+            "aligned: %s",
+            f"{differing.samples:,}",
+            which,
+            "; ".join(f"{key!r}: {why}" for key, why in list(differing.first.items())[:5]),
         )

@@ -266,6 +266,11 @@ class Validation:
             trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
         return sums
 
+    def differing(self) -> LeftOutSamples:
+        """Across tokenizers, those whose answers are other bytes for the teacher, in all processes, each of
+        which has to ask."""
+        return self._feed.notes.of_all().differing
+
     def bad_samples(self) -> dict[str, str]:
         """Key and reason of those that cannot be used, in all processes, each of which has to ask."""
         return self._feed.all_bad()

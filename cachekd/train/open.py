@@ -13,8 +13,8 @@ from transformers import TrainerCallback, set_seed
 from cachekd.cache import LogitCache
 from cachekd.check.data import RunModels, checked_cache
 from cachekd.check.data_rows import pictures_row
-from cachekd.check.match import require_text_alike
 from cachekd.check.rows import Row, cache_teacher_row, require, switch_rows, vocabulary_row
+from cachekd.check.text import require_text_alike
 from cachekd.config import TrainConfig
 from cachekd.data import SampleEncoder, Samples, open_samples
 from cachekd.data.left_out import LeftOutSamples
@@ -61,6 +61,11 @@ class OpenRun:
     missing: LeftOutSamples
     across: AcrossTokenizers | None = None
     held_out: HeldOut | None = None
+
+    @property
+    def aligns(self) -> bool:
+        """Whether answers are aligned: across tokenizers, the student's own logits are compared."""
+        return self.across is not None and self.across.pair is not None
 
     @property
     def encoder(self) -> SampleEncoder:

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from cachekd.check.data import RunModels
 from cachekd.config import TrainConfig
 from cachekd.config.fields import PARTS
-from cachekd.data import Limits
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.losses.terms import TERMS
 from cachekd.models import ModelFiles, save_processor
@@ -55,7 +55,10 @@ class TrainSummary:
         best_step: whose student was saved, where it is the best one (`load_best_model_at_end`); None: the
             last one was.
         eval_missing, eval_bad: held-out samples that were left out, likewise.
-        aligned: across tokenizers, how much of the answers was; None where both sides read text alike.
+        aligned: across tokenizers, how much of the answers was; None where nothing was to be: both sides read
+            text alike, or the student's own logits are not compared.
+        eval_differing: held-out samples of which nothing was aligned, as their answers are other bytes for
+            the teacher.
         gradients: with `log_term_gradients`, the last logged size of each term's gradient, by term and part.
     """
 
@@ -74,6 +77,7 @@ class TrainSummary:
     eval_missing: LeftOutSamples = field(default_factory=LeftOutSamples)
     eval_bad: LeftOutSamples = field(default_factory=LeftOutSamples)
     aligned: AlignedShare | None = None
+    eval_differing: LeftOutSamples = field(default_factory=LeftOutSamples)
     gradients: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -99,7 +103,7 @@ def train(
     """
     with claimed(config) as folder, folder.kept_if_worth_it(), memory_advice(config):
         opened = open_run(config, folder.checkpoints, phase)
-        say_what_is_cut(opened.encoder.limits)
+        say_what_is_cut(opened.models)
         phase("hashing the student and a part of the data")
         folder.require_inputs(inputs_of(config, opened), processes=opened.arguments.world_size)
         if opened.arguments.should_save:
@@ -118,8 +122,10 @@ def train(
         summary = summarised(config.out, opened, trainer, resumed_from, time.perf_counter() - started)
         with folder.finishing():
             save_run(folder, config, opened.models.student, trainer, summary)
-    if summary.aligned is not None and trainer.is_world_process_zero():
-        say_what_was_not_aligned(summary.aligned)
+    if trainer.is_world_process_zero():
+        if summary.aligned is not None:
+            say_what_was_not_aligned("samples", summary.aligned.differing)
+        say_what_was_not_aligned("held-out samples", summary.eval_differing)
     say_what_would_be_faster(trainer, summary)
     return summary
 
@@ -140,7 +146,7 @@ def summarised(
         trainer.data_wait.total.share,
         opened.missing,
         LeftOutSamples.of(bad),
-        aligned=None if opened.across is None else trainer.feed.notes.of_all(),
+        aligned=trainer.feed.notes.of_all() if opened.aligns else None,
         gradients=last_gradients(trainer.state),
         **of_held_out(opened, trainer),
     )
@@ -185,14 +191,21 @@ def of_held_out(opened: OpenRun, trainer: SwitchKDTrainer) -> dict[str, Any]:
             "no evaluation has a finite eval_%s: the student is that of the last step, not a best one", metric
         )
     bad = LeftOutSamples.of(trainer.validation.bad_samples())
-    missing = opened.held_out.missing
-    return {"evaluation": evaluation, "best_step": best_step, "eval_missing": missing, "eval_bad": bad}
+    return {
+        "evaluation": evaluation,
+        "best_step": best_step,
+        "eval_missing": opened.held_out.missing,
+        "eval_bad": bad,
+        "eval_differing": trainer.validation.differing(),
+    }
 
 
-def say_what_is_cut(limits: Limits) -> None:
-    """Samples are cut where the run says so, or its cache: neither in silence."""
-    if limits.too_long == "cut" and limits.max_tokens is not None:
-        most = f"{limits.max_tokens:,} tokens ({limits.max_tokens_of})"
+def say_what_is_cut(models: RunModels) -> None:
+    """Samples are cut where the run says so, or its cache: neither in silence. Across tokenizers each model
+    may have another limit."""
+    limits = (model.limits for model in models if model is not None)
+    cut = (each for each in limits if each.too_long == "cut" and each.max_tokens is not None)
+    for most in dict.fromkeys(f"{each.max_tokens:,} tokens ({each.max_tokens_of})" for each in cut):
         log.warning("samples of more than %s lose the end of their answers", most)
 
 
@@ -209,13 +222,14 @@ def save_run(
         student: as it was before.
     """
     data: TrainingSamples = trainer.train_dataset
-    across, aligned = trainer.terms.across, summary.aligned
+    across = trainer.terms.across
     limits, held_out = data.encoder.limits, {}
     if trainer.validation is not None:
         held_out = {
             "evaluation": summary.evaluation,
             "best_step": summary.best_step,
             "eval_left_out": {"missing": asdict(summary.eval_missing), "bad": asdict(summary.eval_bad)},
+            "eval_differing": asdict(summary.eval_differing),
         }
     trainer.save_model(str(folder.part if config.lora is None else folder.part / ADAPTER_FOLDER))
     trainer.accelerator.wait_for_everyone()  # sharded weights are written by all
@@ -242,7 +256,7 @@ def save_run(
             "uncovered_samples": summary.uncovered,
             "left_out": {"missing": asdict(summary.missing), "bad": asdict(summary.bad)},
             **held_out,
-            "across_tokenizers": None if across is None or aligned is None else across.summary(aligned),
+            "across_tokenizers": None if across is None else across.summary(summary.aligned),
             "switch_bridge": None if trainer.bridge is None else trainer.bridge.summary(),
             "data_wait": summary.data_wait,
             "log": trainer.state.log_history,

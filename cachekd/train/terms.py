@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from cachekd.cache import CachedTargets
 from cachekd.config.weights import Schedule, highest, weight_at
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_over_chunks
-from cachekd.losses.cells import Cells, OverCells
-from cachekd.losses.chunked import LiveTargets
+from cachekd.losses.cells import OverCells
 from cachekd.losses.targets import TeacherTargets
 from cachekd.losses.terms import TERMS, labels, options_off
 from cachekd.models import (
@@ -33,10 +31,9 @@ from cachekd.models import (
 )
 from cachekd.train.across import AcrossTokenizers
 from cachekd.train.batch import Batch
+from cachekd.train.compared import ComparedTokens, Targets
 from cachekd.train.sums import BatchTerms
-from cachekd.vocabulary import Lead
 
-Targets = CachedTargets | LiveTargets
 TermLoss = Callable[[Tensor, TeacherTargets], Tensor]
 
 _RIGHT = "right"  # beside the terms, while chunks are summed
@@ -82,8 +79,7 @@ class LossTerms:
         logit_chunk: int | None = None,
         across: AcrossTokenizers | None = None,
     ) -> None:
-        self.across = across
-        self._cells: dict[tuple[Lead, torch.device], Cells] = {}
+        self.across, self.compared = across, ComparedTokens(across)
         self.student, self.teacher, self.live, self.bridge = student, teacher, live, bridge
         self.weights: dict[str, float | Schedule] = {**dict.fromkeys(TERMS, 0.0), "ce": 1.0, **weights}
         self.losses = dict.fromkeys(TERMS, partial(dbild_loss, reduction="sum")) | dict(losses)
@@ -195,7 +191,8 @@ class LossTerms:
                 lambda: model(**inputs, logits_to_keep=positions, use_cache=False).logits.flatten(0, -2)
             )
         terms: dict[str, Tensor] = {}
-        for rows, known in self._parts(own, batch, targets):
+        compares = any(TERMS[name].taught for name in own)
+        for rows, known in self.compared.parts(batch, targets, compares=compares):
             some = (states, token_ids) if rows is None else (states[rows], token_ids[rows])
             found = self._own_path(own, *some, known, counts_right=evaluating)
             terms |= {name: terms[name] + x if name in terms else x for name, x in found.items()}
@@ -205,45 +202,9 @@ class LossTerms:
             self._prove(batch.student)
             output = self._vision_output(vision.output, with_gradient=not evaluating)
             terms |= self._switched_path(self.teacher, switched, output, batch, targets)
-        return self._counted(BatchTerms(terms, right, len(token_ids), {}, {}), batch, targets)
-
-    def _counted(self, found: BatchTerms, batch: Batch, targets: Targets | None) -> BatchTerms:
-        """Say over how many answer tokens each term is, and by how many it is divided."""
-        taught = 0 if targets is None else len(targets)
-        counts = {name: taught if term.taught else found.tokens for name, term in TERMS.items()}
-        if self.across is None:
-            return found._replace(counts=counts, divisors=dict.fromkeys(TERMS, found.tokens))
-        if batch.aligned is None:  # a stand-in
-            return found._replace(counts=counts, divisors=dict.fromkeys(TERMS, 0))
-        own = {name for name, term in TERMS.items() if term.taught and term.path == "own"}
-        aligned = 0 if targets is None else batch.aligned.count
-        return found._replace(counts=counts | dict.fromkeys(own, aligned), divisors=batch.aligned.divisors)
-
-    def _parts(
-        self, own: list[str], batch: Batch, targets: Targets | None
-    ) -> list[tuple[Tensor | None, Targets | OverCells | None]]:
-        """The student's answer tokens by what they are compared with: which they are (None: all), and the
-        teacher at them."""
-        if self.across is None:
-            if targets is None or batch.covered is None:
-                return [(None, targets)]
-            return [(batch.covered, targets), (~batch.covered, None)]
-        compares = any(TERMS[name].taught for name in own)
-        if targets is None or batch.aligned is None or not compares or not batch.aligned.rows:
-            return [(None, None)]
-        parts: list[tuple[Tensor | None, Targets | OverCells | None]] = []
-        for lead, (theirs, ours) in batch.aligned.rows.items():
-            some = targets.part(theirs) if isinstance(targets, LiveTargets) else targets.select(theirs)
-            parts.append((ours, OverCells(some, self._cells_after(lead, ours.device))))
-        return [*parts, (batch.aligned.rest, None)] if len(batch.aligned.rest) else parts
-
-    def _cells_after(self, lead: Lead, device: torch.device) -> Cells:
-        """Both vocabularies' cells on a device, laid out once."""
-        assert self.across is not None
-        assert self.across.pair is not None
-        if (lead, device) not in self._cells:
-            self._cells[lead, device] = Cells.of(self.across.pair.cells_after(lead)).to(device)
-        return self._cells[lead, device]
+        tokens = len(token_ids)
+        counts, divisors = self.compared.counts(batch, targets, tokens), self.compared.divisors(batch, tokens)
+        return BatchTerms(terms, right, tokens, counts, divisors)
 
     def targets_of(self, batch: Batch) -> Targets | None:
         """The teacher at the batch's answer tokens, or at those that the cache covers; None at none."""

@@ -251,6 +251,7 @@ def print_summary(summary: TrainSummary) -> None:
         print_left_out("samples, whose answers differ in bytes", aligned.differing, "not aligned")
     print_left_out("held-out samples that their cache lacks", summary.eval_missing)
     print_left_out("held-out samples that cannot be used", summary.eval_bad)
+    print_left_out("held-out samples, whose answers differ in bytes", summary.eval_differing, "not aligned")
     say(f"next: cachekd eval {summary.out} --data <held-out data> --teacher <teacher>")
 
 

@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cachekd.cache import LogitCache
 from cachekd.cache.layout import VOCABULARY_FILE
+from cachekd.check.data import RunModels
 from cachekd.config import DumpConfig, TrainConfig
-from cachekd.data import open_samples
+from cachekd.data import Limits, open_samples
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
@@ -33,6 +34,7 @@ from cachekd.train import train
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
+from cachekd.train.run import say_what_is_cut
 
 TERMS = ("ce", "align", "vsd")
 
@@ -180,18 +182,22 @@ def test_a_sample_whose_bytes_differ_is_named_and_trains_by_the_other_terms(
     data.write_text(json.dumps(records))
     student = with_nfkc(folder / "chatml", tmp_path / "student")
     said = {"data": str(data), "student": str(student)}
-    said["cache"] = str(cached(settings | said, tmp_path, tail="exact"))
+    said["cache"] = said["eval_cache"] = str(cached(settings | said, tmp_path, tail="exact"))
+    said["eval_data"] = str(data)
     with caplog.at_level(logging.WARNING):
         summary = train(TrainConfig(**settings | said))
+    assert summary.eval_differing == summary.aligned.differing
     assert summary.aligned.differing.samples == 1
     (key,) = summary.aligned.differing.first
     assert key == "s002"
     assert "ﬁve dogs" in summary.aligned.differing.first[key]
-    assert any("'s002'" in record.message for record in caplog.records)
+    for which in ("1 samples", "1 held-out samples"):
+        assert any(which in record.message and "'s002'" in record.message for record in caplog.records)
     run = recorded(summary.out)["across_tokenizers"]
     assert run["aligned"]["differing"]["first"] == summary.aligned.differing.first
     assert 0 < run["aligned"]["share"] < 1
     assert run["aligned"]["share"] == run["aligned"]["aligned"] / run["aligned"]["tokens"]
+    assert recorded(summary.out)["eval_differing"] == run["aligned"]["differing"]
     assert run["vocabularies"]["shared_strings"] > 256
     assert set(summary.terms) == set(TERMS)
     assert "samples of which nothing was aligned" in write_report(summary.out, []).read_text()
@@ -253,6 +259,21 @@ def test_each_side_is_cut_within_its_own_limits(settings, folder, tmp_path, lamb
         assert all(len(one.targets) == len(one.for_teacher.token_ids) for one in examples)
     summary = train(config)
     assert summary.aligned.differing.samples == 0
+
+
+def test_the_limit_of_either_side_is_told(settings, caplog):
+    """Once, where both have the same."""
+    student, teacher = (ModelFiles(settings[name]) for name in ("student", "teacher"))
+    ours, theirs = Limits(90, "the student's context", "cut"), Limits(80, "the teacher's context", "cut")
+    for limits, times in (((ours, theirs), 2), ((ours, ours), 1), ((ours, Limits()), 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            say_what_is_cut(
+                RunModels(*(m.within(each) for m, each in zip((student, teacher), limits, strict=True)))
+            )
+        assert len(caplog.records) == times
+        for record, limit in zip(caplog.records, limits, strict=False):
+            assert f"{limit.max_tokens} tokens ({limit.max_tokens_of})" in record.message
 
 
 def test_ids_beyond_the_others_embedding_are_no_fault(settings, folder, tmp_path):
@@ -317,6 +338,9 @@ def test_texts_alone_need_no_teacher(texts, tmp_path):
     with pytest.raises(CachekdError, match="does not say what its token ids stand for") as caught:
         train(TrainConfig(**texts | {"cache": str(old)}, out=tmp_path / "gone"))
     assert str(caught.value.fix).startswith("--teacher")
+    with pytest.raises(CachekdError, match="does not say what its token ids stand for") as caught:
+        train(TrainConfig(**texts | {"cache": str(old)}, teacher=texts["student"], out=tmp_path / "other"))
+    assert f"{texts['student']}: another tokenizer" in str(caught.value.found)
     teacher = str(Path(texts["cache"]).parent / "teacher")
     train(TrainConfig(**texts | {"cache": str(old)}, teacher=teacher, out=tmp_path / "named"))
     assert [entry["align"] for entry in steps(tmp_path / "named")] == [entry["align"] for entry in log]
@@ -343,6 +367,7 @@ def test_a_pair_that_reads_otherwise_is_refused_unless_it_is_asked_for(settings,
     assert "--align-vocabulary cells" in str(caught.value.fix)
     summary = train(TrainConfig(**settings | {"lambda_align": 0.0}))
     assert set(summary.terms) == {"ce", "vsd"}
+    assert summary.aligned is None  # nothing was to be: a share of 0 would say that it failed
     assert recorded(summary.out)["across_tokenizers"] == {"vocabularies": None, "aligned": None}
 
 
