@@ -120,6 +120,10 @@ class TrainingSamples(Dataset):
         if theirs is not None and self.teacher_encoder is not None:
             tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
             across.require_places(encoded, theirs, tokens)
+            if (
+                across.same_places and self.cache is not None
+            ):  # the switched path takes the student's pictures
+                theirs = theirs.without_pictures()
         ids = None if targets is None else targets.token_ids
         if self.cache is None and theirs is not None:  # live
             ids = theirs.token_ids
