@@ -166,7 +166,7 @@ def row(method: str, seed: int | None, heard: Heard, teacher: Heard) -> dict[str
     return {
         "method": method,
         "seed": seed,
-        "nats_per_byte": heard.nll / heard.bytes,
+        "nats_per_byte": heard.nll / heard.length,
         "top1": heard.right / heard.tokens,
         **next_byte_kl(teacher, heard),
     }
@@ -192,8 +192,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for method in [name for name in methods if name not in ("teacher", "before", "ce")]:
         cells = []
         for name, digits in FIGURES.items():
-            found = paired_difference(values[method, name], values["ce", name])
-            cells.append(with_error(found.mean.mean, found.half_width, f"+.{digits}f"))
+            gain = paired_difference(values[method, name], values["ce", name])
+            cells.append(with_error(gain.mean.mean, gain.half_width, f"+.{digits}f"))
         table.add_row(f"{method} - ce", *cells)
     Console().print(table)
 

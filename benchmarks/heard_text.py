@@ -25,7 +25,7 @@ class Heard:
 
     Attributes:
         nll: nats, of the answers' tokens but those that end them.
-        bytes: of the answers.
+        length: of the answers, in bytes.
         tokens: with those that end them.
         right: tokens that were the likeliest.
         next_byte: of each answer, by the place in it: [258] float32 logprobs of the byte that comes next.
@@ -33,7 +33,7 @@ class Heard:
     """
 
     nll: float = 0.0
-    bytes: int = 0
+    length: int = 0
     tokens: int = 0
     right: int = 0
     next_byte: list[dict[int, Tensor]] = field(default_factory=list)
@@ -47,8 +47,9 @@ def hear(model_path: Path, data: Path) -> Heard:
     encoder, tokens = files.encoder, files.token_bytes
     model = files.load(dtype=torch.float32, device=torch.device("cpu"))
     found = Heard()
-    for sample in open_samples(str(data)):
-        encoded = encoder(sample)
+    samples = open_samples(str(data))
+    for index in range(len(samples)):
+        encoded = encoder(samples[index])
         inputs = collate([encoded], encoder.pad_token_id)
         positions = predicting_positions(inputs.pop("supervised"))[0]
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0, positions]
@@ -60,7 +61,7 @@ def hear(model_path: Path, data: Path) -> Heard:
         parts = [b"" if end else tokens.contents[token] for token, end in zip(ids, is_end, strict=True)]
         text = b"".join(parts)
         found.nll -= float(said[~is_end].sum())
-        found.bytes += len(text.strip())
+        found.length += len(text.strip())
         found.tokens += len(ids)
         found.right += int((logprobs.argmax(-1) == ids).sum())
         found.truth.append(text.strip())
