@@ -9,7 +9,7 @@ from itertools import repeat, zip_longest
 from typing import Literal
 
 from cachekd.vocabulary import PLAIN, Alignment, Lead, VocabularyPair
-from cachekd.vocabulary.pieces import Piece, Reader
+from cachekd.vocabulary.pieces import Piece, Reader, blanks_before
 
 State = Literal["aligned", "other cells", "teacher inside a token", "student inside a token"]
 Reason = Literal["blanks", "CJK", "digits", "inside words", "signs, as in code", "end of turn", "other bytes"]
@@ -108,7 +108,7 @@ class SideBySide:
         )
         found: tuple[dict[int, _At], dict[int, _At]] = ({}, {})
         for number, sides in enumerate(zip_longest(*read)):
-            blanks = [0 if one is None else len(one.text) - len(one.text.lstrip()) for one in sides]
+            blanks = [0 if one is None else len(blanks_before(one.text).encode()) for one in sides]
             for side, piece in enumerate(sides):
                 if piece is None:
                     continue

@@ -56,6 +56,10 @@ class Encoded:
         pictures = {name: value for name, value in other.inputs.items() if name not in PER_TOKEN}
         return replace(self, inputs={**self.inputs, **pictures})
 
+    def without_pictures(self) -> Encoded:
+        """Its text alone, with the places of its images."""
+        return replace(self, inputs={name: value for name, value in self.inputs.items() if name in PER_TOKEN})
+
     @property
     def token_ids(self) -> Tensor:
         """[N] int64, the answer tokens."""

@@ -120,6 +120,8 @@ class TrainingSamples(Dataset):
         if theirs is not None and self.teacher_encoder is not None:
             tokens = self.encoder.image_token_id, self.teacher_encoder.image_token_id
             across.require_places(encoded, theirs, tokens)
+            if across.same_places and self.cache is not None:
+                theirs = theirs.without_pictures()  # the switched path looks at the student's alone
         ids = None if targets is None else targets.token_ids
         if self.cache is None and theirs is not None:  # live
             ids = theirs.token_ids

@@ -21,12 +21,12 @@ from cachekd.models.device import peak_memory, reset_peak, synchronize
 from cachekd.train.arguments import SwitchKDTrainingArguments
 from cachekd.train.batch import Batch, Example, batch_of
 from cachekd.train.data import TrainingSamples
-from cachekd.train.held_out import undisturbed
 from cachekd.train.open import load_trainer, open_run
 from cachekd.train.order import limits_of_batches
 from cachekd.train.size import RunSize, run_size
 from cachekd.train.student import memory_advice
 from cachekd.train.trainer import SwitchKDTrainer
+from cachekd.train.validation import undisturbed
 
 STEPS = 2  # that are timed, at least; the one before them allocates the optimizer's state
 

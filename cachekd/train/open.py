@@ -26,7 +26,7 @@ from cachekd.models.fingerprint import reads_otherwise
 from cachekd.train.across import AcrossTokenizers, across_tokenizers, say_how_vocabularies_meet
 from cachekd.train.arguments import SwitchKDTrainingArguments, explained
 from cachekd.train.data import TrainingSamples
-from cachekd.train.held_out import HeldOut, Validation, open_held_out
+from cachekd.train.held_out import HeldOut, open_held_out
 from cachekd.train.rounding import check_rounding
 from cachekd.train.student import check_peft_settings, load_student, require_adapters
 from cachekd.train.teacher import (
@@ -38,6 +38,7 @@ from cachekd.train.teacher import (
 )
 from cachekd.train.terms import LossTerms, TermLoss
 from cachekd.train.trainer import SwitchKDTrainer
+from cachekd.train.validation import Validation
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from cachekd.losses.terms import TERMS, options_off
 from cachekd.models.parts import parameters_by_part
 from cachekd.models.quantization import backend_of
 from cachekd.train.batch import Batch, Example, batch_of
-from cachekd.train.held_out import same_randomness
 from cachekd.train.terms import LossTerms
+from cachekd.train.validation import same_randomness
 
 if TYPE_CHECKING:
     from cachekd.train.trainer import SwitchKDTrainer

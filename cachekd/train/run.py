@@ -25,13 +25,13 @@ from cachekd.train.checkpoints import step_of
 from cachekd.train.cost import Cost
 from cachekd.train.data import TrainingSamples
 from cachekd.train.folder import RunFolder, claimed
-from cachekd.train.held_out import saved_evaluation
 from cachekd.train.inputs import inputs_of
 from cachekd.train.open import OpenRun, load_trainer, open_run
 from cachekd.train.size import RunSize, require_room, run_size
 from cachekd.train.student import memory_advice, save_merged
 from cachekd.train.term_gradients import gradient_name
 from cachekd.train.trainer import SwitchKDTrainer
+from cachekd.train.validation import saved_evaluation
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from cachekd.train.callbacks import DataWait, LastStep, Waited
 from cachekd.train.checkpoints import KeepBest, best_checkpoint, note_settings, saving_checkpoint
 from cachekd.train.cost import CostMeter
 from cachekd.train.data import Feed
-from cachekd.train.held_out import Validation
 from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weights_not_finite
 from cachekd.train.order import ReadsOn, order_of, token_loader
 from cachekd.train.reach import ProveGradients
@@ -34,6 +33,7 @@ from cachekd.train.rounding import rounds_at_random
 from cachekd.train.sums import BatchTerms, TermSums
 from cachekd.train.term_gradients import TermGradients
 from cachekd.train.terms import LossTerms
+from cachekd.train.validation import Validation
 
 
 class SwitchKDTrainer(Trainer):

@@ -15,6 +15,22 @@ from cachekd.vocabulary.token_bytes import TokenBytes
 AnswerIds = Sequence[int] | NDArray
 
 
+def blanks_before(text: bytes) -> str:
+    """The white space that a text begins with: Unicode's, as chat templates trim answers by it."""
+    read = _decoded(text)
+    return read[: len(read) - len(read.lstrip())]
+
+
+def without_blanks_behind(text: bytes) -> bytes:
+    """A text without the white space that it ends with, likewise."""
+    return _decoded(text).rstrip().encode(errors="surrogateescape")
+
+
+def _decoded(text: bytes) -> str:
+    """A token may end inside a character; what is no text stays what it is."""
+    return text.decode(errors="surrogateescape")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of an answer up to a name, or to the end of what there is.
@@ -49,7 +65,7 @@ class Piece:
     @property
     def is_blank(self) -> bool:
         """Whether it is white space that ends without a name, as behind a last end-of-turn token."""
-        return self.name is None and not self.text.strip()
+        return self.name is None and not without_blanks_behind(self.text)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.vocabulary.cells import CellMap, Side
-from cachekd.vocabulary.pieces import AnswerIds, Piece, Reader
+from cachekd.vocabulary.pieces import AnswerIds, Piece, Reader, blanks_before, without_blanks_behind
 from cachekd.vocabulary.token_bytes import TokenBytes
 
 _AROUND = 12  # bytes that a message shows before and behind where two answers differ
@@ -137,7 +137,7 @@ class _Found:
         is_end = (teacher.name is None and same == len(theirs)) or (
             student.name is None and same == len(ours)
         )
-        if not (cut and is_end) and theirs.rstrip() != ours.rstrip():
+        if not (cut and is_end) and without_blanks_behind(theirs) != without_blanks_behind(ours):
             here = slice(max(0, same - _AROUND), same + _AROUND)
             return (
                 f"from its byte {first + same} on the texts differ: the teacher reads {_told(theirs[here])}, "
@@ -174,11 +174,12 @@ class _Found:
 
 def _after_blanks(teacher: bytes, student: bytes) -> tuple[int, int]:
     """Where two texts begin to be the same: behind what only one of them has of the white space before it."""
-    blanks = [text[: len(text) - len(text.lstrip())] for text in (teacher, student)]
-    shared = min(map(len, blanks))
-    while not blanks[0].endswith(blanks[1][len(blanks[1]) - shared :]):
+    theirs, ours = blanks_before(teacher), blanks_before(student)
+    shared = min(len(theirs), len(ours))
+    while not theirs.endswith(ours[len(ours) - shared :]):
         shared -= 1
-    return len(blanks[0]) - shared, len(blanks[1]) - shared
+    first, second = (len(blanks[: len(blanks) - shared].encode()) for blanks in (theirs, ours))
+    return first, second
 
 
 def _begins(one: bytes, other: bytes) -> bool:

@@ -503,7 +503,7 @@ def test_a_bridge_leads_into_the_teachers_own_text(settings, tmp_path, patch_siz
     found = trainer.terms_of(trainer.model, batch)
     with capture_vision(trainer.vlm) as vision:
         trainer.vlm(**batch.student.tensors)
-    inputs = batch.teacher
+    inputs = batch.teacher if patch_size == 16 else batch.teacher.with_pictures_of(batch.student)
     logits = trainer.teacher.logits(trainer.bridge(vision.output), inputs.tensors, inputs.positions)
     targets = batch.targets
     how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}

@@ -64,6 +64,8 @@ def test_vsd_is_that_of_a_student_with_the_teachers_tokenizer(settings, folder, 
         trainer = make_trainer(TrainConfig(**settings | changed), tmp_path / name)
         batch, terms = terms_of(trainer, range(5))
         assert (batch.aligned is None) == (name == "same")
+        if batch.aligned is not None:  # pictures that nobody looks at are not carried to the device
+            assert ("pixel_values" in batch.teacher.tensors) == live
         terms.terms["vsd"].backward()
         tower = trainer.vlm.model.vision_tower.named_parameters()
         gradient = {name: p.grad for name, p in tower if p.grad is not None}

@@ -193,6 +193,22 @@ def test_white_space_before_the_end_of_turn_may_differ():
     assert rows == {PLAIN: [(0, 0), (1, 1)]}
 
 
+def test_white_space_that_is_not_ascii_is_trimmed_by_templates_too():
+    """An ideographic space before an answer and a no-break space behind it; as a token, or in one."""
+    wide, hard = "\u3000".encode(), "\u00a0".encode()
+    _, rows, found = aligned([wide, b"red", hard, "<end>"], [b"red", "<end>"])
+    assert rows == {PLAIN: [(1, 0)]}
+    assert (found.common, found.differs) == (2, None)
+    _, rows, found = aligned([wide + b"red", "<end>"], [b"red", "<end>"])
+    assert rows == {Lead("teacher", wide): [(0, 0)], PLAIN: [(1, 1)]}
+    _, rows, _ = aligned([wide[:1], wide[1:], b"red", "<end>"], [b"red", "<end>"])
+    assert rows == {PLAIN: [(2, 0), (3, 1)]}
+    # Two that end with the same bytes are different characters.
+    _, rows, found = aligned([wide, b"red", "<end>"], ["\u2000".encode(), b"red", "<end>"])
+    assert rows == {PLAIN: [(1, 1), (2, 2)]}
+    assert found.common == 2
+
+
 def test_two_blanks_of_one_length_are_not_the_same_bytes():
     _, rows, found = aligned([b"red", b"\n", "<end>"], [b"red", b" ", "<end>"])
     assert rows == {PLAIN: [(0, 0)]}
