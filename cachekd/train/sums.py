@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,18 @@ class BatchTerms(NamedTuple):
     tokens: int
     counts: dict[str, int]
     divisors: dict[str, int]
+
+
+def term_tokens(divisors: Iterable[Mapping[str, int]]) -> Tensor:
+    """[T] int64: what the sums of several batches are divided by, in the order of `TERMS`."""
+    rows = [[0] * len(TERMS), *([each[name] for name in TERMS] for each in divisors)]
+    return torch.tensor(rows).sum(0)
+
+
+def each_divided(terms: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+    """Add terms up, each divided by its own number of answer tokens, of `term_tokens`."""
+    divisors = dict(zip(TERMS, tokens.unbind(), strict=True))
+    return torch.stack([term / divisors[name] for name, term in terms.items()]).sum()
 
 
 class TermSums:

@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from cachekd.data import SampleEncoder
 from cachekd.data.loader import WorkerLoader
 from cachekd.errors import CachekdError
-from cachekd.losses.terms import TERMS
 from cachekd.models import load_model, save_processor
 from cachekd.models.bridge import add_to_optimizer, mean_gradients, no_sharding
 from cachekd.train.arguments import SwitchKDTrainingArguments
@@ -30,7 +29,7 @@ from cachekd.train.not_finite import Computed, stop_if_not_finite, stop_if_weigh
 from cachekd.train.order import ReadsOn, order_of, token_loader
 from cachekd.train.reach import ProveGradients
 from cachekd.train.rounding import rounds_at_random
-from cachekd.train.sums import BatchTerms, TermSums
+from cachekd.train.sums import BatchTerms, TermSums, each_divided, term_tokens
 from cachekd.train.term_gradients import TermGradients
 from cachekd.train.terms import LossTerms
 from cachekd.train.validation import Validation
@@ -130,15 +129,10 @@ class SwitchKDTrainer(Trainer):
         loss = sum(weighted.values(), torch.zeros_like(found.terms["ce"]))
         terms = {name: term.detach() for name, term in found.terms.items()}
         self._step.append(Computed(loss.detach(), terms, inputs))
-        if self.terms.across is None:
-            tokens = torch.as_tensor(found.tokens if num_items_in_batch is None else num_items_in_batch)
-            loss = loss / tokens.clamp(min=1)  # where a whole step is left out, all is 0
-        else:
-            tokens = torch.as_tensor(0 if num_items_in_batch is None else num_items_in_batch)
-            if not tokens.ndim:  # not of a step of ours
-                tokens = torch.tensor([found.divisors[name] for name in TERMS], device=loss.device)
-            divisors = dict(zip(TERMS, tokens.clamp(min=1).unbind(), strict=True))
-            loss = sum((x / divisors[name] for name, x in weighted.items()), torch.zeros_like(loss))
+        alone = found.tokens if self.terms.across is None else term_tokens([found.divisors])
+        tokens = torch.as_tensor(alone if num_items_in_batch is None else num_items_in_batch)
+        tokens = tokens.clamp(min=1)  # where a whole step is left out, all is 0
+        loss = each_divided(weighted, tokens) if tokens.ndim else loss / tokens
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # of whose gradients DDP takes the mean
         return (loss, found.terms) if return_outputs else loss
@@ -209,8 +203,7 @@ class SwitchKDTrainer(Trainer):
         found, tokens = super().get_batch_samples(batches, num_batches, device)
         if self.terms.across is None or tokens is None:
             return found, tokens
-        counts = [[0] * len(TERMS), *(list(each.aligned.divisors.values()) for each in found if each.aligned)]
-        tokens = torch.tensor(counts).sum(0).to(device)
+        tokens = term_tokens(each.aligned.divisors for each in found if each.aligned).to(device)
         if self.args.average_tokens_across_devices:
             tokens = self.accelerator.reduce(tokens)
         return found, tokens
