@@ -90,7 +90,7 @@ def train_uld(config: TrainConfig, cache_folder: Path, *, weight: float = WEIGHT
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append([float(ce.detach() / answers.sum()), float(uld) / max(1, pairs)])
+            losses.append([float(ce.detach() / answers.sum()), float(uld.detach()) / max(1, pairs)])
     seconds = time.perf_counter() - started
     model.save_pretrained(out / "adapter")
     files = ModelFiles(config.student)
