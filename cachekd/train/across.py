@@ -139,7 +139,7 @@ def say_how_vocabularies_meet(
         log.warning("teacher and student have different tokenizers: each reads the samples by its own")
         return
     own = labels(name for name in config.taught if TERMS[name].path == "own")
-    kind = "the strings that both have" if config.align_vocabulary == "exact" else "cells of tokens"
+    kind = "cells of strings that both have" if config.align_vocabulary == "exact" else "cells of tokens"
     log.warning(
         "teacher and student have different tokenizers, of %s and %s tokens: each reads the samples by its "
         "own, and %s compares them over %s %s, where both have read the same bytes (%s strings are in both)",

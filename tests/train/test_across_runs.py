@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -344,6 +345,19 @@ def test_texts_alone_need_no_teacher(texts, tmp_path):
     teacher = str(Path(texts["cache"]).parent / "teacher")
     train(TrainConfig(**texts | {"cache": str(old)}, teacher=teacher, out=tmp_path / "named"))
     assert [entry["align"] for entry in steps(tmp_path / "named")] == [entry["align"] for entry in log]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "over"), [("cells", "of tokens"), ("exact", "of strings that both have")]
+)
+def test_the_log_says_over_what_is_compared(texts, tmp_path, caplog, vocabulary, over):
+    with caplog.at_level(logging.WARNING):
+        make_trainer(
+            TrainConfig(**texts | {"align_vocabulary": vocabulary}, out=tmp_path / "x"), tmp_path / "t"
+        )
+    said = [record.message for record in caplog.records if "different tokenizers" in record.message]
+    assert len(said) == 1
+    assert re.search(rf"over \d+ cells {over}, where both have read", said[0])
 
 
 def test_a_cache_without_a_sketch_says_that_cells_are_not_exact(texts, tmp_path, caplog):
