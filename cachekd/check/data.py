@@ -206,7 +206,7 @@ def checked_cache(
     missing: dict[str, str] = {}
     if cache is not None:
         if not across or not config.crosses:
-            check_text(cache, models.student, instead=f"; or {ALIGN}" if across else "")
+            check_text(cache, models.student, instead=ALIGN if across else "")
         elif models.teacher is not None:
             check_text(cache, models.teacher, "teacher's")
     if cache is not None and samples is not None:

@@ -9,8 +9,8 @@ from cachekd.models.fingerprint import reads_otherwise
 
 # Across tokenizers: what a run may say instead of having one tokenizer.
 ALIGN = (
-    "--align-vocabulary cells, which compares the two where both have read the same bytes, over classes of "
-    "tokens"
+    "--align-vocabulary cells compares the two where both have read the same bytes, over classes of tokens; "
+    "or "
 )
 
 
@@ -19,7 +19,7 @@ def check_text(cache: LogitCache, model: ModelFiles, whose: str = "student's", i
 
     Args:
         whose: the model is.
-        instead: what else would help, behind a semicolon.
+        instead: what else would help, such as `ALIGN`; it comes first.
 
     Raises:
         CachekdError: what differs, and how.
@@ -50,8 +50,8 @@ def check_text(cache: LogitCache, model: ModelFiles, whose: str = "student's", i
 
 def _fix(name: str, whose: str, instead: str) -> str:
     if whose == "student's":
-        return f"give the student the teacher's {name}, or run `cachekd dump` again{instead}"
-    return f"name the cache's own teacher, or run `cachekd dump` again{instead}"
+        return f"{instead}give the student the teacher's {name}, or run `cachekd dump` again"
+    return f"{instead}name the cache's own teacher, or run `cachekd dump` again"
 
 
 def require_text_alike(teacher: ModelFiles, student: ModelFiles) -> None:
@@ -60,8 +60,7 @@ def require_text_alike(teacher: ModelFiles, student: ModelFiles) -> None:
     Raises:
         CachekdError: what differs, and how.
     """
-    instead = f"; or {ALIGN}"
-    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer, instead=instead)
+    check_tokenizers(teacher.processor.tokenizer, student.processor.tokenizer, instead=ALIGN)
     theirs, ours = teacher.fingerprints, student.fingerprints
     if not reads_otherwise(theirs, ours):
         return
@@ -73,7 +72,7 @@ def require_text_alike(teacher: ModelFiles, student: ModelFiles) -> None:
         where=f"{teacher.path} and {student.path}",
         expected=f"sha256 {theirs.chat_template if template else theirs.encoding}",
         found=f"sha256 {ours.chat_template if template else ours.encoding}",
-        fix="save the teacher's chat_template.jinja beside the student's processor" + instead
+        fix=ALIGN + "save the teacher's chat_template.jinja beside the student's processor"
         if template
-        else f"the same kind of processor for both{instead}",
+        else f"{ALIGN}the same kind of processor for both",
     )

@@ -26,7 +26,7 @@ def check_tokenizers(teacher: Any, student: Any, *, instead: str = "") -> None:
     Padded vocabularies are no difference: the models' embeddings may have rows that no token uses.
 
     Args:
-        instead: what else would help.
+        instead: what else would help; it comes first.
 
     Raises:
         CachekdError: the first tokens that differ.
@@ -38,7 +38,7 @@ def check_tokenizers(teacher: Any, student: Any, *, instead: str = "") -> None:
             where=f"{teacher.name_or_path} and {student.name_or_path}",
             expected="the same tokens with the same ids and the same splitting rules",
             found=difference,
-            fix=f"choose a student of the teacher's family, or give it the teacher's tokenizer{instead}",
+            fix=f"{instead}choose a student of the teacher's family, or give it the teacher's tokenizer",
         )
 
 
