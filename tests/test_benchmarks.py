@@ -266,7 +266,8 @@ def test_text_is_distilled_across_tokenizers_and_measured(texts, tmp_path, monke
         torch.cat([weight.flatten() for weight in load_file(path / "model.safetensors").values()])
         for path in (runs / name / "seed-0" / "student" for name in ("ce", "uld", "cells"))
     )
-    assert (uld - ce).abs().max() < 2e-6  # gradients are summed in another order, in bfloat16
+    # Gradients are summed in another order, in bfloat16, and AdamW makes steps of tiny ones.
+    assert (uld - ce).norm() < 0.1 * (cells - ce).norm()
     assert (cells - ce).abs().max() > 1e-4
 
 
