@@ -254,6 +254,7 @@ def test_text_is_distilled_across_tokenizers_and_measured(texts, tmp_path, monke
     teacher = save_lm(tmp_path / "teacher", seed=1, rows=720, sharp=15.0, shape="mistral")
     student = save_lm(tmp_path / "student", seed=2)
     monkeypatch.setattr(texts.train_uld, "__kwdefaults__", {"weight": 0.0})
+    monkeypatch.setitem(texts.SETTINGS, "dtype", "float32")
     sizes = {"train": 8, "held_out": 3, "epochs": 2, "seeds": 1, "packages": "networkx"}
     texts.main(tmp_path / "out", **sizes, teacher=teacher, student=student, as_json=True)
     printed = capsys.readouterr().out
@@ -266,8 +267,7 @@ def test_text_is_distilled_across_tokenizers_and_measured(texts, tmp_path, monke
         torch.cat([weight.flatten() for weight in load_file(path / "model.safetensors").values()])
         for path in (runs / name / "seed-0" / "student" for name in ("ce", "uld", "cells"))
     )
-    # Gradients are summed in another order, in bfloat16, and AdamW makes steps of tiny ones.
-    assert (uld - ce).norm() < 0.1 * (cells - ce).norm()
+    assert (uld - ce).abs().max() < 2e-6  # gradients are summed in another order
     assert (cells - ce).abs().max() > 1e-4
 
 
