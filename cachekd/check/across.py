@@ -114,7 +114,9 @@ class Across:
             return Row(name, "ok", f"the same on both sides in {self.answers.samples:,} sample(s)")
         named = [f"{key!r} ({how})" for key, how in islice(differing.items(), _NAMED)]
         more = [f"{len(differing) - _NAMED:,} more"] if len(differing) > _NAMED else []
-        text = f"{len(differing):,} of {self.answers.samples:,} sample(s) differ, and train by L_CE alone: "
+        text = (
+            f"{len(differing):,} of {self.answers.samples:,} sample(s) differ, and L_Align leaves them out: "
+        )
         return Row(name, "note", text + "; ".join([*named, *more]), "nothing, if that is meant")
 
 

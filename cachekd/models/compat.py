@@ -123,7 +123,7 @@ def switch_differences(teacher: Any, student: Any, *, own_text: bool = False) ->
         for name in names
     ]
     for name in family.equally_many:
-        taps = (len(_setting(config, name)) for config in (teacher, student))
+        taps = (len(_setting(config, name) or ()) for config in (teacher, student))
         found.append(SwitchDifference(f"number of {name}", name, *taps))
     return [difference for difference in found if difference.teacher != difference.student]
 

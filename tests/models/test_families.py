@@ -7,6 +7,7 @@ import json
 import pickle
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tiny import noise_image, png_bytes, write_tar
 from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
-from transformers import AutoConfig, AutoModelForImageTextToText, GraniteConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, GraniteConfig
 
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import Encoded, Sample, SampleEncoder, collate, predicting_positions
@@ -43,6 +44,7 @@ from cachekd.models import (
     prove_split,
 )
 from cachekd.models import families as known
+from cachekd.models.compat import switch_differences
 from cachekd.models.families import family_of, projectors_in_tower, vision_tower
 from cachekd.models.loading import keep_statistics
 from cachekd.paths import RUN_FILE
@@ -513,3 +515,13 @@ def test_the_table_has_every_family_and_feature():
     text = support_table.PATH.read_text()
     assert all(f"| {name} | {meaning} |" in text for name, meaning in FEATURES.items())
     assert all(tiny.notes in text for tiny in FAMILIES.values())
+
+
+@pytest.mark.parametrize(("teacher", "student"), list(permutations(known.FAMILIES, 2)))
+def test_two_families_differ_in_words(teacher, student):
+    """Whatever one of them has no setting for."""
+    configs = [CONFIG_MAPPING[name]() for name in (teacher, student)]
+    found = switch_differences(*configs)
+    assert found[0].setting == "model_type"
+    with pytest.raises(CachekdError, match="cannot be switched"):
+        check_switch(*configs)
