@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from caches import cached
 from templates import shape_processor
 from tiny import QUESTIONS, noise_image, save_vlm, tiny_processor, tiny_vlm
 from transformers import LlavaProcessor
@@ -82,3 +84,18 @@ def save_pair(folder: Path) -> Path:
     for name in STUDENTS:
         save_student(folder / name, name, same)
     return folder
+
+
+def run_settings(folder: Path, out: Path, **others: object) -> dict[str, Any]:
+    """A run of a pair of `save_pair`, and its cache; the data are `write_data`'s in "data"."""
+    settings: dict[str, Any] = {
+        "teacher": str(folder / "teacher"),
+        "data": str(folder / "data" / "data.json"),
+        "student": str(folder / "vicuna"),
+        "batch_size": 4,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "align_vocabulary": "cells",
+        "out": out,
+    }
+    return settings | others | {"cache": str(cached(settings, folder, tail="exact"))}

@@ -9,7 +9,7 @@ from itertools import repeat, zip_longest
 from typing import Literal
 
 from cachekd.vocabulary import PLAIN, Alignment, Lead, VocabularyPair
-from cachekd.vocabulary.pieces import Piece, Reader, blanks_before
+from cachekd.vocabulary.pieces import Piece, Readers, blanks_before
 
 State = Literal["aligned", "other cells", "teacher inside a token", "student inside a token"]
 Reason = Literal["blanks", "CJK", "digits", "inside words", "signs, as in code", "end of turn", "other bytes"]
@@ -53,7 +53,7 @@ class SideBySide:
 
     def __init__(self, pair: VocabularyPair) -> None:
         self.pair = pair
-        self._teacher, self._student = Reader(pair.teacher), Reader(pair.student)
+        self._readers = Readers(pair.teacher, pair.student)
 
     def places(self, teacher_ids: Sequence[int], student_ids: Sequence[int], found: Alignment) -> list[Place]:
         """All places of a sample's answers in the order of their bytes; each token is in one of them.
@@ -83,7 +83,7 @@ class SideBySide:
         Args:
             aligned: the numbers of those that are.
         """
-        pieces = self._student.pieces(student_ids, joined=self._joined)
+        pieces = self._readers.of_student(student_ids)
         seen = 0
         for piece in pieces:
             for place, number in enumerate(piece.numbers.tolist()):
@@ -92,20 +92,12 @@ class SideBySide:
                     yield _reason(piece, place)
         yield from repeat("end of turn", len(student_ids) - seen)
 
-    @property
-    def _joined(self) -> bool:
-        """Whether one side writes no end-of-turn token, so that the other's are passed over."""
-        return None in (self.pair.teacher.end_of_turn, self.pair.student.end_of_turn)
-
     def _begins(
         self, teacher_ids: Sequence[int], student_ids: Sequence[int]
     ) -> tuple[dict[int, _At], dict[int, _At]]:
         """Where the answer tokens of either side begin, by their numbers. A blank before an answer that only
         one side's answer has, as the other's chat template writes it, begins where the answer does."""
-        read = (
-            self._teacher.pieces(teacher_ids, joined=self._joined),
-            self._student.pieces(student_ids, joined=self._joined),
-        )
+        read = self._readers.pieces(teacher_ids, student_ids)
         found: tuple[dict[int, _At], dict[int, _At]] = ({}, {})
         for number, sides in enumerate(zip_longest(*read)):
             blanks = [0 if one is None else len(blanks_before(one.text).encode()) for one in sides]

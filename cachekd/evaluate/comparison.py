@@ -69,7 +69,7 @@ class Comparison:
 
     Where an answer is the same tokens for both, these are compared. Else (another tokenizer, or another chat
     template's end of an answer) the two are compared at the places where both have read the same bytes, over
-    cells: classes of tokens that both vocabularies can tell apart (`cachekd.vocabulary`). There, both
+    cells: classes of tokens that both can say (`cachekd.vocabulary`). There, both
     distributions are normalised over the cells.
 
     Args:

@@ -88,7 +88,7 @@ class Reader:
         names[list(self.tokens.special)] = True
         return names
 
-    def pieces(self, ids: Sequence[int] | NDArray, *, joined: bool) -> list[Piece]:
+    def pieces(self, ids: AnswerIds, *, joined: bool) -> list[Piece]:
         """Cut a sample's answer tokens behind each name.
 
         Args:
@@ -120,3 +120,22 @@ class Reader:
             self.tokens.contents[number] for number in ids[: len(ids) - (name is not None)].tolist()
         )
         return Piece(text, name, kept, ids, starts)
+
+
+class Readers:
+    """Two vocabularies, ready to cut a sample's answer tokens in the same way.
+
+    Where one of them has no end-of-turn token, the other's are passed over.
+    """
+
+    def __init__(self, teacher: TokenBytes, student: TokenBytes) -> None:
+        self.teacher, self.student = Reader(teacher), Reader(student)
+        self._joined = None in (teacher.end_of_turn, student.end_of_turn)
+
+    def pieces(self, teacher_ids: AnswerIds, student_ids: AnswerIds) -> tuple[list[Piece], list[Piece]]:
+        """The teacher's pieces, and the student's."""
+        return self.teacher.pieces(teacher_ids, joined=self._joined), self.of_student(student_ids)
+
+    def of_student(self, ids: AnswerIds) -> list[Piece]:
+        """See `Reader.pieces`."""
+        return self.student.pieces(ids, joined=self._joined)

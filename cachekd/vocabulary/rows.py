@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cachekd.vocabulary.cells import CellMap, Side
-from cachekd.vocabulary.pieces import AnswerIds, Piece, Reader, blanks_before, without_blanks_behind
+from cachekd.vocabulary.pieces import AnswerIds, Piece, Readers, blanks_before, without_blanks_behind
 from cachekd.vocabulary.token_bytes import TokenBytes
 
 _AROUND = 12  # bytes that a message shows before and behind where two answers differ
@@ -60,14 +60,13 @@ class Aligner:
     def __init__(
         self, teacher: TokenBytes, student: TokenBytes, cells_after: Callable[[Lead], CellMap]
     ) -> None:
-        self._teacher, self._student = Reader(teacher), Reader(student)
+        self._tokens: dict[Side, TokenBytes] = {"teacher": teacher, "student": student}
+        self._readers = Readers(teacher, student)
         self._cells_after = cells_after
 
     def __call__(self, teacher_ids: AnswerIds, student_ids: AnswerIds, *, cut: bool) -> Alignment:
         """Align as `VocabularyPair.aligned` says."""
-        joined = None in (self._teacher.tokens.end_of_turn, self._student.tokens.end_of_turn)
-        teacher = self._teacher.pieces(teacher_ids, joined=joined)
-        student = self._student.pieces(student_ids, joined=joined)
+        teacher, student = self._readers.pieces(teacher_ids, student_ids)
         for pieces, others in ((teacher, student), (student, teacher)):
             if len(pieces) == len(others) + 1 and pieces[-1].is_blank:
                 pieces.pop()
@@ -76,7 +75,7 @@ class Aligner:
             differs = found.add(theirs, ours, cut=cut) or self._names_differ(theirs, ours)
             if differs is not None:
                 return Alignment({}, 0, 0, f"answer {answer}: {differs}")
-            answer += theirs.name is not None and theirs.name == self._teacher.tokens.end_of_turn
+            answer += theirs.name is not None and theirs.name == self._tokens["teacher"].end_of_turn
         if len(teacher) != len(student) and not cut:
             return Alignment({}, 0, 0, self._more(teacher, student))
         return self._in_one_cell(found)
@@ -87,17 +86,16 @@ class Aligner:
         cells = self._cells_after(PLAIN)
         if cells.teacher[theirs.name] == cells.student[ours.name] != -1:
             return None
-        names = self._teacher.tokens.contents[theirs.name], self._student.tokens.contents[ours.name]
+        names = self._tokens["teacher"].contents[theirs.name], self._tokens["student"].contents[ours.name]
         teacher, student = (_told(name) for name in names)
         return f"behind {_told(theirs.text[-_AROUND:])} the teacher reads {teacher} and the student {student}"
 
     def _more(self, teacher: list[Piece], student: list[Piece]) -> str:
         """Say what only one side has."""
-        side, pieces, others = ("teacher", teacher, len(student))
-        if len(student) > len(teacher):
-            side, pieces, others = ("student", student, len(teacher))
-        contents = getattr(self, f"_{side}").tokens.contents
-        more = b"".join(contents[number] for number in pieces[others].ids[:_AROUND].tolist())
+        side: Side = "student" if len(student) > len(teacher) else "teacher"
+        longer, shorter = sorted((teacher, student), key=len, reverse=True)
+        contents = self._tokens[side].contents
+        more = b"".join(contents[number] for number in longer[len(shorter)].ids[:_AROUND].tolist())
         return f"the {side} reads more: {_told(more)} behind the other's last token"
 
     def _in_one_cell(self, found: _Found) -> Alignment:

@@ -12,12 +12,11 @@ import pytest
 import torch
 from caches import cached, copied, reseal, select_samples
 from launch import train_in_two_processes
-from runs import CutShort, losses
 from safetensors.torch import load_file
 from templates import shape_processor
 from tiny import tiny_processor
 from tiny_texts import save_lm, write_texts
-from tokenizer_pairs import save_pair, save_student, write_data
+from tokenizer_pairs import run_settings, save_pair, save_student, write_data
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cachekd.cache import LogitCache
@@ -36,6 +35,7 @@ from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
 from cachekd.train.run import say_what_is_cut
+from runs import CutShort, losses
 
 TERMS = ("ce", "align", "vsd")
 
@@ -50,18 +50,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(folder, tmp_path) -> dict:
-    settings = {
-        "teacher": str(folder / "teacher"),
-        "data": str(folder / "data" / "data.json"),
-        "student": str(folder / "vicuna"),
-        "batch_size": 4,
-        "epochs": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "align_vocabulary": "cells",
-        "out": tmp_path / "run",
-    }
-    return settings | {"cache": str(cached(settings, folder, tail="exact"))}
+    return run_settings(folder, tmp_path / "run", epochs=2)
 
 
 def recorded(out: Path) -> dict:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from caches import cached
-from tokenizer_pairs import STUDENTS, save_pair, write_data
+from tokenizer_pairs import STUDENTS, run_settings, save_pair, write_data
 
 from cachekd.config import TrainConfig
 from cachekd.losses import cross_entropy_loss
@@ -28,19 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def settings(folder, tmp_path) -> dict:
-    settings = {
-        "teacher": str(folder / "teacher"),
-        "data": str(folder / "data" / "data.json"),
-        "student": str(folder / "vicuna"),
-        "batch_size": 4,
-        "epochs": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "save_steps": 0,
-        "align_vocabulary": "cells",
-        "out": tmp_path / "run",
-    }
-    return settings | {"cache": str(cached(settings, folder, tail="exact"))}
+    return run_settings(folder, tmp_path / "run", epochs=1, save_steps=0)
 
 
 def terms_of(trainer, indices):
