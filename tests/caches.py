@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import tar_members, write_tar
 
 from cachekd.cache import (
     CodecSettings,
@@ -35,6 +34,7 @@ from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.paths import MANIFEST_FILE
 from cachekd.vocabulary import TokenBytes
+from tiny import tar_members, write_tar
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "cache" / "golden"

@@ -69,10 +69,11 @@ def hash_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_nothing_made_in_vain(pytestconfig: pytest.Config) -> None:
-    import second_device
     import torch
     import typer.testing
     from transformers import GenerationConfig, PreTrainedConfig
+
+    import second_device
 
     torch.set_num_threads(1)
     if not _sees_a_gpu(pytestconfig):
@@ -93,6 +94,7 @@ def _what_was_imported_is_no_garbage() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     import huggingface_hub
+
     from hub_server import TOKEN, running_hub
 
     with running_hub() as server:
@@ -174,9 +176,8 @@ def unequal_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     """The card of all models that are loaded; it has endless memory, until a test says how much."""
-    from cards import Card
-
     from cachekd.models import model_files
+    from cards import Card
 
     found = Card()
     monkeypatch.setattr(model_files, "load_model", found.load)

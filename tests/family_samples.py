@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from tiny import noise_image
-from tiny_families import FAMILIES
 
 from cachekd.data import Sample, SampleEncoder
 from cachekd.data.conversation import messages_from_turns
+from tiny import noise_image
+from tiny_families import FAMILIES
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 

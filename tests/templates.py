@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from tiny import CORPUS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from cachekd.models.processors import TextProcessor
+from tiny import CORPUS
 
 Pieces = list[tuple[str, bool]]  # text, and whether it is supervised
 Pairs = list[tuple[str, str]]

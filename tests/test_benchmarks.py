@@ -7,13 +7,13 @@ import math
 
 import pytest
 import torch
-from caches import ROOT, model_states
-from launch import output_of
 from safetensors.torch import load_file
-from tiny import tiny_processor
-from tiny_texts import save_lm
 
 from cachekd.vocabulary import TokenBytes
+from caches import ROOT, model_states
+from launch import output_of
+from tiny import tiny_processor
+from tiny_texts import save_lm
 
 BENCHMARKS = ROOT / "benchmarks"
 

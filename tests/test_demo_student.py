@@ -11,12 +11,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from caches import ROOT
 from safetensors.torch import load_file
 
 from cachekd.data import sample_from_llava
 from cachekd.models import ModelFiles, load_model, load_processor
 from cachekd.models.fingerprint import reads_otherwise
+from caches import ROOT
 
 EXAMPLE = ROOT / "examples" / "easy_vqa"
 SIZES = ("--pictures=64", "--tower-steps=2", "--language-steps=5", "--projector-steps=2")

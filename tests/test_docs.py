@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from caches import ROOT
-from tiny import MARKED_TEMPLATE, tiny_processor
 from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,6 +29,8 @@ from transformers import (
 
 from cachekd.models import load_config, load_model, load_processor
 from cachekd_cli.main import app
+from caches import ROOT
+from tiny import MARKED_TEMPLATE, tiny_processor
 
 PAGES = [
     ROOT / "README.md",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import CORPUS, MARKED_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -66,6 +65,7 @@ from transformers import (
 from transformers.processing_utils import ProcessorMixin
 
 from cachekd.models.processors import without_video
+from tiny import CORPUS, MARKED_TEMPLATE
 
 SPECIAL = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 VOCABULARY = 384  # rows of the embeddings; the tokenizers have fewer tokens

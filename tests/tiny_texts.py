@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from templates import shape_processor
 from tiny import conversation
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def save_lm(

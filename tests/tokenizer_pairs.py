@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from caches import cached
-from templates import shape_processor
-from tiny import QUESTIONS, noise_image, save_vlm, tiny_processor, tiny_vlm
 from transformers import LlavaProcessor
 
 from cachekd.models import load_model
+from caches import cached
+from templates import shape_processor
+from tiny import QUESTIONS, noise_image, save_vlm, tiny_processor, tiny_vlm
 
 # SentencePiece-like with a BOS, and a template that writes the blank before an answer; byte-level;
 # SentencePiece-like without a blank before the text; byte-level, with a BOS, and an answer behind a blank.

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from caches import GOLDEN, ROOT, VOCAB, header, logits_of, sample, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +38,7 @@ from cachekd.cache.shard import make_shard, pack_shard, read_shard
 from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss, kneedle_k
 from cachekd.losses.targets import DenseTargets
+from caches import GOLDEN, ROOT, VOCAB, header, logits_of, sample, write_cache
 
 
 def assert_equal_records(a: TokenTargets, b: TokenTargets) -> None:

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import yaml
 import zarr
-from caches import GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY, ROOT, files_of
-from schema_files import schema, valid
-from tiny import conversation, tar_members, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest
@@ -28,6 +25,9 @@ from cachekd.data.records import TURN_FIELDS
 from cachekd.errors import BadSample, CachekdError
 from cachekd.schemas import SCHEMAS
 from cachekd_cli.main import app
+from caches import GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY, ROOT, files_of
+from schema_files import schema, valid
+from tiny import conversation, tar_members, write_llava_json
 
 DOCUMENT = (ROOT / "docs" / "format.md").read_text()
 # In a process that has no cachekd: every row of every sample, to a file.

@@ -16,18 +16,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import hostile_edits
 import numpy as np
 import pytest
-from caches import GOLDEN, ROOT, copied, files_of, flip, reseal
 from numcodecs.blosc import Blosc
 from numcodecs.checksum32 import CRC32C
 from pcodec import ChunkConfig, standalone
 
+import hostile_edits
 from cachekd.cache.container import pack_arrays, read_arrays
 from cachekd.cache.layout import VOCABULARY_FILE
 from cachekd.cache.shard import pack_codes, read_codes
 from cachekd.cache.vocabulary import VOCABULARY_FORMAT
+from caches import GOLDEN, ROOT, copied, files_of, flip, reseal
 
 SPARE = 512 * 2**20  # bytes of address space that reading may take, whatever the file says
 BLOWN_UP = 20  # times the decoded arrays: what reading takes at the most, in passing

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied, select_samples
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -26,6 +25,7 @@ from cachekd.cache.repair import repair
 from cachekd.cache.verify import strays
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
+from caches import copied, select_samples
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "12")),

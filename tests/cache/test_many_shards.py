@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import ROOT, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -30,6 +29,7 @@ from cachekd.errors import CachekdError
 from cachekd.report.peek import choose
 from cachekd_cli.derive import print_samples
 from cachekd_cli.main import app
+from caches import ROOT, write_cache
 
 PER_SHARD = 200
 

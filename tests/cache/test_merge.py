@@ -10,6 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
+from cachekd.cache import CachedTargets, LogitCache, LogitCacheWriter, Manifest, verify_files
+from cachekd.cache.derive import link, merge_caches
+from cachekd.cache.plan import read_skipped
+from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
+from cachekd.cache.tail.sketch import SketchTail
+from cachekd.config import TrainConfig
+from cachekd.errors import CachekdError
+from cachekd.losses import dbild_loss
+from cachekd.train import train
+from cachekd_cli.main import app
 from caches import (
     assert_same_samples,
     copied,
@@ -23,18 +35,6 @@ from caches import (
     write_data,
 )
 from tiny import save_vlm, tiny_processor
-from typer.testing import CliRunner
-
-from cachekd.cache import CachedTargets, LogitCache, LogitCacheWriter, Manifest, verify_files
-from cachekd.cache.derive import link, merge_caches
-from cachekd.cache.plan import read_skipped
-from cachekd.cache.tail.merged import MergedTail, join_sketch_tails
-from cachekd.cache.tail.sketch import SketchTail
-from cachekd.config import TrainConfig
-from cachekd.errors import CachekdError
-from cachekd.losses import dbild_loss
-from cachekd.train import train
-from cachekd_cli.main import app
 
 
 @pytest.fixture(scope="module")

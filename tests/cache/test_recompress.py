@@ -10,22 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import (
-    GOLDEN,
-    dump_cache,
-    files_of,
-    flip,
-    header,
-    logits_of,
-    model_states,
-    reseal,
-    select_samples,
-    stored,
-    token_ids,
-    true_logprobs,
-    write_cache,
-    write_data,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -52,6 +36,22 @@ from cachekd.cache.tail.fit import fit_sketch
 from cachekd.errors import CachekdError
 from cachekd.hub import pull_cache
 from cachekd_cli.main import app
+from caches import (
+    GOLDEN,
+    dump_cache,
+    files_of,
+    flip,
+    header,
+    logits_of,
+    model_states,
+    reseal,
+    select_samples,
+    stored,
+    token_ids,
+    true_logprobs,
+    write_cache,
+    write_data,
+)
 
 STEP = 1 / 16
 ODDS_BOUND = STEP + 1.5 * TAIL_STEP  # nats, as the module says

@@ -9,6 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
+from cachekd.cache.derive import merge_caches
+from cachekd.cache.subset import filter_rows, sample_table
+from cachekd.errors import CachekdError
+from cachekd_cli.main import app
 from caches import (
     assert_same_samples,
     dump_cache,
@@ -19,15 +28,6 @@ from caches import (
     select_samples,
     stored,
 )
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
-from typer.testing import CliRunner
-
-from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
-from cachekd.cache.derive import merge_caches
-from cachekd.cache.subset import filter_rows, sample_table
-from cachekd.errors import CachekdError
-from cachekd_cli.main import app
 
 
 @pytest.fixture(scope="module")

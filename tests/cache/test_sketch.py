@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from caches import GOLDEN_SKETCH, header, model_states, token_ids, true_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -50,6 +49,7 @@ from cachekd.cache.tail.sketch import FINE_SHIFT_STEP, SHIFT_STEP
 from cachekd.errors import CachekdError
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import output_head
+from caches import GOLDEN_SKETCH, header, model_states, token_ids, true_logprobs
 
 # ---- what it keeps
 

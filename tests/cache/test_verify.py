@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal, write_cache, write_data
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, shard_rules, verify_files
@@ -25,6 +24,7 @@ from cachekd.config import DumpConfig
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd_cli.main import app
+from caches import copied, dump_cache, files_of, flip, reseal, write_cache, write_data
 
 
 @pytest.fixture

@@ -8,22 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import (
-    GOLDEN,
-    GOLDEN_SKETCH,
-    GOLDEN_VOCABULARY,
-    VOCAB,
-    files_of,
-    header,
-    replace_vocabulary,
-    sample,
-    select_samples,
-    table_of,
-    write_cache,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import ENDS, fast, from_npm, smollm2
 
 from cachekd.cache import LogitCache, LogitCacheWriter, Manifest, verify_files
 from cachekd.cache import reader as reader_module
@@ -42,6 +28,20 @@ from cachekd.cache.vocabulary import (
 )
 from cachekd.errors import CachekdError
 from cachekd.vocabulary import TokenBytes
+from caches import (
+    GOLDEN,
+    GOLDEN_SKETCH,
+    GOLDEN_VOCABULARY,
+    VOCAB,
+    files_of,
+    header,
+    replace_vocabulary,
+    sample,
+    select_samples,
+    table_of,
+    write_cache,
+)
+from vocabularies import ENDS, fast, from_npm, smollm2
 
 FILE = "vocabulary.zarr.zip"
 

@@ -7,22 +7,22 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from caches import copied, dump_cache, reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import shape_processor
-from tiny import checked, save_vlm, tiny_processor, write_llava_json
-from tiny_families import FAMILIES, build
-from tiny_texts import save_lm, write_texts
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from vocabularies import from_npm, smollm2, vocabulary
 
 from cachekd.check.side_by_side import Aligned, SideBySide
 from cachekd.data import open_samples
 from cachekd.vocabulary import VocabularyPair
 from cachekd_cli.main import app
+from caches import copied, dump_cache, reseal
+from templates import shape_processor
+from tiny import checked, save_vlm, tiny_processor, write_llava_json
+from tiny_families import FAMILIES, build
+from tiny_texts import save_lm, write_texts
+from vocabularies import from_npm, smollm2, vocabulary
 
 OTHER_WORDS = ["the circle is red or green", "dogs and shapes, larger than that", "noise", "yesterday"]
 PROCESSORS = {

@@ -10,9 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from caches import copied, reseal
 from PIL import Image
-from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -23,6 +21,8 @@ from cachekd.errors import CachekdError
 from cachekd.train import train
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
+from caches import copied, reseal
+from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 
 # `cache_path` is a dump of these: s000 to s011, noise images, 1 to 3 turns.
 KEYS = [f"s{index:03d}" for index in range(12)]

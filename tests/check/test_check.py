@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from tiny import MARKED_TEMPLATE, checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
 from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
@@ -19,6 +18,7 @@ from cachekd.models import families, load_processor
 from cachekd.models.families import changed
 from cachekd.train.open import open_run
 from cachekd_cli.main import app
+from tiny import MARKED_TEMPLATE, checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from family_samples import TEXT, WIDE, encoder_of
-from tiny_families import FAMILIES, build
 from torch.autograd.graph import saved_tensors_hooks
 
 from cachekd.check.memory import step_memory
 from cachekd.data import collate
+from family_samples import TEXT, WIDE, encoder_of
+from tiny_families import FAMILIES, build
 
 ENCODER = encoder_of("llava")
 

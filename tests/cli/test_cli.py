@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import typer
-from launch import cachekd
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig
 from cachekd.config.base import defaults_of
 from cachekd.errors import CachekdError
 from cachekd_cli.main import PANELS, app
+from launch import cachekd
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 
 def test_help_is_fast_and_imports_no_torch():

@@ -9,9 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from caches import select_samples
 from click.testing import Result
-from tiny import tar_members, write_tar
 from typer.testing import CliRunner
 
 from cachekd.atomic import is_temporary
@@ -20,6 +18,8 @@ from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
 from cachekd.train import train
 from cachekd_cli.main import app
+from caches import select_samples
+from tiny import tar_members, write_tar
 
 # What each command is given; {disk} is the disk.
 COMMANDS = {

@@ -15,9 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import typer
-from caches import ROOT, copied, select_samples
 from pydantic import ByteSize
-from tiny import checked, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd import DenseTargets, losses
@@ -40,6 +38,8 @@ from cachekd.report import build_report, read_run, write_report
 from cachekd.train import train
 from cachekd_cli.console import console, errors, progress_bar, say, say_wrong, table
 from cachekd_cli.main import app
+from caches import ROOT, copied, select_samples
+from tiny import checked, write_llava_json
 
 CONFIGS: dict[type[Config], dict[str, Any]] = {
     DumpConfig: {"teacher": "t", "data": "d", "out": "o"},

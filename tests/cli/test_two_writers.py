@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Command
-from tiny import evaluated, tar_members, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -34,6 +32,8 @@ from cachekd.train.checkpoints import SETTINGS_FILE
 from cachekd.train.folder import CHECKPOINTS, PART, STARTED_FILE
 from cachekd_cli.demo import new_folder
 from cachekd_cli.main import app
+from launch import Command
+from tiny import evaluated, tar_members, write_tar
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "3"))
 HOLDS = """

@@ -12,7 +12,6 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 import yaml
-from sweeps import QUESTIONS, RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 
 from cachekd.compare import Comparison, compare, gather
 from cachekd.compare.pages import csv_table
@@ -24,6 +23,7 @@ from cachekd.evaluate.scores import paired_intervals
 from cachekd.pipeline import read_pipeline
 from cachekd.pipeline.vary import Sweep, expand
 from cachekd.train.cost import Cost
+from sweeps import QUESTIONS, RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from statistics import mean
 
 import pandas as pd
 import pytest
-from pages import Page
 from rich.console import Console
-from sweeps import RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 from typer.testing import CliRunner
 
 from cachekd.compare import Comparison, compare, gather, write_comparison
@@ -23,6 +21,8 @@ from cachekd.errors import CachekdError
 from cachekd.train.cost import Cost
 from cachekd_cli.console import table
 from cachekd_cli.main import app
+from pages import Page
+from sweeps import RIGHT, filled, finish, score, states, sweep_of, write_pipeline
 
 
 @pytest.fixture

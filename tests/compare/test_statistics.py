@@ -7,11 +7,11 @@ import re
 
 import numpy as np
 import pytest
-from caches import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cachekd.compare.statistics import mean_of, paired_difference
+from caches import ROOT
 
 # Student's own example (The probable error of a mean, Biometrika 6, 1908): hours of sleep that ten patients
 # gained with each of two drugs; R has it as `sleep`.

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import SMALL
-from tiny import checked, evaluated, with_long_ones, write_llava_json
 
 from cachekd.config import DataOptions, DumpConfig, TrainConfig
 from cachekd.data.left_out import IN_A_ROW, IN_VAIN, DataHealth, attempts, first_good
 from cachekd.dump import dump
 from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.train import train
+from caches import SMALL
+from tiny import checked, evaluated, with_long_ones, write_llava_json
 
 LONG = 20  # neighbours; 16 in a row are looked into
 

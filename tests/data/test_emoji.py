@@ -15,9 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import ROOT
 from PIL import Image
-from tiny import png_bytes
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig
@@ -27,6 +25,8 @@ from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.models import load_processor
 from cachekd.pipeline import plan_steps, read_pipeline
+from caches import ROOT
+from tiny import png_bytes
 
 SORTS = [
     ("Animals & Nature", "animal-bird"),

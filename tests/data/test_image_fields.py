@@ -12,13 +12,13 @@ import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import conversation, noise_image, png_bytes
 
 from cachekd.data import Sample, open_samples, sample_from_record
 from cachekd.data.image_fields import pictures_of, refuse_untaken
 from cachekd.data.preview import preview_of_record
 from cachekd.data.sample import Preview
 from cachekd.errors import BadSample
+from tiny import conversation, noise_image, png_bytes
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "see a.png"}]
 PNG = png_bytes(noise_image(0))

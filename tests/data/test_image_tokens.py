@@ -8,8 +8,6 @@ import re
 
 import pytest
 import torch
-from tiny import noise_image, save_vlm, tar_members, tiny_processor, tiny_vlm, write_tar
-from tiny_families import FAMILIES
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
@@ -26,6 +24,8 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
+from tiny import noise_image, save_vlm, tar_members, tiny_processor, tiny_vlm, write_tar
+from tiny_families import FAMILIES
 
 CPU = torch.device("cpu")
 TURNS = [

@@ -14,6 +14,11 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from cachekd.data import open_samples, sample_from_record
+from cachekd.data.images import open_image
+from cachekd.data.open import keys_hash
+from cachekd.errors import BadSample, CachekdError
 from tiny import (
     ANSWERED,
     noise_image,
@@ -22,11 +27,6 @@ from tiny import (
     write_llava_json,
     write_tar,
 )
-
-from cachekd.data import open_samples, sample_from_record
-from cachekd.data.images import open_image
-from cachekd.data.open import keys_hash
-from cachekd.errors import BadSample, CachekdError
 
 # ---- errors
 

@@ -13,10 +13,10 @@ import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny import conversation, noise_image, plain_error, png_bytes, tiny_processor, write_llava_json
 
 from cachekd.data import SampleEncoder, open_samples, read_encoded
 from cachekd.errors import BadSample, CachekdError
+from tiny import conversation, noise_image, plain_error, png_bytes, tiny_processor, write_llava_json
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,9 @@ import fsspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cachekd.data import SampleEncoder, open_samples, read_encoded
+from cachekd.errors import BadSample, CachekdError
 from tiny import (
     ANSWERED,
     noise_image,
@@ -22,9 +25,6 @@ from tiny import (
     tiny_processor,
     write_tar,
 )
-
-from cachekd.data import SampleEncoder, open_samples, read_encoded
-from cachekd.errors import BadSample, CachekdError
 
 
 def spread(folder: Path, tars: int = 3) -> list[Path]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from cachekd.data import Encoded, SampleEncoder, open_samples, read_encoded, sample_from_record
+from cachekd.errors import BadSample, CachekdError
 from tiny import (
     ANSWERED,
     PLAIN_TEMPLATE,
@@ -21,9 +24,6 @@ from tiny import (
     write_llava_json,
     write_tar,
 )
-
-from cachekd.data import Encoded, SampleEncoder, open_samples, read_encoded, sample_from_record
-from cachekd.errors import BadSample, CachekdError
 
 
 def test_a_processor_or_template_that_raises_makes_a_bad_sample():

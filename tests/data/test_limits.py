@@ -8,21 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import SMALL
-from family_samples import TWO, WIDE, encoder_of, every_family, sample
-from tiny import (
-    checked,
-    noise_image,
-    save_vlm,
-    tar_members,
-    tiny_processor,
-    tiny_vlm,
-    with_long_ones,
-    write_llava_json,
-    write_tar,
-)
-from tiny_families import build
-from tiny_texts import save_lm, write_texts
 from transformers import BloomConfig, GPT2Config, LlamaConfig, MptConfig
 from typer.testing import CliRunner
 
@@ -47,6 +32,21 @@ from cachekd.errors import BadSample, CachekdError, LeftOut
 from cachekd.models import ModelFiles, limits_of, logits_at
 from cachekd.models.fingerprint import encoding_fingerprint
 from cachekd_cli.main import app
+from caches import SMALL
+from family_samples import TWO, WIDE, encoder_of, every_family, sample
+from tiny import (
+    checked,
+    noise_image,
+    save_vlm,
+    tar_members,
+    tiny_processor,
+    tiny_vlm,
+    with_long_ones,
+    write_llava_json,
+    write_tar,
+)
+from tiny_families import build
+from tiny_texts import save_lm, write_texts
 
 LONG_ANSWER = "a large green dog. " * 40
 LONG = sample("long", "<image>what is it?", LONG_ANSWER.strip(), sizes=((40, 30),))

@@ -17,13 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from picture_files import exif, png, saved, tiff
 from PIL import Image, ImageOps
-from tiny import noise_image, png_bytes
-from tiny_families import FAMILIES
 
 from cachekd.data.images import open_image
 from cachekd.errors import BadSample
+from picture_files import exif, png, saved, tiff
+from tiny import noise_image, png_bytes
+from tiny_families import FAMILIES
 
 RNG = np.random.default_rng(0)
 SIZE = (6, 8)  # height, width

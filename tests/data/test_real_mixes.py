@@ -13,7 +13,6 @@ import typer
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import noise_image, png_bytes, write_tar
 from typer.testing import CliRunner
 
 from cachekd.config import DataOptions
@@ -21,6 +20,7 @@ from cachekd.data import open_samples
 from cachekd.data.sample import unique_keys
 from cachekd.errors import BadSample, CachekdError
 from cachekd_cli.main import app
+from tiny import noise_image, png_bytes, write_tar
 
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
 

@@ -10,13 +10,8 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from caches import dump_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schema_files import schema, valid
-from templates import CHATML, QWEN_SYSTEM, SHAPES, shape_processor
-from tiny import PLAIN_TEMPLATE, conversation, noise_image, save_vlm, tiny_processor
-from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -29,6 +24,11 @@ from cachekd.errors import BadSample
 from cachekd.evaluate.questions import questions_of
 from cachekd.export import export_webdataset
 from cachekd_cli.main import app
+from caches import dump_cache
+from schema_files import schema, valid
+from templates import CHATML, QWEN_SYSTEM, SHAPES, shape_processor
+from tiny import PLAIN_TEMPLATE, conversation, noise_image, save_vlm, tiny_processor
+from tiny_families import FAMILIES
 
 PICTURES = [noise_image(seed) for seed in range(4)]
 USER = {"role": "user", "content": "what?"}

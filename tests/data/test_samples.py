@@ -10,6 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
+from cachekd.errors import CachekdError
 from tiny import (
     MARKED_TEMPLATE,
     PLAIN_TEMPLATE,
@@ -21,9 +24,6 @@ from tiny import (
     write_llava_json,
     write_tar,
 )
-
-from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions, sample_from_llava
-from cachekd.errors import CachekdError
 
 TEMPLATES = {"marked": MARKED_TEMPLATE, "plain": PLAIN_TEMPLATE}
 

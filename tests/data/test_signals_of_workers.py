@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from caches import ROOT
 from workers import Slow, alive, loader, processes_of, wait_until_gone
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import SHAPES, Pairs, Pieces, Shape, shape_processor
-from tiny import noise_image
 from tokenizers import AddedToken
 
 from cachekd.data import Sample, SampleEncoder
 from cachekd.data.conversation import messages_from_turns
 from cachekd.errors import BadSample, CachekdError
 from cachekd.models.processors import TextProcessor
+from templates import SHAPES, Pairs, Pieces, Shape, shape_processor
+from tiny import noise_image
 
 PAIRS: Pairs = [
     ("what is the color?", "red"),

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from devices import RealDevice, SecondDevice
-from second_device import second_device
 
 from cachekd.models import default_device
+from devices import RealDevice, SecondDevice
+from second_device import second_device
 
 
 @pytest.fixture(params=["second", pytest.param("real", marks=pytest.mark.gpu)])

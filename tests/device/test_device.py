@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import VOCAB, dump_cache, files_of, model_states, token_ids, write_data
-from devices import on_cpu
-from family_samples import TALL, WIDE, encoder_of, every_family
-from runs import CutShort, losses
 from safetensors.torch import load_file
-from tiny import evaluated, save_vlm, tiny_processor, write_llava_json
-from tiny_families import build
-from tokenizer_pairs import save_student
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -32,6 +25,13 @@ from cachekd.models import ModelFiles, SwitchedTeacher, capture_vision, hidden_a
 from cachekd.train import train
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
+from caches import VOCAB, dump_cache, files_of, model_states, token_ids, write_data
+from devices import on_cpu
+from family_samples import TALL, WIDE, encoder_of, every_family
+from runs import CutShort, losses
+from tiny import evaluated, save_vlm, tiny_processor, write_llava_json
+from tiny_families import build
+from tokenizer_pairs import save_student
 
 WAITS = 16  # of the CPU for the device, in a step with all terms
 LORA = {"r": 4, "target_modules": "all-linear"}

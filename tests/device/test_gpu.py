@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from caches import dump_cache, write_data
-from runs import losses
-from tiny import with_long_ones
 from torch.utils.data import DataLoader
 
 from cachekd.config import TrainConfig
 from cachekd.models.device import peak_memory, reset_peak
 from cachekd.train import train
 from cachekd.train.open import make_trainer
+from caches import dump_cache, write_data
+from runs import losses
+from tiny import with_long_ones
 
 pytestmark = pytest.mark.gpu
 

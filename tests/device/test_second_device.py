@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from devices import on_cpu
-from second_device import second_device
 from torch import nn
 
 from cachekd.models import default_device
 from cachekd.models.device import accelerator
+from devices import on_cpu
+from second_device import second_device
 
 
 def test_it_is_the_default_device_where_it_is_asked_for():

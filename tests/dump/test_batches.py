@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from caches import copied, files_of
 
 from cachekd.cache import LogitCache
 from cachekd.cache.plan import read_plan
@@ -15,6 +14,7 @@ from cachekd.config import DumpConfig
 from cachekd.data.batches import BatchLimits
 from cachekd.dump import dump, estimate_dump
 from cachekd.models.memory import OutOfMemory
+from caches import copied, files_of
 
 LONGEST = 188
 SEEN = 185  # the longest among those that are looked at first

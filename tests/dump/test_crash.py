@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import FORKS, KILLS
-from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, verify_files
 from cachekd.config import DumpConfig
 from cachekd.errors import CachekdError
+from launch import FORKS, KILLS
+from tiny import tar_members, write_tar
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

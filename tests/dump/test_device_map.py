@@ -6,9 +6,6 @@ import json
 
 import pytest
 import torch
-from caches import files_of
-from placements import just_enough, layers_on_disk
-from tiny import evaluated
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig
@@ -19,6 +16,9 @@ from cachekd.evaluate import run as eval_run
 from cachekd.models import load_model
 from cachekd.models.placement import is_offloaded, layers_of
 from cachekd_cli.main import app
+from caches import files_of
+from placements import just_enough, layers_on_disk
+from tiny import evaluated
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import files_of, write_cache
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.cache.codec import TAIL_STEP
@@ -18,6 +16,8 @@ from cachekd.errors import CachekdError
 from cachekd.losses import dbild_loss
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
+from caches import files_of, write_cache
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 
 def live_logits(teacher_path: Path, data_path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import noise_image, tar_members, write_llava_json, write_tar
 
 from cachekd.atomic import commit, commit_first, is_temporary, remove_stale
 from cachekd.config import DumpConfig
@@ -17,6 +16,7 @@ from cachekd.data.sample import unique_keys
 from cachekd.dump import dump
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles
+from tiny import noise_image, tar_members, write_llava_json, write_tar
 
 
 def settings(teacher: Path, data: Path | str, out: Path, **changes) -> DumpConfig:

@@ -7,16 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import (
-    SMALL,
-    copied,
-    dump_cache,
-    files_of,
-    flip,
-    reseal,
-    times_of,
-)
-from tiny import save_vlm, tiny_processor
 from tokenizers import Regex, decoders
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -29,6 +19,16 @@ from cachekd.dump import dump, estimate_dump
 from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles
 from cachekd_cli.main import app
+from caches import (
+    SMALL,
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    reseal,
+    times_of,
+)
+from tiny import save_vlm, tiny_processor
 
 FILE = "vocabulary.zarr.zip"
 

@@ -7,10 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from caches import copied, dump_cache, reseal, write_data
-from templates import SHAPES, shape_processor
-from tiny import checked, save_vlm, tiny_processor
-from tiny_families import FAMILIES
 from tokenizers.processors import TemplateProcessing
 
 from cachekd.cache import LogitCache, Manifest, overview
@@ -24,6 +20,10 @@ from cachekd.hub.push import dataset_card
 from cachekd.models import ModelFiles, load_processor
 from cachekd.models.fingerprint import CONVERSATION, encode_conversation, encoding_fingerprint
 from cachekd.train import train
+from caches import copied, dump_cache, reseal, write_data
+from templates import SHAPES, shape_processor
+from tiny import checked, save_vlm, tiny_processor
+from tiny_families import FAMILIES
 
 BOS = "<|system|>"
 

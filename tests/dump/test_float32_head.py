@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import SMALL, dump_cache
 
 from cachekd.cache import LogitCache
 from cachekd.cache.plan import read_plan
@@ -19,6 +18,7 @@ from cachekd.dump.plan import codec_of, command_of
 from cachekd.dump.run import load_teacher, teacher_files
 from cachekd.errors import CachekdError
 from cachekd.models import hidden_and_logits_at
+from caches import SMALL, dump_cache
 
 
 def config(teacher: Path, data: Path, out: Path, **settings) -> DumpConfig:

@@ -8,17 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caches import copied, dump_cache, files_of, flip, reseal
 from PIL import Image, ImageOps
-from tiny import (
-    conversation,
-    noise_image,
-    png_bytes,
-    tar_members,
-    tiny_processor,
-    write_llava_json,
-    write_tar,
-)
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest, overview
@@ -36,6 +26,16 @@ from cachekd.models.fingerprint import image_reading
 from cachekd.models.processors import TextProcessor
 from cachekd.train import train
 from cachekd_cli.main import app
+from caches import copied, dump_cache, files_of, flip, reseal
+from tiny import (
+    conversation,
+    noise_image,
+    png_bytes,
+    tar_members,
+    tiny_processor,
+    write_llava_json,
+    write_tar,
+)
 
 TRANSPARENT = "s002"
 

@@ -7,9 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from caches import ROOT
-from launch import output_of
-from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig
@@ -18,6 +15,9 @@ from cachekd.dump import dump, estimate_dump
 from cachekd.dump.estimate import ALL_THAT_BYTES_BUY
 from cachekd.dump.plan import refuse_small_disk
 from cachekd.errors import CachekdError
+from caches import ROOT
+from launch import output_of
+from tiny import tar_members, write_tar
 
 EXAMPLE = ROOT / "examples" / "easy_vqa"
 SAMPLES = 240

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import losses
-from tiny import evaluated
 
 from cachekd.cache import LogitCache
 from cachekd.cache.manifest import Manifest
@@ -24,6 +22,8 @@ from cachekd.errors import CachekdError
 from cachekd.train.open import make_trainer
 from cachekd.train.run import train
 from cachekd_cli.evaluate import short_names
+from runs import losses
+from tiny import evaluated
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

@@ -15,20 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import (
-    copied,
-    dump_cache,
-    files_of,
-    flip,
-    repack,
-    replace_vocabulary,
-    reseal,
-    select_samples,
-    times_of,
-    write_cache,
-    write_data,
-)
-from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import Finding, LogitCache, Manifest, verify_files
@@ -50,6 +36,20 @@ from cachekd.lock import alone
 from cachekd.train import train
 from cachekd.vocabulary import TokenBytes
 from cachekd_cli.main import app
+from caches import (
+    copied,
+    dump_cache,
+    files_of,
+    flip,
+    repack,
+    replace_vocabulary,
+    reseal,
+    select_samples,
+    times_of,
+    write_cache,
+    write_data,
+)
+from tiny import noise_image, png_bytes, save_vlm, tar_members, tiny_processor, write_tar
 
 PARTS_OF_A_SHARD = (("shards", ".zarr.zip"), ("dump", ".json"))
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied
 from safetensors.torch import load_file
-from tiny import tar_members, write_tar
 from transformers import TrainerCallback
 
 from cachekd.atomic import write_file
@@ -30,6 +28,8 @@ from cachekd.train.folder import CHECKPOINTS, PART
 from cachekd.train.open import open_run
 from cachekd.train.run import size_of
 from cachekd.train.size import RunSize, require_room
+from caches import copied
+from tiny import tar_members, write_tar
 
 SIZES = int(os.environ.get("CACHEKD_DISKS", "6"))  # of full disks, for each kind of run
 

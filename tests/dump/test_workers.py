@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import LAUNCHER, Command, output_of
-from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, verify_files
+from launch import LAUNCHER, Command, output_of
+from tiny import tar_members, write_tar
 
 
 def command(teacher: Path, data: Path, out: Path) -> list[str]:

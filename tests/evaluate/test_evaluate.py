@@ -12,17 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import (
-    ANSWERS,
-    MARKED_TEMPLATE,
-    QUESTIONS,
-    evaluated,
-    noise_image,
-    save_vlm,
-    tiny_processor,
-    write_llava_json,
-)
-from tiny_families import FAMILIES
 from typer.testing import CliRunner
 
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig, read_config
@@ -45,6 +34,17 @@ from cachekd.models import load_model, load_processor, model_files
 from cachekd.paths import EVALUATIONS_FOLDER, RUN_FILE, shortest
 from cachekd.train import train
 from cachekd_cli.main import app
+from tiny import (
+    ANSWERS,
+    MARKED_TEMPLATE,
+    QUESTIONS,
+    evaluated,
+    noise_image,
+    save_vlm,
+    tiny_processor,
+    write_llava_json,
+)
+from tiny_families import FAMILIES
 
 CPU = torch.device("cpu")
 

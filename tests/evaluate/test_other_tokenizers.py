@@ -8,8 +8,21 @@ import math
 import shutil
 
 import pytest
-import tokenizer_pairs
 import torch
+from tokenizers import normalizers
+from typer.testing import CliRunner
+
+import tokenizer_pairs
+from cachekd.config import DumpConfig, EvalConfig, TrainConfig
+from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
+from cachekd.dump import dump
+from cachekd.errors import CachekdError
+from cachekd.evaluate import Evaluation, read_scores, save_in_runs
+from cachekd.evaluate.inputs import open_models
+from cachekd.evaluate.questions import questions_of
+from cachekd.models import load_model, load_processor
+from cachekd.train import train
+from cachekd_cli.main import app
 from caches import of_an_earlier_version
 from tiny import (
     ANSWERS,
@@ -22,19 +35,6 @@ from tiny import (
     write_llava_json,
 )
 from tokenizer_pairs import STUDENTS, save_pair
-from tokenizers import normalizers
-from typer.testing import CliRunner
-
-from cachekd.config import DumpConfig, EvalConfig, TrainConfig
-from cachekd.data import SampleEncoder, collate, open_samples, predicting_positions
-from cachekd.dump import dump
-from cachekd.errors import CachekdError
-from cachekd.evaluate import Evaluation, read_scores, save_in_runs
-from cachekd.evaluate.inputs import open_models
-from cachekd.evaluate.questions import questions_of
-from cachekd.models import load_model, load_processor
-from cachekd.train import train
-from cachekd_cli.main import app
 
 CPU = torch.device("cpu")
 OTHER_WORDS = "quick brown foxes jump over lazy badgers, while wizards mix vivid pink quartz"

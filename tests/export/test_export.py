@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from caches import VOCAB, copied, dump_cache, files_of, flip, header, sample, write_cache
-from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
@@ -27,6 +25,8 @@ from cachekd.export import export_parquet, export_webdataset
 from cachekd.export.sparse import SparseTargets
 from cachekd.export.webdataset import member_name
 from cachekd_cli.main import app
+from caches import VOCAB, copied, dump_cache, files_of, flip, header, sample, write_cache
+from tiny import conversation, noise_image, png_bytes, tar_members, write_tar
 
 
 @pytest.fixture(scope="module")

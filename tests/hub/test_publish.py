@@ -19,7 +19,6 @@ import fsspec
 import huggingface_hub.constants
 import pytest
 import yaml
-from caches import assert_same_samples, copied, files_of, flip, reseal
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
@@ -31,6 +30,7 @@ from cachekd.errors import CachekdError
 from cachekd.hub import local_folder, pull_cache, push_cache
 from cachekd.hub.push import dataset_card
 from cachekd_cli.main import app
+from caches import assert_same_samples, copied, files_of, flip, reseal
 
 REPO = "org/cache"
 

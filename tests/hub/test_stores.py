@@ -18,9 +18,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from caches import copied, files_of, reseal
-from flaky_server import FlakyServer, falling_silent, serving
-from hub_server import HubServer
 from typer.testing import CliRunner
 
 from cachekd.cache import Manifest, verify_files
@@ -30,6 +27,9 @@ from cachekd.hub import local_folder, pull_cache, push_cache
 from cachekd.hub.push import CLAIM_FILE
 from cachekd.lock import LOCK_FILE
 from cachekd_cli.main import app
+from caches import copied, files_of, reseal
+from flaky_server import FlakyServer, falling_silent, serving
+from hub_server import HubServer
 
 KILLS = int(os.environ.get("CACHEKD_KILLS", "3"))
 BIG = "shards/00000.zarr.zip"

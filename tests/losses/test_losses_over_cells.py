@@ -10,13 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from caches import model_states, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from second_device import second_device, waits
 from tokenizers import Tokenizer
 from torch import Tensor
-from vocabularies import fast, smollm2
 
 from cachekd.cache.roundtrip import roundtrip
 from cachekd.config.losses import LOSSES
@@ -26,6 +23,9 @@ from cachekd.losses.cells import Cells, CellTargets, OverCells
 from cachekd.losses.chunked import LiveTargets
 from cachekd.losses.targets import DenseTargets
 from cachekd.vocabulary import CellMap, TokenBytes
+from caches import model_states, token_ids
+from second_device import second_device, waits
+from vocabularies import fast, smollm2
 
 NEVER = float("-inf")
 each_loss = pytest.mark.parametrize("name", LOSSES)

@@ -6,7 +6,6 @@ import inspect
 import json
 
 import pytest
-from caches import ROOT
 from typer.testing import CliRunner
 
 from cachekd.config import TrainConfig, read_config
@@ -14,6 +13,7 @@ from cachekd.config.losses import LOSSES, DBiLD, Loss
 from cachekd.errors import CachekdError
 from cachekd.losses import loss_function
 from cachekd_cli.main import app
+from caches import ROOT
 
 RUN = {"student": "s", "teacher": "t", "cache": "c", "data": "d", "out": "o"}
 each_loss = pytest.mark.parametrize("name", LOSSES)

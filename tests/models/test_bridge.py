@@ -8,12 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import train_in_two_processes
 from PIL import Image
-from runs import CutShort
 from safetensors.torch import load_file
-from tiny import checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
-from tiny_families import FAMILIES, _wake
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -43,6 +39,10 @@ from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
+from launch import train_in_two_processes
+from runs import CutShort
+from tiny import checked, save_vlm, tiny_processor, tiny_vlm, write_llava_json
+from tiny_families import FAMILIES, _wake
 
 CPU = torch.device("cpu")
 

@@ -11,17 +11,14 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-import support_table
 import torch
-from family_samples import TALL, TEXT, TWO, WIDE, encoder_of, every_family, sample
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from tiny import noise_image, png_bytes, write_tar
-from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, GraniteConfig
 
+import support_table
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.data import Encoded, Sample, SampleEncoder, collate, predicting_positions
 from cachekd.dump import dump
@@ -50,6 +47,9 @@ from cachekd.models.loading import keep_statistics
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.teacher import recompute_frozen_layers
+from family_samples import TALL, TEXT, TWO, WIDE, encoder_of, every_family, sample
+from tiny import noise_image, png_bytes, write_tar
+from tiny_families import FAMILIES, build, gemma2_config, llava_config, save
 
 FEATURES = {
     "split fp32": "V, then P, then L, against the whole forward",

@@ -11,8 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from caches import dump_cache
-from tiny import checked
 
 from cachekd.config import EvalConfig, TrainConfig
 from cachekd.data import Limits
@@ -21,6 +19,8 @@ from cachekd.models import ModelFiles, loading, model_files, processors
 from cachekd.models import weights as file_hashes
 from cachekd.models.weights import RememberedHash, hash_files
 from cachekd.train import train
+from caches import dump_cache
+from tiny import checked
 
 
 @pytest.fixture

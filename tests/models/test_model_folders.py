@@ -8,11 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import dump_cache
-from hub_server import Repo
-from tiny import PLAIN_TEMPLATE, checked, evaluated, save_vlm, tiny_processor, write_llava_json
-from tiny_families import save
-from tiny_texts import save_lm, write_texts
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.utils import is_torchvision_available
 from typer.testing import CliRunner
@@ -28,6 +23,11 @@ from cachekd.report.peek import PeekedData
 from cachekd.report.token_texts import find_reader
 from cachekd.train import train
 from cachekd_cli.main import app
+from caches import dump_cache
+from hub_server import Repo
+from tiny import PLAIN_TEMPLATE, checked, evaluated, save_vlm, tiny_processor, write_llava_json
+from tiny_families import save
+from tiny_texts import save_lm, write_texts
 
 ADAPTER = "adapter_config.json"
 CPU = torch.device("cpu")

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from family_samples import TALL, WIDE, encoder_of, every_family
-from placements import just_enough, layers_on_disk, map_file
-from tiny_families import build, save
 from torch import Tensor
 
 from cachekd.data import collate
@@ -27,6 +24,9 @@ from cachekd.models import (
 from cachekd.models.families import vision_tower
 from cachekd.models.placement import is_dispatched, is_offloaded, layers_of
 from cachekd.train.teacher import recompute_frozen_layers
+from family_samples import TALL, WIDE, encoder_of, every_family
+from placements import just_enough, layers_on_disk, map_file
+from tiny_families import build, save
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import noise_image, save_vlm, tiny_processor
-from tiny_families import FAMILIES, build
 
 from cachekd.data import SampleEncoder, collate
 from cachekd.data.collate import ModelInputs
@@ -26,6 +24,8 @@ from cachekd.models import (
 from cachekd.models.families import vision_tower_name
 from cachekd.models.quantization import BACKENDS, quantization_config
 from cachekd.models.split import logits_at
+from tiny import noise_image, save_vlm, tiny_processor
+from tiny_families import FAMILIES, build
 
 CPU = torch.device("cpu")
 FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}

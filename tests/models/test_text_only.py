@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import ROOT
-from tiny import conversation, evaluated, noise_image
-from tiny_texts import save_lm, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -31,6 +28,9 @@ from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
+from caches import ROOT
+from tiny import conversation, evaluated, noise_image
+from tiny_texts import save_lm, write_texts
 
 CPU = torch.device("cpu")
 

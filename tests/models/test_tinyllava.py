@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import noise_image
-from tiny_families import VOCABULARY, text_config, tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -27,6 +25,8 @@ from cachekd.errors import CachekdError
 from cachekd.models import load_config, load_model, load_processor, logits_at, prove_split
 from cachekd.models.tinyllava import convert_tinyllava
 from cachekd_cli.main import app
+from tiny import noise_image
+from tiny_families import VOCABULARY, text_config, tokenizer
 
 LANGUAGE_MODELS = {"phi": (PhiConfig, PhiForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 

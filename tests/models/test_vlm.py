@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import noise_image, save_vlm, tiny_processor, tiny_vlm
 
 from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
 from cachekd.errors import CachekdError
@@ -25,6 +24,7 @@ from cachekd.models import (
     logits_at,
     project,
 )
+from tiny import noise_image, save_vlm, tiny_processor, tiny_vlm
 
 TOWERS = ["clip", "siglip"]
 

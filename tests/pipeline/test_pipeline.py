@@ -17,11 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from caches import ROOT, of_an_earlier_version, times_of
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from launch import Command
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache.tail.sketch import read_sketch
@@ -40,6 +37,9 @@ from cachekd.train import inputs
 from cachekd_cli.demo import IMAGES
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
+from caches import ROOT, of_an_earlier_version, times_of
+from launch import Command
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 
 @pytest.fixture

@@ -16,9 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from caches import times_of
 from filelock import FileLock
-from launch import KILLS, Command
 from typer.testing import CliRunner
 
 from cachekd.errors import CachekdError
@@ -31,6 +29,8 @@ from cachekd.pipeline.sweep import Board, SomeFailed, ready, run_sweep
 from cachekd_cli.jobs import OUTPUT_FILE, _Crew, share_of, visible_gpus
 from cachekd_cli.main import app
 from cachekd_cli.run import runners
+from caches import times_of
+from launch import KILLS, Command
 
 CE = {"lambda_align": 0, "lambda_vsd": 0}
 ALIGN = {"lambda_vsd": 0}

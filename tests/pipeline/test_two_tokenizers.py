@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizer_pairs import save_pair, write_data
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -15,6 +14,7 @@ from cachekd.errors import CachekdError
 from cachekd.evaluate import read_scores
 from cachekd.paths import RUN_FILE
 from cachekd_cli.main import app
+from tokenizer_pairs import save_pair, write_data
 
 
 @pytest.fixture(scope="module")

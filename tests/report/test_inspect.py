@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import ROOT, copied, dump_cache, flip, reseal, write_data
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache, Manifest
@@ -34,6 +33,7 @@ from cachekd.report.peek import Alternative, PeekedSample, PeekedToken
 from cachekd_cli.console import console
 from cachekd_cli.inspect import SHOWN, shard_table
 from cachekd_cli.main import app
+from caches import ROOT, copied, dump_cache, flip, reseal, write_data
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied, dump_cache, reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import noise_image, tiny_processor, write_llava_json
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -26,6 +24,8 @@ from cachekd.report.peek import PeekedData, PeekedSample, choose, embedded, peek
 from cachekd.report.token_texts import TokenTexts, find_reader
 from cachekd_cli.console import visible
 from cachekd_cli.main import app
+from caches import copied, dump_cache, reseal
+from tiny import noise_image, tiny_processor, write_llava_json
 
 HOSTILE = [
     "</script><script>window.hacked=1</script>",

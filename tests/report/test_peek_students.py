@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from caches import copied, dump_cache, reseal
-from templates import shape_processor
-from tiny import save_vlm, tiny_processor, write_llava_json
-from tiny_texts import save_lm
 from tokenizers import normalizers
 from typer.testing import CliRunner
 
@@ -20,6 +16,10 @@ from cachekd.models import ModelFiles
 from cachekd.report.paired import END_OF_TURN
 from cachekd.report.token_texts import text_of
 from cachekd_cli.main import app
+from caches import copied, dump_cache, reseal
+from templates import shape_processor
+from tiny import save_vlm, tiny_processor, write_llava_json
+from tiny_texts import save_lm
 
 ENDINGS = {
     "vicuna": "</s>",

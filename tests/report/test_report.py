@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import Page
 from typer.testing import CliRunner
 
 from cachekd.config import EvalConfig, TrainConfig
@@ -27,6 +26,7 @@ from cachekd.report.accuracy import sections, verdict
 from cachekd.report.runs import RUN_COLORS, as_read, told_apart
 from cachekd.train import train
 from cachekd_cli.main import app
+from pages import Page
 
 PHONE = 390  # pixels
 PER_SAMPLE = [3] * 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tiny import save_vlm, tiny_processor, tiny_vlm, write_llava_json
 
 

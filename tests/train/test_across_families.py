@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from family_samples import encoder_of, every_family, sample
-from tiny_families import build
 
 from cachekd.data import collate
 from cachekd.data.collate import ModelInputs
 from cachekd.errors import CachekdError
 from cachekd.models import SwitchedTeacher, capture_vision
 from cachekd.train.across import AcrossTokenizers
+from family_samples import encoder_of, every_family, sample
+from tiny_families import build
 
 SIZES = ((40, 30), (28, 56))
 

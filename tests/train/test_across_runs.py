@@ -10,13 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import cached, copied, reseal, select_samples
-from launch import train_in_two_processes
 from safetensors.torch import load_file
-from templates import shape_processor
-from tiny import tiny_processor
-from tiny_texts import save_lm, write_texts
-from tokenizer_pairs import run_settings, save_pair, save_student, write_data
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cachekd.cache import LogitCache
@@ -35,7 +29,13 @@ from cachekd.train.batch import collate_with_targets
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
 from cachekd.train.run import say_what_is_cut
+from caches import cached, copied, reseal, select_samples
+from launch import train_in_two_processes
 from runs import CutShort, losses
+from templates import shape_processor
+from tiny import tiny_processor
+from tiny_texts import save_lm, write_texts
+from tokenizer_pairs import run_settings, save_pair, save_student, write_data
 
 TERMS = ("ce", "align", "vsd")
 

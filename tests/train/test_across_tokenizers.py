@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizer_pairs import STUDENTS, run_settings, save_pair, write_data
 
 from cachekd.config import TrainConfig
 from cachekd.losses import cross_entropy_loss
@@ -13,6 +12,7 @@ from cachekd.train.across import cut_to
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
 from cachekd.vocabulary import TokenBytes
+from tokenizer_pairs import STUDENTS, run_settings, save_pair, write_data
 
 CPU = torch.device("cpu")
 TEMPERATURE = 2.0

@@ -8,11 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tiny_families
 import torch
-from caches import SMALL, files_of
-from tiny_families import FAMILIES as TINY
 
+import tiny_families
 from cachekd.cache import LogitCache
 from cachekd.cache.plan import read_plan
 from cachekd.config import DumpConfig, EvalConfig, TrainConfig
@@ -23,6 +21,8 @@ from cachekd.evaluate.run import evaluate
 from cachekd.models import ModelFiles, loading
 from cachekd.train.folder import STARTED_FILE, RunFolder
 from cachekd.train.open import make_trainer
+from caches import SMALL, files_of
+from tiny_families import FAMILIES as TINY
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from runs import CutShort
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack
@@ -18,6 +17,7 @@ from cachekd.report.runs import read_run
 from cachekd.train import train
 from cachekd.train.cost import COST_FILE, Cost, CostMeter
 from cachekd.train.open import make_trainer
+from runs import CutShort
 
 
 def cost_of(out) -> Cost:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import FORKS, KILLS, Command, launched, train_in_two_processes
-from workers import wait_until_gone
 
 from cachekd.config import TrainConfig
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.folder import CHECKPOINTS, PART
+from launch import FORKS, KILLS, Command, launched, train_in_two_processes
+from workers import wait_until_gone
 
 pytestmark = pytest.mark.slow
 STEPS = 60

@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 import torch
-from caches import cached
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from cachekd.losses import loss_function
 from cachekd.losses.targets import DenseTargets
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import losses_of, make_trainer
+from caches import cached
 
 each_loss = pytest.mark.parametrize("name", LOSSES)
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from launch import train_in_two_processes
 from safetensors.torch import load_file
-from tiny import conversation, noise_image, png_bytes, tiny_processor, write_tar
 
 from cachekd.cache import LogitCache
 from cachekd.config import DumpConfig, TrainConfig
@@ -18,6 +16,8 @@ from cachekd.data import SampleEncoder, open_samples, rough_lengths
 from cachekd.dump import dump
 from cachekd.errors import BadSample
 from cachekd.train import train
+from launch import train_in_two_processes
+from tiny import conversation, noise_image, png_bytes, tiny_processor, write_tar
 
 KEYS = [f"s{number:03d}" for number in range(8)]
 TEXT = KEYS[1::2]

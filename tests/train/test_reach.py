@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import dump_cache
-from runs import CutShort, losses
 from safetensors.torch import load_file, save_file
-from tiny import save_vlm, tiny_processor
 from torch import nn
 
 from cachekd.config import TrainConfig
@@ -25,6 +22,9 @@ from cachekd.train.folder import RunFolder
 from cachekd.train.open import make_trainer
 from cachekd.train.reach import prove_gradients
 from cachekd.train.run import train
+from caches import dump_cache
+from runs import CutShort, losses
+from tiny import save_vlm, tiny_processor
 
 
 class _NoBackward(torch.autograd.Function):

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from caches import SMALL, dump_cache
-from runs import losses
-from tiny import save_vlm, tiny_processor
 
 from cachekd.cache import Manifest
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.dump import dump
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
+from caches import SMALL, dump_cache
+from runs import losses
+from tiny import save_vlm, tiny_processor
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 RECIPES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text().split("## Recipes")[1].split("\n## ")[0], re.S)

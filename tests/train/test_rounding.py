@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import CutShort, losses
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -23,6 +22,7 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import estimate, train
 from cachekd.train.open import checked_arguments, make_trainer
 from cachekd.train.rounding import BY_PARAMETER, round_at_random, rounds_at_random
+from runs import CutShort, losses
 
 BF16 = torch.bfloat16
 LORA = {"r": 4, "target_modules": "all-linear"}

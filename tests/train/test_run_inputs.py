@@ -8,9 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from caches import copied, dump_cache, repack, reseal
-from runs import CutShort
-from tiny import tar_members, write_tar
 
 from cachekd.cache import LogitCache, Manifest
 from cachekd.cache.compare import identity
@@ -20,6 +17,9 @@ from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.train import train
 from cachekd.train.folder import STARTED_FILE
+from caches import copied, dump_cache, repack, reseal
+from runs import CutShort
+from tiny import tar_members, write_tar
 
 
 @pytest.fixture(scope="module")

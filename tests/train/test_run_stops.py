@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Command
-from tiny import tar_members, write_tar
 from transformers import ProcessorMixin, TrainerCallback
 from typer.testing import CliRunner
 
@@ -25,6 +23,8 @@ from cachekd.train.callbacks import RunStopped, StopInOrder
 from cachekd.train.folder import CHECKPOINTS, STARTED_FILE
 from cachekd_cli.main import app
 from cachekd_cli.signals import noting_the_first
+from launch import Command
+from tiny import tar_members, write_tar
 
 
 @pytest.fixture

@@ -7,12 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from caches import files_of
-from family_samples import TALL, WIDE, encoder_of, every_family
-from placements import map_file
-from runs import losses
-from second_device import register, second_device
-from tiny_families import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cachekd.config import DumpConfig, TrainConfig
@@ -22,6 +16,12 @@ from cachekd.dump import dump
 from cachekd.models import DeferredHead, hidden_and_logits_at, load_model, logits_at
 from cachekd.models.placement import layers_of
 from cachekd.train import train
+from caches import files_of
+from family_samples import TALL, WIDE, encoder_of, every_family
+from placements import map_file
+from runs import losses
+from second_device import register, second_device
+from tiny_families import save
 
 CPU = torch.device("cpu")
 register()

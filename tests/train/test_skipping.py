@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from caches import dump_cache
-from launch import train_in_two_processes
-from tiny import checked, evaluated, tar_members, tiny_processor, write_llava_json, write_tar
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -34,6 +31,9 @@ from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.open import make_trainer, open_run
 from cachekd.train.order import RandomOrder
 from cachekd_cli.main import app
+from caches import dump_cache
+from launch import train_in_two_processes
+from tiny import checked, evaluated, tar_members, tiny_processor, write_llava_json, write_tar
 
 CPU = torch.device("cpu")
 BROKEN = (1, 4, 6, 9)  # of 12; with this seed one batch of two has nothing else

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler, SkipBatchSampler
-from runs import CutShort, losses
-from tiny import tar_members, tiny_processor, unequal_members, write_tar
 from torch.utils.data import BatchSampler
 
 from cachekd.config import TrainConfig
@@ -26,6 +24,8 @@ from cachekd.train.callbacks import DataWait
 from cachekd.train.open import make_trainer
 from cachekd.train.order import LengthGroups, RandomOrder
 from cachekd.train.run import last_terms
+from runs import CutShort, losses
+from tiny import tar_members, tiny_processor, unequal_members, write_tar
 
 
 def entries(out: Path) -> list[dict]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import tiny_processor, tiny_vlm
 from torch import nn
 from typer.testing import CliRunner
 
@@ -24,6 +23,7 @@ from cachekd.train import train
 from cachekd.train.open import make_trainer
 from cachekd.train.student import memory_advice
 from cachekd_cli.main import app
+from tiny import tiny_processor, tiny_vlm
 
 PREFIX = {
     "vision_encoder": "vision_tower",

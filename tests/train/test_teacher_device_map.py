@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from placements import just_enough, layers_on_disk
-from runs import losses
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
@@ -15,6 +13,8 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import open as train_open
 from cachekd.train import train
 from cachekd.train.estimate import estimate_training
+from placements import just_enough, layers_on_disk
+from runs import losses
 
 
 @pytest.fixture

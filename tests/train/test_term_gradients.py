@@ -7,7 +7,6 @@ import logging
 
 import pytest
 import torch
-from caches import cached
 
 from cachekd.config import TrainConfig
 from cachekd.errors import CachekdError
@@ -20,6 +19,7 @@ from cachekd.train import train
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
 from cachekd.train.term_gradients import gradient_name
+from caches import cached
 
 CPU = torch.device("cpu")
 

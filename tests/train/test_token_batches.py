@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from runs import CutShort, losses
 from safetensors.torch import load_file
-from tiny import plain_error
 
 from cachekd.config import DumpConfig, TrainConfig
 from cachekd.config.base import defaults_of
@@ -22,6 +20,8 @@ from cachekd.train import train
 from cachekd.train.estimate import estimate_training
 from cachekd.train.open import make_trainer
 from cachekd.train.order import TokenBatches
+from runs import CutShort, losses
+from tiny import plain_error
 
 LENGTHS = torch.randint(26, 147, (300,), generator=torch.Generator().manual_seed(0)).tolist()
 

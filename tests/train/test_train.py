@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from cachekd.config import TrainConfig
@@ -18,6 +17,7 @@ from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,6 @@ import logging
 
 import pytest
 import torch
-from tiny import noise_image, tiny_processor, tiny_vlm
 from torch import Tensor
 
 from cachekd.data import SampleEncoder, collate, predicting_positions, sample_from_llava
@@ -14,6 +13,7 @@ from cachekd.losses import chunk_tokens, cross_entropy_loss, dbild_loss, summed_
 from cachekd.losses.chunked import CHUNK_BYTES, LiveTargets
 from cachekd.losses.targets import DenseTargets
 from cachekd.models import DeferredHead, logits_at
+from tiny import noise_image, tiny_processor, tiny_vlm
 
 TOKENS, WIDTH, VOCAB, PADDED = 23, 12, 150, 160
 SETTINGS = {"window": 32, "min_k": 2, "temperature": 3.0}

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import launched, train_in_two_processes
 from safetensors.torch import load_file
 
 from cachekd.config import TrainConfig
@@ -19,6 +18,7 @@ from cachekd.errors import CachekdError
 from cachekd.paths import RUN_FILE
 from cachekd.train import train
 from cachekd.train.folder import CHECKPOINTS
+from launch import launched, train_in_two_processes
 
 
 @pytest.mark.slow

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import ROOT, cached
-from launch import output_of
-from tiny import save_vlm, tiny_processor
 from transformers import CLIPImageProcessor
 
 from cachekd.cache import LogitCache
@@ -23,6 +20,9 @@ from cachekd.losses.targets import DenseTargets
 from cachekd.models import load_model, load_processor, logits_at
 from cachekd.train.batch import collate_with_targets
 from cachekd.train.open import make_trainer
+from caches import ROOT, cached
+from launch import output_of
+from tiny import save_vlm, tiny_processor
 
 EXAMPLE = ROOT / "examples" / "easy_vqa"
 CPU = torch.device("cpu")

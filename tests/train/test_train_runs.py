@@ -9,10 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import FORKS, cachekd
-from runs import CutShort, losses
 from safetensors.torch import load_file
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from cachekd.atomic import _HERE
@@ -25,6 +22,9 @@ from cachekd.train.arguments import FIELDS, OWN_NAMES, REFUSED
 from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import STARTED_FILE
 from cachekd.train.open import make_trainer
+from launch import FORKS, cachekd
+from runs import CutShort, losses
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 # ---- the Trainer's settings
 

@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from caches import copied, dump_cache
-from launch import train_in_two_processes
 from pydantic import ValidationError
-from runs import CutShort
 from safetensors.torch import load_file
-from tiny import save_vlm, tar_members, tiny_processor, write_tar
 from typer.testing import CliRunner
 
 from cachekd.cache import LogitCache
@@ -31,6 +27,10 @@ from cachekd.train.estimate import estimate_training
 from cachekd.train.folder import CHECKPOINTS
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
+from caches import copied, dump_cache
+from launch import train_in_two_processes
+from runs import CutShort
+from tiny import save_vlm, tar_members, tiny_processor, write_tar
 
 CPU = torch.device("cpu")
 NAMES = ("loss", "ce", "align", "vsd", "token_accuracy")

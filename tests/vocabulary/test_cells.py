@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from vocabularies import fast, vocabulary
 
 from cachekd.vocabulary import CellMap, TokenBytes
 from cachekd.vocabulary.merges import Merges
+from vocabularies import fast, vocabulary
 
 BYTES = st.binary(min_size=1, max_size=4)
 # Few different bytes, so that strings are shared; characters and parts of them, so that some are no UTF-8.

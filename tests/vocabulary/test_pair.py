@@ -6,10 +6,10 @@ import os
 
 import numpy as np
 import pytest
-from vocabularies import vocabulary
 
 from cachekd.vocabulary import CellMap, Lead, VocabularyPair
 from cachekd.vocabulary.cells import CellFinder
+from vocabularies import vocabulary
 
 TEACHER = vocabulary(b"a", b" ab", b"ab", "<end>", end=3)
 STUDENT = vocabulary("<stop>", b"b", b"a", end=0)

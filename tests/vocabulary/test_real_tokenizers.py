@@ -9,10 +9,10 @@ from functools import cache
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
-from vocabularies import ENDS, fast, from_npm, smollm2
 
 from cachekd.vocabulary import PLAIN, Lead, TokenBytes, VocabularyPair
 from cachekd.vocabulary.merges import Merges
+from vocabularies import ENDS, fast, from_npm, smollm2
 
 pytestmark = pytest.mark.slow
 

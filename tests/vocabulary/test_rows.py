@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import vocabulary
 
 from cachekd.errors import CachekdError
 from cachekd.vocabulary import PLAIN, Lead, VocabularyPair
+from vocabularies import vocabulary
 
 ANSWERS = st.lists(st.text("ab é日🐶\n", min_size=1, max_size=12).map(str.encode), min_size=1, max_size=4)
 

@@ -6,15 +6,15 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
-from caches import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_processor
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from vocabularies import fast, vocabulary
 
 from cachekd.errors import CachekdError
 from cachekd.vocabulary import TokenBytes
+from caches import ROOT
+from tiny import tiny_processor
+from vocabularies import fast, vocabulary
 
 TEXTS = ["A red square, and a dog; is it?", "three red dogs", "naïve 日本 🐶", "a  b\n\n\tc = 3.14"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
