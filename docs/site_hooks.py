@@ -21,5 +21,5 @@ def cli_reference() -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that no file holds."""
-    files.append(File.generated(config, "cli.md", content=cli_reference()))
+    files.append(File.generated(config, "reference/cli.md", content=cli_reference()))
     return files

@@ -1,4 +1,4 @@
-"""Read a cache without cachekd, by zarr (with numcodecs[pcodec]), numpy and json; docs/format.md explains.
+"""Read a cache without cachekd, by zarr (with numcodecs[pcodec]), numpy and json: docs/reference/format.md.
 
 python read_cache_plain.py CACHE [KEY]
 """

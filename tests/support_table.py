@@ -1,4 +1,4 @@
-"""The support table of docs/families.md: each test writes, or checks, its own cell.
+"""The support table of docs/reference/families.md: each test writes, or checks, its own cell.
 
 `CACHEKD_WRITE_TABLE=1 python -m pytest tests/models/test_families.py` writes it; without that a test fails
 whose cell says something else than what it found. The table is of the transformers in constraints.txt: with
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PATH = ROOT / "docs" / "families.md"
+PATH = ROOT / "docs" / "reference" / "families.md"
 BEGIN, END = "<!-- table: tests/models/test_families.py -->\n", "<!-- end of table -->\n"
 CORNER = "model_type"
 
@@ -46,4 +46,6 @@ def cell(family: str, feature: str, found: str, families: list[str], features: l
         write({**cells, (family, feature): found}, families, features)
     elif f"transformers=={version('transformers')}" in (ROOT / "constraints.txt").read_text().splitlines():
         said = cells.get((family, feature))
-        assert said == found, f"docs/families.md says {said!r}, found {found!r}: CACHEKD_WRITE_TABLE=1 pytest"
+        assert said == found, (
+            f"docs/reference/families.md says {said!r}, found {found!r}: CACHEKD_WRITE_TABLE=1 pytest"
+        )

@@ -36,7 +36,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
 
@@ -244,7 +244,9 @@ def test_the_walkthroughs_student_is_one_that_can_be_loaded(tmp_path, monkeypatc
     qwen.save_pretrained("text")
     tokenizer.save_pretrained("text")
     Path("chat_template.jinja").write_text(MARKED_TEMPLATE)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "walkthrough.md").read_text(), re.S)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "how-to" / "paper-pair.md").read_text(), re.S
+    )
     code = code.replace("google/siglip-so400m-patch14-384", "vision").replace(
         "Qwen/Qwen2.5-0.5B-Instruct", "text"
     )
@@ -265,7 +267,7 @@ def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_gives():
         path.read_text() for folder in ("cachekd", "cli") for path in (ROOT / folder).rglob("*.py")
     )
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that go over several lines
-    messages = re.findall(r"^## (.+)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    messages = re.findall(r"^## (.+)$", (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text(), re.M)
     assert len(messages) >= 15
     for message in messages:
         for part in message.split("…"):

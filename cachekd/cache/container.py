@@ -1,8 +1,8 @@
 """Named arrays in one file: a plain Zarr v3 group in a stored zip, the same bytes for the same content.
 
 Any Zarr reader that has numcodecs with pcodec opens it. Numbers go through PCodec, which stays within a few
-percent of their order-0 entropy where zstd needs a quarter to a half more (docs/what-the-cache-keeps.md);
-bytes go through zstd. Every chunk ends with its crc32c.
+percent of their order-0 entropy where zstd needs a quarter to a half more
+(docs/explanation/what-the-cache-keeps.md); bytes go through zstd. Every chunk ends with its crc32c.
 
 Zarr writes them. Reading takes another way, as a cache is often somebody else's: shapes and codecs are
 checked before a byte is decoded, and every chunk is decoded into memory of the size that was checked. Zarr

@@ -39,7 +39,7 @@ class Part(BaseModel):
     """A part of such a file: closed and unchanging.
 
     A field that is marked `LATER` is left out of the JSON where it is at its default, so that a version
-    without it can still read what has nothing to say there: docs/format.md, compatibility.
+    without it can still read what has nothing to say there: docs/reference/format.md, compatibility.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

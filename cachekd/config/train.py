@@ -3,7 +3,7 @@
 LLaVA-KD (arXiv 2410.16236, abstract) names the stages: Distilled Pre-Training strengthens the alignment of
 vision and language, Supervised Fine-Tuning gives the student its multimodal understanding, Distilled
 Fine-Tuning refines what it knows. Which of V_S, P_S and L_S train in each is ours, and said in
-docs/pipelines.md.
+docs/how-to/pipelines.md.
 """
 
 from __future__ import annotations

@@ -156,8 +156,9 @@ LEAST_TOP_K = 4  # that a disk budget may choose
 def fit_budget(cost: Callable[[CodecSettings], Estimate], codec: CodecSettings, budget: int) -> Estimate:
     """The setting that makes the most of `budget` bytes for the whole cache.
 
-    The frontier that was measured (docs/what-the-cache-keeps.md): Kneedle's k and as fine a sketch as there
-    is room for; smaller k only where nothing else is left, no sketch where it would not pay for its basis.
+    The frontier that was measured (docs/explanation/what-the-cache-keeps.md): Kneedle's k and as fine a
+    sketch as there is room for; smaller k only where nothing else is left, no sketch where it would not pay
+    for its basis.
 
     Args:
         cost: of a codec.

@@ -53,7 +53,7 @@ class LossTerms:
         bridge: between V_S and P_T, beyond the paper. It trains with the student (in the same optimizer,
             under the same gradient clip), and is saved in checkpoints, but is no part of it.
         vsd_every: the switched path runs in every so many optimizer steps, the first among them, whatever
-            step a run was resumed at. Its weight is the same wherever it runs (docs/training.md says why).
+            step a run was resumed at. Its weight is the same wherever it runs: docs/how-to/training.md.
         logit_chunk: answer tokens whose logits exist at a time; by default what `chunk_tokens` says.
         across: that teacher and student have different tokenizers; None: both read text alike.
 

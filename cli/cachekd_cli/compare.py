@@ -81,8 +81,8 @@ def require_variations(sweep: Sweep) -> None:
             "there is nothing to compare: nothing varies in this pipeline",
             where=str(sweep.pipeline.out),
             expected="`vary` or `seeds` in the file",
-            fix="say what varies (docs/comparing.md); two runs are compared by `cachekd eval RUN RUN`, and "
-            "`cachekd report RUN --baseline RUN` makes a page of them",
+            fix="say what varies (docs/how-to/comparing.md); two runs are compared by `cachekd eval RUN RUN` "
+            "and `cachekd report RUN --baseline RUN` makes a page of them",
         )
 
 

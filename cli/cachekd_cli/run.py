@@ -57,7 +57,7 @@ def run_command(
 
     The same command again skips what is finished, goes on with what was cut short, and does again what
     changed in the file or on the disk, together with every step that takes its output. The output that was
-    there before is moved to NAME.old-1. What the file may say: docs/pipelines.md.
+    there before is moved to NAME.old-1. What the file may say: docs/how-to/pipelines.md.
     """
     from cachekd.pipeline import expand, read_pipeline
     from cachekd.pipeline.select import choose, labels_of, require_varying

@@ -1,4 +1,4 @@
-"""docs/format.md and schemas/ against the files, and a reader that knows nothing but the document."""
+"""docs/reference/format.md and schemas/ against files, and a reader that knows nothing but the document."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from caches import GOLDEN, GOLDEN_SKETCH, GOLDEN_VOCABULARY, ROOT, files_of
 from schema_files import schema, valid
 from tiny import conversation, tar_members, write_llava_json
 
-DOCUMENT = (ROOT / "docs" / "format.md").read_text()
+DOCUMENT = (ROOT / "docs" / "reference" / "format.md").read_text()
 # In a process that has no cachekd: every row of every sample, to a file.
 READ_ALL = """
 import sys
@@ -184,7 +184,7 @@ def test_the_schema_refuses_what_the_reader_refuses(skipping_cache):
 
 
 def test_run_configurations_fit_their_schemas(tmp_path, skipping_cache):
-    text = (ROOT / "docs" / "training.md").read_text().split("```yaml\n")[1].split("```")[0]
+    text = (ROOT / "docs" / "how-to" / "training.md").read_text().split("```yaml\n")[1].split("```")[0]
     path = tmp_path / "run.yaml"
     path.write_text(text)
     config = read_config(path, SCHEMAS["train"], {})

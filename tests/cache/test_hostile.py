@@ -636,7 +636,7 @@ def test_the_check_itself_sees_what_it_looks_for(tmp_path):
 
 
 def test_the_security_note_says_what_the_code_does():
-    note = (ROOT / "docs" / "security.md").read_text()
+    note = (ROOT / "docs" / "explanation" / "security.md").read_text()
     from cachekd.cache import array_rules, container, plan, sealed
 
     for value in (

@@ -74,7 +74,7 @@ def test_of_twenty_intervals_one_misses():
 
 
 def test_the_documentations_widths_are_those_of_the_intervals():
-    text = (ROOT / "docs" / "comparing.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "comparing.md").read_text()
     seeds, widths = (
         re.search(rf"^\| {row} \| (.*) \|$", text, re.M)[1].split(" | ") for row in ("seeds", "half width")
     )

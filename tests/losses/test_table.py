@@ -46,7 +46,7 @@ def test_it_is_said_and_recorded_alike_in_every_way(name, tmp_path):
 def test_help_and_documentation_name_it(name):
     shown = " ".join(CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output.split())
     assert name in shown
-    assert f"| `{name}` |" in (ROOT / "docs" / "training.md").read_text()
+    assert f"| `{name}` |" in (ROOT / "docs" / "how-to" / "training.md").read_text()
 
 
 @pytest.mark.parametrize(

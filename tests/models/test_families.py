@@ -1,4 +1,4 @@
-"""Every family, feature by feature: tiny random models, the whole pipeline, the table of docs/families.md."""
+"""Every family, feature by feature: tiny random models, the whole pipeline, the table of families.md."""
 
 from __future__ import annotations
 

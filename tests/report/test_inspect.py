@@ -269,7 +269,7 @@ def test_the_terminal_shows_hostile_texts_as_they_are(caches, tmp_path):
 
 
 def test_every_key_of_the_json_is_in_the_documentation():
-    text = (ROOT / "docs" / "inspecting.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "inspecting.md").read_text()
     models = (CacheSummary, Answers, Entropy, ShardSummary, PeekedSample, PeekedToken, Alternative)
     names = {name for model in models for name in model.model_fields}
     assert {name for name in names if f"`{name}`" not in text} == set()

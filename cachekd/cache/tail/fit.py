@@ -11,7 +11,7 @@ With W [V, d] the output head and w_j how often id j is among a token's most pro
 - logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
   rounding stay far below the codes'.
 
-Docs: docs/what-the-cache-keeps.md.
+Docs: docs/explanation/what-the-cache-keeps.md.
 """
 
 from __future__ import annotations
