@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachekd.check.memory import StepMemory, step_memory
+from cachekd.check.memory import StepMemory, StepSetting, step_memory
 from cachekd.config import TrainConfig
 from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded
@@ -98,8 +98,7 @@ def step_sizes(
         student.config,
         teacher.config,
         ours,
-        batch_size=batch_size,
-        half=half,
+        StepSetting(batch_size, half),
         as_teacher=theirs if across else None,
     )
     if not found:
