@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +23,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from cachekd.errors import CachekdError
+from cachekd_cli.tables import Column, WholeWords
 
 if TYPE_CHECKING:
     from cachekd.data.left_out import LeftOutSamples
@@ -159,15 +158,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.2f} h"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> Table:
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> WholeWords:
     """A table whose first columns, so many, are texts, and whose others are numbers. On a narrow terminal a
     long cell takes several lines: names that begin alike cannot be told apart without their ends."""
-    result = Table(title=escape(title), title_justify="left")
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index < texts else "right", overflow="fold")
-    for row in rows:
-        result.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
-    return result
+    cells = [[cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row] for row in rows]
+    made = [Column(name, [row[index] for row in cells], index < texts) for index, name in enumerate(columns)]
+    return WholeWords(title, made)
 
 
 def print_values(title: str, values: Mapping[str, Any]) -> None:
