@@ -26,8 +26,10 @@ from transformers import (
     SiglipModel,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from cachekd.models import load_config, load_model, load_processor
+from cachekd.models.families import FAMILIES
 from cachekd_cli.main import app
 from caches import ROOT
 from tiny import MARKED_TEMPLATE, tiny_processor
@@ -81,6 +83,11 @@ WORDS = {word for source in SOURCES.values() for word in re.findall(r"\w+", sour
 # Options of other programs, and a setting that only accelerate knows.
 OTHERS = {
     "--local-dir": "hf's",
+    "--served-model-name": "vLLM's",
+    "--model-impl": "vLLM's",
+    "--outfile": "llama.cpp's",
+    "--outtype": "llama.cpp's",
+    "--mmproj": "llama.cpp's",
     "--help": "every command's",
     "--multi_gpu": "accelerate's",
     "--no-deps": "pip's",
@@ -260,6 +267,12 @@ def test_the_walkthroughs_student_is_one_that_can_be_loaded(tmp_path, monkeypatc
     ):
         for name, weight in source.state_dict().items():
             assert torch.equal(part.state_dict()[name], weight), name
+
+
+def test_the_page_on_serving_has_the_class_of_every_family():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "how-to" / "serve.md").read_text(), re.M)
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert dict(rows) == {model_type: classes[model_type] for model_type in FAMILIES}
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_gives():
