@@ -20,6 +20,7 @@ from cachekd_cli import (
     derive,
     dump,
     evaluate,
+    init,
     inspect,
     peek,
     run,
@@ -43,6 +44,7 @@ app = typer.Typer(
 # In the order in which one meets them.
 PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     "Distil": {
+        "init": init.init_command,
         "convert": convert.convert_command,
         "check": check.check_command,
         "dump": dump.dump_command,
