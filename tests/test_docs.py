@@ -34,12 +34,12 @@ from cachekd_cli.main import app
 from caches import ROOT
 from tiny import MARKED_TEMPLATE, tiny_processor
 
-PAGES = [
+OUTSIDE = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands_in(page: Path) -> list[str]:
@@ -149,6 +149,22 @@ def test_every_file_of_the_repository_exists(page):
     folders = "cachekd|cli|tests|docs|examples|schemas|benchmarks"
     for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_outside_the_site_leads_somewhere(page):
+    """To a file, and to a heading of it; those of the site itself mkdocs checks."""
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """A heading's words in lower case, joined by '-'."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @each_page
