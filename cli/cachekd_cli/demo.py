@@ -65,7 +65,7 @@ def demo_command(
     tested = {"data": out / "test", "teacher": teacher, "prior_data": out / "questions.json"}
     with stages.run("eval", f"cachekd eval {' '.join(paths)} {as_typed(tested)}"):
         asked = read_config(None, EvalConfig, {"models": paths, **tested})
-        evaluate.print_tables(evaluate.run_eval(asked))
+        evaluate.print_scores(evaluate.run_eval(asked))
     ce, switch_kd = paths
     with stages.run("report", f"cachekd report {switch_kd} --baseline {ce}"):
         page = evaluate.run_report(ReportConfig(run=switch_kd, baselines=[ce]))
