@@ -87,7 +87,7 @@ class WholeWords:
         return [self._widths({index: least[index] for index in group}, width) for group in groups]
 
     def _widths(self, least: dict[int, int], width: int) -> dict[int, int]:
-        """What is left of the width goes first to the columns that need least to have all lines whole; what is
+        """What is left of the width goes first to columns that need least to have all lines whole; what is
         missing is taken from the widest."""
         widths, spare = dict(least), width - _taken(least.values())
         for index in sorted(widths, key=lambda index: self.columns[index].most - widths[index]):
