@@ -16,7 +16,7 @@ NAME = 24  # characters: a longer word in a column of texts is broken before a t
 
 
 @dataclass(frozen=True)
-class Column:
+class CellColumn:
     """A column.
 
     Attributes:
@@ -58,7 +58,7 @@ class WholeWords:
     """
 
     title: str
-    columns: Sequence[Column]
+    columns: Sequence[CellColumn]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         title: str | None = self.title
