@@ -65,7 +65,7 @@ def recompress(
         progress: is told the samples that were done since the last call.
 
     Raises:
-        CachekdError: what is asked for is not smaller, a file is damaged, or `out` holds something.
+        CachekdError: the new cache would not be smaller, a file is damaged, or `out` holds something.
     """
     cache = LogitCache(path)
     codec = _smaller_codec(cache, top_k, tail)
