@@ -16,9 +16,9 @@ from cachekd_cli.main import app
 
 _FILES = """# Files and settings
 
-Every file that cachekd reads or writes in JSON or YAML has a JSON Schema, in `schemas/` and from `cachekd schema
-NAME`. With it an editor completes and checks a `--config` file. Here is what each file holds. `required` stands where
-there is no default.
+Every file that cachekd reads or writes in JSON or YAML has a JSON Schema, in `schemas/` and from
+`cachekd schema NAME`. With it an editor completes and checks a `--config` file. Here is what each file holds.
+`required` stands where there is no default.
 """
 
 
