@@ -1,8 +1,8 @@
 """Scores on public benchmarks, through lmms-eval.
 
-lmms-eval is installed in an environment of its own (docs/how-to/benchmarks.md). What is imported here needs it
-nowhere; `adapter` and `harness` import it. lmms-eval itself finds `manifest` by the entry point in
-pyproject.toml, and so `lmms-eval --model cachekd --model_args pretrained=RUN` works too.
+lmms-eval is installed in an environment of its own (docs/how-to/benchmarks.md); `adapter` and `harness` alone
+import it. It finds `manifest` by the entry point in pyproject.toml, and so
+`lmms-eval --model cachekd --model_args pretrained=RUN` works too.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ _DEFAULT_UNTIL = "\n\n"  # what lmms-eval adds to tasks that name no end: an ans
 class Chat(lmms):
     """A run's student, or any other model that cachekd can load.
 
-    Prompts are rendered, tokenised and their pictures read as a dump and a training do it. Answers are greedy.
+    Prompts are rendered and tokenised, and their pictures read, as in a dump and in a training. Answers are
+    greedy.
 
     Args:
         pretrained: a folder, or a name on the hub.
@@ -205,7 +206,8 @@ def _alike(request: Instance) -> tuple[str, str]:
 
 def _generation(settings: Mapping[str, Any]) -> Generation:
     return Generation(
-        new_tokens=int(settings.get("max_new_tokens") or NEW_TOKENS), beams=int(settings.get("num_beams") or 1)
+        new_tokens=int(settings.get("max_new_tokens") or NEW_TOKENS),
+        beams=int(settings.get("num_beams") or 1),
     )
 
 

@@ -22,13 +22,18 @@ _OTHER_REQUESTS = {
 _JUDGES = {
     "AzureOpenAI",
     "OpenAI",
-    "ServerInterface",
+    "VerificationPipeline",
+    "evaluate_binary",
+    "evaluate_comparative",
     "get_chat_response",
     "get_eval",
     "get_server",
     "openai",
     "post",  # of requests
 }
+_CALLED_FOR_JUDGES = ("gpt", "judge")  # metrics
+# Their metric is called for a judge, and the same code can ask one, but as these use it none is asked.
+_WITHOUT_A_JUDGE = {"mmbench_en_dev_static", "mmbench_cn_dev_static"}
 _SCORING = ("process_results", "metric_list")
 _LOADING = ("process_docs",)
 
@@ -43,7 +48,7 @@ def obstacle(task: TaskFile, *, logged_in: bool, own_data: bool = False) -> str 
     config = task.config
     kind = config.get("output_type", GENERATION)
     data = config.get("dataset_kwargs") or {}
-    metrics = [str(one.get("metric")) for one in config.get("metric_list") or [] if isinstance(one, dict)]
+    metrics = _metrics(task)
     if "class" in config:
         return "it is a Python class of its own, of which a task file says nothing"
     if kind != GENERATION:
@@ -79,6 +84,8 @@ def require_scorable(tasks: Sequence[TaskFile], *, logged_in: bool, own_data: It
     left = [task.name for task in tasks if task.name not in found]
     login = "`hf auth login`, or --benchmark-data NAME=FOLDER; or " if "login" in str(found.values()) else ""
     fix = f"--benchmarks {','.join(left)}" if left else "choose other benchmarks"
+    static = [f"{name}_static" for name in found if f"{name}_static" in _WITHOUT_A_JUDGE]
+    fix += f"; {', '.join(static)} asks no judge" if static else ""
     raise CachekdError(
         "these benchmarks cannot be scored here:" + "".join(f"\n  {n}: {why}" for n, why in found.items()),
         where="setting 'benchmarks'",
@@ -87,7 +94,11 @@ def require_scorable(tasks: Sequence[TaskFile], *, logged_in: bool, own_data: It
 
 
 def asks_a_judge(task: TaskFile) -> bool:
-    """Whether what scores its answers leads to a call of another model."""
+    """Whether what scores its answers leads to a call of another model, or a metric is called for one."""
+    if task.name in _WITHOUT_A_JUDGE:
+        return False
+    if any(word in metric for metric in _metrics(task) for word in _CALLED_FOR_JUDGES):
+        return True
     return any(_JUDGES & _names_behind(function) for function in _functions(task, _SCORING))
 
 
@@ -99,6 +110,11 @@ def asks_for_a_login(task: TaskFile) -> bool:
 def fetches_in_code(task: TaskFile) -> bool:
     """Whether its code fetches data of its own, such as pictures that its questions name."""
     return any("load_dataset" in _names_behind(function) for function in _functions(task, _LOADING))
+
+
+def _metrics(task: TaskFile) -> list[str]:
+    listed = task.config.get("metric_list") or []
+    return [str(one.get("metric")) for one in listed if isinstance(one, dict)]
 
 
 def _functions(task: TaskFile, settings: Sequence[str]) -> Iterator[Function]:
@@ -127,7 +143,7 @@ def _names_behind(function: Function) -> set[str]:
 
 
 def _definitions(file: Path) -> dict[str, set[str]]:
-    """By name, the names that stand in each function of a file and of those that it imports from its folder."""
+    """By its name, the names in each function of a file, and of the files beside it that it imports."""
     found: dict[str, set[str]] = {}
     seen: set[Path] = set()
     ahead = [file]
@@ -159,4 +175,3 @@ def _names_in(function: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.Call):
             logins = (one for one in node.keywords if one.arg == "token")
             yield from ("token=" for one in logins if isinstance(one.value, ast.Constant) and one.value.value)
-

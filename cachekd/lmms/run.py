@@ -14,15 +14,15 @@ from cachekd.cache.quantization import QuantizationInfo
 from cachekd.config import EvalConfig
 from cachekd.data.batches import limits_said
 from cachekd.errors import CachekdError
+from cachekd.evaluate.inputs import load_settings_of, open_models
 from cachekd.lmms.environment import require_lmms_eval, versions
 from cachekd.lmms.harness import Asked, LoadedTask, ask, load_task
 from cachekd.lmms.obstacles import require_scorable
 from cachekd.lmms.scores import BenchmarkScores, ModelScores
 from cachekd.lmms.suite import tasks_of
 from cachekd.lmms.task_files import TaskFile, TaskFiles
-from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
+from cachekd.models import default_device, dtype_of
 from cachekd.models.device import free_memory
-from cachekd.models.device_map import AUTO
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -46,7 +46,9 @@ def run_benchmarks(
     tasks = open_benchmarks(config)
     device = default_device()
     dtype = dtype_of(config.dtype, device)
-    files = {path: _files(path, config) for path in [*_teacher(config), *config.models]}
+    files = open_models(config)
+    for one in files.values():
+        _ = one.encoder  # what a folder lacks is known before the first model is loaded
     quantised: QuantizationInfo | None = None
     if config.teacher is not None:
         quantised = files[config.teacher].quantization(config.quantization, dtype)
@@ -56,12 +58,7 @@ def run_benchmarks(
         from cachekd.lmms.answer import Answerer
 
         free_memory()  # of the model before
-        loading = config.load_settings
-        if path != config.teacher:
-            loading = loading | {"quantization": None}
-            if loading["device_map"] != AUTO:
-                loading["device_map"] = None  # a file names the teacher's modules
-        model = files[path].load(dtype=dtype, device=device, **loading)
+        model = files[path].load(dtype=dtype, device=device, **load_settings_of(config, path))
         limits = limits_said(config.batch_size, config.batch_tokens)
         progress(path, total, 0)
         asked = ask(
@@ -126,16 +123,3 @@ def open_benchmarks(config: EvalConfig) -> list[LoadedTask]:
     tasks = require_benchmarks(config)
     folders = {name: Path(folder) for name, folder in config.folders.items()}
     return [load_task(one, folders.get(one.name)) for one in tasks]
-
-
-def _teacher(config: EvalConfig) -> list[str]:
-    return [] if config.teacher is None else [config.teacher]
-
-
-def _files(path: str, config: EvalConfig) -> ModelFiles:
-    """A model's files; what its folder lacks is known before the first model is loaded."""
-    files = ModelFiles(path)
-    files.require_attention(config.attn_implementation)
-    files = files.within(limits_of([files.config], max_tokens=config.max_tokens))
-    _ = files.encoder
-    return files

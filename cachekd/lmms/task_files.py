@@ -151,7 +151,7 @@ def _read(path: Path, text: str | None = None) -> dict[str, Any]:
 def _loader_beside(path: Path) -> Any:
     """A loader that keeps functions by their names: what is only looked at does not run."""
 
-    class Loader(_Loader):  # type: ignore[misc]
+    class Loader(_Loader):
         pass
 
     def function(_loader: Any, node: Any) -> Function:

@@ -98,7 +98,7 @@ def demo_command(
     tested = {"data": out / "test", "teacher": teacher, "prior_data": out / "questions.json"}
     with stages.run("eval", ["cachekd", "eval", *paths, *words(tested)]):
         asked = read_config(None, EvalConfig, {"models": paths, **tested})
-        evaluate.print_tables(evaluate.run_eval(asked))
+        evaluate.print_scores(evaluate.run_eval(asked))
     ce, switch_kd = paths
     with stages.run("report", ["cachekd", "report", switch_kd, "--baseline", ce]):
         page = evaluate.run_report(ReportConfig(run=switch_kd, baselines=[ce]))

@@ -1,4 +1,4 @@
-"""`cachekd` where it is started otherwise: as a module, by a shell that completes words, without the demo's data."""
+"""`cachekd` as a module, by a shell that completes words, and without the demo's data."""
 
 from __future__ import annotations
 
