@@ -82,13 +82,13 @@ def step_sizes(
     student: ModelFiles,
     samples: Sequence[tuple[Encoded, Encoded]],
     *,
-    across: bool = False,
+    own_text: bool = False,
 ) -> StepSizes | None:
     """Reckon a step of the default batch size on this machine; see `step_memory`.
 
     Args:
         samples: as teacher and student read them; the longest of the student's counts.
-        across: the switched path reads what the teacher does.
+        own_text: the switched path reads what the teacher does.
     """
     batch_size = TrainConfig.model_fields["batch_size"].default
     dtype = default_dtype(default_device())
@@ -99,7 +99,7 @@ def step_sizes(
         teacher.config,
         ours,
         StepSetting(batch_size, half),
-        as_teacher=theirs if across else None,
+        as_teacher=theirs if own_text else None,
     )
     if not found:
         return None
