@@ -146,7 +146,7 @@ def _memory(proposal: Proposal) -> Iterator[str]:
     )
     yield from (f"#   {title:<40}{size:>8}" for title, size in memory_lines(proposal))
     yield from _comment(
-        f"Of {here.card} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to "
+        f"Of {here.card:g} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to "
         "CUDA and "
         "to what nobody reckons."
     )
@@ -207,7 +207,7 @@ def _losses(proposal: Proposal) -> Iterator[str]:
     fit = proposal.fit
     why = proposal.pair.why if proposal.pair is not None else fit.why
     what = {
-        "paper": "L_VSD is on, as in the paper: the student's visual features go into the teacher as they are",
+        "paper": "L_VSD is on, as in the paper: the student's visual features go into the teacher",
         "linear": "L_VSD needs a trained map between the two vision sides, which is beyond the paper",
         "none": "L_VSD is off, and no teacher is in memory while the student trains",
     }[fit.switch]

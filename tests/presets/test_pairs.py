@@ -1,5 +1,5 @@
-"""The pairs that have a name: what the table says of each, against what cachekd finds of the published shapes,
-and against models of these shapes with a few layers."""
+"""The pairs that have a name: what the table says of each, against what cachekd finds of the published
+shapes, and against models of these shapes with a few layers."""
 
 from __future__ import annotations
 
@@ -71,14 +71,16 @@ def cut(name: str):
     config = copy.deepcopy(published(name).config)
     text, vision = config.get_text_config(), config.vision_config
     # The width of a head stays: rotary positions are made for it.
-    text.hidden_size = 64 if getattr(text, "head_dim", None) else 2 * text.hidden_size // text.num_attention_heads
+    text.hidden_size = (
+        64 if getattr(text, "head_dim", None) else 2 * text.hidden_size // text.num_attention_heads
+    )
     text.intermediate_size, text.num_hidden_layers = 64, 3
     text.num_attention_heads = text.num_key_value_heads = 2
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:3]
     for depth in ("depth", "num_hidden_layers"):
         if hasattr(vision, depth):
-            setattr(vision, depth, 3)
+            setattr(vision, depth, 3 if depth == "depth" else 2)
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = text.hidden_size
     if hasattr(vision, "deepstack_visual_indexes"):
@@ -90,7 +92,12 @@ def cut(name: str):
 
 def small(name: str):
     torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(cut(name)).eval()
+    model = AutoModelForImageTextToText.from_config(cut(name)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # Gemma 3's projector begins at zero: nothing would go through it
+                parameter.normal_(std=0.02)
+    return model
 
 
 def inputs_of(name: str, config, assumed: Assumed) -> dict[str, torch.Tensor]:
@@ -119,7 +126,7 @@ def test_the_shapes_are_the_published_ones(name):
     assert getattr(config.vision_config, family_of(config).width) == width
     limits = limits_of([config])
     assert (limits.embedding_rows, limits.max_tokens) == (rows, context)
-    assert config.image_token_id < rows or name.startswith("gemma") and config.image_token_id == 262144
+    assert config.image_token_id < rows
     read = read_by(config, published(name).image_processor, Assumed(640, 480))
     assert read.image_tokens == places == places_by_hand(name, 640, 480)
     assert len(read.encoded) == places + 250
@@ -151,7 +158,8 @@ def test_the_students_picture_goes_through_the_teacher(name):
     """Real numbers: V_S of the published shape, P_T and L_T with a few narrow layers."""
     pair = PAIRS[name]
     ours, theirs = small(pair.student), SwitchedTeacher(small(pair.teacher))
-    assumed = Assumed(100, 80, 4, 2)
+    # Small in tiles: SmolVLM makes four of the longer edge, whatever it is.
+    assumed = Assumed(100, 20 if "smolvlm" in name else 100, 4, 2)
     batch = inputs_of(pair.student, ours.config, assumed)
     their_batch = inputs_of(pair.teacher, theirs.model.config, assumed)
     positions = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
