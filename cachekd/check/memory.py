@@ -108,6 +108,19 @@ class StepMemory:
     peak: int
 
 
+# What people read of these parts, in this order.
+PART_NAMES = {
+    "weights": "the student's weights",
+    "teacher": "the teacher's, frozen",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "activations of the student",
+    "switched": "activations of the switched path",
+    "logits": "a chunk of logits",
+    "peak": "at the most at a time",
+}
+
+
 @dataclass(frozen=True)
 class _Run:
     """Bytes of one model's forward and backward, without its weights: what the forward leaves, what logits
@@ -125,6 +138,7 @@ def step_memory(
     setting: StepSetting,
     *,
     as_teacher: Encoded | None = None,
+    recomputed: tuple[bool, ...] = (False, True),
 ) -> dict[bool, StepMemory]:
     """One step of training, whose weights may be of any size.
 
@@ -135,6 +149,7 @@ def step_memory(
         sample: as the student reads it; the batch has so many of it. Of its pixels the shape alone counts:
             they may be on "meta". No picture may be padding.
         as_teacher: the sample as the switched path reads it; by default as the student does.
+        recomputed: what of the two to reckon; each takes its time.
 
     Returns:
         by whether layers are recomputed (gradient checkpointing, in both models); empty where a family's
@@ -174,16 +189,14 @@ def step_memory(
     switched = theirs if "pixel_values" in their_batch else None
     try:
         return {
-            recomputed: _step(
+            each: _step(
                 held,
-                _run(ours, batch, answers, half=setting.half, recomputed=recomputed, frozen=False),
+                _run(ours, batch, answers, half=setting.half, recomputed=each, frozen=False),
                 _Run()
                 if switched is None
-                else _run(
-                    switched, their_batch, their_answers, half=None, recomputed=recomputed, frozen=True
-                ),
+                else _run(switched, their_batch, their_answers, half=None, recomputed=each, frozen=True),
             )
-            for recomputed in (False, True)
+            for each in recomputed
         }
     except Exception:  # of a family's own code, each has its own
         return {}
