@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 DOCS   := $(VENV)/.docs
+DIST   := $(VENV)/.dist
 OLDEST := $(VENV)/oldest
 # Two processes, and in each, and in what they start, one thread. A file's tests stay together while they can.
 ARGS   := -q -n 2 --dist worksteal
 # What is compiled once stays so, whatever the machine says: rewriting the asserts alone takes seconds each time.
 TEST   := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-.PHONY: demo test test-slow test-oldest lint check format schemas docs clean
+.PHONY: demo test test-slow test-oldest lint check format schemas docs dist clean
 
 demo: $(SETUP)            ## dump, train, evaluate and report on real data (easy-VQA)
 	$(BIN)/cachekd demo
@@ -44,6 +45,12 @@ schemas: $(SETUP)         ## write the JSON Schemas from the pydantic models
 docs: $(DOCS)             ## the documentation site, into build/site
 	$(BIN)/mkdocs build  # not --quiet: warnings would not count as errors
 
+dist: $(DIST)             ## sdist and wheel into dist/; the wheel is installed elsewhere and runs the demo
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	.ci/try-wheel dist/*.whl
+
 # The constraints keep pip on the versions that were tested (and torch on its CPU wheel here).
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,5 +74,9 @@ $(DOCS): $(SETUP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
+$(DIST): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,7 @@ from train_memory import cached_targets
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from cachekd.check.memory import StepMemory, step_memory
+from cachekd.check.memory import StepMemory, StepSetting, step_memory
 from cachekd.models import ModelFiles, SwitchedTeacher, load_config, load_model
 from cachekd.models.device import reset_peak
 from cachekd.train.arguments import CHECKPOINTING
@@ -65,7 +65,7 @@ def reckoned(folder: Path) -> dict[bool, StepMemory]:
     """Without any weights."""
     [sample] = random_samples(1, LENGTH, VOCAB, TOWER)
     student, teacher = (load_config(str(folder / name)) for name in ("student", "teacher"))
-    return step_memory(student, teacher, sample, batch_size=BATCH, half=None)
+    return step_memory(student, teacher, sample, StepSetting(BATCH, None))
 
 
 def measured(folder: Path, recomputed: bool) -> int:

@@ -26,18 +26,20 @@ from transformers import (
     SiglipModel,
     TrainingArguments,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from cachekd.models import load_config, load_model, load_processor
+from cachekd.models.families import FAMILIES
 from cachekd_cli.main import app
 from caches import ROOT
 from tiny import MARKED_TEMPLATE, tiny_processor
 
-PAGES = [
+OUTSIDE = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "examples").glob("*/README.md")),
-    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+PAGES = [*OUTSIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands_in(page: Path) -> list[str]:
@@ -81,6 +83,11 @@ WORDS = {word for source in SOURCES.values() for word in re.findall(r"\w+", sour
 # Options of other programs, and a setting that only accelerate knows.
 OTHERS = {
     "--local-dir": "hf's",
+    "--served-model-name": "vLLM's",
+    "--model-impl": "vLLM's",
+    "--outfile": "llama.cpp's",
+    "--outtype": "llama.cpp's",
+    "--mmproj": "llama.cpp's",
     "--help": "every command's",
     "--multi_gpu": "accelerate's",
     "--no-deps": "pip's",
@@ -142,6 +149,22 @@ def test_every_file_of_the_repository_exists(page):
     folders = "cachekd|cli|tests|docs|examples|schemas|benchmarks"
     for path in re.findall(rf"`((?:{folders})/[\w./*-]+)`", prose(page)):
         assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_outside_the_site_leads_somewhere(page):
+    """To a file, and to a heading of it; those of the site itself mkdocs checks."""
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text())
+    for path, anchor in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors_of(target), f"{path}#{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """A heading's words in lower case, joined by '-'."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @each_page
@@ -260,6 +283,12 @@ def test_the_walkthroughs_student_is_one_that_can_be_loaded(tmp_path, monkeypatc
     ):
         for name, weight in source.state_dict().items():
             assert torch.equal(part.state_dict()[name], weight), name
+
+
+def test_the_page_on_serving_has_the_class_of_every_family():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "docs" / "how-to" / "serve.md").read_text(), re.M)
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert dict(rows) == {model_type: classes[model_type] for model_type in FAMILIES}
 
 
 def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_gives():

@@ -248,39 +248,56 @@ IDEFICS_TOKENS = {
 ROWS = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
 
 
-def idefics3_config(config_class: Any) -> Callable[[Any, int, int], Any]:
+@dataclass(frozen=True)
+class Tiles:
+    """How Idefics3 and SmolVLM cut pictures: tiles of so many pixels, two along a picture's longest edge, in
+    patches, so many of which along a side become one token."""
+
+    pixels: int = 28
+    patch: int = 7
+    shuffle: int = 2
+
+    @property
+    def places(self) -> int:
+        """Of a tile in the text."""
+        return (self.pixels // self.patch // self.shuffle) ** 2
+
+
+def idefics3_config(config_class: Any, tiles: Tiles = Tiles()) -> Callable[[Any, int, int], Any]:
     def build(tok: Any, width: int, text_width: int) -> Any:
-        tower = config_class.sub_configs["vision_config"]
+        tower = vision(
+            config_class.sub_configs["vision_config"], width, image_size=tiles.pixels, patch_size=tiles.patch
+        )
         return config_class(
-            vision_config=vision(tower, width).to_dict(),
+            vision_config=tower.to_dict(),
             text_config=text_config(tok, text_width).to_dict(),
             image_token_id=ids(tok, "<image>"),
-            scale_factor=2,
+            scale_factor=tiles.shuffle,
             pad_token_id=tok.pad_token_id,
         )
 
     return build
 
 
-def idefics3_images(image_class: Any) -> Any:
-    return image_class(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+def idefics3_images(image_class: Any, tiles: Tiles = Tiles()) -> Any:
+    return image_class(size={"longest_edge": 2 * tiles.pixels}, max_image_size={"longest_edge": tiles.pixels})
 
 
-def idefics3_processor() -> Idefics3Processor:
+def idefics3_processor(tiles: Tiles = Tiles(), rows: list[str] = ROWS) -> Idefics3Processor:
     return Idefics3Processor(
-        image_processor=idefics3_images(Idefics3ImageProcessorPil),
-        tokenizer=tokenizer(*ROWS, named=IDEFICS_TOKENS),
-        image_seq_len=4,
+        image_processor=idefics3_images(Idefics3ImageProcessorPil, tiles),
+        tokenizer=tokenizer(*rows, named=IDEFICS_TOKENS),
+        image_seq_len=tiles.places,
         chat_template=template("<image>"),
     )
 
 
-def smolvlm_processor() -> Any:
+def smolvlm_processor(tiles: Tiles = Tiles()) -> Any:
     return without_video(SmolVLMProcessor)(
-        image_processor=idefics3_images(SmolVLMImageProcessorPil),
+        image_processor=idefics3_images(SmolVLMImageProcessorPil, tiles),
         tokenizer=tokenizer(*ROWS, named=IDEFICS_TOKENS),
         video_processor=None,
-        image_seq_len=4,
+        image_seq_len=tiles.places,
         chat_template=template("<image>"),
     )
 
@@ -543,7 +560,11 @@ FAMILIES: dict[str, Tiny] = {
 def build(name: str, *, width: int = 16, text_width: int = 16, seed: int = 0) -> PreTrainedModel:
     """A model of the family, in eval mode, with no parameter at zero."""
     tiny = FAMILIES[name]
-    config = tiny.config(tiny.processor().tokenizer, width, text_width)
+    return made(tiny.config(tiny.processor().tokenizer, width, text_width), seed)
+
+
+def made(config: Any, seed: int = 0) -> PreTrainedModel:
+    """A model of a configuration, likewise."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).eval()
     _wake(model)
@@ -573,4 +594,20 @@ def save(path: Path, name: str, **kwargs: Any) -> Path:
     return path
 
 
-__all__ = ["FAMILIES", "AutoConfig", "Tiny", "build", "save"]
+def save_tiles(
+    path: Path, name: str, tiles: Tiles, *, width: int, text_width: int, seed: int = 0, rows: list[str] = ROWS
+) -> Path:
+    """Write an Idefics3 or a SmolVLM that cuts pictures in its own way.
+
+    Args:
+        rows: names of tiles that are one token each.
+    """
+    processor = idefics3_processor(tiles, rows) if name == "idefics3" else smolvlm_processor(tiles)
+    config_class = Idefics3Config if name == "idefics3" else SmolVLMConfig
+    config = idefics3_config(config_class, tiles)(processor.tokenizer, width, text_width)
+    made(config, seed).save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+__all__ = ["FAMILIES", "AutoConfig", "Tiles", "Tiny", "build", "made", "save", "save_tiles"]

@@ -7,26 +7,77 @@ autocast and with recomputed layers too.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from cachekd.check.fake import Live, fill, recompute
+from cachekd.config import TrainConfig
+from cachekd.config.fields import PARTS, StudentPart
 from cachekd.data import Encoded, collate
 from cachekd.losses import chunk_tokens, summed_over_chunks
-from cachekd.models import empty_model, language_model, parameters_by_part
+from cachekd.models import empty_model, language_model, train_only
+from cachekd.models.adapters import with_adapters
+from cachekd.models.quantization import bits_of, stored_bytes
 from cachekd.models.split import image_inputs
 
 _WINDOW = 128  # of DBiLD
-_MOMENTS = 2  # of AdamW, of the parameters' own size
+_MOMENTS = 8  # bytes of a parameter: AdamW's two, in float32
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """How a pair is trained, as far as memory depends on it.
+
+    Attributes:
+        batch_size: samples.
+        half: the dtype of autocast and of the teacher; None: float32 throughout.
+        student_dtype: of the student's weights and gradients. Adapters are in float32 in any case.
+        lora: settings of `peft.LoraConfig`; None: the student's own weights train.
+        trainable: the parts of the student that train.
+        optimizer_bytes: of a parameter that trains: 8 are AdamW's, 2 those of AdamW in 8 bits.
+        teacher_bits, student_bits: 4 or 8 of a quantised model's layers (`stored_bytes`); None: in their
+            dtype.
+        switched: whether the switched path is on. Without it there is no teacher in memory.
+    """
+
+    batch_size: int
+    half: torch.dtype | None
+    student_dtype: torch.dtype = torch.float32
+    lora: dict[str, Any] | None = None
+    trainable: tuple[StudentPart, ...] = PARTS
+    optimizer_bytes: int = _MOMENTS
+    teacher_bits: int | None = None
+    student_bits: int | None = None
+    switched: bool = True
+
+    @classmethod
+    def of(cls, config: TrainConfig, half: torch.dtype | None) -> Self:
+        """What a run's settings say.
+
+        A quantisation by another backend than bitsandbytes counts as none, an optimizer that is no AdamW as
+        AdamW: both take no more than that.
+
+        Args:
+            half: `dtype: auto` is another on a CPU than on a GPU, so it is said here.
+        """
+        return cls(
+            batch_size=config.most_samples,
+            half=half,
+            student_dtype=getattr(torch, config.student_dtype),
+            lora=config.lora,
+            trainable=config.trainable,
+            optimizer_bytes=2 if "8bit" in str(config.training.get("optim")) else _MOMENTS,
+            teacher_bits=bits_of(config.teacher_quantization),
+            student_bits=bits_of(config.student_quantization),
+            switched=config.switches,
+        )
 
 
 @dataclass(frozen=True)
@@ -34,9 +85,9 @@ class StepMemory:
     """Bytes of one training step by part, and at the most; without what the process held before.
 
     Attributes:
-        weights: of the student.
+        weights: of the student, adapters among them.
         teacher: P_T, L_T and the head, frozen.
-        gradients, optimizer: of the student, with AdamW.
+        gradients, optimizer: of what trains.
         activations: what the student's forward leaves for its backward, autocast's copies of its weights
             among it.
         switched: likewise, of the student's visual features in L_T.
@@ -54,72 +105,121 @@ class StepMemory:
     peak: int
 
 
+# What people read of these parts, in this order.
+PART_NAMES = {
+    "weights": "the student's weights",
+    "teacher": "the teacher's, frozen",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "activations": "activations of the student",
+    "switched": "activations of the switched path",
+    "logits": "a chunk of logits",
+    "peak": "at the most at a time",
+}
+
+
 @dataclass(frozen=True)
 class _Run:
     """Bytes of one model's forward and backward, without its weights: what the forward leaves, what logits
     take beyond that, and the most, gradients among it."""
 
-    kept: int
-    logits: int
-    most: int
+    kept: int = 0
+    logits: int = 0
+    most: int = 0
 
 
 def step_memory(
     student: Any,
     teacher: Any | None,
     sample: Encoded,
+    setting: StepSetting,
     *,
-    batch_size: int,
-    half: torch.dtype | None,
     as_teacher: Encoded | None = None,
+    recomputed: tuple[bool, ...] = (False, True),
 ) -> dict[bool, StepMemory]:
-    """One step of a student that trains in whole, in float32.
+    """One step of training, whose weights may be of any size.
+
+    What is not counted: a layer's weights out of 4 or 8 bits while it runs, and a switch bridge.
 
     Args:
         student, teacher: configs; without a teacher nothing is switched.
-        sample: as the student reads it; the batch has so many of it.
-        half: the dtype of autocast and of the teacher; None: float32 throughout.
+        sample: as the student reads it; the batch has so many of it. Of its pixels the shape alone counts:
+            they may be on "meta". No picture may be padding.
         as_teacher: the sample as the switched path reads it; by default as the student does.
+        recomputed: what of the two to reckon; each takes its time.
 
     Returns:
         by whether layers are recomputed (gradient checkpointing, in both models); empty where a family's
         modules look at values that do not exist here.
+
+    Raises:
+        CachekdError: peft is not installed or refuses the settings; nothing is left to train.
     """
     read = (sample, as_teacher or sample)
-    batch, their_batch = (collate([one] * batch_size, 0) for one in read)
-    answers, their_answers = (batch_size * len(one.token_ids) for one in read)
-    ours, theirs = empty_model(student), None if teacher is None else empty_model(teacher)
-    weights = _elements(ours) * torch.float32.itemsize
-    frozen = 0 if theirs is None else _elements(theirs, without_tower=True) * (half or torch.float32).itemsize
+    batch, their_batch = (collate([_without_pixels(one)] * setting.batch_size, 0) for one in read)
+    answers, their_answers = (setting.batch_size * len(one.token_ids) for one in read)
+    ours = empty_model(student, dtype=setting.student_dtype)
+    weights = stored_bytes(ours, setting.student_bits)
+    if setting.lora is None:
+        train_only(ours, setting.trainable)
+    else:
+        own = {id(parameter) for parameter in ours.parameters()}
+        with torch.device("meta"):
+            with_adapters(ours, setting.lora, setting.trainable)
+        weights += sum(p.nbytes for p in ours.parameters() if id(p) not in own)
+    trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    # A step of a parameter in bfloat16 is taken in float32, one parameter after the other.
+    in_float32 = (2 * 4 * p.numel() for p in trained if p.dtype != torch.float32)
+    held = StepMemory(
+        weights=weights,
+        teacher=0,
+        gradients=sum(parameter.nbytes for parameter in trained),
+        optimizer=sum(parameter.numel() for parameter in trained) * setting.optimizer_bytes,
+        activations=0,
+        switched=0,
+        logits=0,
+        peak=max(in_float32, default=0),
+    )
+    theirs = None
+    if teacher is not None and setting.switched:
+        theirs = empty_model(teacher, dtype=setting.half or torch.float32).requires_grad_(False)
+        held = replace(held, teacher=stored_bytes(theirs, setting.teacher_bits, tower=False))
     switched = theirs if "pixel_values" in their_batch else None
     try:
         return {
-            recomputed: _step(
-                weights,
-                frozen,
-                _run(ours, batch, answers, half=half, recomputed=recomputed, frozen=False),
-                switched
-                and _run(switched, their_batch, their_answers, half=half, recomputed=recomputed, frozen=True),
+            each: _step(
+                held,
+                _run(ours, batch, answers, half=setting.half, recomputed=each, frozen=False),
+                _Run()
+                if switched is None
+                else _run(switched, their_batch, their_answers, half=None, recomputed=each, frozen=True),
             )
-            for recomputed in (False, True)
+            for each in recomputed
         }
     except Exception:  # of a family's own code, each has its own
         return {}
 
 
-def _step(weights: int, frozen: int, ours: _Run, theirs: _Run | None) -> StepMemory:
-    theirs = theirs or _Run(0, 0, 0)
-    held = weights * (1 + _MOMENTS) + frozen
-    return StepMemory(
-        weights=weights,
-        teacher=frozen,
-        gradients=weights,
-        optimizer=_MOMENTS * weights,
+def _without_pixels(sample: Encoded) -> Encoded:
+    """The sample with its floating-point tensors on "meta"; whole numbers (sizes, masks, ids) stay."""
+    inputs = {name: x.to("meta") if x.is_floating_point() else x for name, x in sample.inputs.items()}
+    return replace(sample, inputs=inputs)
+
+
+def _step(held: StepMemory, ours: _Run, theirs: _Run) -> StepMemory:
+    """Put a step together.
+
+    Args:
+        held: what there is all the time; its peak is what the optimizer takes beyond that while it steps.
+    """
+    all_the_time = held.weights + held.teacher + held.optimizer
+    return replace(
+        held,
         activations=ours.kept,
         switched=theirs.kept,
         logits=max(ours.logits, theirs.logits),
         # The switched path's backward comes first, while all that the student's forward left is there.
-        peak=held + max(ours.most, ours.kept + theirs.most, weights),
+        peak=all_the_time + max(ours.most, ours.kept + theirs.most, held.gradients + held.peak),
     )
 
 
@@ -133,15 +233,18 @@ def _run(
     frozen: bool,
 ) -> _Run:
     """The student; or, `frozen`, L_T alone, whose gradient goes through it to visual features."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        _fill(model, half if frozen and half is not None else torch.float32)
-        model.requires_grad_(not frozen).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill(model)
+        model.train()
         if recomputed:
-            _recompute(model)
-        inputs = {name: fake.from_tensor(x) if x.is_floating_point() else x for name, x in batch.items()}
-        live = _Live(model)
+            recompute(model)
+        inputs = {
+            name: torch.empty(x.shape, dtype=x.dtype, device="cpu") if x.is_meta else x
+            for name, x in batch.items()
+        }
+        live = Live(model)
         with live:
-            with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None and not frozen):
+            with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
                 states = _states(model, inputs, frozen=frozen).flatten(0, -2)[:answers]
                 kept = live.now
                 live.most = kept
@@ -182,86 +285,3 @@ def _loss(model: PreTrainedModel, states: Tensor, *, frozen: bool) -> Tensor:
         return {"loss": total}
 
     return summed_over_chunks(loss, states, chunk_tokens(head.weight.shape[0]))["loss"]
-
-
-def _fill(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a model of `empty_model` tensors that say that they are on the CPU; shared ones stay shared."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    new = torch.empty(
-                        tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype
-                    )
-                    made[id(tensor)] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
-                tensors[name] = made[id(tensor)]
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.23 renamed it
-        model.activation_checkpointing_enable(how)
-    else:
-        model.gradient_checkpointing_enable(how)
-
-
-def _elements(model: PreTrainedModel, *, without_tower: bool = False) -> int:
-    parts = parameters_by_part(model)
-    return sum(
-        parameter.numel()
-        for part, parameters in parts.items()
-        if not (without_tower and part == "vision_encoder")
-        for parameter in parameters.values()
-    )
-
-
-def _has_values(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation is on whole numbers that are there: sizes of pictures, masks, token ids."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if tensors:
-        return not any(isinstance(tensor, FakeTensor) or tensor.is_floating_point() for tensor in tensors)
-    dtype = kwargs.get("dtype")
-    if dtype is not None:
-        return not dtype.is_floating_point
-    return func.overloadpacket is torch.ops.aten.arange and not any(isinstance(x, float) for x in args)
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that there are, but for those of a model.
-
-    Attributes:
-        now, most: bytes, now and at the most.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        tensors = [*model.parameters(), *model.buffers()]
-        self._there = {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _has_values(func, args, kwargs):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if (name := storage._cdata) in self._there:
-            return
-        size = storage.nbytes()
-        self._there.add(name)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, name, size)
-
-    def _forget(self, name: int, size: int) -> None:
-        self._there.discard(name)
-        self.now -= size

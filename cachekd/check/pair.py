@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cachekd.check.across import Across, as_note, token_bytes_row, unknown_bytes_row
 from cachekd.check.bind import open_bound
+from cachekd.check.data import RunModels
 from cachekd.check.data_rows import (
     Counts,
     Lengths,
@@ -32,6 +33,7 @@ from cachekd.check.rows import (
     vocabulary_row,
 )
 from cachekd.check.sizes import Sizes, StepSizes, sizes_of, step_sizes
+from cachekd.check.tiles import tiles_row
 from cachekd.config import CheckConfig, DataOptions
 from cachekd.data import Encoded, Limits, Samples, open_samples, survey
 from cachekd.data.left_out import attempts
@@ -151,8 +153,12 @@ def check_pair(config: CheckConfig) -> PairReport:
         image_tokens_row(theirs, ours, pairs),
         pixels_row(theirs, ours, pairs),
     ]
+    plan = None
     if take_images or config.switch_bridge is not None:
-        rows += switch_rows(theirs, ours, config.switch_bridge)
+        rows += (switched := switch_rows(theirs, ours, config.switch_bridge))
+        if config.switch_bridge is not None and all(row.state != "refused" for row in switched):
+            plan = RunModels(ours, theirs).bridge_plan()
+            rows += [tiles_row(theirs, ours, pairs, config.on_error)] if plan.tiles else []
     else:
         rows.append(Row("switch", "note", "no vision encoder", WITHOUT_SWITCH))
     if config.cache is not None:
@@ -166,7 +172,8 @@ def check_pair(config: CheckConfig) -> PairReport:
     shown = [
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
-    step = step_sizes(theirs, ours, pairs, across=otherwise)
+    own_text = otherwise or (plan is not None and plan.other_text)
+    step = step_sizes(theirs, ours, pairs, own_text=own_text)
     return PairReport(rows, sizes, counts, lengths, step, shown, across)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cachekd.check.memory import StepMemory, step_memory
+from cachekd.check.memory import StepMemory, StepSetting, step_memory
 from cachekd.config import TrainConfig
 from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded
@@ -82,13 +82,13 @@ def step_sizes(
     student: ModelFiles,
     samples: Sequence[tuple[Encoded, Encoded]],
     *,
-    across: bool = False,
+    own_text: bool = False,
 ) -> StepSizes | None:
     """Reckon a step of the default batch size on this machine; see `step_memory`.
 
     Args:
         samples: as teacher and student read them; the longest of the student's counts.
-        across: the switched path reads what the teacher does.
+        own_text: the switched path reads what the teacher does.
     """
     batch_size = TrainConfig.model_fields["batch_size"].default
     dtype = default_dtype(default_device())
@@ -98,9 +98,8 @@ def step_sizes(
         student.config,
         teacher.config,
         ours,
-        batch_size=batch_size,
-        half=half,
-        as_teacher=theirs if across else None,
+        StepSetting(batch_size, half),
+        as_teacher=theirs if own_text else None,
     )
     if not found:
         return None

@@ -100,6 +100,7 @@ def _asked(planned: Planned) -> tuple[PlannedStep, list[PlannedStep]]:
     if not trained:
         raise CachekdError("there is nothing to compare: the pipeline has no train step")
     student = trained[-1]
+    # Scores on public benchmarks are in each run and its report: they have no answers to compare in pairs.
     evals = [step for step in planned.steps.values() if str(student.out) in _models(step)]
     if not evals:
         raise CachekdError(
@@ -112,7 +113,7 @@ def _asked(planned: Planned) -> tuple[PlannedStep, list[PlannedStep]]:
 
 
 def _models(step: PlannedStep) -> list[str]:
-    return step.config.models if step.kind == "eval" else []
+    return step.config.models if step.kind == "eval" and not step.config.asks_benchmarks else []
 
 
 def _point(planned: Planned, student: PlannedStep, evals: list[PlannedStep]) -> Point:

@@ -2,26 +2,77 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import Dtype, History, Workers, require_room_for_each
 from cachekd.config.loading import LoadOptions
 from cachekd.errors import CachekdError
-from cachekd.paths import LocalPath, PathOrName
+from cachekd.paths import LocalPath, PathOrName, expanded
+
+Suite = Literal["switch-kd"]
+# What says nothing where public benchmarks are asked: they have data and a reading of their own.
+OF_OWN_DATA = frozenset(DataOptions.model_fields) - {"limit", "max_tokens", "on_error"} | {
+    "cache",
+    "history",
+    "blind",
+    "prior_data",
+    "workers",
+}
+OF_BENCHMARKS = frozenset({"tasks_dir", "benchmark_data"})
+
+
+def _names(value: Any) -> Any:
+    """Split names, as in "pope,gqa"; a list may hold such texts too."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(name.strip() for text in texts for name in text.split(","))
+
+
+def _named_folder(value: Any) -> Any:
+    """Expand the path in "pope=~/data/pope"."""
+    if not isinstance(value, str) or not re.fullmatch(r"[^=]+=.+", value):
+        raise ValueError("NAME=FOLDER is needed, as in pope=data/pope")
+    name, _, folder = value.partition("=")
+    return f"{name.strip()}={expanded(folder)}"
 
 
 class EvalConfig(LoadOptions, DataOptions):
-    """Exact match, and agreement with the teacher, on held-out data.
+    """Exact match, and agreement with the teacher, on held-out data; or scores on public benchmarks.
 
     Raises:
-        CachekdError: there are both a teacher and a cache of it.
+        CachekdError: there are both data and benchmarks, or neither; a setting is of the other kind; or there
+            are both a teacher and a cache of it.
     """
 
     FREE: ClassVar = frozenset({"out", "batch_tokens", "batch_size", "workers", "device_map", "max_memory"})
 
+    data: PathOrName | None = Field(  # type: ignore[assignment]  # None where benchmarks are asked
+        None, description=f"questions with answers: {DataOptions.model_fields['data'].description}"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="only the first so many samples; of each benchmark, only so many questions"
+    )
+    benchmarks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="in place of data, public benchmarks by the names of lmms-eval's tasks, such as "
+        "pope,gqa,textvqa_val; needs an environment of its own (docs/how-to/benchmarks.md)",
+    )
+    suite: Suite | None = Field(
+        None, description="the ten benchmarks of the Switch-KD paper, with its figures beside the scores"
+    )
+    tasks_dir: LocalPath | None = Field(
+        None, description="a folder with more tasks for lmms-eval: YAML files, and Python beside them"
+    )
+    benchmark_data: tuple[Annotated[str, BeforeValidator(_named_folder)], ...] = Field(
+        (),
+        description="NAME=FOLDER: a benchmark's data from a `datasets` folder, not from the hub; again for "
+        "several",
+    )
     models: list[PathOrName] = Field(
         min_length=1,
         description="model or run folders, asked the same; in a pipeline, by default all train steps above",
@@ -67,6 +118,40 @@ class EvalConfig(LoadOptions, DataOptions):
         if twice := next((model for model in models if models.count(model) > 1), None):
             raise ValueError(f"{twice} is named twice")
         return models
+
+    @property
+    def asks_benchmarks(self) -> bool:
+        """Whether public benchmarks are asked, not data of one's own."""
+        return bool(self.benchmarks) or self.suite is not None
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where the data of benchmarks are, by their names."""
+        return dict(one.split("=", 1) for one in self.benchmark_data)
+
+    @model_validator(mode="after")
+    def _either_data_or_benchmarks(self) -> Self:
+        if not self.asks_benchmarks and self.data is None:
+            raise CachekdError(
+                "it is not said what the models are asked",
+                where="settings 'data' and 'benchmarks'",
+                fix="--data names questions of your own, --benchmarks or --suite public ones",
+            )
+        other = OF_OWN_DATA if self.asks_benchmarks else OF_BENCHMARKS
+        fields = type(self).model_fields
+        wrong = [
+            name
+            for name in fields
+            if name in other & self.model_fields_set and getattr(self, name) != fields[name].get_default()
+        ]
+        if wrong:
+            public = "public benchmarks, which have their own data and prompts"
+            raise CachekdError(
+                f"{', '.join(wrong)}: not for {public if self.asks_benchmarks else 'data of your own'}",
+                where=f"setting {wrong[0]!r}",
+                fix="leave it out; one command asks data, another one benchmarks",
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:

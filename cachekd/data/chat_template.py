@@ -86,6 +86,19 @@ class ChatTemplate:
         widened = zip(marks, spans, strict=True)
         return text, [(min(mark[0], span[0]), max(mark[1], span[1])) for mark, span in widened]
 
+    def prompt(self, sample: Sample) -> str:
+        """Render a conversation up to where the assistant is to speak.
+
+        Raises:
+            BadSample: the template refuses it, or a text contains one of its control tokens.
+            CachekdError: answers cannot be found in what this template writes.
+        """
+        _refuse_control_tokens(sample, self.frame.control)
+        try:
+            return self._renderer.text(sample.messages, generation_prompt=True)
+        except TemplateError as error:
+            raise _refused(sample, error) from error
+
     @cached_property
     def frame(self) -> Frame:
         """Found on a question and an answer of one word each.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from cachekd.data.encode import PER_TOKEN, Encoded
 
 
-def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-pad samples into one batch.
+def collate(
+    samples: Sequence[Encoded], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
+) -> dict[str, Tensor]:
+    """Pad samples into one batch; on the left what is to be gone on with.
 
     Image tensors of all samples that have some are concatenated in order, after padding with zeros to one
     size where they differ: families whose images have tiles or sizes of their own know from their other
@@ -28,12 +31,15 @@ def collate(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
         values = [sample.inputs[name] for sample in samples if name in sample.inputs]
         if name in PER_TOKEN:
             padding = pad_token_id if name == "input_ids" else 0
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding)
+            batch[name] = pad_sequence(
+                values, batch_first=True, padding_value=padding, padding_side=padding_side
+            )
         else:
             batch[name] = torch.cat(_same_size(values))
     lengths = [torch.ones(len(sample), dtype=torch.long) for sample in samples]
-    batch["attention_mask"] = pad_sequence(lengths, batch_first=True)
-    batch["supervised"] = pad_sequence([sample.supervised for sample in samples], batch_first=True)
+    batch["attention_mask"] = pad_sequence(lengths, batch_first=True, padding_side=padding_side)
+    supervised = [sample.supervised for sample in samples]
+    batch["supervised"] = pad_sequence(supervised, batch_first=True, padding_side=padding_side)
     return batch
 
 

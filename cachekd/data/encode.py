@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cachekd.data.chat_template import ChatTemplate
@@ -18,6 +19,7 @@ from cachekd.data.supervision import (
     expand_images,
     is_paligemma,
     paligemma_inputs,
+    paligemma_prompt,
 )
 from cachekd.errors import BadSample, CachekdError
 
@@ -117,6 +119,15 @@ class SampleEncoder:
         inputs, numbers, cut = self._guarded(sample)
         return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0, len(sample.images), cut)
 
+    def prompt(self, sample: Sample) -> Encoded:
+        """Encode a conversation that the model is to go on with: its text ends where an answer begins.
+
+        Raises:
+            BadSample: the processor or the chat template raised, or the sample is beyond the limits.
+        """
+        inputs, numbers, _ = self._guarded(sample, self._prompt)
+        return Encoded(sample.key, sample.content_hash, inputs, numbers >= 0, len(sample.images))
+
     def turns(self, sample: Sample) -> Tensor:
         """[N] int64: for each answer token of a sample, which supervised answer it is in, from 0.
 
@@ -149,10 +160,13 @@ class SampleEncoder:
         """Make an encoder of samples as long as they are."""
         return SampleEncoder(self.processor)
 
-    def _guarded(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor, bool]:
-        """As `_encode` has it, within the limits; and whether the end of the answers is cut off."""
+    def _guarded(
+        self, sample: Sample, encode: Callable[[Sample], tuple[dict[str, Tensor], Tensor]] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, bool]:
+        """As `encode`, by default `_encode`, has it, within the limits; and whether the end of the answers is
+        cut off."""
         try:
-            return self._limited(*self._encode(sample), sample)
+            return self._limited(*(encode or self._encode)(sample), sample)
         except (CachekdError, MemoryError):
             raise
         except Exception as error:  # jinja's, the tokenizer's, the image processor's: each has its own
@@ -179,28 +193,36 @@ class SampleEncoder:
             batched, is_answer = paligemma_inputs(self.processor, sample)
             return _unbatched(batched), is_answer.long() - 1
         tokenizer = self.processor.tokenizer
-        if sample.images and self.processor.image_token is None:
-            raise BadSample(
-                "a language model takes no images",
-                where=sample.where,
-                found=f"{len(sample.images)} image(s)",
-                fix="use a vision-language model, or data without images",
-            )
+        _refuse_images(self.processor, sample)
         text, spans = self._chat.locate(sample)
-        batch = self.processor(
-            text=[text],
-            # A list of lists: some processors tile the images of one sample in another way than of several.
-            images=[list(sample.images)] if sample.images else None,
-            return_tensors="pt",
-            return_offsets_mapping=True,
-            return_text_replacement_offsets=True,
-            **_special_tokens(tokenizer, text),
+        batch = self._processed(
+            text, sample, return_offsets_mapping=True, return_text_replacement_offsets=True
         )
         offsets, replaced = batch.pop("offset_mapping")[0], batch.pop("text_replacement_offsets", [[]])
         inputs = _unbatched(batch)
         _refuse_second_bos(tokenizer, inputs["input_ids"], sample)
         text, spans = expand_images(text, spans, replaced[0] if sample.images else [], sample)
         return inputs, answer_numbers(tokenizer, inputs["input_ids"], offsets, text, spans, sample)
+
+    def _prompt(self, sample: Sample) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs of a conversation without an answer to come; no token is one."""
+        if is_paligemma(self.processor):
+            inputs = _unbatched(paligemma_prompt(self.processor, sample))
+        else:
+            _refuse_images(self.processor, sample)
+            inputs = _unbatched(self._processed(self._chat.prompt(sample), sample))
+            _refuse_second_bos(self.processor.tokenizer, inputs["input_ids"], sample)
+        return inputs, torch.full((len(inputs["input_ids"]),), -1)
+
+    def _processed(self, text: str, sample: Sample, **options: Any) -> Any:
+        return self.processor(
+            text=[text],
+            # A list of lists: some processors tile the images of one sample in another way than of several.
+            images=[list(sample.images)] if sample.images else None,
+            return_tensors="pt",
+            **options,
+            **_special_tokens(self.processor.tokenizer, text),
+        )
 
 
 def _template_source(processor: Processor) -> str:
@@ -214,6 +236,16 @@ def _template_source(processor: Processor) -> str:
             fix="save one as chat_template.jinja beside the processor's files",
         )
     return str(template)
+
+
+def _refuse_images(processor: Processor, sample: Sample) -> None:
+    if sample.images and processor.image_token is None:
+        raise BadSample(
+            "a language model takes no images",
+            where=sample.where,
+            found=f"{len(sample.images)} image(s)",
+            fix="use a vision-language model, or data without images",
+        )
 
 
 def _special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:

@@ -170,6 +170,30 @@ def paligemma_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Te
     return batch, supervised
 
 
+def paligemma_prompt(processor: Processor, sample: Sample) -> Mapping[str, Tensor]:
+    """Encode images and a question, the answer to which PaliGemma is to write.
+
+    Returns:
+        what the processor makes of it, with a batch axis of one.
+
+    Raises:
+        BadSample: there is no image, another turn than a user's, or tools.
+    """
+    roles = [message["role"] for message in sample.messages]
+    if roles != ["user"] or not sample.images or sample.tools:
+        raise BadSample(
+            "PaliGemma takes images and one question",
+            where=sample.where,
+            expected="a user turn with at least one image",
+            found=f"{', '.join(roles)} with {len(sample.images)} image(s)",
+        )
+    text = (processor.image_token or "") * len(sample.images) + message_text(sample.messages[0])
+    batch: Mapping[str, Tensor] = processor(
+        text=[text], images=[list(sample.images)], return_tensors="pt", add_special_tokens=False
+    )
+    return batch
+
+
 def _check(sample: Sample) -> None:
     roles = [message["role"] for message in sample.messages]
     if roles != ["user", "assistant"] or not sample.images or sample.tools:

@@ -18,6 +18,7 @@ from cachekd.evaluate.questions import QuestionEncoder, one_line, question_type
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 from cachekd.models.device_map import AUTO
 from cachekd.models.fingerprint import tokenizer_fingerprint
+from cachekd.models.loading import LoadSettings
 
 NO_VOCABULARY = (
     "--teacher in place of --cache asks the teacher itself; or dump the data again; or leave out the models "
@@ -107,6 +108,17 @@ def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFi
         models[config.teacher].require_device_map(device_map)
         models[config.teacher].quantization(config.quantization, dtype_of(config.dtype, default_device()))
     return models
+
+
+def load_settings_of(config: EvalConfig, path: str) -> LoadSettings:
+    """How one of the models is loaded: as it is saved, unless it is the teacher."""
+    settings: LoadSettings = config.load_settings
+    if path == config.teacher:
+        return settings
+    settings = settings | {"quantization": None}
+    if settings["device_map"] != AUTO:
+        settings["device_map"] = None  # a file names the teacher's modules
+    return settings
 
 
 def try_encoder(config: EvalConfig, samples: Samples, encoder: SampleEncoder) -> None:

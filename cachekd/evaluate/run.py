@@ -24,15 +24,21 @@ from cachekd.errors import CachekdError
 from cachekd.evaluate.ask import Answers, ask
 from cachekd.evaluate.comparison import Comparison
 from cachekd.evaluate.forward import QuestionRunner
-from cachekd.evaluate.inputs import AnswerPrior, Progress, open_cache, open_models, read_prior, try_encoder
+from cachekd.evaluate.inputs import (
+    AnswerPrior,
+    Progress,
+    load_settings_of,
+    open_cache,
+    open_models,
+    read_prior,
+    try_encoder,
+)
 from cachekd.evaluate.questions import AskedSample, QuestionEncoder, question_type, require_single_questions
 from cachekd.evaluate.reference import CachedReference, KeptStates, Reference
 from cachekd.evaluate.scores import CellCoverage, Evaluation, QuestionSet, Score
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.models.device import free_memory
-from cachekd.models.device_map import AUTO
 from cachekd.models.fingerprint import tokenizer_fingerprint
-from cachekd.models.loading import LoadSettings
 
 Found = dict[str, Answers]  # by a sample's key
 
@@ -114,25 +120,22 @@ class Interviewer:
 
     def ask(self, path: str, reference: Reference | None) -> Found:
         """One model, compared with the teacher if there is one."""
-        as_saved = self.config.load_settings | {"quantization": None}
-        if as_saved["device_map"] != AUTO:
-            as_saved["device_map"] = None  # a file names the teacher's modules
         comparison = None if reference is None else Comparison(reference, self.files[path])
-        runner = self._runner(path, as_saved, comparison=comparison)
+        runner = self._runner(path, comparison=comparison)
         return self._run(runner, path, blind=self.config.blind)
 
     def ask_teacher(self, path: str) -> tuple[Found, KeptStates | None]:
         """The teacher; and what stays of it, if it was asked anything."""
-        runner = self._runner(path, self.config.load_settings, keep_states=True)
+        runner = self._runner(path, keep_states=True)
         found = self._run(runner, path, blind=False)
         if runner.head is None:
             return found, None
         kept = {key: one.kept for key, one in found.items()}
         return found, KeptStates(self.files[path], runner.head, kept)
 
-    def _runner(self, path: str, loading: LoadSettings, **settings: Any) -> QuestionRunner:
+    def _runner(self, path: str, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
-        files = self.files[path]
+        files, loading = self.files[path], load_settings_of(self.config, path)
         model = files.load(dtype=self.dtype, device=self.device, **loading)
         limits = limits_said(self.config.batch_size, self.config.batch_tokens)
         return QuestionRunner(model, files.encoder, limits=limits, **settings)

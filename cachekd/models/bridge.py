@@ -30,9 +30,13 @@ from cachekd.paths import BRIDGE_FILE
 
 # An image is one square of patches, whose number is a matter of the vision encoder alone.
 _ONE_SQUARE = ("llava", "paligemma", "gemma3")
-# Images are tiles, and how many depends on the grid: V_S's tiles would not be those of V_T. Only the width
-# may differ.
-_TILED = ("llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl")
+# An image is rows and columns of tiles, each of one grid: how many follows from its shape, not from the grid,
+# and stands in the text. So each tile is bridged by itself, where both sides cut a sample alike.
+_TILE_BY_TILE = ("idefics3", "smolvlm")
+_SHUFFLE = "scale_factor"  # patches along a side that become one token
+# Images are tiles, and how many depends on the size of one: V_S's tiles need not be those of V_T. Only the
+# width may differ.
+_TILED = ("llava_next", "llava_onevision", "internvl")
 # Tokens before the patches, by the vision encoder's model_type.
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 _STRATEGY = "vision_feature_select_strategy"
@@ -48,6 +52,8 @@ class BridgePlan:
         grid: patches along a side; None where the tokens stay as they are and only the width changes.
         class_tokens: tokens before the patches.
         other_text: whether an image has another number of places in the teacher's text than in the student's.
+        tiles: whether both cut an image into tiles, each by its own processor: a sample must have the same
+            ones on both sides (`cachekd.check.tiles`). The grid is that of a tile.
     """
 
     width: tuple[int, int]
@@ -55,11 +61,12 @@ class BridgePlan:
     grid: tuple[int, int] | None = None
     class_tokens: tuple[int, int] = (0, 0)
     other_text: bool = False
+    tiles: bool = False
 
     def __str__(self) -> str:
         text = f"width {self.width[0]:,} to {self.width[1]:,}"
         if self.grid is not None and self.grid[0] != self.grid[1]:
-            text += ", {0} x {0} patches to {1} x {1}".format(*self.grid)
+            text += ", {0} x {0} patches to {1} x {1}".format(*self.grid) + " in each tile" * self.tiles
         return text
 
 
@@ -75,7 +82,8 @@ def plan_bridge(teacher: Any, student: Any, *, own_text: bool = False) -> Bridge
             too, which no bridge mends.
     """
     differences = switch_differences(teacher, student, own_text=own_text)
-    same_tower = _tower(teacher) == _tower(student)
+    tiles = {teacher.model_type, student.model_type} <= {*_TILE_BY_TILE}
+    same_tower = tiles or _tower(teacher) == _tower(student)
     if not differences and same_tower:
         raise _refused(
             "the bridge has nothing to do: the student's features have the shape that the teacher takes",
@@ -83,28 +91,41 @@ def plan_bridge(teacher: Any, student: Any, *, own_text: bool = False) -> Bridge
             fix="leave --switch-bridge out",
         )
     bridged = {width_setting(teacher)}
-    tokens_stay = same_tower and all(difference.setting in bridged for difference in differences)
-    if not tokens_stay and _is_one_square(teacher) and _is_one_square(student):
+    settings = {difference.setting for difference in differences}
+    tokens_stay = same_tower and settings <= bridged
+    if not tokens_stay and tiles:
+        bridged |= {*GRID, _SHUFFLE}
+    elif not tokens_stay and _is_one_square(teacher) and _is_one_square(student):
         bridged |= {*GRID, _STRATEGY}
+    elif teacher.model_type == student.model_type and teacher.model_type in _TILED and settings & {*GRID}:
+        raise _refused(
+            "no bridge is sound here: with tiles of another size an image has another number of them",
+            student,
+            expected="the teacher's vision_config.image_size and patch_size; the width may differ",
+            found=", ".join(f"{one.setting} {one.student}, not {one.teacher}" for one in differences),
+            fix=f"{OTHER_TOWER}, or {WITHOUT_SWITCH}",
+        )
     check_switch(teacher, student, bridged=frozenset(bridged), own_text=own_text)
     layer = getattr(teacher, "vision_feature_layer", None)
-    if teacher.model_type not in (*_ONE_SQUARE, *_TILED) or isinstance(layer, list | tuple):
+    sound = (*_ONE_SQUARE, *_TILE_BY_TILE, *_TILED)
+    if teacher.model_type not in sound or isinstance(layer, list | tuple):
         raise _refused(
             "no bridge is sound here: V's output is not one tensor of patches [images, patches, width]",
             student,
-            expected=f"model_type {', '.join((*_ONE_SQUARE, *_TILED))}, and one vision_feature_layer",
+            expected=f"model_type {', '.join(sound)}, and one vision_feature_layer",
             found=f"{teacher.model_type}, layer {layer}",
             fix=f"{OTHER_TOWER}, or {WITHOUT_SWITCH}",
         )
     width = (_width(student), _width(teacher))
     if tokens_stay:
-        return BridgePlan(width, layer)
+        return BridgePlan(width, layer, tiles=tiles)
     plan = BridgePlan(
         width,
         layer,
         grid=(_side(student), _side(teacher)),
-        class_tokens=(_CLASS_TOKENS[_tower(student)], _CLASS_TOKENS[_tower(teacher)]),
+        class_tokens=(_class_tokens(student), _class_tokens(teacher)),
         other_text=_tokens_read(student) != _tokens_read(teacher),
+        tiles=tiles,
     )
     if plan.class_tokens[0] < plan.class_tokens[1] and getattr(teacher, _STRATEGY, None) != "default":
         raise _refused(
@@ -118,6 +139,8 @@ def plan_bridge(teacher: Any, student: Any, *, own_text: bool = False) -> Bridge
 
 class SwitchBridge(nn.Module):
     """Brings V_S's output to the shape of V_T's: patches resampled, then one linear layer. Beyond the paper.
+
+    What V_S gives of a picture, or of each tile of one, is bridged by itself.
 
     Patches are resampled bilinearly as a picture is (with antialiasing where they become fewer); class
     tokens are kept apart, and one that the teacher drops anyway is zeros where the student has none. The
@@ -236,10 +259,16 @@ def _is_one_square(config: Any) -> bool:
     return config.model_type in _ONE_SQUARE and _tower(config) in _CLASS_TOKENS
 
 
+def _class_tokens(config: Any) -> int:
+    return 0 if config.model_type in _TILE_BY_TILE else _CLASS_TOKENS[_tower(config)]
+
+
 def _tokens_read(config: Any) -> int:
-    """Tokens of an image that the projector reads."""
+    """Places of an image in the text, or of a tile of one, but for what a projector makes of all alike."""
+    if config.model_type in _TILE_BY_TILE:
+        return (_side(config) // int(config.scale_factor)) ** 2
     dropped = getattr(config, _STRATEGY, None) == "default"
-    return _CLASS_TOKENS[_tower(config)] + _side(config) ** 2 - dropped
+    return _class_tokens(config) + _side(config) ** 2 - dropped
 
 
 def _refused(problem: str, student: Any, **details: str) -> CachekdError:

@@ -99,7 +99,7 @@ def check_switch(
             expected=f"{difference.teacher}, as {teacher.name_or_path} has it",
             found=difference.student,
             fix=f"{OTHER_TOWER}, or {WITHOUT_SWITCH}"
-            + ("" if bridged else "; `cachekd check` says whether --switch-bridge linear would do"),
+            + ("" if bridged else "; --switch-bridge linear mends another width, and often another grid"),
         )
 
 
@@ -117,7 +117,9 @@ def switch_differences(teacher: Any, student: Any, *, own_text: bool = False) ->
     vision_tower_name(teacher)  # a language model has none
     family = family_of(teacher)
     placeholder = () if own_text else ("image_token_id",)
-    names = ("model_type", width_setting(teacher), *family.shared, *placeholder)
+    # Two names of one entry (Idefics3, SmolVLM) are the same code between V and P.
+    kind = () if family_of(student) is family else ("model_type",)
+    names = (*kind, width_setting(teacher), *family.shared, *placeholder)
     found = [
         SwitchDifference(_meaning(name, family), name, _setting(teacher, name), _setting(student, name))
         for name in names

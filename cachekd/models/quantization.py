@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from cachekd.cache.quantization import QuantizationInfo
 from cachekd.errors import CachekdError, first_line
 from cachekd.models.families import TEXT_ONLY, family_of, vision_tower
+from cachekd.models.parts import parameters_by_part
 
 Setting = str | Mapping[str, Any]
 PRESETS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ BACKENDS = {
     "quanto": Backend("optimum-quanto", "modules_to_not_convert", "weights: int8"),
 }
 _COMPUTES_IN = "bnb_4bit_compute_dtype"
+_A_BLOCK, _SCALE = 64, 4  # bitsandbytes': weights of 4 bits that share a scale, and a scale's bytes
 
 
 def quantization_config(
@@ -166,6 +168,34 @@ def left_whole(model: PreTrainedModel) -> list[str]:
     if family_of(model.config) is not TEXT_ONLY:
         kept.append(vision_tower(model))
     return [name for name, module in model.named_modules() if any(module is one for one in kept)]
+
+
+def bits_of(setting: Setting | None) -> int | None:
+    """How many bits a weight has that bitsandbytes quantises; None without it."""
+    settings = {} if setting is None else _mapping(setting)
+    return 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else None
+
+
+def stored_bytes(model: PreTrainedModel, bits: int | None = None, *, tower: bool = True) -> int:
+    """What a model's weights take in memory, by its modules alone (`empty_model`); shared ones once.
+
+    Args:
+        model: whose weights have the dtype that they are loaded in.
+        bits: 4 or 8: as bitsandbytes quantises the linear layers that are not in `left_whole`, with float32
+            scales (4 bits: of each 64 weights; 8 bits: of each row).
+        tower: False: without the vision encoder's own weights.
+    """
+    whole = tuple(f"{name}." for name in left_whole(model))
+    sizes = {id(weight): weight.nbytes for weight in model.parameters()}
+    for name, module in model.named_modules():
+        if bits is not None and isinstance(module, nn.Linear) and not f"{name}.".startswith(whole):
+            rows, count = len(module.weight), module.weight.numel()
+            scales = count // _A_BLOCK if bits == 4 else rows
+            sizes[id(module.weight)] = count * bits // 8 + scales * _SCALE
+    if not tower:
+        for weight in parameters_by_part(model)["vision_encoder"].values():
+            del sizes[id(weight)]
+    return sum(sizes.values())
 
 
 def with_gradients(model: PreTrainedModel) -> PreTrainedModel:

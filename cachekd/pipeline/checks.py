@@ -27,6 +27,7 @@ from cachekd.errors import CachekdError, about
 from cachekd.evaluate.inputs import open_cache as open_asked_cache
 from cachekd.evaluate.inputs import open_models
 from cachekd.evaluate.questions import require_single_questions
+from cachekd.lmms.run import require_benchmarks
 from cachekd.models import ModelFiles, default_device, dtype_of
 from cachekd.paths import RUN_FILE, is_address
 from cachekd.pipeline.plan import PlannedStep
@@ -218,6 +219,8 @@ def _check_eval(config: EvalConfig, made: _ToBeMade) -> None:
     teacher = config.teacher and made.source(config.teacher)
     models = list(dict.fromkeys(map(made.source, config.models)))
     config = config.model_copy(update={"teacher": teacher, "models": models})
+    if config.asks_benchmarks:
+        require_benchmarks(config)
     opened = open_models(config, made.files)
     if config.cache is None:
         return

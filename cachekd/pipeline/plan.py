@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from cachekd.config import Config, DataOptions, DumpConfig, EvalConfig, ReportConfig, TrainConfig, refusal
 from cachekd.config.base import Mistake, defaults_of
 from cachekd.config.data import WHICH_SAMPLES
+from cachekd.config.evaluate import OF_OWN_DATA
 from cachekd.config.train import STAGES
 from cachekd.errors import CachekdError, about
 from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
@@ -170,6 +171,7 @@ def _said(model: Config, config: type[Config]) -> dict[str, Any]:
 def _values(kind: str, said: dict[str, Any], above: _Above) -> dict[str, Any]:
     """A step's settings: its own, then its stage's, then those of `defaults` and of the steps above."""
     values = above.shared(KINDS[kind].shared)
+    public = kind == "eval" and bool(said.get("benchmarks") or said.get("suite"))  # no data of one's own
     if kind != "report":
         own = kind == "eval" or "data" in said  # of other data, only how records are read is shared
         values |= above.shared(_OF_DATA - WHICH_SAMPLES if own else _OF_DATA)
@@ -184,7 +186,9 @@ def _values(kind: str, said: dict[str, Any], above: _Above) -> dict[str, Any]:
         values["models"] = train_steps
         if said.get("cache") is not None:
             values.pop("teacher", None)
-        if "data" in above.defaults:  # the training data, of which nothing is as in this step's own
+        if public:
+            values = {name: value for name, value in values.items() if name not in OF_OWN_DATA}
+        elif "data" in above.defaults:  # the training data, of which nothing is as in this step's own
             values["prior_data"] = defaults_of(DataOptions) | above.shared(_OF_DATA)
     elif kind == "report" and train_steps:
         values["run"] = train_steps[-1]
@@ -218,7 +222,7 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
     if kind == "report":
         taken += above.names["eval"]  # whose scores are in the runs
     others = {setting: getattr(config, setting, None) for setting in ("eval_data", "prior_data")}
-    data = {} if kind == "report" else {"data": config}
+    data = {} if kind == "report" or getattr(config, "data", None) is None else {"data": config}
     manifests = (Path(cache, MANIFEST_FILE) for cache in caches if cache not in made)
     return PlannedStep(
         name,

@@ -65,6 +65,8 @@ def verdict(runs: Sequence[Run], found: Sequence[Section]) -> str:
     """What came of it, in a few sentences from the numbers of the newest set, whichever way they go."""
     run = runs[0]
     if not found:
+        if run.benchmarks:
+            return f"{run.name} was asked public benchmarks alone: their scores are below."
         return f"{run.name} has not been evaluated: run cachekd eval on it."
     newest = found[0]
     scores = {row.name: row.score.exact_match for row in newest.rows}

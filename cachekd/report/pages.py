@@ -28,6 +28,7 @@ from cachekd.cache.summary import CacheSummary
 from cachekd.evaluate.scores import MAX_TYPES
 from cachekd.paths import REPORT_FILE
 from cachekd.report.accuracy import difference_text, sections, verdict
+from cachekd.report.benchmarks import benchmark_table
 from cachekd.report.plots import (
     STYLE,
     entropy_plot,
@@ -104,6 +105,7 @@ def build_report(run: Run, baselines: Sequence[Run]) -> str:
         runs=runs,
         verdict=verdict(runs, found),
         sections=found,
+        benchmarks=benchmark_table(runs),
         difference_text=difference_text,
         max_types=MAX_TYPES,
         plots=plots,

@@ -13,6 +13,7 @@ from cachekd.config.base import defaults_of
 from cachekd.config.weights import Schedule
 from cachekd.errors import CachekdError
 from cachekd.evaluate import Evaluation, read_scores
+from cachekd.lmms.scores import BenchmarkScores, read_benchmarks
 from cachekd.losses.terms import TERMS
 from cachekd.paths import RUN_FILE, shortest
 
@@ -33,6 +34,7 @@ class Run:
         name: on the page.
         saved: what cachekd_run.json says.
         evaluations: one for each set of questions that it was asked, the newest first.
+        benchmarks: the public ones that it was asked, by name.
         color: of its curves and bars, a name in the style sheet.
     """
 
@@ -40,6 +42,7 @@ class Run:
     name: str
     saved: dict[str, Any]
     evaluations: list[Evaluation]
+    benchmarks: list[BenchmarkScores]
     color: str = RUN_COLORS[0]
 
     @property
@@ -74,7 +77,9 @@ def read_run(folder: str | Path) -> Run:
         raise CachekdError(
             "this is not a run", where=str(folder), expected=RUN_FILE, fix="run `cachekd train`"
         )
-    return Run(folder, folder.resolve().name, _read_run_file(path), read_scores(folder))
+    return Run(
+        folder, folder.resolve().name, _read_run_file(path), read_scores(folder), read_benchmarks(folder)
+    )
 
 
 def _read_run_file(path: Path) -> dict[str, Any]:

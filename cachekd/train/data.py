@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from cachekd.cache import CachedTargets, LogitCache
 from cachekd.check.match import check_content, check_sample, cut_alike
+from cachekd.check.tiles import require_same_tiles
 from cachekd.config.data import OnError
 from cachekd.data import Encoded, SampleEncoder, Samples, rough_lengths
 from cachekd.data.left_out import BadSamples, DataHealth, first_good, may_be_left_out
@@ -34,6 +35,7 @@ class TrainingSamples(Dataset):
             otherwise, or where an image has another number of places in its text.
         on_error: whether a bad sample stops the run, or is left out of it.
         across: that teacher and student have different tokenizers; None: both read text alike.
+        same_tiles: the pictures of a sample that the teacher reads by itself must have the student's tiles.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class TrainingSamples(Dataset):
         *,
         on_error: OnError = "stop",
         across: AcrossTokenizers | None = None,
+        same_tiles: bool = False,
     ) -> None:
-        self.samples, self.encoder, self.cache = samples, encoder, cache
+        self.samples, self.encoder, self.cache, self.same_tiles = samples, encoder, cache, same_tiles
         self.teacher_encoder, self.on_error, self.across = teacher_encoder, on_error, across
         self._lengths: list[int] | None = None
 
@@ -87,7 +90,11 @@ class TrainingSamples(Dataset):
     def _example(self, index: int) -> Example:
         sample = self.samples[index]
         encoded = self.encoder(sample)
-        theirs = None if self.teacher_encoder is None else self.teacher_encoder(sample)
+        theirs = None
+        if self.teacher_encoder is not None:
+            theirs = self.teacher_encoder(sample)
+            if self.same_tiles:
+                require_same_tiles(encoded, theirs, self.encoder, self.teacher_encoder)
         # `--missing` has decided before training whether a cache may lack samples.
         targets = None if self.cache is None or encoded.key not in self.cache else self.cache[encoded.key]
         if self.across is not None:

@@ -220,11 +220,14 @@ def load_trainer(
     models = opened.models
     bridge = switch_bridge(config, models)
     reader = reading_teacher(config, bridge, models, across=opened.across is not None)
+    same_tiles = bridge is not None and bridge.plan.tiles
     validation = None
     if opened.held_out is not None:
         phase("reading the held-out data")
         with about("eval_data"):
-            validation = Validation.of(opened.held_out, opened.across, teacher_reads=reader is not None)
+            validation = Validation.of(
+                opened.held_out, opened.across, teacher_reads=reader is not None, same_tiles=same_tiles
+            )
             validation.read(opened.arguments)
     teacher, live = None, None
     if models.teacher is not None:
@@ -252,6 +255,7 @@ def load_trainer(
         None if reader is None else reader.encoder,
         on_error=config.on_error,
         across=opened.across,
+        same_tiles=same_tiles,
     )
     phase("reading the first sample")
     with explained(config.training):

@@ -21,7 +21,7 @@ from cachekd.data.processor import Processor
 from cachekd.errors import CachekdError, is_failed_write, megabytes
 from cachekd.lock import LOCK_FILE
 from cachekd.models import SwitchBridge, empty_model, train_only
-from cachekd.train.student import with_adapters
+from cachekd.models.adapters import with_adapters
 
 # Bytes, each a little more than it is.
 _OF_A_TENSOR = 512  # its name, its place in a file

@@ -3,20 +3,17 @@ to change when it ran out."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from cachekd.config import TrainConfig
-from cachekd.config.fields import PARTS, StudentPart
 from cachekd.errors import CachekdError
-from cachekd.models import ModelFiles, check_adapters, modules_outside, train_only
+from cachekd.models import ModelFiles, check_adapters, train_only
+from cachekd.models.adapters import lora_config, with_adapters
 from cachekd.models.memory import memory_that_ran_out
 from cachekd.models.quantization import in_checkpoint, quantization_config
 
@@ -74,58 +71,6 @@ def _untrainable(where: str) -> CachekdError:
         where=where,
         fix="train adapters on them: lora: {r: 16, target_modules: all-linear}",
     )
-
-
-def lora_config(settings: dict[str, Any]) -> Any:
-    """`peft.LoraConfig`.
-
-    Raises:
-        CachekdError: peft is not installed, or has no such setting.
-    """
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise CachekdError(
-            "peft is not installed", where="setting 'lora'", fix="pip install 'cachekd[peft]'"
-        ) from None
-    try:
-        return LoraConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
-
-
-def with_adapters(
-    student: PreTrainedModel, settings: dict[str, Any], trainable: tuple[StudentPart, ...] = PARTS
-) -> nn.Module:
-    """LoRA, or QLoRA where the student is quantised.
-
-    Args:
-        settings: of `peft.LoraConfig`.
-        trainable: the parts that may have adapters.
-    """
-    adapters = lora_config(within(student, settings, trainable))
-    from peft import get_peft_model
-
-    if getattr(student, "is_quantized", False):
-        # As peft's prepare_model_for_kbit_training does, but that would have the others in float32.
-        student.requires_grad_(False)
-    try:
-        return get_peft_model(student, adapters)
-    except (TypeError, ValueError) as error:
-        raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
-
-
-def within(
-    student: PreTrainedModel, settings: dict[str, Any], trainable: tuple[StudentPart, ...]
-) -> dict[str, Any]:
-    """Settings of LoRA that leave the frozen parts out, whatever `target_modules` says."""
-    frozen = modules_outside(student, trainable)
-    if not frozen:
-        return settings
-    theirs = settings.get("exclude_modules") or []
-    if isinstance(theirs, str):  # a pattern, to peft
-        return settings | {"exclude_modules": "|".join([f"(?:{theirs})", *map(re.escape, frozen)])}
-    return settings | {"exclude_modules": [*theirs, *frozen]}
 
 
 def save_merged(files: ModelFiles, adapter: Path, out: Path) -> None:

@@ -54,11 +54,18 @@ class Validation:
         self._feed = Feed(data, pad_token_id)
 
     @classmethod
-    def of(cls, held_out: HeldOut, across: AcrossTokenizers | None, *, teacher_reads: bool) -> Validation:
+    def of(
+        cls,
+        held_out: HeldOut,
+        across: AcrossTokenizers | None,
+        *,
+        teacher_reads: bool,
+        same_tiles: bool = False,
+    ) -> Validation:
         """Evaluate what was opened.
 
         Args:
-            across: as for the data that the run trains on.
+            across, same_tiles: as for the data that the run trains on.
             teacher_reads: the teacher reads samples by itself (`reading_teacher`).
         """
         (student, teacher), theirs = held_out.models, None
@@ -71,6 +78,7 @@ class Validation:
             theirs,
             on_error=held_out.on_error,
             across=across,
+            same_tiles=same_tiles,
         )
         return cls(data, held_out.terms, student.encoder.pad_token_id)
 

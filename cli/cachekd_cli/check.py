@@ -28,17 +28,6 @@ _STATES = {"ok": "green", "note": "yellow", "refused": "bold red"}
 _COLOURS = {"image": "cyan", "context": "dim", "supervised": "bold green"}
 _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "language_model": "language model"}
 
-_STEP = {
-    "weights": "the student's weights",
-    "teacher": "the teacher's, frozen",
-    "gradients": "gradients",
-    "optimizer": "AdamW's moments",
-    "activations": "activations of the student",
-    "switched": "activations of the switched path",
-    "logits": "a chunk of logits",
-    "peak": "at the most at a time",
-}
-
 
 @takes(CheckConfig)
 def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
@@ -102,9 +91,11 @@ def sizes_table(sizes: Sizes) -> object:
 
 def step_table(step: StepSizes) -> object:
     """A table of a training step's memory by part."""
+    from cachekd.check.memory import PART_NAMES
+
     rows = [
         (title, *(f"{getattr(memory, part) / 1e9:,.2f} GB" for memory in (step.kept, step.recomputed)))
-        for part, title in _STEP.items()
+        for part, title in PART_NAMES.items()
     ]
     dtype = f"in {step.half}" if step.half else "in float32"
     title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {dtype}: reckoned"

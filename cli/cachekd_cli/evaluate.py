@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cachekd.config import EvalConfig, ReportConfig
 from cachekd.paths import shortest
+from cachekd_cli.benchmarks import ask_benchmarks, print_benchmarks
 from cachekd_cli.console import (
     console,
     print_left_out,
@@ -22,6 +23,7 @@ from cachekd_cli.options import AsJson, takes
 
 if TYPE_CHECKING:
     from cachekd.evaluate import Difference, Evaluation, Score
+    from cachekd.lmms.scores import BenchmarkScores
 
 
 _SURE = {True: "yes", False: "not sure"}
@@ -29,23 +31,32 @@ _SURE = {True: "yes", False: "not sure"}
 
 @takes(EvalConfig, arguments=["models"])
 def eval_command(config: EvalConfig, as_json: AsJson = False) -> None:
-    """Exact match per question type, and agreement with the teacher.
+    """Exact match per question type, and agreement with the teacher; or scores on public benchmarks.
 
-    Every run folder among the models keeps its scores on these questions for `cachekd report`. One model is
-    in memory at a time.
+    Every run folder among the models keeps its scores for `cachekd report`. One model is in memory at a time.
 
     Example: cachekd eval runs/ce runs/switch-kd --teacher models/llava-7b --data data/test
 
     Example: cachekd eval runs/ce --data data/test --prior-data data/train --limit 500
+
+    Example: cachekd eval runs/switch-kd --benchmarks pope,gqa,textvqa_val --limit 500
     """
     quiet_libraries()
-    run_eval(config, lambda result: print_result(as_json, result, print_tables, lambda r: r.summary()))
+
+    def show(result: Evaluation | BenchmarkScores) -> None:
+        print_result(as_json, result, print_scores, _for_scripts)
+
+    run_eval(config, show)
 
 
-def run_eval(config: EvalConfig, show: Callable[[Evaluation], None] = lambda result: None) -> Evaluation:
+def run_eval(
+    config: EvalConfig, show: Callable[[Evaluation | BenchmarkScores], None] = lambda result: None
+) -> Evaluation | BenchmarkScores:
     """Evaluate; show the scores, save them in the runs and, last, where the settings say."""
     from cachekd.evaluate import only_writer, save_in_runs, save_scores
 
+    if config.asks_benchmarks:
+        return ask_benchmarks(config, show)
     with only_writer(config.out):
         result = ask_models(config)
         show(result)
@@ -70,6 +81,22 @@ def ask_models(config: EvalConfig) -> Evaluation:
             bars[model](samples, questions)
 
         return evaluate(config, advance)
+
+
+def print_scores(result: Evaluation | BenchmarkScores) -> None:
+    """Print the scores of either kind."""
+    from cachekd.evaluate import Evaluation
+
+    if isinstance(result, Evaluation):
+        print_tables(result)
+    else:
+        print_benchmarks(result)
+
+
+def _for_scripts(result: Evaluation | BenchmarkScores) -> Any:
+    from cachekd.evaluate import Evaluation
+
+    return result.summary() if isinstance(result, Evaluation) else result
 
 
 def print_tables(result: Evaluation) -> None:

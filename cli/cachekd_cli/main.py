@@ -20,6 +20,7 @@ from cachekd_cli import (
     derive,
     dump,
     evaluate,
+    init,
     inspect,
     peek,
     run,
@@ -28,21 +29,24 @@ from cachekd_cli import (
     verify,
 )
 from cachekd_cli.console import errors, print_error, say
+from cachekd_cli.help import HelpCommand, HelpGroup
 from cachekd_cli.options import expands_paths
 from cachekd_cli.signals import terminate_like_interrupt
 
 app = typer.Typer(
     name="cachekd",
     help="Offline logit caching for Switch-KD: distil a large vision-language model into a small one.",
-    epilog="Start with: cachekd demo",
+    epilog="Start with: cachekd demo --quick",
+    cls=HelpGroup,
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 # In the order in which one meets them.
 PANELS: dict[str, dict[str, Callable[..., Any]]] = {
     "Distil": {
+        "init": init.init_command,
         "convert": convert.convert_command,
         "check": check.check_command,
         "dump": dump.dump_command,
@@ -85,7 +89,7 @@ def show_versions(asked: bool) -> None:
 
 for panel, commands in PANELS.items():
     for name, command in commands.items():
-        app.command(name, rich_help_panel=panel)(expands_paths(command))
+        app.command(name, cls=HelpCommand, rich_help_panel=panel)(expands_paths(command))
 
 
 @app.callback()

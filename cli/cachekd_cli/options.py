@@ -167,8 +167,16 @@ def _option(name: str, field: FieldInfo, option: str, variable: str | None) -> i
     if kind is bool:
         option += f"/{option_name(f'no_{name}')}" * field.default
     panel = "Data" if name in DataOptions.model_fields else None
-    info = typer.Option(option, help=_help(field), envvar=variable, rich_help_panel=panel)
+    info = typer.Option(
+        option, help=_help(field), envvar=variable, rich_help_panel=panel, autocompletion=_offers(field)
+    )
     return _optional(name, kind, info)
+
+
+def _offers(field: FieldInfo) -> Callable[[str], list[str]]:
+    """What a shell completes a value with; where there are no choices it goes on with files."""
+    known = choices(field.annotation)
+    return lambda incomplete: [choice for choice in known if choice.startswith(incomplete)]
 
 
 def _optional(name: str, kind: Any, info: ParameterInfo) -> inspect.Parameter:

@@ -111,7 +111,7 @@ def runners(quiet: bool) -> dict[str, Callable[[Any], object]]:
     return {
         "dump": then(dump.run_dump, dump.print_summary),
         "train": then(train_step, train.print_summary),
-        "eval": then(evaluate.run_eval, evaluate.print_tables),
+        "eval": then(evaluate.run_eval, evaluate.print_scores),
         "report": then(evaluate.run_report, evaluate.print_page),
     }
 

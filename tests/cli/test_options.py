@@ -227,7 +227,17 @@ VALUES: dict[str, Any] = {
     "blind": False,
     "prior_data": "p",
     "forward": True,
+    "benchmarks": "pope,gqa",
+    "suite": "switch-kd",
+    "tasks_dir": "tasks",
+    "benchmark_data": ["pope=a", "gqa=b"],
 }
+# What a setting does not go without, beside those that are required.
+WITH = {
+    EvalConfig: {name: {"benchmarks": "pope"} for name in ("tasks_dir", "benchmark_data", "suite")}
+    | {"benchmarks": {}},
+}
+OTHERWISE = {EvalConfig: {"data": "d"}}
 
 
 @pytest.mark.parametrize("model", list(dict.fromkeys(MODELS.values())), ids=lambda model: model.__name__)
@@ -241,7 +251,8 @@ def test_an_option_says_what_a_file_would(model, tmp_path):
     typed.command()(takes(model, arguments=ARGUMENTS, named=NAMED)(take))
     needed = {name: VALUES[name] for name, field in model.model_fields.items() if field.is_required()}
     for name in model.model_fields.keys() - IN_FILE_ALONE:
-        said = needed | {name: VALUES.get(name, 2)}
+        beside = WITH.get(model, {}).get(name, OTHERWISE.get(model, {}))
+        said = needed | beside | {name: VALUES.get(name, 2)}
         words = [word for each, value in said.items() for word in as_words(each, value)]
         result = CliRunner().invoke(typed, words)
         assert result.exception is None, (name, result.exception)

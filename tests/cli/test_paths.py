@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 import pytest
 from typer.testing import CliRunner
 
-from cachekd.config import Config, DataOptions, TrainConfig, read_config
+from cachekd.config import Config, DataOptions, EvalConfig, TrainConfig, read_config
+from cachekd.config.evaluate import OF_BENCHMARKS
 from cachekd.data import open_samples
 from cachekd.errors import CachekdError
 from cachekd.models import load_config, load_processor, model_content
@@ -111,6 +112,8 @@ OTHER_SETTINGS |= {f"{whose}attn_implementation" for whose in ("", "teacher_", "
 OTHER_SETTINGS |= {"align", "vsd", "loss"}  # names of losses
 OTHER_SETTINGS |= {"max_memory", "teacher_max_memory"}
 OTHER_SETTINGS |= {"vary", "baseline"}  # paths that vary are their steps' settings: see tests/pipeline
+OTHER_SETTINGS |= {"benchmarks"}  # names; of benchmark_data the part behind = is a path: see below
+OTHER_SETTINGS |= {"benchmark_data"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
 OTHER_OPTIONS |= {"max_memory", "baseline", "only", "variant", "group"}
@@ -135,11 +138,22 @@ def test_every_path_among_the_settings_is_expanded(tmp_path):
                 assert not wrong, f"{model.__name__}.{name}: is it a path? then a PathOrName"
                 continue
             given = ["~/x"] if get_origin(field.annotation) is list else "~/x"
-            # The field by itself, with all its validators.
-            made = model.__pydantic_validator__.validate_assignment(model.model_construct(), name, given)
+            # The field by itself, with all its validators, and what it does not go without.
+            beside = {"benchmarks": ("pope",)} if name in OF_BENCHMARKS else {"data": "d"}
+            bare = model.model_construct(**beside)
+            made = model.__pydantic_validator__.validate_assignment(bare, name, given)
             found = str(getattr(made, name))
             assert "~" not in found, f"{model.__name__}.{name}: make it a LocalPath"
             assert str(tmp_path / "home/x") in found
+
+
+def test_the_folder_of_a_benchmark_is_expanded(tmp_path):
+    config = EvalConfig(models=["m"], benchmarks="pope", benchmark_data=["pope=~/x", "gqa=$SCRATCH/y"])
+    assert config.folders == {"pope": str(tmp_path / "home/x"), "gqa": str(tmp_path / "scratch/y")}
+    with pytest.raises(CachekdError, match="NOWHERE is not set"):
+        read_config(
+            None, EvalConfig, {"models": ["m"], "benchmarks": "pope", "benchmark_data": ["pope=$NOWHERE/x"]}
+        )
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

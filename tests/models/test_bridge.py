@@ -209,8 +209,10 @@ def test_pairs_that_no_bridge_mends_are_refused():
     tok = FAMILIES["llava_next"].processor().tokenizer
     tiled = [FAMILIES["llava_next"].config(tok, width, 16) for width in (16, 32)]
     tiled[1].vision_config.image_size = 14
-    with pytest.raises(CachekdError, match="image tokens"):
+    with pytest.raises(CachekdError, match="an image has another number of them") as caught:
         plan_bridge(*tiled)
+    assert "vision_config.image_size 14, not 28" in caught.value.found
+    assert "bridge" not in caught.value.fix  # which has just been refused
 
 
 def test_runs_that_a_bridge_does_not_fit_are_refused(pair, tmp_path, student_path):

@@ -521,6 +521,9 @@ def test_the_table_has_every_family_and_feature():
 def test_two_families_differ_in_words(teacher, student):
     """Whatever one of them has no setting for."""
     configs = [CONFIG_MAPPING[name]() for name in (teacher, student)]
+    if {teacher, student} == {"idefics3", "smolvlm"}:  # two names of one
+        check_switch(*configs)
+        return
     found = switch_differences(*configs)
     assert found[0].setting == "model_type"
     with pytest.raises(CachekdError, match="cannot be switched"):

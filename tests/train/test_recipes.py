@@ -1,4 +1,4 @@
-"""The recipes of docs/how-to/training.md, each run as it stands there, with tiny models for its own."""
+"""The recipes of docs/how-to/24-gb.md, each run as it stands there, with tiny models for its own."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from caches import SMALL, dump_cache
 from runs import losses
 from tiny import save_vlm, tiny_processor
 
-DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "training.md"
-RECIPES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text().split("## Recipes")[1].split("\n## ")[0], re.S)
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "24-gb.md"
+RECIPES = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.S)
 DUMPS = [recipe for recipe in RECIPES if "student" not in yaml.safe_load(recipe)]
 
 

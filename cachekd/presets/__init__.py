@@ -1,0 +1,1 @@
+"""From the names of two models to the file of a whole pipeline: `cachekd init`."""

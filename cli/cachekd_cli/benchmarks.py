@@ -1,0 +1,110 @@
+"""What `cachekd eval --benchmarks` shows: a bar for each model, a table of scores, the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachekd.config import EvalConfig
+from cachekd.config.evaluate import Suite
+from cachekd.paths import shortest
+from cachekd_cli.console import console, print_left_out, progress_bar, sample_progress, say, table
+
+if TYPE_CHECKING:
+    from cachekd.lmms.scores import BenchmarkScores, ModelScores
+
+
+def ask_benchmarks(
+    config: EvalConfig, show: Callable[[BenchmarkScores], None] = lambda result: None
+) -> BenchmarkScores:
+    """Ask; show the scores, save them in the runs and, last, where the settings say."""
+    from cachekd.evaluate import only_writer
+    from cachekd.lmms.run import run_benchmarks
+    from cachekd.lmms.scores import require_kept_scores, save_in_runs, save_scores
+
+    require_kept_scores(config.models)
+    with only_writer(config.out):
+        bars: dict[str, Callable[[int, float], None]] = {}
+        with progress_bar("questions") as bar:
+
+            def advance(model: str, total: int, answered: int) -> None:
+                if model not in bars:
+                    bars[model] = sample_progress(bar, model, total)
+                bars[model](answered, answered)
+
+            result = run_benchmarks(config, advance)
+        show(result)
+        save_in_runs(result)
+        if config.out is not None:
+            save_scores(result, config.out)
+    return result
+
+
+def print_benchmarks(result: BenchmarkScores) -> None:
+    """Print every metric of every benchmark, and of a suite what was published."""
+    from cachekd.lmms.suite import SUITES, is_asked
+
+    rows = _named(result)
+    lines = []
+    for one in rows[0][1].benchmarks:
+        for metric in one.metrics:
+            found = [model.on(one.name) for _, model in rows]
+            values = [None if each is None else each.metric(metric.name) for each in found]
+            asked = f"{one.questions:,}" + (f" of {one.of:,}" if one.questions < one.of else "")
+            texts = ["" if v is None else _with_error(v.value, v.stderr) for v in values]
+            lines.append((one.name, metric.name, asked, *texts))
+    columns = ("benchmark", "metric", "questions", *(name for name, _ in rows))
+    title = f"public benchmarks, {result.dtype}, lmms-eval {result.versions['lmms-eval']} (± standard error)"
+    console.print(table(title, columns, lines, texts=2))
+    for name, model in rows:
+        for one in model.benchmarks:
+            print_left_out(
+                f"questions of {one.name} could not be asked of {name}; they count as wrong",
+                one.unanswered,
+                done="not asked",
+            )
+    for suite in SUITES:
+        if is_asked(suite, [model for _, model in rows]):
+            print_suite(suite, rows)
+
+
+def print_suite(suite: Suite, rows: list[tuple[str, ModelScores]]) -> None:
+    """Print the models' percentages beside the published ones, and both averages."""
+    from cachekd.lmms.suite import AVERAGES, METHODS, SUITES, average
+
+    lines = [
+        (
+            line.label,
+            line.task,
+            *(_points(line.score(model)) for _, model in rows),
+            *map(_points, line.published),
+        )
+        for line in SUITES[suite]
+        if any(line.score(model) is not None for _, model in rows)
+    ]
+    if len(lines) == len(SUITES[suite]):
+        ours = [_points(average(suite, model)) for _, model in rows]
+        lines.append(("average", "", *ours, *map(_points, AVERAGES[suite])))
+    columns = ("paper", "task", *(name for name, _ in rows), *(f"{one} 0.5B" for one in METHODS))
+    console.print(table(f"beside the figures of {suite}", columns, lines, texts=2))
+    say(
+        "The published figures are of other students, trained on other data. VQAv2 and VizWiz are asked here "
+        "on their validation sets."
+    )
+
+
+def _named(result: BenchmarkScores) -> list[tuple[str, ModelScores]]:
+    """Rows by short names: a path by the end that tells it from the others."""
+    names = shortest([Path(model.name) for model in result.models])
+    models = list(zip(names, result.models, strict=True))
+    teacher = "teacher" if result.teacher_quantization is None else "teacher, quantised"
+    return [*([] if result.teacher is None else [(teacher, result.teacher)]), *models]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:,.4g}" if error is None else f"{value:,.4g} ± {error:.2g}"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
