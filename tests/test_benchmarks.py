@@ -57,7 +57,7 @@ def test_rate_distortion_rows(rates, tmp_path):
     assert exact.cosine_far > 0.99
     assert (raw.bytes_per_token, raw.basis_mb) == (2 * 24, 2 * 24 * 300 / 1e6)
     assert raw.kl < 1e-4
-    assert min(raw.cosine_far, raw.cosine_near, raw.forward_kl_far, raw.forward_kl_near) > 0.999
+    assert min(raw.cosine_far, raw.cosine_near, raw.forward_kl_far, raw.forward_kl_near) > 0.998
     for row, targets in rows:
         assert row.encode_tokens_per_s > 0
         assert row.decode_tokens_per_s > 0
