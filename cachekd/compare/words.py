@@ -132,9 +132,9 @@ def _of_intervals(comparison: Comparison) -> Iterator[str]:
     if over_seeds:
         yield (
             "After ± in a sentence stands half the width of a 95 % interval: a paired t interval over seeds, "
-            "between two variants with the same seeds. After ± in a table of means stands the standard error. If "
-            "the interval contains 0, no difference is seen. It is about other seeds, with these test questions "
-            "and this teacher, and says nothing about other questions."
+            "between two variants with the same seeds. After ± in a table of means stands the standard "
+            "error. If the interval contains 0, no difference is seen. The interval is about other seeds, "
+            "with these test questions and this teacher. It says nothing about other questions."
         )
     if any(len(one.seeds) == 1 for one in found):
         yield (
