@@ -74,6 +74,7 @@ def run_benchmarks(
     return BenchmarkScores(
         dtype=str(dtype).removeprefix("torch."),
         limit=config.limit,
+        suite=config.suite,
         versions=versions(),
         teacher=None if config.teacher is None else scores(config.teacher),
         teacher_quantization=quantised,
