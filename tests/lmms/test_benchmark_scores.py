@@ -201,12 +201,15 @@ def test_data_and_benchmarks_do_not_go_together():
 
 
 def test_a_step_of_a_pipeline_that_asks_benchmarks_inherits_no_data(tmp_path):
-    file = tmp_path / "pipeline.yaml"
+    file, tasks = tmp_path / "pipeline.yaml", tmp_path / "tasks"
+    (tasks / "__pycache__").mkdir(parents=True)
+    for name in ("mine.yaml", "__pycache__/utils.pyc"):
+        (tasks / name).write_text("")
     defaults = {"teacher": "t", "student": "s", "data": "d", "key": "k", "max_tokens": 99, "limit": 5}
     steps = [
         {"step": "train", "name": "ce", "lambda_align": 0, "lambda_vsd": 0},
         {"step": "eval", "name": "own", "data": "test"},
-        {"step": "eval", "name": "public", "benchmarks": "pope"},
+        {"step": "eval", "name": "public", "benchmarks": "pope", "tasks_dir": str(tasks)},
     ]
     file.write_text(json.dumps({"out": str(tmp_path / "out"), "defaults": defaults, "steps": steps}))
     _, own, public = plan_steps(read_pipeline(file))
@@ -217,6 +220,15 @@ def test_a_step_of_a_pipeline_that_asks_benchmarks_inherits_no_data(tmp_path):
     assert (public.config.teacher, public.config.max_tokens, public.config.limit) == ("t", 99, None)
     assert public.data == {}
     assert public.upstream == ("ce",)
+    assert public.files == (tasks / "mine.yaml",)  # changed ones are asked anew
+
+
+def test_a_step_that_was_finished_before_there_were_benchmarks_stays_so():
+    then = EvalConfig(models=["m"], data="d").deciding()
+    now = dict(then)
+    for name in ("benchmarks", "suite", "tasks_dir", "benchmark_data"):
+        del then[name]
+    assert EvalConfig.comparable(then) == EvalConfig.comparable(now)
 
 
 def test_the_version_is_pinned_once_more_where_pip_reads_it():
