@@ -76,6 +76,7 @@ def run_benchmarks(
     return BenchmarkScores(
         dtype=str(dtype).removeprefix("torch."),
         limit=config.limit,
+        suite=config.suite,
         versions=versions(),
         teacher=None if config.teacher is None else scores(config.teacher, as_teacher=True),
         teacher_quantization=quantised,
