@@ -189,8 +189,6 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
     for name, value in train.items():
         if name == "gradient_checkpointing" and value is False:
             continue
-        if name == "learning_rate" and pair is not None and pair.stages:
-            continue
         yield from _comment(f"{_WHY[name]}.", 4)
         yield f"    {name}: {_value(value)}"
     if "learning_rate" not in train:
@@ -269,7 +267,7 @@ def _stages(proposal: Proposal) -> Iterator[str]:
             ("data: data/captions", "cache: cache-captions", "learning_rate: 1.0e-3"),
         ),
         ("sft", "Projector and language model learn from the answers, without a teacher.", ()),
-        ("dft", "All of it learns from the teacher, by all three terms.", ()),
+        ("dft", "All of it learns from the teacher, by all three terms.", ("cache: cache",)),
     ):
         yield from _comment(what, 2)
         yield "  - step: train"
@@ -305,6 +303,7 @@ def _scores(proposal: Proposal, run: str) -> Iterator[str]:
     yield "  - step: report"
     yield "    name: page"
     yield f"    run: {run}"
+    yield "    # baselines: [ce]"
 
 
 def _comment(text: str, indent: int = 0) -> Iterator[str]:
