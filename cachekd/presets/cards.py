@@ -124,8 +124,8 @@ class Reckoner:
                     yield train
 
     def _may_fit(self, train: dict[str, Any], room: float) -> bool:
-        """Whether a guess is within the room. Without recomputed layers, a forward leaves three times as much at
-        least: where that is too much, no run is wasted on it."""
+        """Whether a guess is within the room. Without recomputed layers, a forward leaves three times as much
+        at least: where that is too much, no run is wasted on it."""
         if not train["gradient_checkpointing"]:
             setting = self._setting({**train, "batch_size": 1})
             one = self._run(self._plain(setting), recomputed=True)

@@ -210,7 +210,8 @@ def pair(tmp_path_factory, teacher_path, student_path):
 )
 def test_any_two_models(tmp_path, pair, student, losses):
     name = getattr(pair, student)
-    result = run("--teacher", pair.teacher, "--student", name, "--data", pair.data, tmp_path / "run", "--json")
+    words = ("--teacher", pair.teacher, "--student", name, "--data", pair.data)
+    result = run(*words, tmp_path / "run", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["losses"] == losses
