@@ -110,12 +110,12 @@ def _head(proposal: Proposal, folder: Path, command: str) -> Iterator[str]:
         yield "# First:"
         yield from (f"#   {line}" for line in pair.prepare)
         yield "# Then:"
-    names = f"--teacher {quote(teacher.name)} --student {quote(student.name)}"
     bridge = " --switch-bridge linear" if proposal.fit.switch == "linear" else ""
-    yield f"#   cachekd check {names} --data {quote(proposal.data or _DATA)}{bridge}"
-    yield f"#   cachekd run {pipeline} --status    # what would run"
-    yield f"#   cachekd run {pipeline}             # all of it; once more, and it goes on where it was "
-    "stopped"
+    yield "#   # Do they fit? No weights are read."
+    yield f"#   cachekd check --teacher {quote(teacher.name)} --student {quote(student.name)} \\"
+    yield f"#     --data {quote(proposal.data or _DATA)}{bridge}"
+    yield "#   # All of it. The same command again goes on where it was stopped; --status shows what is done."
+    yield f"#   cachekd run {pipeline}"
     if pair is not None:
         yield "#"
         unverified = [

@@ -120,6 +120,7 @@ def test_every_setting_has_its_reason_above_it(name):
             assert above.lstrip().startswith("#"), line
     assert all(len(line) <= 160 for line in lines)
     comments = " ".join(line.lstrip(" #") for line in lines)
+    assert "cachekd check --teacher" in text
     assert "Not run: the published shapes were tested" in comments
     assert "At 48 GB:" in comments
     assert "without student_quantization" in comments
