@@ -173,7 +173,7 @@ def check_pair(config: CheckConfig) -> PairReport:
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
     own_text = otherwise or (plan is not None and plan.other_text)
-    step = step_sizes(theirs, ours, pairs, own_text=own_text)
+    step = step_sizes(theirs, ours, pairs, own_text=own_text, run=config.run)
     return PairReport(rows, sizes, counts, lengths, step, shown, across)
 
 
