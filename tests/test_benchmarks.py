@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -42,21 +44,66 @@ def test_rate_distortion_rows(rates, tmp_path):
     for number, (tail, top_k) in enumerate((("none", 32), ("bytes=6", 128), ("exact", 128))):
         (tmp_path / str(number)).mkdir()
         rows.append(rates.ours(states, ids, tail, top_k, tmp_path / str(number)))
+    rows.append(rates.raw(states, ids, tmp_path))
     rates.score(rows, states)
-    raw, packed, uniform, sketch, exact = (row for row, _ in rows)
-    assert raw.bytes_per_token == 6 * 32
-    assert packed.bytes_per_token < raw.bytes_per_token
-    assert packed.kl == raw.kl
-    assert uniform.kl == pytest.approx(raw.kl, rel=0.2)  # the same ids, other rounding
+    naive, packed, uniform, sketch, exact, raw = (row for row, _ in rows)
+    assert naive.bytes_per_token == 6 * 32
+    assert packed.bytes_per_token < naive.bytes_per_token
+    assert packed.kl == naive.kl
+    assert uniform.kl == pytest.approx(naive.kl, rel=0.2)  # the same ids, other rounding
     assert exact.kl < sketch.kl < uniform.kl
     assert exact.cosine_near > sketch.cosine_near > uniform.cosine_near
+    assert exact.forward_kl_near > max(sketch.forward_kl_near, uniform.forward_kl_near) > 0.999
     assert exact.cosine_far > 0.99
+    assert (raw.bytes_per_token, raw.basis_mb) == (2 * 24, 2 * 24 * 300 / 1e6)
+    assert raw.kl < 1e-4
+    assert min(raw.cosine_far, raw.cosine_near, raw.forward_kl_far, raw.forward_kl_near) > 0.998
     for row, targets in rows:
         assert row.encode_tokens_per_s > 0
         assert row.decode_tokens_per_s > 0
         assert len(targets) == len(states.teacher)
     rates.plot([row for row, _ in rows], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_what_distillkit_does_not_keep_is_spread_evenly(rates):
+    """Its own codec runs by hand alone: `rate_distortion.py --distillkit DIR`."""
+    from distillkit_codec import as_targets
+
+    ids = torch.tensor([[7, 2, 0], [1, 3, 9]])
+    # Of the second token more than everything, as bfloat16 may round it: its least mass is 1e-8 an id.
+    logprobs = torch.tensor([[0.5, 0.25, 0.125], [0.9, 0.1, 0.01]]).log()
+    targets = as_targets(ids, logprobs, torch.tensor([7, 1]), np.array([2, 5], np.uint16), 10, 8)
+    expected = torch.tensor([[0.125 / 7] * 10, [1e-8] * 10]).scatter(-1, ids, logprobs.exp())
+    torch.testing.assert_close(targets.everywhere().exp(), expected)
+    assert targets.leading(8, 2)[2].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ((), "is not a checkout of DistillKit"),
+        (("distillkit/compression/",), "codec cannot be imported from .*LogprobCompressor"),
+        (("distillkit/compression/", "distillkit/__init__.py:import no_such_library"), "no_such_library"),
+    ],
+)
+def test_a_folder_that_has_no_codec_of_distillkit_is_refused(rates, monkeypatch, tmp_path, made, said):
+    import distillkit_codec
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in made:
+        path, _, content = name.partition(":")
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith("/"):
+            (tmp_path / path).mkdir()
+        else:
+            (tmp_path / path).write_text(content)
+    try:
+        with pytest.raises(SystemExit, match=said):
+            distillkit_codec.Codec(tmp_path)
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "distillkit"]:
+            del sys.modules[name]
 
 
 @pytest.mark.slow

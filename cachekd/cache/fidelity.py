@@ -22,7 +22,7 @@ ROWS = 64  # tokens at a time; each takes some [V] rows
 MOST = 64  # tokens, evenly spread over the shard
 
 
-def kl_to_rebuilt(live_logits: Tensor, targets: CachedTargets) -> Tensor:
+def kl_to_rebuilt(live_logits: Tensor, targets: TeacherTargets) -> Tensor:
     """[N], KL(live || rebuilt) in nats; the rebuilt distribution is normalised first."""
     live, rebuilt = live_logits.float().log_softmax(-1), targets.everywhere().log_softmax(-1)
     return (live.exp() * (live - rebuilt).masked_fill(live.isneginf(), 0.0)).sum(-1)
