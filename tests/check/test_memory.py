@@ -157,6 +157,9 @@ def test_the_check_reckons_as_the_runs_file_has_it(tmp_path, student_path, data_
     path.write_text(yaml.safe_dump(models | run))
     done = CliRunner().invoke(app, ["check", "--config", str(path)])
     assert "a training step of 3 samples" in done.output
+    refused = check_pair(CheckConfig(**models, out="run", lora={"rank": 4}))
+    assert refused.step is None
+    assert [row.name for row in refused.rows if row.state == "refused"] == ["training step"]
     with pytest.raises(CachekdError, match="trainable"):
         check_pair(CheckConfig(**models, out="run", trainable=["head"]))
 
