@@ -98,6 +98,6 @@ def step_table(step: StepSizes) -> object:
         (title, *(f"{getattr(memory, part) / 1e9:,.2f} GB" for memory in (step.kept, step.recomputed)))
         for part, title in PART_NAMES.items()
     ]
-    dtype = f"in {step.half}" if step.half else "in float32"
-    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {dtype}: reckoned"
+    how = ", ".join(said for said in (f"in {step.half or 'float32'}", step.how) if said)
+    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {how}: reckoned"
     return table(title, ("", "", "--gradient-checkpointing"), rows)
