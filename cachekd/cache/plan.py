@@ -42,7 +42,7 @@ class DumpSource(Source):
 
 
 class DumpPlan(Plan):
-    """The plan of a dump. Its shards are known beforehand, so that it can be gone on with."""
+    """The plan of a dump. Its shards are known beforehand, so that it can be resumed."""
 
     source: DumpSource
 

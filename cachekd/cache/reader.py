@@ -160,8 +160,8 @@ class LogitCache:
         """Give the samples of this cache other keys.
 
         Args:
-            keys: from a sample's new key to its own; the others are called as they were.
-            without: keys that it does not have, whatever this one has under them.
+            keys: from a sample's new key to its own; all other samples keep their keys.
+            without: keys that the result does not have, even if this cache has them.
         """
         other = copy.copy(self)
         other._decoded, other._kept_bytes = OrderedDict(), 0
@@ -182,7 +182,7 @@ class LogitCache:
     def shard_samples(self, number: int) -> Iterator[tuple[str, bytes, TokenTargets]]:
         """Yield key, content hash and what is stored for each key of a shard, in the samples' order.
 
-        For one who goes through the cache: the shard is not kept in memory.
+        For a caller that goes through the whole cache: the shard is not kept in memory.
 
         Raises:
             CachekdError: the shard is damaged.
@@ -195,7 +195,7 @@ class LogitCache:
     def shard_targets(self, number: int) -> tuple[CachedTargets, NDArray[np.int64]]:
         """All targets of a shard, and where each sample's start and the last one's end: [n + 1].
 
-        For one who goes through the cache: the shard is not kept in memory.
+        For a caller that goes through the whole cache: the shard is not kept in memory.
 
         Raises:
             CachekdError: it is damaged.
@@ -207,7 +207,7 @@ class LogitCache:
         return CachedTargets.under(self.manifest, sparse, self.sketch(self.manifest.shards[number].sketch))
 
     def sketch(self, number: int | None = 0) -> TailSketch | None:
-        """What tokens share of the tail sketch; None in a cache without one.
+        """The part of the tail sketch that all tokens share; None in a cache without a sketch.
 
         Args:
             number: a merged cache has several.

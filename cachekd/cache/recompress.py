@@ -65,7 +65,7 @@ def recompress(
         progress: is told the samples that were done since the last call.
 
     Raises:
-        CachekdError: what is asked for is not smaller, a file is damaged, or `out` holds something.
+        CachekdError: the new cache would not be smaller, a file is damaged, or `out` holds something.
     """
     cache = LogitCache(path)
     codec = _smaller_codec(cache, top_k, tail)
@@ -98,7 +98,7 @@ def _smaller_codec(cache: LogitCache, top_k: int | None, tail: str | None) -> Co
             where=where,
             expected=f"--top-k of {old.top_k} at most",
             found=top_k,
-            fix="dump again: what was not kept only the teacher knows",
+            fix="dump again: only the teacher knows the others",
         )
     if wanted.sketch and not cache.manifest.sketches:
         raise CachekdError(
@@ -109,7 +109,7 @@ def _smaller_codec(cache: LogitCache, top_k: int | None, tail: str | None) -> Co
         )
     if (top_k, tail) == (old.top_k, old.tail):
         raise CachekdError(
-            "the cache is what is asked for",
+            "the cache has these settings already",
             where=where,
             found=f"top_k {old.top_k}, tail {old.tail}",
             fix="pass a smaller --top-k or --tail",

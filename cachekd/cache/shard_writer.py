@@ -177,7 +177,7 @@ def check_sample(
     most_id = max(int(targets.token_ids.max()), int(targets.ids.max(initial=0)))
     if most_id >= vocab_size or not 1 <= targets.k.min() <= targets.k.max() <= top_k:
         raise CachekdError(
-            "the sample does not fit what is said of the cache",
+            "the sample does not fit the cache's settings",
             where=f"sample {key!r}",
             expected=f"ids below {vocab_size:,}, and 1 to {top_k:,} logprobs a token",
             found=f"ids up to {most_id:,}, and {targets.k.min():,} to {targets.k.max():,} logprobs",

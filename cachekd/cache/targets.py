@@ -177,13 +177,14 @@ class CachedTargets:
         return self._each(lambda values: values[rows], self.tail.select(rows))
 
     def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The teacher's own selection. In the dump's window it is exactly that of the dump, whose knee is
-        stored, as on a truncated list Kneedle would find another one. In a smaller window Kneedle looks at
-        the kept logprobs, as they are stored.
+        """The teacher's own selection. With the dump's window it is exactly that of the dump. The dump's knee
+        is stored, because Kneedle would find another one on a truncated list. With a smaller window Kneedle
+        looks at the kept logprobs, as they are stored.
 
         Raises:
-            CachekdError: a larger window; or a smaller one, or a larger min_k, than every token has logprobs
-                for. That last not on a GPU, where a look at them would wait for all that was queued before.
+            CachekdError: the window is larger; or it is smaller, or min_k is larger, and some token has too
+                few logprobs for it. The last is not checked on a GPU, because it would wait for all that was
+                queued before.
         """
         own, asked = (min(each, self.vocab_size) for each in (self.window, window))
         needed = asked if asked < own else min_k if min_k > self.min_k else 0
@@ -201,8 +202,9 @@ class CachedTargets:
         return self.ids[:, :width].clamp(max=self.vocab_size - 1), self.logprobs[:, :width], k
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k most probable ids [N, k] int64 and their logprobs [N, k] float32: the kept ones, as stored;
-        of a token that has fewer of them, those of its rebuilt distribution."""
+        """The k most probable ids [N, k] int64 and their logprobs [N, k] float32. They are the kept ones, as
+        stored. For a token with fewer kept ones, they are those of its rebuilt distribution.
+        """
         ids, logprobs = (
             torch.nn.functional.pad(kept[:, :k], (0, max(0, k - kept.shape[1])))
             for kept in (self.ids, self.logprobs)
@@ -216,8 +218,8 @@ class CachedTargets:
         """Logprobs [N, k] float32 at `ids` [N, k] int64: kept ones as stored, others from the tail.
 
         Raises:
-            CachekdError: another shape or dtype; or an id outside the vocabulary. That not on a GPU, where
-                a look at the ids would wait for all that was queued before.
+            CachekdError: another shape or dtype; or an id outside the vocabulary. The ids are not checked on
+                a GPU, because it would wait for all that was queued before.
         """
         if ids.ndim != 2 or len(ids) != len(self) or ids.dtype != torch.int64:
             raise CachekdError(

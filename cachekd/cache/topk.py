@@ -25,8 +25,9 @@ def select_topk(
 ) -> TokenTargets:
     """Keep each token's most probable ids: k = min(top_k, max(Kneedle's k, min_k, ids that hold top_p)).
 
-    Logprobs are normalised over all V ids, so the mass of what is not kept is known. Where `top_k` is below
-    Kneedle's k, the cap wins and the stored knee is the cap: the teacher-led loss then sees `top_k` ids.
+    Logprobs are normalised over all V ids, so the mass that is not kept is known. If `top_k` is below
+    Kneedle's k, `top_k` entries are kept, and the stored knee is `top_k`. The teacher-led loss then sees
+    `top_k` ids.
 
     Args:
         logits: [N, V] float, unnormalised, on any device.

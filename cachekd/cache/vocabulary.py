@@ -62,7 +62,7 @@ def pack_vocabulary(table: TokenBytes, vocab_size: int) -> PackedVocabulary:
     longest = int(lengths.max(initial=0))
     if not vocab_size <= len(table) <= MOST_TOKENS or longest > _LONGEST or total > MOST_CONTENTS:
         raise CachekdError(
-            "a cache cannot hold what the token ids stand for",
+            "the bytes of the token ids do not fit into a cache",
             expected=f"{vocab_size:,} to {MOST_TOKENS:,} ids, at most {_LONGEST:,} bytes each and "
             f"{MOST_CONTENTS:,} in all",
             found=f"{len(table):,} ids, up to {longest:,} bytes each and {total:,} in all",
@@ -113,7 +113,7 @@ def require_same_vocabulary(before: TokenBytes, table: TokenBytes, where: str) -
     """
     if (found := difference(before, table)) is not None:
         raise CachekdError(
-            "what the token ids stand for differs between the caches, though their tokenizer is the same",
+            "the bytes of the token ids differ between the caches, though their tokenizer is the same",
             where=where,
             expected=f"what the caches before it say: {found.expected}",
             found=found.found,

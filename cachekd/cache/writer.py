@@ -35,9 +35,9 @@ class _Sample(NamedTuple):
 class LogitCacheWriter:
     """Writes samples in the order in which they come.
 
-    Use it as a context manager: on success the manifest is written, on an exception all that was written is
-    removed, so that a folder holds a whole cache or none. (A dump can be gone on with; this cannot, since it
-    does not know what is to come.)
+    Use it as a context manager. On success the manifest is written; on an exception everything that was
+    written is removed. So a folder holds a whole cache or none. (Unlike a dump, this cannot be continued,
+    because it does not know which samples are to come.)
 
     The first `calibration_tokens` answer tokens wait in memory until the tail sketch has been fitted on them
     (all of them, if the cache is smaller).

@@ -102,8 +102,8 @@ class Across:
             return Row(name, "ok", text)
         lost = "; ".join(f"{reason} {count / tokens:.1%}" for reason, count in found.lost.most_common())
         fix = (
-            "nothing, if it is meant: where nothing is aligned L_CE alone teaches; or a student whose "
-            "tokenizer cuts such text more as the teacher's does"
+            "nothing to do if this is intended: tokens that are not aligned learn from L_CE alone. Or take a "
+            "student whose tokenizer cuts such text more like the teacher's"
         )
         return Row(name, "note", f"{text}; not aligned: {lost}", fix)
 

@@ -141,7 +141,7 @@ def require_kneedle(
                 raise CachekdError(
                     "the cache was made with another Kneedle setting",
                     where=f"setting {name if getattr(loss, name) is None else f'{term}.{name}'!r}",
-                    expected=f"{theirs}, as in {where}, or up to {kept}: so many logprobs every token has",
+                    expected=f"{theirs}, as in {where}, or up to {kept}: every token has that many logprobs",
                     found=ours,
                     fix=f"leave {name!r} out: a cache has its own; or dump with --min-k {ours}"
                     + f" --window {ours}" * larger,

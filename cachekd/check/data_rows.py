@@ -19,6 +19,7 @@ from cachekd.losses.terms import WITHOUT_SWITCH, labels
 from cachekd.models import ModelFiles
 
 _TEXT_ALONE = f"--image-field NAME takes the pictures of another field; or {WITHOUT_SWITCH}"
+_INTENDED = "nothing to do if this is intended"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def data_row(counts: Counts, notes: DataNotes, *, takes_images: bool) -> Row:
     text = "; ".join(found)
     if takes_images and counts.without_image == counts.looked_at:
         return Row("data", "refused" if whole else "note", text, _TEXT_ALONE)
-    return Row("data", "note" if found[1:] else "ok", text, "nothing, if it is meant" if found[1:] else None)
+    return Row("data", "note" if found[1:] else "ok", text, _INTENDED if found[1:] else None)
 
 
 def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
@@ -133,9 +134,9 @@ def length_row(lengths: Lengths | None, data: DataOptions) -> Row:
         return Row(name, "ok", f"{found}; none beyond {allowed}")
     beyond = f"{found}; about {lengths.beyond:,} beyond {allowed}"
     if data.too_long == "cut":
-        return Row(name, "note", f"{beyond}, which are cut", "nothing, if it is meant")
+        return Row(name, "note", f"{beyond}, which are cut", _INTENDED)
     if data.too_long == "skip" or data.on_error == "skip":
-        return Row(name, "note", f"{beyond}, which are left out", "nothing, if it is meant")
+        return Row(name, "note", f"{beyond}, which are left out", _INTENDED)
     return Row(name, "refused", beyond, LONGER)
 
 
@@ -246,5 +247,5 @@ def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encod
     found = "other settings" + (
         f": pixels {tuple(seen[0][0].shape)} and {tuple(seen[0][1].shape)}" if seen else ""
     )
-    fix = "nothing, if it is meant: the cache holds what the teacher saw, V_S gets the student's own pixels"
+    fix = f"{_INTENDED}: the cache holds what the teacher saw, and V_S gets the student's own pixels"
     return Row(name, "note", found, fix)

@@ -110,7 +110,7 @@ def check_quantization(
         setting = cached.setting
         again = "" if setting is None else f"--teacher-quantization '{json.dumps(setting)}'; or "
         raise CachekdError(
-            "the cache's teacher was quantised otherwise than the one that runs",
+            "the cache's teacher was quantised differently from the one that runs",
             where=where,
             expected=names[0],
             found=names[1],

@@ -29,6 +29,9 @@ from cachekd.models.split import image_inputs
 
 _WINDOW = 128  # of DBiLD
 _MOMENTS = 8  # bytes of a parameter: AdamW's two, in float32
+# Bytes of a parameter in bfloat16 while its step is taken, one after the other: it and its gradient in
+# float32, and what rounding it makes (`cachekd.train.rounding`).
+_STEP = 18
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,7 @@ def step_memory(
             with_adapters(ours, setting.lora, setting.trainable)
         weights += sum(p.nbytes for p in ours.parameters() if id(p) not in own)
     trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
-    # A step of a parameter in bfloat16 is taken in float32, one parameter after the other.
-    in_float32 = (2 * 4 * p.numel() for p in trained if p.dtype != torch.float32)
+    stepped = (_STEP * parameter.numel() for parameter in trained if parameter.dtype != torch.float32)
     held = StepMemory(
         weights=weights,
         teacher=0,
@@ -178,7 +180,7 @@ def step_memory(
         activations=0,
         switched=0,
         logits=0,
-        peak=max(in_float32, default=0),
+        peak=max(stepped, default=0),
     )
     theirs = None
     if teacher is not None and setting.switched:

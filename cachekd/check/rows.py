@@ -198,7 +198,7 @@ def _bridge_row(teacher: ModelFiles, student: ModelFiles) -> Row:
         plan = plan_bridge(teacher.config, student.config, own_text=own_text)
     except CachekdError as error:
         return Row.refused("switch bridge", error)
-    fix = "nothing, if it is meant; a student of the teacher's shape needs none"
+    fix = "nothing to do if this is intended; a student with the teacher's width and grid needs no bridge"
     return Row("switch bridge", "note", f"trained, beyond the paper: {plan}", fix)
 
 

@@ -58,8 +58,8 @@ class Paired(NamedTuple):
 def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Paired:
     """The paired t interval (Student 1908) of the mean of `ours[i] - theirs[i]`.
 
-    It is right where differences are about normal. It says between which bounds the mean over all seeds is
-    likely to be, with this data, this teacher and this test set.
+    The interval is right if the differences are about normally distributed. The mean over all seeds is likely
+    to lie in it, with this data, this teacher and this test set.
 
     Args:
         ours, theirs: [n] scores with the same n seeds, in the same order; n at least 1.

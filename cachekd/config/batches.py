@@ -18,8 +18,8 @@ class BatchOptions(Config):
     batch_tokens: Annotated[int | None, LATER] = Field(
         None,
         ge=1,
-        description="padded tokens per device and step, at most, as lengths are reckoned: samples of "
-        "similar length",
+        description="padded tokens per device and step, at most, by estimated lengths: samples of similar "
+        "length share a step",
     )
     batch_size: int | None = Field(
         SAMPLES,

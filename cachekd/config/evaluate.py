@@ -36,7 +36,7 @@ def _names(value: Any) -> Any:
 def _named_folder(value: Any) -> Any:
     """Expand the path in "pope=~/data/pope"."""
     if not isinstance(value, str) or not re.fullmatch(r"[^=]+=.+", value):
-        raise ValueError("NAME=FOLDER is needed, as in pope=data/pope")
+        raise ValueError("a name and a folder are needed, NAME=FOLDER, as in pope=data/pope")
     name, _, folder = value.partition("=")
     return f"{name.strip()}={expanded(folder)}"
 

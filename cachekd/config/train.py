@@ -110,22 +110,41 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     )
     lambda_align: Weight = Field(
         1.0,
-        description="weight of L_Align; or a schedule over the steps, "
-        "{schedule: linear, start: 0, end: 1, after: 0, over: 0.5}, or cosine",
+        description="weight of L_Align, beside L_CE's 1; 0 leaves the term out. Begin with the paper's 1: "
+        "log_term_gradients shows whether the term does something, and one that does next to nothing needs "
+        "more. Or a schedule over the steps, {schedule: linear, start: 0, end: 1, after: 0, over: 0.5}, or "
+        "cosine",
     )
-    lambda_vsd: Weight = Field(1.0, description="weight of L_VSD, the switched path; or a schedule")
+    lambda_vsd: Weight = Field(
+        1.0,
+        description="weight of L_VSD, the switched path, likewise. It trains the vision encoder, and a "
+        "bridge, through the teacher's projector and language model; with 0 a cache is enough, and no "
+        "teacher runs",
+    )
     vsd_every: int = Field(
         1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
     )
     switch_bridge: SwitchBridge = None
-    temperature: float = Field(3.0, gt=0, description="of each loss that has one and does not say its own")
+    temperature: float = Field(
+        3.0,
+        gt=0,
+        description="divides the logits, in each loss that has one and does not say its own. A higher one "
+        "makes more of what the teacher finds unlikely, and the term weaker, as no loss is multiplied by its "
+        "square: raise its lambda too. Begin with the default; which is best has not been measured",
+    )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    learning_rate: float = Field(2e-5, gt=0, description="AdamW's peak, cosine to zero")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient clip; 0: none")
+    learning_rate: float = Field(2e-5, gt=0, description="AdamW's, at its peak; a cosine takes it to zero")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, per step and learning rate")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    max_grad_norm: float = Field(
+        1.0, ge=0, description="L2 norm to which a larger gradient is clipped; 0: none"
+    )
     seed: int = Field(0, ge=0, description="of data order and dropout")
-    dtype: Dtype = Field("auto", description="the teacher's, and autocast of the student's forward")
+    dtype: Dtype = Field(
+        "auto",
+        description="the teacher's, and autocast of the student's forward; auto: bfloat16 on a GPU, float32 "
+        "on a CPU",
+    )
     logging_steps: int = Field(10, ge=1, description="steps between log entries")
     log_term_gradients: bool = Field(
         False,

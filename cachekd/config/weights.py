@@ -13,7 +13,7 @@ from cachekd.config.fields import from_text
 
 class Schedule(Config):
     """A weight that changes over a run. It depends on nothing but the number of the optimizer's step and how
-    many there are: not on batches, processes, or where a run was gone on with."""
+    many there are: not on batches, processes, or at which step a run was resumed."""
 
     schedule: Literal["constant", "linear", "cosine"] = Field(
         description="the way from `start` to `end`: none, a straight line, or half a cosine wave"

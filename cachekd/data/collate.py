@@ -17,7 +17,7 @@ from cachekd.data.encode import PER_TOKEN, Encoded
 def collate(
     samples: Sequence[Encoded], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """Pad samples into one batch; on the left what is to be gone on with.
+    """Pad samples into one batch; on the left what is to be continued.
 
     Image tensors of all samples that have some are concatenated in order, after padding with zeros to one
     size where they differ: families whose images have tiles or sizes of their own know from their other

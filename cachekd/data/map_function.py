@@ -63,7 +63,7 @@ def require_map(given: str | None, named: str | None, where: str) -> str | None:
     """
     if given is None and named is not None:
         raise CachekdError(
-            "the data were read by a function of somebody's own, and a cache may not say what is run here",
+            "the data were read by a map function, and a cache may not decide what is run here",
             where=where,
             expected="--map",
             found=f"the manifest names {named!r}",

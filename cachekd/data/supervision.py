@@ -170,7 +170,7 @@ def paligemma_inputs(processor: Processor, sample: Sample) -> tuple[dict[str, Te
     return batch, supervised
 
 
-def paligemma_prompt(processor: Processor, sample: Sample) -> Mapping[str, Tensor]:
+def paligemma_prompt(processor: Processor, sample: Sample) -> dict[str, Tensor]:
     """Encode images and a question, the answer to which PaliGemma is to write.
 
     Returns:
@@ -188,9 +188,10 @@ def paligemma_prompt(processor: Processor, sample: Sample) -> Mapping[str, Tenso
             found=f"{', '.join(roles)} with {len(sample.images)} image(s)",
         )
     text = (processor.image_token or "") * len(sample.images) + message_text(sample.messages[0])
-    batch: Mapping[str, Tensor] = processor(
-        text=[text], images=[list(sample.images)], return_tensors="pt", add_special_tokens=False
+    batch = dict(
+        processor(text=[text], images=[list(sample.images)], return_tensors="pt", add_special_tokens=False)
     )
+    batch.pop("labels", None)  # nothing is supervised
     return batch
 
 

@@ -48,7 +48,7 @@ def message_fields(turn: Mapping[str, Any], role: str, where: str) -> dict[str, 
     of KEPT_FIELDS that are given.
 
     Raises:
-        BadSample: one of these has a value that cannot be heeded.
+        BadSample: one of these has a value that cannot be followed.
     """
     if _HEEDED.isdisjoint(turn):
         return {}
@@ -60,7 +60,7 @@ def message_fields(turn: Mapping[str, Any], role: str, where: str) -> dict[str, 
 
 
 def refuse_fields(turn: Mapping[str, Any], where: str) -> None:
-    """Refuse what would change the turn and cannot be heeded.
+    """Refuse what would change the turn and cannot be followed.
 
     Raises:
         BadSample: it has a field of REFUSED_FIELDS or MEDIA_FIELDS, or the role of a call.
@@ -131,7 +131,7 @@ def _yes_or_no(name: str, value: Any, where: str) -> bool:
     if isinstance(value, bool | int | float) and value in (0, 1):
         return bool(value)
     raise BadSample(
-        f'a turn\'s "{name}" cannot be heeded',
+        f'a turn\'s "{name}" cannot be followed',
         where=where,
         expected="true or false, 1 or 0: a turn is supervised or it is context",
         found=repr(value)[:120],

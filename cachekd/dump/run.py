@@ -100,10 +100,10 @@ class DumpSummary:
 
 
 def dump(config: DumpConfig, progress: Progress = no_progress) -> DumpSummary:
-    """Cache a teacher's logits over a data set, or go on with it.
+    """Cache a teacher's logits over a data set, or continue a dump that was stopped.
 
     Raises:
-        CachekdError: bad input, a folder with a dump of something else, or no room. What is finished stays.
+        CachekdError: bad input, a folder with a dump of something else, or no room. Finished shards stay.
     """
     require_room_for(config.out)
     earlier = find_plan(config.out)

@@ -88,7 +88,7 @@ def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFi
     device_map = config.load_settings["device_map"]
     if device_map not in (None, AUTO) and config.teacher is None:
         raise CachekdError(
-            "there is no teacher whose layers the device map could place: a file holds for no other model",
+            "a device map from a file is for the teacher alone, and there is no teacher",
             where="setting 'device_map'",
             found=device_map,
             fix="--device-map auto, which holds for every model; or --teacher",

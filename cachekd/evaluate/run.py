@@ -49,8 +49,8 @@ def evaluate(
     """Score models, and their agreement with a teacher, on every question of a data set.
 
     Every model has its own processor, tokenizer and chat template, and reads the true answer in its own
-    tokens; `Comparison` says how two of them are compared. A sample that is bad for one of them is left out
-    for all: they are asked the same.
+    tokens. `Comparison` says how two of them are compared. A sample that is bad for one of them is left out
+    for all, so that they are asked the same questions.
 
     Raises:
         CachekdError: bad input, or data of which nothing can be used.

@@ -30,8 +30,8 @@ class CachedLogits(Dataset):
     token's k, and `tail_logmass` [N] float32, log of the probability that is in no entry. Logprobs are
     normalised over the whole vocabulary. For logprobs at any id, `LogitCache(...)[key].gather(ids)`.
 
-    Shards are decoded whole and kept up to a gigabyte: in an order by shards (which `keys` is) this is fast;
-    shuffled over a larger cache, every item may cost a shard.
+    Shards are decoded whole, and up to a gigabyte of them is kept. In the order of the shards (that of
+    `keys`) this is fast. If items are shuffled over a larger cache, every item may decode a shard.
 
     Args:
         cache: the folder, or an open cache.

@@ -233,8 +233,8 @@ def local_folder(
 ) -> Path:
     """Fetch a published cache if it is not here yet, all of it, and verified.
 
-    The folder is named by the manifest's checksum: a cache that changes where it lies is another folder, and
-    the old one stays. Several processes may ask for one at the same time; one of them fetches it.
+    The folder's name is the manifest's checksum. So if the published cache changes, it gets another folder,
+    and the old one stays. Several processes may ask for a cache at the same time; one of them fetches it.
 
     Args:
         address: `hf://datasets/org/name[@revision]`, or a URL for fsspec; a folder on this disk is its own.

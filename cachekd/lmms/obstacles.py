@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -163,7 +164,9 @@ def _definitions(file: Path) -> dict[str, set[str]]:
 
 @cache
 def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"), str(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in others' code
+        return ast.parse(file.read_text("utf-8"), str(file))
 
 
 def _names_in(function: ast.AST) -> Iterator[str]:

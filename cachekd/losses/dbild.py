@@ -33,8 +33,9 @@ def dbild_loss(
 ) -> Tensor:
     """L_t + L_s (Switch-KD, equations 4-9): the teacher-led and the student-led half.
 
-    Each half lets one side lead: Kneedle on its `window` largest logits chooses k per token, and its top-k
-    ids are compared on both sides. Only differences count, so logits and logprobs do equally well.
+    In each half one side leads: Kneedle on the leading side's `window` largest logits chooses k per token,
+    and the top-k ids of that side are compared on both sides. Only differences of logits count, so logprobs
+    give the same result.
 
     Args:
         student_logits: [N, V] float, unnormalised; computed in float32 whatever the autocast.

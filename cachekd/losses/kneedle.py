@@ -11,8 +11,9 @@ from cachekd.errors import CachekdError
 def kneedle_k(sorted_logits: Tensor) -> Tensor:
     """Find the knee of each row: where the sorted curve lies farthest below its chord (Switch-KD, Figure 2).
 
-    Both axes are normalised to [0, 1] over the row's finite prefix; the knee is argmax_i (1 - x_i) - y_i, the
-    first such index. A curve that is nowhere below its chord (flat, or concave) has it at the first entry.
+    Both axes are normalised to [0, 1] over the row's finite prefix. The knee is argmax_i (1 - x_i) - y_i, and
+    the first such index if there are several. A curve that is nowhere below its chord (flat, or concave) has
+    its knee at the first entry.
 
     Args:
         sorted_logits: [N, C] float, descending; -inf entries at the end do not count.

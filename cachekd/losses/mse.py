@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def mse_loss(student_logits: Tensor, targets: TeacherTargets, *, reduction: Reduction = "mean") -> Tensor:
     """The mean over the vocabulary of (z_S - z_T)^2, each side's mean subtracted first.
 
-    Centred, a teacher's logprobs are its logits: a constant for each token is all that they differ by. Ids of
-    which either side says never (-inf) are left out of the means.
+    A teacher's logprobs and logits differ only by a constant for each token, so they are equal once centred.
+    Ids to which either side gives probability 0 (-inf) are left out of the means.
 
     Args:
         student_logits: [N, V] float, unnormalised.

@@ -28,7 +28,7 @@ class TeacherTargets(Protocol):
 
     @property
     def window(self) -> int:
-        """Kneedle's, where a loss does not say its own."""
+        """Kneedle's window, for losses that do not set their own."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class TeacherTargets(Protocol):
         ...
 
     def gather(self, ids: Tensor) -> Tensor:
-        """Return the teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf where it says never."""
+        """Return the teacher's logprobs [N, k] float32 at `ids` [N, k] int64; -inf at probability 0."""
         ...
 
     def everywhere(self) -> Tensor:

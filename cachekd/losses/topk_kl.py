@@ -31,8 +31,9 @@ def topk_kl_loss(
 ) -> Tensor:
     """KL(p_T || p_S) over the teacher's k most probable ids and one bucket for all the others.
 
-    The bucket makes both sides distributions: without it the sum can be negative. The temperature softens
-    the k ids and the bucket, which is what a cache of k logprobs knows; it is not multiplied by its square.
+    The bucket makes both sides distributions; without it the sum can be negative. The temperature softens the
+    k ids and the bucket, because a cache of k logprobs knows no more. The loss is not multiplied by its
+    square.
 
     Args:
         student_logits: [N, V] float, unnormalised.

@@ -28,7 +28,7 @@ def require_attention(model_class: Any, config: Any, implementation: str | None)
     where = str(config.name_or_path)
     if implementation.startswith("paged|"):
         raise CachekdError(
-            "a paged attention reads a server's cache, which there is none of here",
+            "a paged attention reads the cache of a server, and there is no server here",
             where=where,
             found=implementation,
             fix=f"name it without paged|: {implementation.removeprefix('paged|')}",
@@ -46,8 +46,8 @@ def require_attention(model_class: Any, config: Any, implementation: str | None)
         ) from None
     if "flash" in implementation and _sees_images_both_ways(model):
         raise CachekdError(
-            "flash attention knows no mask but a causal one: tokens of a picture would not see the later "
-            f"ones of it, as they do in {config.model_type}",
+            "flash attention has only the causal mask: a token of a picture would not see the later ones "
+            f"of its picture, as it must in {config.model_type}",
             where=where,
             expected="sdpa or eager",
             found=implementation,

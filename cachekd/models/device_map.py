@@ -54,7 +54,7 @@ def placed(
         _require_device(key, "setting 'max_memory'")
     if device_map != AUTO and asked:
         raise CachekdError(
-            "a device map from a file says where everything lies, whatever memory there is",
+            "a device map from a file places every module, so a limit of memory would have no effect",
             where="settings 'device_map' and 'max_memory'",
             fix="leave one of them out, or --device-map auto",
         )
@@ -137,7 +137,7 @@ def _room(home: Place, asked: Mapping[Place, int]) -> dict[Place, int]:
         del room[key]
     if home not in room:
         raise CachekdError(
-            "how much memory is free is not known of this device",
+            "the free memory of this device is not known",
             where=told_place(home),
             fix=f"say it: --max-memory {home}=20GB",
         )

@@ -18,8 +18,8 @@ from cachekd.models.split import decode, logits_at, project
 class SwitchedTeacher:
     """P_T, L_T and the teacher's head: live, frozen, and outside any optimizer or checkpoint.
 
-    Deliberately no `nn.Module`: set as an attribute of a trainer or a student it is not registered, so it
-    has no parameters to optimise, to synchronise or to save.
+    This is deliberately no `nn.Module`. As an attribute of a trainer or a student it is not registered there,
+    so it has no parameters to optimise, to synchronise or to save.
 
     Args:
         model: the teacher; its parameters stop requiring gradients. Its vision encoder is not used, and need

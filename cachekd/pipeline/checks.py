@@ -194,7 +194,7 @@ def _check_coverage(config: TrainConfig, samples: Samples | None, dump: DumpConf
                 where=f"settings 'missing', and {name!r} of the step that writes {config.cache}",
                 expected="missing: skip, or missing: ce-only" + " with on_error: skip" * stops,
                 found=f"missing: {config.missing}, on_error: {config.on_error}; and {name}: skip there",
-                fix="missing: skip leaves the same samples out; it is nothing where the dump left none out",
+                fix="missing: skip leaves the same samples out; it has no effect if the dump left none out",
             )
     others = {name: (getattr(dump, name), getattr(config, name)) for name in DECIDING}
     others = {name: (theirs, mine) for name, (theirs, mine) in others.items() if theirs != mine}

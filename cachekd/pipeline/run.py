@@ -74,7 +74,7 @@ def _do(
     step: PlannedStep, now: StepState, state: PipelineState, run: Runner, watch: Callable[[Begun], None]
 ) -> None:
     moved = None
-    if now.state not in ("interrupted", "failed"):  # which are gone on with
+    if now.state not in ("interrupted", "failed"):  # which are resumed
         if now.state == "waiting":
             require_no_other(step)
         moved = _move_aside(step.out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +18,10 @@ from cachekd.models.quantization import stored_bytes
 CARDS = (24, 48, 80)  # GB
 ROOM = 0.9  # of a card: the rest is CUDA's, the allocator's, and what nobody reckons
 SAMPLES = 32  # of an optimizer step
-_BATCHES = (4, 2, 1)
-_DOUBLINGS = 2  # of the first of them, where there is room
+# Samples, and whether layers are recomputed: the fastest first.
+_BATCHES = ((16, False), (8, False), (4, False), (8, True), (4, True), (2, True), (1, True))
 _HALF = torch.bfloat16
-_Tried = tuple[dict[str, Any], StepMemory | None]
+_MOMENTS = 8  # bytes of a parameter, AdamW's
 
 _BF16 = {"student_dtype": "bfloat16"}
 _8BIT_ADAM = {**_BF16, "training": {"optim": "adamw_8bit"}}
@@ -56,7 +57,7 @@ class Chosen:
         teacher_bytes: the whole teacher's in bfloat16, as the dump has it.
     """
 
-    card: int
+    card: float
     train: dict[str, Any]
     dump: dict[str, Any]
     memory: StepMemory | None
@@ -68,13 +69,16 @@ class Chosen:
         return self.memory is None or self.memory.peak <= room_of(self.card)
 
 
-def room_of(card: int) -> float:
+def room_of(card: float) -> float:
     """Bytes of a card that a step may take."""
     return card * 1e9 * ROOM
 
 
 class Reckoner:
-    """Reckons steps of one pair, each once.
+    """Reckons steps of one pair.
+
+    A run on tensors without memory takes seconds. So what larger batches, other moments and other bits would
+    take is guessed from runs of one sample and of two; what is chosen has then a run of its own.
 
     Args:
         teacher, student: configs.
@@ -87,60 +91,62 @@ class Reckoner:
     ) -> None:
         self._teacher, self._student = teacher, student
         self._sample, self._as_teacher, self._switched = sample, as_teacher, switched
-        self._found: dict[tuple[str, bool], StepMemory | None] = {}  # a run takes seconds
+        self._runs: dict[str, StepMemory | None] = {}
 
     @cached_property
     def teacher_bytes(self) -> int:
         """The whole teacher, vision encoder and all, in bfloat16."""
         return stored_bytes(empty_model(self._teacher, dtype=_HALF))
 
-    def choose(self, card: int) -> Chosen:
+    def choose(self, card: float) -> Chosen:
         """The first way that fits; where none does, the last one, of the smallest batch."""
         room = room_of(card)
         dump = {} if self.teacher_bytes < room else {"device_map": "auto"}
-        train, memory = self._faster(*self._first_that_fits(room), room)
+        for train in self._likely(room):
+            memory = self._run(self._setting(train), recomputed=train["gradient_checkpointing"])
+            if memory is None or memory.peak <= room:
+                return Chosen(card, train, dump, memory, self.teacher_bytes)
+        train = _in_batches(self._ways()[-1], 1, True)
+        memory = self._run(self._setting(train), recomputed=True)
         return Chosen(card, train, dump, memory, self.teacher_bytes)
 
-    def _first_that_fits(self, room: float) -> _Tried:
+    def _likely(self, room: float) -> Iterator[dict[str, Any]]:
+        """What may fit, the best first."""
         for way in self._ways():
-            if self._at_least(way) > room:
+            if self._held(way) > room:
                 continue
-            for batch in _BATCHES:
-                train = {**way, **_with_batch(batch), "gradient_checkpointing": True}
-                memory = self._step(train)
-                if memory is None or memory.peak <= room:
-                    return train, memory
-                if _beyond_help(memory, batch, room):
-                    break
-        train = {**self._ways()[-1], **_with_batch(1), "gradient_checkpointing": True}
-        return train, self._step(train)
+            least = self._guess(_in_batches(way, 1, True))
+            if least is not None and least > room:
+                continue
+            for batch, recomputed in _BATCHES:
+                train = _in_batches(way, batch, recomputed)
+                guess = least if least is None else self._guess(train)
+                if guess is None or guess <= room:
+                    yield train
+
+    def _guess(self, train: dict[str, Any]) -> float | None:
+        """What a step holds at the most: hardly ever more than it does, mostly a little less."""
+        setting, recomputed = self._setting(train), train["gradient_checkpointing"]
+        plain = replace(setting, optimizer_bytes=_MOMENTS, teacher_bits=None, student_bits=None)
+        one, two = (self._run(replace(plain, batch_size=batch), recomputed=recomputed) for batch in (1, 2))
+        if one is None or two is None:
+            return None
+        more = setting.batch_size - 2
+        grows = two.activations + two.switched - one.activations - one.switched
+        by_sample = max(grows, two.peak - one.peak) if more > 0 else two.peak - one.peak
+        moments = two.optimizer - two.optimizer // _MOMENTS * setting.optimizer_bytes
+        return two.peak + more * by_sample - moments - self._fewer_bits(setting)
 
     def _ways(self) -> list[dict[str, Any]]:
         """Without a teacher in memory, its bits are of no matter."""
         if self._switched:
             return list(WAYS)
-        return [way for way in WAYS if "student_quantization" in way or "teacher_quantization" not in way]
+        found = [{name: value for name, value in way.items() if name not in _4BIT} for way in WAYS]
+        return [way for number, way in enumerate(found) if way not in found[:number]]
 
-    def _faster(self, train: dict[str, Any], memory: StepMemory | None, room: float) -> _Tried:
-        """Where there is room left: nothing is recomputed, and batches are larger."""
-        best = train, memory
-        plain = {**train, "gradient_checkpointing": False}
-        # What a forward leaves is at least three times what it leaves where layers are recomputed.
-        for wish, grows_by in ((plain, 2), *((None, 1),) * _DOUBLINGS):
-            train, memory = best
-            if memory is None:
-                break
-            tried = wish or {**train, **_with_batch(2 * train["batch_size"])}
-            if memory.peak + grows_by * (memory.activations + memory.switched) > room:
-                continue
-            found = self._step(tried)
-            if found is not None and found.peak <= room:
-                best = tried, found
-        return best
-
-    def _at_least(self, way: dict[str, Any]) -> int:
-        """Weights, gradients and moments, without a run: it takes milliseconds, a run takes seconds."""
-        setting = _setting(way, self._switched)
+    def _held(self, way: dict[str, Any]) -> int:
+        """Weights, gradients and moments, of adapters none: without a run."""
+        setting = self._setting(way)
         ours = empty_model(self._student, dtype=setting.student_dtype)
         held = stored_bytes(ours, setting.student_bits)
         if setting.lora is None:
@@ -149,32 +155,38 @@ class Reckoner:
             held += stored_bytes(empty_model(self._teacher, dtype=_HALF), setting.teacher_bits, tower=False)
         return held
 
-    def _step(self, train: dict[str, Any]) -> StepMemory | None:
-        setting, recomputed = _setting(train, self._switched), train["gradient_checkpointing"]
-        key = repr(setting), recomputed
-        if key not in self._found:
-            found = step_memory(
+    def _run(self, setting: StepSetting, *, recomputed: bool) -> StepMemory | None:
+        key = repr((setting, recomputed))
+        if key not in self._runs:
+            self._runs[key] = step_memory(
                 self._student,
                 self._teacher,
                 self._sample,
                 setting,
                 as_teacher=self._as_teacher,
                 recomputed=(recomputed,),
-            )
-            self._found[key] = found.get(recomputed)
-        return self._found[key]
+            ).get(recomputed)
+        return self._runs[key]
+
+    def _fewer_bits(self, setting: StepSetting) -> int:
+        """What quantised weights take less than whole ones."""
+        ours = empty_model(self._student, dtype=setting.student_dtype)
+        saved = stored_bytes(ours) - stored_bytes(ours, setting.student_bits)
+        if self._switched:
+            theirs = empty_model(self._teacher, dtype=_HALF)
+            saved += stored_bytes(theirs, tower=False)
+            saved -= stored_bytes(theirs, setting.teacher_bits, tower=False)
+        return saved
+
+    def _setting(self, train: dict[str, Any]) -> StepSetting:
+        said = {**train, "lambda_vsd": 1.0 if self._switched else 0.0}
+        return StepSetting.of(TrainConfig(student="student", data="data", out="run", **said), _HALF)
 
 
-def _beyond_help(memory: StepMemory, batch: int, room: float) -> bool:
-    """Whether even a batch of one would be too much: only what grows with the batch can go."""
-    grows = memory.activations + memory.switched + memory.logits + memory.gradients
-    return memory.peak - grows * (1 - 1 / batch) > room
-
-
-def _with_batch(batch: int) -> dict[str, Any]:
-    return {"batch_size": batch, "gradient_accumulation": SAMPLES // batch}
-
-
-def _setting(train: dict[str, Any], switched: bool) -> StepSetting:
-    said = {**train, "lambda_vsd": 1.0 if switched else 0.0}
-    return StepSetting.of(TrainConfig(student="student", data="data", out="run", **said), _HALF)
+def _in_batches(way: dict[str, Any], batch: int, recomputed: bool) -> dict[str, Any]:
+    return {
+        **way,
+        "batch_size": batch,
+        "gradient_accumulation": SAMPLES // batch,
+        "gradient_checkpointing": recomputed,
+    }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cachekd.config.fields import StudentPart
 from cachekd.presets.sample import Assumed, Read
 
-# Of `--tail bytes=64`: measured with a vocabulary of 49,152 it is 109; a larger one makes ids a little larger.
+# Of `--tail bytes=64`: 109 were measured with a vocabulary of 49,152; a larger one makes ids larger.
 BYTES_PER_TOKEN = 112
 # Sustained, of bfloat16, by card: a share of the peak that such cards reach in practice.
 TFLOPS = {24: 50, 48: 100, 80: 300}

@@ -25,11 +25,11 @@ _WIDTH = 100
 _DATA, _TEST = "data/train", "data/test"
 # What each setting is there for, as the file says it.
 _WHY = {
-    "student_dtype": "the student's weights and gradients: half of the memory. Steps are rounded at random, so "
-    "that small ones are not lost",
+    "student_dtype": "the student's weights and gradients: half of the memory. Steps are rounded at random, "
+    "so that small ones are not lost",
     "training": "AdamW's moments in 8 bits, a quarter of the memory: pip install 'cachekd[quantization]'",
-    "teacher_quantization": "of the teacher while it trains the student. The cache is of the whole teacher. pip "
-    "install 'cachekd[quantization]'",
+    "teacher_quantization": "of the teacher while it trains the student. The cache is of the whole teacher. "
+    "pip install 'cachekd[quantization]'",
     "student_quantization": "of the student's own weights, which stay as they are (QLoRA)",
     "lora": "small matrices beside the student's weights train, and are merged in the end: pip install "
     "'cachekd[peft]'",
@@ -51,7 +51,8 @@ def refuse_existing(folder: Path) -> None:
         raise CachekdError(
             "there is a pipeline already, and nothing is overwritten",
             where=str(path),
-            fix=f"`cachekd run {quote(str(path))}` runs it; for a new one name another folder, or move this one",
+            fix=f"`cachekd run {quote(str(path))}` runs it; for a new one name another folder, or move this "
+            "one",
         )
 
 
@@ -113,7 +114,8 @@ def _head(proposal: Proposal, folder: Path, command: str) -> Iterator[str]:
     bridge = " --switch-bridge linear" if proposal.fit.switch == "linear" else ""
     yield f"#   cachekd check {names} --data {quote(proposal.data or _DATA)}{bridge}"
     yield f"#   cachekd run {pipeline} --status    # what would run"
-    yield f"#   cachekd run {pipeline}             # all of it; once more, and it goes on where it was stopped"
+    yield f"#   cachekd run {pipeline}             # all of it; once more, and it goes on where it was "
+    "stopped"
     if pair is not None:
         yield "#"
         unverified = [
@@ -136,19 +138,23 @@ def _memory(proposal: Proposal) -> Iterator[str]:
         yield "# What a training step holds could not be reckoned: `cachekd train --estimate` measures it."
         return
     yield from _comment(
-        f"What a training step holds, in GB, reckoned from the configurations and measured on no card: {batch} "
-        f"sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them of a picture "
+        f"What a training step holds, in GB, reckoned from the configurations and measured on no card: "
+        f"{batch} "
+        f"sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them of a "
+        "picture "
         f"of {proposal.assumed.width} x {proposal.assumed.height} pixels."
     )
     yield from (f"#   {title:<40}{size:>8}" for title, size in memory_lines(proposal))
     yield from _comment(
-        f"Of {here.card} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to CUDA and "
+        f"Of {here.card:g} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to "
+        "CUDA and "
         "to what nobody reckons."
     )
     if not here.fits:
         yield from _comment(
             "IT DOES NOT FIT by this reckoning, in the leanest way there is. Smaller pictures, `max_tokens`, "
-            "`teacher_device_map: auto` (the teacher's layers in the CPU's memory) or `lambda_vsd: 0` are left."
+            "`teacher_device_map: auto` (the teacher's layers in the CPU's memory) or `lambda_vsd: 0` are "
+            "left."
         )
 
 
@@ -161,7 +167,8 @@ def _cost(proposal: Proposal) -> Iterator[str]:
     )
     yield from _comment(
         f"Time, which is arithmetic and no measurement, at a sustained {cost.tflops:g} TFLOP/s: the dump "
-        f"{cost.dump_seconds / 3600:,.1f} h, once; training {cost.train_seconds / 3600:,.1f} h for each pass over "
+        f"{cost.dump_seconds / 3600:,.1f} h, once; training {cost.train_seconds / 3600:,.1f} h for each pass "
+        "over "
         "the data. `--estimate` measures both."
     )
 
@@ -200,7 +207,7 @@ def _losses(proposal: Proposal) -> Iterator[str]:
     fit = proposal.fit
     why = proposal.pair.why if proposal.pair is not None else fit.why
     what = {
-        "paper": "L_VSD is on, as in the paper: the student's visual features go into the teacher as they are",
+        "paper": "L_VSD is on, as in the paper: the student's visual features go into the teacher",
         "linear": "L_VSD needs a trained map between the two vision sides, which is beyond the paper",
         "none": "L_VSD is off, and no teacher is in memory while the student trains",
     }[fit.switch]
@@ -211,7 +218,8 @@ def _losses(proposal: Proposal) -> Iterator[str]:
             yield f"    {name}: {_value(said[name])}"
     if fit.own_text:
         yield from _comment(
-            "Teacher and student cut text into other tokens: L_Align compares them where both have read the same "
+            "Teacher and student cut text into other tokens: L_Align compares them where both have read the "
+            "same "
             "bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
             4,
         )
@@ -241,8 +249,10 @@ def _dump(proposal: Proposal, name: str, data: str | None = None) -> Iterator[st
         yield f"    data: {data}"
     if "device_map" in proposal.here.dump:
         yield from _comment(
-            f"In bfloat16 the teacher is {proposal.here.teacher_bytes / 1e9:.1f} GB. What does not fit lies in the "
-            "CPU's memory and is fetched in each forward: slow, and the same cache byte for byte. `quantization: "
+            f"In bfloat16 the teacher is {proposal.here.teacher_bytes / 1e9:.1f} GB. What does not fit lies "
+            "in the "
+            "CPU's memory and is fetched in each forward: slow, and the same cache byte for byte. "
+            "`quantization: "
             "8bit` in its place is faster, and another cache.",
             4,
         )
@@ -309,6 +319,5 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_value(one)}" for name, one in value.items()) + "}"
     if isinstance(value, str):
-        plain = yaml.safe_dump(value, default_style=None, width=10_000).removesuffix("...\n").strip()
-        return plain
+        return yaml.safe_dump(value, width=10_000).removesuffix("...\n").strip()
     return json.dumps(value)

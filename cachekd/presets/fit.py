@@ -1,4 +1,4 @@
-"""Which terms a pair can be trained with: what stands between the two vision sides, and the two tokenizers."""
+"""Which terms a pair can be trained with: what stands between the vision sides, and the tokenizers."""
 
 from __future__ import annotations
 

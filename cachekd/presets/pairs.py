@@ -51,7 +51,8 @@ NOT_RUN = (
 
 _TILES = "a picture alone in its sample is cut into tiles of 384 pixels (up to 9, and the whole), several in "
 _SMOL = (
-    "both cut a picture into the same tiles, 27 x 27 patches of width 1,152 each for the teacher and 32 x 32 of "
+    "both cut a picture into the same tiles, 27 x 27 patches of width 1,152 each for the teacher and 32 x 32 "
+    "of "
     "768 for the student: the bridge resamples tile by tile"
 )
 _SMOL_TILES = (
@@ -82,7 +83,8 @@ PAIRS: dict[str, Pair] = {
             "qwen3-vl-8b",
             "qwen3-vl-2b",
             switch="none",
-            why="27 layers of width 1,152 teach 24 of width 1,024, and no bridge is made for Qwen's layers. With "
+            why="27 layers of width 1,152 teach 24 of width 1,024, and no bridge is made for Qwen's layers. "
+            "With "
             "the 4B as the teacher it is on: preset qwen3-vl-4b-2b",
             pictures="a picture has a token for each 32 x 32 pixels: make large ones smaller first",
         ),
@@ -133,7 +135,8 @@ PAIRS: dict[str, Pair] = {
             "tinyllava-0.5b",
             switch="paper",
             why="the pair of the paper: both have SigLIP-so400m at 384 pixels",
-            pictures="every picture is 728 tokens, whatever its size. The paper trains on LLaVA's data: 558 k "
+            pictures="every picture is 728 tokens, whatever its size. The paper trains on LLaVA's data: 558 "
+            "k "
             "captions for dpt, the mix of 665 k for the rest",
             prepare=(
                 "hf download Zhang199/TinyLLaVA-Qwen2.5-3B-SigLIP --local-dir models/tinyllava-original",
@@ -149,7 +152,8 @@ PAIRS: dict[str, Pair] = {
             "smolvlm2-500m",
             switch="none",
             why="two families, whose vision sides have nothing in common",
-            pictures="the teacher sees a token for each 28 x 28 pixels, the student up to 16 tiles of 64 tokens "
+            pictures="the teacher sees a token for each 28 x 28 pixels, the student up to 16 tiles of 64 "
+            "tokens "
             "and the whole; a student with less detail than its teacher is told what it cannot see",
             tokenizers="two",
         ),

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 class RunStopped(Exception):
-    """A run was stopped as it was asked to, and can be gone on with.
+    """A run was stopped as it was asked to, and can be resumed.
 
     Attributes:
         step: the optimizer steps that are done.

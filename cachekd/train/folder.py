@@ -1,4 +1,4 @@
-"""A run's folder: begun, gone on with, finished; a finished one is never overwritten.
+"""A run's folder: begun, resumed, finished; a finished one is never overwritten.
 
 .cachekd.lock           which process is at work here
 cachekd_started.json    the settings, and what was read, by its content; written before the first step
@@ -50,7 +50,7 @@ class RunFolder:
 
     Raises:
         CachekdError: the folder holds a finished run, a run with other settings, one that is trained but can
-            neither be finished nor gone on with, or something else.
+            neither be finished nor resumed, or something else.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -103,7 +103,7 @@ class RunFolder:
             )
 
     def require_inputs(self, found: dict[str, str], *, processes: int) -> None:
-        """Note what the run reads, and in how many processes; of a run that is gone on with, refuse what is
+        """Note what the run reads, and in how many processes; of a run that is resumed, refuse what is
         another than when it began.
 
         Args:

@@ -1,4 +1,4 @@
-"""The contents of what a run reads: a run that is gone on with reads the same."""
+"""The contents of what a run reads: a run that is resumed reads the same."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     bits = values.view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)  # of the bits that are cut off
-    rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).to(torch.bfloat16)
 
 

@@ -90,7 +90,7 @@ def train(
 ) -> TrainSummary:
     """Train a student and save it, with its processor, to `config.out`.
 
-    The same call goes on from the last checkpoint of a run that was cut short.
+    The same call resumes a run that was cut short, from its last checkpoint.
 
     Args:
         asked_to_stop: looked at after each optimizer step; as `StopInOrder` has it.

@@ -275,7 +275,7 @@ class SwitchKDTrainer(Trainer):
         return super()._get_train_sampler(train_dataset) if ours is None else ours
 
     def _epoch(self) -> int:
-        """Which epoch begins, or is gone on with; right in every process, after a resumption too."""
+        """Which epoch begins, or is resumed; right in every process, after a resumption too."""
         ahead = self._reader is not None and self._reader.begins_next
         return int(self.state.epoch or 0) + ahead
 
@@ -305,7 +305,7 @@ class SwitchKDTrainer(Trainer):
                 self.bridge.save(checkpoint)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; what `save_model` put into a checkpoint is gone on with too. At its end, whichever,
+        """The Trainer's; what `save_model` put into a checkpoint is resumed too. At its end, whichever,
         no worker is left."""
         checkpoint = resume_from_checkpoint
         if checkpoint is True:

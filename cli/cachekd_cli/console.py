@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,10 +23,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column
 from rich.text import Text
 
 from cachekd.errors import CachekdError
+from cachekd_cli.tables import CellColumn, WholeWords
 
 if TYPE_CHECKING:
     from cachekd.data.left_out import LeftOutSamples
@@ -90,8 +90,8 @@ def _json(value: Any) -> str:
 class RateColumn(ProgressColumn):
     """Units per second: those of a task's field `units`, or else its steps."""
 
-    def __init__(self, unit: str) -> None:
-        super().__init__()
+    def __init__(self, unit: str, table_column: Column | None = None) -> None:
+        super().__init__(table_column)
         self.unit = unit
 
     def render(self, task: Task) -> Text:
@@ -102,14 +102,16 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar(unit: str, *, hidden: bool = False) -> Progress:
-    """A bar with count, rate in `unit` and ETA, on stderr, so that `--json` stays clean."""
+    """A bar with count, rate in `unit` and ETA, on stderr, so that `--json` stays clean. On a narrow terminal
+    a long description takes several lines, and the numbers stay whole."""
+    whole = Column(no_wrap=True)
     return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(unit),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(table_column=whole.copy()),
+        RateColumn(unit, table_column=whole.copy()),
+        TextColumn("eta", table_column=whole.copy()),
+        TimeRemainingColumn(table_column=whole.copy()),
         TextColumn("{task.fields[note]}", markup=False),
         console=errors,
         disable=hidden,
@@ -159,15 +161,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:,.1f} min" if seconds < 3600 else f"{seconds / 3600:,.2f} h"
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> Table:
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], texts: int = 1) -> WholeWords:
     """A table whose first columns, so many, are texts, and whose others are numbers. On a narrow terminal a
     long cell takes several lines: names that begin alike cannot be told apart without their ends."""
-    result = Table(title=escape(title), title_justify="left")
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index < texts else "right", overflow="fold")
-    for row in rows:
-        result.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
-    return result
+    cells = [[cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row] for row in rows]
+    made = [
+        CellColumn(name, [row[index] for row in cells], index < texts) for index, name in enumerate(columns)
+    ]
+    return WholeWords(title, made)
 
 
 def print_values(title: str, values: Mapping[str, Any]) -> None:

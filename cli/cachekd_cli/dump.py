@@ -40,7 +40,7 @@ def dump_command(
     """Run the teacher once over a data set and cache its logits at the answer tokens.
 
     The same command again goes on where it stopped; nothing that is finished is made twice. Several processes
-    share the work: `accelerate launch -m cachekd_cli dump ...`, torchrun, or --rank and --world-size.
+    share the work: `accelerate launch -m cachekd dump ...`, torchrun, or --rank and --world-size.
 
     Example: cachekd dump --teacher models/llava-7b --data data/train --out caches/llava-7b
     """

@@ -169,11 +169,11 @@ def print_types(result: Evaluation, rows: list[tuple[str, Score]]) -> None:
 
     kinds = list(rows[0][1].by_type)[:MAX_TYPES]
     counted = [
-        (kind, f"{result.asked.types[kind]:,}", *(_percent(score.by_type[kind]) for _, score in rows))
+        (kind, f"{result.asked.types[kind]:,}", *(f"{100 * score.by_type[kind]:.1f}" for _, score in rows))
         for kind in kinds
     ]
     columns = ("question", "count", *(name for name, _ in rows))
-    console.print(table("exact match by question type", columns, counted))
+    console.print(table("exact match by question type, %", columns, counted))
 
 
 def _interval(difference: Difference) -> str:

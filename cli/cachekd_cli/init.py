@@ -77,9 +77,9 @@ def init_command(
 
     Example: cachekd init --teacher models/a --student models/b --data data/train runs/mine --card 48
 
-    Every setting has a comment: what fits the card, how the vision sides fit, and what other cards change. Memory
-    by part is reckoned from the configurations, on tensors without memory: no weights are read. Of a pair of
-    --list nothing is fetched. Disk and time are arithmetic. A pipeline that is there is never overwritten.
+    Every setting has a comment: what fits the card, how the vision sides fit, what other cards change.
+    Memory by part is reckoned from the configurations, on tensors without memory: no weights are read, and
+    of a pair of --list nothing is fetched. Disk and time are arithmetic. Nothing is ever overwritten.
     """
     if show:
         print_result(as_json, list(PAIRS.values()), lambda _: print_pairs())

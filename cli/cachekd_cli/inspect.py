@@ -24,6 +24,7 @@ from cachekd_cli.console import (
     write_page,
 )
 from cachekd_cli.options import AsJson, CacheFolder
+from cachekd_cli.tables import WholeWords
 
 if TYPE_CHECKING:
     from cachekd.cache.overview import Bar
@@ -109,7 +110,7 @@ def bars(title: str, found: list[Bar], per: int | None = None) -> None:
     console.print(result)
 
 
-def shard_table(shards: list[ShardSummary]) -> Table:
+def shard_table(shards: list[ShardSummary]) -> WholeWords:
     """A table of the shards: of all if they are few, or else of the first and the last."""
     columns = ("shard", "data", "samples", "tokens", "bytes", "mean k", "top-1", "logprob", "KL")
     rows: list[tuple[Any, ...]] = [

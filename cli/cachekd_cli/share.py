@@ -196,9 +196,8 @@ def print_report(
         ("matched", report.matched, ""),
         *((kind, len(keys), _some(keys)) for kind, keys in kinds.items()),
     ]
-    found = table(f"{data.data} and {cache}", ("", "samples", "such as"), rows)
-    found.columns[2].justify = "left"
-    console.print(found)
+    columns = ("", "samples", "such as")
+    console.print(table(f"{data.data} and {cache}", columns, rows, texts=len(columns)))
     if report.changed:
         say("changed: other text, or other pixels, such as those of an image that was encoded again")
     if report.unbound:

@@ -58,7 +58,7 @@ def train_command(
 
     A run that was cut short goes on when its command is repeated. Ctrl-C and SIGTERM let the step that runs
     end and write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
-    -m cachekd_cli.main train ... With `training: {load_best_model_at_end: true}` in the YAML a run ends with
+    -m cachekd train ... With `training: {load_best_model_at_end: true}` in the YAML a run ends with
     the student of the best evaluation.
     """
     quiet_libraries()

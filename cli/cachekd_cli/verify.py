@@ -256,7 +256,7 @@ def print_live(live: Recheck) -> None:
         "samples that this data set lacks": if_any(live.absent),
     }
     for share in SHARES:
-        values[f"if {share:.0%} were bad, seen with"] = f"{100 * live.detection(share):.1f} % probability"
+        values[f"chance to find one, if {share:.0%} of all samples were bad"] = f"{live.detection(share):.1%}"
     print_values("against the teacher", values)
     if live.vocabulary is not None:
         say_wrong("the vocabulary", live.vocabulary)

@@ -306,8 +306,8 @@ def test_without_a_tail_what_is_not_kept_is_even(dumps, tmp_path):
     [
         ("none-16", {"top_k": 64}, "holds fewer logprobs"),
         ("none-16", {"top_k": 1}, "too small"),
-        ("none-16", {"top_k": 16}, "is what is asked for"),
-        ("none-16", {}, "is what is asked for"),
+        ("none-16", {"top_k": 16}, "has these settings already"),
+        ("none-16", {}, "has these settings already"),
         ("none-16", {"tail": "bytes=8"}, "has no tail sketch"),
         ("step=0.05-16", {"tail": "step=0.01"}, "cannot become finer"),
         ("step=0.05-16", {"tail": "exact"}, "cannot become finer"),

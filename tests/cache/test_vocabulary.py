@@ -95,7 +95,7 @@ def test_what_differs_is_said(change, expected, found):
     [((b"a",) * 5, 6), ((b"",) * (MOST_TOKENS + 1), 1), ((b"x" * 2**16,), 1), ((b"x" * 60_000,) * 2_000, 1)],
 )
 def test_a_table_that_no_reader_would_take_is_not_written(contents, vocab_size):
-    with pytest.raises(CachekdError, match="cannot hold what the token ids stand for"):
+    with pytest.raises(CachekdError, match="bytes of the token ids do not fit into a cache"):
         pack_vocabulary(TokenBytes(contents, frozenset(), None), vocab_size)
 
 
@@ -166,7 +166,7 @@ def test_it_is_read_when_it_is_asked_for_and_once(tmp_path, monkeypatch):
 
 
 def test_a_vocabulary_that_is_too_small_for_the_teacher_is_refused(tmp_path):
-    with pytest.raises(CachekdError, match="cannot hold") as caught:
+    with pytest.raises(CachekdError, match="do not fit into a cache") as caught:
         LogitCacheWriter(tmp_path / "c", **header(), vocabulary=table_of(VOCAB - 1))
     assert "97 to" in str(caught.value)
     assert not (tmp_path / "c").exists()
@@ -255,7 +255,7 @@ def test_the_same_content_in_other_bytes_is_the_same(tmp_path):
 def test_vocabularies_that_differ_are_refused(tmp_path):
     other = TokenBytes((b"<pad>", *table_of().contents[1:]), table_of().special, 1)
     a, b = part(tmp_path / "a", 0, table_of()), part(tmp_path / "b", 2, other)
-    with pytest.raises(CachekdError, match="what the token ids stand for differs") as caught:
+    with pytest.raises(CachekdError, match="the bytes of the token ids differ") as caught:
         merge_caches([a, b], tmp_path / "m")
     assert "id 0 is the name b'<s>'" in caught.value.expected
     assert "id 0 is the name b'<pad>'" in caught.value.found

@@ -170,10 +170,10 @@ def test_what_is_learned_anyway_is_the_sample_that_it_was(said):
 @pytest.mark.parametrize(
     ("turn", "said", "message"),
     [
-        (1, {"weight": 0.5}, '"weight" cannot be heeded'),
-        (1, {"loss": "false"}, '"loss" cannot be heeded'),
-        (1, {"mask": [0, 1]}, '"mask" cannot be heeded'),
-        (0, {"train": 2}, '"train" cannot be heeded'),
+        (1, {"weight": 0.5}, '"weight" cannot be followed'),
+        (1, {"loss": "false"}, '"loss" cannot be followed'),
+        (1, {"mask": [0, 1]}, '"mask" cannot be followed'),
+        (0, {"train": 2}, '"train" cannot be followed'),
         (1, {"loss": True, "weight": 0}, "contradict"),
         (1, {"loss": True, "mask": 1}, "contradict"),
         (0, {"loss": True}, "not the assistant's cannot be supervised"),

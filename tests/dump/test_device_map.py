@@ -76,7 +76,7 @@ def test_an_evaluation_with_layers_on_the_disk_has_the_same_scores(
     assert evaluated(**settings, device_map=layers_on_disk(tmp_path, teacher)) == expected
     assert runners[4:] == [True, False]
     alone = {"models": [student_path], "data": str(data_path), "device_map": "map.yaml"}
-    with pytest.raises(CachekdError, match="there is no teacher whose layers the device map could place"):
+    with pytest.raises(CachekdError, match="a device map from a file is for the teacher alone"):
         evaluated(**alone)
 
 

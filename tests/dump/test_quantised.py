@@ -144,7 +144,7 @@ def test_the_same_quantisation_on_both_sides_is_no_word_worth(settings, caplog):
 
 @pytest.mark.parametrize("other", [None, "8bit", FP4])
 def test_a_quantised_cache_beside_another_teacher_is_refused_unless_it_is_accepted(settings, other, caplog):
-    with pytest.raises(CachekdError, match="quantised otherwise") as caught:
+    with pytest.raises(CachekdError, match="quantised differently") as caught:
         train(TrainConfig(**settings, teacher_quantization=other))
     assert "--teacher-mismatch accept" in caught.value.fix
     assert not settings["out"].exists()

@@ -519,7 +519,7 @@ def test_what_a_later_step_would_fail_of_is_said_first(
 def test_a_teacher_that_is_quantised_in_the_dump_alone_is_said_first(values, tmp_path):
     pytest.importorskip("bitsandbytes")
     values["steps"][0]["quantization"] = "4bit"
-    with pytest.raises(CachekdError, match="the cache's teacher was quantised otherwise") as caught:
+    with pytest.raises(CachekdError, match="the cache's teacher was quantised differently") as caught:
         run(read(values, tmp_path))
     assert caught.value.where.startswith("step 'dft': ")
     assert not Path(values["out"]).exists()

@@ -100,7 +100,7 @@ def _factor(encoder: SketchEncoder, steps: Tensor, tail: TailSetting, where: str
             expected=f"a step above {encoder.step:.6g} nats, or less than the "
             f"{code_bytes(steps, 1.0):.1f} bytes that its codes take by now",
             found=str(tail),
-            fix="ask for less, or dump again: what was rounded away only the teacher knows",
+            fix="ask for less, or dump again: only the teacher knows what was rounded away",
         )
     return factor
 
