@@ -94,7 +94,6 @@ OTHERS = {
     "--num_processes": "accelerate's",
     "--signal": "Slurm's",
     "--strict": "mkdocs'",
-    "--yes": "pip's",
     **dict.fromkeys(("--model", "--model_args", "--tasks"), "lmms-eval's"),
     "img_size": "VLMEvalKit's",
     "reshard_after_forward": "accelerate's, of FSDP",

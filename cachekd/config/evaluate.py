@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cachekd.config.data import DataOptions, NamedData
 from cachekd.config.fields import LATER, Dtype, History, Workers, require_room_for_each
@@ -45,8 +46,8 @@ class EvalConfig(LoadOptions, DataOptions):
     """Exact match, and agreement with the teacher, on held-out data; or scores on public benchmarks.
 
     Raises:
-        CachekdError: there are both data and benchmarks, or neither; a setting is of the other kind; or there
-            are both a teacher and a cache of it.
+        CachekdError: there are both data and benchmarks; a setting is of the other kind; or there are both a
+            teacher and a cache of it.
     """
 
     FREE: ClassVar = frozenset({"out", "batch_tokens", "batch_size", "workers", "device_map", "max_memory"})
@@ -132,11 +133,9 @@ class EvalConfig(LoadOptions, DataOptions):
     @model_validator(mode="after")
     def _either_data_or_benchmarks(self) -> Self:
         if not self.asks_benchmarks and self.data is None:
-            raise CachekdError(
-                "it is not said what the models are asked",
-                where="settings 'data' and 'benchmarks'",
-                fix="--data names questions of your own, --benchmarks or --suite public ones",
-            )
+            missing = PydanticCustomError("missing", "Field required, or benchmarks, or a suite of them")
+            error = InitErrorDetails(type=missing, loc=("data",), input=None)
+            raise ValidationError.from_exception_data(type(self).__name__, [error])
         other = OF_OWN_DATA if self.asks_benchmarks else OF_BENCHMARKS
         fields = type(self).model_fields
         wrong = [

@@ -10,10 +10,10 @@ from pathlib import Path
 from cachekd.errors import CachekdError
 
 LMMS_EVAL = "0.7.3"  # exactly: another version may ask or score the same benchmark otherwise
-_HOW = """make an environment of its own, which takes minutes and some 2.4 GB:
+_HOW = """make an environment of its own, which takes minutes and 2.5 GB or more:
     python3 -m venv benchmarks-env
     benchmarks-env/bin/pip install 'cachekd[benchmarks]'
-    benchmarks-env/bin/pip uninstall --yes torchvision
+    benchmarks-env/bin/pip uninstall -y torchvision
     benchmarks-env/bin/cachekd eval ...
   (docs/how-to/benchmarks.md says why, and what of it a clone needs)"""
 

@@ -83,7 +83,9 @@ def require_scorable(tasks: Sequence[TaskFile], *, logged_in: bool, own_data: It
     if not found:
         return
     left = [task.name for task in tasks if task.name not in found]
-    login = "`hf auth login`, or --benchmark-data NAME=FOLDER; or " if "login" in str(found.values()) else ""
+    private = [name for name in found if "login" in found[name]]
+    folders = " ".join(f"--benchmark-data {name}=FOLDER" for name in private)
+    login = f"`hf auth login`, or {folders}; or " if private else ""
     fix = f"--benchmarks {','.join(left)}" if left else "choose other benchmarks"
     static = [f"{name}_static" for name in found if f"{name}_static" in _WITHOUT_A_JUDGE]
     fix += f"; {', '.join(static)} asks no judge" if static else ""

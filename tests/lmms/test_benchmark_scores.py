@@ -185,7 +185,7 @@ def test_the_report_puts_runs_beside_each_other(run, tmp_path):
 
 
 def test_data_and_benchmarks_do_not_go_together():
-    with pytest.raises(CachekdError, match=r"what the models are asked(.|\n)*--benchmarks"):
+    with pytest.raises(CachekdError, match=r"'data': field required, or benchmarks(.|\n)*give --data"):
         read_config(None, EvalConfig, {"models": ["m"]})
     for setting, value in {"data": "d", "history": "full", "blind": False, "key": "k", "cache": "c"}.items():
         with pytest.raises(CachekdError, match=f"{setting}: not for public benchmarks"):

@@ -149,7 +149,7 @@ def test_all_that_cannot_be_scored_are_refused_together(folder):
         require_scorable(tasks, logged_in=False, own_data=[])
     told = str(caught.value)
     assert all(f"\n  {name}: " in told and WHY[name] in told for name in ("choice", "login"))
-    assert "hf auth login" in told
+    assert "`hf auth login`, or --benchmark-data login=FOLDER" in told
     assert "--benchmarks plain" in told
     require_scorable(files.tasks(["plain", "login"]), logged_in=False, own_data=["login"])
 
@@ -168,7 +168,7 @@ def test_without_lmms_eval_the_commands_are_told_that_make_the_environment(stude
     told = str(result.exception)
     assert "python3 -m venv" in told
     assert "pip install 'cachekd[benchmarks]'" in told
-    assert "pip uninstall --yes torchvision" in told
+    assert "pip uninstall -y torchvision" in told
 
 
 def test_another_version_of_lmms_eval_is_refused(monkeypatch, tmp_path):
