@@ -172,10 +172,14 @@ def _command(pair: str | None, folder: Path, teacher: str | None, student: str |
 def print_pairs() -> None:
     """Print the table of pairs."""
     rows = (
-        (pair.name, _SWITCH[pair.switch], "cells" if pair.tokenizers == "two" else "", pair.why)
+        (
+            pair.name,
+            f"{_SWITCH[pair.switch]}: {pair.why}"
+            + ("; two tokenizers, L_Align over cells" if pair.tokenizers == "two" else ""),
+        )
         for pair in PAIRS.values()
     )
-    console.print(table("pairs", ("PAIR", "L_VSD", "tokenizers", "why"), rows, texts=4))
+    console.print(table("pairs that have a name", ("PAIR", "L_VSD"), rows, texts=2))
     say(f"All of them {NOT_RUN}.", style="dim")
     say("Any other pair: cachekd init --teacher A --student B FOLDER", style="dim")
 
