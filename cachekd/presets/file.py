@@ -203,7 +203,7 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
 
 def _losses(proposal: Proposal) -> Iterator[str]:
     fit = proposal.fit
-    why = proposal.pair.why if proposal.pair is not None else fit.why
+    why = proposal.why
     what = {
         "paper": "L_VSD is on, as in the paper: the student's visual features go into the teacher",
         "linear": "L_VSD needs a trained map between the two vision sides, which is beyond the paper",

@@ -41,6 +41,8 @@ def fit_of(teacher: Any, student: Any, *, own_text: bool) -> Fit:
         return Fit(
             "paper", "the student's vision side has the teacher's family, layer, width and grid", own_text
         )
+    if teacher.model_type != student.model_type:  # all else follows from it
+        differences = [one for one in differences if one.setting == "model_type"]
     found = "; ".join(
         f"{one.name}: {one.teacher} of the teacher, {one.student} of the student" for one in differences
     )

@@ -82,6 +82,11 @@ class Proposal:
         """What is set for the card."""
         return self.chosen[self.card]
 
+    @property
+    def why(self) -> str:
+        """Of how L_VSD fits."""
+        return self.fit.why if self.pair is None else self.pair.why
+
     def losses(self) -> dict[str, Any]:
         """Settings of the terms that follow from what fits."""
         said: dict[str, Any] = {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cachekd.config.base import option_name
 from cachekd.errors import CachekdError
 from cachekd.paths import PathOrName
 from cachekd.presets.pairs import NOT_RUN, PAIRS, pair_of
@@ -115,7 +116,11 @@ def init_command(
             test_data=test_data,
             progress=lambda what: status.update(f"looking at {what}"),
         )
-    path = write(proposal, folder, _command(pair, folder, teacher, student, card))
+    path = write(
+        proposal,
+        folder,
+        _command(pair, folder, card, teacher=teacher, student=student, data=data, test_data=test_data),
+    )
     print_result(
         as_json, proposal, lambda _: print_proposal(proposal, path), lambda _: for_scripts(proposal, path)
     )
@@ -164,18 +169,24 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _command(pair: str | None, folder: Path, teacher: str | None, student: str | None, card: str) -> str:
-    models = [str(pair)] if teacher is None else ["--teacher", teacher, "--student", str(student)]
-    return join(["cachekd", "init", *models, str(folder), "--card", card])
+def _command(preset: str | None, folder: Path, card: str, **named: str | None) -> str:
+    """The command as one would type it again."""
+    models = [] if named["teacher"] is not None else [str(preset)]
+    said = [word for name, value in named.items() if value is not None for word in (option_name(name), value)]
+    return join(["cachekd", "init", *models, str(folder), *said, "--card", card])
 
 
 def print_pairs() -> None:
     """Print the table of pairs."""
     rows = (
-        (pair.name, _SWITCH[pair.switch], "cells" if pair.tokenizers == "two" else "", pair.why)
+        (
+            pair.name,
+            f"{_SWITCH[pair.switch]}: {pair.why}"
+            + ("; two tokenizers, L_Align over cells" if pair.tokenizers == "two" else ""),
+        )
         for pair in PAIRS.values()
     )
-    console.print(table("pairs", ("PAIR", "L_VSD", "tokenizers", "why"), rows, texts=4))
+    console.print(table("pairs that have a name", ("PAIR", "L_VSD"), rows, texts=2))
     say(f"All of them {NOT_RUN}.", style="dim")
     say("Any other pair: cachekd init --teacher A --student B FOLDER", style="dim")
 
@@ -185,7 +196,7 @@ def print_proposal(proposal: Proposal, path: Path) -> None:
     from cachekd.presets.file import changes, memory_lines
 
     here, cost, assumed = proposal.here, proposal.cost, proposal.assumed
-    say(f"L_VSD {_SWITCH[proposal.fit.switch]}: {proposal.fit.why}")
+    say(f"L_VSD {_SWITCH[proposal.fit.switch]}: {proposal.why}")
     if proposal.fit.own_text:
         say("L_Align over cells: the two cut text into other tokens")
     batch, tokens = here.train["batch_size"], len(proposal.ours.encoded)
