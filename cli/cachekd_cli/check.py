@@ -33,8 +33,9 @@ _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "languag
 def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
     """Check teacher, student and data against each other, and show what is supervised.
 
-    All that does not fit is shown, not only the first. Exit code 2 if something would be refused later.
-    Without --forward no weights are read. --config takes the file of a dump or of a run too.
+    Everything that does not fit is shown, not only the first problem. The exit code is 2 if something would
+    be refused later. Without --forward no weights are read. --config also takes the file of a dump or of a
+    run.
 
     Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
     """
