@@ -546,8 +546,8 @@ FAMILIES: dict[str, Tiny] = {
     "mistral3": Tiny(
         mistral3_config,
         mistral3_processor,
-        notes="PixtralProcessor needs torchvision: its text expansion is written out, "
-        "its image processor is the real one",
+        notes="PixtralProcessor needs torchvision. Its text expansion is written out here, and its image "
+        "processor is the real one.",
     ),
     "fast_vlm": Tiny(
         fast_vlm_config,

@@ -16,7 +16,6 @@ from cachekd.check import StepSetting, check_pair, step_memory
 from cachekd.config import CheckConfig, TrainConfig
 from cachekd.config.fields import PARTS
 from cachekd.data import collate
-from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, empty_model
 from cachekd.models.adapters import with_adapters
 from cachekd.models.quantization import stored_bytes
@@ -157,11 +156,15 @@ def test_the_check_reckons_as_the_runs_file_has_it(tmp_path, student_path, data_
     path.write_text(yaml.safe_dump(models | run))
     done = CliRunner().invoke(app, ["check", "--config", str(path)])
     assert "a training step of 3 samples" in done.output
-    refused = check_pair(CheckConfig(**models, out="run", lora={"rank": 4}))
-    assert refused.step is None
-    assert [row.name for row in refused.rows if row.state == "refused"] == ["training step"]
-    with pytest.raises(CachekdError, match="trainable"):
-        check_pair(CheckConfig(**models, out="run", trainable=["head"]))
+    for wrong, said in (
+        ({"lora": {"rank": 4}}, "peft refuses"),
+        ({"trainable": ["head"]}, "setting 'trainable"),
+    ):
+        refused = check_pair(CheckConfig(**models, out="run", **wrong))
+        assert refused.step is None
+        [row] = (row for row in refused.rows if row.state == "refused")
+        assert row.name == "training step"
+        assert said in row.text
 
 
 def test_pixels_without_memory_do():
