@@ -27,7 +27,7 @@ test-slow: $(SMOLLM2)     ## the tests that take longer; CI runs them as well
 test-oldest: $(OLDEST)/.installed  ## the fast tests with the oldest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(ARGS)
 
-test-benchmarks: $(BENCHMARKS)/.installed  ## with lmms-eval, in an environment of its own: minutes, 2.1 GB
+test-benchmarks: $(BENCHMARKS)/.installed  ## with lmms-eval, in an environment of its own of 2.6 GB
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BENCHMARKS)/bin/python -m pytest -q -m benchmarks tests/lmms
 
 lint: $(SETUP)

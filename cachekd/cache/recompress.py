@@ -1,10 +1,10 @@
 """A smaller cache from a larger one, without a teacher: fewer logprobs a token, a coarser tail sketch.
 
-Stored integers are cut, not decoded and rounded again. What a direct dump with the smaller `top_k` would have
-stored comes out the same, code for code, but for the mass that is not kept: that of the entries that go is
-known from their rounded logprobs only. Its log-odds are within one of the logprobs' steps and one and a half
-of their own of a direct dump's: the logprobs on both sides of the odds are rounded to half a step, the odds
-before and after to half of theirs each.
+Stored integers are cut, not decoded and rounded again. So all codes are those of a direct dump with the
+smaller `top_k`, except the mass that is not kept: for the entries that are dropped, it is known from their
+rounded logprobs only. Its log-odds differ from a direct dump's by at most one step of the logprobs and one
+and a half of their own. (The logprobs on both sides of the odds are rounded to half a step, and the odds
+before and after the cut to half of theirs each.)
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def data_row(counts: Counts, notes: DataNotes, *, takes_images: bool) -> Row:
     if counts.unreadable:
         found.append(f"{counts.unreadable:,} whose record cannot be read")
     if counts.repeated_keys:
-        found.append(f"{counts.repeated_keys:,} whose key came before: they have #2, #3, ... behind it")
+        found.append(f"{counts.repeated_keys:,} with the key of an earlier one: they get #2, #3, ...")
     if counts.other_files:
         found.append(f"{counts.other_files:,} files that are no data, such as {notes.other_files[0]}")
     text = "; ".join(found)
@@ -226,7 +226,7 @@ def image_tokens_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple
     found = ", ".join(str(ours) if theirs == ours else f"{theirs} and {ours}" for theirs, ours in counts)
     if all(theirs == ours for theirs, ours in counts):
         return Row("image tokens", "ok", f"{found} a sample, on both sides")
-    return Row("image tokens", "note", f"{found} a sample", "L_Align does not mind; for L_VSD see the switch")
+    return Row("image tokens", "note", f"{found} a sample", "no matter for L_Align; for L_VSD see 'switch'")
 
 
 def pixels_row(teacher: ModelFiles, student: ModelFiles, pairs: list[tuple[Encoded, Encoded]]) -> Row:

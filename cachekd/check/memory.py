@@ -61,7 +61,7 @@ class StepSetting:
     switched: bool = True
 
     @classmethod
-    def of(cls, config: TrainConfig, half: torch.dtype | None) -> Self:
+    def of(cls, config: TrainConfig, half: torch.dtype | None, tokens: int | None = None) -> Self:
         """What a run's settings say.
 
         A quantisation by another backend than bitsandbytes counts as none, an optimizer that is no AdamW as
@@ -69,9 +69,13 @@ class StepSetting:
 
         Args:
             half: `dtype: auto` is another on a CPU than on a GPU, so it is said here.
+            tokens: of a sample, by which `batch_tokens` says how many of it are in a batch.
         """
+        samples = config.most_samples
+        if config.batch_tokens is not None and tokens is not None:
+            samples = max(1, min(samples, config.batch_tokens // tokens))
         return cls(
-            batch_size=config.most_samples,
+            batch_size=samples,
             half=half,
             student_dtype=getattr(torch, config.student_dtype),
             lora=config.lora,
@@ -81,6 +85,17 @@ class StepSetting:
             student_bits=bits_of(config.student_quantization),
             switched=config.switches,
         )
+
+    def __str__(self) -> str:
+        """What is not as by default, for people."""
+        said = [] if self.student_dtype == torch.float32 else ["student in bfloat16"]
+        said += [] if self.student_bits is None else [f"student in {self.student_bits} bits"]
+        said += [] if self.lora is None else ["adapters"]
+        said += [] if self.trainable == PARTS else [f"{' and '.join(self.trainable)} alone"]
+        said += [] if self.optimizer_bytes == _MOMENTS else ["moments in 8 bits"]
+        said += [] if self.teacher_bits is None else [f"teacher in {self.teacher_bits} bits"]
+        said += [] if self.switched else ["without the switched path"]
+        return ", ".join(said)
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,17 @@ PART_NAMES = {
     "logits": "a chunk of logits",
     "peak": "at the most at a time",
 }
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that follow from the weights alone, by part; `stepping` while the optimizer takes its step."""
+
+    weights: int
+    teacher: int
+    gradients: int
+    optimizer: int
+    stepping: int
 
 
 @dataclass(frozen=True)
@@ -172,20 +198,16 @@ def step_memory(
         weights += sum(p.nbytes for p in ours.parameters() if id(p) not in own)
     trained = [parameter for parameter in ours.parameters() if parameter.requires_grad]
     stepped = (_STEP * parameter.numel() for parameter in trained if parameter.dtype != torch.float32)
-    held = StepMemory(
-        weights=weights,
-        teacher=0,
-        gradients=sum(parameter.nbytes for parameter in trained),
-        optimizer=sum(parameter.numel() for parameter in trained) * setting.optimizer_bytes,
-        activations=0,
-        switched=0,
-        logits=0,
-        peak=max(stepped, default=0),
-    )
     theirs = None
     if teacher is not None and setting.switched:
         theirs = empty_model(teacher, dtype=setting.half or torch.float32).requires_grad_(False)
-        held = replace(held, teacher=stored_bytes(theirs, setting.teacher_bits, tower=False))
+    held = _Held(
+        weights=weights,
+        teacher=0 if theirs is None else stored_bytes(theirs, setting.teacher_bits, tower=False),
+        gradients=sum(parameter.nbytes for parameter in trained),
+        optimizer=sum(parameter.numel() for parameter in trained) * setting.optimizer_bytes,
+        stepping=max(stepped, default=0),
+    )
     switched = theirs if "pixel_values" in their_batch else None
     try:
         return {
@@ -208,20 +230,21 @@ def _without_pixels(sample: Encoded) -> Encoded:
     return replace(sample, inputs=inputs)
 
 
-def _step(held: StepMemory, ours: _Run, theirs: _Run) -> StepMemory:
-    """Put a step together.
-
-    Args:
-        held: what there is all the time; its peak is what the optimizer takes beyond that while it steps.
-    """
-    all_the_time = held.weights + held.teacher + held.optimizer
-    return replace(
-        held,
+def _step(held: _Held, ours: _Run, theirs: _Run) -> StepMemory:
+    """Put a step together."""
+    return StepMemory(
+        weights=held.weights,
+        teacher=held.teacher,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
         activations=ours.kept,
         switched=theirs.kept,
         logits=max(ours.logits, theirs.logits),
         # The switched path's backward comes first, while all that the student's forward left is there.
-        peak=all_the_time + max(ours.most, ours.kept + theirs.most, held.gradients + held.peak),
+        peak=held.weights
+        + held.teacher
+        + held.optimizer
+        + max(ours.most, ours.kept + theirs.most, held.gradients + held.stepping),
     )
 
 

@@ -95,7 +95,7 @@ class PairReport:
 
     Attributes:
         data: how many samples there are, with and without images.
-        step: what a training step would hold; None where that cannot be reckoned for the student's family.
+        step: what a training step would hold; None where that cannot be reckoned.
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.
@@ -173,7 +173,11 @@ def check_pair(config: CheckConfig) -> PairReport:
         (encoded.key, preview(encoded, ours.processor.tokenizer, ours.image_token_id)) for _, encoded in pairs
     ]
     own_text = otherwise or (plan is not None and plan.other_text)
-    step = step_sizes(theirs, ours, pairs, own_text=own_text)
+    step = None
+    try:
+        step = step_sizes(theirs, ours, pairs, own_text=own_text, run=config.run)
+    except CachekdError as error:  # adapters that peft refuses
+        rows.append(Row.refused("training step", error))
     return PairReport(rows, sizes, counts, lengths, step, shown, across)
 
 

@@ -10,9 +10,10 @@ import torch
 
 from cachekd.check.memory import StepMemory, StepSetting, step_memory
 from cachekd.config import TrainConfig
+from cachekd.config.batches import SAMPLES
 from cachekd.config.fields import StudentPart
 from cachekd.data import Encoded
-from cachekd.models import ModelFiles, default_device, default_dtype, empty_model, parameters_by_part
+from cachekd.models import ModelFiles, default_device, dtype_of, empty_model, parameters_by_part
 
 # float32 weights, their gradients and AdamW's two moments.
 _BYTES_TRAINED = 16
@@ -64,15 +65,17 @@ class StepSizes:
     """A training step's memory, and of which step.
 
     Attributes:
-        batch_size: samples, the default's number.
+        batch_size: samples.
         tokens: of each, those of the longest sample that was looked at.
         half: the dtype of autocast and teacher; None: float32.
+        how: what else the run's file says of it; empty where it is as by default.
         kept, recomputed: without and with gradient checkpointing.
     """
 
     batch_size: int
     tokens: int
     half: str | None
+    how: str
     kept: StepMemory
     recomputed: StepMemory
 
@@ -83,25 +86,27 @@ def step_sizes(
     samples: Sequence[tuple[Encoded, Encoded]],
     *,
     own_text: bool = False,
+    run: TrainConfig | None = None,
 ) -> StepSizes | None:
-    """Reckon a step of the default batch size on this machine; see `step_memory`.
+    """Reckon a step on this machine; see `step_memory`.
 
     Args:
+        run: how the student trains; None: as by default.
         samples: as teacher and student read them; the longest of the student's counts.
         own_text: the switched path reads what the teacher does.
     """
-    batch_size = TrainConfig.model_fields["batch_size"].default
-    dtype = default_dtype(default_device())
+    dtype = dtype_of("auto" if run is None else run.dtype, default_device())
     half = None if dtype == torch.float32 else dtype
     theirs, ours = max(samples, key=lambda pair: len(pair[1]))
+    setting = StepSetting(SAMPLES, half) if run is None else StepSetting.of(run, half, len(ours))
     found = step_memory(
         student.config,
         teacher.config,
         ours,
-        StepSetting(batch_size, half),
+        setting,
         as_teacher=theirs if own_text else None,
     )
     if not found:
         return None
     name = None if half is None else str(half).removeprefix("torch.")
-    return StepSizes(batch_size, len(ours), name, found[False], found[True])
+    return StepSizes(setting.batch_size, len(ours), name, str(setting), found[False], found[True])

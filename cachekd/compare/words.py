@@ -46,8 +46,8 @@ def _without_interval(one: Difference, unit: str, seeds: str) -> str:
     if abs(one.difference) < 1e-9:
         return f"{one.label}: the same as {one.against} with {'one seed' if alone else f'each of {seeds}'}"
     if alone:
-        return f"{one.label}: {found} with one seed, of which there is no interval"
-    return f"{one.label}: {found} with each of {seeds} alike, of which there is no interval"
+        return f"{one.label}: {found} with one seed, so there is no interval"
+    return f"{one.label}: {found} with each of {seeds} alike, so there is no interval"
 
 
 def _seeds(one: Difference) -> str:
@@ -123,7 +123,7 @@ def _of_baseline(comparison: Comparison) -> Iterator[str]:
     axis = comparison.axis
     rows = [row for section in comparison.sections for row in section.rows]
     if axis is not None and all(row.variant[axis] != comparison.baseline for row in rows):
-        yield f"Nothing is compared: no run with {comparison.baseline} is finished. It is the baseline."
+        yield f"Nothing is compared: no run with the baseline, {comparison.baseline}, is finished."
 
 
 def _of_intervals(comparison: Comparison) -> Iterator[str]:
@@ -132,14 +132,14 @@ def _of_intervals(comparison: Comparison) -> Iterator[str]:
     if over_seeds:
         yield (
             "After ± in a sentence stands half the width of a 95 % interval: a paired t interval over seeds, "
-            "of two variants with the same seeds. After ± in a table of means stands the standard error. No "
-            "difference is seen where the interval holds 0. It says what other seeds would do, on these test "
-            "questions and with this teacher; not what other questions would."
+            "between two variants with the same seeds. After ± in a table of means stands the standard "
+            "error. If the interval contains 0, no difference is seen. The interval is about other seeds, "
+            "with these test questions and this teacher. It says nothing about other questions."
         )
     if any(len(one.seeds) == 1 for one in found):
         yield (
-            "With one seed an interval is a paired bootstrap over the test's samples: it is about these two "
-            "students, and says nothing of how another seed would end. Three seeds or more, `seeds: 5`, do."
+            "With one seed an interval is a paired bootstrap over the test's samples. It is about these two "
+            "students, and says nothing about another seed. For that use three seeds or more (`seeds: 5`)."
         )
     of_types = [one for section in comparison.sections for one in section.by_type if one.low is not None]
     many = len([one for one in found if one.low is not None]) + len(of_types)
@@ -162,14 +162,14 @@ def _of_questions(sections: list[Section]) -> Iterator[str]:
             )
     if any(len(section.teachers) > 1 for section in sections):
         yield (
-            "Agreement and KL are with each student's own teacher: between students of different teachers "
-            "they are not compared."
+            "Agreement and KL are with each student's own teacher. They are not compared between students "
+            "of different teachers."
         )
     if over_cells := list(dict.fromkeys(label for section in sections for label in section.over_cells)):
         yield (
             f"Agreement and KL of {'; '.join(over_cells)} are over cells, at the places where student and "
-            "teacher have read the same bytes, as they have different tokenizers: with those of a student "
-            "with another tokenizer they are not compared."
+            "teacher have read the same bytes, because their tokenizers differ. They are not compared with "
+            "those of a student with another tokenizer."
         )
 
 

@@ -18,13 +18,13 @@ class BatchOptions(Config):
     batch_tokens: Annotated[int | None, LATER] = Field(
         None,
         ge=1,
-        description="padded tokens per device and step, at most, by estimated lengths: samples of similar "
+        description="the most padded tokens per device and step, by estimated lengths; samples of similar "
         "length share a step",
     )
     batch_size: int | None = Field(
         SAMPLES,
         ge=1,
-        description="samples per device and step; beside batch_tokens at most, where both are said",
+        description="samples per device and step; together with batch_tokens, the most",
     )
     gradient_accumulation: int = Field(1, ge=1, description="steps whose gradients are added up")
 

@@ -28,30 +28,33 @@ class DataOptions(Config):
         "s3://...; a `datasets` folder, .parquet or hub name, with '?split=train'"
     )
     map: str | None = Field(
-        None, description="your own function, module:function, that makes a record of your format"
+        None, description="your own function, module:function, that turns your format into a record"
     )
     key: str | None = Field(
         None,
         min_length=1,
-        description="the field (dotted) that holds a sample's key, or index: the row's number; by default id",
+        description="the field (dotted) with a sample's key, or `index` for the row's number; by default id",
     )
     image_field: Annotated[tuple[str, ...], BeforeValidator(_fields)] = Field(
-        (), description="a field (dotted) that holds pictures, again for several; by default image, images"
+        (),
+        description="a field (dotted) with pictures; repeat the option for several. By default image, else "
+        "images",
     )
     image_root: LocalPath | None = Field(
-        None, description="where relative paths of pictures start; by default the data's folder"
+        None, description="the folder where relative paths of pictures start; by default the data's folder"
     )
-    limit: int | None = Field(None, ge=1, description="only the first so many samples")
+    limit: int | None = Field(None, ge=1, description="use only the first N samples")
     shuffle_seed: int | None = Field(None, ge=0, description="shuffle the samples first")
     on_error: OnError = Field(
         "stop", description="a bad sample stops the command, or is left out, counted and named"
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="most tokens of a sample; by default the models' context"
+        None, ge=1, description="the most tokens that a sample may have; by default the models' context"
     )
     too_long: TooLong = Field(
         "error",
-        description="a longer sample is a bad one, is left out, or loses its answers' end (never a picture)",
+        description="what to do with a longer sample: treat it as bad, leave it out, or cut the end of its "
+        "answers (never a picture)",
     )
 
     @classmethod

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from cachekd.config.data import DataOptions, NamedData
-from cachekd.config.fields import Dtype, History, Workers, require_room_for_each
+from cachekd.config.fields import LATER, Dtype, History, Workers, require_room_for_each
 from cachekd.config.loading import LoadOptions
 from cachekd.errors import CachekdError
 from cachekd.paths import LocalPath, PathOrName, expanded
@@ -57,18 +57,18 @@ class EvalConfig(LoadOptions, DataOptions):
     limit: int | None = Field(
         None, ge=1, description="only the first so many samples; of each benchmark, only so many questions"
     )
-    benchmarks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+    benchmarks: Annotated[tuple[str, ...], LATER, BeforeValidator(_names)] = Field(
         (),
         description="in place of data, public benchmarks by the names of lmms-eval's tasks, such as "
         "pope,gqa,textvqa_val; needs an environment of its own (docs/how-to/benchmarks.md)",
     )
-    suite: Suite | None = Field(
+    suite: Annotated[Suite | None, LATER] = Field(
         None, description="the ten benchmarks of the Switch-KD paper, with its figures beside the scores"
     )
-    tasks_dir: LocalPath | None = Field(
+    tasks_dir: Annotated[LocalPath | None, LATER] = Field(
         None, description="a folder with more tasks for lmms-eval: YAML files, and Python beside them"
     )
-    benchmark_data: tuple[Annotated[str, BeforeValidator(_named_folder)], ...] = Field(
+    benchmark_data: Annotated[tuple[Annotated[str, BeforeValidator(_named_folder)], ...], LATER] = Field(
         (),
         description="NAME=FOLDER: a benchmark's data from a `datasets` folder, not from the hub; again for "
         "several",

@@ -120,16 +120,16 @@ CacheName = Annotated[
 SwitchBridge = Annotated[
     Literal["linear"] | None,
     Field(
-        description="beyond the paper: a trained linear map, with resampled patches, from the student's "
-        "vision encoder to the teacher's projector where their widths or grids differ"
+        description="beyond the paper: put a trained linear map between the student's vision encoder and the "
+        "teacher's projector if their widths or grids differ; patches are resampled"
     ),
 ]
 Attention = Annotated[
     str | None,
     LATER,
     Field(
-        description="the kernels of attention, by transformers' name: sdpa, eager, flash_attention_2, ...; "
-        "by default its choice, sdpa where the model can"
+        description="the kernels of attention, by their name in transformers: sdpa, eager, "
+        "flash_attention_2, ...; by default sdpa if the model can"
     ),
 ]
 Workers = Annotated[int, Field(ge=0, description="processes that read and encode samples; 0: a thread")]

@@ -43,8 +43,8 @@ MaxMemory = Annotated[
     str | None,
     BeforeValidator(_as_text, json_schema_input_type=str | dict[str | int, str | int] | None),
     Field(
-        description="the most that weights take, by device, for device map auto (which it implies): "
-        "0=20GB,cpu=60GB, where 0 is the first GPU; by default 90 % of what is free"
+        description="the most memory for weights on each device, such as 0=20GB,cpu=60GB, where 0 is the "
+        "first GPU; implies device map auto. By default 90 % of the free memory"
     ),
 ]
 _MAP = "auto, or a YAML or JSON file of modules and their devices (0, 1, cpu, disk)"
@@ -56,11 +56,11 @@ class LoadOptions(Config):
 
     quantization: Quantization = Field(
         None,
-        description="of the teacher's weights while they are loaded, head and vision encoder excepted; or a "
-        "mapping of a backend's own settings, {quant_method: ..., ...}",
+        description="quantise the teacher's weights while they are loaded, except head and vision encoder; "
+        "or a mapping of a backend's own settings, {quant_method: ..., ...}",
     )
     device_map: DeviceMap = Field(
-        None, description=f"where the model's layers lie, if it does not fit one device: {_MAP}"
+        None, description=f"where the model's layers are placed, if it does not fit one device: {_MAP}"
     )
     max_memory: MaxMemory = None
     attn_implementation: Attention = None
@@ -76,26 +76,27 @@ class TrainLoadOptions(Config):
 
     teacher_quantization: Quantization = Field(
         None,
-        description="of the teacher's weights while they are loaded, head excepted; or a mapping of a "
-        "backend's own settings, {quant_method: ..., ...}",
+        description="quantise the teacher's weights while they are loaded, except the head; or a mapping of "
+        "a backend's own settings, {quant_method: ..., ...}",
     )
     teacher_mismatch: Literal["error", "accept"] = Field(
         "error",
-        description="a cache of a quantised teacher, where the teacher that runs is quantised otherwise or "
-        "not at all, is refused or accepted",
+        description="whether to refuse or accept the cache of a quantised teacher, if the teacher that runs "
+        "is quantised differently or not at all",
     )
     student_quantization: Quantization = Field(
         None, description="the same for the student; with `lora` this is QLoRA"
     )
     teacher_device_map: DeviceMap = Field(
-        None, description=f"where the teacher's layers lie, if it does not fit beside the student: {_MAP}"
+        None,
+        description=f"where the teacher's layers are placed, if it does not fit beside the student: {_MAP}",
     )
     teacher_max_memory: MaxMemory = None
     student_dtype: Annotated[Literal["float32", "bfloat16"], LATER] = Field(
         "float32",
-        description="of the student's weights and gradients; bfloat16 takes half of the memory, and each "
-        "step is rounded at random, so that small ones are not lost. Adapters are in float32 in any case, "
-        "but not what `lora` trains whole (modules_to_save, bias)",
+        description="precision of the student's weights and gradients. bfloat16 takes half of the memory; "
+        "each step is then rounded at random, so that small ones are not lost. Adapters are always in "
+        "float32, but not the modules that `lora` trains whole (modules_to_save, bias)",
     )
     teacher_attn_implementation: Attention = None
     student_attn_implementation: Attention = None

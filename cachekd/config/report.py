@@ -19,7 +19,9 @@ class ReportConfig(Config):
         description="a run's folder; in a pipeline a train step, by default the last one above"
     )
     baselines: list[PathOrName] = Field(
-        [], description="another run, or a train step of the pipeline, to compare with; again for several"
+        [],
+        description="another run, or a train step of the pipeline, to compare with; repeat the option for "
+        "several",
     )
     out: LocalPath | None = Field(
         None, description="the page's file; by default report.html in the run's folder"

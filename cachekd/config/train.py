@@ -56,14 +56,14 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     }
 
     student: ModelName
-    out: LocalPath = Field(description="the run's folder: new, empty, or a run to go on with")
+    out: LocalPath = Field(description="the run's folder: new, empty, or that of a run to resume")
     teacher: PathOrName | None = Field(None, description="model folder or hub name; needed for L_VSD")
     cache: CacheName = None
     binding: LocalPath | None = Field(
-        None, description="what `cachekd bind` wrote, where the data's keys are not the cache's"
+        None, description="the file that `cachekd bind` wrote, if the data have other keys than the cache"
     )
     live_teacher: bool = Field(
-        False, description="run the whole teacher at every step in place of a cache, as a baseline"
+        False, description="run the whole teacher at every step instead of a cache, as a baseline"
     )
     missing: Literal["error", "skip", "ce-only"] = Field(
         "error",
@@ -71,27 +71,27 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     )
     eval_data: NamedData | None = Field(
         None,
-        description="held-out data: the terms on them are logged while the student trains. Their name, or a "
-        "mapping of data options; how records are read is as in `data` where that does not say it",
+        description="held-out data, on which the loss is logged while the student trains: a name, or a "
+        "mapping of data options. Options of reading that it leaves out are those of `data`",
     )
     eval_cache: PathOrName | None = Field(
         None,
-        description="the teacher's cache of eval_data; without one, and without live_teacher, L_CE and the "
-        "share of right tokens alone are computed on them",
+        description="the teacher's cache of eval_data. Without one, and without live_teacher, only L_CE and "
+        "the share of right tokens are computed on them",
     )
     window: int | None = Field(
         None,
         ge=2,
-        description="the most ids that Kneedle considers, of each dbild that does not say it; by default the "
+        description="the most ids that Kneedle considers, in each dbild that does not set it; by default the "
         "cache's, and 128 for live_teacher",
     )
     min_k: int | None = Field(
-        None, ge=2, description="least k, likewise; by default the cache's, and 2 for live_teacher"
+        None, ge=2, description="the least k of each dbild; by default the cache's, and 2 for live_teacher"
     )
     stage: Stage | None = Field(
         None,
         description="presets of trainable, lambda_align and lambda_vsd: dpt (projector; L_Align), sft "
-        "(projector and language model; L_CE alone), dft (everything); each can be set by itself",
+        "(projector and language model; L_CE alone), dft (everything). Each can still be set by itself",
     )
     trainable: Parts = Field(
         PARTS, description="the student's parts that train; the others stay as they are, bit by bit"
@@ -101,12 +101,12 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         description=f"the loss of L_Align: {_NAMES}; or a mapping with settings of its own, "
         "{loss: dbild, direction: teacher}",
     )
-    vsd: Annotated[TermLoss, LATER] = Field(DBiLD(), description="the loss of L_VSD, likewise")
+    vsd: Annotated[TermLoss, LATER] = Field(DBiLD(), description="the loss of L_VSD, in the same form")
     align_vocabulary: Annotated[Literal["none", "cells", "exact"], LATER] = Field(
         "none",
-        description="L_Align of a teacher and a student with different tokenizers, where both have read the "
-        "same bytes: over cells, classes of the tokens of both; over exact, the strings that both have; none "
-        "refuses such a pair. Nothing where they have the same",
+        description="how L_Align compares a teacher and a student with different tokenizers, at places "
+        "where both have read the same bytes. cells: classes of tokens of both; exact: only strings that "
+        "both have; none refuses such a pair. No effect if the tokenizers are the same",
     )
     lambda_align: Weight = Field(
         1.0,
@@ -122,15 +122,16 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         "teacher runs",
     )
     vsd_every: int = Field(
-        1, ge=1, description="the switched path runs in every so many optimizer steps, its weight unchanged"
+        1, ge=1, description="run the switched path only in every N-th optimizer step, with the same weight"
     )
     switch_bridge: SwitchBridge = None
     temperature: float = Field(
         3.0,
         gt=0,
-        description="divides the logits, in each loss that has one and does not say its own. A higher one "
-        "makes more of what the teacher finds unlikely, and the term weaker, as no loss is multiplied by its "
-        "square: raise its lambda too. Begin with the default; which is best has not been measured",
+        description="divides the logits, in each loss that has a temperature and does not set its own. A "
+        "higher one gives more weight to tokens that the teacher finds unlikely. It also makes the term "
+        "weaker, as no loss is multiplied by its square: raise the term's lambda too. Begin with the "
+        "default; which is best has not been measured",
     )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     learning_rate: float = Field(2e-5, gt=0, description="AdamW's, at its peak; a cosine takes it to zero")
@@ -160,13 +161,16 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
     save_steps: int = Field(SAVE_STEPS, ge=0, description="steps between checkpoints to resume from; 0: none")
     keep_checkpoints: bool = Field(
         False,
-        description="leave checkpoints in a finished run, where nothing reads them; by default they go",
+        description="keep the checkpoints of a finished run, which nothing reads; by default they are "
+        "removed",
     )
     logit_chunk: int | None = Field(
-        None, ge=1, description="answer tokens whose logits exist at a time; by default what 64 MiB hold"
+        None, ge=1, description="answer tokens whose logits exist at a time; by default as many as fit 64 MiB"
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute the student's and the teacher's layers in the backward: slower, leaner"
+        False,
+        description="recompute the student's and the teacher's layers in the backward: slower, with less "
+        "memory",
     )
     lora: dict[str, Any] | None = Field(
         None, description="peft.LoraConfig's settings, such as r: 16; the student trains adapters only"
@@ -178,8 +182,8 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         None,
         ge=1,
         validate_default=True,
-        description="optimizer steps between evaluations on eval_data, by default as save_steps; the last "
-        "step has one anyway",
+        description="optimizer steps between evaluations on eval_data; by default save_steps. There is "
+        "always one at the last step",
     )
 
     @field_validator("eval_steps")

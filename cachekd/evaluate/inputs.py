@@ -110,10 +110,10 @@ def open_models(config: EvalConfig, files: Callable[[str], ModelFiles] = ModelFi
     return models
 
 
-def load_settings_of(config: EvalConfig, path: str) -> LoadSettings:
-    """How one of the models is loaded: as it is saved, unless it is the teacher."""
+def load_settings_of(config: EvalConfig, *, as_teacher: bool = False) -> LoadSettings:
+    """How a model is loaded: as it is saved, unless it is asked as the teacher. One folder may be both."""
     settings: LoadSettings = config.load_settings
-    if path == config.teacher:
+    if as_teacher:
         return settings
     settings = settings | {"quantization": None}
     if settings["device_map"] != AUTO:

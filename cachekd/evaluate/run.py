@@ -126,16 +126,16 @@ class Interviewer:
 
     def ask_teacher(self, path: str) -> tuple[Found, KeptStates | None]:
         """The teacher; and what stays of it, if it was asked anything."""
-        runner = self._runner(path, keep_states=True)
+        runner = self._runner(path, as_teacher=True, keep_states=True)
         found = self._run(runner, path, blind=False)
         if runner.head is None:
             return found, None
         kept = {key: one.kept for key, one in found.items()}
         return found, KeptStates(self.files[path], runner.head, kept)
 
-    def _runner(self, path: str, **settings: Any) -> QuestionRunner:
+    def _runner(self, path: str, *, as_teacher: bool = False, **settings: Any) -> QuestionRunner:
         free_memory()  # of the model before
-        files, loading = self.files[path], load_settings_of(self.config, path)
+        files, loading = self.files[path], load_settings_of(self.config, as_teacher=as_teacher)
         model = files.load(dtype=self.dtype, device=self.device, **loading)
         limits = limits_said(self.config.batch_size, self.config.batch_tokens)
         return QuestionRunner(model, files.encoder, limits=limits, **settings)

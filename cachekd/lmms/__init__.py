@@ -1,7 +1,7 @@
 """Scores on public benchmarks, through lmms-eval.
 
-lmms-eval is installed in an environment of its own (docs/how-to/benchmarks.md); `adapter` and `harness` alone
-import it. It finds `manifest` by the entry point in pyproject.toml, and so
+lmms-eval is installed in an environment of its own (docs/how-to/benchmarks.md). What needs it imports it when it
+runs. lmms-eval finds `manifest` by the entry point in pyproject.toml, and so
 `lmms-eval --model cachekd --model_args pretrained=RUN` works too.
 """
 

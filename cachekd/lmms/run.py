@@ -54,11 +54,13 @@ def run_benchmarks(
         quantised = files[config.teacher].quantization(config.quantization, dtype)
     total = sum(min(one.questions, config.limit or one.questions) for one in tasks)
 
-    def scores(path: str) -> ModelScores:
+    def scores(path: str, *, as_teacher: bool = False) -> ModelScores:
         from cachekd.lmms.answer import Answerer
 
         free_memory()  # of the model before
-        model = files[path].load(dtype=dtype, device=device, **load_settings_of(config, path))
+        model = files[path].load(
+            dtype=dtype, device=device, **load_settings_of(config, as_teacher=as_teacher)
+        )
         limits = limits_said(config.batch_size, config.batch_tokens)
         progress(path, total, 0)
         asked = ask(
@@ -74,8 +76,9 @@ def run_benchmarks(
     return BenchmarkScores(
         dtype=str(dtype).removeprefix("torch."),
         limit=config.limit,
+        suite=config.suite,
         versions=versions(),
-        teacher=None if config.teacher is None else scores(config.teacher),
+        teacher=None if config.teacher is None else scores(config.teacher, as_teacher=True),
         teacher_quantization=quantised,
         models=[scores(path) for path in config.models],
     )

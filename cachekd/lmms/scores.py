@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cachekd.atomic import require_place, write_file
 from cachekd.cache.quantization import QuantizationInfo
+from cachekd.config.evaluate import Suite
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, first_line
 from cachekd.lock import alone
@@ -87,6 +88,7 @@ class BenchmarkScores(_Model):
         at: when, in UTC, where a run keeps it.
         dtype: that the models ran in.
         limit: only so many questions of each benchmark were asked; None: all.
+        suite: that was asked for; None where a run keeps a benchmark by itself.
         versions: of lmms-eval, cachekd, torch and transformers.
         teacher: its row, if it was asked too.
         teacher_quantization: how its weights were quantised; None: they were not.
@@ -96,6 +98,7 @@ class BenchmarkScores(_Model):
     at: str = ""
     dtype: str
     limit: int | None = None
+    suite: Suite | None = None
     versions: dict[str, str]
     teacher: ModelScores | None = None
     teacher_quantization: QuantizationInfo | None = None
@@ -112,7 +115,8 @@ class BenchmarkScores(_Model):
     def of(self, model: ModelScores, benchmark: str) -> BenchmarkScores:
         """The same of one model and one benchmark, with the teacher's row of that."""
         teacher = None if self.teacher is None else _only(self.teacher, benchmark)
-        return self.model_copy(update={"models": [_only(model, benchmark)], "teacher": teacher})
+        alone = {"models": [_only(model, benchmark)], "teacher": teacher, "suite": None}
+        return self.model_copy(update=alone)
 
 
 def _only(row: ModelScores, benchmark: str) -> ModelScores:

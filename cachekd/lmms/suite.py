@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -68,8 +67,3 @@ def average(suite: Suite, model: ModelScores) -> float | None:
     scores = [line.score(model) for line in SUITES[suite]]
     known = [score for score in scores if score is not None]
     return fmean(known) if len(known) == len(scores) else None
-
-
-def is_asked(suite: Suite, models: Sequence[ModelScores]) -> bool:
-    """Whether any model was asked any benchmark of the suite."""
-    return any(line.score(model) is not None for line in SUITES[suite] for model in models)

@@ -3,8 +3,8 @@
 A cache is stale as soon as one of these changes, so each covers what changes the numbers and nothing else
 (not the folder a tokenizer was loaded from, not its padding side).
 
-The parts can be what they were, and the token ids be others all the same: whether the tokenizer adds a BOS
-token that the template leaves out is decided by who calls it. So a fixed text is encoded as well.
+The parts can be unchanged and give other token ids all the same: the caller decides whether the tokenizer
+adds a BOS token that the template leaves out. So a fixed text is encoded as well.
 """
 
 from __future__ import annotations

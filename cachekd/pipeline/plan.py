@@ -56,7 +56,7 @@ class PlannedStep:
         upstream: steps whose output it takes.
         models: model folders or hub names that it reads and no step makes.
         data: that it reads, by the setting that names them.
-        files: others that it reads and no step makes: a cache's manifest, a binding.
+        files: others that it reads and no step makes: a cache's manifest, a binding, tasks and their data.
         continues: the train step above whose student this one goes on with.
         group: the label of the group that does it, where the pipeline varies.
     """
@@ -231,7 +231,7 @@ def _planned(name: str, kind: str, config: Any, above: _Above) -> PlannedStep:
         upstream=tuple(dict.fromkeys(taken)),
         models=tuple(dict.fromkeys(path for path in models if path not in made)),
         data=data | {key: one.inheriting_from(config) for key, one in others.items() if one is not None},
-        files=(*manifests, *map(Path, _paths(config, "binding"))),
+        files=(*manifests, *map(Path, _paths(config, "binding")), *_of_benchmarks(config)),
         continues=made.get(getattr(config, "student", None) or ""),
     )
 
@@ -240,6 +240,21 @@ def _paths(config: Config, *settings: str) -> list[str]:
     """What some settings name, one or several each; those that a config has not, or not set, name nothing."""
     values = [getattr(config, name, None) or [] for name in settings]
     return [path for value in values for path in (value if isinstance(value, list) else [str(value)])]
+
+
+def _of_benchmarks(config: Config) -> list[Path]:
+    """The files of an eval step's own tasks; and of benchmarks whose data are in folders, those in which
+    `datasets` notes their fingerprint."""
+    if not isinstance(config, EvalConfig):
+        return []
+    tasks = (
+        []
+        if config.tasks_dir is None
+        else [*config.tasks_dir.rglob("*.yaml"), *config.tasks_dir.rglob("*.py")]
+    )
+    return sorted(tasks) + [
+        path for data in config.folders.values() for path in sorted(Path(data).rglob("*.json"))
+    ]
 
 
 def _with_its_inputs(config: TrainConfig, above: _Above) -> TrainConfig:

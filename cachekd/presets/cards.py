@@ -120,14 +120,27 @@ class Reckoner:
                 continue
             for batch, recomputed in _BATCHES:
                 train = _in_batches(way, batch, recomputed)
-                guess = least if least is None else self._guess(train)
-                if guess is None or guess <= room:
+                if least is None or self._may_fit(train, room):
                     yield train
+
+    def _may_fit(self, train: dict[str, Any], room: float) -> bool:
+        """Whether a guess is within the room. Without recomputed layers, a forward leaves three times as much
+        at least: where that is too much, no run is wasted on it."""
+        if not train["gradient_checkpointing"]:
+            setting = self._setting({**train, "batch_size": 1})
+            one = self._run(self._plain(setting), recomputed=True)
+            leaner = self._guess({**train, "gradient_checkpointing": True})
+            if one is None or leaner is None:
+                return True
+            if leaner + 2 * train["batch_size"] * (one.activations + one.switched) > room:
+                return False
+        guess = self._guess(train)
+        return guess is None or guess <= room
 
     def _guess(self, train: dict[str, Any]) -> float | None:
         """What a step holds at the most: hardly ever more than it does, mostly a little less."""
         setting, recomputed = self._setting(train), train["gradient_checkpointing"]
-        plain = replace(setting, optimizer_bytes=_MOMENTS, teacher_bits=None, student_bits=None)
+        plain = self._plain(setting)
         one, two = (self._run(replace(plain, batch_size=batch), recomputed=recomputed) for batch in (1, 2))
         if one is None or two is None:
             return None
@@ -177,6 +190,10 @@ class Reckoner:
             saved += stored_bytes(theirs, tower=False)
             saved -= stored_bytes(theirs, setting.teacher_bits, tower=False)
         return saved
+
+    def _plain(self, setting: StepSetting) -> StepSetting:
+        """With AdamW's moments and nothing quantised: one run tells of all others."""
+        return replace(setting, optimizer_bytes=_MOMENTS, teacher_bits=None, student_bits=None)
 
     def _setting(self, train: dict[str, Any]) -> StepSetting:
         said = {**train, "lambda_vsd": 1.0 if self._switched else 0.0}

@@ -110,12 +110,12 @@ def _head(proposal: Proposal, folder: Path, command: str) -> Iterator[str]:
         yield "# First:"
         yield from (f"#   {line}" for line in pair.prepare)
         yield "# Then:"
-    names = f"--teacher {quote(teacher.name)} --student {quote(student.name)}"
     bridge = " --switch-bridge linear" if proposal.fit.switch == "linear" else ""
-    yield f"#   cachekd check {names} --data {quote(proposal.data or _DATA)}{bridge}"
-    yield f"#   cachekd run {pipeline} --status    # what would run"
-    yield f"#   cachekd run {pipeline}             # all of it; once more, and it goes on where it was "
-    "stopped"
+    yield "#   # Do they fit? No weights are read."
+    yield f"#   cachekd check --teacher {quote(teacher.name)} --student {quote(student.name)} \\"
+    yield f"#     --data {quote(proposal.data or _DATA)}{bridge}"
+    yield "#   # All of it. The same command again goes on where it was stopped; --status shows what is done."
+    yield f"#   cachekd run {pipeline}"
     if pair is not None:
         yield "#"
         unverified = [
@@ -188,8 +188,6 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
     train = proposal.here.train
     for name, value in train.items():
         if name == "gradient_checkpointing" and value is False:
-            continue
-        if name == "learning_rate" and pair is not None and pair.stages:
             continue
         yield from _comment(f"{_WHY[name]}.", 4)
         yield f"    {name}: {_value(value)}"
@@ -269,7 +267,7 @@ def _stages(proposal: Proposal) -> Iterator[str]:
             ("data: data/captions", "cache: cache-captions", "learning_rate: 1.0e-3"),
         ),
         ("sft", "Projector and language model learn from the answers, without a teacher.", ()),
-        ("dft", "All of it learns from the teacher, by all three terms.", ()),
+        ("dft", "All of it learns from the teacher, by all three terms.", ("cache: cache",)),
     ):
         yield from _comment(what, 2)
         yield "  - step: train"
@@ -305,6 +303,7 @@ def _scores(proposal: Proposal, run: str) -> Iterator[str]:
     yield "  - step: report"
     yield "    name: page"
     yield f"    run: {run}"
+    yield "    # baselines: [ce]"
 
 
 def _comment(text: str, indent: int = 0) -> Iterator[str]:

@@ -59,6 +59,8 @@ _SMOL_TILES = (
     "up to 16 tiles and the whole, however small the picture is: 81 tokens each for the teacher, 64 here"
 )
 
+_SMOL_FIRST = ("pip install num2words  # SmolVLM's processor asks for it",)
+
 PAIRS: dict[str, Pair] = {
     pair.name: pair
     for pair in (
@@ -103,6 +105,7 @@ PAIRS: dict[str, Pair] = {
             switch="linear",
             why=_SMOL,
             pictures=_SMOL_TILES,
+            prepare=_SMOL_FIRST,
         ),
         Pair(
             "smolvlm2-2.2b-256m",
@@ -111,6 +114,7 @@ PAIRS: dict[str, Pair] = {
             switch="linear",
             why=_SMOL,
             pictures=_SMOL_TILES,
+            prepare=_SMOL_FIRST,
         ),
         Pair(
             "internvl3-8b-1b",
@@ -128,6 +132,7 @@ PAIRS: dict[str, Pair] = {
             switch="paper",
             why="both have SigLIP-so400m at 896 pixels, pooled to 256 tokens",
             pictures="every picture is 256 tokens, whatever its size",
+            prepare=("hf auth login  # and accept Gemma's licence on the pages of both models",),
         ),
         Pair(
             "tinyllava-3b-0.5b",
@@ -156,6 +161,7 @@ PAIRS: dict[str, Pair] = {
             "tokens "
             "and the whole; a student with less detail than its teacher is told what it cannot see",
             tokenizers="two",
+            prepare=_SMOL_FIRST,
         ),
     )
 }

@@ -112,8 +112,8 @@ def of_models(teacher: str, student: str) -> tuple[Side, Side, bool]:
         CachekdError: a model or its processor cannot be read, or its family is not supported.
     """
     theirs, ours = ModelFiles(teacher), ModelFiles(student)
-    sides = (Side(one.path, one.config, one.processor.image_processor) for one in (theirs, ours))
-    return *sides, theirs.reads_otherwise(ours)
+    first, second = (Side(one.path, one.config, one.processor.image_processor) for one in (theirs, ours))
+    return first, second, theirs.reads_otherwise(ours)
 
 
 def count_of(data: str | None) -> int | None:

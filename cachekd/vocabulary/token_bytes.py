@@ -1,8 +1,8 @@
 """What each token id of a vocabulary stands for: bytes of text, or a name.
 
 A text is compared across tokenizers by its bytes. The strings of two vocabularies cannot be compared: one
-writes a blank as "Ġ" and the other as "▁". Decoding token by token does not do either: many tokens are a part
-of a character.
+writes a blank as "Ġ" and the other as "▁". Decoding token by token does not work either, because many tokens
+are a part of a character.
 """
 
 from __future__ import annotations

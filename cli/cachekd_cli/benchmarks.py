@@ -43,8 +43,6 @@ def ask_benchmarks(
 
 def print_benchmarks(result: BenchmarkScores) -> None:
     """Print every metric of every benchmark, and of a suite what was published."""
-    from cachekd.lmms.suite import SUITES, is_asked
-
     rows = _named(result)
     lines = []
     for one in rows[0][1].benchmarks:
@@ -64,12 +62,11 @@ def print_benchmarks(result: BenchmarkScores) -> None:
                 one.unanswered,
                 done="not asked",
             )
-    for suite in SUITES:
-        if is_asked(suite, [model for _, model in rows]):
-            print_suite(suite, rows)
+    if result.suite is not None:
+        print_suite(result.suite, rows, result.limit)
 
 
-def print_suite(suite: Suite, rows: list[tuple[str, ModelScores]]) -> None:
+def print_suite(suite: Suite, rows: list[tuple[str, ModelScores]], limit: int | None) -> None:
     """Print the models' percentages beside the published ones, and both averages."""
     from cachekd.lmms.suite import AVERAGES, METHODS, SUITES, average
 
@@ -81,17 +78,17 @@ def print_suite(suite: Suite, rows: list[tuple[str, ModelScores]]) -> None:
             *map(_points, line.published),
         )
         for line in SUITES[suite]
-        if any(line.score(model) is not None for _, model in rows)
     ]
-    if len(lines) == len(SUITES[suite]):
-        ours = [_points(average(suite, model)) for _, model in rows]
-        lines.append(("average", "", *ours, *map(_points, AVERAGES[suite])))
+    ours = [_points(average(suite, model)) for _, model in rows]
+    lines.append(("average", "", *ours, *map(_points, AVERAGES[suite])))
     columns = ("paper", "task", *(name for name, _ in rows), *(f"{one} 0.5B" for one in METHODS))
     console.print(table(f"beside the figures of {suite}", columns, lines, texts=2))
     say(
         "The published figures are of other students, trained on other data. VQAv2 and VizWiz are asked here "
         "on their validation sets."
     )
+    if limit is not None:
+        say(f"Theirs are of all questions, yours of the first {limit:,}.")
 
 
 def _named(result: BenchmarkScores) -> list[tuple[str, ModelScores]]:

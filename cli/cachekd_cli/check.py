@@ -33,8 +33,9 @@ _PARTS = {"vision_encoder": "vision encoder", "projector": "projector", "languag
 def check_command(config: CheckConfig, as_json: AsJson = False) -> None:
     """Check teacher, student and data against each other, and show what is supervised.
 
-    All that does not fit is shown, not only the first. Exit code 2 if something would be refused later.
-    Without --forward no weights are read. --config takes the file of a dump or of a run too.
+    Everything that does not fit is shown, not only the first problem. The exit code is 2 if something would
+    be refused later. Without --forward no weights are read. --config also takes the file of a dump or of a
+    run.
 
     Example: cachekd check --teacher models/llava-7b --student models/llava-0.5b --data data/train
     """
@@ -97,6 +98,6 @@ def step_table(step: StepSizes) -> object:
         (title, *(f"{getattr(memory, part) / 1e9:,.2f} GB" for memory in (step.kept, step.recomputed)))
         for part, title in PART_NAMES.items()
     ]
-    dtype = f"in {step.half}" if step.half else "in float32"
-    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {dtype}: reckoned"
+    how = ", ".join(said for said in (f"in {step.half or 'float32'}", step.how) if said)
+    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {how}: reckoned"
     return table(title, ("", "", "--gradient-checkpointing"), rows)

@@ -49,7 +49,7 @@ def compare_command(
 
     Example: cachekd compare examples/easy_vqa/ablate.yaml --baseline ce
 
-    What is finished is compared, while the rest may still run; what is missing is named.
+    Finished runs are compared while others may still run. Missing ones are named.
     """
     from cachekd.pipeline import read_pipeline
     from cachekd.pipeline.vary import expand

@@ -40,8 +40,8 @@ def select_command(
 ) -> None:
     """Derive a smaller cache; every value in it is as it was. Conditions are combined: all must hold.
 
-    logprob is the teacher's of the answer tokens, mean per sample: very negative means that the teacher would
-    have answered something else.
+    logprob is the teacher's mean log-probability of a sample's answer tokens. If it is very negative, the
+    teacher would have answered something else.
 
     Example: cachekd select caches/all -o caches/sure --filter "logprob > -2 and tokens >= 3"
     """
@@ -147,7 +147,7 @@ def recompress_command(
     """Make a smaller cache from a larger one; the teacher is not needed.
 
     Ids and logprobs that stay are, code for code, those of a dump with the smaller --top-k. A coarser tail is
-    made of the codes that are there. The new manifest says what it was made from, and how near it is to that.
+    made of the existing codes. The new manifest names the old cache, and says how near the new one is to it.
 
     Example: cachekd recompress caches/llava-7b caches/small --top-k 16 --tail bytes=32
     """
@@ -195,8 +195,9 @@ def export_command(
 ) -> None:
     """Write a cache's logprobs for trainers other than cachekd.
 
-    Exported is what is kept exactly, and the mass of the rest; the tail sketch is not. What is not said of
-    the data is as in the dump; every sample of the cache has to be there, whatever --on-error says.
+    The logprobs that the cache keeps exactly are exported, with the probability mass of the rest, but not the
+    tail sketch. Data options that you leave out are those of the dump. Every sample of the cache has to be in
+    the data, whatever --on-error says.
 
     Example: cachekd export caches/llava-7b out/tars --to webdataset --data data/train
     """

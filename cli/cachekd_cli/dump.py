@@ -39,8 +39,8 @@ def dump_command(
 ) -> None:
     """Run the teacher once over a data set and cache its logits at the answer tokens.
 
-    The same command again goes on where it stopped; nothing that is finished is made twice. Several processes
-    share the work: `accelerate launch -m cachekd dump ...`, torchrun, or --rank and --world-size.
+    Repeated, the same command continues where it stopped; finished shards are not made again. Several
+    processes share the work: `accelerate launch -m cachekd dump ...`, torchrun, or --rank and --world-size.
 
     Example: cachekd dump --teacher models/llava-7b --data data/train --out caches/llava-7b
     """

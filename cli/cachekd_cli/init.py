@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cachekd.errors import CachekdError
-from cachekd.paths import PathOrName, expanded
+from cachekd.paths import PathOrName
 from cachekd.presets.pairs import NOT_RUN, PAIRS, pair_of
 from cachekd_cli.console import console, duration, errors, print_result, quiet_libraries, say, table
 from cachekd_cli.options import AsJson
@@ -145,7 +145,7 @@ def _folder(pair: str | None, out: Path | None, teacher: str | None, student: st
             expected="cachekd init --teacher A --student B FOLDER",
             found="no folder" if pair is None else f"{pair} and {out}",
         )
-    return Path(expanded(pair))
+    return Path(pair)
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -75,7 +75,7 @@ def peek_command(
     html: Annotated[Path | None, typer.Option(help="Write a page to click through.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the teacher said at each answer token: its probability, the alternatives, entropy, k.
+    """Show the teacher's view of each answer token: its probability, the alternatives, entropy, k.
 
     Example: cachekd peek caches/llava-7b --data data/train --order surprising --html peek.html
     """

@@ -55,9 +55,9 @@ def run_command(
 
     Example: cachekd run examples/easy_vqa/pipeline.yaml
 
-    The same command again skips what is finished, goes on with what was cut short, and does again what
-    changed in the file or on the disk, together with every step that takes its output. The output that was
-    there before is moved to NAME.old-1. What the file may say: docs/how-to/pipelines.md.
+    Repeated, the same command skips finished steps and resumes those that were cut short. It redoes steps
+    that changed in the file or on the disk, and every step that takes their output. Earlier output is moved
+    to NAME.old-1. The file is described in docs/how-to/pipelines.md.
     """
     from cachekd.pipeline import expand, read_pipeline
     from cachekd.pipeline.select import choose, labels_of, require_varying

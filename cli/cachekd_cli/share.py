@@ -48,10 +48,10 @@ def push_command(
 ) -> None:
     """Upload a cache with a data set card; the manifest goes last, so that a part is never taken for a cache.
 
-    An upload that was cut short goes on when its command is repeated. Nothing is overwritten.
+    To continue an upload that was cut short, repeat its command. Nothing is overwritten.
 
-    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
-    hf://datasets/my-org/name.
+    A name that begins like a path on this disk is a path. So if there is a folder my-org, write
+    hf://datasets/my-org/name for the hub's my-org/name.
 
     Example: cachekd push caches/llava-7b my-org/llava-7b-logits --license cc-by-4.0
     """
@@ -95,10 +95,10 @@ def pull_command(
 ) -> None:
     """Download a cache, or some of its shards as a cache of their own; every file is verified.
 
-    A download that was cut short goes on when its command is repeated. Nothing is overwritten.
+    To continue a download that was cut short, repeat its command. Nothing is overwritten.
 
-    What begins as a path on this disk is one: beside a folder my-org, the hub's my-org/name has to be written
-    hf://datasets/my-org/name.
+    A name that begins like a path on this disk is a path. So if there is a folder my-org, write
+    hf://datasets/my-org/name for the hub's my-org/name.
 
     Example: cachekd pull my-org/llava-7b-logits caches/llava-7b --shards 0-9
     """
@@ -152,8 +152,8 @@ def bind_command(
 ) -> None:
     """Find a cache's samples in a data set, by key and by content (messages and pixels).
 
-    The data may lie in another order, folder or container. Bad samples are listed, whatever --on-error says;
-    how long samples are does not matter.
+    The data may be in another order, folder or container. Bad samples are listed, whatever --on-error says.
+    The length of samples does not matter.
 
     Exit code 0 if the cache has every sample of the data set (it may have more), 1 if some are changed,
     unknown or unreadable.

@@ -56,8 +56,8 @@ def train_command(
 
     Plain cross-entropy, as a baseline: --lambda-align 0 --lambda-vsd 0 (needs neither teacher nor cache)
 
-    A run that was cut short goes on when its command is repeated. Ctrl-C and SIGTERM let the step that runs
-    end and write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
+    To resume a run that was cut short, repeat its command. Ctrl-C and SIGTERM let the current step end and
+    write a checkpoint; a second one stops at once. Several GPUs: accelerate launch
     -m cachekd train ... With `training: {load_best_model_at_end: true}` in the YAML a run ends with
     the student of the best evaluation.
     """

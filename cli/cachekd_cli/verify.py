@@ -85,9 +85,10 @@ def verify_command(
 ) -> None:
     """Check a cache: every file against its checksum; with --teacher and --data, values against the teacher.
 
-    Exit code 1 if anything is wrong. What is not said of the data is as in the dump; a bad sample counts as a
-    mismatch, whatever --on-error says. What a repair deletes it names, with the command that makes it again;
-    a cache that was fetched or made of others it leaves as it is, and says what to run.
+    The exit code is 1 if anything is wrong. Data options that you leave out are those of the dump. A bad
+    sample counts as a mismatch, whatever --on-error says. A repair names the files that it deletes, and the
+    command that makes them again. It changes nothing in a cache that was fetched or made of others, and says
+    what to run instead.
 
     Example: cachekd verify caches/llava-7b --teacher models/llava-7b --data data/train --sample 64
     """

@@ -515,7 +515,7 @@ def test_what_no_reader_would_take_is_not_written(tmp_path, what):
     else:
         k[0] = 0
     with (
-        pytest.raises(CachekdError, match=r"does not fit what is said|an id twice"),
+        pytest.raises(CachekdError, match=r"does not fit the cache|an id twice"),
         LogitCacheWriter(tmp_path / "c", **header()) as writer,
     ):
         writer.add(key, replace(targets, ids=ids, token_ids=tokens, k=k), content)

@@ -8,15 +8,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.autograd.graph import saved_tensors_hooks
+from typer.testing import CliRunner
 
-from cachekd.check import StepSetting, step_memory
-from cachekd.config import TrainConfig
+from cachekd.check import StepSetting, check_pair, step_memory
+from cachekd.config import CheckConfig, TrainConfig
 from cachekd.config.fields import PARTS
 from cachekd.data import collate
+from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles, empty_model
 from cachekd.models.adapters import with_adapters
 from cachekd.models.quantization import stored_bytes
+from cachekd_cli.main import app
 from family_samples import TEXT, WIDE, encoder_of
 from tiny_families import FAMILIES, build, save
 
@@ -129,7 +133,35 @@ def test_a_runs_settings_are_read(tmp_path):
     assert setting == StepSetting(
         3, torch.float16, torch.bfloat16, LORA, ("projector",), 2, 4, 8, switched=False
     )
-    assert StepSetting.of(TrainConfig(student="s", data="d", out=tmp_path), None) == StepSetting(16, None)
+    assert str(setting) == (
+        "student in bfloat16, student in 8 bits, adapters, projector alone, moments in 8 bits, teacher in 4 "
+        "bits, without the switched path"
+    )
+    plain = {"student": "s", "data": "d", "out": tmp_path}
+    assert StepSetting.of(TrainConfig(**plain), None) == StepSetting(16, None)
+    by_tokens = TrainConfig(**plain, batch_tokens=1000)
+    assert [StepSetting.of(by_tokens, None, tokens).batch_size for tokens in (300, 2000)] == [3, 1]
+
+
+def test_the_check_reckons_as_the_runs_file_has_it(tmp_path, student_path, data_path):
+    models = {"teacher": str(student_path), "student": str(student_path), "data": str(data_path)}
+    run = {"out": "run", "batch_size": 3, "training": {"optim": "adamw_8bit"}, "lambda_vsd": 0}
+    found = check_pair(CheckConfig(**models, **run)).step
+    assert (found.batch_size, found.how) == (3, "moments in 8 bits, without the switched path")
+    assert found.kept.optimizer == found.kept.weights // 2
+    assert found.kept.teacher == 0
+    plain = check_pair(CheckConfig(**models)).step
+    assert (plain.batch_size, plain.how) == (16, "")
+    assert check_pair(CheckConfig(**models, out="cache", tail="none", batch_size=3)).step == plain  # a dump's
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(models | run))
+    done = CliRunner().invoke(app, ["check", "--config", str(path)])
+    assert "a training step of 3 samples" in done.output
+    refused = check_pair(CheckConfig(**models, out="run", lora={"rank": 4}))
+    assert refused.step is None
+    assert [row.name for row in refused.rows if row.state == "refused"] == ["training step"]
+    with pytest.raises(CachekdError, match="trainable"):
+        check_pair(CheckConfig(**models, out="run", trainable=["head"]))
 
 
 def test_pixels_without_memory_do():

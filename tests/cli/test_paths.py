@@ -116,7 +116,7 @@ OTHER_SETTINGS |= {"benchmarks"}  # names; of benchmark_data the part behind = i
 OTHER_SETTINGS |= {"benchmark_data"}
 OTHER_SETTINGS |= {"training"}  # of which three fields are paths: see below
 OTHER_OPTIONS = {"tail", "match", "filter_", "license", "revision", "shards", "name", "sample_key"}
-OTHER_OPTIONS |= {"max_memory", "baseline", "only", "variant", "group"}
+OTHER_OPTIONS |= {"max_memory", "baseline", "only", "variant", "group", "picture"}
 
 
 def has(kind: Any, annotation: Any) -> bool:

@@ -176,7 +176,7 @@ def test_that_the_baseline_is_not_finished_is_said(make):
     filled(sweep)
     found = compare(gather(sweep, known))
     assert not found.sections[0].differences
-    assert notes(found)[0] == "Nothing is compared: no run with ce is finished. It is the baseline."
+    assert notes(found)[0] == "Nothing is compared: no run with the baseline, ce, is finished."
     assert "Nothing is compared" not in "".join(notes(compare(gather(sweep, states(sweep)))))
 
 

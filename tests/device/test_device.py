@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from cachekd.data.collate import ModelInputs
 from cachekd.dump import dump
 from cachekd.dump import run as stage_one
 from cachekd.errors import CachekdError
-from cachekd.models import ModelFiles, SwitchedTeacher, capture_vision, hidden_and_logits_at, logits_at
+from cachekd.lmms.answer import Answer, Answerer, Generation
+from cachekd.models import (
+    ModelFiles,
+    SwitchedTeacher,
+    capture_vision,
+    default_device,
+    hidden_and_logits_at,
+    logits_at,
+)
 from cachekd.train import train
 from cachekd.train.open import make_trainer
 from cachekd_cli.main import app
@@ -30,7 +39,7 @@ from devices import on_cpu
 from family_samples import TALL, WIDE, encoder_of, every_family
 from runs import CutShort, losses
 from tiny import evaluated, save_vlm, tiny_processor, write_llava_json
-from tiny_families import build
+from tiny_families import build, save
 from tokenizer_pairs import save_student
 
 WAITS = 16  # of the CPU for the device, in a step with all terms
@@ -208,6 +217,20 @@ def test_an_evaluation(device, student_path, teacher_path, data):
     for one, other in zip(ours, cpus, strict=True):
         assert one.exact_match == other.exact_match
         device.assert_close((one.kl, one.top1_agreement), (other.kl, other.top1_agreement))
+
+
+@every_family
+def test_answers(device, tmp_path, family):
+    files = ModelFiles(save(tmp_path / family, family))
+    prompts = [files.encoder.prompt(replace(one, messages=one.messages[:1])) for one in (WIDE, TALL)]
+
+    def found(where: torch.device) -> list[Answer]:
+        model = files.load(dtype=torch.float32, device=where)
+        return Answerer(model, files).answer(prompts, Generation(new_tokens=4))
+
+    ours = found(default_device())
+    with on_cpu():
+        assert ours == found(default_device())
 
 
 def test_an_evaluation_across_tokenizers(device, tmp_path, teacher_path, data):

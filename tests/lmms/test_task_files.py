@@ -110,7 +110,7 @@ def test_the_first_folders_task_counts(folder, tmp_path):
 
 def test_an_unknown_task_is_named_with_the_nearest(folder):
     with pytest.raises(CachekdError, match=r"no such benchmark(.|\n)*did you mean plain\?"):
-        TaskFiles([folder]).tasks(["plian"])
+        TaskFiles([folder]).tasks(["plainx"])
 
 
 def test_a_file_that_is_no_yaml_is_named(tmp_path):

@@ -78,15 +78,16 @@ def cut(name: str):
     text.num_attention_heads = text.num_key_value_heads = 2
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:3]
+    tapped = hasattr(vision, "deepstack_visual_indexes")
     for depth in ("depth", "num_hidden_layers"):
         if hasattr(vision, depth):
-            setattr(vision, depth, 3 if depth == "depth" else 2)
+            setattr(vision, depth, 3 if tapped else 2)
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = text.hidden_size
-    if hasattr(vision, "deepstack_visual_indexes"):
+    if tapped:
         vision.deepstack_visual_indexes = [0, 1, 2]
     if hasattr(vision, "fullatt_block_indexes"):
-        vision.fullatt_block_indexes = [2]
+        vision.fullatt_block_indexes = [1]
     return config
 
 

@@ -1,8 +1,9 @@
 """A coarser tail sketch from a finer one's codes: no teacher, no hidden states.
 
-The axes stay, since they do not depend on the step: a coarser one makes codes smaller, and some axes not
-worth keeping. With a step that is an odd multiple of the old one every new cell is a union of old ones, so
-the codes are those that the states themselves would get; otherwise the old rounding is added to the new.
+The axes stay, since they do not depend on the step. With a coarser step the codes are smaller, and some axes
+are no longer worth keeping. If the new step is an odd multiple of the old one, every new interval of rounding
+is a union of old ones, so the codes are those that the states themselves would get. Otherwise the old
+rounding is added to the new.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ With W [V, d] the output head and w_j how often id j is among a token's most pro
 - An error e in h costs e'Me in logits squared, averaged over the ids that matter: M = A' diag(w) A.
 - In y = R' M^(1/2) (h - mean), with R the eigenvectors of M^(1/2) Cov(h) M^(1/2), the axes are uncorrelated
   and an error costs the same along each. So each is quantised with the same step (reverse water-filling).
-  Codes along small axes round to zero; axes whose loss costs hardly more than their rounding are dropped,
-  which is even in bytes, but makes the look-up faster and the basis smaller.
+  Codes along small axes round to zero. Axes whose loss costs hardly more than their rounding are dropped.
+  This neither saves nor costs bytes, but makes the look-up faster and the basis smaller.
 - logits = A mean + A M^(-1/2) R y; the cache carries that matrix, in units and steps that let its own
   rounding stay far below the codes'.
 

@@ -1,7 +1,8 @@
 """The tail sketch as a cache carries it: every logprob of the teacher, approximately, from a few small codes.
 
-A teacher's logits are linear in its final hidden state h, so a cache that keeps h roughly keeps all of them
-roughly. `fit.py` says which C axes are kept and how; here is what undoes it:
+A teacher's logits are linear in its final hidden state h. So a cache that keeps h approximately has all of
+them approximately. `fit.py` chooses the C axes that are kept, and their codes; this module rebuilds the
+logprobs from them:
 
     logit_j = offset_j + basis_j . y      with y_c from the code along axis c
     logprob_j = cap(logit_j) - shift      with the shift stored per token
