@@ -64,11 +64,28 @@ class Stored(Protocol):
         ...
 
 
+class KneeKept(DenseTargets):
+    """Live logits with the k of the teacher's own: on rounded ones Kneedle finds another at some tokens."""
+
+    def __init__(self, logits: Tensor, knee: Tensor) -> None:
+        super().__init__(logits)
+        self.knee = knee
+
+    def leading(self, window: int, min_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `TeacherTargets.leading`."""
+        ids, logprobs, _ = super().leading(window, window)
+        return ids, logprobs, self.knee.clamp(min=min_k)
+
+
 @dataclass(frozen=True)
 class RawStates:
-    """Final hidden states as they are, [N, d] float16, and the head that they need."""
+    """Final hidden states as they are, [N, d] float16, with Kneedle's k [N] and the head.
+
+    No file has that k, which is the teacher's own: it is here so that all rows have the same.
+    """
 
     hidden: Tensor
+    knee: Tensor
     head: OutputHead
 
     def __len__(self) -> int:
@@ -76,7 +93,7 @@ class RawStates:
 
     def select(self, rows: Tensor) -> DenseTargets:
         """Take some tokens: a product with the whole head, since the normaliser is not stored."""
-        return DenseTargets(self.head.logits(self.hidden[rows].float()))
+        return KneeKept(self.head.logits(self.hidden[rows].float()), self.knee[rows])
 
 
 def naive(states: States, ids: Tensor, k: int, *, zstd: bool, folder: Path) -> tuple[Row, CachedTargets]:
@@ -171,11 +188,14 @@ def ours(states: States, ids: Tensor, tail: str, top_k: int, folder: Path) -> tu
 def raw(states: States, ids: Tensor, folder: Path) -> tuple[Row, RawStates]:
     """The teacher's final hidden states in float16: exact up to their rounding, but the head is needed."""
     path, head = folder / "states", OutputHead(states.head)
+    codec = CodecSettings(top_k=WINDOW, top_p=0.0, window=WINDOW, min_k=MIN_K)
+    _, records = select_states(head, states.teacher, states.token_ids, codec)
+    knee = torch.from_numpy(records.knee.astype(np.int64))
     started = time.perf_counter()
     path.write_bytes(states.teacher.half().numpy().tobytes())
     encoded = time.perf_counter()
     hidden = np.frombuffer(path.read_bytes(), np.float16).reshape(states.teacher.shape)
-    stored = RawStates(torch.from_numpy(hidden.copy()), head)
+    stored = RawStates(torch.from_numpy(hidden.copy()), knee, head)
     look_up(stored, ids)
     done = time.perf_counter()
     tokens = len(stored)
