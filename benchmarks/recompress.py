@@ -11,7 +11,8 @@ from pathlib import Path
 
 import smollm2
 import torch
-from rate_distortion import Row, ours, print_table, score
+from rate_distortion import ours, score
+from rate_rows import Row, print_table
 from rich.console import Console
 from smollm2 import States, load_states
 

@@ -130,8 +130,8 @@ class TrainConfig(Terms, TrainLoadOptions, BatchOptions, DataOptions):
         gt=0,
         description="divides the logits, in each loss that has a temperature and does not set its own. A "
         "higher one gives more weight to tokens that the teacher finds unlikely. It also makes the term "
-        "weaker, as no loss is multiplied by its square: raise the term's lambda too. Begin with the "
-        "default; which is best has not been measured",
+        "weaker, as no loss is multiplied by its square: raise the term's lambda too. Which is best "
+        "has not been measured",
     )
     epochs: float = Field(1.0, gt=0, description="passes over the data")
     learning_rate: float = Field(2e-5, gt=0, description="AdamW's, at its peak; a cosine takes it to zero")

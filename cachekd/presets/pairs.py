@@ -140,9 +140,8 @@ PAIRS: dict[str, Pair] = {
             "tinyllava-0.5b",
             switch="paper",
             why="the pair of the paper: both have SigLIP-so400m at 384 pixels",
-            pictures="every picture is 728 tokens, whatever its size. The paper trains on LLaVA's data: 558 "
-            "k "
-            "captions for dpt, the mix of 665 k for the rest",
+            pictures="every picture is 728 tokens, whatever its size. The paper trains on LLaVA's data: "
+            "558 k captions for dpt, the mix of 665 k for the rest",
             prepare=(
                 "hf download Zhang199/TinyLLaVA-Qwen2.5-3B-SigLIP --local-dir models/tinyllava-original",
                 "cachekd convert models/tinyllava-original -o models/tinyllava-3b",
@@ -158,8 +157,7 @@ PAIRS: dict[str, Pair] = {
             switch="none",
             why="two families, whose vision sides have nothing in common",
             pictures="the teacher sees a token for each 28 x 28 pixels, the student up to 16 tiles of 64 "
-            "tokens "
-            "and the whole; a student with less detail than its teacher is told what it cannot see",
+            "tokens and the whole; a student with less detail than its teacher is told what it cannot see",
             tokenizers="two",
             prepare=_SMOL_FIRST,
         ),

@@ -333,7 +333,15 @@ def advice() -> list[tuple[str, str]]:
 
 
 # Of other programs.
-OTHERS = {"--upgrade", "--num_processes", "--multi_gpu", "--dereference", "--hard-dereference"}
+OTHERS = {
+    "--upgrade",
+    "--yes",
+    "--local-dir",
+    "--num_processes",
+    "--multi_gpu",
+    "--dereference",
+    "--hard-dereference",
+}
 
 
 def test_every_command_and_option_that_a_message_names_exists():
