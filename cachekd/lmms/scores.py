@@ -20,7 +20,8 @@ _PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # A metric may be none: NaN is written as such, not as null, which could not be read again.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Metric(_Model):
@@ -28,7 +29,8 @@ class Metric(_Model):
 
     Attributes:
         name: of the metric; behind a comma lmms-eval's filter, if it is not the usual one.
-        value: some are shares, some are percentages, MME's are sums of points.
+        value: some are shares, some are percentages, MME's are sums of points. NaN where there is none, such
+            as a mean over questions that are not among the first ones.
         stderr: the standard error of `value` where that is a mean over the questions; None of any other.
         higher_is_better: None where the benchmark does not say it.
     """
