@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -166,8 +167,11 @@ def save_scores(result: BenchmarkScores, folder: Path) -> None:
 
 
 def benchmark_path(run: Path, benchmark: str, limit: int | None) -> Path:
-    """Where a run keeps its scores on a benchmark, or on the first questions of it."""
-    name = benchmark if limit is None else f"{benchmark}-first-{limit}"
+    """Where a run keeps its scores on a benchmark, or on the first questions of it.
+
+    A task of one's own may have any name: a slash in it is no folder.
+    """
+    name = quote(benchmark, safe=" ") + ("" if limit is None else f"-first-{limit}")
     return run / EVALUATIONS_FOLDER / BENCHMARKS_FOLDER / f"{name}.json"
 
 

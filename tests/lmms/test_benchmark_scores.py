@@ -81,6 +81,14 @@ def test_a_run_keeps_each_benchmark_and_a_trial_takes_nothing_away(run):
     assert values == {None: 0.75, 10: 1.0}
 
 
+@pytest.mark.parametrize("name", ["mine/of today", "../../../mine"])
+def test_a_name_with_a_slash_is_no_folder(run, name):
+    save_in_runs(scores(ModelScores(name=str(run), benchmarks=[benchmark(name)])))
+    [kept] = read_benchmarks(run)
+    assert kept.models[0].benchmarks[0].name == name
+    assert not list(run.parent.glob("*.json"))
+
+
 def test_a_metric_that_is_no_number_can_be_read_again(run):
     save_in_runs(scores(ModelScores(name=str(run), benchmarks=[benchmark(value=float("nan"))])))
     [kept] = read_benchmarks(run)
