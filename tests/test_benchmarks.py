@@ -209,7 +209,7 @@ def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
 
 @pytest.mark.slow
 def test_memory_by_part_is_what_a_step_takes():
-    """Reckoned from the configurations alone, within a tenth of the peak that was measured."""
+    """Computed from the configurations alone, within a tenth of the peak that was measured."""
     kept, recomputed = json.loads(output_of(BENCHMARKS / "memory_by_part.py", "--json"))
     for row in (kept, recomputed):
         assert row["peak"] == pytest.approx(row["measured"], rel=0.1)

@@ -135,26 +135,23 @@ def _head(proposal: Proposal, folder: Path, command: str) -> Iterator[str]:
 def _memory(proposal: Proposal) -> Iterator[str]:
     here, batch = proposal.here, proposal.here.train["batch_size"]
     if here.memory is None:
-        yield "# What a training step holds could not be reckoned: `cachekd train --estimate` measures it."
+        yield "# What a training step holds could not be computed: `cachekd train --estimate` measures it."
         return
     yield from _comment(
-        f"What a training step holds, in GB, reckoned from the configurations and measured on no card: "
-        f"{batch} "
-        f"sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them of a "
-        "picture "
-        f"of {proposal.assumed.width} x {proposal.assumed.height} pixels."
+        "What a training step holds, in GB, computed from the configurations and measured on no card: "
+        f"{batch} sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them "
+        f"of a picture of {proposal.assumed.width} x {proposal.assumed.height} pixels."
     )
     yield from (f"#   {title:<40}{size:>8}" for title, size in memory_lines(proposal))
     yield from _comment(
-        f"Of {here.card:g} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to "
-        "CUDA and "
-        "to what nobody reckons."
+        f"It may take {room_of(here.card) / 1e9:.1f} of the {here.card:g} GB: {1 - ROOM:.0%} is left to CUDA "
+        "and to what is not computed."
     )
     if not here.fits:
         yield from _comment(
-            "IT DOES NOT FIT by this reckoning, in the leanest way there is. Smaller pictures, `max_tokens`, "
-            "`teacher_device_map: auto` (the teacher's layers in the CPU's memory) or `lambda_vsd: 0` are "
-            "left."
+            "IT DOES NOT FIT, as computed here, even in the leanest way there is. Smaller pictures, "
+            "`max_tokens`, `teacher_device_map: auto` (the teacher's layers in the CPU's memory) or "
+            "`lambda_vsd: 0` are left."
         )
 
 
@@ -166,10 +163,9 @@ def _cost(proposal: Proposal) -> Iterator[str]:
         f"{cost.cache_bytes / 1e9:,.1f} GB for the cache ({tokens:,} tokens)."
     )
     yield from _comment(
-        f"Time, which is arithmetic and no measurement, at a sustained {cost.tflops:g} TFLOP/s: the dump "
+        f"Time, an estimate at a sustained {cost.tflops:g} TFLOP/s: the dump "
         f"{cost.dump_seconds / 3600:,.1f} h, once; training {cost.train_seconds / 3600:,.1f} h for each pass "
-        "over "
-        "the data. `--estimate` measures both."
+        "over the data. `--estimate` measures both."
     )
 
 

@@ -51,7 +51,7 @@ def init_command(
         int | None,
         typer.Option(
             min=1,
-            help="How many samples disk and time are reckoned for. Default: those of --data, or 100000.",
+            help="How many samples disk and time are estimated for. Default: those of --data, or 100000.",
         ),
     ] = None,
     picture: Annotated[
@@ -79,8 +79,8 @@ def init_command(
     Example: cachekd init --teacher models/a --student models/b --data data/train runs/mine --card 48
 
     Every setting has a comment: what fits the card, how the vision sides fit, what other cards change.
-    Memory by part is reckoned from the configurations, on tensors without memory: no weights are read, and
-    of a pair of --list nothing is fetched. Disk and time are arithmetic. Nothing is ever overwritten.
+    Memory by part is computed from the configurations, on tensors without memory: no weights are read, and
+    for a pair of --list nothing is fetched. Disk and time are estimates. Nothing is ever overwritten.
     """
     if show:
         print_result(as_json, list(PAIRS.values()), lambda _: print_pairs())
@@ -200,20 +200,24 @@ def print_proposal(proposal: Proposal, path: Path) -> None:
     if proposal.fit.own_text:
         say("L_Align over cells: the two cut text into other tokens")
     batch, tokens = here.train["batch_size"], len(proposal.ours.encoded)
-    title = f"a training step on {here.card} GB, {batch} sample(s) of {tokens:,} tokens, in GB: reckoned"
+    title = f"a training step on {here.card} GB, {batch} sample(s) of {tokens:,} tokens, in GB: computed"
     if here.memory is None:
-        say("a training step could not be reckoned: `cachekd train --estimate` measures it")
+        say("a training step could not be computed: `cachekd train --estimate` measures it")
     else:
         console.print(table(title, ("", ""), memory_lines(proposal)))
     if not here.fits:
-        say("it does not fit by this reckoning; the file says what is left", errors, style="bold yellow")
+        say(
+            "it does not fit, as computed; the file says what is left to try",
+            errors,
+            style="bold yellow",
+        )
     rows = [
         (
             "cache",
             f"{cost.cache_bytes / 1e9:,.2f} GB",
             f"{assumed.samples:,} x {assumed.answers} answer tokens",
         ),
-        ("dump", duration(cost.dump_seconds), f"at a sustained {cost.tflops:g} TFLOP/s: arithmetic"),
+        ("dump", duration(cost.dump_seconds), f"at a sustained {cost.tflops:g} TFLOP/s: an estimate"),
         ("a pass of training", duration(cost.train_seconds), "likewise"),
     ]
     console.print(table("disk and time", ("", "", "of"), rows))
