@@ -25,18 +25,18 @@ _WIDTH = 100
 _DATA, _TEST = "data/train", "data/test"
 # What each setting is there for, as the file says it.
 _WHY = {
-    "student_dtype": "the student's weights and gradients: half of the memory. Steps are rounded at random, "
+    "student_dtype": "the student's weights and gradients take half of the memory. Steps are rounded at random, "
     "so that small ones are not lost",
-    "training": "AdamW's moments in 8 bits, a quarter of the memory: pip install 'cachekd[quantization]'",
-    "teacher_quantization": "of the teacher while it trains the student. The cache is of the whole teacher. "
+    "training": "AdamW's moments in 8 bits take a quarter of the memory: pip install 'cachekd[quantization]'",
+    "teacher_quantization": "of the teacher while the student trains. The cache is still of the plain teacher. "
     "pip install 'cachekd[quantization]'",
-    "student_quantization": "of the student's own weights, which stay as they are (QLoRA)",
+    "student_quantization": "of the student's own weights, which do not train (QLoRA)",
     "lora": "small matrices beside the student's weights train, and are merged in the end: pip install "
     "'cachekd[peft]'",
     "learning_rate": "adapters take larger steps than whole weights (2e-5, the default)",
-    "batch_size": "samples at a time",
-    "gradient_accumulation": f"so many batches are one step of the optimizer, of {SAMPLES} samples",
-    "gradient_checkpointing": "layers are computed again in the backward: a third slower, far less memory",
+    "batch_size": "samples that go through the models at a time",
+    "gradient_accumulation": f"batches that make one step of the optimizer, of {SAMPLES} samples",
+    "gradient_checkpointing": "layers are computed again in the backward: slower, with far less memory",
 }
 
 
@@ -189,7 +189,8 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
         yield f"    {name}: {_value(value)}"
     if "learning_rate" not in train:
         yield from _comment(
-            "Defaults that are worth a try: learning_rate: 2.0e-5, epochs: 1, temperature: 3.0.", 4
+            "Other settings to try, with their defaults: learning_rate: 2.0e-5, epochs: 1, temperature: 3.0.",
+            4,
         )
     for card in proposal.chosen:
         if card != proposal.card:
@@ -212,7 +213,7 @@ def _losses(proposal: Proposal) -> Iterator[str]:
             yield f"    {name}: {_value(said[name])}"
     if fit.own_text:
         yield from _comment(
-            "Teacher and student cut text into other tokens: L_Align compares them where both have read the "
+            "Teacher and student cut text into different tokens: L_Align compares them where both have read the "
             "same "
             "bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
             4,

@@ -198,7 +198,7 @@ def print_proposal(proposal: Proposal, path: Path) -> None:
     here, cost, assumed = proposal.here, proposal.cost, proposal.assumed
     say(f"L_VSD {_SWITCH[proposal.fit.switch]}: {proposal.why}")
     if proposal.fit.own_text:
-        say("L_Align over cells: the two cut text into other tokens")
+        say("L_Align is computed over cells: the two cut text into different tokens")
     batch, tokens = here.train["batch_size"], len(proposal.ours.encoded)
     title = f"a training step on {here.card} GB, {batch} sample(s) of {tokens:,} tokens, in GB: computed"
     if here.memory is None:
