@@ -25,11 +25,11 @@ _WIDTH = 100
 _DATA, _TEST = "data/train", "data/test"
 # What each setting is there for, as the file says it.
 _WHY = {
-    "student_dtype": "the student's weights and gradients take half of the memory. Steps are rounded at random, "
-    "so that small ones are not lost",
+    "student_dtype": "the student's weights and gradients take half of the memory. Steps are rounded at "
+    "random, so that small ones are not lost",
     "training": "AdamW's moments in 8 bits take a quarter of the memory: pip install 'cachekd[quantization]'",
-    "teacher_quantization": "of the teacher while the student trains. The cache is still of the plain teacher. "
-    "pip install 'cachekd[quantization]'",
+    "teacher_quantization": "of the teacher while the student trains. The cache is still of the plain "
+    "teacher. pip install 'cachekd[quantization]'",
     "student_quantization": "of the student's own weights, which do not train (QLoRA)",
     "lora": "small matrices beside the student's weights train, and are merged in the end: pip install "
     "'cachekd[peft]'",
@@ -213,9 +213,8 @@ def _losses(proposal: Proposal) -> Iterator[str]:
             yield f"    {name}: {_value(said[name])}"
     if fit.own_text:
         yield from _comment(
-            "Teacher and student cut text into different tokens: L_Align compares them where both have read the "
-            "same "
-            "bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
+            "Teacher and student cut text into different tokens: L_Align compares them where both have "
+            "read the same bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
             4,
         )
         yield f"    align_vocabulary: {said['align_vocabulary']}"

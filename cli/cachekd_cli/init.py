@@ -34,9 +34,11 @@ def init_command(
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="Show the pairs that have a name, and stop.")] = False,
     teacher: Annotated[
-        PathOrName | None, typer.Option(help="Any teacher in the place of PAIR: model folder or hub name.")
+        PathOrName | None, typer.Option(help="Any teacher, instead of PAIR: a model folder or hub name.")
     ] = None,
-    student: Annotated[PathOrName | None, typer.Option(help="Its student, likewise.")] = None,
+    student: Annotated[
+        PathOrName | None, typer.Option(help="Any student: a model folder or hub name.")
+    ] = None,
     data: Annotated[
         PathOrName | None, typer.Option(help="The training data. Those on this disk are counted.")
     ] = None,
@@ -61,7 +63,7 @@ def init_command(
         int, typer.Option(min=2, help="Tokens of text in a sample, answers among them.")
     ] = 250,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Answer tokens of these: what a cache keeps.")
+        int, typer.Option(min=1, help="How many of these are answer tokens, which the cache keeps.")
     ] = 100,
     tflops: Annotated[
         float | None,
@@ -187,7 +189,7 @@ def print_pairs() -> None:
         for pair in PAIRS.values()
     )
     console.print(table("pairs that have a name", ("PAIR", "L_VSD"), rows, texts=2))
-    say(f"All of them {NOT_RUN}.", style="dim")
+    say(f"All of these pairs: {NOT_RUN}.", style="dim")
     say("Any other pair: cachekd init --teacher A --student B FOLDER", style="dim")
 
 
@@ -218,7 +220,7 @@ def print_proposal(proposal: Proposal, path: Path) -> None:
             f"{assumed.samples:,} x {assumed.answers} answer tokens",
         ),
         ("dump", duration(cost.dump_seconds), f"at a sustained {cost.tflops:g} TFLOP/s: an estimate"),
-        ("a pass of training", duration(cost.train_seconds), "likewise"),
+        ("a pass of training", duration(cost.train_seconds), "an estimate too"),
     ]
     console.print(table("disk and time", ("", "", "of"), rows))
     for other in proposal.chosen:
