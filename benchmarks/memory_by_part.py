@@ -1,4 +1,4 @@
-"""A step's memory as `cachekd check` reckons it from the configurations, beside what a step really takes.
+"""A step's memory as `cachekd check` computes it from the configurations, beside what a step really takes.
 
     python benchmarks/memory_by_part.py
     python benchmarks/memory_by_part.py --how bfloat16
@@ -77,7 +77,7 @@ def prepare(folder: Path) -> None:
     torch.save(targets, folder / "targets.pt")
 
 
-def reckoned(folder: Path, how: str) -> dict[bool, StepMemory]:
+def computed(folder: Path, how: str) -> dict[bool, StepMemory]:
     """Without any weights."""
     [sample] = random_samples(1, LENGTH, VOCAB, TOWER)
     student, teacher = (load_config(str(folder / name)) for name in ("student", "teacher"))
@@ -133,7 +133,7 @@ def main() -> None:
         apart(prepare, folder)
         rows = [
             {"recomputed": kind, "measured": apart(measured, folder, options.how, kind), **asdict(parts)}
-            for kind, parts in apart(reckoned, folder, options.how).items()
+            for kind, parts in apart(computed, folder, options.how).items()
         ]
     if options.json:
         print(json.dumps(rows))

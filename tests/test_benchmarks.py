@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import SmolVLMImageProcessorPil
 
 from cachekd.vocabulary import TokenBytes
 from caches import ROOT, model_states
 from launch import output_of
-from tiny import tiny_processor
+from tiny import noise_image, tiny_processor
 from tiny_texts import save_lm
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -104,6 +105,23 @@ def test_a_folder_that_has_no_codec_of_distillkit_is_refused(rates, monkeypatch,
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "distillkit"]:
             del sys.modules[name]
+
+
+def test_sizes_are_cut_into_tiles_as_the_image_processor_does(monkeypatch):
+    """And of those that it says, one really has another row for one of the two."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from same_tiles import TILES, differing, tiles
+
+    found = differing(100, 420)
+    assert (100, 399) in found
+    assert (300, 200) not in found
+    for size in ((100, 399), (399, 100), (300, 200), (77, 77), (640, 481)):
+        for tile in TILES:
+            cut = SmolVLMImageProcessorPil(
+                size={"longest_edge": 4 * tile}, max_image_size={"longest_edge": tile}
+            )
+            made = cut([[noise_image(0, size)]], return_row_col_info=True)
+            assert tiles(*size, tile) == (made["rows"][0][0], made["cols"][0][0])
 
 
 @pytest.mark.slow
@@ -209,7 +227,7 @@ def test_the_memory_benchmark_needs_less_and_says_the_same_loss():
 
 @pytest.mark.slow
 def test_memory_by_part_is_what_a_step_takes():
-    """Reckoned from the configurations alone, within a tenth of the peak that was measured."""
+    """Computed from the configurations alone, within a tenth of the peak that was measured."""
     kept, recomputed = json.loads(output_of(BENCHMARKS / "memory_by_part.py", "--json"))
     for row in (kept, recomputed):
         assert row["peak"] == pytest.approx(row["measured"], rel=0.1)

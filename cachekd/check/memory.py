@@ -175,7 +175,7 @@ def step_memory(
         sample: as the student reads it; the batch has so many of it. Of its pixels the shape alone counts:
             they may be on "meta". No picture may be padding.
         as_teacher: the sample as the switched path reads it; by default as the student does.
-        recomputed: what of the two to reckon; each takes its time.
+        recomputed: which of the two to compute; each takes its time.
 
     Returns:
         by whether layers are recomputed (gradient checkpointing, in both models); empty where a family's

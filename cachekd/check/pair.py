@@ -95,7 +95,7 @@ class PairReport:
 
     Attributes:
         data: how many samples there are, with and without images.
-        step: what a training step would hold; None where that cannot be reckoned.
+        step: what a training step would hold; None where that cannot be computed.
         lengths: of the data set's samples, as the model reads them that makes more tokens of an image; None
             where no record can be read.
         previews: key and the tokens of the first samples, as the student reads them.

@@ -88,7 +88,7 @@ def step_sizes(
     own_text: bool = False,
     run: TrainConfig | None = None,
 ) -> StepSizes | None:
-    """Reckon a step on this machine; see `step_memory`.
+    """Compute the memory of a step on this machine; see `step_memory`.
 
     Args:
         run: how the student trains; None: as by default.

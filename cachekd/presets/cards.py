@@ -1,4 +1,4 @@
-"""How to train a pair on a card: the first of several ways whose step fits by reckoning."""
+"""How to train a pair on a card: the first of several ways whose step fits, as computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cachekd.models import empty_model
 from cachekd.models.quantization import stored_bytes
 
 CARDS = (24, 48, 80)  # GB
-ROOM = 0.9  # of a card: the rest is CUDA's, the allocator's, and what nobody reckons
+ROOM = 0.9  # of a card: the rest is CUDA's, the allocator's, and what is not computed
 SAMPLES = 32  # of an optimizer step
 # Samples, and whether layers are recomputed: the fastest first.
 _BATCHES = ((16, False), (8, False), (4, False), (8, True), (4, True), (2, True), (1, True))
@@ -53,7 +53,7 @@ class Chosen:
         card: GB.
         train: settings of the train step.
         dump: settings of the dump step.
-        memory: of the step, by part; None where it cannot be reckoned for these families.
+        memory: of the step, by part; None where it cannot be computed for these families.
         teacher_bytes: the whole teacher's in bfloat16, as the dump has it.
     """
 
@@ -74,8 +74,8 @@ def room_of(card: float) -> float:
     return card * 1e9 * ROOM
 
 
-class Reckoner:
-    """Reckons steps of one pair.
+class Chooser:
+    """Chooses how one pair trains, by computing its steps.
 
     A run on tensors without memory takes seconds. So what larger batches, other moments and other bits would
     take is guessed from runs of one sample and of two; what is chosen has then a run of its own.

@@ -1,8 +1,8 @@
 """The disk that a cache takes, and rough time: arithmetic over parameters and tokens, nothing that was run.
 
 A forward costs two operations for each parameter and token. Forward and backward are three forwards for what
-trains, two for what is frozen but lets the gradient through; recomputed layers are one more. So
-docs/how-to/paper-pair.md reckons.
+trains, two for what is frozen but lets the gradient through; recomputed layers are one more.
+docs/how-to/paper-pair.md computes it in the same way.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def cost_of(
     recomputed: bool,
     tflops: float,
 ) -> Cost:
-    """Reckon it.
+    """Estimate it.
 
     Args:
         teacher, student: parameters by part.

@@ -25,18 +25,18 @@ _WIDTH = 100
 _DATA, _TEST = "data/train", "data/test"
 # What each setting is there for, as the file says it.
 _WHY = {
-    "student_dtype": "the student's weights and gradients: half of the memory. Steps are rounded at random, "
-    "so that small ones are not lost",
-    "training": "AdamW's moments in 8 bits, a quarter of the memory: pip install 'cachekd[quantization]'",
-    "teacher_quantization": "of the teacher while it trains the student. The cache is of the whole teacher. "
-    "pip install 'cachekd[quantization]'",
-    "student_quantization": "of the student's own weights, which stay as they are (QLoRA)",
+    "student_dtype": "the student's weights and gradients take half of the memory. Steps are rounded at "
+    "random, so that small ones are not lost",
+    "training": "AdamW's moments in 8 bits take a quarter of the memory: pip install 'cachekd[quantization]'",
+    "teacher_quantization": "of the teacher while the student trains. The cache is still of the plain "
+    "teacher. pip install 'cachekd[quantization]'",
+    "student_quantization": "of the student's own weights, which do not train (QLoRA)",
     "lora": "small matrices beside the student's weights train, and are merged in the end: pip install "
     "'cachekd[peft]'",
     "learning_rate": "adapters take larger steps than whole weights (2e-5, the default)",
-    "batch_size": "samples at a time",
-    "gradient_accumulation": f"so many batches are one step of the optimizer, of {SAMPLES} samples",
-    "gradient_checkpointing": "layers are computed again in the backward: a third slower, far less memory",
+    "batch_size": "samples that go through the models at a time",
+    "gradient_accumulation": f"batches that make one step of the optimizer, of {SAMPLES} samples",
+    "gradient_checkpointing": "layers are computed again in the backward: slower, with far less memory",
 }
 
 
@@ -135,26 +135,23 @@ def _head(proposal: Proposal, folder: Path, command: str) -> Iterator[str]:
 def _memory(proposal: Proposal) -> Iterator[str]:
     here, batch = proposal.here, proposal.here.train["batch_size"]
     if here.memory is None:
-        yield "# What a training step holds could not be reckoned: `cachekd train --estimate` measures it."
+        yield "# What a training step holds could not be computed: `cachekd train --estimate` measures it."
         return
     yield from _comment(
-        f"What a training step holds, in GB, reckoned from the configurations and measured on no card: "
-        f"{batch} "
-        f"sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them of a "
-        "picture "
-        f"of {proposal.assumed.width} x {proposal.assumed.height} pixels."
+        "What a training step holds, in GB, computed from the configurations and measured on no card: "
+        f"{batch} sample(s) of {len(proposal.ours.encoded):,} tokens, {proposal.ours.image_tokens:,} of them "
+        f"of a picture of {proposal.assumed.width} x {proposal.assumed.height} pixels."
     )
     yield from (f"#   {title:<40}{size:>8}" for title, size in memory_lines(proposal))
     yield from _comment(
-        f"Of {here.card:g} GB, {room_of(here.card) / 1e9:.1f} are reckoned with: {1 - ROOM:.0%} is left to "
-        "CUDA and "
-        "to what nobody reckons."
+        f"It may take {room_of(here.card) / 1e9:.1f} of the {here.card:g} GB: {1 - ROOM:.0%} is left to CUDA "
+        "and to what is not computed."
     )
     if not here.fits:
         yield from _comment(
-            "IT DOES NOT FIT by this reckoning, in the leanest way there is. Smaller pictures, `max_tokens`, "
-            "`teacher_device_map: auto` (the teacher's layers in the CPU's memory) or `lambda_vsd: 0` are "
-            "left."
+            "IT DOES NOT FIT, as computed here, even in the leanest way there is. Smaller pictures, "
+            "`max_tokens`, `teacher_device_map: auto` (the teacher's layers in the CPU's memory) or "
+            "`lambda_vsd: 0` are left."
         )
 
 
@@ -166,10 +163,9 @@ def _cost(proposal: Proposal) -> Iterator[str]:
         f"{cost.cache_bytes / 1e9:,.1f} GB for the cache ({tokens:,} tokens)."
     )
     yield from _comment(
-        f"Time, which is arithmetic and no measurement, at a sustained {cost.tflops:g} TFLOP/s: the dump "
+        f"Time, an estimate at a sustained {cost.tflops:g} TFLOP/s: the dump "
         f"{cost.dump_seconds / 3600:,.1f} h, once; training {cost.train_seconds / 3600:,.1f} h for each pass "
-        "over "
-        "the data. `--estimate` measures both."
+        "over the data. `--estimate` measures both."
     )
 
 
@@ -193,7 +189,8 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
         yield f"    {name}: {_value(value)}"
     if "learning_rate" not in train:
         yield from _comment(
-            "Defaults that are worth a try: learning_rate: 2.0e-5, epochs: 1, temperature: 3.0.", 4
+            "Other settings to try, with their defaults: learning_rate: 2.0e-5, epochs: 1, temperature: 3.0.",
+            4,
         )
     for card in proposal.chosen:
         if card != proposal.card:
@@ -216,9 +213,8 @@ def _losses(proposal: Proposal) -> Iterator[str]:
             yield f"    {name}: {_value(said[name])}"
     if fit.own_text:
         yield from _comment(
-            "Teacher and student cut text into other tokens: L_Align compares them where both have read the "
-            "same "
-            "bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
+            "Teacher and student cut text into different tokens: L_Align compares them where both have "
+            "read the same bytes, over classes of tokens (docs/how-to/across-tokenizers.md).",
             4,
         )
         yield f"    align_vocabulary: {said['align_vocabulary']}"

@@ -85,9 +85,8 @@ PAIRS: dict[str, Pair] = {
             "qwen3-vl-8b",
             "qwen3-vl-2b",
             switch="none",
-            why="27 layers of width 1,152 teach 24 of width 1,024, and no bridge is made for Qwen's layers. "
-            "With "
-            "the 4B as the teacher it is on: preset qwen3-vl-4b-2b",
+            why="the vision encoders have 27 layers of width 1,152 and 24 of width 1,024, and there is no "
+            "bridge for Qwen's. With the 4B as the teacher it is on: preset qwen3-vl-4b-2b",
             pictures="a picture has a token for each 32 x 32 pixels: make large ones smaller first",
         ),
         Pair(
@@ -139,7 +138,7 @@ PAIRS: dict[str, Pair] = {
             "tinyllava-3b",
             "tinyllava-0.5b",
             switch="paper",
-            why="the pair of the paper: both have SigLIP-so400m at 384 pixels",
+            why="both have SigLIP-so400m at 384 pixels",
             pictures="every picture is 728 tokens, whatever its size. The paper trains on LLaVA's data: "
             "558 k captions for dpt, the mix of 665 k for the rest",
             prepare=(

@@ -13,7 +13,7 @@ from cachekd.config import DataOptions
 from cachekd.data import open_samples
 from cachekd.models import ModelFiles
 from cachekd.paths import is_address
-from cachekd.presets.cards import CARDS, Chosen, Reckoner
+from cachekd.presets.cards import CARDS, Chooser, Chosen
 from cachekd.presets.cost import TFLOPS, Cost, Parts, cost_of
 from cachekd.presets.fit import Fit, fit_of
 from cachekd.presets.pairs import Pair
@@ -159,11 +159,11 @@ def propose(
     fit = fit_of(teacher.config, student.config, own_text=own_text)
     theirs, ours = (read_by(side.config, side.image_processor, assumed) for side in (teacher, student))
     switched = fit.switch != "none" and theirs.image_tokens > 0
-    reckoner = Reckoner(teacher.config, student.config, ours.encoded, theirs.encoded, switched=switched)
+    chooser = Chooser(teacher.config, student.config, ours.encoded, theirs.encoded, switched=switched)
     chosen = {}
     for each in cards:
         progress(f"a training step on {each} GB")
-        chosen[each] = reckoner.choose(each)
+        chosen[each] = chooser.choose(each)
     cost = cost_of(
         teacher.parameters,
         student.parameters,

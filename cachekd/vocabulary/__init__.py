@@ -1,6 +1,6 @@
 """What the tokens of two vocabularies stand for, and what both have in common: bytes, and places in a text.
 
-Nothing here needs a tokenizer but `TokenBytes.of`: all else is reckoned from two tables of bytes.
+Nothing here needs a tokenizer but `TokenBytes.of`: all else is computed from two tables of bytes.
 """
 
 from cachekd.vocabulary.cells import CellMap

@@ -99,5 +99,5 @@ def step_table(step: StepSizes) -> object:
         for part, title in PART_NAMES.items()
     ]
     how = ", ".join(said for said in (f"in {step.half or 'float32'}", step.how) if said)
-    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {how}: reckoned"
+    title = f"a training step of {step.batch_size} samples of {step.tokens:,} tokens, {how}: computed"
     return table(title, ("", "", "--gradient-checkpointing"), rows)

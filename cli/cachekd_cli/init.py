@@ -34,9 +34,11 @@ def init_command(
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="Show the pairs that have a name, and stop.")] = False,
     teacher: Annotated[
-        PathOrName | None, typer.Option(help="Any teacher in the place of PAIR: model folder or hub name.")
+        PathOrName | None, typer.Option(help="Any teacher, instead of PAIR: a model folder or hub name.")
     ] = None,
-    student: Annotated[PathOrName | None, typer.Option(help="Its student, likewise.")] = None,
+    student: Annotated[
+        PathOrName | None, typer.Option(help="Any student: a model folder or hub name.")
+    ] = None,
     data: Annotated[
         PathOrName | None, typer.Option(help="The training data. Those on this disk are counted.")
     ] = None,
@@ -51,7 +53,7 @@ def init_command(
         int | None,
         typer.Option(
             min=1,
-            help="How many samples disk and time are reckoned for. Default: those of --data, or 100000.",
+            help="How many samples disk and time are estimated for. Default: those of --data, or 100000.",
         ),
     ] = None,
     picture: Annotated[
@@ -61,7 +63,7 @@ def init_command(
         int, typer.Option(min=2, help="Tokens of text in a sample, answers among them.")
     ] = 250,
     answer_tokens: Annotated[
-        int, typer.Option(min=1, help="Answer tokens of these: what a cache keeps.")
+        int, typer.Option(min=1, help="How many of these are answer tokens, which the cache keeps.")
     ] = 100,
     tflops: Annotated[
         float | None,
@@ -79,8 +81,8 @@ def init_command(
     Example: cachekd init --teacher models/a --student models/b --data data/train runs/mine --card 48
 
     Every setting has a comment: what fits the card, how the vision sides fit, what other cards change.
-    Memory by part is reckoned from the configurations, on tensors without memory: no weights are read, and
-    of a pair of --list nothing is fetched. Disk and time are arithmetic. Nothing is ever overwritten.
+    Memory by part is computed from the configurations, on tensors without memory: no weights are read, and
+    for a pair of --list nothing is fetched. Disk and time are estimates. Nothing is ever overwritten.
     """
     if show:
         print_result(as_json, list(PAIRS.values()), lambda _: print_pairs())
@@ -189,7 +191,7 @@ def print_pairs() -> None:
         for pair in PAIRS.values()
     )
     console.print(table("pairs that have a name", ("PAIR", "L_VSD"), rows, texts=2))
-    say(f"All of them {NOT_RUN}.", style="dim")
+    say(f"All of these pairs: {NOT_RUN}.", style="dim")
     say("Any other pair: cachekd init --teacher A --student B FOLDER", style="dim")
 
 
@@ -200,23 +202,27 @@ def print_proposal(proposal: Proposal, path: Path) -> None:
     here, cost, assumed = proposal.here, proposal.cost, proposal.assumed
     say(f"L_VSD {_SWITCH[proposal.fit.switch]}: {proposal.why}")
     if proposal.fit.own_text:
-        say("L_Align over cells: the two cut text into other tokens")
+        say("L_Align is computed over cells: the two cut text into different tokens")
     batch, tokens = here.train["batch_size"], len(proposal.ours.encoded)
-    title = f"a training step on {here.card} GB, {batch} sample(s) of {tokens:,} tokens, in GB: reckoned"
+    title = f"a training step on {here.card} GB, {batch} sample(s) of {tokens:,} tokens, in GB: computed"
     if here.memory is None:
-        say("a training step could not be reckoned: `cachekd train --estimate` measures it")
+        say("a training step could not be computed: `cachekd train --estimate` measures it")
     else:
         console.print(table(title, ("", ""), memory_lines(proposal)))
     if not here.fits:
-        say("it does not fit by this reckoning; the file says what is left", errors, style="bold yellow")
+        say(
+            "it does not fit, as computed; the file says what is left to try",
+            errors,
+            style="bold yellow",
+        )
     rows = [
         (
             "cache",
             f"{cost.cache_bytes / 1e9:,.2f} GB",
             f"{assumed.samples:,} x {assumed.answers} answer tokens",
         ),
-        ("dump", duration(cost.dump_seconds), f"at a sustained {cost.tflops:g} TFLOP/s: arithmetic"),
-        ("a pass of training", duration(cost.train_seconds), "likewise"),
+        ("dump", duration(cost.dump_seconds), f"at a sustained {cost.tflops:g} TFLOP/s: an estimate"),
+        ("a pass of training", duration(cost.train_seconds), "an estimate too"),
     ]
     console.print(table("disk and time", ("", "", "of"), rows))
     for other in proposal.chosen:

@@ -1,4 +1,4 @@
-"""A step's memory, reckoned from configurations: against what autograd really keeps, and for every family.
+"""A step's memory, computed from configurations: against what autograd really keeps, and for every family.
 (Against a process's peak: `benchmarks/memory_by_part.py`.)"""
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def test_a_runs_settings_are_read(tmp_path):
     assert [StepSetting.of(by_tokens, None, tokens).batch_size for tokens in (300, 2000)] == [3, 1]
 
 
-def test_the_check_reckons_as_the_runs_file_has_it(tmp_path, student_path, data_path):
+def test_the_check_computes_as_the_runs_file_has_it(tmp_path, student_path, data_path):
     models = {"teacher": str(student_path), "student": str(student_path), "data": str(data_path)}
     run = {"out": "run", "batch_size": 3, "training": {"optim": "adamw_8bit"}, "lambda_vsd": 0}
     found = check_pair(CheckConfig(**models, **run)).step

@@ -1,4 +1,4 @@
-"""What is chosen for a card, against steps that are reckoned one by one; and disk and time by hand."""
+"""What is chosen for a card, against steps that are computed one by one; and disk and time by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from cachekd.check.memory import StepSetting, step_memory
 from cachekd.config import TrainConfig
 from cachekd.models import empty_model
-from cachekd.presets.cards import ROOM, SAMPLES, WAYS, Reckoner
+from cachekd.presets.cards import ROOM, SAMPLES, WAYS, Chooser
 from cachekd.presets.cost import cost_of
 from cachekd.presets.sample import Assumed, Read
 from family_samples import WIDE, encoder_of
@@ -28,8 +28,8 @@ def peak(way, batch: int, *, recomputed: bool, switched: bool) -> int:
     return found[recomputed].peak
 
 
-def reckoner(switched: bool) -> Reckoner:
-    return Reckoner(TEACHER, STUDENT, SAMPLE, SAMPLE, switched=switched)
+def chooser(switched: bool) -> Chooser:
+    return Chooser(TEACHER, STUDENT, SAMPLE, SAMPLE, switched=switched)
 
 
 @pytest.mark.parametrize("switched", [True, False])
@@ -37,7 +37,7 @@ def test_the_first_way_that_fits_is_taken_and_is_within_the_card(switched):
     """On cards on which this or that way just fits a batch of one."""
     ways = [w for w in WAYS if switched or "student_quantization" in w or "teacher_quantization" not in w]
     least = [peak(way, 1, recomputed=True, switched=switched) for way in ways]
-    found = reckoner(switched)
+    found = chooser(switched)
     for size in sorted(set(least))[1::2]:
         card = 1.001 * size / ROOM / 1e9
         chosen = found.choose(card)
@@ -53,13 +53,13 @@ def test_the_first_way_that_fits_is_taken_and_is_within_the_card(switched):
 
 
 def test_a_large_card_trains_the_whole_student_and_recomputes_nothing():
-    chosen = reckoner(True).choose(24)
+    chosen = chooser(True).choose(24)
     assert chosen.train == {"batch_size": 16, "gradient_accumulation": 2, "gradient_checkpointing": False}
     assert chosen.dump == {}
 
 
 def test_what_fits_nowhere_is_said():
-    chosen = reckoner(True).choose(1e-6)
+    chosen = chooser(True).choose(1e-6)
     assert not chosen.fits
     assert chosen.train["batch_size"] == 1
     assert chosen.train["student_quantization"] == "4bit"
@@ -76,7 +76,7 @@ def test_where_nothing_can_be_reckoned_a_sample_at_a_time_is_trained(monkeypatch
 
 def test_a_teacher_that_fits_is_not_split():
     size = sum(parameter.numel() for parameter in empty_model(TEACHER).parameters()) * 2
-    found = reckoner(True)
+    found = chooser(True)
     for share, dump in ((1.01, {}), (0.99, {"device_map": "auto"})):
         assert found.choose(share * size / ROOM / 1e9).dump == dump
 

@@ -50,7 +50,7 @@ class Tokens:
 
 
 def proposal_of(name: str, card: int, ways: dict[int, int]) -> Proposal:
-    """What would be proposed if these ways were the first that fit; no step is reckoned.
+    """What would be proposed if these ways were the first that fit; no step is computed.
 
     Args:
         ways: by card, the number of one in `WAYS`.
@@ -129,7 +129,7 @@ def test_every_setting_has_its_reason_above_it(name):
     assert "At 48 GB:" in comments
     assert "without student_quantization" in comments
     assert "11.0 GB at the most" in comments
-    assert "arithmetic and no measurement, at a sustained 50 TFLOP/s" in comments
+    assert "Time, an estimate at a sustained 50 TFLOP/s" in comments
     assert "100,000 samples x 100 answer tokens x 112 bytes = 1.1 GB" in comments
     assert "the student's weights" in comments
     assert re.search(r"data/train\b", text)

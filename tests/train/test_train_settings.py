@@ -156,7 +156,7 @@ def test_pickled_beside_a_model_they_are_the_trainers_own(tmp_path, protocol):
 
 
 def test_fsdp_as_the_documentation_has_it(tmp_path):
-    text = (Path(__file__).parents[2] / "docs" / "how-to" / "training.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "several-gpus.md").read_text()
     [block] = re.findall(r"```yaml\n(training:\n  fsdp:.*?)```", text, re.DOTALL)
     said = yaml.safe_load(block)["training"]
     assert said["fsdp"] is True  # 5.23 warns of the lists and texts that came before
