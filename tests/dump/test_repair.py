@@ -660,7 +660,7 @@ def test_the_command_asks_again_and_says_how_sure_one_can_be(plain, tmp_path, te
     result = CliRunner().invoke(app, ["verify", *map(str, args)])
     assert result.exit_code == 0
     assert "4 of 12" in result.output
-    assert "chance to find one, if 1% of all samples were bad" in result.output
+    assert "chance to find one" in result.output
     told = json.loads(verify(*args).stdout)["teacher"]
     assert told["samples"] == 4
     assert set(told["detection"]) == {"0.01", "0.02", "0.05", "0.1"}
