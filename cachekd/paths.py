@@ -179,6 +179,7 @@ def cache_home() -> Path:
 MANIFEST_FILE = "manifest.json"  # a cache's, written last
 RUN_FILE = "cachekd_run.json"  # configuration, versions, cache manifest, log
 SCORES_FILE = "scores.json"  # of an evaluation, all rows
+DATASET_DICT = "dataset_dict.json"  # of a folder with splits that `datasets` saved
 EVALUATIONS_FOLDER = "evaluations"  # scores of the run, a file for each set of questions
 BENCHMARKS_FOLDER = "benchmarks"  # in it: scores on public benchmarks, a file for each
 REPORT_FILE = "report.html"

@@ -16,7 +16,7 @@ from cachekd.data.sources.llava_json import ReadFile, RecordFileSamples, read_ll
 from cachekd.data.sources.tars import find_tars, is_tar
 from cachekd.data.sources.webdataset import WebDatasetSamples
 from cachekd.errors import BadSample, CachekdError, did_you_mean
-from cachekd.paths import is_hub_data, is_url, split_query, what_is_there
+from cachekd.paths import DATASET_DICT, is_hub_data, is_url, split_query, what_is_there
 
 # What reads the records of a single file, by how its name ends.
 FILES: dict[str, ReadFile] = {
@@ -164,7 +164,7 @@ def _has_tables(path: Path, tars: list[str]) -> bool:
         )
     if here or tars:
         return bool(here)
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    saved = any((path / name).is_file() for name in (DATASET_DICT, "state.json"))
     return saved or next(path.rglob("*.parquet"), None) is not None
 
 

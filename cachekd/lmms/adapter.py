@@ -34,7 +34,7 @@ class Chat(lmms):
         pretrained: a folder, or a name on the hub.
         dtype: of torch, or "auto": bfloat16 on a GPU, float32 on a CPU.
         device: of torch; by default the GPU if there is one.
-        batch_size: questions in a batch; by default what `Answerer` has.
+        batch_size: questions in a batch; by default, and where it is no number ("auto"), what `Answerer` has.
     """
 
     is_simple = False  # it takes conversations
@@ -46,7 +46,8 @@ class Chat(lmms):
         files = ModelFiles(pretrained)
         files = files.within(limits_of([files.config]))
         model = files.load(dtype=dtype_of(dtype, where), device=where)
-        limits = BatchLimits(samples=int(batch_size)) if int(batch_size) else None
+        samples = int(batch_size) if str(batch_size).isdecimal() else 0  # "auto" among others
+        limits = BatchLimits(samples=samples) if samples else None
         self._begin(Answerer(model, files, limits), "stop", lambda answered: None)
 
     @classmethod

@@ -104,8 +104,25 @@ class Answerer:
         except Exception as error:  # torch's, the model's own: each has its own
             raise failed_forward(error, batch, self.model.name_or_path, kept=False) from error
 
+    def _room(self, prompt: Encoded, generation: Generation) -> int:
+        """The most tokens that an answer may have."""
+        context = self.encoder.limits.max_tokens
+        room = generation.new_tokens if context is None else min(generation.new_tokens, context - len(prompt))
+        if room < 1:
+            raise BadSample(
+                "the context has no room for an answer",
+                where=f"prompt {prompt.key!r}",
+                expected=f"fewer than {context:,} tokens",
+                found=f"{len(prompt):,} tokens",
+            )
+        return room
+
     @torch.no_grad()  # no inference mode: quantised tensors (quanto's) do not work in it
     def _generated(self, batch: list[Encoded], generation: Generation) -> list[Answer]:
+        rooms = [self._room(prompt, generation) for prompt in batch]
+        room = min(rooms)
+        if room < max(rooms) and generation.beams > 1:  # whose search depends on how long answers may be
+            return [self._generated([prompt], generation)[0] for prompt in batch]
         collated = collate(batch, self.encoder.pad_token_id, padding_side="left")
         del collated["supervised"]
         require_embeddings(self.model, collated["input_ids"])
@@ -115,19 +132,15 @@ class Answerer:
             for name, value in collated.items()
         }
         length = collated["input_ids"].shape[1]
-        context = self.encoder.limits.max_tokens
-        room = generation.new_tokens if context is None else min(generation.new_tokens, context - length)
-        if room < 1:
-            raise BadSample(
-                "the context has no room for an answer",
-                where=f"prompt {batch[0].key!r}",
-                expected=f"fewer than {context:,} tokens",
-                found=f"{length:,} tokens",
-            )
         written = self.model.generate(
             **inputs, max_new_tokens=room, num_beams=generation.beams, do_sample=False
         )
-        return [self._answer(row) for row in written[:, length:].tolist()]
+        answers = [self._answer(row) for row in written[:, length:].tolist()]
+        # Beside a longer prompt one may write what it may write alone.
+        return [
+            self._generated([prompt], generation)[0] if answer.tokens == room < own else answer
+            for prompt, answer, own in zip(batch, answers, rooms, strict=True)
+        ]
 
     def _answer(self, row: list[int]) -> Answer:
         end = next((place for place, token in enumerate(row) if token in self.stops), len(row))

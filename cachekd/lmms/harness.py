@@ -22,6 +22,7 @@ from cachekd.lmms.answer import Answerer
 from cachekd.lmms.obstacles import fetches_in_code
 from cachekd.lmms.scores import Benchmark, Metric
 from cachekd.lmms.task_files import TaskFile
+from cachekd.paths import DATASET_DICT
 
 _USUAL_FILTER = "none"
 
@@ -93,7 +94,7 @@ def load_task(file: TaskFile, folder: Path | None) -> LoadedTask:
 
 def _from_folder(folder: Path, file: TaskFile) -> dict[str, Any]:
     """The settings of a task whose data are in a folder that `datasets` wrote, or of its data files."""
-    whole = (folder / "dataset_dict.json").is_file()  # of save_to_disk
+    whole = (folder / DATASET_DICT).is_file()
     changed: dict[str, Any] = {
         "dataset_path": str(folder.absolute()),
         "dataset_name": None,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from cachekd.errors import CachekdError
+from cachekd.errors import CachekdError, first_line
 from cachekd.lmms.task_files import Function, TaskFile, functions_in
 
 GENERATION = "generate_until"  # the only kind of request that a student answers here
@@ -146,7 +146,11 @@ def _names_behind(function: Function) -> set[str]:
 
 
 def _definitions(file: Path) -> dict[str, set[str]]:
-    """By its name, the names in each function of a file, and of the files beside it that it imports."""
+    """By its name, the names in each function of a file, and of the files beside it that it imports.
+
+    Raises:
+        CachekdError: one of them is no Python.
+    """
     found: dict[str, set[str]] = {}
     seen: set[Path] = set()
     ahead = [file]
@@ -166,9 +170,14 @@ def _definitions(file: Path) -> dict[str, set[str]]:
 
 @cache
 def _tree(file: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in others' code
-        return ast.parse(file.read_text("utf-8"), str(file))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in others' code
+            return ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CachekdError(
+            "the code of a task cannot be read", where=str(file), found=first_line(error), fix="mend it"
+        ) from None
 
 
 def _names_in(function: ast.AST) -> Iterator[str]:

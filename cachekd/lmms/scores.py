@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,7 +21,8 @@ _PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # A metric may be none: NaN is written as such, not as null, which could not be read again.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class Metric(_Model):
@@ -28,7 +30,8 @@ class Metric(_Model):
 
     Attributes:
         name: of the metric; behind a comma lmms-eval's filter, if it is not the usual one.
-        value: some are shares, some are percentages, MME's are sums of points.
+        value: some are shares, some are percentages, MME's are sums of points. NaN where there is none, such
+            as a mean over questions that are not among the first ones.
         stderr: the standard error of `value` where that is a mean over the questions; None of any other.
         higher_is_better: None where the benchmark does not say it.
     """
@@ -164,8 +167,11 @@ def save_scores(result: BenchmarkScores, folder: Path) -> None:
 
 
 def benchmark_path(run: Path, benchmark: str, limit: int | None) -> Path:
-    """Where a run keeps its scores on a benchmark, or on the first questions of it."""
-    name = benchmark if limit is None else f"{benchmark}-first-{limit}"
+    """Where a run keeps its scores on a benchmark, or on the first questions of it.
+
+    A task of one's own may have any name: a slash in it is no folder.
+    """
+    name = quote(benchmark, safe=" ") + ("" if limit is None else f"-first-{limit}")
     return run / EVALUATIONS_FOLDER / BENCHMARKS_FOLDER / f"{name}.json"
 
 

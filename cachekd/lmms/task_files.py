@@ -111,9 +111,13 @@ class TaskFiles:
 
 def _task_file(path: Path) -> TaskFile | None:
     """What a YAML file declares; None for one that only others include."""
-    if _NAMED.search(text := path.read_text("utf-8", errors="replace")) is None:
+    try:
+        named = _NAMED.search(path.read_text("utf-8", errors="replace"))
+    except OSError as error:
+        raise _unreadable(path, first_line(error)) from None
+    if named is None:
         return None
-    config = _read(path, text)
+    config = _read(path)
     task, group = config.get("task"), config.get("group")
     if isinstance(task, str):
         return TaskFile(task, path, config)
@@ -127,25 +131,32 @@ def _member(task: Any) -> str:
     return str(task["task"] if isinstance(task, dict) and "task" in task else task)
 
 
-def _read(path: Path, text: str | None = None) -> dict[str, Any]:
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file over those that it includes.
 
+    Args:
+        below: the files that include it.
+
     Raises:
-        CachekdError: it cannot be read.
+        CachekdError: it cannot be read, or includes itself.
     """
+    if path.resolve() in below:
+        raise _unreadable(path, "it includes itself, or a file that does")
     try:
-        values = yaml.load(path.read_text("utf-8") if text is None else text, _loader_beside(path)) or {}
+        values = yaml.load(path.read_text("utf-8"), _loader_beside(path)) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CachekdError(
-            "a task file cannot be read", where=str(path), found=first_line(error), fix="mend or remove it"
-        ) from None
+        raise _unreadable(path, first_line(error)) from None
     if not isinstance(values, dict):
         return {}
     config: dict[str, Any] = {}
     for included in reversed(_texts(values.pop("include", None))):
         whole = Path(included)
-        config |= _read(whole if whole.is_file() else path.parent / included)
+        config |= _read(whole if whole.is_file() else path.parent / included, (*below, path.resolve()))
     return config | values
+
+
+def _unreadable(path: Path, found: str) -> CachekdError:
+    return CachekdError("a task file cannot be read", where=str(path), found=found, fix="mend or remove it")
 
 
 def _loader_beside(path: Path) -> Any:

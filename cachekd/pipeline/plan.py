@@ -15,7 +15,7 @@ from cachekd.config.data import WHICH_SAMPLES
 from cachekd.config.evaluate import OF_OWN_DATA
 from cachekd.config.train import STAGES
 from cachekd.errors import CachekdError, about
-from cachekd.paths import MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
+from cachekd.paths import DATASET_DICT, MANIFEST_FILE, REPORT_FILE, RUN_FILE, SCORES_FILE
 from cachekd.pipeline.config import PipelineConfig
 from cachekd.pipeline.steps import Defaults
 
@@ -243,18 +243,16 @@ def _paths(config: Config, *settings: str) -> list[str]:
 
 
 def _of_benchmarks(config: Config) -> list[Path]:
-    """The files of an eval step's own tasks; and of benchmarks whose data are in folders, those in which
-    `datasets` notes their fingerprint."""
+    """The files of an eval step's own tasks, and of benchmarks whose data are in folders. Of what `datasets`
+    saved those are enough in which it notes its fingerprint."""
     if not isinstance(config, EvalConfig):
         return []
-    tasks = (
-        []
-        if config.tasks_dir is None
-        else [*config.tasks_dir.rglob("*.yaml"), *config.tasks_dir.rglob("*.py")]
-    )
-    return sorted(tasks) + [
-        path for data in config.folders.values() for path in sorted(Path(data).rglob("*.json"))
-    ]
+    tasks = config.tasks_dir
+    found = [] if tasks is None else sorted([*tasks.rglob("*.yaml"), *tasks.rglob("*.py")])
+    for data in map(Path, config.folders.values()):
+        saved = (data / DATASET_DICT).is_file()
+        found += sorted(data.rglob("*.json") if saved else filter(Path.is_file, data.rglob("*")))
+    return found
 
 
 def _with_its_inputs(config: TrainConfig, above: _Above) -> TrainConfig:

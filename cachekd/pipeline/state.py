@@ -147,7 +147,8 @@ def _inputs(step: PlannedStep, known: dict[str, Known]) -> dict[str, str | None]
         name = data.data if setting == "data" else f"{setting} {data.data}"
         inputs[f"content of {name}"] = data_content(data, known)
     for path in filter(Path.is_file, step.files):
-        inputs[f"content of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:  # a benchmark's data may be gigabytes
+            inputs[f"content of {path}"] = hashlib.file_digest(file, "sha256").hexdigest()
     return inputs
 
 

@@ -99,7 +99,11 @@ class Chooser:
         return stored_bytes(empty_model(self._teacher, dtype=_HALF))
 
     def choose(self, card: float) -> Chosen:
-        """The first way that fits; where none does, the last one, of the smallest batch."""
+        """The first way that fits; where none does, the last one, of the smallest batch.
+
+        Where a step cannot be reckoned, the first way whose weights, gradients and moments fit is taken, of
+        the smallest batch.
+        """
         room = room_of(card)
         dump = {} if self.teacher_bytes < room else {"device_map": "auto"}
         for train in self._likely(room):
@@ -116,11 +120,14 @@ class Chooser:
             if self._held(way) > room:
                 continue
             least = self._guess(_in_batches(way, 1, True))
-            if least is not None and least > room:
+            if least is None:  # what comes on top of the weights is unknown: as little as there can be
+                yield _in_batches(way, 1, True)
+                continue
+            if least > room:
                 continue
             for batch, recomputed in _BATCHES:
                 train = _in_batches(way, batch, recomputed)
-                if least is None or self._may_fit(train, room):
+                if self._may_fit(train, room):
                     yield train
 
     def _may_fit(self, train: dict[str, Any], room: float) -> bool:

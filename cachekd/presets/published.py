@@ -25,7 +25,7 @@ class Published:
     Attributes:
         hub: its name on the hub; empty where it has to be put together.
         source: where the values are from.
-        unverified: settings that no stored source was found for.
+        unverified: settings that no stored source was found for, from the file's top, dotted.
     """
 
     def __init__(self, name: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cachekd.presets.proposal import Proposal
 
 _SWITCH = {"paper": "as in the paper", "linear": "--switch-bridge linear", "none": "off"}
-_LARGEST = 65_536  # pixels along a side
+_MOST_PIXELS = 178_956_970  # of a picture: PIL, and so a dump, refuses larger ones
 
 
 def init_command(
@@ -162,11 +162,13 @@ def _size(text: str) -> tuple[int, int]:
         CachekdError: it is no such text.
     """
     width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()) or not all(
-        1 <= int(side) <= _LARGEST for side in (width, height)
-    ):
+    numbers = all(side.isdecimal() and len(side) < 10 for side in (width, height))
+    if not numbers or not 1 <= int(width) * int(height) <= _MOST_PIXELS:
         raise CachekdError(
-            "no size of a picture", where="--picture", expected="WxH, such as 640x480", found=text
+            "no size of a picture",
+            where="--picture",
+            expected=f"WxH, such as 640x480, of at most {_MOST_PIXELS:,} pixels",
+            found=text,
         )
     return int(width), int(height)
 

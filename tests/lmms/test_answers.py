@@ -131,6 +131,20 @@ def test_an_answer_ends_with_the_context(folders):
     assert found.tokens == 2
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_short_prompt_beside_a_long_one_has_its_own_room(folders, beams):
+    files = ModelFiles(folders("llava"))
+    short, long = (files.encoder.prompt(asked(sample)) for sample in (TALL, TWO))
+    assert len(short) < len(long)
+    within = files.within(Limits(max_tokens=len(long) + 2))
+    answerer = Answerer(within.load(dtype=torch.float32, device=CPU), within)
+    answerer.model.generation_config.eos_token_id = None
+    answerer.stops = []
+    found = answerer.answer([long, short], Generation(NEW, beams))
+    assert [answer.tokens for answer in found] == [2, min(NEW, len(long) + 2 - len(short))]
+    assert found[1] == answerer.answer([short], Generation(NEW, beams))[0]
+
+
 def test_control_tokens_in_a_question_are_refused(folders):
     encoder = ModelFiles(folders("llava")).encoder
     sample = asked(TEXT)

@@ -81,6 +81,21 @@ def test_a_run_keeps_each_benchmark_and_a_trial_takes_nothing_away(run):
     assert values == {None: 0.75, 10: 1.0}
 
 
+@pytest.mark.parametrize("name", ["mine/of today", "../../../mine"])
+def test_a_name_with_a_slash_is_no_folder(run, name):
+    save_in_runs(scores(ModelScores(name=str(run), benchmarks=[benchmark(name)])))
+    [kept] = read_benchmarks(run)
+    assert kept.models[0].benchmarks[0].name == name
+    assert not list(run.parent.glob("*.json"))
+
+
+def test_a_metric_that_is_no_number_can_be_read_again(run):
+    save_in_runs(scores(ModelScores(name=str(run), benchmarks=[benchmark(value=float("nan"))])))
+    [kept] = read_benchmarks(run)
+    assert np.isnan(kept.models[0].benchmarks[0].metrics[0].value)
+    require_kept_scores([str(run)])
+
+
 @pytest.mark.parametrize("content", ["{", "{}", None])
 def test_scores_that_cannot_be_kept_or_read_are_known_first(run, content):
     path = benchmark_path(run, "pope", None)
@@ -221,6 +236,31 @@ def test_a_step_of_a_pipeline_that_asks_benchmarks_inherits_no_data(tmp_path):
     assert public.data == {}
     assert public.upstream == ("ce",)
     assert public.files == (tasks / "mine.yaml",)  # changed ones are asked anew
+
+
+def test_a_step_reads_the_data_of_its_benchmarks_by_their_content(tmp_path):
+    """What `datasets` saved says in JSON what it is; of Parquet and pictures only the bytes do."""
+    saved, plain = tmp_path / "saved", tmp_path / "plain"
+    for folder, names in (
+        (saved, ("dataset_dict.json", "test/state.json", "test/data.arrow")),
+        (plain, ("a.parquet",)),
+    ):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+    steps = [
+        {
+            "step": "eval",
+            "name": "public",
+            "models": ["m"],
+            "benchmarks": "pope,gqa",
+            "benchmark_data": [f"pope={saved}", f"gqa={plain}"],
+        }
+    ]
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(json.dumps({"out": str(tmp_path / "out"), "steps": steps}))
+    [step] = plan_steps(read_pipeline(file))
+    assert step.files == (saved / "dataset_dict.json", saved / "test/state.json", plain / "a.parquet")
 
 
 def test_a_step_that_was_finished_before_there_were_benchmarks_stays_so():

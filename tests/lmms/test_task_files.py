@@ -122,6 +122,28 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path):
         TaskFiles([tmp_path]).tasks(["x"])
 
 
+def test_a_file_that_includes_itself_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_text("task: x\ninclude: _part\n")
+    (tmp_path / "_part").write_text("include: a.yaml\n")
+    with pytest.raises(CachekdError, match=r"a task file cannot be read(.|\n)*includes itself"):
+        TaskFiles([tmp_path]).tasks(["x"])
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    (tmp_path / "gone.yaml").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CachekdError, match=r"a task file cannot be read(.|\n)*gone\.yaml"):
+        TaskFiles([tmp_path]).tasks(["x"])
+
+
+@pytest.mark.parametrize("code", [b"def broken(:\n", b"x = '\xff'\n", b"\0"])
+def test_code_that_is_no_python_is_named(tmp_path, code):
+    (tmp_path / "x.yaml").write_text("task: x\nprocess_results: !function mine.score\n")
+    (tmp_path / "mine.py").write_bytes(code)
+    tasks = TaskFiles([tmp_path]).tasks(["x"])
+    with pytest.raises(CachekdError, match=r"the code of a task cannot be read(.|\n)*mine\.py"):
+        require_scorable(tasks, logged_in=False, own_data=[])
+
+
 def test_what_cannot_be_scored_is_known_from_the_files(folder):
     files = TaskFiles([folder])
     for task in files.by_name.values():

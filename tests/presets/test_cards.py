@@ -66,6 +66,14 @@ def test_what_fits_nowhere_is_said():
     assert chosen.dump == {"device_map": "auto"}
 
 
+def test_where_nothing_can_be_reckoned_a_sample_at_a_time_is_trained(monkeypatch):
+    """As `step_memory` says of a family whose modules look at values."""
+    monkeypatch.setattr("cachekd.presets.cards.step_memory", lambda *args, **settings: {})
+    chosen = reckoner(True).choose(24)
+    assert chosen.memory is None
+    assert chosen.train == {"batch_size": 1, "gradient_accumulation": 32, "gradient_checkpointing": True}
+
+
 def test_a_teacher_that_fits_is_not_split():
     size = sum(parameter.numel() for parameter in empty_model(TEACHER).parameters()) * 2
     found = chooser(True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from cachekd.check.memory import StepMemory
@@ -17,12 +20,13 @@ from cachekd.errors import CachekdError
 from cachekd.pipeline import expand, plan_steps, read_pipeline
 from cachekd.pipeline.checks import check_steps
 from cachekd.presets.cards import CARDS, WAYS, Chosen
-from cachekd.presets.cost import cost_of
+from cachekd.presets.cost import TFLOPS, cost_of
 from cachekd.presets.file import changes, text_of, write
 from cachekd.presets.fit import fit_of
 from cachekd.presets.pairs import PAIRS
 from cachekd.presets.proposal import Proposal, of_preset
 from cachekd.presets.sample import Assumed, Read
+from cachekd_cli.init import _MOST_PIXELS, init_command
 from cachekd_cli.main import app
 from templates import shape_processor
 from tiny import save_vlm, tiny_processor, write_llava_json
@@ -159,6 +163,22 @@ def test_what_another_card_changes():
 # ---- the command
 
 
+def test_the_help_says_what_the_reckoning_takes():
+    """It is written out there, so that `--help` need not import what reckons."""
+    options = get_type_hints(init_command, include_extras=True)
+    defaults = {name: one.default for name, one in inspect.signature(init_command).parameters.items()}
+
+    def text(name: str) -> str:
+        return options[name].__metadata__[0].help
+
+    assert get_args(get_args(options["card"])[0]) == tuple(map(str, CARDS)) == tuple(map(str, TFLOPS))
+    assert "{}, {}, {} at {}, {}, {} GB".format(*TFLOPS.values(), *TFLOPS) in text("tflops")
+    assert f"or {Assumed.samples}." in text("samples")
+    assert _MOST_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+    assert defaults["picture"] == f"{Assumed.width}x{Assumed.height}"
+    assert (defaults["text_tokens"], defaults["answer_tokens"]) == (Assumed.text, Assumed.answers)
+
+
 def test_the_list_needs_no_model():
     result = run("--list", "--json")
     found = {pair["name"]: pair for pair in json.loads(result.stdout)}
@@ -175,7 +195,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     assert "there is no such preset" in error_of("qwen9", tmp_path)
     assert "add --student" in error_of("--teacher", "a", tmp_path)
     assert "the folder alone" in error_of("qwen3-vl-8b-2b", tmp_path, "--teacher", "a", "--student", "b")
-    assert "no size of a picture" in error_of("qwen3-vl-8b-2b", tmp_path, "--picture", "640")
+    for size in ("640", "0x480", "-1x-1", "65536x65536", f"9x{'9' * 4301}"):
+        assert "no size of a picture" in error_of("qwen3-vl-8b-2b", tmp_path, "--picture", size)
     assert "more answer tokens" in error_of("qwen3-vl-8b-2b", tmp_path, "--answer-tokens", 300)
 
 

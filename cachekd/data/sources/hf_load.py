@@ -14,6 +14,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from cachekd.errors import CachekdError
+from cachekd.paths import DATASET_DICT
 
 OPTIONS = ("name", "split", "revision")
 _HUB_SECONDS = 10
@@ -75,7 +76,7 @@ def load_split(spec: HfSpec) -> datasets.Dataset:
 
 def is_saved_to_disk(folder: Path) -> bool:
     """Whether `save_to_disk` wrote this folder."""
-    return any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+    return any(os.path.isfile(folder / name) for name in (DATASET_DICT, "state.json"))
 
 
 def _load(spec: HfSpec) -> Any:
