@@ -101,7 +101,7 @@ class Chooser:
     def choose(self, card: float) -> Chosen:
         """The first way that fits; where none does, the last one, of the smallest batch.
 
-        Where a step cannot be reckoned, the first way whose weights, gradients and moments fit is taken, of
+        Where a step cannot be computed, the first way whose weights, gradients and moments fit is taken, of
         the smallest batch.
         """
         room = room_of(card)

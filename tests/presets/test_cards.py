@@ -66,10 +66,10 @@ def test_what_fits_nowhere_is_said():
     assert chosen.dump == {"device_map": "auto"}
 
 
-def test_where_nothing_can_be_reckoned_a_sample_at_a_time_is_trained(monkeypatch):
+def test_where_nothing_can_be_computed_a_sample_at_a_time_is_trained(monkeypatch):
     """As `step_memory` says of a family whose modules look at values."""
     monkeypatch.setattr("cachekd.presets.cards.step_memory", lambda *args, **settings: {})
-    chosen = reckoner(True).choose(24)
+    chosen = chooser(True).choose(24)
     assert chosen.memory is None
     assert chosen.train == {"batch_size": 1, "gradient_accumulation": 32, "gradient_checkpointing": True}
 

@@ -163,8 +163,8 @@ def test_what_another_card_changes():
 # ---- the command
 
 
-def test_the_help_says_what_the_reckoning_takes():
-    """It is written out there, so that `--help` need not import what reckons."""
+def test_the_help_says_what_the_sum_takes():
+    """It is written out there, so that `--help` need not import what computes it."""
     options = get_type_hints(init_command, include_extras=True)
     defaults = {name: one.default for name, one in inspect.signature(init_command).parameters.items()}
 

@@ -41,6 +41,15 @@ def test_they_are_there():
     assert (len(RECIPES), len(DUMPS)) == (3, 1)
 
 
+def test_the_parts_of_a_table_add_up_to_its_peak():
+    tables = re.findall(r"\| what is in memory \| GB \|\n\| --- \| --- \|\n((?:\|.*\n)+)", DOCS.read_text())
+    assert len(tables) == 2
+    for rows in tables:
+        *parts, peak = (float(row.split("|")[-2]) for row in rows.splitlines())
+        assert len(parts) >= 4
+        assert sum(parts) == pytest.approx(peak, abs=0.1)
+
+
 @pytest.mark.parametrize(
     "recipe", [one for one in RECIPES if one not in DUMPS], ids=lambda text: yaml.safe_load(text)["out"]
 )
