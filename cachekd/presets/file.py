@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cachekd.atomic import write_file
+from cachekd.atomic import require_place, write_file
 from cachekd.check.memory import PART_NAMES
 from cachekd.errors import CachekdError
 from cachekd.pipeline import expand, read_pipeline
@@ -41,10 +41,10 @@ _WHY = {
 
 
 def refuse_existing(folder: Path) -> None:
-    """Nothing is overwritten.
+    """Nothing is overwritten, and what cannot be written is known before a step is reckoned.
 
     Raises:
-        CachekdError: the folder has a pipeline already.
+        CachekdError: the folder has a pipeline already, or cannot have one.
     """
     path = folder / FILE
     if path.exists():
@@ -54,6 +54,7 @@ def refuse_existing(folder: Path) -> None:
             fix=f"`cachekd run {quote(str(path))}` runs it; for a new one name another folder, or move this "
             "one",
         )
+    require_place(path)
 
 
 def write(proposal: Proposal, folder: Path, command: str) -> Path:

@@ -206,6 +206,12 @@ def test_nothing_is_overwritten(tmp_path):
     assert (tmp_path / "pipeline.yaml").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_is_refused_before_a_step_is_reckoned(tmp_path, monkeypatch):
+    monkeypatch.setattr("cachekd.presets.proposal.propose", lambda *args, **settings: pytest.fail("too late"))
+    (tmp_path / "file").write_text("mine")
+    assert "file" in error_of("qwen3-vl-8b-2b", tmp_path / "file")
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, teacher_path, student_path):
     folder = tmp_path_factory.mktemp("pair")
