@@ -15,7 +15,7 @@ _HOW = """make an environment of its own, which takes minutes and 2.5 GB or more
     benchmarks-env/bin/pip install 'cachekd[benchmarks]'
     benchmarks-env/bin/pip uninstall -y torchvision
     benchmarks-env/bin/cachekd eval ...
-  (docs/how-to/benchmarks.md says why, and what of it a clone needs)"""
+  (from a clone or a wheel the second line is another: docs/how-to/benchmarks.md)"""
 
 
 def require_lmms_eval() -> Path:

@@ -6,6 +6,7 @@ The order is that of what may fail: the environment, the tasks, their data; then
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -74,6 +75,7 @@ def run_benchmarks(
         return ModelScores(name=path, benchmarks=[one.scores for one in asked])
 
     return BenchmarkScores(
+        at=datetime.now(UTC).isoformat(),
         dtype=str(dtype).removeprefix("torch."),
         limit=config.limit,
         suite=config.suite,

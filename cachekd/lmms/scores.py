@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
@@ -88,7 +87,7 @@ class BenchmarkScores(_Model):
     """Models on the same benchmarks.
 
     Attributes:
-        at: when, in UTC, where a run keeps it.
+        at: when they were asked, in UTC.
         dtype: that the models ran in.
         limit: only so many questions of each benchmark were asked; None: all.
         suite: that was asked for; None where a run keeps a benchmark by itself.
@@ -98,7 +97,7 @@ class BenchmarkScores(_Model):
         models: a row each.
     """
 
-    at: str = ""
+    at: str
     dtype: str
     limit: int | None = None
     suite: Suite | None = None
@@ -134,13 +133,12 @@ def save_in_runs(result: BenchmarkScores) -> None:
     Raises:
         CachekdError: a file cannot be written.
     """
-    now = datetime.now(UTC).isoformat()
     for model in result.models:
         if not (Path(model.name) / RUN_FILE).exists():
             continue
         for one in model.benchmarks:
             path = benchmark_path(Path(model.name), one.name, result.limit)
-            own = result.of(model, one.name).model_copy(update={"at": now})
+            own = result.of(model, one.name)
             with alone(path.parent, "saves scores in", patience=_PATIENCE):
                 write_file(path, own.model_dump_json(indent=1).encode())
 

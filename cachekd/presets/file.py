@@ -91,12 +91,17 @@ def memory_lines(proposal: Proposal) -> list[tuple[str, str]]:
 def changes(proposal: Proposal, card: int) -> str:
     """What is set otherwise on another card, in a line."""
     ours, theirs = proposal.here, proposal.chosen[card]
-    said = []
+    said, gone = [], []
     for old, new in ((ours.train, theirs.train), (ours.dump, theirs.dump)):
         for name in dict.fromkeys((*old, *new)):
-            if old.get(name) != new.get(name):
-                gone = name not in new or new[name] is False
-                said.append(f"without {name}" if gone else f"{name}: {_value(new[name])}")
+            if old.get(name) == new.get(name):
+                continue
+            if name not in new or new[name] is False:
+                gone.append(f"`{name}`")
+            else:
+                said.append(f"{name}: {_value(new[name])}")
+    if gone:
+        said.insert(0, f"leave out {', '.join(gone)}")
     memory = "" if theirs.memory is None else f"; {theirs.memory.peak / 1e9:.1f} GB at the most"
     return (", ".join(said) or "the same settings") + memory
 
@@ -174,8 +179,8 @@ def _defaults(proposal: Proposal, folder: Path) -> Iterator[str]:
     teacher, student, pair = proposal.teacher, proposal.student, proposal.pair
     yield f"out: {_value(str(folder))}"
     yield "defaults:"
-    yield f"  teacher: {_value(teacher.name)}  # {teacher.billions:.2f} billion parameters"
-    yield f"  student: {_value(student.name)}  # {student.billions:.2f} billion parameters"
+    yield f"  teacher: {_value(teacher.name)}  # {teacher.size}"
+    yield f"  student: {_value(student.name)}  # {student.size}"
     yield from _comment("LLaVA JSON, WebDataset tars or a Hugging Face data set: docs/how-to/data.md.", 2)
     if pair is not None:
         yield from _comment(f"Pictures: {pair.pictures}.", 2)

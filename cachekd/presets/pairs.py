@@ -178,5 +178,5 @@ def pair_of(name: str) -> Pair:
         expected=some_of(list(PAIRS), most=len(PAIRS)),
         found=name,
         fix=did_you_mean(nearest(name, PAIRS))
-        or "`cachekd init --teacher A --student B` takes any two models",
+        or "`cachekd init --teacher A --student B FOLDER` takes any two models",
     )

@@ -43,9 +43,12 @@ class Side:
         return parameters_of(self.config)
 
     @property
-    def billions(self) -> float:
-        """Of parameters, in all."""
-        return sum(self.parameters.values()) / 1e9
+    def size(self) -> str:
+        """How many parameters it has in all, for people."""
+        count = sum(self.parameters.values())
+        if count < 10**8:
+            return f"{count / 1e6:.2g} million parameters"
+        return f"{count / 1e9:.2f} billion parameters"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import join, quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -118,11 +119,19 @@ def init_command(
             test_data=test_data,
             progress=lambda what: status.update(f"looking at {what}"),
         )
-    path = write(
-        proposal,
-        folder,
-        _command(pair, folder, card, teacher=teacher, student=student, data=data, test_data=test_data),
-    )
+    said = {
+        "teacher": teacher,
+        "student": student,
+        "data": data,
+        "test_data": test_data,
+        "card": card,
+        "samples": samples,
+        "picture": None if (width, height) == (Assumed.width, Assumed.height) else picture,
+        "text_tokens": None if text_tokens == Assumed.text else text_tokens,
+        "answer_tokens": None if answer_tokens == Assumed.answers else answer_tokens,
+        "tflops": tflops,
+    }
+    path = write(proposal, folder, _command(pair, folder, said))
     print_result(
         as_json, proposal, lambda _: print_proposal(proposal, path), lambda _: for_scripts(proposal, path)
     )
@@ -173,11 +182,13 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _command(preset: str | None, folder: Path, card: str, **named: str | None) -> str:
-    """The command as one would type it again."""
-    models = [] if named["teacher"] is not None else [str(preset)]
-    said = [word for name, value in named.items() if value is not None for word in (option_name(name), value)]
-    return join(["cachekd", "init", *models, str(folder), *said, "--card", card])
+def _command(pair: str | None, folder: Path, named: Mapping[str, str | float | None]) -> str:
+    """The command as one would type it again, with every option that is not as by default."""
+    models = [] if named["teacher"] is not None else [str(pair)]
+    said = [
+        word for name, value in named.items() if value is not None for word in (option_name(name), f"{value}")
+    ]
+    return join(["cachekd", "init", *models, str(folder), *said])
 
 
 def print_pairs() -> None:

@@ -33,6 +33,8 @@ from cachekd.report.runs import Run
 from cachekd_cli import benchmarks as shown
 from caches import ROOT
 
+ASKED = "2026-11-28T03:34:38+00:00"
+
 
 def benchmark(name="pope", value=0.5, questions=9000, of=9000, **others):
     metrics = [
@@ -48,7 +50,9 @@ def benchmark(name="pope", value=0.5, questions=9000, of=9000, **others):
 
 def scores(*models, limit=None, **others):
     versions = {"lmms-eval": LMMS_EVAL, "cachekd": "0", "torch": "2", "transformers": "5"}
-    return BenchmarkScores(dtype="float32", limit=limit, versions=versions, models=list(models), **others)
+    return BenchmarkScores(
+        at=ASKED, dtype="float32", limit=limit, versions=versions, models=list(models), **others
+    )
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def test_a_run_keeps_each_benchmark_and_a_trial_takes_nothing_away(run):
     assert [one.name for one in kept["gqa", None].teacher.benchmarks] == ["gqa"]
     assert kept["pope", None].models[0].benchmarks[0].metrics[0].value == 0.5
     assert kept["pope", 10].models[0].benchmarks[0].metrics[0].value == 1.0
-    assert all(one.at and one.versions["lmms-eval"] == LMMS_EVAL for one in kept.values())
+    assert all(one.at == ASKED and one.versions["lmms-eval"] == LMMS_EVAL for one in kept.values())
     assert read_scores(run) == []  # they are none of cachekd's own questions
     again = ModelScores(name=str(run), benchmarks=[benchmark(value=0.75)])
     save_in_runs(scores(again))

@@ -219,6 +219,7 @@ def test_the_command_keeps_scores_in_runs_and_the_teacher_beside(questions, tmp_
     assert printed["models"][0]["benchmarks"][0]["questions"] == 9
     [kept] = read_benchmarks(run)
     assert kept.limit == 9
+    assert printed["at"] == kept.at
     assert kept.teacher.on("easy_vqa").metrics[0].value > 0.8
     assert json.loads((tmp_path / "out" / "scores.json").read_text()) == printed
 

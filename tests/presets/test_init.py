@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -127,7 +128,7 @@ def test_every_setting_has_its_reason_above_it(name):
     assert "cachekd check --teacher" in text
     assert "Not run: the published shapes were tested" in comments
     assert "At 48 GB:" in comments
-    assert "without student_quantization" in comments
+    assert re.search(r"At 48 GB: leave out [^:]*`student_quantization`", comments)
     assert "11.0 GB at the most" in comments
     assert "Time, an estimate at a sustained 50 TFLOP/s" in comments
     assert "100,000 samples x 100 answer tokens x 112 bytes = 1.1 GB" in comments
@@ -154,9 +155,9 @@ def test_the_steps_in_comments_are_steps(tmp_path):
 def test_what_another_card_changes():
     proposal = proposal_of("qwen2.5-vl-7b-3b", 24, {24: 6, 48: 1, 80: 0})
     assert changes(proposal, 48) == (
-        "without lora, without learning_rate, without teacher_quantization; 11.0 GB at the most"
+        "leave out `lora`, `learning_rate`, `teacher_quantization`; 11.0 GB at the most"
     )
-    assert changes(proposal, 80).startswith("without student_dtype, ")
+    assert changes(proposal, 80).startswith("leave out `student_dtype`, ")
     assert changes(proposal, 24) == "the same settings; 11.0 GB at the most"
 
 
@@ -251,6 +252,20 @@ def test_any_two_models(tmp_path, pair, student, losses):
     steps = plan_steps(read_pipeline(Path(found["file"])))
     assert [step.name for step in steps] == ["cache", "student", "page"]
     check_steps(steps)  # as `cachekd run` does before it begins
+
+
+def test_the_file_says_the_command_that_writes_it_again(tmp_path, pair):
+    """With every option that its sums depend on, so that the second file is the first."""
+    words = ["--teacher", pair.teacher, "--student", pair.student, "--card", "48", "--tflops", 70]
+    words += ["--samples", 5000, "--picture", "64x32", "--text-tokens", 90, "--answer-tokens", 40]
+    assert run(*words, tmp_path / "run").exit_code == 0
+    first = (tmp_path / "run" / "pipeline.yaml").read_text()
+    [command] = [line for line in first.splitlines() if line.startswith("# Written by: cachekd init ")]
+    (tmp_path / "run" / "pipeline.yaml").unlink()
+    assert run(*shlex.split(command)[5:]).exit_code == 0
+    assert (tmp_path / "run" / "pipeline.yaml").read_text() == first
+    assert "million parameters" in first
+    assert "0.00 billion" not in first
 
 
 @pytest.mark.slow
