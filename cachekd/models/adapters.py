@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 from torch import nn
@@ -47,7 +48,9 @@ def with_adapters(
         # As peft's prepare_model_for_kbit_training does, but that would have the others in float32.
         student.requires_grad_(False)
     try:
-        return get_peft_model(student, adapters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers gives up
+            return get_peft_model(student, adapters)
     except (TypeError, ValueError) as error:
         raise CachekdError("peft refuses these settings", where="setting 'lora'", found=str(error)) from None
 

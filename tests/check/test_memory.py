@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import replace
 
@@ -79,6 +80,13 @@ def test_adapters(trainable):
     with torch.autocast("cpu", torch.bfloat16):
         kept = kept_by_autograd(model, batch_of(sample, 4))
     assert found.activations == pytest.approx(kept, rel=0.1)
+
+
+def test_adapters_are_made_without_a_warning():
+    """peft asks transformers by a name that it gives up; nobody who trains can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_adapters(build("llava"), {"r": 2, "target_modules": "all-linear"})
 
 
 def test_a_student_in_bfloat16_and_moments_of_eight_bits():
