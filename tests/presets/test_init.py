@@ -129,6 +129,7 @@ def test_every_setting_has_its_reason_above_it(name):
     assert "arithmetic and no measurement, at a sustained 50 TFLOP/s" in comments
     assert "100,000 samples x 100 answer tokens x 112 bytes = 1.1 GB" in comments
     assert "the student's weights" in comments
+    assert "The most is not the sum" in comments
     assert re.search(r"data/train\b", text)
 
 
