@@ -110,7 +110,8 @@ class StepMemory:
             among it.
         switched: likewise, of the student's visual features in L_T.
         logits: what a chunk of answer tokens holds at the most, beside its states.
-        peak: of all of it at a time: gradients come while activations go, so it is less than the sum.
+        peak: of all of it at a time: less than the sum, as gradients come while activations go; more where
+            the step of a large parameter in bfloat16 takes more than a chunk and all activations (`_STEP`).
     """
 
     weights: int

@@ -150,6 +150,10 @@ def _memory(proposal: Proposal) -> Iterator[str]:
     )
     yield from (f"#   {title:<40}{size:>8}" for title, size in memory_lines(proposal))
     yield from _comment(
+        "The most is not the sum: gradients come while activations go, and a student in bfloat16 is rounded "
+        "in float32, one weight matrix after the other."
+    )
+    yield from _comment(
         f"It may take {room_of(here.card) / 1e9:.1f} of the {here.card:g} GB: {1 - ROOM:.0%} is left to CUDA "
         "and to what is not computed."
     )

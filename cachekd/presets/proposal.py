@@ -11,8 +11,9 @@ from typing import Any
 from cachekd.check.sizes import parameters_of
 from cachekd.config import DataOptions
 from cachekd.data import open_samples
+from cachekd.errors import CachekdError
 from cachekd.models import ModelFiles
-from cachekd.paths import is_address
+from cachekd.paths import split_query
 from cachekd.presets.cards import CARDS, Chooser, Chosen
 from cachekd.presets.cost import TFLOPS, Cost, Parts, cost_of
 from cachekd.presets.fit import Fit, fit_of
@@ -130,9 +131,14 @@ def count_of(data: str | None) -> int | None:
     Raises:
         CachekdError: they are, and cannot be read.
     """
-    if data is None or is_address(data) or not Path(data).exists():
+    if data is None or not (options := DataOptions(data=data)).is_local:
         return None
-    return len(open_samples(DataOptions(data=data)))
+    try:
+        return len(open_samples(options))
+    except CachekdError:
+        if Path(split_query(data)[0]).exists():
+            raise
+        return None  # not there yet: a file, or any that match a pattern
 
 
 def propose(

@@ -104,8 +104,14 @@ def init_command(
 
     refuse_existing(folder)
     preset = None if teacher is not None else pair_of(str(pair))
-    found = samples or count_of(data) or Assumed.samples
-    assumed = Assumed(width, height, text_tokens, answer_tokens, found)
+    found = samples or count_of(data)
+    if found is None and data is not None:
+        say(
+            f"{data} is not on this disk, and not counted: {Assumed.samples:,} samples are assumed; "
+            "--samples says how many there are",
+            errors,
+        )
+    assumed = Assumed(width, height, text_tokens, answer_tokens, found or Assumed.samples)
     with errors.status("looking at the models", spinner="dots") as status:
         sides = of_preset(preset) if preset is not None else of_models(str(teacher), str(student))
         proposal = propose(

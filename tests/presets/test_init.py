@@ -25,12 +25,12 @@ from cachekd.presets.cost import TFLOPS, cost_of
 from cachekd.presets.file import changes, text_of, write
 from cachekd.presets.fit import fit_of
 from cachekd.presets.pairs import PAIRS
-from cachekd.presets.proposal import Proposal, of_preset
+from cachekd.presets.proposal import Proposal, count_of, of_preset
 from cachekd.presets.sample import Assumed, Read
 from cachekd_cli.init import _MOST_PIXELS, init_command
 from cachekd_cli.main import app
 from templates import shape_processor
-from tiny import save_vlm, tiny_processor, write_llava_json
+from tiny import save_vlm, tar_members, tiny_processor, write_llava_json, write_tar
 
 GB = 10**9
 
@@ -133,6 +133,7 @@ def test_every_setting_has_its_reason_above_it(name):
     assert "Time, an estimate at a sustained 50 TFLOP/s" in comments
     assert "100,000 samples x 100 answer tokens x 112 bytes = 1.1 GB" in comments
     assert "the student's weights" in comments
+    assert "The most is not the sum" in comments
     assert re.search(r"data/train\b", text)
 
 
@@ -266,6 +267,32 @@ def test_the_file_says_the_command_that_writes_it_again(tmp_path, pair):
     assert (tmp_path / "run" / "pipeline.yaml").read_text() == first
     assert "million parameters" in first
     assert "0.00 billion" not in first
+
+
+def test_data_are_counted_where_they_are_on_this_disk(tmp_path, pair):
+    write_tar(tmp_path / "a-0.tar", tar_members(2))
+    write_tar(tmp_path / "a-1.tar", tar_members(3, start=2))
+    assert count_of(str(pair.data)) == 12
+    assert (
+        count_of(str(tmp_path))
+        == count_of(f"{tmp_path}/a-*.tar")
+        == count_of(f"{tmp_path}/a-{{0..1}}.tar")
+        == 5
+    )
+    for elsewhere in (
+        f"{tmp_path}/b-*.tar",
+        str(tmp_path / "none.json"),
+        "org/name?split=train",
+        "s3://x/y.tar",
+    ):
+        assert count_of(elsewhere) is None
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(CachekdError, match="not valid JSON"):
+        count_of(str(tmp_path / "bad.json"))
+    words = ("--teacher", pair.teacher, "--student", pair.student, "--data", "org/name")
+    assert "org/name is not on this disk, and not counted: 100,000" in " ".join(
+        run(*words, tmp_path).output.split()
+    )
 
 
 @pytest.mark.slow
