@@ -41,7 +41,7 @@ _WHY = {
 
 
 def refuse_existing(folder: Path) -> None:
-    """Nothing is overwritten, and what cannot be written is known before a step is reckoned.
+    """Nothing is overwritten, and what cannot be written is known before a step is computed.
 
     Raises:
         CachekdError: the folder has a pipeline already, or cannot have one.
