@@ -28,7 +28,7 @@ from cachekd.models.quantization import bits_of, stored_bytes
 from cachekd.models.split import image_inputs
 
 _WINDOW = 128  # of DBiLD
-_MOMENTS = 8  # bytes of a parameter: AdamW's two, in float32
+MOMENTS = 8  # bytes of a parameter: AdamW's two, in float32
 # Bytes of a parameter in bfloat16 while its step is taken, one after the other: it and its gradient in
 # float32, and what rounding it makes (`cachekd.train.rounding`).
 _STEP = 18
@@ -55,7 +55,7 @@ class StepSetting:
     student_dtype: torch.dtype = torch.float32
     lora: dict[str, Any] | None = None
     trainable: tuple[StudentPart, ...] = PARTS
-    optimizer_bytes: int = _MOMENTS
+    optimizer_bytes: int = MOMENTS
     teacher_bits: int | None = None
     student_bits: int | None = None
     switched: bool = True
@@ -80,7 +80,7 @@ class StepSetting:
             student_dtype=getattr(torch, config.student_dtype),
             lora=config.lora,
             trainable=config.trainable,
-            optimizer_bytes=2 if "8bit" in str(config.training.get("optim")) else _MOMENTS,
+            optimizer_bytes=2 if "8bit" in str(config.training.get("optim")) else MOMENTS,
             teacher_bits=bits_of(config.teacher_quantization),
             student_bits=bits_of(config.student_quantization),
             switched=config.switches,
@@ -92,7 +92,7 @@ class StepSetting:
         said += [] if self.student_bits is None else [f"student in {self.student_bits} bits"]
         said += [] if self.lora is None else ["adapters"]
         said += [] if self.trainable == PARTS else [f"{' and '.join(self.trainable)} alone"]
-        said += [] if self.optimizer_bytes == _MOMENTS else ["moments in 8 bits"]
+        said += [] if self.optimizer_bytes == MOMENTS else ["moments in 8 bits"]
         said += [] if self.teacher_bits is None else [f"teacher in {self.teacher_bits} bits"]
         said += [] if self.switched else ["without the switched path"]
         return ", ".join(said)

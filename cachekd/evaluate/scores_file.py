@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cachekd.atomic import require_place, write_file
 from cachekd.errors import CachekdError, first_line
@@ -61,8 +61,9 @@ def only_writer(folder: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if folder is None else alone(folder, "writes scores into")
 
 
-def save_scores(result: Evaluation, folder: Path) -> None:
-    """All rows, as scores.json in a folder, which is made where there is none.
+def save_scores(result: BaseModel, folder: Path) -> None:
+    """All rows of an evaluation, or of public benchmarks, as scores.json in a folder, which is made
+    where there is none.
 
     Raises:
         CachekdError: it cannot be written.

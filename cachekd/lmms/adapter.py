@@ -18,6 +18,7 @@ from cachekd.data.images import open_image
 from cachekd.data.left_out import may_be_left_out, reason_of
 from cachekd.errors import BadSample, CachekdError
 from cachekd.lmms.answer import NEW_TOKENS, Answerer, Generation
+from cachekd.lmms.obstacles import GENERATION
 from cachekd.models import ModelFiles, default_device, dtype_of, limits_of
 
 BATCHES_PER_SORT = 8  # prompts are sorted by length within so many batches
@@ -94,12 +95,7 @@ class Chat(lmms):
         Raises:
             CachekdError: always.
         """
-        raise CachekdError(
-            "the benchmark compares the probabilities of given answers",
-            where=requests[0].task_name,
-            expected="output_type: generate_until",
-            fix="choose another benchmark: students are asked to write an answer",
-        )
+        raise _no_generation("the benchmark compares the probabilities of given answers", requests)
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refuse it.
@@ -107,12 +103,7 @@ class Chat(lmms):
         Raises:
             CachekdError: always.
         """
-        raise CachekdError(
-            "the benchmark asks in several rounds",
-            where=requests[0].task_name,
-            expected="output_type: generate_until",
-            fix="choose another benchmark",
-        )
+        raise _no_generation("the benchmark asks in several rounds", requests)
 
     def _answers(self, requests: Sequence[Instance]) -> Iterator[GenerationResult]:
         settings = _settings(requests[0])
@@ -142,6 +133,16 @@ class Chat(lmms):
     @property
     def _placeholder(self) -> str | None:
         return self._answerer.encoder.processor.image_token
+
+
+def _no_generation(problem: str, requests: Sequence[Instance]) -> CachekdError:
+    """What `lmms-eval --model cachekd` hears; `cachekd eval` has refused such a benchmark before."""
+    return CachekdError(
+        problem,
+        where=requests[0].task_name,
+        expected=f"output_type: {GENERATION}",
+        fix="choose another benchmark: students are asked to write an answer",
+    )
 
 
 def question(messages: Sequence[Mapping[str, Any]], name: str) -> Sample:

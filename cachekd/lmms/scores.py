@@ -14,7 +14,7 @@ from cachekd.config.evaluate import Suite
 from cachekd.data.left_out import LeftOutSamples
 from cachekd.errors import CachekdError, first_line
 from cachekd.lock import alone
-from cachekd.paths import BENCHMARKS_FOLDER, EVALUATIONS_FOLDER, RUN_FILE, SCORES_FILE
+from cachekd.paths import BENCHMARKS_FOLDER, EVALUATIONS_FOLDER, RUN_FILE
 
 _PATIENCE = 60.0  # seconds; another evaluation saves its own within a moment
 
@@ -39,6 +39,9 @@ class Metric(_Model):
     value: float
     stderr: float | None = None
     higher_is_better: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:,.4g}" + ("" if self.stderr is None else f" ± {self.stderr:.2g}")
 
 
 class Benchmark(_Model):
@@ -153,15 +156,6 @@ def require_kept_scores(models: Sequence[str]) -> None:
         if (path / RUN_FILE).exists():
             require_place(benchmark_path(path, "any", None))
             read_benchmarks(path)
-
-
-def save_scores(result: BenchmarkScores, folder: Path) -> None:
-    """All rows, as scores.json in a folder, which is made where there is none.
-
-    Raises:
-        CachekdError: it cannot be written.
-    """
-    write_file(folder / SCORES_FILE, result.model_dump_json(indent=1).encode())
 
 
 def benchmark_path(run: Path, benchmark: str, limit: int | None) -> Path:

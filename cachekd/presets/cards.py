@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from cachekd.check.memory import StepMemory, StepSetting, step_memory
+from cachekd.check.memory import MOMENTS, StepMemory, StepSetting, step_memory
 from cachekd.config import TrainConfig
 from cachekd.data import Encoded
 from cachekd.models import empty_model
@@ -21,7 +22,6 @@ SAMPLES = 32  # of an optimizer step
 # Samples, and whether layers are recomputed: the fastest first.
 _BATCHES = ((16, False), (8, False), (4, False), (8, True), (4, True), (2, True), (1, True))
 _HALF = torch.bfloat16
-_MOMENTS = 8  # bytes of a parameter, AdamW's
 
 _BF16 = {"student_dtype": "bfloat16"}
 _8BIT_ADAM = {**_BF16, "training": {"optim": "adamw_8bit"}}
@@ -92,11 +92,21 @@ class Chooser:
         self._teacher, self._student = teacher, student
         self._sample, self._as_teacher, self._switched = sample, as_teacher, switched
         self._runs: dict[str, StepMemory | None] = {}
+        self._students: dict[torch.dtype, PreTrainedModel] = {}
 
     @cached_property
     def teacher_bytes(self) -> int:
         """The whole teacher, vision encoder and all, in bfloat16."""
-        return stored_bytes(empty_model(self._teacher, dtype=_HALF))
+        return stored_bytes(self._theirs)
+
+    @cached_property
+    def _theirs(self) -> PreTrainedModel:
+        return empty_model(self._teacher, dtype=_HALF)
+
+    def _ours(self, dtype: torch.dtype) -> PreTrainedModel:
+        if dtype not in self._students:
+            self._students[dtype] = empty_model(self._student, dtype=dtype)
+        return self._students[dtype]
 
     def choose(self, card: float) -> Chosen:
         """The first way that fits; where none does, the last one, of the smallest batch.
@@ -154,7 +164,7 @@ class Chooser:
         more = setting.batch_size - 2
         grows = two.activations + two.switched - one.activations - one.switched
         by_sample = max(grows, two.peak - one.peak) if more > 0 else two.peak - one.peak
-        moments = two.optimizer - two.optimizer // _MOMENTS * setting.optimizer_bytes
+        moments = two.optimizer - two.optimizer // MOMENTS * setting.optimizer_bytes
         return two.peak + more * by_sample - moments - self._fewer_bits(setting)
 
     def _ways(self) -> list[dict[str, Any]]:
@@ -167,12 +177,12 @@ class Chooser:
     def _held(self, way: dict[str, Any]) -> int:
         """Weights, gradients and moments, of adapters none: without a run."""
         setting = self._setting(way)
-        ours = empty_model(self._student, dtype=setting.student_dtype)
+        ours = self._ours(setting.student_dtype)
         held = stored_bytes(ours, setting.student_bits)
         if setting.lora is None:
             held += sum(p.nbytes + p.numel() * setting.optimizer_bytes for p in ours.parameters())
         if self._switched:
-            held += stored_bytes(empty_model(self._teacher, dtype=_HALF), setting.teacher_bits, tower=False)
+            held += stored_bytes(self._theirs, setting.teacher_bits, tower=False)
         return held
 
     def _run(self, setting: StepSetting, *, recomputed: bool) -> StepMemory | None:
@@ -190,17 +200,16 @@ class Chooser:
 
     def _fewer_bits(self, setting: StepSetting) -> int:
         """What quantised weights take less than whole ones."""
-        ours = empty_model(self._student, dtype=setting.student_dtype)
+        ours = self._ours(setting.student_dtype)
         saved = stored_bytes(ours) - stored_bytes(ours, setting.student_bits)
         if self._switched:
-            theirs = empty_model(self._teacher, dtype=_HALF)
-            saved += stored_bytes(theirs, tower=False)
-            saved -= stored_bytes(theirs, setting.teacher_bits, tower=False)
+            saved += stored_bytes(self._theirs, tower=False)
+            saved -= stored_bytes(self._theirs, setting.teacher_bits, tower=False)
         return saved
 
     def _plain(self, setting: StepSetting) -> StepSetting:
         """With AdamW's moments and nothing quantised: one run tells of all others."""
-        return replace(setting, optimizer_bytes=_MOMENTS, teacher_bits=None, student_bits=None)
+        return replace(setting, optimizer_bytes=MOMENTS, teacher_bits=None, student_bits=None)
 
     def _setting(self, train: dict[str, Any]) -> StepSetting:
         said = {**train, "lambda_vsd": 1.0 if self._switched else 0.0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cachekd.lmms.scores import BenchmarkScores, Metric
+from cachekd.lmms.scores import BenchmarkScores
 from cachekd.report.runs import Run
 
 
@@ -62,20 +62,15 @@ def _lines(own: BenchmarkScores, runs: Sequence[Run], *, teacher: bool) -> Itera
         asked += f", the first of {benchmark.of:,}"
     for metric in benchmark.metrics:
         metrics = [None if one is None else one.metric(metric.name) for one in found]
-        yield BenchmarkLine(benchmark.name, metric.name, asked, list(map(_text, metrics)))
+        yield BenchmarkLine(
+            benchmark.name, metric.name, asked, ["" if one is None else str(one) for one in metrics]
+        )
 
 
 def _same(own: BenchmarkScores, run: Run) -> BenchmarkScores | None:
     """What a run scored on as many questions of the same benchmark."""
     name = own.models[0].benchmarks[0].name
     return next((one for one in run.benchmarks if one.models[0].on(name) and one.limit == own.limit), None)
-
-
-def _text(metric: Metric | None) -> str:
-    if metric is None:
-        return ""
-    value = f"{metric.value:,.4g}"
-    return value if metric.stderr is None else f"{value} ± {metric.stderr:.2g}"
 
 
 def _notes(runs: Sequence[Run]) -> Iterator[str]:

@@ -15,30 +15,21 @@ if TYPE_CHECKING:
     from cachekd.lmms.scores import BenchmarkScores, ModelScores
 
 
-def ask_benchmarks(
-    config: EvalConfig, show: Callable[[BenchmarkScores], None] = lambda result: None
-) -> BenchmarkScores:
-    """Ask; show the scores, save them in the runs and, last, where the settings say."""
-    from cachekd.evaluate import only_writer
+def ask_benchmarks(config: EvalConfig) -> BenchmarkScores:
+    """Ask behind a progress bar for each model."""
     from cachekd.lmms.run import run_benchmarks
-    from cachekd.lmms.scores import require_kept_scores, save_in_runs, save_scores
+    from cachekd.lmms.scores import require_kept_scores
 
     require_kept_scores(config.models)
-    with only_writer(config.out):
-        bars: dict[str, Callable[[int, float], None]] = {}
-        with progress_bar("questions") as bar:
+    bars: dict[str, Callable[[int, float], None]] = {}
+    with progress_bar("questions") as bar:
 
-            def advance(model: str, total: int, answered: int) -> None:
-                if model not in bars:
-                    bars[model] = sample_progress(bar, model, total)
-                bars[model](answered, answered)
+        def advance(model: str, total: int, answered: int) -> None:
+            if model not in bars:
+                bars[model] = sample_progress(bar, model, total)
+            bars[model](answered, answered)
 
-            result = run_benchmarks(config, advance)
-        show(result)
-        save_in_runs(result)
-        if config.out is not None:
-            save_scores(result, config.out)
-    return result
+        return run_benchmarks(config, advance)
 
 
 def print_benchmarks(result: BenchmarkScores) -> None:
@@ -50,7 +41,7 @@ def print_benchmarks(result: BenchmarkScores) -> None:
             found = [model.on(one.name) for _, model in rows]
             values = [None if each is None else each.metric(metric.name) for each in found]
             asked = f"{one.questions:,}" + (f" of {one.of:,}" if one.questions < one.of else "")
-            texts = ["" if v is None else _with_error(v.value, v.stderr) for v in values]
+            texts = ["" if value is None else str(value) for value in values]
             lines.append((one.name, metric.name, asked, *texts))
     columns = ("benchmark", "metric", "questions", *(name for name, _ in rows))
     title = f"public benchmarks, {result.dtype}, lmms-eval {result.versions['lmms-eval']} (± standard error)"
@@ -97,10 +88,6 @@ def _named(result: BenchmarkScores) -> list[tuple[str, ModelScores]]:
     models = list(zip(names, result.models, strict=True))
     teacher = "teacher" if result.teacher_quantization is None else "teacher, quantised"
     return [*([] if result.teacher is None else [(teacher, result.teacher)]), *models]
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:,.4g}" if error is None else f"{value:,.4g} ± {error:.2g}"
 
 
 def _points(value: float | None) -> str:

@@ -53,14 +53,16 @@ def run_eval(
     config: EvalConfig, show: Callable[[Evaluation | BenchmarkScores], None] = lambda result: None
 ) -> Evaluation | BenchmarkScores:
     """Evaluate; show the scores, save them in the runs and, last, where the settings say."""
-    from cachekd.evaluate import only_writer, save_in_runs, save_scores
+    from cachekd.evaluate import Evaluation, only_writer, save_in_runs, save_scores
+    from cachekd.lmms.scores import save_in_runs as save_benchmarks_in_runs
 
-    if config.asks_benchmarks:
-        return ask_benchmarks(config, show)
     with only_writer(config.out):
-        result = ask_models(config)
+        result = ask_benchmarks(config) if config.asks_benchmarks else ask_models(config)
         show(result)
-        save_in_runs(result)
+        if isinstance(result, Evaluation):
+            save_in_runs(result)
+        else:
+            save_benchmarks_in_runs(result)
         if config.out is not None:
             save_scores(result, config.out)
     return result

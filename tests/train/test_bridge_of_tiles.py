@@ -162,16 +162,21 @@ def test_the_switched_path_is_the_teachers_text_with_each_tile_in_its_place(mode
     torch.testing.assert_close(found, torch.cat(expected), atol=1e-4, rtol=1e-4)
 
 
-def test_l_vsd_reaches_the_vision_encoder_and_the_bridge(pair, tmp_path):
-    trainer = make_trainer(TrainConfig(**pair, out=tmp_path / "x"), tmp_path / "t")
-    batch = collate_with_targets([trainer.train_dataset[i] for i in range(5)], 0)
-    vsd = trainer.terms_of(trainer.model, batch).terms["vsd"]
+def vsd_by_hand(trainer, batch) -> torch.Tensor:
+    """L_VSD summed over a batch, of what V_S makes through the bridge, P_T and L_T."""
     with capture_vision(trainer.vlm) as vision:
         trainer.vlm(**batch.student.tensors)
     inputs, targets = batch.teacher, batch.targets
     logits = trainer.teacher.logits(trainer.bridge(vision.output), inputs.tensors, inputs.positions)
     how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}
-    torch.testing.assert_close(vsd, dbild_loss(logits[:, : targets.vocab_size], targets, **how))
+    return dbild_loss(logits[:, : targets.vocab_size], targets, **how)
+
+
+def test_l_vsd_reaches_the_vision_encoder_and_the_bridge(pair, tmp_path):
+    trainer = make_trainer(TrainConfig(**pair, out=tmp_path / "x"), tmp_path / "t")
+    batch = collate_with_targets([trainer.train_dataset[i] for i in range(5)], 0)
+    vsd = trainer.terms_of(trainer.model, batch).terms["vsd"]
+    torch.testing.assert_close(vsd, vsd_by_hand(trainer, batch))
     vsd.backward()
     touched = {name for name, p in trainer.vlm.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched
@@ -304,12 +309,7 @@ def test_across_tokenizers_of_which_one_has_no_tokens_for_rows(pair, tmp_path):
     assert re.fullmatch(r"<row_1_col_1>", names[0][0])
     batch = collate_with_targets(examples, 0)
     found = trainer.terms_of(trainer.model, batch).terms["vsd"]
-    with capture_vision(trainer.vlm) as vision:
-        trainer.vlm(**batch.student.tensors)
-    inputs, targets = batch.teacher, batch.targets
-    logits = trainer.teacher.logits(trainer.bridge(vision.output), inputs.tensors, inputs.positions)
-    how = {"window": targets.window, "min_k": targets.min_k, "temperature": 3.0, "reduction": "sum"}
-    torch.testing.assert_close(found, dbild_loss(logits[:, : targets.vocab_size], targets, **how))
+    torch.testing.assert_close(found, vsd_by_hand(trainer, batch))
     train(TrainConfig(**settings, out=tmp_path / "run"))
 
 
